@@ -1,0 +1,83 @@
+# Set-up and jobs. On a fresh Linux machine with Python 3.11 or newer, `make demo` and `make test` do all the set-up.
+#
+#   make demo ARGS="--seed 1"       flags for the job
+#   make demo TORCH_INDEX=URL       take torch, and torch alone, from another package index, such as PyTorch's own
+#                                   index of CPU builds: much smaller, for a machine without a GPU
+#   make demo PYTHON=/path/python   use this Python
+
+ARGS ?=
+PYTHON ?=
+TORCH_INDEX ?=
+
+VENV := .venv
+IN_VENV := $(VENV)/bin/python
+PIP := $(IN_VENV) -m pip --disable-pip-version-check
+
+# A virtual environment names its own place, and the editable install names this folder. In a moved or copied
+# checkout they would run the code of the old place; so note where they were made, and make them again elsewhere.
+MADE_IN := $(shell cat $(VENV)/made-in 2>/dev/null)
+MOVED := $(if $(MADE_IN),$(if $(filter-out x$(CURDIR),x$(MADE_IN)),moved))
+
+.ONESHELL:
+.SHELLFLAGS := -ec
+.PHONY: help demo test test-all lint clean moved
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+	echo
+	echo "targets: demo, test (the fast tests), test-all, lint, clean (caches and the virtual environment)"
+
+demo: $(VENV)/installed
+	$(VENV)/bin/r1zero demo $(ARGS)
+
+test: $(VENV)/installed-dev
+	$(IN_VENV) -m pytest $(ARGS)
+
+test-all: $(VENV)/installed-dev
+	$(IN_VENV) -m pytest -m "" $(ARGS)
+
+lint: $(VENV)/installed-dev
+	$(IN_VENV) -m ruff check $(ARGS) .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/installed: requirements.txt setup.py pyproject.toml $(MOVED)
+	@fits() { "$$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < ('"$$2"'))' 2>/dev/null; }
+	if [ -n "$(MOVED)" ] || ! fits $(IN_VENV) 4; then
+	    python=
+	    bare=
+	    for limit in "3, 14" 4; do  # what is tested first, then what is newer
+	        for candidate in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do
+	            if [ -z "$$python" ] && fits "$$candidate" "$$limit"; then
+	                if "$$candidate" -c 'import ensurepip, venv' 2>/dev/null; then python=$$candidate
+	                else bare=$$candidate; fi
+	            fi
+	        done
+	    done
+	    if [ -z "$$python" ] && [ -n "$$bare" ]; then
+	        echo "$$bare cannot make a virtual environment: its venv or ensurepip module is missing." >&2
+	        echo "On Debian and Ubuntu: sudo apt install python3-venv. Or name another: make PYTHON=/path/python" >&2
+	        exit 1
+	    fi
+	    if [ -z "$$python" ]; then
+	        echo "r1zero needs Python 3.11 or newer; none of these is: $(or $(PYTHON),python3 python3.13 python3.12 python3.11)." >&2
+	        echo "Install one (Debian and Ubuntu: sudo apt install python3.11 python3.11-venv)," >&2
+	        echo "or name one: make PYTHON=/path/python" >&2
+	        exit 1
+	    fi
+	    echo "making $(VENV) with $$("$$python" --version)"
+	    "$$python" -m venv --clear $(VENV)
+	fi
+	if [ -n "$(TORCH_INDEX)" ]; then
+	    $(PIP) install --no-compile --no-deps --index-url "$(TORCH_INDEX)" "$$(grep '^torch==' requirements.txt)"
+	fi
+	$(PIP) install --no-compile -r requirements.txt  # Python compiles what it imports, when it does
+	$(PIP) install --no-deps --no-build-isolation -e .
+	echo "$(CURDIR)" > $(VENV)/made-in
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	@$(PIP) install --no-compile -r requirements-dev.txt
+	touch $@

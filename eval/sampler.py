@@ -1,0 +1,59 @@
+"""A model as the harness wants it: a callable from prompts to responses.
+
+Random numbers are counter-based: the seed of a response is a function of (seed, running number of its problem, number
+of the sample), so it does not depend on how many problems are in a batch, nor on how many samples a problem has (up to
+rounding of the matrix products, which change with the batch's shape at the 1e-6 level).
+
+A prompt that leaves no room for the response in the model's max_seq_len is an error, or, if asked, loses its beginning
+and is counted: then a small model can be put to a whole test set, long questions included, and what it was not shown
+is known.
+"""
+import torch
+
+from ..model.generation import generate, sample_seeds
+from ..model.tokenizer import Tokenizer
+from ..model.transformer import Transformer
+from .harness import Sampled
+
+
+class ModelSampler:
+    """`sampler(prompts, n_samples)` -> n_samples responses to each prompt, for `evaluate`. One evaluation, one sampler.
+
+    Raises ValueError for max_new_tokens that leave no room for a prompt, and, when called, as `generate` does.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, max_new_tokens: int, temperature: float = 1.0,
+                 seed: int = 0, cut_prompts: bool = False):
+        """cut_prompts: take off the beginning of a prompt that is too long, and count it, instead of raising."""
+        limit = model.config.max_seq_len
+        if not 1 <= max_new_tokens < limit:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}, but the model's max_seq_len is {limit} for prompt and "
+                             f"response together; expected 1 to {limit - 1}")
+        self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
+        self.temperature, self.seed, self.cut_prompts = temperature, seed, cut_prompts
+        self.room = limit - max_new_tokens
+        """Tokens that a prompt may have."""
+        self.n_prompts = 0
+        """Prompts seen so far: the running number of the next one."""
+        self.n_cut = 0
+        """How many of them lost their beginning."""
+
+    def __call__(self, prompts: list[str], n_samples: int) -> list[list[Sampled]]:
+        ids = self.tokenizer.encode_batch(prompts)
+        if self.cut_prompts:
+            self.n_cut += sum(len(prompt) > self.room for prompt in ids)
+            ids = [prompt[-self.room:] for prompt in ids]
+        seeds = torch.cat([sample_seeds(n_samples, self.seed, self.n_prompts + i) for i in range(len(ids))])
+        completions = generate(self.model, ids, n_samples, self.max_new_tokens, self.temperature, seeds,
+                               self.tokenizer.eos_id)
+        self.n_prompts += len(ids)
+        responses = [Sampled(self.tokenizer.decode(c.tokens), len(c.tokens), c.finish_reason) for c in completions]
+        return [responses[i : i + n_samples] for i in range(0, len(responses), n_samples)]
+
+    def cut_message(self) -> str | None:
+        """What to tell the user about prompts that were cut; None if none was."""
+        if not self.n_cut:
+            return None
+        return (f"{self.n_cut:,} of {self.n_prompts:,} prompts are longer than the {self.room} tokens that the model's "
+                f"max_seq_len of {self.model.config.max_seq_len} leaves beside {self.max_new_tokens} new tokens; the "
+                "model was shown their ends only")

@@ -1,0 +1,179 @@
+"""A decoder of the Llama and Qwen family: pre-norm, RoPE, grouped queries, SwiGLU, tied or untied head.
+
+It works on flat tokens (see packed.py), so it has no batch dimension and no mask. `forward` returns hidden states, not
+logits: `logprobs` turns them into log-probs and entropies without ever holding [T, V].
+
+Weights are the optimizer's masters, in fp32; each layer casts its own to the dtype of the hidden states where it is
+used, so `model.compute_dtype = torch.bfloat16` is all that mixed precision takes. q, k and v share one matrix, and so
+do gate and up: fewer, larger matrix products.
+
+Shapes: T tokens, M d_model, H query heads, G kv heads, D head_dim, F d_ff, V vocabulary, B rows, S cache length.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..kernels.attention import attention
+from ..kernels.decode_attention import decode_attention
+from ..kernels.linear_logprob import linear_logprob
+from ..kernels.rmsnorm import rmsnorm
+from ..kernels.rope import rope, rope_table
+from ..kernels.swiglu import swiglu
+from .config import ModelConfig
+from .packed import Packed
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+class Attention(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.c = c
+        n_qkv = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim
+        self.qkv = nn.Parameter(torch.empty(n_qkv, c.d_model))
+        self.qkv_bias = nn.Parameter(torch.empty(n_qkv)) if c.qkv_bias else None
+        self.q_norm = nn.Parameter(torch.empty(c.head_dim)) if c.qk_norm else None
+        self.k_norm = nn.Parameter(torch.empty(c.head_dim)) if c.qk_norm else None
+        self.out = nn.Parameter(torch.empty(c.d_model, c.n_heads * c.head_dim))
+
+    def project(self, x_TM, cos, sin):
+        """[T, M] -> q [T, H, D], k [T, G, D], v [T, G, D]; q and k normed if asked, and turned by RoPE."""
+        c = self.c
+        qkv = linear(x_TM, self.qkv, self.qkv_bias).view(-1, c.n_heads + 2 * c.n_kv_heads, c.head_dim)
+        qk, v = qkv.split([c.n_heads + c.n_kv_heads, c.n_kv_heads], dim=1)
+        if c.qk_norm:
+            q, k = qk.split([c.n_heads, c.n_kv_heads], dim=1)
+            qk = torch.cat([rmsnorm(q, self.q_norm, c.norm_eps), rmsnorm(k, self.k_norm, c.norm_eps)], dim=1)
+        q, k = rope(qk, cos, sin).split([c.n_heads, c.n_kv_heads], dim=1)
+        return q, k, v
+
+
+class MLP(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(2 * c.d_ff, c.d_model))
+        self.down = nn.Parameter(torch.empty(c.d_model, c.d_ff))
+
+    def forward(self, x_TM):
+        return linear(swiglu(linear(x_TM, self.gate_up)), self.down)
+
+
+class Block(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.eps = c.norm_eps
+        self.attn_norm = nn.Parameter(torch.empty(c.d_model))
+        self.attn = Attention(c)
+        self.mlp_norm = nn.Parameter(torch.empty(c.d_model))
+        self.mlp = MLP(c)
+
+    def forward(self, x_TM, cos, sin, attend):
+        """`attend(q, k, v) -> [T, H, D]` is attention over the batch, or against a cache."""
+        q, k, v = self.attn.project(rmsnorm(x_TM, self.attn_norm, self.eps), cos, sin)
+        x_TM = x_TM + linear(attend(q, k, v).flatten(1), self.attn.out)
+        return x_TM + self.mlp(rmsnorm(x_TM, self.mlp_norm, self.eps))
+
+
+class Transformer(nn.Module):
+    """The whole model. Initialise with `init_weights(seed)` or load weights; a fresh one holds garbage."""
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        self.embed = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = nn.Parameter(torch.empty(config.d_model))
+        if not config.tie_embeddings:
+            self.lm_head = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+
+    @property
+    def head(self) -> torch.Tensor:
+        """[V, M], the weight that turns hidden states into logits."""
+        return self.embed if self.config.tie_embeddings else self.lm_head
+
+    def init_weights(self, seed: int) -> "Transformer":
+        """Matrices ~ N(0, 1 / fan_in), those that write to the residual stream less by sqrt(2 n_layers); norms 1."""
+        rng = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, p in self.named_parameters():
+                if name.endswith("norm"):
+                    p.fill_(1.0)
+                elif name.endswith("bias"):
+                    p.zero_()
+                else:
+                    std = p.shape[1] ** -0.5
+                    if name.endswith((".out", ".down")):
+                        std /= (2 * self.config.n_layers) ** 0.5
+                    p.copy_(torch.randn(p.shape, generator=rng) * std)
+        return self
+
+    def forward(self, packed: Packed) -> torch.Tensor:
+        """Hidden states [T, M] after the final norm, in the compute dtype."""
+        def attend(q, k, v):
+            return attention(q, k, v, packed.cu_seqlens, packed.max_seqlen)
+
+        return self._run(packed.tokens, packed.positions, [attend] * self.config.n_layers)
+
+    def prefill(self, packed: Packed) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+        """As forward, and each layer's keys and values ([T, G, D] each) to fill a cache with."""
+        kept = []
+
+        def attend(q, k, v):
+            kept.append((k, v))
+            return attention(q, k, v, packed.cu_seqlens, packed.max_seqlen)
+
+        return self._run(packed.tokens, packed.positions, [attend] * self.config.n_layers), kept
+
+    def decode(self, tokens: torch.Tensor, lengths: torch.Tensor, caches) -> torch.Tensor:
+        """One new token a row: tokens [B], lengths [B] of what the caches hold so far. Returns hidden [B, M].
+
+        caches: a pair [B, G, S, D] a layer; the new keys and values are written in place at `lengths`.
+        """
+        rows = torch.arange(len(tokens), device=tokens.device)
+
+        def attend_with(k_cache, v_cache):
+            def attend(q, k, v):
+                k_cache[rows, :, lengths] = k
+                v_cache[rows, :, lengths] = v
+                return decode_attention(q, k_cache, v_cache, lengths + 1)
+
+            return attend
+
+        return self._run(tokens, lengths, [attend_with(*cache) for cache in caches])
+
+    def _run(self, tokens, positions, attends):
+        c = self.config
+        cos, sin = rope_table(positions, c.head_dim, c.rope_theta)
+        x_TM = F.embedding(tokens, self.embed).to(self.compute_dtype)
+        for block, attend in zip(self.blocks, attends, strict=True):
+            x_TM = block(x_TM, cos, sin, attend)
+        return rmsnorm(x_TM, self.norm, c.norm_eps)
+
+    def logprobs(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0):
+        """(logp [T], entropy [T]) of `targets` after `hidden`, at the temperature that they were sampled at."""
+        return linear_logprob(hidden, self.head, targets, temperature)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[B, V] fp32, for sampling from a few rows; training uses `logprobs`."""
+        return linear(hidden, self.head).float()
+
+
+def param_count(c: ModelConfig) -> int:
+    """Number of parameters, a tied head counted once."""
+    attn = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim * (c.d_model + c.qkv_bias) + c.d_model * c.n_heads * c.head_dim
+    block = attn + 2 * c.head_dim * c.qk_norm + 3 * c.d_model * c.d_ff + 2 * c.d_model
+    return c.n_layers * block + c.d_model + c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
+
+
+def flops_per_token(c: ModelConfig, seqlen: float, training: bool) -> float:
+    """FLOPs of the matrix products for one token at a mean sequence length (2 a multiply-add; causal attention half).
+
+    Forward alone, or three times that for training (Kaplan et al. 2020, arXiv 2001.08361); the embedding look-up is
+    free, what a kernel computes anew in backward does not count.
+    """
+    block = (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim * c.d_model + 3 * c.d_model * c.d_ff
+    matmuls = 2 * (c.n_layers * block + c.vocab_size * c.d_model)
+    scores = 2 * c.n_layers * c.n_heads * c.head_dim * seqlen  # q k^T and p v: 4 S / 2 a token, head and feature
+    return (matmuls + scores) * (3 if training else 1)

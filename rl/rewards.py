@@ -1,0 +1,66 @@
+"""R1-Zero's two rule rewards (arXiv 2501.12948, section 2.2.2): is the answer right, and is the response well formed?
+
+Accuracy is the task's grader's word on the last answer block. Format is 1 for exactly one think block followed by
+exactly one answer block and nothing else. No model judges anything, so there is nothing to hack but the rules.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..eval.response import parse_response
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """How the two parts add up: reward = accuracy_weight * accuracy + format_weight * format."""
+
+    accuracy_weight: float = 1.0
+    """Worth of a right answer."""
+    format_weight: float = 0.1
+    """Worth of a well-formed response, right or wrong. A large one pulls everything to short, wrong, tidy answers."""
+
+    def __post_init__(self):
+        if self.accuracy_weight < 0 or self.format_weight < 0 or self.accuracy_weight + self.format_weight == 0:
+            raise ValueError(f"rewards: weights are accuracy {self.accuracy_weight} and format {self.format_weight}; "
+                             "expected numbers of 0 or more, not both 0")
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """The parts and the sum, one a sample; all [N] float64."""
+
+    accuracy: np.ndarray
+    format: np.ndarray
+    total: np.ndarray
+    why: list[str]
+    """The grader's reason in plain words, one a sample."""
+
+
+def reward_one(task, problem, response: str, config: RewardConfig) -> dict:
+    """Grade a single response: a dict of accuracy, format, reward, answer and why."""
+    grade, parsed = task.grade(problem, response), parse_response(response)
+    well_formed = float(parsed.well_formed)
+    why = grade.why if parsed.well_formed else f"{grade.why}; format: {parsed.why}"
+    return {"accuracy": grade.accuracy, "format": well_formed,
+            "reward": config.accuracy_weight * grade.accuracy + config.format_weight * well_formed,
+            "answer": grade.answer, "why": why}
+
+
+def score(task, problems, responses: list[str], config: RewardConfig) -> Rewards:
+    """Grade sample n, the answer to problems[n]. Raises ValueError if the two lists differ in length."""
+    parts = [reward_one(task, p, r, config) for p, r in zip(problems, responses, strict=True)]
+    column = {key: np.array([part[key] for part in parts], np.float64) for key in ("accuracy", "format", "reward")}
+    return Rewards(column["accuracy"], column["format"], column["reward"], [part["why"] for part in parts])
+
+
+def permute_within_groups(rewards_N: np.ndarray, group_offsets: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
+    """The control: the same rewards, dealt out at random within each group.
+
+    Every group keeps its mean and its spread, so the updates are as large as in the real run, but a reward says
+    nothing about the answer that it lands on. seed: the integers that the shuffle is a fixed function of.
+    """
+    rng = np.random.default_rng(np.random.SeedSequence([abs(s) for s in seed]))
+    dealt = rewards_N.copy()
+    for start, end in zip(group_offsets[:-1], group_offsets[1:], strict=True):
+        dealt[start:end] = rng.permutation(dealt[start:end])
+    return dealt

@@ -1,0 +1,115 @@
+"""Rollouts: groups of sampled answers, flat, with all that training needs to know of them.
+
+Samples are stored sorted by group and a group is a slice given by offsets, never found by comparing prompts: two equal
+problems in a batch stay two groups. Reward and advantage are no fields of this; nothing here is overwritten.
+"""
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..model.generation import generate
+from ..model.packed import Packed, pack
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """N sampled answers in G groups."""
+
+    sequences: list[np.ndarray]
+    """N arrays of token ids: prompt, then response (its end token included)."""
+    prompt_lengths: np.ndarray
+    """[N] int64."""
+    group_offsets: np.ndarray
+    """[G + 1] int64: group g is the samples group_offsets[g] to group_offsets[g + 1]."""
+    sampler_logp: list[np.ndarray]
+    """N float32 arrays, one log-prob a response token, as sampled."""
+    finish_reasons: list[str]
+    """"stop" or "length"."""
+    texts: list[str]
+    """Decoded responses, without the end token."""
+    temperature: float
+    """What they were sampled at, and what they must be scored at."""
+    weights_version: int
+    """Optimizer steps behind the weights that made them."""
+
+    @property
+    def response_lengths(self) -> np.ndarray:
+        """[N] int64 response tokens, the end token included."""
+        return np.array([len(s) for s in self.sequences]) - self.prompt_lengths
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some samples of the rollouts, laid out for one forward and backward pass."""
+
+    packed: Packed
+    """Prompts and responses."""
+    predictors: torch.Tensor
+    """[R] int64: the flat index of the token before each response token, whose hidden state predicts it."""
+    targets: torch.Tensor
+    """[R] int64: the response tokens; the end token is one of them, or a model never learns to stop."""
+    samples: np.ndarray
+    """[n] int64: which samples these are, in the order they lie in the batch."""
+    sample_of_token: torch.Tensor
+    """[R] int64: the sample (index into the rollouts) of each response token."""
+    sampler_logp: torch.Tensor
+    """[R] float32: log-prob of each response token as it was sampled."""
+
+
+def sample_groups(model, tokenizer, prompts: list[str], group_size: int, max_new_tokens: int, temperature: float,
+                  seeds: torch.Tensor, weights_version: int) -> Rollouts:
+    """Sample `group_size` answers to each prompt; the samples of one prompt are one group.
+
+    seeds: [len(prompts) * group_size] int64. Raises ValueError as `generate` does.
+    """
+    ids = tokenizer.encode_batch(prompts)
+    completions = generate(model, ids, group_size, max_new_tokens, temperature, seeds, tokenizer.eos_id)
+    repeated = [ids[n // group_size] for n in range(len(completions))]
+    return Rollouts(
+        sequences=[np.concatenate([p, c.tokens]) for p, c in zip(repeated, completions, strict=True)],
+        prompt_lengths=np.array([len(p) for p in repeated]),
+        group_offsets=np.arange(len(prompts) + 1) * group_size,
+        sampler_logp=[c.logp for c in completions],
+        finish_reasons=[c.finish_reason for c in completions],
+        texts=[tokenizer.decode(c.tokens.tolist()) for c in completions],
+        temperature=temperature,
+        weights_version=weights_version,
+    )
+
+
+def micro_batch(rollouts: Rollouts, samples: np.ndarray, device) -> MicroBatch:
+    """Lay out the given samples."""
+    packed = pack([rollouts.sequences[n] for n in samples], device)
+    starts = packed.cu_seqlens[:-1].cpu().numpy().astype(np.int64)
+    prompts, responses = rollouts.prompt_lengths[samples], rollouts.response_lengths[samples]
+    predictors = np.concatenate([start + p - 1 + np.arange(r)
+                                 for start, p, r in zip(starts, prompts, responses, strict=True)])
+    predictors = torch.from_numpy(predictors).to(device)
+    sample_of_token = torch.from_numpy(np.repeat(samples, responses)).to(device)
+    sampler_logp = torch.from_numpy(np.concatenate([rollouts.sampler_logp[n] for n in samples])).to(device)
+    return MicroBatch(packed, predictors, packed.tokens[predictors + 1], samples, sample_of_token, sampler_logp)
+
+
+def micro_batches(rollouts: Rollouts, samples: np.ndarray, tokens_per_batch: int, device) -> list[MicroBatch]:
+    """Cut samples into batches of at most `tokens_per_batch` tokens (but at least one sample), alike in length.
+
+    Sorted by length, since attention on the CPU pads within a batch; the loss's weights make the cut irrelevant.
+    """
+    lengths = np.array([len(s) for s in rollouts.sequences])
+    batches, current, total = [], [], 0
+    for n in samples[np.argsort(lengths[samples], kind="stable")]:
+        if current and total + lengths[n] > tokens_per_batch:
+            batches.append(current)
+            current, total = [], 0
+        current.append(n)
+        total += lengths[n]
+    if current:
+        batches.append(current)
+    return [micro_batch(rollouts, np.array(batch), device) for batch in batches]
+
+
+def response_logprobs(model, batch: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logp [R], entropy [R]) of the response tokens under the model, at the temperature that they were sampled at."""
+    hidden = model(batch.packed)[batch.predictors]
+    return model.logprobs(hidden, batch.targets, temperature)

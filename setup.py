@@ -1,0 +1,47 @@
+"""What `pip install` needs to know: the five folders are imported as r1zero.kernels, r1zero.model and so on.
+
+They are namespace packages (no __init__.py), so that a package of the same name in another project can never
+take their place; each of them, and each sub-folder to come, is listed here by name.
+"""
+from setuptools import setup
+
+PACKAGES = {
+    "r1zero.kernels": "kernels",
+    "r1zero.model": "model",
+    "r1zero.eval": "eval",
+    "r1zero.rl": "rl",
+    "r1zero.train": "train",
+}
+
+DEPENDENCIES = [
+    "torch>=2.11,<2.14",
+    'triton>=3.6,<3.8; sys_platform == "linux"',
+    "einops>=0.8",
+    "numpy>=2.0",
+    "tiktoken>=0.9",
+    "wandb>=0.19",
+    "safetensors>=0.5",
+    "tyro>=0.9",
+    "tqdm>=4.66",
+    "matplotlib>=3.9",
+    "math-verify>=0.8",
+]
+
+EXTRAS = {
+    "bpe": ["tokenizers>=0.21"],  # trains a byte-level BPE on a text of the user's
+    "trl": ["trl>=1.0", "transformers>=5.0"],  # the peer in benchmarks/vs_trl.py
+    "dev": ["pytest>=8.3", "hypothesis>=6.100", "ruff>=0.9"],
+}
+
+setup(
+    name="r1zero",
+    version="0.1.0",
+    description="DeepSeek-R1-Zero on one GPU or a laptop, in files that a person can read",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=list(PACKAGES),
+    package_dir=PACKAGES,
+    install_requires=DEPENDENCIES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["r1zero = r1zero.train.cli:main"]},
+)

@@ -1,0 +1,273 @@
+"""The rules of the house, read off the syntax tree. Each rule is a function from source to complaints, and is
+shown to complain about a breach before the repository is held against it."""
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+FLOORS = ["kernels", "model", "eval", "rl", "train"]  # a floor may import those before it
+
+
+def python_files(*folders: str) -> list[Path]:
+    """Paths relative to the root, as the rules take them."""
+    return sorted(path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+LIBRARY = python_files(*FLOORS)
+ALL = LIBRARY + python_files("tests", "benchmarks") + [Path("setup.py")]
+
+
+# ---- the rules ----
+
+def imported(path: Path, source: str) -> list[tuple[int, str, bool]]:
+    """(line, full dotted name, is it relative?) of each import; import_module("literal") counts."""
+    here = ["r1zero", *path.parts[:-1]]
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name, False) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = here[:len(here) - node.level + 1] if node.level else []
+            base = base + node.module.split(".") if node.module else base
+            found += [(node.lineno, ".".join([*base, alias.name]), node.level > 0) for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "import_module":
+            target = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else "."
+            if not target.startswith("."):  # a full name; a relative one would need a second argument
+                found.append((node.lineno, target, True))
+    return found
+
+
+def bad_imports(path: Path, source: str) -> list[str]:
+    floor = path.parts[0] if path.parts[0] in FLOORS else None
+    complaints = []
+    for line, name, relative in imported(path, source):
+        top, below = (name.split(".") + [""])[:2]
+        if top in FLOORS:
+            complaints.append(f"{path}:{line}: {name} as a top-level package; it is r1zero.{name}")
+        if floor and top in ("tests", "benchmarks"):
+            complaints.append(f"{path}:{line}: nothing imports {top}/")
+        if floor and top == "r1zero" and not relative:
+            complaints.append(f"{path}:{line}: {name} should be a relative import, within the five folders")
+        if floor and top == "r1zero" and below not in FLOORS[:FLOORS.index(floor) + 1]:
+            complaints.append(f"{path}:{line}: {floor}/ may not import {name}")
+    return complaints
+
+
+def bad_code(path: Path, source: str) -> list[str]:
+    complaints = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ExceptHandler) and node.type is None:
+            complaints.append(f"{path}:{node.lineno}: bare except")
+        if isinstance(node, ast.Name | ast.Attribute):
+            if ast.unparse(node).removeprefix("builtins.") in ("eval", "exec"):
+                complaints.append(f"{path}:{node.lineno}: the builtin {ast.unparse(node)}")
+    return complaints
+
+
+def too_long(path: Path, source: str) -> list[str]:
+    limit, lines = 300 if path.parts[0] == "tests" else 450, source.count("\n")
+    return [f"{path}: {lines} lines, at most {limit}; is it two files?"] if lines > limit else []
+
+
+def forbidden_inits(paths: list[Path]) -> list[str]:
+    return [f"{path}: the five folders hold no __init__.py" for path in paths
+            if path.name == "__init__.py" and path.parts[0] in FLOORS]
+
+
+def unlisted(paths: list[Path], packages: dict[str, str]) -> list[str]:
+    """Library files that setup.py would leave out of a wheel, and packages that do not exist."""
+    expected = {"r1zero." + ".".join(path.parts[:-1]): str(path.parent) for path in paths}
+    return [f"setup.py says {name} is {packages.get(name)}, expected {expected.get(name)}"
+            for name in sorted(expected.keys() | packages.keys()) if packages.get(name) != expected.get(name)]
+
+
+def tree_of(readme: str) -> list[str]:
+    """The paths in a README's file tree: a fenced block that begins with `r1zero/`; one name a line, further
+    right when deeper (spaces or │ ├ └ ─), then, if any, an explanation. Folders end with a slash."""
+    block = re.search(r"^```\w*\nr1zero/.*\n([\s\S]*?)^```", readme, re.MULTILINE)
+    paths, above = [], []  # above: (column, name) of the folders that we are in
+    for line in block[1].splitlines() if block else []:
+        name = line.lstrip(" │├└─|`-\t")
+        column = len(line) - len(name)
+        if not name:
+            continue
+        name = name.split()[0]
+        above = [(c, folder) for c, folder in above if c < column]
+        paths.append("".join(folder for _, folder in above) + name)
+        if name.endswith("/"):
+            above.append((column, name))
+    return paths
+
+
+def wrong_tree(readme: str, library: list[str], exists) -> list[str]:
+    """library: the files of the five folders, each of which the tree must name; exists: path -> bool."""
+    tree = tree_of(readme)
+    if not tree:
+        return ["README.md has no file tree: a fenced block that begins with the line r1zero/"]
+    return ([f"README.md does not name {path}" for path in library if path not in tree]
+            + [f"README.md names {path}, which does not exist" for path in tree if not exists(path)])
+
+
+def constant(source: str, name: str):
+    """The value of a literal assigned to `name` at the top of a file."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == name:
+            return ast.literal_eval(node.value)
+    raise AssertionError(f"no {name}")
+
+
+def unpinned(dependencies: list[str], requirements: str) -> list[str]:
+    """Dependencies of setup.py that requirements.txt does not pin, or pins to what setup.py refuses."""
+    lines = [Requirement(line) for line in requirements.splitlines() if line and not line.startswith("#")]
+    pins = {line.name: str(line.specifier) for line in lines}
+    complaints = [f"{name}{pin} is no pin, expected =="
+                  for name, pin in pins.items() if not re.fullmatch(r"==[^*,]+", pin)]
+    for wanted in map(Requirement, dependencies):
+        version = pins.get(wanted.name, "").removeprefix("==")
+        if not version or not wanted.specifier.contains(version, prereleases=True):
+            complaints.append(f"setup.py wants {wanted}, the pin is {version or 'missing'}")
+    return complaints
+
+
+# ---- each rule sees a breach, and does not see one where there is none ----
+
+@pytest.mark.parametrize("path, line, fine", [
+    ("model/a.py", "from ..kernels.attention import attention", True),
+    ("model/a.py", "from ..kernels import attention", True),
+    ("model/a.py", "from .. import kernels", True),
+    ("model/a.py", "from . import config", True),
+    ("model/a.py", "from .config import ModelConfig", True),
+    ("model/a.py", "import torch, os.path", True),
+    ("model/deep/a.py", "from ...kernels import attention", True),
+    ("model/deep/a.py", "from .. import config", True),
+    ("train/a.py", "import_module('r1zero.rl.loss')", True),
+    ("tests/a.py", "from r1zero.train import demo\nimport benchmarks.speed", True),
+    ("tests/a.py", "import evaluate, modelling", True),
+    ("model/a.py", "from ..eval import tasks", False),
+    ("model/a.py", "from .. import train", False),
+    ("model/a.py", "def f():\n    from ..rl.loss import loss", False),
+    ("model/a.py", "if 0:\n    importlib.import_module('r1zero.rl.loss')", False),
+    ("model/deep/a.py", "from ...rl import loss", False),
+    ("kernels/a.py", "from ..model.packed import Packed", False),
+    ("model/a.py", "from r1zero.kernels import attention", False),
+    ("model/a.py", "import r1zero.kernels", False),
+    ("model/a.py", "from .. import nowhere", False),
+    ("model/a.py", "import kernels.attention", False),
+    ("train/a.py", "from tests import oracle", False),
+    ("rl/a.py", "import benchmarks.speed", False),
+    ("tests/a.py", "from model.config import ModelConfig", False),
+    ("benchmarks/a.py", "import kernels", False),
+    ("benchmarks/a.py", "importlib.import_module('kernels')", False),
+])
+def test_import_rule(path, line, fine):
+    assert bool(bad_imports(Path(path), line)) != fine
+
+
+@pytest.mark.parametrize("source, fine", [
+    ("model.eval()", True), ("from ..eval.tasks import Task", True), ("re.compile('eval(1)')", True),
+    ("try:\n    f()\nexcept ValueError:\n    pass", True), ("eval('1')", False), ("x = [exec]", False),
+    ("import builtins\nbuiltins.eval('1')", False), ("try:\n    f()\nexcept:\n    pass", False),
+])
+def test_code_rule(source, fine):
+    assert bool(bad_code(Path("model/a.py"), source)) != fine
+
+
+def test_size_init_and_package_rules():
+    assert too_long(Path("model/a.py"), "\n" * 451) and not too_long(Path("model/a.py"), "\n" * 450)
+    assert too_long(Path("tests/a.py"), "\n" * 301) and not too_long(Path("tests/a.py"), "\n" * 300)
+    assert forbidden_inits([Path("rl/__init__.py")]) and forbidden_inits([Path("rl/deep/__init__.py")])
+    assert not forbidden_inits([Path("tests/__init__.py"), Path("rl/a.py")])
+    files = [Path("model/a.py"), Path("model/deep/b.py")]
+    assert not unlisted(files, {"r1zero.model": "model", "r1zero.model.deep": "model/deep"})
+    assert unlisted(files, {"r1zero.model": "model"})
+    assert unlisted(files[:1], {"r1zero.model": "model", "r1zero.gone": "gone"})
+    assert unlisted(files[:1], {"model": "model"})
+
+
+TREE = """Text.
+```
+r1zero/
+├── model/          the transformer
+│   ├── a.py        its config
+│   └── deep/
+│       └── b.py
+├── tests/
+└── setup.py
+```
+"""
+
+
+def test_tree_rule():
+    there = ["model/", "model/a.py", "model/deep/", "model/deep/b.py", "tests/", "setup.py"]
+    assert tree_of(TREE) == tree_of(re.sub("[│├└─]", " ", TREE)) == there
+    library = ["model/a.py", "model/deep/b.py"]
+    assert wrong_tree(TREE, library, there.__contains__) == []
+    assert wrong_tree(TREE, [*library, "model/new.py"], there.__contains__)
+    for gone in there:
+        assert wrong_tree(TREE, library, lambda path, gone=gone: path != gone)
+    assert wrong_tree("no tree\n```\nelse/\n```\n", library, there.__contains__)
+
+
+def test_pin_rule():
+    assert not unpinned(["torch>=2.11,<2.14", "a-b; sys_platform == 'linux'"], "# x\ntorch==2.13.0\n\na-b==1")
+    assert unpinned(["torch>=2.11,<2.14"], "torch==2.14.0")
+    for pins in ("torch>=2.13", "torch==2.*", "torch", "tqdm==1", ""):
+        assert unpinned(["torch"], pins)
+
+
+# ---- the repository keeps them ----
+
+def test_the_library_is_not_empty():
+    assert len(LIBRARY) > 10 and {path.parts[0] for path in LIBRARY} == set(FLOORS)
+
+
+@pytest.mark.parametrize("rule", [bad_imports, bad_code, too_long])
+def test_every_file_keeps_the_rule(rule):
+    assert [complaint for path in ALL for complaint in rule(path, (ROOT / path).read_text())] == []
+
+
+def test_no_init_in_the_five_folders_and_every_package_is_listed():
+    packages = constant((ROOT / "setup.py").read_text(), "PACKAGES")
+    assert forbidden_inits(LIBRARY) + unlisted(LIBRARY, packages) == []
+    assert [(ROOT / folder / "__init__.py").exists() for folder in ("tests", "benchmarks")] == [True, True]
+
+
+def test_readme_names_every_file_and_no_other():
+    files = [path for floor in FLOORS for path in (ROOT / floor).rglob("*") if path.is_file()]
+    library = [str(path.relative_to(ROOT)) for path in files if "__pycache__" not in path.parts]
+    readme = (ROOT / "README.md").read_text()
+    assert wrong_tree(readme, library, lambda path: (ROOT / path).exists()) == []
+
+
+def test_dependencies_are_pinned_within_what_setup_allows():
+    setup, pins = ((ROOT / name).read_text() for name in ("setup.py", "requirements.txt"))
+    assert unpinned(constant(setup, "DEPENDENCIES"), pins) == []
+    extras = constant(setup, "EXTRAS")
+    assert unpinned(extras["dev"] + extras["bpe"], (ROOT / "requirements-dev.txt").read_text()) == []
+
+
+def test_a_wheel_holds_the_library_and_nothing_else(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder in FLOORS:
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("setup.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--wheel-dir", tmp_path, source], check=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(target)
+    files = {path.relative_to(target) for path in target.rglob("*") if path.is_file()}
+    assert {path for path in files if path.suffix == ".py"} == {"r1zero" / path for path in LIBRARY}
+    assert {path.parts[0].split("-")[0] for path in files} == {"r1zero"}
+    # The root of the repository, with its bare folders, is the hardest place to find the right module from.
+    find = "import importlib.util; print(importlib.util.find_spec('r1zero.model.config').origin)"
+    found = subprocess.run([sys.executable, "-c", find], cwd=ROOT, env={"PYTHONPATH": str(target)},
+                           capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == str(target / "r1zero/model/config.py")

@@ -1,0 +1,210 @@
+"""What the think blocks of Countdown responses do: the measures behind the demo's claim.
+
+    <think>9+7=16,16-3=13,13-13=0 ok;9-7=2,3+2=5,5-13=-8 no</think><answer>3+(9-7)</answer>
+
+An attempt is what stands between `;` (see corpus.py); its verdict is the `ok` or `no` at its end. The skill that the
+pretraining text lacks is to use the verdict: go on after a `no`, stop after an `ok`. So the two figures that count are
+the chances that the block ends right after a verdict of each kind. Verdicts count as they are WRITTEN: whether they
+are right is a measure of its own.
+
+Left out: what the response gets for its answer (eval/harness.py), and any judgement of thoughts that are no attempts.
+Text comes from a model, so it may be anything: nothing here raises, and the time is linear in the text's length.
+"""
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+from ..eval.countdown import Countdown, CountdownProblem
+from ..eval.response import FRAME, parse_response
+
+TAG = re.compile("|".join(FRAME))
+TAGS_BEFORE = re.compile(rf"(?:\s*({TAG.pattern}))*")
+STEP = re.compile(r"(-?[0-9]{1,9})([-+*/])([0-9]{1,9})=(-?[0-9]{1,9})")  # 9 digits: values stay small
+
+
+class Step(NamedTuple):
+    """An equation as written: a op b = c."""
+
+    a: int
+    op: str
+    b: int
+    c: int
+
+    @property
+    def true(self) -> bool:
+        """Whether it holds exactly; a division that leaves a remainder does not."""
+        if self.op == "/":
+            return self.b != 0 and self.a == self.b * self.c
+        return {"+": self.a + self.b, "-": self.a - self.b, "*": self.a * self.b}[self.op] == self.c
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """Shares are from 0 to 1, and None where there was nothing to count."""
+
+    n_answers: int
+    """Responses measured."""
+    n_attempts: int
+    """Attempts in all of them; one that was cut off before its verdict is not counted anywhere."""
+    attempts_per_answer: float | None
+    """Mean over all responses, those without any included."""
+    p_stop_after_ok: float | None
+    """Share of verdicts that say ok after which the thoughts end."""
+    n_ok: int
+    """How many verdicts say ok and were followed by anything: at the end of a cut response nothing was decided."""
+    p_stop_after_no: float | None
+    """Share of verdicts that say no after which the thoughts end."""
+    n_no: int
+    """How many say no and were followed by anything."""
+    verdict_accuracy: float | None
+    """Of the verdicts behind a readable check `v-t=d`: says ok where v and t both are the target, else no."""
+    n_checks: int
+    """How many verdicts stand behind a readable check."""
+    arithmetic_accuracy: float | None
+    """Share of written equations that are exactly true."""
+    n_equations: int
+    valid_attempts: float | None
+    """Share of attempts without any fault: letter for letter one of corpus.all_attempts of its problem."""
+    repeated_attempts: float | None
+    """Share of attempts that the same response had made before, letter for letter."""
+    answer_follows_last: float | None
+    """Share of answers with the expression of the last attempt."""
+    n_answered: int
+    """Responses with both an answer and an attempt."""
+    right_after_ok: float | None
+    """Share of right answers where the last verdict says ok."""
+    n_last_ok: int
+    """Responses whose last verdict says ok."""
+
+    def to_dict(self) -> dict[str, int | float | None]:
+        """Plain JSON types."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    text: str
+    steps: list[Step | None]
+    """None for a step that is no equation of two whole numbers."""
+    verdict: str | None
+    """ "ok", "no", or None if it ends with neither."""
+    ends_thoughts: bool | None
+    """Whether a tag follows (True) or another attempt (False); None where the response was cut off."""
+
+    @property
+    def check(self) -> Step | None:
+        """The last step v-t=d, if it is readable and stands before a verdict."""
+        last = self.steps[-1]
+        return last if self.verdict and last and last.op == "-" else None
+
+
+def thoughts(response: str) -> tuple[str, bool]:
+    """(what was thought, whether a tag ended it): the text from the first <think> to the next tag of any kind.
+
+    Broken tags are for the format reward to judge. Without a <think> the text counts from its start (after tags that
+    it begins with), unless it is an answer block.
+    """
+    _, opening, text = response.partition("<think>")
+    if not opening:
+        start = TAGS_BEFORE.match(response)
+        opening, text = start[1], response[start.end():]
+    ending = TAG.search(text)
+    if ending is None:
+        return text, False
+    if opening == "<answer>" and ending[0] == "</answer>":
+        return "", True
+    return text[: ending.start()], True
+
+
+def parse_attempts(response: str) -> list[Attempt]:
+    """The attempts in a response: the pieces between `;` that hold an `=`."""
+    text, ended = thoughts(response)
+    pieces = [piece.strip() for piece in text.split(";")]
+    attempts = []
+    for place, piece in enumerate(pieces):
+        is_last = place == len(pieces) - 1
+        verdict = piece[-2:] if piece.endswith((" ok", " no")) else None
+        was_cut = is_last and not ended
+        if "=" not in piece or was_cut and verdict is None:
+            continue
+        equations = piece[:-3] if verdict else piece
+        found = [STEP.fullmatch(step) for step in equations.split(",")]
+        steps = [Step(int(m[1]), m[2], int(m[3]), int(m[4])) if m else None for m in found]
+        attempts.append(Attempt(piece, steps, verdict, None if was_cut else is_last))
+    return attempts
+
+
+def is_valid(attempt: Attempt, problem: CountdownProblem) -> bool:
+    """Whether an attempt is one of corpus.all_attempts (with all four operations), told without making them all.
+
+    Each step takes two numbers out of the pool, the larger first, and puts its true result back, not below 0; the
+    check stands after the last; and there is one way to spell it.
+    """
+    if None in attempt.steps or attempt.check is None or not all(step.true for step in attempt.steps):
+        return False
+    pool = Counter(problem.numbers)
+    for step in attempt.steps[:-1]:
+        taken = Counter((step.a, step.b))
+        if step.a < step.b or not taken <= pool:
+            return False
+        pool = pool - taken + Counter((step.c,))
+    spelled = ",".join(f"{step.a}{step.op}{step.b}={step.c}" for step in attempt.steps)
+    word = "no" if attempt.check.c else "ok"
+    return (list(pool.elements()) == [attempt.check.a] and attempt.check.b == problem.target
+            and attempt.text == f"{spelled} {word}")
+
+
+def follows(answer: str, attempt: Attempt) -> bool:
+    """Whether an answer is the expression of an attempt: its steps, done inside the answer one by one, use it up.
+
+    `(9-3)+7` follows 9-3=6,6+7=13: (9-3) becomes 6, and 6+7 is the last step. Steps that are false or use numbers not
+    given can be followed too.
+    """
+    *steps, last = attempt.steps[:-1] if attempt.check else [None]
+    if last is None or None in steps:
+        return False
+    text = "".join(answer.split())
+    for step in steps:
+        bracket = f"({step.a}{step.op}{step.b})"
+        if bracket not in text:
+            return False
+        text = text.replace(bracket, str(step.c), 1)
+    return text == f"{last.a}{last.op}{last.b}"
+
+
+def share(hits: Iterable[bool]) -> tuple[float | None, int]:
+    """(share of True, how many in all); the share of nothing is None."""
+    hits = list(hits)
+    return (sum(hits) / len(hits) if hits else None), len(hits)
+
+
+def measure(problems: Sequence[CountdownProblem], responses: Sequence[str]) -> Behaviour:
+    """The behaviour of responses[n] to problems[n]. Raises ValueError only if the two differ in length."""
+    grader = Countdown(n_numbers=2, high=9)  # it judges by the problem given; these dials are the quickest to set up
+    written = [(problem, response, parse_attempts(response))
+               for problem, response in zip(problems, responses, strict=True)]
+    attempts = [(problem, attempt) for problem, _, all_of_it in written for attempt in all_of_it]
+    stops = {word: share(a.ends_thoughts for _, a in attempts if a.verdict == word and a.ends_thoughts is not None)
+             for word in ("ok", "no")}
+    checks = share((a.verdict == "ok") == (a.check.a == a.check.b == p.target) for p, a in attempts if a.check)
+    equations = share(step.true for _, a in attempts for step in a.steps if step)
+    answers = [(parse_response(r).answer, made) for _, r, made in written if made]
+    follow = share(follows(answer, made[-1]) for answer, made in answers if answer is not None)
+    right_after_ok = share(grader.grade(p, r).accuracy == 1.0
+                           for p, r, made in written if made and made[-1].verdict == "ok")
+    n_repeats = sum(len(made) - len({a.text for a in made}) for _, _, made in written)
+    return Behaviour(
+        n_answers=len(written),
+        n_attempts=len(attempts),
+        attempts_per_answer=len(attempts) / len(written) if written else None,
+        p_stop_after_ok=stops["ok"][0], n_ok=stops["ok"][1],
+        p_stop_after_no=stops["no"][0], n_no=stops["no"][1],
+        verdict_accuracy=checks[0], n_checks=checks[1],
+        arithmetic_accuracy=equations[0], n_equations=equations[1],
+        valid_attempts=share(is_valid(a, p) for p, a in attempts)[0],
+        repeated_attempts=n_repeats / len(attempts) if attempts else None,
+        answer_follows_last=follow[0], n_answered=follow[1],
+        right_after_ok=right_after_ok[0], n_last_ok=right_after_ok[1],
+    )
