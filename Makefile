@@ -1,12 +1,13 @@
 # Set-up and jobs. On a fresh Linux machine with Python 3.11 or newer, `make demo` and `make test` do all the set-up.
 #
-#   make demo ARGS="--seed 1"       flags for the job
+#   make demo ARGS="--seeds 1"       flags for the job
 #   make demo TORCH_INDEX=URL       take torch, and torch alone, from another package index, such as PyTorch's own
 #                                   index of CPU builds: much smaller, for a machine without a GPU
 #   make demo PYTHON=/path/python   use this Python
 
 ARGS ?=
 PYTHON ?=
+PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
 TORCH_INDEX ?=
 
 VENV := .venv
@@ -44,27 +45,22 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/installed: requirements.txt setup.py pyproject.toml $(MOVED)
-	@fits() { "$$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < ('"$$2"'))' 2>/dev/null; }
-	if [ -n "$(MOVED)" ] || ! fits $(IN_VENV) 4; then
-	    python=
-	    bare=
-	    for limit in "3, 14" 4; do  # what is tested first, then what is newer
-	        for candidate in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do
-	            if [ -z "$$python" ] && fits "$$candidate" "$$limit"; then
-	                if "$$candidate" -c 'import ensurepip, venv' 2>/dev/null; then python=$$candidate
-	                else bare=$$candidate; fi
-	            fi
-	        done
+	@found=
+	python=
+	enough='import sys; sys.exit(sys.version_info < (3, 11))'
+	if [ -n "$(MOVED)" ] || ! $(IN_VENV) -c "$$enough" 2>/dev/null; then
+	    for candidate in $(PYTHONS); do
+	        "$$candidate" -c "$$enough" 2>/dev/null || continue
+	        found=$$candidate
+	        if "$$candidate" -c 'import ensurepip, venv' 2>/dev/null; then python=$$candidate; break; fi
 	    done
-	    if [ -z "$$python" ] && [ -n "$$bare" ]; then
-	        echo "$$bare cannot make a virtual environment: its venv or ensurepip module is missing." >&2
-	        echo "On Debian and Ubuntu: sudo apt install python3-venv. Or name another: make PYTHON=/path/python" >&2
+	    if [ -z "$$found" ]; then
+	        echo "r1zero needs Python 3.11 or newer, and none of these is: $(PYTHONS). Install one" >&2
+	        echo "(Debian, Ubuntu: sudo apt install python3 python3-venv) or name one: make PYTHON=/path/python" >&2
 	        exit 1
-	    fi
-	    if [ -z "$$python" ]; then
-	        echo "r1zero needs Python 3.11 or newer; none of these is: $(or $(PYTHON),python3 python3.13 python3.12 python3.11)." >&2
-	        echo "Install one (Debian and Ubuntu: sudo apt install python3.11 python3.11-venv)," >&2
-	        echo "or name one: make PYTHON=/path/python" >&2
+	    elif [ -z "$$python" ]; then
+	        echo "$$found cannot make a virtual environment: its modules venv and ensurepip are missing." >&2
+	        echo "Debian, Ubuntu: sudo apt install python3-venv. Or name another: make PYTHON=/path/python" >&2
 	        exit 1
 	    fi
 	    echo "making $(VENV) with $$("$$python" --version)"

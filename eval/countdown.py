@@ -48,7 +48,8 @@ class CountdownProblem:
         object.__setattr__(self, "numbers", tuple(self.numbers))
         for value in (*self.numbers, self.target):
             if type(value) is not int or not 0 <= value < 10**MAX_DIGITS:
-                raise ValueError(f"Countdown takes whole numbers of up to {MAX_DIGITS} digits, got {value!r}")
+                given = quoted(repr(value))
+                raise ValueError(f"Countdown takes whole numbers of up to {MAX_DIGITS} digits, got {given}")
 
     @property
     def key(self) -> tuple[tuple[int, ...], int]:

@@ -1,12 +1,13 @@
 """A model as the harness wants it: a callable from prompts to responses.
 
-Random numbers are counter-based: the seed of a response is a function of (seed, running number of its problem, number
-of the sample), so it does not depend on how many problems are in a batch, nor on how many samples a problem has (up to
-rounding of the matrix products, which change with the batch's shape at the 1e-6 level).
+Random numbers are counter-based: the seed of a response is a function of (seed, running number of its
+problem, number of the sample), so it does not depend on how many problems are in a batch, nor on how many
+samples a problem has (up to rounding of the matrix products, which change with the batch's shape at the 1e-6
+level).
 
-A prompt that leaves no room for the response in the model's max_seq_len is an error, or, if asked, loses its beginning
-and is counted: then a small model can be put to a whole test set, long questions included, and what it was not shown
-is known.
+A prompt that leaves no room for the response in the model's max_seq_len is an error, or, if asked, loses its
+beginning and is counted: then a small model can be put to a whole test set, long questions included, and
+what it was not shown is known.
 """
 import torch
 
@@ -17,18 +18,21 @@ from .harness import Sampled
 
 
 class ModelSampler:
-    """`sampler(prompts, n_samples)` -> n_samples responses to each prompt, for `evaluate`. One evaluation, one sampler.
+    """`sampler(prompts, n_samples)` -> n_samples responses to each prompt, for `evaluate`. One evaluation,
+    one sampler.
 
-    Raises ValueError for max_new_tokens that leave no room for a prompt, and, when called, as `generate` does.
+    Raises ValueError for max_new_tokens that leave no room for a prompt, and, when called, as `generate`
+    does.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, max_new_tokens: int, temperature: float = 1.0,
-                 seed: int = 0, cut_prompts: bool = False):
-        """cut_prompts: take off the beginning of a prompt that is too long, and count it, instead of raising."""
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, max_new_tokens: int,
+                 temperature: float = 1.0, seed: int = 0, cut_prompts: bool = False):
+        """cut_prompts: take off the beginning of a prompt that is too long, and count it, instead of
+        raising."""
         limit = model.config.max_seq_len
         if not 1 <= max_new_tokens < limit:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}, but the model's max_seq_len is {limit} for prompt and "
-                             f"response together; expected 1 to {limit - 1}")
+            raise ValueError(f"max_new_tokens is {max_new_tokens}, but the model's max_seq_len is {limit}, "
+                             f"prompt and response together; expected 1 to {limit - 1}")
         self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
         self.temperature, self.seed, self.cut_prompts = temperature, seed, cut_prompts
         self.room = limit - max_new_tokens
@@ -47,13 +51,15 @@ class ModelSampler:
         completions = generate(self.model, ids, n_samples, self.max_new_tokens, self.temperature, seeds,
                                self.tokenizer.eos_id)
         self.n_prompts += len(ids)
-        responses = [Sampled(self.tokenizer.decode(c.tokens), len(c.tokens), c.finish_reason) for c in completions]
+        responses = [Sampled(self.tokenizer.decode(c.tokens), len(c.tokens), c.finish_reason)
+                     for c in completions]
         return [responses[i : i + n_samples] for i in range(0, len(responses), n_samples)]
 
     def cut_message(self) -> str | None:
         """What to tell the user about prompts that were cut; None if none was."""
         if not self.n_cut:
             return None
-        return (f"{self.n_cut:,} of {self.n_prompts:,} prompts are longer than the {self.room} tokens that the model's "
-                f"max_seq_len of {self.model.config.max_seq_len} leaves beside {self.max_new_tokens} new tokens; the "
-                "model was shown their ends only")
+        limit = self.model.config.max_seq_len
+        return (f"{self.n_cut:,} of {self.n_prompts:,} prompts are longer than the {self.room} tokens that a "
+                f"max_seq_len of {limit} leaves beside {self.max_new_tokens} new ones; the model was shown "
+                "their ends only")

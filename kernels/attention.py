@@ -16,10 +16,11 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: tor
     max_seqlen: host integer, at least the longest length; scale: 1 / sqrt(D) unless given.
     Returns [T, H, D] in q's dtype. Raises ValueError for shapes that do not fit together.
     """
-    if q.ndim != 3 or k.shape != v.shape or k.ndim != 3 or (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]):
-        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected [T, H, D] "
-                         "and twice [T, G, D]")
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[::2] != k.shape[::2]:
+        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected "
+                         "[T, H, D] and twice [T, G, D]")
     if q.shape[1] % k.shape[1]:
-        raise ValueError(f"attention: {q.shape[1]} query heads over {k.shape[1]} key/value heads; the first must be a "
-                         "multiple of the second")
-    return reference.attention(q, k, v, cu_seqlens, max_seqlen, q.shape[-1] ** -0.5 if scale is None else scale)
+        raise ValueError(f"attention: {q.shape[1]} query heads over {k.shape[1]} key/value heads; the first "
+                         "must be a multiple of the second")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return reference.attention(q, k, v, cu_seqlens, max_seqlen, scale)

@@ -19,4 +19,5 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
         raise ValueError(f"decode_attention: q {tuple(q.shape)}, caches {tuple(k_cache.shape)} and "
                          f"{tuple(v_cache.shape)}, lengths {tuple(lengths.shape)}; expected [B, H, D], "
                          "twice [B, G, S, D] with H a multiple of G, and [B]")
-    return reference.decode_attention(q, k_cache, v_cache, lengths, q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return reference.decode_attention(q, k_cache, v_cache, lengths, scale)

@@ -1,7 +1,8 @@
 """Every op in plain torch: the CPU's path, the oracle of the tests, and the text to learn from.
 
 Maths is done in `promote_types(dtype, float32)`, so 16-bit inputs accumulate in fp32 and fp64 stays fp64.
-Shapes: N sequences, T flat tokens, S padded length, H query heads, G kv heads, D head_dim, M d_model, F d_ff, V vocab.
+Shapes: N sequences, T flat tokens, S padded length, H query heads, G kv heads, D head_dim, M d_model, F d_ff,
+V vocabulary.
 """
 import torch
 import torch.nn.functional as F
@@ -56,12 +57,26 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     return SwiGLU.apply(gate_up)
 
 
-def length_runs(cu_seqlens: torch.Tensor) -> list[tuple[int, int]]:
+class TakeRows(torch.autograd.Function):
+    """x[rows] for distinct rows: the gradient is a plain copy back, where autograd's own has to add up."""
+
+    @staticmethod
+    def forward(ctx, x, rows):
+        ctx.save_for_backward(rows)
+        ctx.shape = x.shape
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, dy):
+        rows, = ctx.saved_tensors
+        return dy.new_zeros(ctx.shape).index_copy_(0, rows, dy), None
+
+
+def length_runs(lengths: list[int]) -> list[tuple[int, int]]:
     """Cut the sequences into runs (first, end) that waste little when each is padded to its own longest.
 
     A run ends where padding would pass a quarter of it, so a batch that is sorted by length pads least.
     """
-    lengths = cu_seqlens.diff().tolist()
     runs, first, longest, total = [], 0, 0, 0
     for i, length in enumerate(lengths):
         longest, total = max(longest, length), total + length
@@ -73,39 +88,42 @@ def length_runs(cu_seqlens: torch.Tensor) -> list[tuple[int, int]]:
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int,
               scale: float) -> torch.Tensor:
-    """Causal attention within each sequence. q: [T, H, D]; k, v: [T, G, D]. Pads inside itself, run by run."""
-    starts = cu_seqlens.tolist()
-    outs = [_padded_attention(q[starts[a]:starts[b]], k[starts[a]:starts[b]], v[starts[a]:starts[b]],
-                              cu_seqlens[a : b + 1] - cu_seqlens[a], scale) for a, b in length_runs(cu_seqlens)]
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+    """Causal attention within each sequence. q: [T, H, D]; k, v: [T, G, D].
 
-
-def _padded_attention(q, k, v, cu_seqlens, scale):
-    (T, H, D), G, N = q.shape, k.shape[1], len(cu_seqlens) - 1
-    lengths = cu_seqlens.diff().long()
-    S = int(lengths.max())
+    Pads inside: runs of sequences of similar length are laid out one after the other, each run padded to its
+    longest.
+    """
+    (T, H, D), G, device = q.shape, k.shape[1], q.device
     if T == 0:
         return q
-    full = T == N * S  # nothing to pad: the flat tokens are the padded layout
-    if not full:  # where token t lies among [N * S] places, with the sequences aligned left
-        before = torch.arange(N, device=q.device) * S - cu_seqlens[:-1]
-        slots = torch.arange(T, device=q.device) + before.repeat_interleave(lengths, output_size=T)
+    lengths = cu_seqlens.diff().tolist()
+    # (sequences, padded length) of each run
+    shapes = [(end - first, max(lengths[first:end])) for first, end in length_runs(lengths)]
+    sizes = [n * longest for n, longest in shapes]
+    padded = sum(sizes) > T
+    if padded:  # the place of token t in the padded layout: its sequence's first place, then on by position
+        firsts = torch.tensor([longest for n, longest in shapes for _ in range(n)], device=device).cumsum(0)
+        firsts = firsts.roll(1).index_fill_(0, torch.zeros(1, dtype=torch.int64, device=device), 0)
+        shift = (firsts - cu_seqlens[:-1]).repeat_interleave(cu_seqlens.diff().long(), output_size=T)
+        places = torch.arange(T, device=device) + shift
 
-    def pad(x):  # [T, heads, D] -> [N, heads, S, D]
+    def lay_out(x):  # [T, heads, D] -> for each run [n, heads, longest, D]
         x = wide(x)
-        if not full:
-            x = x.new_zeros(N * S, *x.shape[1:]).index_copy(0, slots, x)
-        return x.view(N, S, -1, D).transpose(1, 2)
+        if padded:
+            x = x.new_zeros(sum(sizes), *x.shape[1:]).index_copy(0, places, x)
+        return [part.view(*shape, *x.shape[1:]).transpose(1, 2)
+                for part, shape in zip(x.split(sizes), shapes, strict=True)]
 
     # padding lies behind every real token of its sequence, so the causal mask alone hides it
-    out = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), is_causal=True, scale=scale, enable_gqa=H != G)
-    out = out.transpose(1, 2).reshape(N * S, H, D)
-    return (out if full else out[slots]).to(q.dtype)
+    outs = [F.scaled_dot_product_attention(*qkv, is_causal=True, scale=scale, enable_gqa=H != G)
+            for qkv in zip(lay_out(q), lay_out(k), lay_out(v), strict=True) if qkv[0].numel()]
+    out = torch.cat([out.transpose(1, 2).reshape(-1, H, D) for out in outs])
+    return (TakeRows.apply(out, places) if padded else out).to(q.dtype)
 
 
 def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor,
                      scale: float) -> torch.Tensor:
-    """One new token of each row against that row's cache. q: [B, H, D]; caches: [B, G, S, D]; lengths: [B]."""
+    """One new token a row against that row's cache. q: [B, H, D]; caches: [B, G, S, D]; lengths: [B]."""
     (B, H, D), (_, G, S, _) = q.shape, k_cache.shape
     q_BGRD = wide(q).view(B, G, H // G, D) * scale
     scores = q_BGRD @ wide(k_cache).transpose(-1, -2)
@@ -115,7 +133,7 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
 
 
 class LinearLogprob(torch.autograd.Function):
-    """log softmax(h @ w.T / temperature) at the targets, and its entropy, one slice of the vocabulary at a time.
+    """log softmax(h @ w.T / temperature) at the targets, and its entropy, one slice of V at a time.
 
     With l = logits, p = softmax(l), H = -sum p log p and upstream gradients a (of logp) and b (of H):
         d l_j = a (1[j = target] - p_j) - b p_j (log p_j + H)
@@ -126,18 +144,18 @@ class LinearLogprob(torch.autograd.Function):
     def forward(ctx, h_TM, w_VM, targets_T, temperature):
         h = wide(h_TM) / temperature
         T = h.shape[0]
-        peak = h.new_full((T,), float("-inf"))  # running maximum of the logits
-        total, weighted = h.new_zeros(T), h.new_zeros(T)  # sums of exp(l - peak) and of exp(l - peak) * l
+        peak = h.new_full((T,), torch.finfo(h.dtype).min)  # running maximum of the logits
+        total, weighted = h.new_zeros(T), h.new_zeros(T)  # sums of exp(x) and of exp(x) x, with x = l - peak
         for start in range(0, w_VM.shape[0], VOCAB_SLICE):
             logits = h @ w_VM[start : start + VOCAB_SLICE].to(h.dtype).T
             new_peak = torch.maximum(peak, logits.amax(-1))
             rescale = (peak - new_peak).exp()
-            exps = (logits - new_peak[:, None]).exp_()
+            exps = logits.sub_(new_peak[:, None]).exp()
+            weighted = (weighted + total * (peak - new_peak)) * rescale + torch.linalg.vecdot(exps, logits)
             total = total * rescale + exps.sum(-1)
-            weighted = weighted * rescale + torch.linalg.vecdot(exps, logits)
             peak = new_peak
         lse = peak + total.log()
-        entropy = lse - weighted / total
+        entropy = total.log() - weighted / total  # no difference of large numbers, and never below 0
         chosen = torch.linalg.vecdot(h, w_VM[targets_T].to(h.dtype))
         ctx.save_for_backward(h_TM, w_VM, targets_T, lse, entropy)
         ctx.temperature = temperature
@@ -160,7 +178,8 @@ class LinearLogprob(torch.autograd.Function):
                 dlogits = log_p.exp_().mul_(-dlogp[:, None])
             else:  # -p (a + b (log p + H))
                 p = log_p.exp()
-                dlogits = log_p.add_(entropy[:, None]).mul_(dentropy[:, None]).add_(dlogp[:, None]).mul_(p).neg_()
+                dlogits = log_p.add_(entropy[:, None]).mul_(dentropy[:, None]).add_(dlogp[:, None])
+                dlogits.mul_(p).neg_()
             here = (targets_T >= start) & (targets_T < start + len(w))
             dlogits[rows[here], targets_T[here] - start] += dlogp[here]
             if dh is not None:

@@ -10,9 +10,10 @@ from . import reference
 
 
 def rope_table(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of each token's angles: two tensors [T, head_dim / 2], fp32. positions: [T] integers."""
+    """Cosines and sines of each token's angles: two tensors [T, head_dim / 2], fp32. positions: [T] ints."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
-    angles = positions.to(torch.float64)[:, None] * theta**-exponents  # fp64: position 100,000 keeps its angle
+    # in fp64, so that position 100,000 keeps its angle
+    angles = positions.to(torch.float64)[:, None] * theta**-exponents
     return angles.cos().float(), angles.sin().float()
 
 
@@ -22,7 +23,7 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     x: [T, H, D], any float dtype; cos, sin: [T, D / 2]. Returns [T, H, D] in x's dtype.
     Raises ValueError if the table does not fit x.
     """
-    if x.ndim != 3 or cos.shape != (x.shape[0], x.shape[2] // 2) or sin.shape != cos.shape:
+    if x.ndim != 3 or x.shape[2] % 2 or cos.shape != (x.shape[0], x.shape[2] // 2) or sin.shape != cos.shape:
         raise ValueError(f"rope: x is {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}; "
                          "expected [T, H, D] and twice [T, D / 2] (see rope_table)")
     return reference.rope(x, cos, sin)

@@ -10,11 +10,12 @@ from . import reference
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up for [..., 2F] that holds the gate's F features, then up's. Returns [..., F] in the same dtype.
+    """silu(gate) * up for [..., 2F] that holds the gate's F features, then up's. Returns [..., F] in the same
+    dtype.
 
     Raises ValueError if the last dimension is odd.
     """
     if gate_up.shape[-1] % 2:
-        raise ValueError(f"swiglu: the last dimension is {gate_up.shape[-1]}; it holds gate and up side by side, "
-                         "so it must be even")
+        raise ValueError(f"swiglu: the last dimension is {gate_up.shape[-1]}; it holds gate and up side by "
+                         "side, so it must be even")
     return reference.swiglu(gate_up)

@@ -1,9 +1,11 @@
-"""Sampling from a model: `generate` with a key/value cache, and `generate_naive`, the oracle that recomputes all.
+"""Sampling from a model: `generate` with a key/value cache, and `generate_naive`, the oracle without one.
 
 - A prompt is prefilled once and its keys and values are shared out to all samples of its group.
-- Finished sequences leave the batch: their rows are dropped from the cache as soon as an eighth of the rows is done.
-- Randomness is counter-based: the number that picks a token is a function of (the sample's seed, position), so a
-  sample does not depend on its neighbours or on the order (up to rounding of the matrix products at the 1e-6 level).
+- Finished sequences leave the batch: their rows are dropped from the cache as soon as an eighth of the rows
+  is done.
+- Randomness is counter-based: the number that picks a token is a function of (the sample's seed, position),
+  so a sample does not depend on its neighbours or on the order (up to rounding of the matrix products at the
+  1e-6 level).
 - Each token comes with its log-prob under the distribution that it was drawn from.
 
 Left out: top-k and top-p (training must score what was sampled), stop strings, continuous batching.
@@ -51,47 +53,49 @@ def counter_uniform(seeds: torch.Tensor, counters: torch.Tensor) -> torch.Tensor
 
 def sample_seeds(n: int, *keys: int) -> torch.Tensor:
     """[n] int64 seeds, a fixed function of the keys, as in sample_seeds(256, run_seed, step)."""
-    state = np.random.SeedSequence([int(k) & 0xFFFF_FFFF_FFFF_FFFF for k in keys]).generate_state(1, np.uint64)
+    words = [int(k) & 0xFFFF_FFFF_FFFF_FFFF for k in keys]
+    state = np.random.SeedSequence(words).generate_state(1, np.uint64)
     return _mix(torch.arange(n) + int(state.view(np.int64)[0]))
 
 
 def sample_tokens(logits: torch.Tensor, temperature: float, seeds: torch.Tensor, counters: torch.Tensor):
-    """Draw one token a row: (tokens [B] int64, logp [B] float32). Temperature 0 takes the likeliest, with logp 0.
+    """Draw one token a row: (tokens [B] int64, logp [B] float32). Temperature 0 takes the likeliest, logp 0.
 
-    logits: [B, V]. Inverts the cumulative distribution, so one random number a row is all it takes; a token of
-    probability 0 is never drawn. Raises NonFiniteError for NaN or infinite logits.
+    logits: [B, V]. Inverts the cumulative distribution, so one random number a row is all it takes; a token
+    of probability 0 is never drawn. Raises NonFiniteError for NaN or infinite logits.
     """
     if not torch.isfinite(logits.sum()):
         bad = (~torch.isfinite(logits)).any(-1).nonzero().flatten().tolist()
         raise NonFiniteError(f"logits are NaN or infinite in {len(bad)} of {len(logits)} rows while sampling")
     if temperature == 0:
         return logits.argmax(-1), logits.new_zeros(len(logits))
-    logp = torch.log_softmax(logits / temperature, -1)
-    cumulative = logp.exp().cumsum(-1)
+    probs = torch.softmax(logits / temperature, -1)
+    cumulative = probs.cumsum(-1)
     threshold = counter_uniform(seeds, counters).float() * cumulative[:, -1]
     # float32 rounding may lift the threshold to the total itself: then the last token of any probability
     threshold = torch.minimum(threshold, torch.nextafter(cumulative[:, -1], threshold.new_zeros(())))
     tokens = torch.searchsorted(cumulative, threshold[:, None], right=True)
-    return tokens[:, 0], logp.gather(1, tokens)[:, 0]
+    return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 
 def check_request(model: Transformer, prompts, max_new_tokens: int, temperature: float):
     longest = max((len(p) for p in prompts), default=0)
     if not prompts or min(len(p) for p in prompts) == 0:
-        raise ValueError(f"generate: got {len(prompts)} prompts, the shortest empty or missing; every prompt needs "
-                         "at least one token")
+        raise ValueError(f"generate: got {len(prompts)} prompts, the shortest empty or missing; every prompt "
+                         "needs at least one token")
     if max_new_tokens < 1 or temperature < 0:
-        raise ValueError(f"generate: max_new_tokens is {max_new_tokens} and temperature {temperature}; expected at "
-                         "least 1 and at least 0")
+        raise ValueError(f"generate: max_new_tokens is {max_new_tokens} and temperature {temperature}; "
+                         "expected at least 1 and at least 0")
     if longest + max_new_tokens > model.config.max_seq_len:
-        raise ValueError(f"generate: a prompt of {longest} tokens and max_new_tokens {max_new_tokens} pass the model's "
-                         f"max_seq_len {model.config.max_seq_len}; ask for fewer new tokens or shorten the prompt")
+        raise ValueError(f"generate: a prompt of {longest} tokens and max_new_tokens {max_new_tokens} pass "
+                         f"the model's max_seq_len {model.config.max_seq_len}; ask for fewer new tokens or "
+                         "shorten the prompt")
 
 
 @torch.inference_mode()
-def generate(model: Transformer, prompts: list[list[int]], n_samples: int, max_new_tokens: int, temperature: float,
-             seeds: torch.Tensor, eos_id: int, max_rows: int = 512) -> list[Completion]:
-    """Sample `n_samples` continuations of each prompt; the samples of prompt p are p * n_samples and those after it.
+def generate(model: Transformer, prompts: list[list[int]], n_samples: int, max_new_tokens: int,
+             temperature: float, seeds: torch.Tensor, eos_id: int, max_rows: int = 512) -> list[Completion]:
+    """Sample `n_samples` continuations of each prompt; those of prompt p begin at p * n_samples.
 
     prompts: token ids; seeds: [P * n_samples] int64, one a sample; max_rows: sequences decoded at one time.
     Raises ValueError for an empty prompt, one that does not fit max_seq_len, or seeds of another length, and
@@ -99,8 +103,8 @@ def generate(model: Transformer, prompts: list[list[int]], n_samples: int, max_n
     """
     check_request(model, prompts, max_new_tokens, temperature)
     if len(seeds) != len(prompts) * n_samples:
-        raise ValueError(f"generate: got {len(seeds)} seeds for {len(prompts)} prompts x {n_samples} samples; expected "
-                         f"{len(prompts) * n_samples}")
+        raise ValueError(f"generate: got {len(seeds)} seeds for {len(prompts)} prompts x {n_samples} "
+                         f"samples; expected {len(prompts) * n_samples}")
     done: list[Completion] = []
     per_wave = max(1, max_rows // n_samples)
     for start in range(0, len(prompts), per_wave):
@@ -119,7 +123,8 @@ def _generate_wave(model, prompts, n_samples, max_new_tokens, temperature, seeds
     lengths = packed.cu_seqlens.diff().long().repeat_interleave(n_samples)  # [B] tokens in each row's cache
     longest = packed.max_seqlen
     slots = torch.arange(longest, device=device)
-    index = (packed.cu_seqlens[:-1, None] + slots).clamp(max=len(packed.tokens) - 1)  # [P, longest]; rest is garbage
+    # [P, longest]; what lies behind a prompt's end is garbage that no row reads
+    index = (packed.cu_seqlens[:-1, None] + slots).clamp(max=len(packed.tokens) - 1)
     caches = []
     for k, v in kv:
         pair = []
@@ -151,7 +156,8 @@ def _generate_wave(model, prompts, n_samples, max_new_tokens, temperature, seeds
             rows, lengths, tokens = rows[keep], lengths[keep], tokens[keep]
             caches = [(k[keep], v[keep]) for k, v in caches]
         seen = longest + t + 1  # no row is longer than this: the rest of the cache need not be read
-        logits = model.logits(model.decode(tokens, lengths, [(k[:, :, :seen], v[:, :, :seen]) for k, v in caches]))
+        views = [(k[:, :, :seen], v[:, :, :seen]) for k, v in caches]
+        logits = model.logits(model.decode(tokens, lengths, views))
         lengths = lengths + 1
     tokens_out, logp_out, n_out, stopped = (x.cpu().numpy() for x in (tokens_out, logp_out, n_out, stopped))
     return [Completion(tokens_out[i, :n].copy(), logp_out[i, :n].copy(), "stop" if stopped[i] else "length")
@@ -161,7 +167,7 @@ def _generate_wave(model, prompts, n_samples, max_new_tokens, temperature, seeds
 @torch.inference_mode()
 def generate_naive(model: Transformer, prompt: list[int], max_new_tokens: int, temperature: float, seed: int,
                    eos_id: int) -> Completion:
-    """The oracle: one sequence, the whole forward pass again for every token. Same seed, same tokens as `generate`."""
+    """The oracle: one sequence, the whole forward pass again for every token. Same seed, same tokens."""
     check_request(model, [prompt], max_new_tokens, temperature)
     tokens, logps = list(prompt), []
     while len(tokens) < len(prompt) + max_new_tokens:

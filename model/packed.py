@@ -1,8 +1,8 @@
 """Packed: a batch of sequences as flat tokens with offsets, without padding.
 
-Every layer but attention works on `[T, ...]`; attention alone reads `cu_seqlens`. So there is no attention mask, no
-pad token and no left or right padding to get wrong. The batch is checked once, here, on the host; `max_seqlen` is a
-host integer, so that no layer ever reads the device back.
+Every layer but attention works on `[T, ...]`; attention alone reads `cu_seqlens`. So there is no attention
+mask, no pad token and no left or right padding to get wrong. The batch is checked once, here, on the host;
+`max_seqlen` is a host integer, so that no layer ever reads the device back.
 """
 from dataclasses import dataclass
 
@@ -24,7 +24,8 @@ class Packed:
     """Length of the longest sequence."""
 
     def to(self, device) -> "Packed":
-        return Packed(self.tokens.to(device), self.positions.to(device), self.cu_seqlens.to(device), self.max_seqlen)
+        tensors = (x.to(device) for x in (self.tokens, self.positions, self.cu_seqlens))
+        return Packed(*tensors, self.max_seqlen)
 
 
 def offsets(lengths) -> np.ndarray:

@@ -1,13 +1,14 @@
 """A decoder of the Llama and Qwen family: pre-norm, RoPE, grouped queries, SwiGLU, tied or untied head.
 
-It works on flat tokens (see packed.py), so it has no batch dimension and no mask. `forward` returns hidden states, not
-logits: `logprobs` turns them into log-probs and entropies without ever holding [T, V].
+It works on flat tokens (see packed.py), so it has no batch dimension and no mask. `forward` returns hidden
+states, not logits: `logprobs` turns them into log-probs and entropies without ever holding [T, V].
 
-Weights are the optimizer's masters, in fp32; each layer casts its own to the dtype of the hidden states where it is
-used, so `model.compute_dtype = torch.bfloat16` is all that mixed precision takes. q, k and v share one matrix, and so
-do gate and up: fewer, larger matrix products.
+Weights are the optimizer's masters, in fp32; each layer casts its own to the dtype of the hidden states where
+it is used, so `model.compute_dtype = torch.bfloat16` is all that mixed precision takes. q, k and v share one
+matrix, and so do gate and up: fewer, larger matrix products.
 
-Shapes: T tokens, M d_model, H query heads, G kv heads, D head_dim, F d_ff, V vocabulary, B rows, S cache length.
+Shapes: T tokens, M d_model, H query heads, G kv heads, D head_dim, F d_ff, V vocabulary, B rows,
+S cache length.
 """
 import torch
 import torch.nn.functional as F
@@ -94,7 +95,8 @@ class Transformer(nn.Module):
         return self.embed if self.config.tie_embeddings else self.lm_head
 
     def init_weights(self, seed: int) -> "Transformer":
-        """Matrices ~ N(0, 1 / fan_in), those that write to the residual stream less by sqrt(2 n_layers); norms 1."""
+        """Matrices ~ N(0, 1 / fan_in), those that write to the residual stream less by sqrt(2 n_layers);
+        norms 1, biases 0."""
         rng = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, p in self.named_parameters():
@@ -152,7 +154,7 @@ class Transformer(nn.Module):
         return rmsnorm(x_TM, self.norm, c.norm_eps)
 
     def logprobs(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0):
-        """(logp [T], entropy [T]) of `targets` after `hidden`, at the temperature that they were sampled at."""
+        """(logp [T], entropy [T]) of `targets` after `hidden`, at the temperature they were sampled at."""
         return linear_logprob(hidden, self.head, targets, temperature)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -162,18 +164,19 @@ class Transformer(nn.Module):
 
 def param_count(c: ModelConfig) -> int:
     """Number of parameters, a tied head counted once."""
-    attn = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim * (c.d_model + c.qkv_bias) + c.d_model * c.n_heads * c.head_dim
-    block = attn + 2 * c.head_dim * c.qk_norm + 3 * c.d_model * c.d_ff + 2 * c.d_model
+    qkv = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim * (c.d_model + c.qkv_bias) + 2 * c.head_dim * c.qk_norm
+    block = qkv + c.d_model * c.n_heads * c.head_dim + 3 * c.d_model * c.d_ff + 2 * c.d_model
     return c.n_layers * block + c.d_model + c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
 
 
 def flops_per_token(c: ModelConfig, seqlen: float, training: bool) -> float:
-    """FLOPs of the matrix products for one token at a mean sequence length (2 a multiply-add; causal attention half).
+    """FLOPs of the matrix products for one token at a mean sequence length (2 a multiply-add; causal
+    attention counts half).
 
-    Forward alone, or three times that for training (Kaplan et al. 2020, arXiv 2001.08361); the embedding look-up is
-    free, what a kernel computes anew in backward does not count.
+    Forward alone, or three times that for training (Kaplan et al. 2020, arXiv 2001.08361); the embedding
+    look-up is free, what a kernel computes anew in backward does not count.
     """
     block = (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim * c.d_model + 3 * c.d_model * c.d_ff
     matmuls = 2 * (c.n_layers * block + c.vocab_size * c.d_model)
-    scores = 2 * c.n_layers * c.n_heads * c.head_dim * seqlen  # q k^T and p v: 4 S / 2 a token, head and feature
+    scores = 2 * c.n_layers * c.n_heads * c.head_dim * seqlen  # q k^T, p v: 4 S / 2 a token, head, feature
     return (matmuls + scores) * (3 if training else 1)

@@ -16,7 +16,7 @@ class RewardConfig:
 
     accuracy_weight: float = 1.0
     """Worth of a right answer."""
-    format_weight: float = 0.1
+    format_weight: float = 0.2
     """Worth of a well-formed response, right or wrong. A large one pulls everything to short, wrong, tidy answers."""
 
     def __post_init__(self):

@@ -107,7 +107,7 @@ def test_any_changed_byte_is_harmless_or_found(run_of_two, name, position, value
     (lambda run: run / "nowhere", "nowhere does not exist; expected the folder of a run"),
     (lambda run: (run / "file").write_text("x") and run / "file", "file is a file; expected the folder"),
     (lambda run: run, "not the folder of a run: it holds nothing, and no checkpoints/. Give the folder"),
-    (lambda run: [(run / c).touch() for c in "abcdef"] and run, "holds a, b, c, d, e, …, and no check/"),
+    (lambda run: [(run / c).touch() for c in "abcdef"] and run, "holds a, b, c, d, e, …, and no check"),
     (lambda run: (run / "checkpoints").mkdir() or run, "holds no checkpoint yet; start the run afresh"),
     (lambda run: (run / "checkpoints").touch() or run, "it holds checkpoints, and no checkpoints/"),
     (lambda run: run / ("x" * 300), "cannot read .*: File name too long; give one you may read"),

@@ -83,6 +83,7 @@ def test_interval_knows_that_samples_of_a_problem_are_alike():
     assert agreeing == interval([0.0, 1.0] * 50)
     independent = interval([0.5] * 100, n_samples=4)  # no more scatter than 400 coins have
     assert independent == pytest.approx(interval([0.0, 1.0] * 200))
+    assert interval([0.499, 0.501] * 50, n_samples=4) == pytest.approx(independent)
     assert interval([0.25, 0.75] * 50, n_samples=4).low > agreeing.low
 
 
@@ -163,13 +164,14 @@ def test_lines_are_written_as_it_goes(tmp_path):
     calls, nasty = [], "line\nbreak \ud800 \x00 \u2028"
 
     def failing(prompts, n_samples):
-        calls.append(prompts)
+        calls.append(len(out.read_bytes().splitlines()))
         if len(calls) == 3:
             raise KeyboardInterrupt
         return [[Sampled(nasty, 3, "eos")] * n_samples for _ in prompts]
 
     with pytest.raises(KeyboardInterrupt):
         evaluate(failing, TASK, problems, n_samples=2, out=out, batch=2, progress=False)
+    assert calls == [0, 4, 8]  # on the disk before the next batch is sampled
     text = out.read_bytes().decode("ascii")
     assert text.count("\n") == 8 and text.endswith("\n")
     assert [json.loads(line)["response"] for line in text.split("\n")[:-1]] == [nasty] * 8

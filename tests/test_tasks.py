@@ -241,7 +241,7 @@ def test_game24_file(tmp_path):
         assert Countdown().grade(problem, f"<answer>{text}</answer>").accuracy == 1.0
     for bad, why in (
         (b"Rank,Puzzles\n1,1 1 4 6\n2,1 x 4 6\n", "line 3"),
-        (b"Rank,Puzzles\n1\n", "line 2"),
+        (b"Rank,Puzzles\n1\n", "line 2: .* got ' -> 24'"),
         (b"a,b\n", "no column Puzzles"),
         (b"", "no column"),
         (b"Puzzles\n", "holds no puzzles"),

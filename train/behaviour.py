@@ -2,13 +2,13 @@
 
     <think>9+7=16,16-3=13,13-13=0 ok;9-7=2,3+2=5,5-13=-8 no</think><answer>3+(9-7)</answer>
 
-An attempt is what stands between `;` (see corpus.py); its verdict is the `ok` or `no` at its end. The skill that the
-pretraining text lacks is to use the verdict: go on after a `no`, stop after an `ok`. So the two figures that count are
-the chances that the block ends right after a verdict of each kind. Verdicts count as they are WRITTEN: whether they
-are right is a measure of its own.
+An attempt is what stands between `;` (see corpus.py); its verdict is the `ok` or `no` at its end. The skill
+that the pretraining text lacks is to use the verdict: go on after a `no`, stop after an `ok`. So the two
+figures that count are the chances that the block ends right after a verdict of each kind. Verdicts count as
+they are WRITTEN: whether they are right is a measure of its own.
 
-Left out: what the response gets for its answer (eval/harness.py), and any judgement of thoughts that are no attempts.
-Text comes from a model, so it may be anything: nothing here raises, and the time is linear in the text's length.
+Left out: what a response is paid for (rl/rewards.py), and any judgement of thoughts that are no attempts.
+Text comes from a model, so it may be anything: no text raises, and none takes long.
 """
 import re
 from collections import Counter
@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from ..eval.countdown import Countdown, CountdownProblem
+from ..eval.expression import MAX_LENGTH
 from ..eval.response import FRAME, parse_response
 
 TAG = re.compile("|".join(FRAME))
@@ -53,11 +54,11 @@ class Behaviour:
     p_stop_after_ok: float | None
     """Share of verdicts that say ok after which the thoughts end."""
     n_ok: int
-    """How many verdicts say ok and were followed by anything: at the end of a cut response nothing was decided."""
+    """How many verdicts say ok; one at the very end of a cut response decided nothing and is left out."""
     p_stop_after_no: float | None
     """Share of verdicts that say no after which the thoughts end."""
     n_no: int
-    """How many say no and were followed by anything."""
+    """How many verdicts say no, counted likewise."""
     verdict_accuracy: float | None
     """Of the verdicts behind a readable check `v-t=d`: says ok where v and t both are the target, else no."""
     n_checks: int
@@ -72,11 +73,11 @@ class Behaviour:
     answer_follows_last: float | None
     """Share of answers with the expression of the last attempt."""
     n_answered: int
-    """Responses with both an answer and an attempt."""
+    """Responses with both an answer and an attempt; the two shares beside are of these."""
     right_after_ok: float | None
     """Share of right answers where the last verdict says ok."""
     n_last_ok: int
-    """Responses whose last verdict says ok."""
+    """Of those, responses whose last attempt says ok."""
 
     def to_dict(self) -> dict[str, int | float | None]:
         """Plain JSON types."""
@@ -101,10 +102,10 @@ class Attempt:
 
 
 def thoughts(response: str) -> tuple[str, bool]:
-    """(what was thought, whether a tag ended it): the text from the first <think> to the next tag of any kind.
+    """(what was thought, whether a tag ended it): the text from the first <think> to the next tag.
 
-    Broken tags are for the format reward to judge. Without a <think> the text counts from its start (after tags that
-    it begins with), unless it is an answer block.
+    Broken tags are for the format reward to judge. Without a <think> the text counts from its start (after
+    tags that it begins with), unless it is an answer block.
     """
     _, opening, text = response.partition("<think>")
     if not opening:
@@ -137,10 +138,10 @@ def parse_attempts(response: str) -> list[Attempt]:
 
 
 def is_valid(attempt: Attempt, problem: CountdownProblem) -> bool:
-    """Whether an attempt is one of corpus.all_attempts (with all four operations), told without making them all.
+    """Whether an attempt is one of corpus.all_attempts with all four operations; none of them is made.
 
-    Each step takes two numbers out of the pool, the larger first, and puts its true result back, not below 0; the
-    check stands after the last; and there is one way to spell it.
+    Each step takes two numbers out of the pool, the larger first, and puts its true result back; the check
+    comes when one number is left; and there is one way to spell it.
     """
     if None in attempt.steps or attempt.check is None or not all(step.true for step in attempt.steps):
         return False
@@ -157,20 +158,22 @@ def is_valid(attempt: Attempt, problem: CountdownProblem) -> bool:
 
 
 def follows(answer: str, attempt: Attempt) -> bool:
-    """Whether an answer is the expression of an attempt: its steps, done inside the answer one by one, use it up.
+    """Whether an answer is the expression of an attempt: its steps, done inside the answer, use it up.
 
-    `(9-3)+7` follows 9-3=6,6+7=13: (9-3) becomes 6, and 6+7 is the last step. Steps that are false or use numbers not
-    given can be followed too.
+    `(9-3)+7` follows 9-3=6,6+7=13: (9-3) becomes 6, and 6+7 is the last step. Steps that are false or use
+    numbers not given can be followed too.
     """
-    *steps, last = attempt.steps[:-1] if attempt.check else [None]
-    if last is None or None in steps:
+    steps = attempt.steps[:-1]
+    if attempt.check is None or not steps or None in steps:
         return False
-    text = "".join(answer.split())
+    text, last = "".join(answer.split()), steps.pop()
+    if len(text) > MAX_LENGTH:  # the grader reads no more either
+        return False
     for step in steps:
-        bracket = f"({step.a}{step.op}{step.b})"
-        if bracket not in text:
+        before, bracket, after = text.partition(f"({step.a}{step.op}{step.b})")
+        if not bracket:
             return False
-        text = text.replace(bracket, str(step.c), 1)
+        text = f"{before}{step.c}{after}"
     return text == f"{last.a}{last.op}{last.b}"
 
 
@@ -182,29 +185,38 @@ def share(hits: Iterable[bool]) -> tuple[float | None, int]:
 
 def measure(problems: Sequence[CountdownProblem], responses: Sequence[str]) -> Behaviour:
     """The behaviour of responses[n] to problems[n]. Raises ValueError only if the two differ in length."""
-    grader = Countdown(n_numbers=2, high=9)  # it judges by the problem given; these dials are the quickest to set up
-    written = [(problem, response, parse_attempts(response))
-               for problem, response in zip(problems, responses, strict=True)]
-    attempts = [(problem, attempt) for problem, _, all_of_it in written for attempt in all_of_it]
-    stops = {word: share(a.ends_thoughts for _, a in attempts if a.verdict == word and a.ends_thoughts is not None)
-             for word in ("ok", "no")}
-    checks = share((a.verdict == "ok") == (a.check.a == a.check.b == p.target) for p, a in attempts if a.check)
+    grader = Countdown(n_numbers=2, high=9)  # judges by the problem given; these dials are quick to set up
+    made = [parse_attempts(response) for response in responses]
+    attempts = [(problem, attempt)
+                for problem, group in zip(problems, made, strict=True) for attempt in group]
+    stops = {word: share(a.ends_thoughts for _, a in attempts
+                         if a.verdict == word and a.ends_thoughts is not None) for word in ("ok", "no")}
+    checks = share((a.verdict == "ok") == (a.check.a == a.check.b == problem.target)
+                   for problem, a in attempts if a.check)
     equations = share(step.true for _, a in attempts for step in a.steps if step)
-    answers = [(parse_response(r).answer, made) for _, r, made in written if made]
-    follow = share(follows(answer, made[-1]) for answer, made in answers if answer is not None)
-    right_after_ok = share(grader.grade(p, r).accuracy == 1.0
-                           for p, r, made in written if made and made[-1].verdict == "ok")
-    n_repeats = sum(len(made) - len({a.text for a in made}) for _, _, made in written)
+    answered = [(problem, response, answer, group[-1])
+                for problem, response, group in zip(problems, responses, made, strict=True)
+                if group and (answer := parse_response(response).answer) is not None]
+    follow = share(follows(answer, last) for _, _, answer, last in answered)
+    right_after_ok = share(grader.grade(problem, response).accuracy == 1.0
+                           for problem, response, _, last in answered if last.verdict == "ok")
+    n_repeats = sum(len(group) - len({a.text for a in group}) for group in made)
     return Behaviour(
-        n_answers=len(written),
+        n_answers=len(made),
         n_attempts=len(attempts),
-        attempts_per_answer=len(attempts) / len(written) if written else None,
-        p_stop_after_ok=stops["ok"][0], n_ok=stops["ok"][1],
-        p_stop_after_no=stops["no"][0], n_no=stops["no"][1],
-        verdict_accuracy=checks[0], n_checks=checks[1],
-        arithmetic_accuracy=equations[0], n_equations=equations[1],
-        valid_attempts=share(is_valid(a, p) for p, a in attempts)[0],
+        attempts_per_answer=len(attempts) / len(made) if made else None,
+        p_stop_after_ok=stops["ok"][0],
+        n_ok=stops["ok"][1],
+        p_stop_after_no=stops["no"][0],
+        n_no=stops["no"][1],
+        verdict_accuracy=checks[0],
+        n_checks=checks[1],
+        arithmetic_accuracy=equations[0],
+        n_equations=equations[1],
+        valid_attempts=share(is_valid(a, problem) for problem, a in attempts)[0],
         repeated_attempts=n_repeats / len(attempts) if attempts else None,
-        answer_follows_last=follow[0], n_answered=follow[1],
-        right_after_ok=right_after_ok[0], n_last_ok=right_after_ok[1],
+        answer_follows_last=follow[0],
+        n_answered=follow[1],
+        right_after_ok=right_after_ok[0],
+        n_last_ok=right_after_ok[1],
     )

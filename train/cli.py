@@ -1,7 +1,7 @@
 """The command line: `r1zero <command> [--flags]`, each command also as `python -m r1zero.train.<command>`.
 
-A command is a module here with a frozen dataclass, whose fields are its flags (tyro reads them), and a function of the
-command's own name that takes it. The module is imported when its command is called, so that `r1zero --help` and
+A command is a module here with a frozen dataclass, whose fields are its flags (tyro reads them), and a
+function that takes it. The module is imported when its command is called, so that `r1zero --help` and
 `r1zero grade` do not wait for torch.
 
     exit code   what happened
@@ -10,8 +10,8 @@ command's own name that takes it. The module is imported when its command is cal
     2           flags, files or data that the user can mend; one line says how
     130         broken off by Ctrl-C
 
-`--traceback`, anywhere, shows where an error came from instead. Left out: shell completion beyond tyro's own, config
-files (a shell script with flags is one), an alias for every flag.
+`--traceback`, anywhere, shows where an error came from instead. Left out: shell completion beyond tyro's
+own, config files (a shell script with flags is one), an alias for every flag.
 """
 import difflib
 import io
@@ -22,43 +22,61 @@ import warnings
 from contextlib import contextmanager, redirect_stderr
 from importlib import import_module
 
-COMMANDS = {  # command: (its config class, what it does)
-    "demo": ("DemoConfig", "R1-Zero from nothing on a laptop: corpus, base model, GRPO, its control, a report"),
-    "pretrain": ("PretrainConfig", "train a base model from random weights, on your text or the demo's corpus"),
-    "sft": ("SFTConfig", "fine-tune a model on prompt/response pairs"),
-    "grpo": ("GRPOConfig", "R1-Zero: GRPO straight on a base model, with rule rewards"),
-    "eval": ("EvalConfig", "measure a model on held-out problems, with intervals"),
-    "grade": ("GradeConfig", "say what reward a response earns, and why"),
-    "chat": ("ChatConfig", "type problems, see what the model thinks and answers"),
+COMMANDS = {  # command: (its config class, its function, what it does)
+    "demo": ("DemoConfig", "demo", "R1-Zero from nothing: base model, GRPO, its control, a report"),
+    "pretrain": ("PretrainConfig", "pretrain", "train a base model from random weights"),
+    "sft": ("SFTConfig", "sft", "fine-tune a model on prompt/response pairs"),
+    "grpo": ("GRPOConfig", "grpo", "R1-Zero: GRPO straight on a base model, with rule rewards"),
+    "eval": ("EvalConfig", "run_eval", "measure a model on held-out problems, with intervals"),
+    "grade": ("GradeConfig", "grade", "say what reward a response earns, and why"),
+    "chat": ("ChatConfig", "chat", "type problems, see what the model thinks and answers"),
 }
-MEMORY_FLAGS = ("micro_tokens", "batch", "samples", "prompts_per_step", "group_size", "max_new_tokens", "seq_len", "model")
+MEMORY_FLAGS = ("micro_tokens", "batch", "samples", "prompts_per_step", "group_size", "max_new_tokens",
+                "seq_len", "model")
 
 
 def usage() -> str:
     """The text of `r1zero --help`."""
-    lines = [f"  {name:<10} {what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:<10} {what}" for name, (_, _, what) in COMMANDS.items()]
     return "\n".join(["usage: r1zero <command> [--flags]", "", "commands:", *lines, "",
                       "r1zero <command> --help lists the flags of a command;",
                       "--traceback shows where an error came from. Start with: r1zero demo"])
 
 
+def printable(text: str) -> str:
+    """Text that a terminal shows and does not obey: control characters are spelled, line breaks and tabs
+    stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
 def one_line(text: str) -> str:
-    """Text for a message: one line, and nothing in it that a terminal would obey."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+    """Text for a message."""
+    return printable(" ".join(text.split()))
+
+
+def refusal_behind(error: BaseException | None) -> ValueError | None:
+    """The ValueError of a config's __post_init__ that `error` came from, if it did; tyro frames it over
+    several lines."""
+    while error is not None:
+        names = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if isinstance(error, ValueError) and "__post_init__" in names:
+            return error
+        error = error.__context__
+    return None
 
 
 def parse_flags(command: str, config_class: type, flags: list[str]):
-    """The command's config from its flags. Raises SystemExit as tyro does, with tyro's own text, for --help and flags
-    that are not there; ValueError for a value that the config refuses."""
+    """The command's config from its flags. Raises SystemExit as tyro does, with tyro's own text, for --help
+    and flags that are not there; ValueError for a value that the config refuses."""
     import tyro  # a quarter of a second, not needed for the list of commands
-    refusal = io.StringIO()
+    text = io.StringIO()
     try:
-        with redirect_stderr(refusal):
+        with redirect_stderr(text):
             return tyro.cli(config_class, args=flags, prog=f"r1zero {command}")
     except SystemExit as stop:
-        if isinstance(stop.__context__, ValueError):  # raised by __post_init__; tyro frames it over several lines
-            raise stop.__context__ from None
-        sys.stderr.write(refusal.getvalue())
+        if refusal := refusal_behind(stop):
+            raise refusal from None
+        sys.stderr.write(text.getvalue())
         raise
 
 
@@ -110,15 +128,16 @@ def run(command: str, flags: list[str], show_traceback: bool) -> int:
     config = None
     try:
         with short_warnings(command):
+            config_class, function, _ = COMMANDS[command]
             module = import_module(f"{__package__}.{command}")
-            config = parse_flags(command, getattr(module, COMMANDS[command][0]), flags)
-            getattr(module, command)(config)
+            config = parse_flags(command, getattr(module, config_class), flags)
+            getattr(module, function)(config)
             sys.stdout.flush()  # so that a reader who went away is noticed here
         return 0
     except SystemExit as stop:  # tyro's
         return stop.code if isinstance(stop.code, int) else 2
-    except BrokenPipeError:  # whoever read our output has gone, as in `r1zero grade … | head`: nothing to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
+    except BrokenPipeError:  # whoever read our output has gone, as in `r1zero grade ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it ends
         return 1
     except (Exception, KeyboardInterrupt) as error:
         if show_traceback:
@@ -126,8 +145,8 @@ def run(command: str, flags: list[str], show_traceback: bool) -> int:
         code, message = explain(error, config)
         if message is None:
             traceback.print_exception(error)
-            message = ("this is a fault of r1zero, not of yours; please report it with the lines above and the command "
-                       "that you gave")
+            message = ("this is a fault of r1zero, not of yours; please report it with the lines above and "
+                       "the command that you gave")
         print(f"r1zero {command}: {one_line(message) or type(error).__name__}", file=sys.stderr)
         return code
 
@@ -137,9 +156,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in argv
     argv = [word for word in argv if word != "--traceback"]
-    for stream in (sys.stdout, sys.stderr):  # a model can write what the terminal has no letters for
+    # A model can write what a terminal has no letters for, and a pipe can bring bytes that are no text.
+    for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "replace")):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors=errors)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -147,8 +167,8 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         close = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
-        print(f"r1zero: there is no command {one_line(command)!r}{hint}; the commands are {', '.join(COMMANDS)}, and "
-              "r1zero --help says what they do", file=sys.stderr)
+        print(f"r1zero: there is no command {one_line(command)!r}{hint}; the commands are "
+              f"{', '.join(COMMANDS)}, and r1zero --help says what they do", file=sys.stderr)
         return 2
     return run(command, flags, show_traceback)
 

@@ -35,7 +35,7 @@ class GRPOConfig(RunConfig):
     """Problems in a step."""
     group_size: int = 16
     """Answers sampled to each problem."""
-    max_new_tokens: int = 160
+    max_new_tokens: int = 128
     """Longest answer; one that is cut off gets no format reward."""
     temperature: float = 1.0
     """Of sampling, and of the log-probs in the loss."""
@@ -45,7 +45,7 @@ class GRPOConfig(RunConfig):
     normalise_std: bool = True
     """Divide advantages by the group's standard deviation (GRPO) or not (Dr. GRPO)."""
     loss: LossConfig = field(default_factory=LossConfig)
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-4, warmup=5, schedule="constant",
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2.5e-4, warmup=5, schedule="constant",
                                                                    weight_decay=0.0))
     micro_tokens: int = 2048
     """Tokens in one forward and backward pass; changes memory and speed, not the gradient."""
@@ -135,8 +135,10 @@ def update_policy(policy, reference, rollouts: Rollouts, advantages_N: np.ndarra
                 sums[name] = sums.get(name, 0.0) + float(value)
         if batches:
             norms.append(optimizer_step(policy, optimizer, learning_rate(step, c.steps, c.optim), c.optim))
-    sums["entropy"] /= max(1, n_tokens)
-    return {**sums, "gradient_norm": max(norms), "logp_gap": gap, "trained_samples": len(live)}
+    # each update weighs its share as a whole batch, so the weighted sums are means over the updates after division
+    means = {name: value / (max(1, n_tokens) if name == "entropy" else c.updates_per_step)
+             for name, value in sums.items()}
+    return {**means, "gradient_norm": np.max(norms), "logp_gap": gap, "trained_samples": len(live)}
 
 
 @torch.no_grad()
@@ -167,9 +169,14 @@ def grpo(c: GRPOConfig):
         run.restore(policy, optimizer)
         for step in run.steps():
             figures = grpo_step(policy, reference, tokenizer, task, optimizer, c, step)
-            run.check_finite(step, loss=figures["loss"], gradient_norm=figures["gradient_norm"])
+            run.check_finite(step, policy, loss=figures["loss"], gradient_norm=figures["gradient_norm"])
             figures = {name: float(value) for name, value in figures.items()}
             run.log(step, figures, show=("accuracy", "format", "length", "kl_to_base"))
             if run.due(step, c.save_every):
                 run.save(step, policy, tokenizer, optimizer)
     return policy
+
+
+if __name__ == "__main__":
+    from .cli import run_command
+    run_command("grpo")

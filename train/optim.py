@@ -55,12 +55,17 @@ def learning_rate(step: int, total_steps: int, c: OptimConfig) -> float:
 
 
 def optimizer_step(model, optimizer, lr: float, c: OptimConfig) -> float:
-    """Clip, step and clear. Returns the gradient's norm before clipping; if it is not finite, nothing is stepped."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.clip_grad)
-    norm = float(norm)
-    if math.isfinite(norm):
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
+    """Clip, step and clear. Returns the gradient's norm before clipping.
+
+    If that is not finite, nothing is stepped, and the gradients stay for whoever looks for the reason.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if not torch.isfinite(norm):
+        return float(norm)
+    torch.nn.utils.clip_grads_with_norm_(parameters, c.clip_grad, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
     optimizer.zero_grad()
-    return norm
+    return float(norm)

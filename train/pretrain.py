@@ -100,7 +100,6 @@ def train_step(model, optimizer, batch: Batch, lr: float, optim: OptimConfig, mi
         loss.backward()
         total += float(loss.detach())
     if not math.isfinite(total):
-        optimizer.zero_grad()
         return total, math.nan
     return total, optimizer_step(model, optimizer, lr, optim)
 
@@ -114,7 +113,7 @@ def fit(run: Run, model: Transformer, tokenizer: Tokenizer, batches, c) -> None:
         batch = batches.batch(step)
         lr = learning_rate(step, c.steps, c.optim)
         loss, norm = train_step(model, optimizer, batch, lr, c.optim, c.micro_tokens)
-        run.check_finite(step, loss=loss, gradient_norm=norm)
+        run.check_finite(step, model, loss=loss, gradient_norm=norm)
         tokens += len(batch.targets)
         speed = tokens / (time.perf_counter() - started)
         run.log(step, {"loss": loss, "gradient_norm": norm, "lr": lr, "tokens": len(batch.targets),
@@ -151,13 +150,20 @@ def corpus_batches(c: PretrainConfig) -> tuple[Tokenizer, DocumentBatches]:
     return tokenizer, DocumentBatches(ids, c.batch_tokens, max_seq_len, c.seed)
 
 
+def first_share(texts: list[str], share: float) -> list[str]:
+    """The beginning of the texts, `share` of their characters."""
+    left, kept = int(sum(len(text) for text in texts) * share), []
+    for text in texts:
+        kept.append(text[:left])
+        left = max(0, left - len(text))
+    return kept
+
+
 def text_batches(c: PretrainConfig) -> tuple[Tokenizer, TokenStream, np.ndarray]:
-    """Tokenizer, training windows and held-out tail of real text; the tokenizer sees the training part only."""
+    """Tokenizer, training windows and held-out tail of real text; the tokenizer is trained on the training part."""
     texts = read_documents(c.data)
-    cut = [len(text) - int(len(text) * c.tail_share) for text in texts[-1:]]
-    tokenizer = make_tokenizer(c.tokenizer, [*texts[:-1], texts[-1][: cut[0]]], c.vocab_size)
-    tokens = np.concatenate(encode_documents(tokenizer, texts))
-    train, tail = split_tail(tokens, c.tail_share)
+    tokenizer = make_tokenizer(c.tokenizer, first_share(texts, 1 - c.tail_share), c.vocab_size)
+    train, tail = split_tail(np.concatenate(encode_documents(tokenizer, texts)), c.tail_share)
     return tokenizer, TokenStream(train, c.seq_len, max(1, c.batch_tokens // c.seq_len), c.seed), tail
 
 
@@ -178,7 +184,12 @@ def pretrain(c: PretrainConfig) -> Transformer:
         fit(run, model, tokenizer, batches, c)
     if tail is not None:
         n_bytes = tokenizer.count_bytes(tail[1:])
-        unigram = unigram_bits_per_byte(batches.tokens, tail, n_bytes, tokenizer.vocab_size)
+        unigram = unigram_bits_per_byte(batches.tokens, tail[1:], n_bytes, tokenizer.vocab_size)
         print(f"held-out tail of {n_bytes:,} bytes: {bits_per_byte(model, tail, n_bytes, c.seq_len):.3f} bits per byte; "
               f"a unigram model reaches {unigram:.3f}")
     return model
+
+
+if __name__ == "__main__":
+    from .cli import run_command
+    run_command("pretrain")

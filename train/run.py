@@ -93,6 +93,14 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def machine() -> dict:
     """Hardware, versions and commit, for run.json and reports."""
     versions = {}
@@ -107,7 +115,7 @@ def machine() -> dict:
     except (OSError, subprocess.TimeoutExpired):
         commit = None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"gpu": gpu, "cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+    return {"gpu": gpu, "cpu": cpu_name(), "threads": torch.get_num_threads(),
             "python": platform.python_version(), "versions": versions, "commit": commit}
 
 
@@ -127,6 +135,16 @@ def load_model(folder: str, device: torch.device, which="last") -> tuple[Transfo
     return model, Tokenizer.from_dict(checkpoint.state["tokenizer"]), checkpoint
 
 
+def first_bad_tensor(model: Transformer) -> str:
+    """Where NaN or infinity shows first: in a weight, else in a gradient, in words."""
+    for what, tensors in (("weight", {n: p.data for n, p in model.named_parameters()}),
+                          ("gradient of", {n: p.grad for n, p in model.named_parameters()})):
+        for name, tensor in tensors.items():
+            if tensor is not None and not torch.isfinite(tensor).all():
+                return f"first bad tensor: {what} {name}"
+    return "all weights and gradients are finite"
+
+
 class Run:
     """Folder, log and bar of one loop; a context manager that also takes over Ctrl-C.
 
@@ -143,10 +161,11 @@ class Run:
         record = self.folder / "run.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if record.exists() and not config.resume:
+            steps = checkpoint_steps(self.folder)
+            if (steps or record.exists()) and not config.resume:
                 raise ValueError(f"{self.folder} holds a run already; add --resume to go on with it, or give another "
                                  "folder")
-            if checkpoint_steps(self.folder):
+            if steps:
                 self.resumed = load_checkpoint(self.folder)
                 check_config(self.resumed.state.get("settings", {}), self.settings, self.resumed.path)
             atomic_write_json(record, {"title": title, "config": asdict(config), "machine": machine(),
@@ -214,14 +233,15 @@ class Run:
         if self._wandb:
             self._wandb.log(figures, step=step + 1)
 
-    def check_finite(self, step: int, **figures: float) -> None:
+    def check_finite(self, step: int, model: Transformer, **figures: float) -> None:
         """Stop the run when a figure is NaN or infinite; the last good checkpoint stays. Raises FloatingPointError."""
         for name, value in figures.items():
             if not math.isfinite(value):
                 steps = checkpoint_steps(self.folder)
                 kept = f"the checkpoint of step {steps[-1]} is the last good one" if steps else "no checkpoint was due"
-                raise FloatingPointError(f"{name} is {value} at step {step + 1}; nothing was updated or saved with it, "
-                                         f"{kept} in {self.folder}. Lower the learning rate, or look at its batch")
+                raise FloatingPointError(f"{name} is {value} at step {step + 1} ({first_bad_tensor(model)}); nothing was "
+                                         f"updated or saved with it, {kept} in {self.folder}. Lower the learning rate, "
+                                         "or look at the data of that step")
 
     def save(self, step: int, model: Transformer, tokenizer: Tokenizer, optimizer, score: float | None = None) -> None:
         """Checkpoint what changes, after 0-based `step`: weights, optimizer, and the step, from which data and random

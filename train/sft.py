@@ -44,3 +44,8 @@ def sft(c: SFTConfig):
     with Run(c, "sft") as run:
         fit(run, model, tokenizer, batches, c)
     return model
+
+
+if __name__ == "__main__":
+    from .cli import run_command
+    run_command("sft")

@@ -20,7 +20,8 @@ class TaskFlags:
     name: Annotated[str, tyro.conf.arg(name="task", prefix_name=False)] = "countdown"
     """countdown, arithmetic or gsm8k."""
     dials: Annotated[tuple[str, ...], tyro.conf.arg(prefix_name=False)] = ()
-    """Dials of the task as name=value, for example n_numbers=4 high=30 ops=+-*; a wrong name prints the list."""
+    """Dials of the task as name=value, for example n_numbers=4 high=30 ops=+-*; a wrong name prints the
+    list."""
     data: Annotated[str | None, tyro.conf.arg(prefix_name=False)] = None
     """File of problems, for a task that reads them (gsm8k)."""
 
@@ -40,9 +41,10 @@ class TaskFlags:
                     raise ValueError(f"--dials {name} is {text!r}, expected a number") from None
         if self.data is not None:
             if types and "path" not in types:
-                raise ValueError(f"--data is for a task that reads its problems from a file, and {self.name} makes its "
-                                 "own; leave it out, or choose --task gsm8k")
+                raise ValueError(f"--data is for a task that reads its problems from a file, and {self.name} "
+                                 "makes its own; leave it out, or choose --task gsm8k")
             values["path"] = self.data
         if "path" in types and "path" not in values:
-            raise ValueError(f"--task {self.name} needs --data FILE: JSON lines with the fields question and answer")
+            raise ValueError(f"--task {self.name} needs --data FILE: JSON lines with the fields question and "
+                             "answer")
         return make_task(self.name, **values)

@@ -1,0 +1,159 @@
+"""The GRPO loss against a slow and plain oracle, by hand, and at its edges."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from r1zero.rl.losses import MAX_LOG_RATIO, LossConfig, grpo_loss, token_weights
+
+
+def column(*values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def loss_and_grad(logp, old, advantages, ref=None, weights=1.0, **dials):
+    """The loss of single tokens and its gradient in logp; old, ref and weights may be one number for all."""
+    logp = column(*logp).requires_grad_()
+    old, advantages, weights = (torch.as_tensor(x, dtype=torch.float64).expand(len(logp))
+                                for x in (old, advantages, weights))
+    ref = None if ref is None else torch.as_tensor(ref, dtype=torch.float64).expand(len(logp))
+    loss, metrics = grpo_loss(logp, old, ref, advantages, weights, LossConfig(**dials))
+    loss.backward()
+    return float(loss.detach()), logp.grad.tolist(), metrics
+
+
+def plain_loss(logp, old, ref, advantages, weights, low, high, kl_coef) -> float:
+    """The formula of the paper, a token at a time, in Python's floats."""
+    total = 0.0
+    for lp, o, r, a, w in zip(logp, old, ref, advantages, weights, strict=True):
+        ratio = math.exp(lp - o)
+        clipped = min(max(ratio, 1 - low), 1 + high)
+        k3 = math.exp(r - lp) - (r - lp) - 1
+        total += w * (-min(ratio * a, clipped * a) + kl_coef * k3)
+    return total
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+def test_gradient_on_a_toy_policy_equals_finite_differences_of_the_plain_formula(kl_coef):
+    states, actions, n = 3, 5, 40
+    theta = torch.randn(states, actions, dtype=torch.float64)
+    state, action = torch.randint(states, (n,)), torch.randint(actions, (n,))
+    old = (theta + 0.5 * torch.randn_like(theta)).log_softmax(-1)[state, action]
+    ref = (theta + 0.5 * torch.randn_like(theta)).log_softmax(-1)[state, action]
+    advantages, weights = torch.randn(n, dtype=torch.float64), torch.rand(n, dtype=torch.float64)
+    dials = dict(clip_low=0.2, clip_high=0.28, kl_coef=kl_coef)
+
+    def plain(values) -> float:
+        logp = values.log_softmax(-1)[state, action]
+        return plain_loss(logp.tolist(), old.tolist(), ref.tolist(), advantages.tolist(), weights.tolist(),
+                          0.2, 0.28, kl_coef)
+
+    leaf = theta.clone().requires_grad_()
+    logp = leaf.log_softmax(-1)[state, action]
+    loss, metrics = grpo_loss(logp, old, ref, advantages, weights, LossConfig(**dials))
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(plain(theta), rel=1e-12)
+    assert metrics["clipped_low"] > 0 and metrics["clipped_high"] > 0  # the case has what it is meant to test
+    for i in range(states):
+        for j in range(actions):
+            step = torch.zeros_like(theta)
+            step[i, j] = 1e-6
+            slope = (plain(theta + step) - plain(theta - step)) / 2e-6
+            assert float(leaf.grad[i, j]) == pytest.approx(slope, abs=1e-7)
+
+
+@pytest.mark.parametrize("ratio, advantage, loss, gradient", [
+    (1.0, 1.0, -1.0, -1.0),   # on-policy: the whole gradient, not the half that a tie in min() could leave
+    (1.0, -2.0, 2.0, 2.0),
+    (1.1, 1.0, -1.1, -1.1),   # inside the region
+    (1.5, 1.0, -1.28, 0.0),   # good and already likelier: nothing more to earn
+    (0.5, 1.0, -0.5, -0.5),   # good, but less likely than before: the gradient stays
+    (1.5, -1.0, 1.5, 1.5),    # bad and likelier: the gradient stays (mistake 5 has it reversed)
+    (0.5, -1.0, 0.8, 0.0),    # bad and already less likely
+    (1.5, 0.0, 0.0, 0.0),
+])
+def test_clipping_by_hand(ratio, advantage, loss, gradient):
+    found, grad, _ = loss_and_grad([math.log(ratio)], 0.0, advantage, clip_low=0.2, clip_high=0.28)
+    assert found == pytest.approx(loss, abs=1e-12) and grad == pytest.approx([gradient], abs=1e-12)
+
+
+def test_metrics_are_the_weights_of_the_clipped_tokens():
+    logp, advantages = [math.log(r) for r in (1.5, 1.5, 0.5, 0.5, 1.0)], column(1, -1, 1, -1, 1)
+    _, _, metrics = loss_and_grad(logp, 0.0, advantages, weights=column(0.1, 0.2, 0.3, 0.15, 0.25))
+    assert float(metrics["clipped_high"]) == pytest.approx(0.1)
+    assert float(metrics["clipped_low"]) == pytest.approx(0.15)
+
+
+def test_k3_by_hand_and_its_direction():
+    loss, grad, metrics = loss_and_grad([math.log(0.5)], math.log(0.5), 0.0, ref=math.log(0.25), kl_coef=2.0)
+    assert float(metrics["kl_loss"]) == pytest.approx(0.5 + math.log(2) - 1)
+    assert loss == pytest.approx(2 * (0.5 + math.log(2) - 1))
+    assert grad == pytest.approx([2 * (1 - 0.5)])  # likelier than the reference says: descent makes it less likely
+    _, grad, _ = loss_and_grad([math.log(0.25)], math.log(0.25), 0.0, ref=math.log(0.5), kl_coef=2.0)
+    assert grad == pytest.approx([2 * (1 - 2.0)])  # less likely than the reference: descent makes it likelier
+
+
+def test_k3_expects_to_the_kl_and_leads_to_the_reference():
+    """Over the policy's own actions k3 has the KL as its mean, and following it ends at the reference."""
+    theta = column(1.0, -0.5, 0.3, 0.0).requires_grad_()
+    ref = column(-1.0, 0.5, 0.0, 1.0).log_softmax(-1)
+    kls = []
+    for _ in range(200):
+        logp = theta.log_softmax(-1)
+        kls.append(float((logp.exp() * (logp - ref)).sum().detach()))
+        loss, metrics = grpo_loss(logp, logp.detach(), ref, torch.zeros(4), logp.exp().detach(), LossConfig(kl_coef=1.0))
+        assert float(metrics["kl_loss"]) == pytest.approx(kls[-1], abs=1e-12)
+        theta.grad = None
+        loss.backward()
+        with torch.no_grad():
+            theta -= 0.5 * theta.grad
+    assert kls[0] > 0.5 and kls[-1] < 1e-4 and kls == sorted(kls, reverse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
+@pytest.mark.parametrize("gap", [200.0, -200.0, 1e4, -1e4])
+def test_extreme_log_ratios_are_finite_and_without_gradient(gap, advantage, dtype):
+    logp = torch.tensor([gap, 0.0], dtype=dtype, requires_grad=True)
+    zeros, a = torch.zeros(2, dtype=dtype), torch.tensor([advantage, 1.0], dtype=dtype)
+    loss, metrics = grpo_loss(logp, zeros, zeros, a, torch.ones(2, dtype=dtype), LossConfig(kl_coef=0.1))
+    loss.backward()
+    assert torch.isfinite(loss) and all(torch.isfinite(m) for m in metrics.values())
+    assert logp.grad[0] == 0 and logp.grad[1] == -1  # the token beside it learns as ever
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_the_gradient_ends_just_beyond_the_bound_and_not_before(side):
+    """A < 0 keeps its gradient above the clip; k3 keeps its own on both sides; both end at the bound."""
+    inside, beyond = side * (MAX_LOG_RATIO - 0.01), side * (MAX_LOG_RATIO + 0.01)
+    _, grad, _ = loss_and_grad([inside, beyond], 0.0, -1.0)
+    expected = math.exp(inside) if side > 0 else 0.0
+    assert grad == pytest.approx([expected, 0.0])
+    _, grad, _ = loss_and_grad([-inside, -beyond], [-inside, -beyond], 0.0, ref=0.0, kl_coef=1.0)
+    assert grad == pytest.approx([1 - math.exp(inside), 0.0])
+
+
+def test_the_three_means_against_loops():
+    rng = np.random.default_rng(0)
+    lengths, longest = [4, 1, 7, 2], 10
+    answers = [rng.normal(size=n) for n in lengths]  # the loss of each token of each answer
+    total = 0.0
+    for answer in answers:
+        for value in answer:
+            total += value
+    expected = {
+        "token": total / sum(lengths),
+        "sequence": sum(sum(answer) / len(answer) for answer in answers) / len(answers),
+        "constant": sum(sum(answer) / longest for answer in answers) / len(answers),
+    }
+    for mean, value in expected.items():
+        weights = token_weights(np.array(lengths), mean, longest)
+        assert weights.shape == (4,)
+        found = sum(w * answer.sum() for w, answer in zip(weights, answers, strict=True))
+        assert found == pytest.approx(value, rel=1e-12), mean
+
+
+def test_without_kl_the_reference_is_not_looked_at():
+    with_ref = loss_and_grad([0.1], 0.0, 1.0, ref=float("nan"), kl_coef=0.0)
+    assert with_ref[:2] == loss_and_grad([0.1], 0.0, 1.0)[:2] and "kl_loss" not in with_ref[2]

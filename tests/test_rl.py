@@ -1,0 +1,296 @@
+"""Advantages, the control's shuffle, rollouts into groups, and the gradient of a whole GRPO update."""
+import copy
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from r1zero.model.generation import sample_seeds
+from r1zero.model.tokenizer import Tokenizer
+from r1zero.rl.advantages import dead_groups, group_advantages
+from r1zero.rl.losses import LossConfig, token_weights
+from r1zero.rl.rewards import RewardConfig, permute_within_groups, score
+from r1zero.rl.rollouts import micro_batches, response_logprobs, sample_groups
+from r1zero.train import grpo
+from r1zero.train.optim import OptimConfig, make_optimizer
+
+from .loop_cases import (
+    Bandit,
+    Capture,
+    assert_same_gradient,
+    grpo_config,
+    naive_logp,
+    rollouts_by_hand,
+    tiny,
+)
+
+STILL = OptimConfig(lr=1.0, warmup=0, schedule="constant", clip_grad=1e9)  # no clipping: the gradient as it is
+ADVANTAGES = np.array([1.5, -0.5, 0.0, 0.0, 0.0, 2.0])  # of the six samples of rollouts_by_hand
+
+
+# ---- advantages ----
+
+def test_advantages_of_groups_of_mixed_sizes():
+    rewards = np.array([5.0, 0.0, 1.0, 1, 0, 0, 0, 0, 0, 1.1])
+    found = group_advantages(rewards, np.array([0, 1, 3, 10]))
+    last = rewards[3:]
+    std = np.sqrt(((last - last.mean()) ** 2).sum() / 7)  # the population's: divided by 7, not by 6
+    np.testing.assert_allclose(found, [0, -1, 1, *((last - last.mean()) / std)], rtol=1e-12)
+    centred = group_advantages(rewards, np.array([0, 1, 3, 10]), normalise_std=False)
+    np.testing.assert_allclose(centred, [0, -0.5, 0.5, *(last - last.mean())], rtol=1e-12)
+
+
+@pytest.mark.parametrize("normalise_std", [True, False])
+def test_rewards_that_differ_by_rounding_teach_nothing(normalise_std):
+    rewards = np.array([0.1 * 3, 0.3, 1.1, 1.0 + 0.1, 0.0, 1.0])
+    assert rewards[0] != rewards[1]
+    found = group_advantages(rewards, np.array([0, 2, 4, 6]), normalise_std)
+    assert (found[:4] == 0).all() and (found[4:] != 0).all()
+    assert dead_groups(rewards, np.array([0, 2, 4, 6])) == 2 / 3
+    assert dead_groups(rewards, np.array([0, 1, 6])) == 1 / 2  # one answer alone has nothing to be compared with
+    assert dead_groups(rewards, np.array([0, 0, 6])) == 1 / 2
+
+
+def test_small_but_real_differences_count():
+    found = group_advantages(np.array([0.0, 1e-3]), np.array([0, 2]))
+    np.testing.assert_allclose(found, [-1, 1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_reward_that_is_not_finite_is_named(bad):
+    with pytest.raises(ValueError, match=rf"reward 1 is {bad} \(3 such"):
+        group_advantages(np.array([0.0, bad, bad, bad]), np.array([0, 2, 4]))
+
+
+@pytest.mark.parametrize("offsets", [[0, 3], [1, 4], [0, 3, 2, 4], [0, 5]])
+def test_offsets_that_do_not_cover_the_rewards(offsets):
+    with pytest.raises(ValueError, match="offsets"):
+        group_advantages(np.zeros(4), np.array(offsets))
+
+
+# ---- rewards ----
+
+def test_rewards_are_the_weighted_sum_of_two_parts_that_stay_apart():
+    responses = ["<think>x</think><answer>1</answer>", "<think>x</think>", "é<think></think><answer></answer>"]
+    found = score(Bandit(), [0, 0, 0], responses, RewardConfig(accuracy_weight=2.0, format_weight=0.5))
+    assert found.accuracy.tolist() == [1, 1, 0] and found.format.tolist() == [1, 0, 0]
+    assert found.total.tolist() == [2.5, 2.0, 0.0]
+    assert "format" not in found.why[0] and "format: There is no <answer> tag." in found.why[1]
+    with pytest.raises(ValueError):
+        score(Bandit(), [0, 0], responses, RewardConfig())
+
+
+def test_the_controls_shuffle_keeps_each_group_and_is_a_function_of_the_seed():
+    rewards, offsets = np.arange(40.0), np.array([0, 1, 3, 20, 40])
+    dealt = permute_within_groups(rewards, offsets, (7, 3))
+    assert (rewards == np.arange(40)).all()  # the real ones are not overwritten
+    for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+        assert sorted(dealt[start:end]) == list(rewards[start:end])
+    assert (dealt[20:] != rewards[20:]).any() and (dealt[3:20] != rewards[3:20]).any()
+    assert (permute_within_groups(rewards, offsets, (7, 3)) == dealt).all()
+    for other in [(7, 4), (8, 3)]:
+        assert (permute_within_groups(rewards, offsets, other) != dealt).any()
+
+
+def test_the_controls_shuffle_deals_every_order_alike():
+    orders = [tuple(permute_within_groups(np.arange(4), np.array([0, 4]), (0, step))) for step in range(2400)]
+    counts = Counter(orders)
+    assert len(counts) == 24 and all(abs(n - 100) < 5 * np.sqrt(100) for n in counts.values())
+
+
+# ---- rollouts ----
+
+def test_equal_prompts_stay_two_groups():
+    tokenizer = Tokenizer.bytes()
+    rollouts = sample_groups(tiny(), tokenizer, ["abc", "d", "abc"], 3, 4, 1.0, sample_seeds(9, 0), 0)
+    assert rollouts.group_offsets.tolist() == [0, 3, 6, 9]
+    assert rollouts.prompt_lengths.tolist() == [3] * 3 + [1] * 3 + [3] * 3
+    assert [s[:p].tolist() for s, p in zip(rollouts.sequences, rollouts.prompt_lengths, strict=True)] == \
+        [[97, 98, 99]] * 3 + [[100]] * 3 + [[97, 98, 99]] * 3
+    assert len(set(rollouts.texts)) > 3  # samples of equal prompts differ
+    rewards = np.array([0, 0, 1, 0, 0, 0, 1, 1, 0.0])
+    found = group_advantages(rewards, rollouts.group_offsets)
+    np.testing.assert_allclose(found[:3], (rewards[:3] - 1 / 3) / np.sqrt(2 / 9))  # not the mean of all six
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_trainer_and_sampler_agree_on_every_log_prob_at_the_sampling_temperature(temperature):
+    model, tokenizer = tiny(seed=3), Tokenizer.bytes()
+    prompts = ["7", "what is it?", "ab"]
+    rollouts = sample_groups(model, tokenizer, prompts, 8, 40, temperature, sample_seeds(24, 5), 0)
+    assert {"stop", "length"} == set(rollouts.finish_reasons)
+    worst, wrong_temperature = 0.0, 0.0
+    for batch in micro_batches(rollouts, np.arange(24), 200, "cpu"):
+        with torch.no_grad():
+            logp, _ = response_logprobs(model, batch, rollouts.temperature)
+            other, _ = response_logprobs(model, batch, temperature + 0.3)
+        worst = max(worst, float((logp - batch.sampler_logp).abs().max()))
+        wrong_temperature = max(wrong_temperature, float((other - batch.sampler_logp).abs().max()))
+    assert worst < 1e-4 < 0.1 < wrong_temperature
+
+
+def test_micro_batches_hold_each_response_token_once_the_end_token_too():
+    rollouts, eos = rollouts_by_hand(tiny()), Tokenizer.bytes().eos_id
+    seen = []
+    for batch in micro_batches(rollouts, np.array([5, 2, 0, 1, 4]), 12, "cpu"):
+        assert len(batch.packed.tokens) <= 12 or len(batch.samples) == 1
+        for i, n in enumerate(batch.samples):
+            mine = batch.sample_of_token == int(n)
+            response = rollouts.sequences[n][rollouts.prompt_lengths[n]:]
+            assert batch.targets[mine].tolist() == response.tolist() and response[-1] == eos
+            start = int(batch.packed.cu_seqlens[i]) + int(rollouts.prompt_lengths[n])
+            assert batch.predictors[mine].tolist() == list(range(start - 1, start - 1 + len(response)))
+            assert batch.sampler_logp[mine].tolist() == rollouts.sampler_logp[n].tolist()
+            seen.append(int(n))
+    assert sorted(seen) == [0, 1, 2, 4, 5]
+
+
+# ---- the whole update ----
+
+def update(model, rollouts, advantages, reference=None, **changes):
+    """(the gradient of each optimizer step, what is logged) of update_policy."""
+    optimizer = Capture(model)
+    c = grpo_config("", "", **{"optim": STILL, "micro_tokens": 10**6, "max_new_tokens": 12, **changes})
+    figures = grpo.update_policy(model, reference, rollouts, advantages, optimizer, c, step=0)
+    return optimizer.grads, figures
+
+
+def plain_gradient(model, rollouts, advantages, mean="token", kl_coef=0.0, reference=None) -> dict:
+    """The oracle: every sample by itself through all logits, none left out; on-policy, so the ratio is 1."""
+    weights, total = token_weights(rollouts.response_lengths, mean, 12), 0.0
+    for n, sequence in enumerate(rollouts.sequences):
+        logp, _ = naive_logp(model, sequence, int(rollouts.prompt_lengths[n]), rollouts.temperature)
+        total = total - weights[n] * advantages[n] * (logp - logp.detach()).exp().sum()
+        if kl_coef:
+            with torch.no_grad():
+                ref, _ = naive_logp(reference, sequence, int(rollouts.prompt_lengths[n]), rollouts.temperature)
+            total = total + kl_coef * weights[n] * ((ref - logp).exp() - (ref - logp) - 1).sum()
+    grads = torch.autograd.grad(total, list(model.parameters()))
+    return dict(zip([name for name, _ in model.named_parameters()], grads, strict=True))
+
+
+@pytest.mark.parametrize("mean", ["token", "sequence", "constant"])
+@pytest.mark.parametrize("kl_coef", [0.0, 0.5])
+def test_gradient_does_not_depend_on_the_cut_and_equals_the_oracle(mean, kl_coef):
+    model, reference = tiny(dtype=torch.float64), tiny(seed=9, dtype=torch.float64)
+    rollouts = rollouts_by_hand(model, temperature=0.8)
+    expected = plain_gradient(model, rollouts, ADVANTAGES, mean, kl_coef, reference)
+    for micro_tokens in [1, 15, 10**6]:  # a sample at a time, several, all
+        [found], figures = update(model, rollouts, ADVANTAGES, reference, micro_tokens=micro_tokens,
+                                  loss=LossConfig(mean=mean, kl_coef=kl_coef))
+        assert_same_gradient(found, expected, 1e-6)
+        assert figures["trained_samples"] == (6 if kl_coef else 3)  # zero advantages are left out, and not missed
+
+
+def test_gradient_does_not_depend_on_the_order_of_samples_or_groups():
+    model = tiny(dtype=torch.float64)
+    rollouts = rollouts_by_hand(model)
+    [expected], _ = update(model, rollouts, ADVANTAGES)
+    order = [5, 4, 2, 3, 1, 0]  # groups the other way round, and samples within them
+    turned = copy.copy(rollouts)
+    for name in ("sequences", "sampler_logp", "texts"):
+        object.__setattr__(turned, name, [getattr(rollouts, name)[n] for n in order])
+    object.__setattr__(turned, "prompt_lengths", rollouts.prompt_lengths[order])
+    object.__setattr__(turned, "group_offsets", np.array([0, 1, 4, 6]))
+    for seed in [0, 1]:
+        [found], _ = update(model, turned, ADVANTAGES[order], micro_tokens=20, seed=seed)
+        assert_same_gradient(found, expected, 1e-6)
+
+
+def test_training_on_a_stopped_answer_makes_the_end_token_likelier():
+    model, eos = tiny(), Tokenizer.bytes().eos_id
+    rollouts = rollouts_by_hand(model, lengths=(4, 4), group_offsets=(0, 2))
+    c = grpo_config("", "", optim=STILL)
+    before = [naive_logp(model, s, int(rollouts.prompt_lengths[0]), 1.0)[0][-1].item() for s in rollouts.sequences]
+    assert rollouts.sequences[0][-1] == eos
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    grpo.update_policy(model, None, rollouts, np.array([1.0, 0.0]), optimizer, c, 0)
+    after = naive_logp(model, rollouts.sequences[0], int(rollouts.prompt_lengths[0]), 1.0)[0][-1].item()
+    assert after > before[0] + 0.05
+
+
+def test_with_two_updates_the_old_policy_is_the_one_before_the_first(monkeypatch):
+    model = tiny()
+    rollouts = rollouts_by_hand(model)
+    advantages = np.array([1.5, -0.5, 1.0, -1.0, 0.5, 2.0])
+    expected = {n: naive_logp(model, s, int(rollouts.prompt_lengths[n]), 1.0)[0].detach()
+                for n, s in enumerate(rollouts.sequences)}
+    calls = []
+
+    def spy(logp, old_logp, ref_logp, advantages, *rest):
+        calls.append((logp.detach().clone(), old_logp.clone()))
+        return loss_of(logp, old_logp, ref_logp, advantages, *rest)
+
+    loss_of, batches = grpo.grpo_loss, []
+    monkeypatch.setattr(grpo, "grpo_loss", spy)
+    monkeypatch.setattr(grpo, "micro_batches", lambda *a: batches.append(micro_batches(*a)) or batches[-1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    grpo.update_policy(model, None, rollouts, advantages, optimizer,
+                       grpo_config("", "", optim=STILL, updates_per_step=2, micro_tokens=1), 0)
+    flat = [batch for update in batches for batch in update]
+    assert len(batches) == 2 and sorted(int(b.samples[0]) for b in flat) == [0, 1, 2, 3, 4, 5]
+    for batch, (_, old) in zip(flat, calls, strict=True):
+        assert torch.allclose(old, expected[int(batch.samples[0])], atol=1e-5)
+    first, second = calls[: len(batches[0])], calls[len(batches[0]):]
+    assert all(torch.allclose(logp, old, atol=1e-6) for logp, old in first)
+    assert max(float((logp - old).abs().max()) for logp, old in second) > 0.01  # the policy has moved on
+
+
+def test_two_updates_share_the_samples_out_with_the_weight_of_a_whole_batch():
+    model = tiny(dtype=torch.float64)
+    rollouts = rollouts_by_hand(model)
+    advantages = np.array([1.5, -0.5, 1.0, -1.0, 0.5, 2.0])
+    [whole], one = update(model, rollouts, advantages)
+    halves, two = update(model, rollouts, advantages, updates_per_step=2)
+    assert len(halves) == 2
+    assert_same_gradient({name: (halves[0][name] + halves[1][name]) / 2 for name in whole}, whole, 1e-6)
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)  # logged on the same scale
+    updates, _ = update(model, rollouts, ADVANTAGES, updates_per_step=5)
+    assert len(updates) == 3  # three samples have something to teach, so two shares are empty
+
+
+def test_logged_entropy_is_the_distributions_and_loss_and_gap_are_true():
+    model = tiny()
+    rollouts = rollouts_by_hand(model, temperature=0.7)
+    _, figures = update(model, rollouts, ADVANTAGES, micro_tokens=12)
+    live = [naive_logp(model, rollouts.sequences[n], int(rollouts.prompt_lengths[n]), 0.7) for n in (0, 1, 5)]
+    entropy = torch.cat([e for _, e in live]).mean().item()
+    minus_logp = -torch.cat([logp for logp, _ in live]).mean().item()
+    assert figures["entropy"] == pytest.approx(entropy, abs=1e-4) and abs(entropy - minus_logp) > 0.1
+    weights = token_weights(rollouts.response_lengths, "token", 12)
+    assert figures["loss"] == pytest.approx(-(weights * ADVANTAGES * rollouts.response_lengths).sum(), abs=1e-5)
+    assert 0 <= figures["logp_gap"] < 1e-4 and figures["gradient_norm"] > 0
+    rollouts.sampler_logp[1][0] -= 0.5  # a sampler that disagrees with the trainer in one token
+    assert update(model, rollouts, ADVANTAGES)[1]["logp_gap"] == pytest.approx(0.5, abs=1e-4)
+
+
+def test_kl_in_the_loss_pulls_towards_the_reference_and_without_it_nothing_moves():
+    rollouts = rollouts_by_hand(tiny())
+    distance = {}
+    for kl_coef in [0.0, 0.1]:
+        model, reference = tiny(), tiny(seed=1)
+        c = grpo_config("", "", loss=LossConfig(kl_coef=kl_coef), kl_samples=6)
+        optimizer = make_optimizer(model, c.optim)
+        for step in range(10):
+            grpo.update_policy(model, reference, rollouts, np.zeros(6), optimizer, c, step)
+        with torch.no_grad():
+            gaps = [naive_logp(model, s, int(p), 1.0)[0] - naive_logp(reference, s, int(p), 1.0)[0]
+                    for s, p in zip(rollouts.sequences, rollouts.prompt_lengths, strict=True)]
+        distance[kl_coef] = float(torch.cat(gaps).square().mean())
+    assert distance[0.1] < 0.5 * distance[0.0]
+
+
+def test_kl_to_the_base_is_logged_over_the_asked_samples():
+    model, other = tiny(), tiny(seed=1)
+    rollouts = rollouts_by_hand(model)
+    c = SimpleNamespace(kl_samples=100, micro_tokens=20, seed=0)
+    assert grpo.kl_to_reference(model, rollouts, c, 0) == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        d = torch.cat([naive_logp(other, s, int(p), 1.0)[0] - torch.from_numpy(mine) for s, p, mine in
+                       zip(rollouts.sequences, rollouts.prompt_lengths, rollouts.sampler_logp, strict=True)])
+    expected = float((d.exp() - d - 1).mean())
+    assert grpo.kl_to_reference(other, rollouts, c, 0) == pytest.approx(expected, rel=1e-4) and expected > 0.1
+    c.kl_samples = 0
+    assert grpo.kl_to_reference(other, rollouts, c, 0) == 0
