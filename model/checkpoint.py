@@ -94,7 +94,7 @@ def _split_repeats(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Te
     stored, same, first_name = {}, {}, {}
     for name, tensor in tensors.items():
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if tensor.numel() and place in first_name:
+        if place in first_name:
             same[name] = first_name[place]
         else:
             stored[name] = tensor

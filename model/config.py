@@ -3,7 +3,9 @@
 Left out: dropout, biases other than on q, k, v, learned positions; the R1 family's bases (Llama, Qwen) have
 none of them.
 """
+import math
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,10 @@ class ModelConfig:
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.type in (int, float, "int", "float") and not value > 0:
-                raise ValueError(f"model: {f.name} is {value}, expected a number above 0")
+            if f.type is int and not (isinstance(value, Integral) and value > 0):
+                raise ValueError(f"model: {f.name} is {value!r}, expected a whole number above 0")
+            if f.type is float and not (isinstance(value, Real) and 0 < value < math.inf):
+                raise ValueError(f"model: {f.name} is {value!r}, expected a number above 0")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"model: n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}; "
                              "each key/value head serves the same number of query heads")

@@ -12,6 +12,7 @@ Left out: top-k and top-p (training must score what was sampled), stop strings, 
 
 Shapes: P prompts, B rows alive, S cache length, G kv heads, D head_dim, V vocabulary.
 """
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,12 +65,15 @@ def sample_tokens(logits: torch.Tensor, temperature: float, seeds: torch.Tensor,
     logits: [B, V]. Inverts the cumulative distribution, so one random number a row is all it takes; a token
     of probability 0 is never drawn. Raises NonFiniteError for NaN or infinite logits.
     """
-    if not torch.isfinite(logits.sum()):
-        bad = (~torch.isfinite(logits)).any(-1).nonzero().flatten().tolist()
-        raise NonFiniteError(f"logits are NaN or infinite in {len(bad)} of {len(logits)} rows while sampling")
+    if temperature != 0:
+        logits = logits / temperature
+    finite = torch.isfinite(logits.sum(-1))
+    if not finite.all():
+        raise NonFiniteError(f"logits at temperature {temperature} are NaN or infinite in "
+                             f"{int((~finite).sum())} of {len(logits)} rows while sampling")
     if temperature == 0:
         return logits.argmax(-1), logits.new_zeros(len(logits))
-    probs = torch.softmax(logits / temperature, -1)
+    probs = torch.softmax(logits, -1)
     cumulative = probs.cumsum(-1)
     threshold = counter_uniform(seeds, counters).float() * cumulative[:, -1]
     # float32 rounding may lift the threshold to the total itself: then the last token of any probability
@@ -83,9 +87,13 @@ def check_request(model: Transformer, prompts, max_new_tokens: int, temperature:
     if not prompts or min(len(p) for p in prompts) == 0:
         raise ValueError(f"generate: got {len(prompts)} prompts, the shortest empty or missing; every prompt "
                          "needs at least one token")
-    if max_new_tokens < 1 or temperature < 0:
+    largest = max(max(p) for p in prompts)
+    if largest >= model.config.vocab_size:
+        raise ValueError(f"generate: a prompt holds token id {largest}, but the model's vocab_size is "
+                         f"{model.config.vocab_size}; is this the tokenizer that it was trained with?")
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
         raise ValueError(f"generate: max_new_tokens is {max_new_tokens} and temperature {temperature}; "
-                         "expected at least 1 and at least 0")
+                         "expected at least 1 and a number of 0 or more")
     if longest + max_new_tokens > model.config.max_seq_len:
         raise ValueError(f"generate: a prompt of {longest} tokens and max_new_tokens {max_new_tokens} pass "
                          f"the model's max_seq_len {model.config.max_seq_len}; ask for fewer new tokens or "
@@ -97,11 +105,14 @@ def generate(model: Transformer, prompts: list[list[int]], n_samples: int, max_n
              temperature: float, seeds: torch.Tensor, eos_id: int, max_rows: int = 512) -> list[Completion]:
     """Sample `n_samples` continuations of each prompt; those of prompt p begin at p * n_samples.
 
-    prompts: token ids; seeds: [P * n_samples] int64, one a sample; max_rows: sequences decoded at one time.
+    prompts: token ids; seeds: [P * n_samples] int64, one a sample; max_rows: sequences decoded at one time
+    (but never less than one prompt's samples).
     Raises ValueError for an empty prompt, one that does not fit max_seq_len, or seeds of another length, and
     NonFiniteError for NaN logits.
     """
     check_request(model, prompts, max_new_tokens, temperature)
+    if n_samples < 1:
+        raise ValueError(f"generate: n_samples is {n_samples}; expected at least 1")
     if len(seeds) != len(prompts) * n_samples:
         raise ValueError(f"generate: got {len(seeds)} seeds for {len(prompts)} prompts x {n_samples} "
                          f"samples; expected {len(prompts) * n_samples}")

@@ -52,7 +52,7 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, weights, c: LossConfig) -> t
     All [R], one a response token: logp (differentiable), old_logp and ref_logp (constants; ref_logp None where
     kl_coef is 0), advantages and weights. ratio = exp(logp - old_logp); k3 = exp(d) - d - 1 with d = ref_logp - logp
     (Schulman 2020, "Approximating KL divergence"), never negative.
-    On-policy the ratio is 1 and the loss is about 0, for advantages sum to 0: normal, its gradient is what counts.
+    On-policy the ratio is 1 and the loss hovers about 0, for advantages sum to 0: its gradient is what counts.
     Returns the loss and the weighted sums of what a log shows, detached.
     """
     log_ratio = (logp - old_logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)

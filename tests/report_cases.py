@@ -5,7 +5,7 @@ from pathlib import Path
 
 from r1zero.eval.countdown import Countdown
 from r1zero.train.behaviour import measure
-from r1zero.train.corpus import CorpusConfig, all_attempts, document
+from r1zero.train.corpus import all_attempts
 
 TASK = Countdown(high=9)
 CONFIG = {"run": "runs/demo", "numbers": 3, "high": 9, "ops": "+-", "documents": 40_000, "eval_problems": 12,
@@ -27,25 +27,23 @@ def rl_rows(n: int, learns: bool) -> list[dict]:
         up = (1 - math.exp(-step / 25)) if learns else 0.02
         jitter = 0.04 * math.sin(2.4 * step) * math.cos(1.1 * step)
         rows.append({"step": step, "accuracy": 0.29 + 0.5 * up + jitter, "format": 0.84 + 0.15 * up,
-                     "length": 58 + 26 * up + 40 * jitter, "dead_groups": 0.02 + 0.2 * up, "loss": -0.01 + jitter / 9,
-                     "entropy": 0.45 - 0.2 * up, "kl_to_base": 0.12 * up, "gradient_norm": 0.3, "logp_gap": 2e-6,
-                     "reward": 0.4, "truncated": 0.0, "tokens": 15_000})
+                     "length": 58 + 26 * up + 40 * jitter, "dead_groups": 0.02 + 0.2 * up,
+                     "loss": -0.01 + jitter / 9, "entropy": 0.45 - 0.2 * up, "kl_to_base": 0.12 * up,
+                     "gradient_norm": 0.3, "logp_gap": 2e-6, "reward": 0.4, "truncated": 0.0,
+                     "tokens": 15_000})
     return rows
 
 
-def evaluation(persistent: float, accuracy: float, tokens: float) -> tuple[dict, list[dict]]:
-    """Answers by the authors of the corpus, more or less of them persistent, graded for real."""
+def evaluation(persistent: bool, accuracy: float, tokens: float) -> tuple[dict, list[dict]]:
+    """Answers in the manner of the corpus, graded for real; the other figures are given."""
     problems = TASK.problems("test", 12)
     rows = []
     for index, problem in enumerate(problems):
-        for sample in range(N_SAMPLES):
-            author = Countdown(high=9, seed=sample)
-            every = CorpusConfig(persistent_share=persistent, broken_share=0.1)
-            _, response = document(author, 50 * index + sample, every, seed=3)
-            if sample == 0:  # the document solves another problem; make it this one's
-                tried = all_attempts(problem.numbers, problem.target, "+-")[:6]
-                tried = tried[: next((i + 1 for i, t in enumerate(tried) if t[2]), 6)] if persistent > 0.5 else tried[:3]
-                response = f"<think>{';'.join(t[0] for t in tried)}</think><answer>{tried[-1][1]}</answer>"
+        tried = all_attempts(problem.numbers, problem.target, "+-")[:6]
+        for n_attempts in (next((i + 1 for i, attempt in enumerate(tried) if attempt[2]), 6), 2)[:N_SAMPLES]:
+            written = tried[: n_attempts if persistent else 3]
+            think = ";".join(attempt[0] for attempt in written)
+            response = f"<think>{think}</think><answer>{written[-1][1]}</answer>"
             grade = TASK.grade(problem, response)
             rows.append({"index": index, "problem": {"numbers": problem.numbers, "target": problem.target},
                          "prompt": TASK.prompt(problem), "response": response, "accuracy": grade.accuracy,
@@ -59,16 +57,18 @@ def evaluation(persistent: float, accuracy: float, tokens: float) -> tuple[dict,
     return {"eval": figures, "behaviour": b.to_dict()}, rows
 
 
+TOKENS = ["<think>", "9", "+7", "=16", ",16", "-3", "=13", ",13", "-13", "=0", " ok", "</think>", "<answer>",
+          "(9", "+7", ")", "-3", "</answer>", "<|eos|>"]
+
+
 def group() -> dict:
     samples = []
     for n in range(8):
         accuracy, well_formed = float(n % 3 == 0), float(n != 4)
-        samples.append({"tokens": ["<think>", "9", "+7", "=16", ",16", "-3", "=13", ",13", "-13", "=0", " ok",
-                                   "</think>", "<answer>", "(9", "+7", ")", "-3", "</answer>", "<|eos|>"][: 19 - n // 7],
-                        "accuracy": accuracy, "format": well_formed, "reward": accuracy + 0.1 * well_formed,
-                        "advantage": (accuracy + 0.1 * well_formed - 0.4625) / 0.49, "why": "The answer "
-                                                                                            "equals 13.",
-                        "finish_reason": "length" if n == 7 else "stop"})
+        reward = accuracy + 0.1 * well_formed
+        samples.append({"tokens": TOKENS[: 12 if n == 7 else None], "accuracy": accuracy,
+                        "format": well_formed, "reward": reward, "advantage": (reward - 0.4625) / 0.49,
+                        "why": "The answer equals 13.", "finish_reason": "length" if n == 7 else "stop"})
     return {"step": 20, "problem": "3 7 9 -> 13", "samples": samples}
 
 
@@ -84,13 +84,14 @@ def make_demo(folder: Path, seeds=(0,), steps: int = 80) -> Path:
               [{"step": s, "loss": 0.45 + 4 * math.exp(-s / 20), "tokens": 2048} for s in range(1, 201)])
         lines(place / "rl" / "metrics.jsonl", rl_rows(steps, True))
         lines(place / "control" / "metrics.jsonl", rl_rows(steps // 2, False))
-        for part, figures in (("base", (0.1, 0.294, 58.2)), ("rl", (0.95, 0.761 + 0.01 * seed, 82.3)),
-                              ("control", (0.1, 0.301, 57.6))):
+        for part, figures in (("base", (False, 0.294, 58.2)), ("control", (False, 0.301, 57.6)),
+                              ("rl", (True, 0.761 + 0.01 * seed, 82.3))):
             results[part], rows = evaluation(*figures)
             lines(place / f"eval_{part}.jsonl", rows)
-        results |= {"seconds": {"pretrain": 190.0, "eval_base": 20.0, "rl": 210.0, "eval_rl": 25.0, "control": 100.0,
-                                "eval_control": 20.0},
-                    "tokens": {"pretrain": 2_000_000, "rl": 1_400_000, "control": 600_000}, "parameters": 914_000}
+        results |= {"seconds": {"pretrain": 190.0, "eval_base": 20.0, "rl": 210.0, "eval_rl": 25.0,
+                                "control": 100.0, "eval_control": 20.0},
+                    "tokens": {"pretrain": 2_000_000, "rl": 1_400_000, "control": 600_000},
+                    "parameters": 914_000}
         (place / "results.json").write_text(json.dumps(results))
         (place / "group.json").write_text(json.dumps(group()))
     return folder

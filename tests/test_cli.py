@@ -217,3 +217,16 @@ def test_from_text_to_an_answer(tmp_path, capsys, monkeypatch):
     fails(capsys, ["pretrain", "--run", "base", "--data", "text.txt", *small], 2, "base holds a run already")
     assert cli.main(["grade", "--input", "rl/eval_countdown_step2.jsonl", "--out", "graded.jsonl"]) == 0
     assert len((tmp_path / "graded.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.slow
+def test_the_demo_at_toy_size(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = {"--documents": 60, "--pretrain-steps": 2, "--rl-steps": 1, "--control-steps": 1,
+             "--eval-problems": 4, "--eval-samples": 2, "--max-new-tokens": 8}
+    flags = [str(word) for pair in sizes.items() for word in pair]
+    assert main(["demo", "--run", "d", "--model", "tiny", "--device", "cpu", *flags]) == 0
+    assert "report: d/report.html" in capsys.readouterr().out and (tmp_path / "d/report.html").exists()
+    fails(capsys, ["chat", "--run", "d"], 2, "d holds several runs; give one of them: ", "d/seed0/rl")
+    assert main(["chat", "--run", "d/seed0/rl", "--problem", "1 2 3 -> 6"]) == 0
+    assert "\ngrade   wrong. " in capsys.readouterr().out

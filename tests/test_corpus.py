@@ -74,14 +74,14 @@ def check_response(prompt: str, response: str, persistent: bool | None = None) -
 
 
 def config(**dials) -> CorpusConfig:
-    return CorpusConfig(**{"persistent_share": 0.0, "broken_share": 0.0, **dials})
+    return CorpusConfig(**{"persistent_share": 0.0, "broken_share": 0.0, "max_careless_attempts": 5, **dials})
 
 
 @pytest.mark.parametrize("dials", [dict(), dict(n_numbers=2, ops="+-*/"), dict(ops="+-*/", high=9),
                                    dict(n_numbers=4, ops="*-", high=9), dict(high=2, ops="+*")])
 def test_every_attempt_is_true_and_the_answer_is_the_last_one(dials):
     task = Countdown(**dials)
-    for index in range(150):
+    for index in range(80):
         check_response(*document(task, index, config(), seed=1))
 
 
@@ -95,47 +95,47 @@ def test_documents_are_a_function_of_seed_and_index():
 
 
 def test_persistent_authors_stop_at_the_first_ok_and_go_on_until_then():
-    c = config(persistent_share=1.0, max_attempts=8)
+    c = config(persistent_share=1.0, max_attempts=6)
     reached = 0
     for index in range(300):
         prompt, response = document(TASK, index, c, seed=2)
         attempts = check_response(prompt, response, persistent=True)
         problem = parse_prompt(prompt)
         ok = " ok</think>" in response
-        assert ok or attempts == min(8, len(all_attempts(problem.numbers, problem.target, "+-")))
+        assert ok or attempts == min(6, len(all_attempts(problem.numbers, problem.target, "+-")))  # or nothing is left to try
         reached += ok
-    assert 60 < reached < 299
+    assert 100 < reached < 290
 
 
 def test_careless_authors_stop_after_one_to_five_alike_and_walk_past_answers():
     counts, past = Counter(), 0
-    for index in range(1000):
+    for index in range(800):
         prompt, response = document(TASK, index, config(), seed=3)
         counts[response.count(";") + 1] += 1
         past += " ok;" in response
-    assert set(counts) == {1, 2, 3, 4, 5} and all(abs(n - 200) < 4 * np.sqrt(160) for n in counts.values())
+    assert set(counts) == {1, 2, 3, 4, 5} and all(abs(n - 160) < 4 * np.sqrt(128) for n in counts.values())
     assert past > 50
 
 
 def test_share_of_persistent_authors_matches_its_dial_and_0_is_none():
     def share(**dials) -> float:  # with careless authors that stop at once, only the persistent write on
-        c = config(max_careless_attempts=1, **dials)
-        return np.mean([document(TASK, index, c, seed=4)[1].count(";") > 0 for index in range(800)])
+        c = config(max_careless_attempts=1, max_attempts=2, **dials)
+        return np.mean([document(TASK, index, c, seed=4)[1].count(";") > 0 for index in range(600)])
 
     wrong_at_first = share(persistent_share=1.0)
     assert wrong_at_first > 0.7
     assert share(persistent_share=0.0) == 0
-    assert abs(share(persistent_share=0.3) - 0.3 * wrong_at_first) < 4 * np.sqrt(0.3 * 0.7 / 800)
+    assert abs(share(persistent_share=0.3) - 0.3 * wrong_at_first) < 4 * np.sqrt(0.3 * 0.7 / 600)
 
 
 def test_share_of_broken_documents_matches_its_dial_and_0_is_none():
     def malformed(**dials) -> float:
         c = config(**dials)
-        return np.mean([not parse_response(document(TASK, i, c, seed=5)[1]).well_formed for i in range(800)])
+        return np.mean([not parse_response(document(TASK, i, c, seed=5)[1]).well_formed for i in range(600)])
 
     assert malformed(broken_share=0.0) == 0
     assert malformed(broken_share=1.0) > 0.9  # a slip may put a tag in its own place
-    assert abs(malformed(broken_share=0.2) - 0.2 * 15 / 16) < 4 * np.sqrt(0.2 * 0.8 / 800)
+    assert abs(malformed(broken_share=0.2) - 0.2 * 15 / 16) < 4 * np.sqrt(0.2 * 0.8 / 600)
 
 
 def test_slips_are_of_every_kind():
@@ -150,7 +150,7 @@ def test_slips_are_of_every_kind():
 def test_no_held_out_problem_is_in_the_corpus(dials):
     task = Countdown(**dials)
     c = CorpusConfig(max_attempts=2, max_careless_attempts=1)
-    n = 3000 if task.n_numbers < 5 else 60
+    n = 2000 if task.n_numbers < 5 else 40
     seen = {parse_prompt(document(task, index, c, seed=0)[0]).key for index in range(n)}
     assert len(seen) > min(n, 0.5 * (task.size("train") or n)) / 3
     assert not any(is_held_out(key, task.test_share) for key in seen)
@@ -159,7 +159,7 @@ def test_no_held_out_problem_is_in_the_corpus(dials):
 
 
 @pytest.mark.parametrize("numbers", [(3, 3), (6, 2), (3, 7, 9), (5, 5, 3), (1, 1, 1), (2, 3, 5), (8, 4, 2, 1),
-                                     (3, 3, 5, 7), (2, 2, 2, 2), (9, 5, 3, 1)])
+                                     (3, 3, 5, 7), (8, 8, 8, 8), (9, 5, 3, 1)])
 @pytest.mark.parametrize("ops", ["+", "-", "*", "/", "+-", "-/", "+-*", "+-*/"])
 def test_attempts_cover_every_reachable_target_and_no_other(numbers, ops):
     attempts = all_attempts(numbers, 1, ops)
@@ -171,7 +171,7 @@ def test_attempts_cover_every_reachable_target_and_no_other(numbers, ops):
         assert verdict == ok == (value == 1)
         assert Counter(found) == Counter(steps) and Counter(used) == Counter(numbers)
         values[value] = text
-    assert {int(v) for v in values} == set(reachable(numbers, ops))
+    assert {int(value) for value in values} == set(reachable(numbers, ops))
 
 
 def test_the_demos_tokenizer_writes_a_document_in_few_tokens_and_back():
@@ -180,12 +180,12 @@ def test_the_demos_tokenizer_writes_a_document_in_few_tokens_and_back():
         prompt, response = document(TASK, index, CorpusConfig(), seed=0)
         ids = tokenizer.encode(prompt + response)
         assert tokenizer.decode(ids) == prompt + response
-        assert all(len(tokenizer.token_text(i)) > 1 or tokenizer.token_text(i) in "0123456789)" for i in ids)
+        assert tokenizer.eos_id not in ids and len(ids) < 0.55 * len(prompt + response)
 
 
 @pytest.mark.parametrize("dials", [dict(persistent_share=-0.1), dict(persistent_share=1.1), dict(broken_share=-1),
                                    dict(broken_share=float("nan")), dict(max_careless_attempts=0),
-                                   dict(max_careless_attempts=13), dict(max_attempts=4), dict(max_attempts=0)])
+                                   dict(max_careless_attempts=13), dict(max_attempts=0)])
 def test_dials_out_of_range(dials):
     with pytest.raises(ValueError, match="corpus: .*expected"):
         CorpusConfig(**dials)

@@ -208,7 +208,7 @@ def oracle(document: list[int], n_prompt: int) -> list[tuple[int, int, float]]:
 @pytest.mark.parametrize("budget", [31, 50, 100, 10_000])
 def test_document_epochs_have_each_document_once_within_the_budget(budget):
     documents = some_documents()
-    prompts = [i % 2 for i in range(len(documents))]
+    prompts = [i % len(document) for i, document in enumerate(documents)]
     batches = DocumentBatches(documents, budget, max_seq_len=64, seed=5, prompt_lengths=prompts)
     seen = {0: [], 1: [], 2: []}
     for index in itertools.count():

@@ -244,14 +244,14 @@ def test_nasty_responses(name):
     """None of them is right, and each is graded by all tasks in well under a second."""
     text = f"<think>a</think><answer>{INSIDE[name]}</answer>" if name in INSIDE else AROUND[name]
     problem = CountdownProblem((3, 7, 9), 13)
-    start = time.perf_counter()
+    start = time.process_time()  # of this process alone: other work on the machine must not fail it
     graded = [
         TASK.grade(problem, text),
         Arithmetic().grade(ArithmeticProblem("7+6", 13), text),
         GSM8K.grade(None, GSM8KProblem("", "13"), text),
     ]
     response = parse_response(text)
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
     assert sum(grade.accuracy for grade in graded) == 0.0
     assert max(len(grade.why) for grade in graded) < 300 and len(response.why) < 300
     assert response.well_formed == (name in INSIDE)

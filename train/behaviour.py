@@ -140,15 +140,16 @@ def parse_attempts(response: str) -> list[Attempt]:
 def is_valid(attempt: Attempt, problem: CountdownProblem) -> bool:
     """Whether an attempt is one of corpus.all_attempts with all four operations; none of them is made.
 
-    Each step takes two numbers out of the pool, the larger first, and puts its true result back; the check
-    comes when one number is left; and there is one way to spell it.
+    Each step takes two numbers out of the pool, the larger first (but 0/7), and puts its true result back;
+    the check comes when one number is left; and there is one way to spell it.
     """
     if None in attempt.steps or attempt.check is None or not all(step.true for step in attempt.steps):
         return False
     pool = Counter(problem.numbers)
     for step in attempt.steps[:-1]:
         taken = Counter((step.a, step.b))
-        if step.a < step.b or not taken <= pool:
+        zero_divided = step.op == "/" and step.a == 0
+        if (step.a < step.b and not zero_divided) or not taken <= pool:
             return False
         pool = pool - taken + Counter((step.c,))
     spelled = ",".join(f"{step.a}{step.op}{step.b}={step.c}" for step in attempt.steps)

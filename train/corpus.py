@@ -54,8 +54,8 @@ def words(task: Countdown) -> list[str]:
 def all_attempts(numbers, target: int, ops: str) -> list[tuple[str, str, bool]]:
     """Every attempt at a problem: (its text, the expression to answer with, whether it hits the target).
 
-    A step takes two numbers of the pool and puts the result back; the larger is written first, divisions must come
-    out even, and nothing goes below 0.
+    A step takes two numbers of the pool and puts the result back; the larger is written first (but 0/7=0), divisions
+    must come out even, and nothing goes below 0.
     """
     found = {}
 
@@ -67,9 +67,11 @@ def all_attempts(numbers, target: int, ops: str) -> list[tuple[str, str, bool]]:
             return
         for i in range(len(pool)):
             for j in range(i + 1, len(pool)):
-                (a, a_text), (b, b_text) = sorted((pool[i], pool[j]), key=lambda x: -x[0])
+                larger, smaller = sorted((pool[i], pool[j]), key=lambda x: -x[0])
                 rest = pool[:i] + pool[i + 1 : j] + pool[j + 1 :]
                 for op in ops:
+                    turned = op == "/" and smaller[0] == 0  # 0 can be divided, nothing can be divided by it
+                    (a, a_text), (b, b_text) = (smaller, larger) if turned else (larger, smaller)
                     if op == "/" and (b == 0 or a % b):
                         continue
                     value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b else 0}[op]

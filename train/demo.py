@@ -30,7 +30,7 @@ from ..rl.rewards import RewardConfig, score
 from ..rl.rollouts import sample_groups
 from .behaviour import measure
 from .corpus import CorpusConfig
-from .grpo import GRPOConfig, grpo
+from .grpo import GRPOConfig, grpo, rl_optim
 from .optim import OptimConfig
 from .pretrain import PretrainConfig, pretrain
 from .report import seeds_table, write_report
@@ -59,7 +59,7 @@ class DemoConfig:
     """Documents in the corpus."""
     model: str = "demo"
     """Size of the model: a preset or depth=N."""
-    pretrain_steps: int = 800
+    pretrain_steps: int = 1000
     """Optimizer steps of 2,048 tokens."""
     rl_steps: int = 60
     """GRPO steps of 16 problems x 16 answers."""
@@ -68,7 +68,7 @@ class DemoConfig:
     max_new_tokens: int = 128
     """Longest answer."""
     rewards: RewardConfig = field(default_factory=RewardConfig)
-    rl_lr: float = 2.5e-4
+    rl_lr: float = 3e-4
     """Learning rate of GRPO."""
     eval_problems: int = 512
     """Held-out problems."""
@@ -109,7 +109,7 @@ def grpo_config(c: DemoConfig, folder: Path, seed: int, control: bool) -> GRPOCo
     name, steps = ("control", c.control_steps) if control else ("rl", c.rl_steps)
     return GRPOConfig(run=str(folder / name), resume=True, base=str(folder / "base"), task=task_of(c, seed), seed=seed,
                       steps=steps, save_every=20, max_new_tokens=c.max_new_tokens, rewards=c.rewards, control=control,
-                      optim=OptimConfig(lr=c.rl_lr, warmup=5, schedule="constant", weight_decay=0.0), device=c.device)
+                      optim=rl_optim(c.rl_lr), device=c.device)
 
 
 def run_part(folder: Path, steps: int, loop, config) -> float:
@@ -170,8 +170,9 @@ def one_seed(c: DemoConfig, folder: Path, seed: int) -> dict:
             started = time.perf_counter()
             results[name] = measure_model(c, folder, name, seed)
             timed(f"eval_{name}", time.perf_counter() - started)
-            accuracy = results[name]["eval"]["accuracy"]
-            print(f"{name}: {accuracy}")
+            share, (low, high) = (results[name]["eval"][key] for key in ("accuracy", "accuracy_95"))
+            print(f"{name}: {share:.1%} of held-out answers are right (95 % interval {low:.1%} to {high:.1%}), "
+                  f"{results[name]['eval']['mean_tokens']:.1f} tokens long")
 
     base = PretrainConfig(run=str(folder / "base"), resume=True, data=("countdown",), model=c.model, seed=seed,
                           steps=c.pretrain_steps, save_every=200, corpus=c.corpus, documents=c.documents,
@@ -179,7 +180,8 @@ def one_seed(c: DemoConfig, folder: Path, seed: int) -> dict:
                           task=Countdown(n_numbers=c.numbers, high=c.high, ops=c.ops, seed=seed))
     timed("pretrain", run_part(folder / "base", c.pretrain_steps, pretrain, base))
     evaluate_part("base")
-    keep_group(c, folder, seed)
+    if not (folder / "group.json").exists():
+        keep_group(c, folder, seed)
     timed("rl", run_part(folder / "rl", c.rl_steps, grpo, grpo_config(c, folder, seed, control=False)))
     evaluate_part("rl")
     if c.control_steps:

@@ -23,6 +23,8 @@ class OptimConfig:
     """Decay of the mean of gradients."""
     beta2: float = 0.95
     """Decay of the mean of squared gradients."""
+    eps: float = 1e-8
+    """Added to the root of the mean square; a large one keeps parameters with small, noisy gradients still."""
     clip_grad: float = 1.0
     """Largest norm of the whole gradient; longer ones are scaled down."""
 
@@ -41,7 +43,7 @@ def make_optimizer(model: torch.nn.Module, c: OptimConfig) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), fused=True)
+    return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
 
 
 def learning_rate(step: int, total_steps: int, c: OptimConfig) -> float:

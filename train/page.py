@@ -32,17 +32,20 @@ pre { background: var(--tint); padding: .8rem 1rem; border-radius: 6px; overflow
 .card { background: var(--tint); border-radius: 8px; padding: 1rem 1.2rem; }
 .card b { display: block; font-size: 1.7rem; line-height: 1.3; font-weight: 650; }
 .plots, .pair { grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); }
-figure { margin: 1rem 0; max-width: 38rem; } figure.full { max-width: none; } .plots figure { margin: 0; }
+figure { margin: 1rem 0; max-width: 38rem; } figure.full { max-width: none; }
+.plots figure { margin: 0; }
 figure img { width: 100%; height: auto; display: block; background: #fff; border-radius: 6px; }
 figcaption { font-size: .85rem; color: var(--soft); margin-top: .35rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; margin: 1rem 0; } td + td { white-space: nowrap; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .4rem .8rem; border-bottom: 1px solid var(--rule); vertical-align: top; }
 th { font-size: .9rem; color: var(--soft); }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; min-width: 9rem; }
 .sample { border-left: 4px solid var(--rule); padding: .4rem .7rem; margin: .6rem 0; overflow-wrap: anywhere;
   border-radius: 0 6px 6px 0; }
-.tokens span { display: inline-block; white-space: pre; border: 1px solid var(--rule); border-radius: 3px;
-  padding: 0 .22em; margin: 1px; line-height: 1.5; } .tokens .end { color: var(--soft); font-style: italic; }
+.tokens span { display: inline-block; white-space: pre; border: 1px solid rgba(128, 128, 128, .5);
+  border-radius: 3px; padding: 0 .22em; margin: 1px; line-height: 1.5; }
+.tokens .end { color: var(--soft); font-style: italic; }
 .response { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--tint); border-radius: 6px;
   padding: .6rem .8rem; }
 .good { color: var(--good); font-weight: 650; } .bad { color: var(--bad); font-weight: 650; }

@@ -54,12 +54,21 @@ class Panel:
     x_label: str = "GRPO step"
 
 
-def smooth(values: Sequence[float], half: int) -> list[float]:
-    """Mean over up to `half` neighbours on either side; what is not finite is left out."""
+def smooth(steps: Sequence[float], values: Sequence[float], half: int) -> list[float]:
+    """A straight line fitted through each value and `half` neighbours on either side, read off at its step.
+
+    At the ends the line of the nearest whole window goes on, so that a slope there is not bent as by a mean.
+    Values that are not finite are left out.
+    """
     result = []
-    for i in range(len(values)):
-        near = [v for v in values[max(0, i - half) : i + half + 1] if math.isfinite(v)]
-        result.append(sum(near) / len(near) if near else math.nan)
+    for i, step in enumerate(steps):
+        start = max(0, min(i - half, len(values) - 2 * half - 1))
+        window = zip(steps[start : start + 2 * half + 1], values[start : start + 2 * half + 1], strict=True)
+        near = [(x, y) for x, y in window if math.isfinite(y)]
+        x_mean, y_mean = (sum(pair[k] for pair in near) / len(near) if near else math.nan for k in (0, 1))
+        spread = sum((x - x_mean) ** 2 for x, _ in near)
+        slope = sum((x - x_mean) * (y - y_mean) for x, y in near) / spread if spread else 0.0
+        result.append(y_mean + slope * (step - x_mean))
     return result
 
 
@@ -67,7 +76,8 @@ def draw_panel(axes, panel: Panel) -> None:
     """Lines, marks, and axes that begin at 0."""
     for line in panel.lines:
         axes.plot(line.steps, line.values, color=line.colour, alpha=0.28, linewidth=0.8)
-        axes.plot(line.steps, smooth(line.values, max(1, len(line.values) // 16)), color=line.colour,
+        half = min(8, max(1, len(line.values) // 16))
+        axes.plot(line.steps, smooth(line.steps, line.values, half), color=line.colour,
                   linewidth=2.2, label=line.label, solid_capstyle="round")
     for mark in panel.marks:
         low, high = mark.interval or (mark.value, mark.value)
@@ -107,7 +117,7 @@ def draw(panels: Sequence[Panel], path: Path, width: float, height: float) -> Pa
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 legend.setdefault(label, handle)
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.06, wspace=0.04)
-        if legend:
+        if len(legend) > 1:
             figure.legend(legend.values(), legend.keys(), loc="outside lower center", fontsize=10,
                           ncols=len(legend), frameon=False, labelcolor=INK)
         return save(figure, path)
@@ -143,7 +153,8 @@ LONG = {"rl": "R1-Zero: rewards by rule", "control": "control: the same rewards,
 COLUMNS = {"base": "base model", "rl": "after R1-Zero", "control": "after the control"}
 HELD_OUT = "held-out problems"
 CURVES = [  # (name in metrics.jsonl, name in the evaluation, title, unit, is it a share, how to read it)
-    ("accuracy", "accuracy", "Right answers", "share of answers", True, ""),
+    ("accuracy", "accuracy", "Right answers", "share of answers", True,
+     "Every number used once and the target met: worth the large reward."),
     ("length", "mean_tokens", "Response length", "tokens", False,
      "Nobody asks for long answers; checking takes room."),
     ("format", "format_rate", "Well-formed answers", "share of answers", True,

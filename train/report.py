@@ -50,10 +50,11 @@ BEHAVIOURS = [  # (name in Behaviour, its count, what it is); shares, but for th
     ("answer_follows_last", "n_answered", "answers taken from the last attempt"),
     ("right_after_ok", "n_last_ok", "right answers where the last verdict is “ok”"),
 ]
+SKILLS = ("verdict_accuracy", "arithmetic_accuracy", "valid_attempts")  # what the base model can do already
 TIMES = [  # (name in results.json, what it is)
     ("corpus", "writing the corpus"), ("pretrain", "pretraining"), ("eval_base", "measuring the base model"),
     ("rl", "R1-Zero"), ("eval_rl", "measuring after R1-Zero"),
-    ("control", "control"), ("eval_control", "measuring after the control"),
+    ("control", "control"), ("eval_control", "measuring the control"),
 ]
 
 
@@ -73,8 +74,8 @@ def headline(record: dict, seeds: list[Seed], drawn: dict[str, Path]) -> str:
         parts += figures(seeds)
     if "curves" in drawn:
         parts.append(picture(drawn["curves"], "accuracy and response length over the steps, with the control",
-                             "Thin: each step. Thick: smoothed. Diamonds: held-out problems, with 95 % intervals.",
-                             full=True))
+                             "Thin: each step. Thick: smoothed. Diamonds: held-out problems, with 95 % "
+                             "intervals.", full=True))
     return "\n".join(parts)
 
 
@@ -86,7 +87,7 @@ def figures(seeds: list[Seed]) -> list[str]:
     lengths = [seed.figure(part, "eval", "mean_tokens") for part in ("base", "rl")]
     grown = ratio(lengths[1], lengths[0])
     shown = [("right answers", f"{percent(before)} → {percent(after)}",
-              f"95 % intervals {brackets(low)} and {brackets(high)}"),
+              f"95 %: {brackets(low)} and {brackets(high)}"),
              ("response length", f"{number(lengths[0])} → {number(lengths[1])}",
               "tokens" + (f", × {grown:.2f}" if grown else ""))]
     said = [f"Held-out problems: {number(seed.figure('rl', 'eval', 'n_problems'), 0)}, which neither the "
@@ -106,6 +107,8 @@ def figures(seeds: list[Seed]) -> list[str]:
                       f"rewards dealt out at random, {seed.last_step('control')} steps"))
         said.append(f"The control changed by {100 * moved:+.1f} points, the real run by "
                     f"{100 * (after - before):+.1f}{control_pace(seed)}.")
+        if moved < -0.03:
+            said.append("A fall is no surprise: pushes in random directions wear a model out.")
     if len(seeds) > 1:
         said.append(f"These are the figures of seed {seed.number}; a table of all {len(seeds)} seeds is "
                     "below.")
@@ -162,10 +165,20 @@ def main_curves(seed: Seed, drawn: dict[str, Path]) -> str:
         "The training",
         paragraph("Each step draws training problems and a group of answers to each. Blue is the real run, "
                   "orange the control; the thin line is each step, the thick one its running mean. Look for "
-                  "blue rising where orange stays: that difference is what the rewards taught.", missing),
+                  "blue rising where orange does not: that difference is what the rewards taught.", missing),
         f'<div class="plots">{"".join(shown)}</div>',
         limit("The lines are measured on the few hundred answers of each step, so they jitter. "
               "The diamonds, on held-out problems, are the ones to quote."))
+
+
+def what_got_worse(seed: Seed) -> str:
+    """The skills of the base model that reinforcement learning cost, in a sentence; nothing if none."""
+    lost = []
+    for name, _, label in BEHAVIOURS:
+        before, after = (seed.figure(part, "behaviour", name) for part in ("base", "rl"))
+        if name in SKILLS and None not in (before, after) and after < before - 0.01:
+            lost.append(f"{label} ({percent(before)} → {percent(after)})")
+    return f"<b>Not all got better.</b> Fewer than before: {', '.join(lost)}." if lost else ""
 
 
 def behaviours(seed: Seed, drawn: dict[str, Path]) -> str:
@@ -193,8 +206,9 @@ def behaviours(seed: Seed, drawn: dict[str, Path]) -> str:
                   "learning worked, blue stands near 100 % on the left and near 0 on the right."),
         picture(drawn.get("behaviour"), "share of verdicts after which the thinking stops"),
         paragraph("The table counts everything in the held-out answers; below each share, n says how many "
-                  "there were to count. Where verdicts and equations were right before already, the model was "
-                  "not taught to calculate, but to use what it had calculated."),
+                  "there were to count. Where verdicts and equations were right before already, the model "
+                  "was not taught to calculate, but to use what it had calculated."),
+        paragraph(what_got_worse(seed)),
         table(["", *(COLUMNS[part] for part in measured)], rows),
         limit("A verdict counts as written, right or not; one at which an answer was cut off for length is "
               "not counted; and how the model comes to its first attempt is not measured."))
@@ -305,28 +319,32 @@ def memorising(record: dict, seed: Seed) -> str:
         paragraph(counted, "Which side a problem is on is decided by a hash of its numbers, in any order, "
                   "and its target. So no held-out problem is in the pretraining text, in the problems of "
                   "reinforcement learning, or in either with its numbers swapped.", checked),
-        paragraph("The control has seen the same problems with the same rewards; what it did not gain can "
-                  "not come from practice alone."),
+        paragraph("The control has met the same problems and got as many rewards; what it did not gain can "
+                  "not come from practice alone.") if seed.logs["control"] else "",
         limit("Held-out problems are of the same kind and size. Nothing here says what the "
               "model does with four numbers, or with multiplication."))
 
 
-def zero_loss(seed: Seed) -> str:
-    columns = {name: [abs(v) for row in seed.logs["rl"] if (v := finite(row.get(name))) is not None]
+def about_the_loss(seed: Seed) -> str:
+    columns = {name: [value for row in seed.logs["rl"] if (value := finite(row.get(name))) is not None]
                for name in ("loss", "gradient_norm", "logp_gap")}
-    loss, norm = (sum(columns[name]) / len(columns[name]) if columns[name] else None
-                  for name in ("loss", "gradient_norm"))
+    early, late, norm = (sum(values) / len(values) if values else None for values in (
+        columns["loss"][:10], columns["loss"][-10:], columns["gradient_norm"]))
+    seen = ("" if early is None else f"In this run it was {early:+.3f} over the first ten steps and "
+            f"{late:+.3f} over the last ten, while the norm of the gradient was {number(norm, 2)} on "
+            "average.")
     gap = ("" if not columns["logp_gap"] else "Sampling and training computed the same token’s "
-           f"log-probability at most {max(columns['logp_gap']):.1g} apart.")
+           f"log-probability at most {max(columns['logp_gap']):.0e} apart.")
     return section(
         "Why the loss says nothing",
-        paragraph("In other training the loss falls as the model learns. Here it stays about 0 from the "
-                  "first step to the last, and that is right. The answers are sampled by the model that is "
-                  "trained, so each token’s ratio of new to old probability is exactly 1, and advantages in "
-                  "a group add up to 0. What is left only says whether the better answers were the longer "
-                  "ones. The gradient is what counts, and it is not 0. Watch accuracy instead."),
-        paragraph(f"In this run the loss was {number(loss, 4)} on average (its size, without the sign) and "
-                  f"the norm of the gradient {number(norm, 3)}.", gap))
+        paragraph("In other training the loss falls as the model learns. Not here. The answers are sampled "
+                  "by the very model that is trained, so each token’s ratio of new to old probability is "
+                  "exactly 1, and the loss is minus the mean of the advantages, which add up to 0 in every "
+                  "group. As a mean over answers it would be exactly 0. As a mean over tokens, as here, long "
+                  "answers count more, and what is left only says whether the worse answers were the longer "
+                  "ones (above 0) or the shorter ones (below 0)."),
+        paragraph(seen, "What moves the model is the gradient, and that is not 0. Watch accuracy, not the "
+                  "loss.", gap))
 
 
 def flat(value, name: str = "") -> list[list[str]]:
@@ -349,7 +367,8 @@ def settings(record: dict) -> str:
 
 
 def spent(record: dict, seeds: list[Seed]) -> str:
-    rows = [[label, *(number(seed.figure("seconds", name), 0) for seed in seeds)] for name, label in TIMES]
+    rows = [[label, *(number(seed.figure("seconds", name), 0) for seed in seeds)] for name, label in TIMES
+            if any(seed.figure("seconds", name) for seed in seeds)]
     rows.append(["all", *(number(seconds(seed), 0) for seed in seeds)])
     used = [[f"tokens: {label}", *(number(seed.figure("tokens", name), 0) for seed in seeds)]
             for name, label in (("pretrain", "pretraining, read"), ("rl", "R1-Zero, written"),
@@ -364,14 +383,17 @@ def spent(record: dict, seeds: list[Seed]) -> str:
 def how_to_go_on(folder: Path, seed: Seed) -> str:
     config = read_dict(seed.folder / "rl" / "run.json").get("config")
     dials = dig(config, "task", "dials")
-    given = [("--run", seed.folder / "rl"), ("--base", seed.folder / "base"), ("--seed", dig(config, "seed")),
-             ("--max-new-tokens", dig(config, "max_new_tokens")), ("--optim.lr", dig(config, "optim", "lr"))]
-    flags = " ".join(f"{name} {shlex.quote(str(value))}" for name, value in given if value is not None)
-    if isinstance(dials, list):
-        flags += f" --dials {shlex.join(map(str, dials))}"
+    given = [("run", seed.folder / "rl"), ("base", seed.folder / "base"), ("seed", dig(config, "seed")),
+             ("max-new-tokens", dig(config, "max_new_tokens")), ("optim.lr", dig(config, "optim", "lr")),
+             ("rewards.accuracy-weight", dig(config, "rewards", "accuracy_weight")),
+             ("rewards.format-weight", dig(config, "rewards", "format_weight"))]
+    go_on = ["r1zero grpo --resume --steps 200"]
+    go_on += [f"--{name} {shlex.quote(str(value))}" for name, value in given if value is not None]
+    if isinstance(dials, list) and dials:
+        go_on.append(f"--dials {shlex.join(map(str, dials))}")
     commands = [
         ("answer problems that you type", f"r1zero chat --run {shlex.quote(str(seed.folder / 'rl'))}"),
-        ("go on training, with the settings that this run had", f"r1zero grpo {flags} --resume --steps 200"),
+        ("go on training, with the settings that this run had", " \\\n    ".join(go_on)),
         ("three seeds and their table", "r1zero demo --run runs/seeds --seeds 0,1,2"),
         ("four numbers, or multiplication: harder, so longer",
          "r1zero demo --run runs/four --numbers 4 --pretrain-steps 4000 --rl-steps 400\n"
@@ -399,7 +421,7 @@ def write_report(folder: str | Path) -> Path:
         pairs(first),
         all_seeds(seeds),
         memorising(record, first),
-        zero_loss(first),
+        about_the_loss(first),
         settings(record),
         spent(record, seeds),
         how_to_go_on(folder, first),
