@@ -1,4 +1,4 @@
-"""What the benchmarks share: taking turns, quantiles, a table for people, and one line of JSON that holds everything."""
+"""What the benchmarks share: medians and quantiles, a table for people, and one line of JSON for it all."""
 import json
 import platform
 import time
@@ -18,18 +18,6 @@ def time_of(function) -> float:
     return time.perf_counter() - started
 
 
-def take_turns(peers: dict, rounds: int, warmup: int) -> dict[str, np.ndarray]:
-    """Time each peer once a round, in turn, so that a busy moment of the machine meets all of them.
-
-    peers: name -> function without arguments. Returns name -> [rounds] seconds; the first `warmup` rounds are dropped.
-    """
-    seconds = {name: [] for name in peers}
-    for _ in range(warmup + rounds):
-        for name, function in peers.items():
-            seconds[name].append(time_of(function))
-    return {name: np.array(times[warmup:]) for name, times in seconds.items()}
-
-
 def spread(values) -> dict[str, float]:
     """Median, and the quantiles that leave a fifth on either side."""
     p20, median, p80 = np.quantile(np.asarray(values, np.float64), [0.2, 0.5, 0.8])
@@ -38,20 +26,22 @@ def spread(values) -> dict[str, float]:
 
 def show(s: dict[str, float], unit: str = "", scale: float = 1.0, digits: int = 2) -> str:
     """"median (p20 to p80) unit", for a table."""
-    return f"{s['median'] * scale:.{digits}f} ({s['p20'] * scale:.{digits}f} to {s['p80'] * scale:.{digits}f}){unit}"
+    median, p20, p80 = (f"{s[name] * scale:.{digits}f}" for name in ("median", "p20", "p80"))
+    return f"{median} ({p20} to {p80}){unit}"
 
 
-def table(header: list[str], rows: list[list[str]]) -> None:
+def table(header: list[str], rows: list[list]) -> None:
     """Print columns, the first to the left, the others to the right."""
-    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, *rows]:
-        print("  ".join(str(cell).rjust(w) if i else str(cell).ljust(w)
-                        for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip())
+    cells = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for first, *others in cells:
+        aligned = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *aligned]).rstrip())
     print()
 
 
 def cpu_name() -> str:
-    """The processor's name where Linux tells it, or its kind."""
+    """Number and name of the processors where Linux tells it, else their kind."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -61,7 +51,7 @@ def cpu_name() -> str:
 
 
 def finish(name: str, figures: dict, out: str | None, peers: tuple[str, ...] = ()) -> dict:
-    """Print the figures as one line of JSON with date, hardware and versions, and write it to `out` if given.
+    """Print the figures as one line of JSON, with date, hardware and versions; write it to `out` if given.
 
     peers: packages whose versions belong to the result too; one that is not installed is named as missing.
     """
@@ -76,4 +66,4 @@ def finish(name: str, figures: dict, out: str | None, peers: tuple[str, ...] = (
     if out:
         Path(out).write_text(line + "\n", encoding="utf-8")
     print(line)
-    return record
+    return json.loads(line)

@@ -4,20 +4,21 @@
     python -m benchmarks.memory --vocabularies 1000 16000 --out memory.json
 
 One step (forward, backward, clip, AdamW) on the log-probs of the next tokens, at the demo's width and several
-vocabularies, each in a fresh process; beside it the same step with all logits at once (`F.cross_entropy`). Every
-vocabulary is measured at two numbers of tokens, so that the peak falls into two parts:
-- what each further token adds: activations and logits. With sliced logits it may grow until the vocabulary fills a
-  slice (kernels/reference.py, VOCAB_SLICE), and no further; with all logits at once it grows with V for ever.
-- the rest, whatever the number of tokens: gradients of the weights. A tied head has two for a moment, its own and the
-  embedding's, before they are added up. Like the weights and AdamW's two moments, named apart, they are V x d_model
-  each and must grow with V.
+vocabularies, each in a fresh process; beside it the same step with all logits at once (`F.cross_entropy`).
+Each is measured at two numbers of tokens, and a line through the two tells
 
-Measured in two ways. Tensors: the bytes that PyTorch's allocator handed out during the step and had not got back, at
-their highest (its profiler reports each of them). Process: the highest resident memory during the step above that
-before it (Linux's VmHWM, reset for the step). Both begin after a first step of a few tokens, so that the moments are
-there and the libraries are warm; the gradients are not.
+- what a further token adds: activations and logits. With sliced logits it may grow until the vocabulary fills
+  a slice (VOCAB_SLICE in kernels/reference.py) and no further; with all logits at once it grows on with V.
+- what is there for any number of tokens: gradients of weights, which are alive at the peak or not. A tied head
+  has two for a moment, its own and the embedding's, before they are added up. Like the weights and AdamW's two
+  moments, which are named apart, they hold V x d_model each and must grow with V.
 
-Nothing is timed here, so memory goes back to the system as soon as it is free (`reuse_memory()` is not called).
+Measured in two ways. Tensors: the bytes that PyTorch's allocator handed out during the step and had not got
+back, at their highest (its profiler reports each of them). Process: the highest resident memory during the
+step above that before it (Linux's VmHWM, reset for the step). Both begin after a first step of a few tokens,
+so that the moments are there and the libraries are warm; the gradients are not.
+
+Nothing is timed here, so freed memory goes back to the system at once (`reuse_memory()` is not called).
 """
 import json
 import os
@@ -90,8 +91,8 @@ def allocated_peak(prof) -> int:
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     totals = [e["args"]["Total Allocated"] for e in events if e.get("name") == "[memory]"]
     if not totals:
-        raise RuntimeError("the profiler of this version of torch reported no allocation; this benchmark needs torch "
-                           "2.11 to 2.13")
+        raise RuntimeError("the profiler of this version of torch reported no allocation; this benchmark needs "
+                           "torch 2.11 to 2.13")
     return max(totals)
 
 
@@ -123,10 +124,12 @@ def measure(case: dict) -> dict:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         step(*inputs)
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    moments = sum(x.numel() * x.element_size() for s in optimizer.state.values() for x in s.values() if x.ndim)
+    moments = sum(x.numel() * x.element_size()
+                  for state in optimizer.state.values() for x in state.values() if x.ndim)
     return {"weights": parameters, "gradients": parameters, "moments": moments,
             "second_head_gradient": model.embed.numel() * 4 if config.tie_embeddings else 0,
-            "inputs": sum(x.numel() * x.element_size() for x in (inputs[0].tokens, inputs[0].positions, inputs[1])),
+            "inputs": sum(x.numel() * x.element_size()
+                          for x in (inputs[0].tokens, inputs[0].positions, inputs[0].cu_seqlens, inputs[1])),
             "tensors_peak": allocated_peak(prof),
             "process_peak": after - before if was_reset and after and before else None}
 
@@ -148,6 +151,7 @@ def main(f: Flags) -> dict | None:
     few, many = f.tokens
     if not f.seq_len <= few < many or few % f.seq_len or many % f.seq_len:
         raise ValueError(f"--tokens is {few} {many}, expected two rising multiples of --seq-len {f.seq_len}")
+
     cases = []
     for vocabulary in f.vocabularies:
         for head in HEADS:
@@ -160,13 +164,14 @@ def main(f: Flags) -> dict | None:
     def mb(n: float | None) -> str:
         return "unknown" if n is None else f"{n / 1e6:.0f}"
 
-    print(f"\nOne training step of {f.model} on {many:,} tokens, fp32; MB. Peak: the most that the step holds at a time, on "
-          "top of\nthe weights, their moments and the inputs.\n")
-    table(["vocabulary", "logits", "weights", "moments", "inputs", "peak, process", "peak, tensors", "= fixed",
+    print(f"\nOne training step of {f.model} on {many:,} tokens, fp32; MB. Peak: the most that the step holds at a "
+          "time,\non top of the weights, their moments and the inputs.\n")
+    columns = ("weights", "moments", "inputs", "process_peak", "tensors_peak")
+    table(["vocabulary", "logits", "weights", "moments", "inputs", "peak, process", "peak, tensors", "= any T",
            "+ tokens", "KB a token"],
-          [[f"{x['vocabulary']:,}", x["head"], *[mb(x["many"][name]) for name in (
-              "weights", "moments", "inputs", "process_peak", "tensors_peak")], mb(x["bytes_at_no_tokens"]),
-            mb(x["bytes_per_further_token"] * many), f"{x['bytes_per_further_token'] / 1e3:.1f}"] for x in cases])
+          [[f"{x['vocabulary']:,}", x["head"], *[mb(x["many"][name]) for name in columns],
+            mb(x["bytes_at_no_tokens"]), mb(x["bytes_per_further_token"] * many),
+            f"{x['bytes_per_further_token'] / 1e3:.1f}"] for x in cases])
     return finish("memory", {"flags": vars(f), "cases": cases}, f.out)
 
 

@@ -1,12 +1,13 @@
-"""Training throughput of the demo's model, as a share of what the same machine reaches in a plain matrix product.
+"""Training throughput of the demo's model, as a share of what the machine reaches in a plain matrix product.
 
     python -m benchmarks.training                 about half a minute
     python -m benchmarks.training --rounds 60 --out training.json
 
-A step is what pretraining does: take a batch, forward, backward, clip, AdamW, in fp32. Two batches of 2,048 tokens: the
-demo's corpus (whole documents of different lengths) and windows of one length. Steps take turns with 1024 x 1024 x 1024
-matrix products, and each step is held against the products right before and after it. Only the FLOPs that the model
-needs count (`flops_per_token`): what backward computes anew, padding, and all that is no matrix product count as loss.
+A step is what pretraining does: take a batch, forward, backward, clip, AdamW, in fp32. There are two kinds of
+batches of 2,048 tokens: the demo's corpus (whole documents of different lengths) and windows of one length.
+Steps take turns with products of two 1024 x 1024 matrices, and each step is held against the products right
+before and after it. Only the FLOPs that the model needs count (`flops_per_token`): what backward computes
+anew, padding, and all that is no matrix product count as loss.
 
 Then the profiler says where the time of a step goes, and how fast the matrix products are inside it.
 """
@@ -15,12 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import tyro
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from r1zero.model.config import preset
 from r1zero.model.transformer import Transformer, flops_per_token, param_count
 from r1zero.train.data import TokenStream
-from r1zero.train.optim import make_optimizer
+from r1zero.train.optim import OptimConfig, make_optimizer
 from r1zero.train.pretrain import PretrainConfig, corpus_batches, train_step
 from r1zero.train.run import reuse_memory
 
@@ -31,11 +32,13 @@ GROUPS = {  # of the profiler's operators, by the first prefix that fits
     "attention": ("aten::_scaled_dot_product",),
     "optimizer": ("aten::_fused_adamw", "aten::_foreach", "Optimizer."),
     "data": ("data",),
-    "copies and gathers": ("aten::copy_", "aten::cat", "aten::index", "aten::_index", "aten::embedding", "aten::fill_",
-                           "aten::gather", "aten::zero_", "aten::repeat_interleave", "aten::nonzero"),
+    "copies and gathers": ("aten::copy_", "aten::cat", "aten::index", "aten::_index", "aten::embedding",
+                           "aten::fill_", "aten::gather", "aten::zero_", "aten::repeat_interleave"),
     "norms, RoPE, SwiGLU, softmax": ("aten::",),
     "Python, autograd": ("",),
 }
+LEARNING_RATE = 1e-3
+WARM_UP = 3  # steps before the timed ones and before the profiled ones
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Flags:
     batch_tokens: int = 2048
     """Tokens in a step."""
     seq_len: int = 128
-    """Length of a window in the batch of one length."""
+    """Length of a window in the batches of one length."""
     documents: int = 2000
     """Documents of the corpus to draw from."""
     model: str = "demo"
@@ -61,35 +64,34 @@ class Flags:
 
 
 class Steps:
-    """Successive optimizer steps on batches of a source; remembers the FLOPs and tokens of each."""
+    """Successive optimizer steps on the batches of a source; remembers the tokens and FLOPs of each."""
 
-    def __init__(self, batches, vocab_size: int, f: Flags, optim):
-        self.config = preset(f.model, vocab_size)
-        self.model = Transformer(self.config).init_weights(0)
-        self.optimizer = make_optimizer(self.model, optim)
-        self.batches, self.batch_tokens, self.optim = batches, f.batch_tokens, optim
-        self.flops, self.tokens = [], []
+    def __init__(self, batches, vocab_size: int, f: Flags):
+        self.config, self.batches, self.batch_tokens = preset(f.model, vocab_size), batches, f.batch_tokens
+        self.model, self.optim = Transformer(self.config).init_weights(0), OptimConfig()
+        self.optimizer = make_optimizer(self.model, self.optim)
+        self.tokens, self.flops = [], []
 
-    def __call__(self):
+    def __call__(self) -> None:
         with record_function("data"):
             batch = self.batches.batch(len(self.flops))
-        train_step(self.model, self.optimizer, batch, 1e-3, self.optim, self.batch_tokens)
+        train_step(self.model, self.optimizer, batch, LEARNING_RATE, self.optim, self.batch_tokens)
         lengths = batch.inputs.cu_seqlens.diff().double()
-        # attention's FLOPs go with the square of a length: its mean over tokens, not over sequences
+        # attention's FLOPs go with the square of a length: so its mean over tokens, not over sequences
         seqlen = float(lengths.square().sum() / lengths.sum())
         self.tokens.append(len(batch.targets))
         self.flops.append(self.tokens[-1] * flops_per_token(self.config, seqlen, training=True))
 
 
-def throughput(kinds: dict[str, Steps], n: int, rounds: int, warmup: int = 3) -> tuple[dict, dict]:
-    """(the matrix product's rate, each kind's figures): tokens/s, FLOP/s, and FLOP/s as a share of the rate around it."""
+def throughput(kinds: dict[str, Steps], n: int, rounds: int) -> tuple[dict, dict]:
+    """The spread of the matrix product's FLOP/s, and each kind's tokens/s, FLOP/s and share of that rate."""
     a, b, c = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
 
     def product_rate() -> float:
         return 2 * n**3 / np.median([time_of(lambda: torch.mm(a, b, out=c)) for _ in range(3)])
 
     rates, seconds, shares = [], {name: [] for name in kinds}, {name: [] for name in kinds}
-    for _ in range(warmup + rounds):
+    for _ in range(WARM_UP + rounds):
         for name, step in kinds.items():
             before, elapsed, after = product_rate(), time_of(step), product_rate()
             rates += [before, after]
@@ -97,12 +99,11 @@ def throughput(kinds: dict[str, Steps], n: int, rounds: int, warmup: int = 3) ->
             shares[name].append(step.flops[-1] / elapsed / ((before + after) / 2))
     figures = {}
     for name, step in kinds.items():
-        elapsed = np.array(seconds[name][warmup:])
-        figures[name] = {"tokens_per_s": spread(np.array(step.tokens[warmup:]) / elapsed),
-                         "flops_per_s": spread(np.array(step.flops[warmup:]) / elapsed),
-                         "step_s": spread(elapsed), "share_of_rate": spread(shares[name][warmup:]),
-                         "tokens_per_step": float(np.mean(step.tokens)), "flops_per_step": float(np.mean(step.flops))}
-    return spread(rates[2 * len(kinds) * warmup :]), figures
+        elapsed, tokens, flops = (np.array(x[WARM_UP:]) for x in (seconds[name], step.tokens, step.flops))
+        figures[name] = {"tokens_per_s": spread(tokens / elapsed), "flops_per_s": spread(flops / elapsed),
+                         "step_s": spread(elapsed), "share_of_rate": spread(shares[name][WARM_UP:]),
+                         "tokens_per_step": float(tokens.mean()), "flops_per_step": float(flops.mean())}
+    return spread(rates[2 * len(kinds) * WARM_UP :]), figures
 
 
 def group_of(operator: str) -> str:
@@ -111,47 +112,52 @@ def group_of(operator: str) -> str:
 
 def breakdown(step: Steps, n: int) -> dict:
     """Shares of a step's time by kind of work, under the profiler, and the rate of its matrix products."""
-    def run():
-        for _ in range(n):
-            step()
-
-    with profile(activities=[ProfilerActivity.CPU]) as prof:
-        elapsed = time_of(run)
-    seconds = dict.fromkeys(GROUPS, 0.0)
+    elapsed = 0.0
+    # its first steps are not kept: then the profiler's own memory is in place, and its hunger for new pages
+    # does not fall on the operators
+    plan = schedule(wait=0, warmup=WARM_UP, active=n)
+    with profile(activities=[ProfilerActivity.CPU], schedule=plan) as prof:
+        for i in range(WARM_UP + n):
+            if i > 0:
+                prof.step()
+            seconds = time_of(step)
+            elapsed += seconds if i >= WARM_UP else 0.0
+    spent = dict.fromkeys(GROUPS, 0.0)
     for event in prof.key_averages():
-        seconds[group_of(event.key)] += event.self_cpu_time_total * 1e-6
-    seconds["Python, autograd"] += elapsed - sum(seconds.values())  # what no event covers
-    # the head's logits are computed twice, as the log-prob keeps none of them: a fourth product of that size
+        if not event.key.startswith("ProfilerStep"):
+            spent[group_of(event.key)] += event.self_cpu_time_total * 1e-6
+    spent["Python, autograd"] += elapsed - sum(spent.values())  # what no event covers
+    # the head's logits are computed twice, for none are kept: a fourth product of that size
     c = step.config
-    done = sum(step.tokens[-n:]) * (flops_per_token(c, 0, training=True) + 2 * c.vocab_size * c.d_model)
-    return {"shares": {group: s / elapsed for group, s in seconds.items()}, "step_s": elapsed / n,
-            "matrix_products_flops_per_s": done / seconds["matrix products"] if seconds["matrix products"] else None}
+    flops = sum(step.tokens[-n:]) * (flops_per_token(c, 0, training=True) + 2 * c.vocab_size * c.d_model)
+    return {"shares": {group: seconds / elapsed for group, seconds in spent.items()}, "step_s": elapsed / n,
+            "matrix_products_flops_per_s": flops / spent["matrix products"]}
 
 
 def main(f: Flags) -> dict:
     reuse_memory()
-    c = PretrainConfig(run="", data=("countdown",), model=f.model, documents=f.documents, batch_tokens=f.batch_tokens)
-    tokenizer, ragged = corpus_batches(c)
-    fixed = TokenStream(ragged.tokens, f.seq_len, max(1, f.batch_tokens // f.seq_len))
-    kinds = {"documents": Steps(ragged, tokenizer.vocab_size, f, c.optim),
-             f"windows of {f.seq_len}": Steps(fixed, tokenizer.vocab_size, f, c.optim)}
+    tokenizer, documents = corpus_batches(PretrainConfig(
+        run="", data=("countdown",), model=f.model, documents=f.documents, batch_tokens=f.batch_tokens))
+    windows = TokenStream(documents.tokens, f.seq_len, max(1, f.batch_tokens // f.seq_len))
+    kinds = {"documents": Steps(documents, tokenizer.vocab_size, f),
+             f"windows of {f.seq_len}": Steps(windows, tokenizer.vocab_size, f)}
     rate, figures = throughput(kinds, f.matrix, f.rounds)
     for name, step in kinds.items():
         figures[name]["breakdown"] = breakdown(step, f.profiled_steps)
 
     parameters = param_count(kinds["documents"].config)
-    print(f"\n{f.model}, {parameters:,} parameters, vocabulary {tokenizer.vocab_size:,}, fp32, "
+    print(f"\n{f.model}: {parameters:,} parameters, vocabulary {tokenizer.vocab_size:,}, fp32, "
           f"{torch.get_num_threads()} threads; median (20 % to 80 % quantile) of {f.rounds} steps")
     print(f"matrix product {f.matrix}^3: {show(rate, ' GFLOP/s', 1e-9, 0)}\n")
-    table(["batch", "tokens/s", "ms a step", "GFLOP/s", "% of the product's rate"],
+    table(["batches", "tokens/s", "ms a step", "GFLOP/s", "% of the product's rate"],
           [[name, show(x["tokens_per_s"], digits=0), show(x["step_s"], scale=1e3, digits=0),
             show(x["flops_per_s"], scale=1e-9, digits=0), show(x["share_of_rate"], scale=100, digits=1)]
            for name, x in figures.items()])
-    table(["share of a step's time, %", *figures],
-          [[group, *[f"{x['breakdown']['shares'][group] * 100:.1f}" for x in figures.values()]] for group in GROUPS]
-          + [["rate of its matrix products, % of the rate above",
-              *[f"{(x['breakdown']['matrix_products_flops_per_s'] or 0) / rate['median'] * 100:.0f}"
-                for x in figures.values()]]])
+    parts = [x["breakdown"] for x in figures.values()]
+    speeds = [x["matrix_products_flops_per_s"] / rate["median"] for x in parts]
+    table(["where a step's time goes, %", *figures],
+          [[group, *[f"{x['shares'][group] * 100:.1f}" for x in parts]] for group in GROUPS]
+          + [["speed of its matrix products, % of the rate", *[f"{x * 100:.0f}" for x in speeds]]])
     return finish("training", {"flags": vars(f), "parameters": parameters, "vocabulary": tokenizer.vocab_size,
                                "product_flops_per_s": rate, "batches": figures}, f.out)
 

@@ -1,17 +1,20 @@
-"""A GRPO step of ours against one of TRL's `GRPOTrainer`, on the same model, prompts, rewards and sizes, in one process.
+"""A GRPO step of ours against one of TRL's `GRPOTrainer`, on the same model, prompts, rewards and sizes, in
+one process.
 
     pip install -e ".[trl]"                 the peer; without it ours is measured alone
     python -m benchmarks.vs_trl             about two minutes
     python -m benchmarks.vs_trl --rounds 15 --out vs_trl.json
 
-What both do: sample 16 answers to each of 16 prompts of 8 tokens, grade them, normalise the rewards within each group,
-one AdamW step on the token-mean clipped loss, gradient clipped to 1; fp32, temperature 1, no KL, on-policy. Both start
-from the same weights (copied into a Qwen2 of transformers; the two models' log-probs are compared first) and see the
-same prompts. The end token lies outside the model's vocabulary, so every answer has all its tokens and no side pays
-for suppressing it. Rewards are different for every sample, so no sample can be left out of the update.
+What both do: sample 16 answers to each of 16 prompts of 8 tokens, grade them, normalise the rewards within
+each group, one AdamW step on the token-mean clipped loss, gradient clipped to 1; fp32, temperature 1, no KL,
+on-policy. Both start from the same weights (copied into a Qwen2 of transformers; the two models' log-probs
+are compared first) and see the same prompts. The end token lies outside the model's vocabulary, so every
+answer has all its tokens and no side pays for suppressing it. Rewards are different for every sample, so no
+sample can be left out of the update.
 
-What favours TRL: a step is timed without its data loader, logging and progress bar, and its generation without
-tokenising and decoding, which are in ours; it profits from `reuse_memory()` too. Steps of the two take turns.
+What favours TRL: a step is timed without its data loader, logging and progress bar, and its generation
+without tokenising and decoding, which are in ours; it profits from `reuse_memory()` too. Steps of the two
+take turns.
 
 Left out: vLLM (no GPU), transformers' continuous batching, torch.compile on either side.
 """
@@ -122,7 +125,8 @@ def our_step(f: Flags):
 
     def step() -> tuple[float, float]:
         nonlocal n_done
-        # the reference, here the model itself, is not asked: the loss has no KL and none is measured for the log
+        # the reference, here the model itself, is not asked: the loss has no KL and none is measured for the
+        # log
         figures = grpo_step(model, model, tokenizer, task, optimizer, c, n_done)
         n_done += 1
         n = f.prompts * f.group_size
@@ -182,7 +186,8 @@ def qwen2_tokenizer(vocab_size: int):
 
 
 def take_turns_with_trl(f: Flags, step) -> tuple[list, list]:
-    """Let TRL train, and do a step of ours after each of its own. Returns both sides' (step, generation) seconds."""
+    """Let TRL train, and do a step of ours after each of its own. Returns both sides' (step, generation)
+    seconds."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is to be fetched; read when the library is imported
     from datasets import Dataset
     from transformers import TrainerCallback

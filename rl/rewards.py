@@ -1,8 +1,11 @@
-"""R1-Zero's two rule rewards (arXiv 2501.12948, section 2.2.2): is the answer right, and is the response well formed?
+"""R1-Zero's two rule rewards (arXiv 2501.12948, section 2.2.2): is the answer right, and is the response well
+formed?
 
-Accuracy is the task's grader's word on the last answer block. Format is 1 for exactly one think block followed by
-exactly one answer block and nothing else. No model judges anything, so there is nothing to hack but the rules.
+Accuracy is the task's grader's word on the last answer block. Format is 1 for exactly one think block
+followed by exactly one answer block and nothing else. No model judges anything, so there is nothing to hack
+but the rules.
 """
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +20,14 @@ class RewardConfig:
     accuracy_weight: float = 1.0
     """Worth of a right answer."""
     format_weight: float = 0.2
-    """Worth of a well-formed response, right or wrong. A large one pulls everything to short, wrong, tidy answers."""
+    """Worth of a well-formed response, right or wrong. A large one pulls everything to short, wrong, tidy
+    answers."""
 
     def __post_init__(self):
-        if self.accuracy_weight < 0 or self.format_weight < 0 or self.accuracy_weight + self.format_weight == 0:
-            raise ValueError(f"rewards: weights are accuracy {self.accuracy_weight} and format {self.format_weight}; "
-                             "expected numbers of 0 or more, not both 0")
+        parts = (self.accuracy_weight, self.format_weight)
+        if not all(0 <= weight < math.inf for weight in parts) or sum(parts) == 0:
+            raise ValueError(f"rewards: weights are accuracy {self.accuracy_weight} and format "
+                             f"{self.format_weight}; expected numbers of 0 or more, not both 0")
 
 
 @dataclass(frozen=True)
@@ -49,15 +54,18 @@ def reward_one(task, problem, response: str, config: RewardConfig) -> dict:
 def score(task, problems, responses: list[str], config: RewardConfig) -> Rewards:
     """Grade sample n, the answer to problems[n]. Raises ValueError if the two lists differ in length."""
     parts = [reward_one(task, p, r, config) for p, r in zip(problems, responses, strict=True)]
-    column = {key: np.array([part[key] for part in parts], np.float64) for key in ("accuracy", "format", "reward")}
+    names = ("accuracy", "format", "reward")
+    column = {name: np.array([part[name] for part in parts], np.float64) for name in names}
     return Rewards(column["accuracy"], column["format"], column["reward"], [part["why"] for part in parts])
 
 
-def permute_within_groups(rewards_N: np.ndarray, group_offsets: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
+def permute_within_groups(rewards_N: np.ndarray, group_offsets: np.ndarray,
+                          seed: tuple[int, ...]) -> np.ndarray:
     """The control: the same rewards, dealt out at random within each group.
 
-    Every group keeps its mean and its spread, so the updates are as large as in the real run, but a reward says
-    nothing about the answer that it lands on. seed: the integers that the shuffle is a fixed function of.
+    Every group keeps its mean and its spread, so the updates are as large as in the real run, but a reward
+    says nothing about the answer that it lands on. seed: the integers that the shuffle is a fixed function
+    of.
     """
     rng = np.random.default_rng(np.random.SeedSequence([abs(s) for s in seed]))
     dealt = rewards_N.copy()

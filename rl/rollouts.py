@@ -1,7 +1,8 @@
 """Rollouts: groups of sampled answers, flat, with all that training needs to know of them.
 
-Samples are stored sorted by group and a group is a slice given by offsets, never found by comparing prompts: two equal
-problems in a batch stay two groups. Reward and advantage are no fields of this; nothing here is overwritten.
+Samples are stored sorted by group and a group is a slice given by offsets, never found by comparing prompts:
+two equal problems in a batch stay two groups. Reward and advantage are no fields of this; nothing here is
+overwritten.
 """
 from dataclasses import dataclass
 
@@ -57,8 +58,8 @@ class MicroBatch:
     """[R] float32: log-prob of each response token as it was sampled."""
 
 
-def sample_groups(model, tokenizer, prompts: list[str], group_size: int, max_new_tokens: int, temperature: float,
-                  seeds: torch.Tensor, weights_version: int) -> Rollouts:
+def sample_groups(model, tokenizer, prompts: list[str], group_size: int, max_new_tokens: int,
+                  temperature: float, seeds: torch.Tensor, weights_version: int) -> Rollouts:
     """Sample `group_size` answers to each prompt; the samples of one prompt are one group.
 
     seeds: [len(prompts) * group_size] int64. Raises ValueError as `generate` does.
@@ -88,13 +89,16 @@ def micro_batch(rollouts: Rollouts, samples: np.ndarray, device) -> MicroBatch:
     predictors = torch.from_numpy(predictors).to(device)
     sample_of_token = torch.from_numpy(np.repeat(samples, responses)).to(device)
     sampler_logp = torch.from_numpy(np.concatenate([rollouts.sampler_logp[n] for n in samples])).to(device)
-    return MicroBatch(packed, predictors, packed.tokens[predictors + 1], samples, sample_of_token, sampler_logp)
+    targets = packed.tokens[predictors + 1]
+    return MicroBatch(packed, predictors, targets, samples, sample_of_token, sampler_logp)
 
 
 def micro_batches(rollouts: Rollouts, samples: np.ndarray, tokens_per_batch: int, device) -> list[MicroBatch]:
-    """Cut samples into batches of at most `tokens_per_batch` tokens (but at least one sample), alike in length.
+    """Cut samples into batches of at most `tokens_per_batch` tokens (but at least one sample), alike in
+    length.
 
-    Sorted by length, since attention on the CPU pads within a batch; the loss's weights make the cut irrelevant.
+    Sorted by length, since attention on the CPU pads within a batch; the loss's weights make the cut
+    irrelevant.
     """
     lengths = np.array([len(s) for s in rollouts.sequences])
     batches, current, total = [], [], 0
@@ -110,6 +114,7 @@ def micro_batches(rollouts: Rollouts, samples: np.ndarray, tokens_per_batch: int
 
 
 def response_logprobs(model, batch: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logp [R], entropy [R]) of the response tokens under the model, at the temperature that they were sampled at."""
+    """(logp [R], entropy [R]) of the response tokens under the model, at the temperature that they were
+    sampled at."""
     hidden = model(batch.packed)[batch.predictors]
     return model.logprobs(hidden, batch.targets, temperature)

@@ -1,5 +1,6 @@
-"""Runs of pretrain and grpo in child processes that are killed or interrupted at many moments, then resumed, and
-compared with an unbroken run. A process of its own for test_resume.py, because one with threads cannot safely fork:
+"""Runs of pretrain and grpo in child processes that are killed or interrupted at many moments, then resumed,
+and compared with an unbroken run. A process of its own for test_resume.py, because one with threads cannot
+safely fork:
 
     python -m tests.kill_runs EMPTY_FOLDER          at some moments
     python -m tests.kill_runs EMPTY_FOLDER every    at every call that touches the disk, and after every step
@@ -31,7 +32,7 @@ def in_child(action, messages: Path | None = None) -> int:
     """Run `action` in a fork; returns its exit code, or minus the signal that ended it."""
     child = os.fork()
     if child == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us with it ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
         log = os.open(messages or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -64,7 +65,7 @@ def signal_at_log(step: int, signals: list[int]) -> None:
 
 
 def outcome(run: Path) -> dict:
-    """Everything that a run left and that must not depend on its past: the bytes of its checkpoints, its log."""
+    """What a run left and what must not depend on its past: the bytes of its checkpoints, its log."""
     files = {str(path.relative_to(run)): path.read_bytes()
              for path in sorted((run / "checkpoints").rglob("*")) if path.is_file()}
     rows = [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(run)]
@@ -74,7 +75,7 @@ def outcome(run: Path) -> dict:
 def assert_same(run: Path, expected: dict) -> None:
     found = outcome(run)
     assert found["rows"] == expected["rows"], f"{run}: the logs differ"
-    for name, data in expected["files"].items():  # one killed before it removed an old checkpoint leaves one more
+    for name, data in expected["files"].items():  # killed before it removed an old one, it has more
         assert found["files"].get(name) == data, f"{run}: {name} differs"
 
 
@@ -83,22 +84,25 @@ def count_calls(action) -> int:
     reading, writing = os.pipe()
 
     def counted():
-        numbers = itertools.count(1)
-        last = [0]
-        for name in CALLS:
-            def counting(*args, call=getattr(os, name), **kwargs):
-                last[0] = next(numbers)
+        numbers = itertools.count()
+
+        def counting(call):
+            def wrapped(*args, **kwargs):
+                next(numbers)
                 return call(*args, **kwargs)
-            setattr(os, name, counting)
+            return wrapped
+
+        for name in CALLS:
+            setattr(os, name, counting(getattr(os, name)))
         action()
-        os.write(writing, str(last[0]).encode())
+        os.write(writing, str(next(numbers)).encode())
 
     assert in_child(counted) == 0
     return int(os.read(reading, 20))
 
 
-def killed_and_resumed(root: Path, loop, config, expected: dict, n_moments: int | None, steps: list[int]) -> int:
-    """Kill at disk calls spread over the whole run (all of them for None) and when a step is logged; returns how often."""
+def killed_and_resumed(root: Path, loop, config, expected: dict, n_moments: int | None, steps: list) -> int:
+    """Kill at disk calls spread over the run (None: at all) and when a step is logged; returns how often."""
     calls = count_calls(lambda: loop(config(root / "counted")))
     n_moments = n_moments or calls
     moments = [("call", round(1 + i * (calls - 1) / (n_moments - 1))) for i in range(n_moments)]
@@ -120,7 +124,7 @@ def killed_and_resumed(root: Path, loop, config, expected: dict, n_moments: int 
 
 
 def killed_by_the_clock(run: Path, loop, config, expected: dict) -> int:
-    """One process after another goes on from the last checkpoint until a signal from outside, at any moment."""
+    """One process after another goes on from the last checkpoint until a signal from outside ends it."""
     for attempt, milliseconds in enumerate([60, 25, 110]):
         child = os.fork()
         if child == 0:
@@ -142,9 +146,10 @@ def killed_by_the_clock(run: Path, loop, config, expected: dict) -> int:
 
 def interrupted_by_hand(root: Path, data: str, expected: dict) -> dict[str, str]:
     """Ctrl-C once and twice, through the command line; returns what it wrote."""
-    flags = ["--data", data, "--tokenizer", "bytes", "--model", "tiny", "--seq-len", "16", "--batch-tokens", "64",
-             "--micro-tokens", "32", "--steps", "8", "--save-every", "3", "--optim.lr", "1e-2", "--optim.warmup", "2",
-             "--optim.schedule", "constant", "--device", "cpu", "--task.n-numbers", "2", "--task.high", "9"]
+    flags = ["--data", data, "--tokenizer", "bytes", "--model", "tiny", "--seq-len", "16",
+             "--batch-tokens", "64", "--micro-tokens", "32", "--steps", "8", "--save-every", "3",
+             "--optim.lr", "1e-2", "--optim.warmup", "2", "--optim.schedule", "constant", "--device", "cpu",
+             "--task.n-numbers", "2", "--task.high", "9"]
     texts = {}
     for name, step, signals, code in [("once", 4, 1, 0), ("twice", 5, 2, 130), ("last", 8, 1, 0)]:
         run, messages = root / name, root / f"{name}.txt"
@@ -174,19 +179,21 @@ if __name__ == "__main__":
     data, base = text_file(root), save_base(root / "base")
     every = sys.argv[2:] == ["every"]
     loops = {  # the loop, its config, how many disk calls to die at, how many steps it has
-        "pretrain": (pretrain, lambda run, **more: pretrain_config(run, data, **more), None if every else 9, 8),
-        "grpo": (grpo, lambda run, **more: grpo_config(run, base, updates_per_step=2, loss=LossConfig(kl_coef=0.01),
-                                                       **more), None if every else 6, 5),
+        "pretrain": (pretrain, lambda run, **more: pretrain_config(run, data, **more), 9, 8),
+        "grpo": (grpo, lambda run, **more: grpo_config(run, base, updates_per_step=2,
+                                                       loss=LossConfig(kl_coef=0.01), **more), 6, 5),
     }
     done: dict = {"killed": {}}
     for name, (loop, config, n_moments, n_steps) in loops.items():
         folder = root / name
         folder.mkdir()
-        assert in_child(lambda loop=loop, config=config(folder / "whole"): finish(loop, config)) == 0
+        whole = config(folder / "whole")
+        assert in_child(lambda loop=loop, whole=whole: finish(loop, whole)) == 0
         expected = outcome(folder / "whole")
         assert [row["step"] for row in expected["rows"]] == list(range(1, n_steps + 1))
         steps = list(range(1, n_steps + 1)) if every else [1, 4, n_steps]
-        done["killed"][name] = killed_and_resumed(folder, loop, config, expected, n_moments, steps)
+        done["killed"][name] = killed_and_resumed(folder, loop, config, expected,
+                                                  None if every else n_moments, steps)
         done["killed"][name] += killed_by_the_clock(folder / "clock", loop, config, expected)
         if name == "pretrain":
             done["messages"] = interrupted_by_hand(folder, data, expected)

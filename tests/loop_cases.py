@@ -1,4 +1,4 @@
-"""What the tests of rl/ and of the loops share: tiny models, rollouts made by hand, and a task that chance can solve."""
+"""What the tests of rl/ and of the loops share: tiny models, rollouts by hand, a task chance can solve."""
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from r1zero.eval.countdown import Countdown
 from r1zero.eval.tasks import Grade
 from r1zero.model.checkpoint import save_checkpoint
 from r1zero.model.config import preset
+from r1zero.model.packed import pack
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.model.transformer import Transformer
 from r1zero.rl.rollouts import Rollouts
@@ -18,7 +19,7 @@ from r1zero.train.pretrain import PretrainConfig
 
 SENTENCE = "the cat sat on the mat and the dog sat on the log. "
 QUICK = Countdown(n_numbers=2, high=9)  # the default takes half a second to list its problems
-TIMES = {"tokens_per_s", "rollout_s", "step_s", "rollout_tokens_per_s"}  # what may differ between two equal runs
+TIMES = {"tokens_per_s", "rollout_s", "step_s", "rollout_tokens_per_s"}  # what may differ between equal runs
 
 
 def tiny(seed: int = 0, dtype: torch.dtype = torch.float32, vocab_size: int | None = None) -> Transformer:
@@ -44,14 +45,14 @@ def text_file(folder: Path, text: str = SENTENCE * 40) -> str:
 def pretrain_config(run, data: str, **changes) -> PretrainConfig:
     """Eight short steps of pretraining on a text file."""
     optim = OptimConfig(lr=1e-2, warmup=2, schedule="constant")
-    common = dict(tokenizer="bytes", model="tiny", seq_len=16, batch_tokens=64, micro_tokens=32, steps=8, save_every=3,
-                  optim=optim, task=QUICK, device="cpu")
+    common = dict(tokenizer="bytes", model="tiny", seq_len=16, batch_tokens=64, micro_tokens=32, steps=8,
+                  save_every=3, optim=optim, task=QUICK, device="cpu")
     return PretrainConfig(run=str(run), data=(data,), **{**common, **changes})
 
 
 @dataclass(frozen=True)
 class Bandit:
-    """A task that random weights solve half of the time: begin the response with an ASCII letter. Its own flags too."""
+    """A task that random weights solve half of the time: to begin with ASCII. It is its own flags, too."""
 
     name: str = "bandit"
 
@@ -75,13 +76,14 @@ class Bandit:
 def grpo_config(run, base, **changes) -> GRPOConfig:
     """Five short steps of GRPO on the bandit."""
     optim = OptimConfig(lr=3e-3, warmup=0, schedule="constant", weight_decay=0.0)
-    common = dict(task=Bandit(), prompts_per_step=4, group_size=4, max_new_tokens=3, steps=5, save_every=2, optim=optim,
-                  micro_tokens=40, device="cpu")
+    common = dict(task=Bandit(), prompts_per_step=4, group_size=4, max_new_tokens=3, steps=5, save_every=2,
+                  optim=optim, micro_tokens=40, device="cpu")
     return GRPOConfig(run=str(run), base=str(base), **{**common, **changes})
 
 
-def rollouts_by_hand(model, lengths=(5, 3, 9, 1, 4, 6), group_offsets=(0, 2, 5, 6), temperature=1.0, seed=0) -> Rollouts:
-    """Random prompts and responses of the given lengths that end with the end token; sampler_logp is the model's."""
+def rollouts_by_hand(model, lengths=(5, 3, 9, 1, 4, 6), group_offsets=(0, 2, 5, 6), temperature=1.0,
+                     seed=0) -> Rollouts:
+    """Random prompts, and responses of these lengths with the end token; sampler_logp is the model's."""
     rng, eos = np.random.default_rng(seed), Tokenizer.bytes().eos_id
     sequences, prompts, logps = [], [], []
     for start, end in zip(group_offsets[:-1], group_offsets[1:], strict=True):
@@ -93,13 +95,12 @@ def rollouts_by_hand(model, lengths=(5, 3, 9, 1, 4, 6), group_offsets=(0, 2, 5, 
             with torch.no_grad():
                 logps.append(naive_logp(model, sequences[-1], len(prompt), temperature)[0].float().numpy())
     texts = [Tokenizer.bytes().decode(s[p:].tolist()) for s, p in zip(sequences, prompts, strict=True)]
-    return Rollouts(sequences, np.array(prompts), np.array(group_offsets), logps, ["stop"] * len(texts), texts,
-                    temperature, 0)
+    return Rollouts(sequences, np.array(prompts), np.array(group_offsets), logps, ["stop"] * len(texts),
+                    texts, temperature, 0)
 
 
 def naive_logp(model, sequence: np.ndarray, prompt_length: int, temperature: float):
-    """(logp [r], entropy [r]) of a response from all logits of this one sequence; the oracle of the scoring."""
-    from r1zero.model.packed import pack
+    """(logp [r], entropy [r]) of a response from all logits of this one sequence: the oracle of scoring."""
     logits = model(pack([sequence])) @ model.head.T / temperature
     logp = logits[prompt_length - 1 : -1].log_softmax(-1)
     response = torch.from_numpy(sequence[prompt_length:])

@@ -3,6 +3,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -83,7 +84,8 @@ def test_grade_as_a_process_of_its_own_does_not_wait_for_torch():
 
 
 def test_a_reader_that_goes_away_is_no_error():
-    process = subprocess.Popen([sys.executable, "-m", "r1zero.train.cli", "grade", *RIGHT],
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen([sys.executable, "-m", "r1zero.train.cli", "grade", *RIGHT], env=buffered,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 1

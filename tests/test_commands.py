@@ -43,7 +43,8 @@ def runs(tmp_path_factory):
 
 
 def write_lines(path, rows) -> str:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return str(path)
 
 
@@ -185,7 +186,8 @@ def test_one_response(task, problem, right, wrong, capsys):
 
 def test_a_file_of_responses(tmp_path, capsys):
     inner = {"problem": {"numbers": [1, 2], "target": 3}, "answer": "9", "response": "<answer>2+1</answer>"}
-    odd = {**COUNTDOWN, "response": "\ud800 \u2028 x"}
+    # A lone surrogate, escaped, and a line separator as it is.
+    odd = json.dumps({**COUNTDOWN, "response": "\ud800 _ x"}).replace("_", "\u2028")
     path = write_lines(tmp_path / "in.jsonl", [COUNTDOWN, "", inner, odd])
     assert main(["grade", "--input", path]) == 0
     out, error = capsys.readouterr()

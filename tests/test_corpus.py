@@ -1,4 +1,4 @@
-"""The corpus of worked attempts: true arithmetic, honest verdicts, the shares of its dials, no held-out problem."""
+"""The corpus of worked attempts: true arithmetic, honest verdicts, the dials' shares, no held-out problem."""
 import ast
 import operator
 import re
@@ -39,7 +39,7 @@ def steps_of_expression(text: str) -> tuple[Fraction, list, list[int]]:
 
 
 def check_attempt(text: str, numbers, target: int) -> tuple[list, bool]:
-    """Follow an attempt by hand: each step takes its two numbers out of the pool and puts its true result back.
+    """Follow an attempt: each step takes its two numbers out of the pool and puts its true result back.
     Returns its steps and its verdict."""
     *steps, check = text.split(",")
     pool, done = Counter(numbers), []
@@ -102,7 +102,8 @@ def test_persistent_authors_stop_at_the_first_ok_and_go_on_until_then():
         attempts = check_response(prompt, response, persistent=True)
         problem = parse_prompt(prompt)
         ok = " ok</think>" in response
-        assert ok or attempts == min(6, len(all_attempts(problem.numbers, problem.target, "+-")))  # or nothing is left to try
+        possible = len(all_attempts(problem.numbers, problem.target, "+-"))
+        assert ok or attempts == min(6, possible)
         reached += ok
     assert 100 < reached < 290
 
@@ -183,9 +184,10 @@ def test_the_demos_tokenizer_writes_a_document_in_few_tokens_and_back():
         assert tokenizer.eos_id not in ids and len(ids) < 0.55 * len(prompt + response)
 
 
-@pytest.mark.parametrize("dials", [dict(persistent_share=-0.1), dict(persistent_share=1.1), dict(broken_share=-1),
-                                   dict(broken_share=float("nan")), dict(max_careless_attempts=0),
-                                   dict(max_careless_attempts=13), dict(max_attempts=0)])
+@pytest.mark.parametrize("dials", [dict(persistent_share=-0.1), dict(persistent_share=1.1),
+                                   dict(broken_share=-1), dict(broken_share=float("nan")),
+                                   dict(max_careless_attempts=0), dict(max_careless_attempts=13),
+                                   dict(max_attempts=0)])
 def test_dials_out_of_range(dials):
     with pytest.raises(ValueError, match="corpus: .*expected"):
         CorpusConfig(**dials)

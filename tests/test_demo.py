@@ -6,8 +6,8 @@ import pytest
 from r1zero.train.cli import main
 from r1zero.train.demo import DemoConfig
 
-SMALL = ["--model", "tiny", "--pretrain-steps", "12", "--documents", "400", "--rl-steps", "2", "--control-steps", "1",
-         "--eval-problems", "6", "--eval-samples", "2", "--max-new-tokens", "24", "--high", "9"]
+SMALL = ["--model", "tiny", "--pretrain-steps", "12", "--documents", "400", "--rl-steps", "2",
+         "--control-steps", "1", "--eval-problems", "6", "--eval-samples", "2", "--max-new-tokens", "24", "--high", "9"]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,8 @@ def test_a_finished_demo_is_neither_overwritten_nor_done_again(finished, capsys)
 
 
 def test_a_demo_that_lost_its_later_parts_does_only_those_again(finished):
-    """As after a kill between R1-Zero and the control: the base stays, what comes after is made anew, the same."""
+    """As after a kill between R1-Zero and the control: the base stays, what comes after is made anew, the
+    same."""
     seed = finished / "seed3"
     results = json.loads((seed / "results.json").read_text())
     lost = {"control": results.pop("control")}

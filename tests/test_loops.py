@@ -1,4 +1,4 @@
-"""What the training loops are for: pretraining learns a text, SFT teaches to answer and stop, GRPO raises a reward."""
+"""What the loops are for: pretraining learns a text, SFT teaches to answer and stop, GRPO raises a reward."""
 import json
 import math
 import re
@@ -38,8 +38,8 @@ ANSWERS = [" Paris.", " Rome.", " Shakespeare.", " White.", " Leonardo."]
 # ---- pretraining ----
 
 def test_pretraining_learns_a_text_and_beats_the_unigram_baseline(tmp_path, capsys):
-    c = pretrain_config(tmp_path / "run", text_file(tmp_path, SENTENCE * 60), steps=80, seq_len=32, batch_tokens=256,
-                        micro_tokens=256)
+    data = text_file(tmp_path, SENTENCE * 60)
+    c = pretrain_config(tmp_path / "run", data, steps=80, seq_len=32, batch_tokens=256, micro_tokens=256)
     pretrain(c)
     rows = read_metrics(c.run)
     assert [row["step"] for row in rows] == list(range(1, 81))
@@ -49,7 +49,7 @@ def test_pretraining_learns_a_text_and_beats_the_unigram_baseline(tmp_path, caps
     assert 3.0 < unigram_bits < 4.5 and model_bits < 0.5 * unigram_bits
     counts = np.bincount(np.frombuffer(SENTENCE.encode(), np.uint8))
     p = counts[counts > 0] / counts.sum()
-    assert unigram_bits == pytest.approx(-(p * np.log2(p)).sum(), abs=0.2)  # a periodic text: known in closed form
+    assert unigram_bits == pytest.approx(-(p * np.log2(p)).sum(), abs=0.2)  # the entropy of the letters
 
 
 def documents(n_prompt: int = 0) -> DocumentBatches:
@@ -82,7 +82,8 @@ def test_split_batches_hold_everything_once(micro_tokens):
     batch = documents(2).batch(0)
     parts = list(split_batch(batch, micro_tokens))
     for name in ("tokens", "positions"):
-        assert torch.equal(torch.cat([getattr(part.inputs, name) for part in parts]), getattr(batch.inputs, name))
+        found = torch.cat([getattr(part.inputs, name) for part in parts])
+        assert torch.equal(found, getattr(batch.inputs, name))
     assert torch.equal(torch.cat([part.targets for part in parts]), batch.targets)
     assert torch.equal(torch.cat([part.weight for part in parts]), batch.weight)
     assert torch.equal(torch.cat([p.inputs.cu_seqlens.diff() for p in parts]), batch.inputs.cu_seqlens.diff())
@@ -105,7 +106,7 @@ def test_learning_rate_warms_up_and_ends_where_it_should():
     rates = [learning_rate(step, 20, c) for step in range(20)]
     assert rates[:5] == [0.5, 1.0, 1.5, 2.0, 2.0] and rates[-1] == pytest.approx(0.2)
     assert rates[4:] == sorted(rates[4:], reverse=True)
-    assert learning_rate(4 + 7, 19, c) == pytest.approx(2.0 * (0.1 + 0.9 / 2))  # half way, on a run of 4 + 15 steps
+    assert learning_rate(4 + 7, 19, c) == pytest.approx(2.0 * (0.1 + 0.9 / 2))  # half way
     constant = OptimConfig(lr=2.0, warmup=2, schedule="constant")
     assert [learning_rate(step, 5, constant) for step in range(5)] == [1.0, 2.0, 2.0, 2.0, 2.0]
     assert learning_rate(0, 1, OptimConfig(lr=2.0, warmup=0)) == 2.0
@@ -146,8 +147,8 @@ def test_a_base_continues_a_question_and_after_sft_it_answers_and_stops(tmp_path
     rng = np.random.default_rng(0)
     text = " ".join(QUESTIONS[i] for i in rng.integers(0, len(QUESTIONS), 200))
     optim = OptimConfig(lr=1e-2, warmup=10)
-    base = pretrain_config(tmp_path / "base", text_file(tmp_path, text), steps=150, seq_len=64, batch_tokens=512,
-                           micro_tokens=512, save_every=1000, optim=optim)
+    base = pretrain_config(tmp_path / "base", text_file(tmp_path, text), steps=150, seq_len=64,
+                           batch_tokens=512, micro_tokens=512, save_every=1000, optim=optim)
     pretrain(base)
     more, reason = greedy(base.run, QUESTIONS[0])
     assert reason == "length" and re.fullmatch(r" (What|Who) [\w ?]+", more), more  # it asks on and on
@@ -155,8 +156,8 @@ def test_a_base_continues_a_question_and_after_sft_it_answers_and_stops(tmp_path
     pairs = tmp_path / "pairs.jsonl"
     rows = [{"prompt": q, "response": a} for q, a in zip(QUESTIONS, ANSWERS, strict=True)]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    c = SFTConfig(run=str(tmp_path / "sft"), base=base.run, data=str(pairs), steps=60, save_every=1000, batch_tokens=256,
-                  optim=OptimConfig(lr=1e-2, warmup=5, weight_decay=0.0), device="cpu")
+    c = SFTConfig(run=str(tmp_path / "sft"), base=base.run, data=str(pairs), steps=60, save_every=1000,
+                  batch_tokens=256, optim=OptimConfig(lr=1e-2, warmup=5, weight_decay=0.0), device="cpu")
     sft(c)
     assert greedy(c.run, QUESTIONS[0]) == (" Paris.", "stop")
     assert [greedy(c.run, question) for question in QUESTIONS] == [(answer, "stop") for answer in ANSWERS]
@@ -182,15 +183,15 @@ def test_sft_never_trains_on_the_prompt(tmp_path):
 def test_grpo_raises_the_reward_and_its_control_does_not(tmp_path):
     base, accuracy = save_base(tmp_path / "base"), {}
     for control in [False, True]:
-        c = grpo_config(tmp_path / f"run-{control}", base, control=control, steps=30, prompts_per_step=8, group_size=8, seed=1,
-                        save_every=1000, max_new_tokens=2, micro_tokens=2048)
+        c = grpo_config(tmp_path / f"run-{control}", base, control=control, steps=30, prompts_per_step=8,
+                        group_size=8, seed=1, save_every=1000, max_new_tokens=2, micro_tokens=2048)
         grpo(c)
         rows = read_metrics(c.run)
         assert len(rows) == 30 and all(math.isfinite(v) for row in rows for v in row.values())
         accuracy[control] = [row["accuracy"] for row in rows]
         assert all(row["logp_gap"] < 1e-3 and row["format"] == 0 for row in rows)
         assert rows[0]["kl_to_base"] == pytest.approx(0, abs=1e-5)
-        assert rows[0]["reward"] == pytest.approx(rows[0]["accuracy"])  # of the real rewards, the control's too
+        assert rows[0]["reward"] == pytest.approx(rows[0]["accuracy"])  # the real ones, in the control too
         assert rows[-1]["kl_to_base"] > 0.01
     assert accuracy[False][0] == accuracy[True][0] and 0.3 < accuracy[False][0] < 0.7
     assert np.mean(accuracy[False][-5:]) > 0.85 > 0.7 > np.mean(accuracy[True][-5:])
@@ -215,6 +216,6 @@ def test_all_groups_dead_changes_nothing_and_says_so(tmp_path):
     c = grpo_config(tmp_path / "run", base, task=Hopeless(), steps=1)
     grpo(c)
     [row] = read_metrics(c.run)
-    assert row["dead_groups"] == 1 and row["trained_samples"] == 0 and row["gradient_norm"] == 0 == row["loss"]
+    assert row["dead_groups"] == 1 and row["trained_samples"] == row["gradient_norm"] == row["loss"] == 0
     before, after = (load_checkpoint(folder).tensors["model"] for folder in (base, c.run))
     assert all(torch.equal(before[name], after[name]) for name in before)

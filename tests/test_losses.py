@@ -1,12 +1,89 @@
-"""The GRPO loss against a slow and plain oracle, by hand, and at its edges."""
+"""Rewards, advantages and the GRPO loss: against slow and plain oracles, by hand, and at their edges."""
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
+from r1zero.rl.advantages import dead_groups, group_advantages
 from r1zero.rl.losses import MAX_LOG_RATIO, LossConfig, grpo_loss, token_weights
+from r1zero.rl.rewards import RewardConfig, permute_within_groups, score
 
+from .loop_cases import Bandit
+
+# ---- rewards ----
+
+def test_rewards_are_the_weighted_sum_of_two_parts_that_stay_apart():
+    responses = ["<think>x</think><answer>1</answer>", "<think>x</think>",
+                 "é<think></think><answer></answer>"]
+    found = score(Bandit(), [0, 0, 0], responses, RewardConfig(accuracy_weight=2.0, format_weight=0.5))
+    assert found.accuracy.tolist() == [1, 1, 0] and found.format.tolist() == [1, 0, 0]
+    assert found.total.tolist() == [2.5, 2.0, 0.0]
+    assert "format" not in found.why[0] and "format: There is no <answer> tag." in found.why[1]
+    with pytest.raises(ValueError):
+        score(Bandit(), [0, 0], responses, RewardConfig())
+
+
+def test_the_controls_shuffle_keeps_each_group_and_is_a_function_of_the_seed():
+    rewards, offsets = np.arange(40.0), np.array([0, 1, 3, 20, 40])
+    dealt = permute_within_groups(rewards, offsets, (7, 3))
+    assert (rewards == np.arange(40)).all()  # the real ones are not overwritten
+    for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+        assert sorted(dealt[start:end]) == list(rewards[start:end])
+    assert (dealt[20:] != rewards[20:]).any() and (dealt[3:20] != rewards[3:20]).any()
+    assert (permute_within_groups(rewards, offsets, (7, 3)) == dealt).all()
+    for other in [(7, 4), (8, 3)]:
+        assert (permute_within_groups(rewards, offsets, other) != dealt).any()
+
+
+def test_the_controls_shuffle_deals_every_order_alike():
+    orders = [tuple(permute_within_groups(np.arange(4), np.array([0, 4]), (0, step))) for step in range(2400)]
+    counts = Counter(orders)
+    assert len(counts) == 24 and all(abs(n - 100) < 5 * np.sqrt(100) for n in counts.values())
+
+
+# ---- advantages ----
+
+def test_advantages_of_groups_of_mixed_sizes():
+    rewards = np.array([5.0, 0.0, 1.0, 1, 0, 0, 0, 0, 0, 1.1])
+    found = group_advantages(rewards, np.array([0, 1, 3, 10]))
+    last = rewards[3:]
+    std = np.sqrt(((last - last.mean()) ** 2).sum() / 7)  # the population's: divided by 7, not by 6
+    np.testing.assert_allclose(found, [0, -1, 1, *((last - last.mean()) / std)], rtol=1e-12)
+    centred = group_advantages(rewards, np.array([0, 1, 3, 10]), normalise_std=False)
+    np.testing.assert_allclose(centred, [0, -0.5, 0.5, *(last - last.mean())], rtol=1e-12)
+
+
+@pytest.mark.parametrize("normalise_std", [True, False])
+def test_rewards_that_differ_by_rounding_teach_nothing(normalise_std):
+    rewards = np.array([0.1 * 3, 0.3, 1.1, 1.0 + 0.1, 0.0, 1.0])
+    assert rewards[0] != rewards[1]
+    found = group_advantages(rewards, np.array([0, 2, 4, 6]), normalise_std)
+    assert (found[:4] == 0).all() and (found[4:] != 0).all()
+    assert dead_groups(rewards, np.array([0, 2, 4, 6])) == 2 / 3
+    assert dead_groups(rewards, np.array([0, 1, 6])) == 1 / 2  # one alone has nothing to be compared with
+    assert dead_groups(rewards, np.array([0, 0, 6])) == 1 / 2
+
+
+def test_small_but_real_differences_count():
+    found = group_advantages(np.array([0.0, 1e-3]), np.array([0, 2]))
+    np.testing.assert_allclose(found, [-1, 1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_reward_that_is_not_finite_is_named(bad):
+    with pytest.raises(ValueError, match=rf"reward 1 is {bad} \(3 such"):
+        group_advantages(np.array([0.0, bad, bad, bad]), np.array([0, 2, 4]))
+
+
+@pytest.mark.parametrize("offsets", [[0, 3], [1, 4], [0, 3, 2, 4], [0, 5]])
+def test_offsets_that_do_not_cover_the_rewards(offsets):
+    with pytest.raises(ValueError, match="offsets"):
+        group_advantages(np.zeros(4), np.array(offsets))
+
+
+# ---- the loss ----
 
 def column(*values) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
@@ -89,9 +166,9 @@ def test_k3_by_hand_and_its_direction():
     loss, grad, metrics = loss_and_grad([math.log(0.5)], math.log(0.5), 0.0, ref=math.log(0.25), kl_coef=2.0)
     assert float(metrics["kl_loss"]) == pytest.approx(0.5 + math.log(2) - 1)
     assert loss == pytest.approx(2 * (0.5 + math.log(2) - 1))
-    assert grad == pytest.approx([2 * (1 - 0.5)])  # likelier than the reference says: descent makes it less likely
+    assert grad == pytest.approx([2 * (1 - 0.5)])  # likelier than for the reference: descent lowers it
     _, grad, _ = loss_and_grad([math.log(0.25)], math.log(0.25), 0.0, ref=math.log(0.5), kl_coef=2.0)
-    assert grad == pytest.approx([2 * (1 - 2.0)])  # less likely than the reference: descent makes it likelier
+    assert grad == pytest.approx([2 * (1 - 2.0)])  # less likely than for the reference: descent raises it
 
 
 def test_k3_expects_to_the_kl_and_leads_to_the_reference():
@@ -102,7 +179,8 @@ def test_k3_expects_to_the_kl_and_leads_to_the_reference():
     for _ in range(200):
         logp = theta.log_softmax(-1)
         kls.append(float((logp.exp() * (logp - ref)).sum().detach()))
-        loss, metrics = grpo_loss(logp, logp.detach(), ref, torch.zeros(4), logp.exp().detach(), LossConfig(kl_coef=1.0))
+        weights, c = logp.exp().detach(), LossConfig(kl_coef=1.0)
+        loss, metrics = grpo_loss(logp, logp.detach(), ref, torch.zeros(4), weights, c)
         assert float(metrics["kl_loss"]) == pytest.approx(kls[-1], abs=1e-12)
         theta.grad = None
         loss.backward()

@@ -1,4 +1,4 @@
-"""Runs that are killed, interrupted or stopped go on to the same bits as unbroken ones; kill_runs.py does the killing."""
+"""Killed and interrupted runs go on to the same bits as unbroken ones; kill_runs.py does the killing."""
 import json
 import os
 import signal
@@ -23,8 +23,8 @@ FINISHING = "finishing this step, then saving; Ctrl-C again breaks off at once"
 
 
 def run_kills(folder, *words: str) -> dict:
-    done = subprocess.run([sys.executable, "-m", "tests.kill_runs", str(folder), *words], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=1800)
+    done = subprocess.run([sys.executable, "-m", "tests.kill_runs", str(folder), *words], capture_output=True,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=1800)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -33,7 +33,8 @@ def test_killed_and_interrupted_runs_go_on_to_the_same_bits(tmp_path):
     done = run_kills(tmp_path)
     assert done["killed"] == {"pretrain": 15, "grpo": 12}
     once, twice = done["messages"]["once"], done["messages"]["twice"]
-    assert once.count(FINISHING) == 1 and f"stopped and saved in {tmp_path}/pretrain/once; go on with --resume" in once
+    assert once.count(FINISHING) == 1
+    assert f"stopped and saved in {tmp_path}/pretrain/once; go on with --resume" in once
     assert twice.count(FINISHING) == 1 and "stopped and saved" not in twice
     assert twice.endswith("r1zero pretrain: broken off\n") and "Traceback" not in once + twice
 
@@ -106,8 +107,8 @@ def test_sft_resumes_to_the_same_bits(tmp_path, monkeypatch):
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def config(name, **more):
-        return SFTConfig(run=str(tmp_path / name), base=str(tmp_path / "base"), data=str(pairs), steps=7, save_every=3,
-                         batch_tokens=16, micro_tokens=8, device="cpu", **more)
+        return SFTConfig(run=str(tmp_path / name), base=str(tmp_path / "base"), data=str(pairs), steps=7,
+                         save_every=3, batch_tokens=16, micro_tokens=8, device="cpu", **more)
 
     save_base(tmp_path / "base")
     sft(config("whole"))
@@ -175,7 +176,7 @@ def finished(tmp_path_factory):
     (dict(seed=1), "seed is 0 there and 1 here"),
     (dict(model="depth=1"), "model is tiny there and depth=1 here"),
     (dict(optim=OptimConfig(lr=5e-3)), "optim is .*0.01.* there and .*0.005"),
-    (dict(batch_tokens=128, seq_len=8), "batch_tokens is 64 there and 128 here; seq_len is 16 there and 8 here"),
+    (dict(batch_tokens=32, seq_len=8), "batch_tokens is 64 there and 32 here; seq_len is 16 there and 8"),
     (dict(data=("other.txt",)), "data is .*text.txt.* there and .*other.txt.* here"),
 ])
 def test_to_resume_with_other_settings_is_refused_by_their_names(finished, changes, named):
@@ -229,5 +230,6 @@ def test_a_run_without_interruption_leaves_the_log_and_the_record(tmp_path):
         for step in run.steps():
             run.log(step, {"loss": 1.0}, show=("loss",))
     record = json.loads((tmp_path / "run.json").read_text())
-    assert record["title"] == "short" and record["config"]["steps"] == 3 and "torch" in record["machine"]["versions"]
+    assert record["title"] == "short" and record["config"]["steps"] == 3
+    assert record["machine"]["versions"]["torch"] == torch.__version__
     assert read_metrics(tmp_path) == [{"step": n, "loss": 1.0} for n in (1, 2, 3)]

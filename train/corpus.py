@@ -1,16 +1,17 @@
-"""The demo's pretraining text: worked Countdown attempts that contain reasoning, but not the skill of using it.
+"""The demo's pretraining text: worked Countdown attempts with reasoning, but not the skill of using it.
 
     3 7 9 -> 13<think>9+7=16,16-3=13,13-13=0 ok;9-7=2,3+2=5,5-13=-8 no</think><answer>3+(9-7)</answer>
 
-Each attempt is a chain of steps that uses every number once; its last step takes the target off, so the verdict
-(`=0 ok` or `no`) is a subtraction, which a small model can learn, and not a comparison, which it can not. Attempts of
-one document never repeat. Three kinds of author write:
-- most are careless: they stop after a random number of attempts and answer with the last, whatever its verdict (the
-  document above has found the answer and walks past it);
+Each attempt is a chain of steps that uses every number once; its last step takes the target off, so the
+verdict (`=0 ok` or `no`) is a subtraction, which a small model can learn, and not a comparison, which it can
+not. Attempts of one document never repeat. Three kinds of author write:
+- most are careless: they stop after a random number of attempts and answer with the last, whatever its
+  verdict (the document above has found the answer and walks past it);
 - a small share is persistent: it goes on until a verdict says ok, and answers with that;
-- independently, a share of documents has broken or missing tags, so that a format reward has something to teach.
-So a base model trained on this text attempts, checks and answers, but stops without looking at its own checks. What
-reinforcement learning must add is the use of the verdict.
+- independently, a share of documents has broken or missing tags, so that a format reward has something to
+  teach.
+So a base model trained on this text attempts, checks and answers, but stops without looking at its own
+checks. What reinforcement learning must add is the use of the verdict.
 """
 from dataclasses import dataclass
 
@@ -45,17 +46,19 @@ class CorpusConfig:
 
 
 def words(task: Countdown) -> list[str]:
-    """Pieces that are one token each in the demo's tokenizer: tags, verdicts, and numbers with the sign before them."""
+    """Pieces that are one token each in the demo's tokenizer: tags, verdicts, and numbers with the sign
+    before them."""
     top = min(99, task.n_numbers * task.high)  # larger numbers are two tokens
-    numbers = [sign + str(n) for sign in ["", " ", "=", "=-", "-", "+", ",", ";", "("] for n in range(top + 1)]
+    signs = ["", " ", "=", "=-", "-", "+", ",", ";", "("]
+    numbers = [sign + str(n) for sign in signs for n in range(top + 1)]
     return TAGS + [" ->", " ok", " no"] + [n for n in numbers if len(n) > 1]
 
 
 def all_attempts(numbers, target: int, ops: str) -> list[tuple[str, str, bool]]:
     """Every attempt at a problem: (its text, the expression to answer with, whether it hits the target).
 
-    A step takes two numbers of the pool and puts the result back; the larger is written first (but 0/7=0), divisions
-    must come out even, and nothing goes below 0.
+    A step takes two numbers of the pool and puts the result back; the larger is written first (but 0/7=0),
+    divisions must come out even, and nothing goes below 0.
     """
     found = {}
 
@@ -83,7 +86,8 @@ def all_attempts(numbers, target: int, ops: str) -> list[tuple[str, str, bool]]:
 
 
 def break_format(response: str, rng: np.random.Generator) -> str:
-    """One of the slips that a format reward punishes: a tag left out, turned into another, or something after it."""
+    """One of the slips that a format reward punishes: a tag left out, turned into another, or something after
+    it."""
     slip = rng.integers(4)
     tag = TAGS[rng.integers(4)]
     if slip == 0:
@@ -96,7 +100,8 @@ def break_format(response: str, rng: np.random.Generator) -> str:
 
 
 def document(task: Countdown, index: int, config: CorpusConfig, seed: int) -> tuple[str, str]:
-    """(prompt, response) number `index` of the corpus, a fixed function of (seed, index). Training problems only."""
+    """(prompt, response) number `index` of the corpus, a fixed function of (seed, index). Training problems
+    only."""
     problem = task.problem("train", index)
     rng = np.random.Generator(np.random.Philox(key=[seed, index]))
     attempts = all_attempts(problem.numbers, problem.target, task.ops)

@@ -3,14 +3,16 @@
     r1zero demo                      about 10 minutes on 2 cores
     r1zero demo --seeds 0,1,2        three times over, and a table
 
-1. Write a corpus of worked Countdown attempts that contains reasoning, but not the skill of using it (corpus.py).
-2. Pretrain a base model of about a million parameters on it, from random weights. From random weights alone a 0/1
-   reward gives no signal: some answers of a group must be right.
+1. Write a corpus of worked Countdown attempts that contains reasoning, but not the skill of using it
+   (corpus.py).
+2. Pretrain a base model of about a million parameters on it, from random weights. From random weights alone
+   a 0/1 reward gives no signal: some answers of a group must be right.
 3. R1-Zero: GRPO straight on the base, with the two rule rewards and nothing else.
 4. The control: the same, with the rewards dealt out at random inside each group.
 5. Measure all three on the same held-out problems, and write the report.
 
-Every part is a run of its own (pretrain.py, grpo.py) in a folder of its own, so Ctrl-C and --resume work throughout.
+Every part is a run of its own (pretrain.py, grpo.py) in a folder of its own, so Ctrl-C and --resume work
+throughout.
 """
 import json
 import time
@@ -22,7 +24,8 @@ import torch
 from ..eval.countdown import Countdown
 from ..eval.harness import evaluate
 from ..eval.sampler import ModelSampler
-from ..model.checkpoint import atomic_write_json
+from ..model.checkpoint import atomic_write_json, checkpoint_steps
+from ..model.config import preset
 from ..model.generation import sample_seeds
 from ..model.transformer import param_count
 from ..rl.advantages import group_advantages
@@ -61,14 +64,14 @@ class DemoConfig:
     """Size of the model: a preset or depth=N."""
     pretrain_steps: int = 1000
     """Optimizer steps of 2,048 tokens."""
-    rl_steps: int = 60
+    rl_steps: int = 70
     """GRPO steps of 16 problems x 16 answers."""
     control_steps: int = 30
     """GRPO steps of the control; 0 for none."""
     max_new_tokens: int = 128
     """Longest answer."""
     rewards: RewardConfig = field(default_factory=RewardConfig)
-    rl_lr: float = 3e-4
+    rl_lr: float = 4e-4
     """Learning rate of GRPO."""
     eval_problems: int = 512
     """Held-out problems."""
@@ -85,7 +88,15 @@ class DemoConfig:
             raise ValueError(f"--control-steps is {self.control_steps}, expected 0 (no control) or more")
         seeds = self.seeds.split(",")
         if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
-            raise ValueError(f"--seeds is {self.seeds!r}, expected different whole numbers with commas, as in 0,1,2")
+            raise ValueError(f"--seeds is {self.seeds!r}, expected different whole numbers with "
+                             "commas, as in 0,1,2")
+        # What only a later part would refuse is told now, not after minutes of pretraining.
+        # beside the longest prompt
+        room = preset(self.model, vocab_size=1).max_seq_len - 2 * self.numbers - 3
+        if self.max_new_tokens > room:
+            raise ValueError(f"--max-new-tokens is {self.max_new_tokens}, but --model {self.model} has "
+                             f"room for {room} beside a problem; expected no more")
+        grpo_config(self, Path(self.run), 0, control=False).task.make()
 
     @property
     def seed_list(self) -> list[int]:
@@ -97,23 +108,26 @@ class Stopped(Exception):
 
 
 def task_of(c: DemoConfig, seed: int) -> TaskFlags:
-    return TaskFlags(name="countdown", dials=(f"n_numbers={c.numbers}", f"high={c.high}", f"ops={c.ops}", f"seed={seed}"))
+    dials = f"n_numbers={c.numbers}", f"high={c.high}", f"ops={c.ops}", f"seed={seed}"
+    return TaskFlags(name="countdown", dials=dials)
 
 
 def part_done(folder: Path, steps: int) -> bool:
-    """Whether a part's run has reached its last step."""
-    return (folder / "metrics.jsonl").exists() and any(r["step"] == steps for r in read_metrics(folder)[-1:])
+    """Whether a part's run has reached and saved its last step."""
+    saved = checkpoint_steps(folder)  # not the log: it has a step's line a moment before its checkpoint
+    return bool(saved) and saved[-1] >= steps
 
 
 def grpo_config(c: DemoConfig, folder: Path, seed: int, control: bool) -> GRPOConfig:
     name, steps = ("control", c.control_steps) if control else ("rl", c.rl_steps)
-    return GRPOConfig(run=str(folder / name), resume=True, base=str(folder / "base"), task=task_of(c, seed), seed=seed,
-                      steps=steps, save_every=20, max_new_tokens=c.max_new_tokens, rewards=c.rewards, control=control,
-                      optim=rl_optim(c.rl_lr), device=c.device)
+    return GRPOConfig(run=str(folder / name), resume=True, base=str(folder / "base"), task=task_of(c, seed),
+                      seed=seed, steps=steps, save_every=20, max_new_tokens=c.max_new_tokens,
+                      rewards=c.rewards, control=control, optim=rl_optim(c.rl_lr), device=c.device)
 
 
 def run_part(folder: Path, steps: int, loop, config) -> float:
-    """Run a part to its end, whether it was begun or not; returns the seconds that it took in this process."""
+    """Run a part to its end, whether it was begun or not; returns the seconds that it took in this
+    process."""
     started = time.perf_counter()
     if not part_done(folder, steps):
         loop(config)
@@ -171,12 +185,12 @@ def one_seed(c: DemoConfig, folder: Path, seed: int) -> dict:
             results[name] = measure_model(c, folder, name, seed)
             timed(f"eval_{name}", time.perf_counter() - started)
             share, (low, high) = (results[name]["eval"][key] for key in ("accuracy", "accuracy_95"))
-            print(f"{name}: {share:.1%} of held-out answers are right (95 % interval {low:.1%} to {high:.1%}), "
-                  f"{results[name]['eval']['mean_tokens']:.1f} tokens long")
+            print(f"{name}: {share:.1%} of held-out answers are right (95 % interval {low:.1%} to "
+                  f"{high:.1%}), {results[name]['eval']['mean_tokens']:.1f} tokens long")
 
-    base = PretrainConfig(run=str(folder / "base"), resume=True, data=("countdown",), model=c.model, seed=seed,
-                          steps=c.pretrain_steps, save_every=200, corpus=c.corpus, documents=c.documents,
-                          optim=OptimConfig(lr=4e-3), device=c.device,
+    base = PretrainConfig(run=str(folder / "base"), resume=True, data=("countdown",), model=c.model,
+                          seed=seed, steps=c.pretrain_steps, save_every=200, corpus=c.corpus,
+                          documents=c.documents, optim=OptimConfig(lr=4e-3), device=c.device,
                           task=Countdown(n_numbers=c.numbers, high=c.high, ops=c.ops, seed=seed))
     timed("pretrain", run_part(folder / "base", c.pretrain_steps, pretrain, base))
     evaluate_part("base")
@@ -202,10 +216,12 @@ def demo(c: DemoConfig) -> Path | None:
     reuse_memory()
     folder = Path(c.run)
     if (folder / "demo.json").exists() and not c.resume:
-        raise ValueError(f"{folder} holds a demo already; add --resume to go on with it, or give another --run")
+        raise ValueError(f"{folder} holds a demo already; add --resume to go on with it, or give "
+                         "another --run")
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    record = {"config": asdict(c), "machine": machine(), "seeds": c.seed_list, "seconds": {}, "finished": None}
+    record = {"config": asdict(c), "machine": machine(), "seeds": c.seed_list, "seconds": {},
+              "finished": None}
     atomic_write_json(folder / "demo.json", record)
     try:
         for seed in c.seed_list:

@@ -1,11 +1,12 @@
-"""R1-Zero: GRPO straight on a base model, with two rule rewards and nothing else   (DeepSeek-R1, arXiv 2501.12948)
+"""R1-Zero: GRPO straight on a base model, with two rule rewards and nothing else   (DeepSeek-R1, arXiv
+2501.12948)
 
     r1zero grpo --run runs/rl --base runs/base --steps 80
 
 `grpo_step` is the algorithm: four calls. Everything else here is around it.
 
-Left out: a value model and a reward model (GRPO needs neither), several optimizer steps on the same rollouts across
-machines, a separate sampler: the trainer's own weights sample, so rollouts are never stale.
+Left out: a value model and a reward model (GRPO needs neither), several optimizer steps on the same rollouts
+across machines, a separate sampler: the trainer's own weights sample, so rollouts are never stale.
 """
 import time
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from ..eval.tasks import Task
-from ..model.generation import sample_seeds
+from ..model.generation import NonFiniteError, sample_seeds
 from ..rl.advantages import dead_groups, group_advantages
 from ..rl.losses import LossConfig, grpo_loss, token_weights
 from ..rl.rewards import RewardConfig, permute_within_groups, score
@@ -24,11 +25,11 @@ from .run import Run, RunConfig, build_model, load_model, pick_device, reuse_mem
 from .task_flags import TaskFlags
 
 
-def rl_optim(lr: float = 3e-4) -> OptimConfig:
+def rl_optim(lr: float = 4e-4) -> OptimConfig:
     """AdamW for reinforcement learning: its gradients are mostly noise, so eps is large.
 
-    With the usual 1e-8 every parameter moves by about lr a step, signal or not; on the demo's control 20 such steps of
-    noise took 12 points off the arithmetic, with 1e-4 it was 4.
+    With the usual 1e-8 every parameter moves by about lr a step, signal or not; on the demo's control 20 such
+    steps of noise took 12 points off the arithmetic, with 1e-4 it was 4.
     """
     return OptimConfig(lr=lr, warmup=5, final_lr=0.1, weight_decay=0.0, eps=1e-4)
 
@@ -62,6 +63,7 @@ class GRPOConfig(RunConfig):
     control: bool = False
     """Deal the rewards out at random within each group: what does the machinery do without information?"""
     seed: int = 0
+    """Of sampling and of the order of samples; the order of problems is the task's (--dials seed=1)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -69,8 +71,11 @@ class GRPOConfig(RunConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 1 or more")
         if self.group_size < 2:
-            raise ValueError(f"--group-size is {self.group_size}; an answer is compared with others of its group, so "
-                             "it must be 2 or more")
+            raise ValueError(f"--group-size is {self.group_size}; an answer is compared with others of "
+                             "its group, so it must be 2 or more")
+        for name in ("kl_samples", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 0 or more")
         if not self.temperature > 0:
             raise ValueError(f"--temperature is {self.temperature}; exploration needs a temperature above 0")
 
@@ -83,7 +88,8 @@ def grpo_step(policy, reference, tokenizer, task: Task, optimizer, c: GRPOConfig
 
     # 1. Sample a group of answers to each problem.
     seeds = sample_seeds(c.prompts_per_step * c.group_size, c.seed, step)
-    rollouts = sample_groups(policy, tokenizer, prompts, c.group_size, c.max_new_tokens, c.temperature, seeds, step)
+    rollouts = sample_groups(policy, tokenizer, prompts, c.group_size, c.max_new_tokens, c.temperature, seeds,
+                             weights_version=step)
     sampled = time.perf_counter()
 
     # 2. Grade each answer by rule: is it right, is it well formed?
@@ -99,20 +105,24 @@ def grpo_step(policy, reference, tokenizer, task: Task, optimizer, c: GRPOConfig
     figures = update_policy(policy, reference, rollouts, advantages_N, optimizer, c, step)
 
     lengths = rollouts.response_lengths
-    return {"reward": rewards.total.mean(), "accuracy": rewards.accuracy.mean(), "format": rewards.format.mean(),
-            "length": lengths.mean(), "truncated": np.mean([r == "length" for r in rollouts.finish_reasons]),
+    return {"reward": rewards.total.mean(), "accuracy": rewards.accuracy.mean(),
+            "format": rewards.format.mean(), "length": lengths.mean(),
+            "truncated": np.mean([r == "length" for r in rollouts.finish_reasons]),
             "dead_groups": dead_groups(rewards_N, rollouts.group_offsets), **figures,
             "kl_to_base": kl_to_reference(reference, rollouts, c, step),
-            "tokens": int(lengths.sum()), "rollout_s": sampled - started, "step_s": time.perf_counter() - started,
+            "tokens": int(lengths.sum()), "rollout_s": sampled - started,
+            "step_s": time.perf_counter() - started,
             "rollout_tokens_per_s": lengths.sum() / (sampled - started)}
 
 
 def update_policy(policy, reference, rollouts: Rollouts, advantages_N: np.ndarray, optimizer, c: GRPOConfig,
                   step: int) -> dict:
-    """One or more optimizer steps on the rollouts; samples that have nothing to teach are not computed at all.
+    """One or more optimizer steps on the rollouts; samples that have nothing to teach are not computed at
+    all.
 
-    The weight of every token is fixed for the whole batch beforehand, so the gradient depends neither on the cut into
-    micro-batches nor on leaving out the samples whose advantage is 0 (they still count in the mean's denominator).
+    The weight of every token is fixed for the whole batch beforehand, so the gradient depends neither on the
+    cut into micro-batches nor on leaving out the samples whose advantage is 0 (they still count in the mean's
+    denominator).
     """
     device = policy.embed.device
     weights_N = token_weights(rollouts.response_lengths, c.loss.mean, c.max_new_tokens) * c.updates_per_step
@@ -120,10 +130,11 @@ def update_policy(policy, reference, rollouts: Rollouts, advantages_N: np.ndarra
     live = np.flatnonzero(advantages_N) if c.loss.kl_coef == 0 else np.arange(len(advantages_N))
     shares = np.array_split(np.random.default_rng([c.seed, step]).permutation(live), c.updates_per_step)
     updates = [micro_batches(rollouts, share, c.micro_tokens, device) for share in shares]
-    old_logp = {}  # under the policy as it was before the first update; with a single update that is the update's own
+    old_logp = {}  # under the policy before the first update; with a single update that is the update's own
     if c.updates_per_step > 1:
         with torch.no_grad():
-            old_logp = {id(b): response_logprobs(policy, b, rollouts.temperature)[0] for u in updates for b in u}
+            old_logp = {id(b): response_logprobs(policy, b, rollouts.temperature)[0]
+                        for batches in updates for b in batches}
 
     sums, norms, gap, n_tokens = {"loss": 0.0, "entropy": 0.0}, [0.0], 0.0, 0
     for batches in updates:
@@ -143,7 +154,8 @@ def update_policy(policy, reference, rollouts: Rollouts, advantages_N: np.ndarra
                 sums[name] = sums.get(name, 0.0) + float(value)
         if batches:
             norms.append(optimizer_step(policy, optimizer, learning_rate(step, c.steps, c.optim), c.optim))
-    # each update weighs its share as a whole batch, so the weighted sums are means over the updates after division
+    # each update weighs its share as a whole batch, so the weighted sums are means over the updates after
+    # division
     means = {name: value / (max(1, n_tokens) if name == "entropy" else c.updates_per_step)
              for name, value in sums.items()}
     return {**means, "gradient_norm": np.max(norms), "logp_gap": gap, "trained_samples": len(live)}
@@ -176,7 +188,10 @@ def grpo(c: GRPOConfig):
         optimizer = make_optimizer(policy, c.optim)
         run.restore(policy, optimizer)
         for step in run.steps():
-            figures = grpo_step(policy, reference, tokenizer, task, optimizer, c, step)
+            try:
+                figures = grpo_step(policy, reference, tokenizer, task, optimizer, c, step)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{error}, at step {step + 1}; {run.last_good()}") from error
             run.check_finite(step, policy, loss=figures["loss"], gradient_norm=figures["gradient_norm"])
             figures = {name: float(value) for name, value in figures.items()}
             run.log(step, figures, show=("accuracy", "format", "length", "kl_to_base"))

@@ -24,19 +24,22 @@ class OptimConfig:
     beta2: float = 0.95
     """Decay of the mean of squared gradients."""
     eps: float = 1e-8
-    """Added to the root of the mean square; a large one keeps parameters with small, noisy gradients still."""
+    """Added to the root of the mean square; a large one keeps parameters with small, noisy gradients
+    still."""
     clip_grad: float = 1.0
     """Largest norm of the whole gradient; longer ones are scaled down."""
 
     def __post_init__(self):
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f"--optim.schedule is {self.schedule!r}, expected cosine or constant")
-        if not self.lr > 0 or self.warmup < 0 or self.weight_decay < 0 or not self.clip_grad > 0:
-            raise ValueError(f"optim: lr {self.lr}, warmup {self.warmup}, weight_decay {self.weight_decay}, clip_grad "
-                             f"{self.clip_grad}; expected lr and clip_grad above 0 and the others 0 or more")
+        at_least_zero = min(self.warmup, self.weight_decay, self.eps) >= 0
+        if not (self.lr > 0 and self.clip_grad > 0 and at_least_zero):
+            raise ValueError(f"optim: lr {self.lr}, clip_grad {self.clip_grad}, warmup {self.warmup}, "
+                             f"weight_decay {self.weight_decay}, eps {self.eps}; expected lr and clip_grad above "
+                             "0 and the others 0 or more")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and 0 <= self.final_lr <= 1):
-            raise ValueError(f"optim: beta1 {self.beta1}, beta2 {self.beta2}, final_lr {self.final_lr}; expected betas "
-                             "in [0, 1) and final_lr in [0, 1]")
+            raise ValueError(f"optim: beta1 {self.beta1}, beta2 {self.beta2}, final_lr {self.final_lr}; "
+                             "expected betas in [0, 1) and final_lr in [0, 1]")
 
 
 def make_optimizer(model: torch.nn.Module, c: OptimConfig) -> torch.optim.AdamW:
@@ -47,7 +50,8 @@ def make_optimizer(model: torch.nn.Module, c: OptimConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, total_steps: int, c: OptimConfig) -> float:
-    """For 0-based `step`: linear from lr / warmup up to lr, then flat or half a cosine down to final_lr * lr."""
+    """For 0-based `step`: linear from lr / warmup up to lr, then flat or half a cosine down to final_lr *
+    lr."""
     if step < c.warmup:
         return c.lr * (step + 1) / c.warmup
     if c.schedule == "constant":

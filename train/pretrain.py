@@ -3,9 +3,9 @@
     r1zero pretrain --run runs/shakespeare --data tinyshakespeare.txt --steps 500
     r1zero pretrain --run runs/base --data countdown --model demo --steps 1000
 
-Real text becomes windows of `seq_len` tokens, the corpus whole documents; `--batch-tokens` of them make one optimizer
-step. The last tenth of a real text is held out and scored in bits per byte, which does not depend on the tokenizer,
-beside what a model that knows only how often each token occurs would reach.
+Real text becomes windows of `seq_len` tokens, the corpus whole documents; `--batch-tokens` of them make one
+optimizer step. The last tenth of a real text is held out and scored in bits per byte, which does not depend
+on the tokenizer, beside what a model that knows only how often each token occurs would reach.
 
 Left out: data too large for memory, mixing of sources, sharding.
 """
@@ -41,7 +41,8 @@ class PretrainConfig(RunConfig):
     """Pretrain a model from random weights."""
 
     data: tuple[str, ...]
-    """Text files, .jsonl files (field `text`) or folders of them; or the word countdown for the demo's corpus."""
+    """Text files, .jsonl files (field `text`) or folders of them; or the word countdown for the demo's
+    corpus."""
     tokenizer: str = "bpe"
     """bpe (trained on the data), bytes, or a .tiktoken file of ranks. The corpus brings its own."""
     vocab_size: int = 1024
@@ -69,10 +70,17 @@ class PretrainConfig(RunConfig):
         for name in ("seq_len", "batch_tokens", "micro_tokens", "documents", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 1 or more")
+        if self.seed < 0:
+            raise ValueError(f"--seed is {self.seed}, expected 0 or more")
+        if not 0 < self.tail_share < 1:
+            raise ValueError(f"--tail-share is {self.tail_share}, expected more than 0 and "
+                             "less than 1, such as 0.1")
+        preset(self.model, self.vocab_size)  # an unknown name is told now, not after the data is made
 
 
 def split_batch(batch: Batch, micro_tokens: int):
-    """Cut a batch between sequences into micro-batches of at most `micro_tokens` (but at least one sequence)."""
+    """Cut a batch between sequences into micro-batches of at most `micro_tokens` (but at least one
+    sequence)."""
     if len(batch.targets) <= micro_tokens:
         yield batch
         return
@@ -105,7 +113,8 @@ def train_step(model, optimizer, batch: Batch, lr: float, optim: OptimConfig, mi
 
 
 def fit(run: Run, model: Transformer, tokenizer: Tokenizer, batches, c) -> None:
-    """The loop that pretrain and sft share: `batches.batch(step)` is the data of a step, so resuming needs no more."""
+    """The loop that pretrain and sft share: `batches.batch(step)` is the data of a step, so resuming needs no
+    more."""
     optimizer = make_optimizer(model, c.optim)
     run.restore(model, optimizer)
     tokens, started = 0, time.perf_counter()
@@ -160,7 +169,8 @@ def first_share(texts: list[str], share: float) -> list[str]:
 
 
 def text_batches(c: PretrainConfig) -> tuple[Tokenizer, TokenStream, np.ndarray]:
-    """Tokenizer, training windows and held-out tail of real text; the tokenizer is trained on the training part."""
+    """Tokenizer, training windows and held-out tail of real text; the tokenizer is trained on the training
+    part."""
     texts = read_documents(c.data)
     tokenizer = make_tokenizer(c.tokenizer, first_share(texts, 1 - c.tail_share), c.vocab_size)
     train, tail = split_tail(np.concatenate(encode_documents(tokenizer, texts)), c.tail_share)
@@ -168,7 +178,8 @@ def text_batches(c: PretrainConfig) -> tuple[Tokenizer, TokenStream, np.ndarray]
 
 
 def pretrain(c: PretrainConfig) -> Transformer:
-    """Run the loop. Raises ValueError for bad flags or data, FloatingPointError for a loss that is not finite."""
+    """Run the loop. Raises ValueError for bad flags or data, FloatingPointError for a loss that is not
+    finite."""
     reuse_memory()
     device, tail = pick_device(c.device), None
     if c.data == ("countdown",):
@@ -185,8 +196,9 @@ def pretrain(c: PretrainConfig) -> Transformer:
     if tail is not None:
         n_bytes = tokenizer.count_bytes(tail[1:])
         unigram = unigram_bits_per_byte(batches.tokens, tail[1:], n_bytes, tokenizer.vocab_size)
-        print(f"held-out tail of {n_bytes:,} bytes: {bits_per_byte(model, tail, n_bytes, c.seq_len):.3f} bits per byte; "
-              f"a unigram model reaches {unigram:.3f}")
+        bits = bits_per_byte(model, tail, n_bytes, c.seq_len)
+        print(f"held-out tail of {n_bytes:,} bytes: {bits:.3f} bits per byte; a unigram "
+              f"model reaches {unigram:.3f}")
     return model
 
 

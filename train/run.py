@@ -174,6 +174,7 @@ class Run:
             raise ValueError(f"cannot use the run folder {self.folder}: {error.strerror}; give another one, or make "
                              "it writable") from error
         self.first_step = self.resumed.step if self.resumed else 0
+        self._saved = self.first_step - 1
 
     def __enter__(self):
         self._cut_log()
@@ -214,11 +215,11 @@ class Run:
             atomic_write_text(path, "".join(json.dumps(r) + "\n" for r in rows if r["step"] <= self.first_step))
 
     def steps(self):
-        """The steps that are left, 0-based; ends early when Ctrl-C was pressed."""
+        """The steps that are left, 0-based; ends early when Ctrl-C was pressed and its step is saved."""
         for step in range(self.first_step, self.config.steps):
             yield step
             self._bar.update(1)
-            if self.stop_requested:
+            if self.stop_requested and self._saved == step:  # pressed after `due` said no: the next step saves
                 return
 
     def due(self, step: int, every: int) -> bool:
@@ -233,14 +234,17 @@ class Run:
         if self._wandb:
             self._wandb.log(figures, step=step + 1)
 
+    def last_good(self) -> str:
+        """Which checkpoint a run that must stop leaves, in words."""
+        steps = checkpoint_steps(self.folder)
+        return f"{f'the checkpoint of step {steps[-1]}' if steps else 'no checkpoint'} is kept in {self.folder}"
+
     def check_finite(self, step: int, model: Transformer, **figures: float) -> None:
         """Stop the run when a figure is NaN or infinite; the last good checkpoint stays. Raises FloatingPointError."""
         for name, value in figures.items():
             if not math.isfinite(value):
-                steps = checkpoint_steps(self.folder)
-                kept = f"the checkpoint of step {steps[-1]} is the last good one" if steps else "no checkpoint was due"
                 raise FloatingPointError(f"{name} is {value} at step {step + 1} ({first_bad_tensor(model)}); nothing was "
-                                         f"updated or saved with it, {kept} in {self.folder}. Lower the learning rate, "
+                                         f"updated or saved with it; {self.last_good()}. Lower the learning rate, "
                                          "or look at the data of that step")
 
     def save(self, step: int, model: Transformer, tokenizer: Tokenizer, optimizer, score: float | None = None) -> None:
@@ -252,6 +256,7 @@ class Run:
         state = {"settings": self.settings, "model_config": model.config.to_dict(), "tokenizer": tokenizer.to_dict(),
                  "optimizer": rest}
         save_checkpoint(self.folder, step + 1, tensors, state, keep_last=self.config.keep_last, score=score)
+        self._saved = step
 
     def restore(self, model: Transformer, optimizer) -> None:
         """Give a model and its optimizer the state of the checkpoint that the run goes on from, if there is one."""

@@ -1,4 +1,5 @@
-"""Supervised fine-tuning on prompt/response pairs: the loss is on the response and its end token, never on the prompt.
+"""Supervised fine-tuning on prompt/response pairs: the loss is on the response and its end token, never on
+the prompt.
 
     r1zero sft --run runs/chat --base runs/shakespeare --data pairs.jsonl --steps 100
 
@@ -30,9 +31,11 @@ class SFTConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.seed < 0:
+            raise ValueError(f"--seed is {self.seed}, expected 0 or more")
         if self.batch_tokens < 1 or self.micro_tokens < 1:
-            raise ValueError(f"--batch-tokens is {self.batch_tokens} and --micro-tokens {self.micro_tokens}, expected 1 "
-                             "or more")
+            raise ValueError(f"--batch-tokens is {self.batch_tokens} and --micro-tokens {self.micro_tokens}, "
+                             "expected 1 or more")
 
 
 def sft(c: SFTConfig):

@@ -1,0 +1,164 @@
+"""The benchmarks run at toy size, say what they are asked to say, and their arithmetic is right. Nothing is
+timed."""
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import common, memory, training, vs_trl
+from r1zero.kernels import reference
+from r1zero.model.config import ModelConfig, preset
+from r1zero.model.transformer import Transformer
+
+TINY = ModelConfig(vocab_size=50, n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=64,
+                   qkv_bias=True, max_seq_len=64)
+SMALL_STEP = vs_trl.Flags(rounds=2, warmup=1, prompts=2, prompt_tokens=3, group_size=2, new_tokens=5, trl_micro=2,
+                          model=TINY)
+needs_trl = pytest.mark.skipif(bool(vs_trl.missing()), reason="TRL is not installed")
+
+
+def last_line(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+# ---- common ----
+
+def test_peers_take_turns_and_the_warm_up_is_dropped():
+    calls = []
+    seconds = common.take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=2)
+    assert calls == ["a", "b"] * 5
+    assert {name: times.shape for name, times in seconds.items()} == {"a": (3,), "b": (3,)}
+
+
+def test_spread_and_how_it_is_shown():
+    s = common.spread([5, 1, 2, 3, 4, 6])
+    assert s == {"median": 3.5, "p20": 2.0, "p80": 5.0}
+    assert common.show(s, " ms", 10, 1) == "35.0 (20.0 to 50.0) ms"
+
+
+def test_table_aligns_its_columns(capsys):
+    common.table(["", "long header"], [["a name", 1], ["b", "22"]])
+    assert capsys.readouterr().out == "        long header\na name            1\nb                22\n\n"
+
+
+def test_finish_prints_and_writes_one_line_with_versions(tmp_path, capsys):
+    out = tmp_path / "result.json"
+    record = common.finish("x", {"figure": 1.5}, str(out), peers=("torch", "no-such-package"))
+    assert json.loads(out.read_text()) == record == last_line(capsys) and out.read_text().count("\n") == 1
+    assert record["figure"] == 1.5 and {"benchmark", "date", "machine"} <= record.keys()
+    versions = record["machine"]["versions"]
+    assert versions["no-such-package"] == "missing" and versions["torch"].startswith(torch.__version__.split("+")[0])
+
+
+# ---- training ----
+
+def test_training_at_toy_size(tmp_path, capsys):
+    out = tmp_path / "training.json"
+    record = training.main(training.Flags(rounds=2, batch_tokens=128, seq_len=32, documents=20, model="tiny",
+                                          matrix=16, profiled_steps=1, out=str(out)))
+    assert last_line(capsys) == record == json.loads(out.read_text())
+    assert set(record["batches"]) == {"documents", "windows of 32"}
+    for figures in record["batches"].values():
+        assert figures["share_of_rate"]["median"] > 0 and 0 < figures["tokens_per_step"] <= 128
+        shares = figures["breakdown"]["shares"]
+        assert sum(shares.values()) == pytest.approx(1) and shares["matrix products"] > 0 < shares["optimizer"]
+    assert record["batches"]["windows of 32"]["tokens_per_step"] == 128
+
+
+def test_flops_count_attention_by_the_squares_of_the_lengths():
+    class Batches:
+        def batch(self, index):
+            from r1zero.train.data import next_token_batch
+            return next_token_batch(np.arange(40) % 7, np.array([0, 10]), np.array([10, 20]))
+
+    flags = training.Flags(model="tiny", batch_tokens=64)
+    step = training.Steps(Batches(), 7, flags, training.PretrainConfig(run="", data=("countdown",)).optim)
+    step()
+    c = preset("tiny", 7)
+    weights = sum(p.numel() for p in step.model.parameters() if p.ndim == 2)  # the tied head is used once, as a head
+    scores = 2 * 2 * c.n_layers * c.n_heads * c.head_dim * (10**2 + 20**2) / 2  # q k and p v, the causal half
+    assert step.tokens == [30] and step.flops == [pytest.approx(3 * (2 * weights * 30 + scores))]
+
+
+@pytest.mark.parametrize("operator, group", [
+    ("aten::mm", "matrix products"), ("aten::addmm_", "matrix products"), ("aten::mul", "norms, RoPE, SwiGLU, softmax"),
+    ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"), ("data", "data"),
+    ("aten::_fused_adamw_", "optimizer"), ("Optimizer.step#AdamW.step", "optimizer"), ("aten::copy_", "copies and gathers"),
+    ("autograd::engine::evaluate_function: MmBackward0", "Python, autograd"), ("SwiGLU", "Python, autograd"),
+])
+def test_where_an_operator_counts(operator, group):
+    assert training.group_of(operator) == group
+
+
+# ---- against TRL ----
+
+def test_the_same_answers_earn_the_same_on_both_sides():
+    task, tokenizer = vs_trl.TokenIdTask(50, 3), vs_trl.TokenIdTokenizer(50)
+    [problem] = task.problems("train", 1, start=4)
+    assert problem == task.problem("train", 4) != task.problem("train", 5) and len(problem) == 3
+    assert tokenizer.encode_batch([task.prompt(problem)]) == [list(problem)]
+    text = tokenizer.decode([0, 10, 20])
+    assert task.grade(problem, text).accuracy == vs_trl.reward_of(text, 50) == 10 / 50
+
+
+def test_a_missing_peer_is_named_and_ours_is_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(vs_trl, "missing", lambda: ["trl"])
+    out = tmp_path / "vs_trl.json"
+    record = vs_trl.main(vs_trl.Flags(**{**vars(SMALL_STEP), "out": str(out)}))
+    printed = capsys.readouterr().out
+    assert "missing: trl" in printed and json.loads(printed.splitlines()[-1]) == record == json.loads(out.read_text())
+    assert record["missing"] == ["trl"] and set(record["sides"]) == {"ours"} and record["ratio"] == {}
+    assert record["sides"]["ours"]["step_s"]["median"] > record["sides"]["ours"]["generation_s"]["median"] > 0
+
+
+def test_answers_that_do_not_fill_trls_batches_are_told():
+    with pytest.raises(ValueError, match="--trl-micro is 3, expected a divisor of 2 x 2"):
+        vs_trl.main(vs_trl.Flags(**{**vars(SMALL_STEP), "trl_micro": 3}))
+
+
+@needs_trl
+def test_both_sides_take_turns_at_toy_size(capsys):
+    record = vs_trl.main(SMALL_STEP)
+    assert last_line(capsys) == record and record["missing"] == [] and set(record["sides"]) == {"ours", "trl"}
+    assert set(record["ratio"]) == {"step", "generation", "rest"}
+    assert record["machine"]["versions"]["trl"] == importlib.metadata.version("trl")
+
+
+@needs_trl
+def test_another_model_than_ours_is_noticed(monkeypatch):
+    model = Transformer(TINY).init_weights(0)
+    assert vs_trl.qwen2_of(model).config.hidden_size == 32
+    monkeypatch.setattr(reference, "rope", lambda x, cos, sin: x)
+    with pytest.raises(RuntimeError, match="differ by .* in log-prob"):
+        vs_trl.qwen2_of(model)
+
+
+# ---- memory ----
+
+def test_memory_by_a_further_token(monkeypatch, capsys):
+    monkeypatch.setattr(reference, "VOCAB_SLICE", 512)
+    monkeypatch.setattr(memory, "in_fresh_process", memory.measure)
+    sizes = (64, 2048, 8192)
+    record = memory.main(memory.Flags(vocabularies=sizes, tokens=(64, 128), seq_len=32, model="tiny"))
+    assert last_line(capsys) == record
+    slope = {(x["vocabulary"], x["head"]): x["bytes_per_further_token"] for x in record["cases"]}
+    assert slope[2048, "sliced"] == pytest.approx(slope[8192, "sliced"], rel=0.01)
+    assert slope[8192, "materialised"] - slope[2048, "materialised"] >= 4 * (8192 - 2048)
+    weights = {x["vocabulary"]: x["many"]["weights"] for x in record["cases"]}
+    assert weights[8192] - weights[2048] == (8192 - 2048) * 32 * 4
+    assert all(x["many"]["moments"] == 2 * x["many"]["weights"] for x in record["cases"])
+
+
+def test_a_fresh_process_measures_what_this_one_does():
+    case = {"model": "tiny", "vocabulary": 300, "head": "sliced", "seq_len": 16, "tokens": 64}
+    here, there = memory.measure(case), memory.in_fresh_process(case)
+    assert {**here, "process_peak": 0} == {**there, "process_peak": 0}
+    with pytest.raises(RuntimeError, match="unknown model preset 'huge'"):
+        memory.in_fresh_process({**case, "model": "huge"})
+
+
+def test_token_numbers_that_make_no_line_are_told():
+    with pytest.raises(ValueError, match="--tokens is 128 64, expected two rising multiples of --seq-len 32"):
+        memory.main(memory.Flags(tokens=(128, 64), seq_len=32))
