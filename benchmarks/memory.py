@@ -9,9 +9,9 @@ Each is measured at two numbers of tokens, and a line through the two tells
 
 - what a further token adds: activations and logits. With sliced logits it may grow until the vocabulary fills
   a slice (VOCAB_SLICE in kernels/reference.py) and no further; with all logits at once it grows on with V.
-- what is there for any number of tokens: gradients of weights, which are alive at the peak or not. A tied head
-  has two for a moment, its own and the embedding's, before they are added up. Like the weights and AdamW's two
-  moments, which are named apart, they hold V x d_model each and must grow with V.
+- what is there for any number of tokens: gradients of weights, as far as they are alive at the peak. A tied
+  head has two for a moment, its own and the embedding's, before they are added up. Like the weights and
+  AdamW's two moments, which are named apart, they hold V x d_model each and must grow with V.
 
 Measured in two ways. Tensors: the bytes that PyTorch's allocator handed out during the step and had not got
 back, at their highest (its profiler reports each of them). Process: the highest resident memory during the
@@ -91,8 +91,8 @@ def allocated_peak(prof) -> int:
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     totals = [e["args"]["Total Allocated"] for e in events if e.get("name") == "[memory]"]
     if not totals:
-        raise RuntimeError("the profiler of this version of torch reported no allocation; this benchmark needs "
-                           "torch 2.11 to 2.13")
+        raise RuntimeError("the profiler of this version of torch reported no allocation; this benchmark "
+                           "needs torch 2.11 to 2.13")
     return max(totals)
 
 
@@ -164,11 +164,11 @@ def main(f: Flags) -> dict | None:
     def mb(n: float | None) -> str:
         return "unknown" if n is None else f"{n / 1e6:.0f}"
 
-    print(f"\nOne training step of {f.model} on {many:,} tokens, fp32; MB. Peak: the most that the step holds at a "
-          "time,\non top of the weights, their moments and the inputs.\n")
+    print(f"\nOne training step of {f.model} on {many:,} tokens, fp32; MB. Peak: the most that the step "
+          "holds\nat a time, on top of the weights, their moments and the inputs.\n")
     columns = ("weights", "moments", "inputs", "process_peak", "tensors_peak")
-    table(["vocabulary", "logits", "weights", "moments", "inputs", "peak, process", "peak, tensors", "= any T",
-           "+ tokens", "KB a token"],
+    table(["vocabulary", "logits", "weights", "moments", "inputs", "peak, process", "peak, tensors",
+           "= any T", "+ tokens", "KB a token"],
           [[f"{x['vocabulary']:,}", x["head"], *[mb(x["many"][name]) for name in columns],
             mb(x["bytes_at_no_tokens"]), mb(x["bytes_per_further_token"] * many),
             f"{x['bytes_per_further_token'] / 1e3:.1f}"] for x in cases])

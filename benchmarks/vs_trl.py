@@ -1,5 +1,4 @@
-"""A GRPO step of ours against one of TRL's `GRPOTrainer`, on the same model, prompts, rewards and sizes, in
-one process.
+"""A GRPO step of ours against TRL's `GRPOTrainer`: same model, prompts, rewards and sizes, in one process.
 
     pip install -e ".[trl]"                 the peer; without it ours is measured alone
     python -m benchmarks.vs_trl             about two minutes
@@ -7,14 +6,13 @@ one process.
 
 What both do: sample 16 answers to each of 16 prompts of 8 tokens, grade them, normalise the rewards within
 each group, one AdamW step on the token-mean clipped loss, gradient clipped to 1; fp32, temperature 1, no KL,
-on-policy. Both start from the same weights (copied into a Qwen2 of transformers; the two models' log-probs
-are compared first) and see the same prompts. The end token lies outside the model's vocabulary, so every
-answer has all its tokens and no side pays for suppressing it. Rewards are different for every sample, so no
-sample can be left out of the update.
+on-policy. Both start from the same weights (copied into a Qwen2 of transformers; the log-probs of the two are
+compared first) and see the same prompts. The end token lies outside the model's vocabulary, so every answer
+has all its tokens and no side pays for suppressing it. Hardly two samples have the same reward, so none can
+be left out of the update.
 
-What favours TRL: a step is timed without its data loader, logging and progress bar, and its generation
-without tokenising and decoding, which are in ours; it profits from `reuse_memory()` too. Steps of the two
-take turns.
+What favours TRL: its step is timed without data loader, logging and progress bar, and its generation without
+tokenising and decoding, which are in ours; and it profits from `reuse_memory()`. Steps of the two take turns.
 
 Left out: vLLM (no GPU), transformers' continuous batching, torch.compile on either side.
 """
@@ -44,8 +42,8 @@ PEERS = ("trl", "transformers", "accelerate", "datasets", "tokenizers")
 
 def qwen2_shaped() -> ModelConfig:
     """0.92 M parameters in the shape of Qwen2."""
-    return ModelConfig(vocab_size=1024, n_layers=4, d_model=128, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=384,
-                       rope_theta=1e6, qkv_bias=True, tie_embeddings=True, max_seq_len=512)
+    return ModelConfig(vocab_size=1024, n_layers=4, d_model=128, n_heads=4, n_kv_heads=2, head_dim=32,
+                       d_ff=384, rope_theta=1e6, qkv_bias=True, tie_embeddings=True, max_seq_len=512)
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Flags:
     """File for the line of JSON."""
 
 
-# ---- the work: texts are token ids in decimal, so that both sides' tokenizers do next to nothing ----
+# ---- the work: texts are token ids in decimal, so that the tokenizers do next to nothing ----
 
 def reward_of(text: str, vocab_size: int) -> float:
     """The mean token id of an answer, from 0 to 1: cheap, and hardly ever the same twice."""
@@ -88,7 +86,8 @@ class TokenIdTask:
     name: str = "token ids"
 
     def problem(self, split: str, index: int) -> tuple[int, ...]:
-        return tuple(np.random.default_rng([index]).integers(self.vocab_size, size=self.prompt_tokens).tolist())
+        rng = np.random.default_rng([index])
+        return tuple(rng.integers(self.vocab_size, size=self.prompt_tokens).tolist())
 
     def problems(self, split: str, n: int, start: int = 0) -> list[tuple[int, ...]]:
         return [self.problem(split, start + i) for i in range(n)]
@@ -115,8 +114,8 @@ class TokenIdTokenizer:
 
 def our_step(f: Flags):
     """A function that does the next step and returns (seconds of the step, seconds of the rollout)."""
-    c = GRPOConfig(run="", base="", steps=1, prompts_per_step=f.prompts, group_size=f.group_size, kl_samples=0,
-                   max_new_tokens=f.new_tokens,
+    c = GRPOConfig(run="", base="", steps=1, prompts_per_step=f.prompts, group_size=f.group_size,
+                   max_new_tokens=f.new_tokens, kl_samples=0,
                    optim=OptimConfig(lr=LEARNING_RATE, warmup=0, schedule="constant", weight_decay=0.0))
     model = Transformer(f.model).init_weights(0)
     optimizer = make_optimizer(model, c.optim)
@@ -125,12 +124,12 @@ def our_step(f: Flags):
 
     def step() -> tuple[float, float]:
         nonlocal n_done
-        # the reference, here the model itself, is not asked: the loss has no KL and none is measured for the
-        # log
+        # the reference, here the model itself, is never asked: no KL in the loss, and none for the log
         figures = grpo_step(model, model, tokenizer, task, optimizer, c, n_done)
         n_done += 1
         n = f.prompts * f.group_size
-        assert figures["tokens"] == n * f.new_tokens and figures["trained_samples"] == n, "less work than was agreed"
+        assert figures["tokens"] == n * f.new_tokens, "ours generated another number of tokens"
+        assert figures["trained_samples"] == n, "ours left samples out of the update"
         return figures["step_s"], figures["rollout_s"]
 
     return step
@@ -147,19 +146,22 @@ def qwen2_of(model: Transformer):
     from transformers import Qwen2Config, Qwen2ForCausalLM
     c = model.config
     peer = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff, num_hidden_layers=c.n_layers,
-        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, max_position_embeddings=c.max_seq_len,
-        rms_norm_eps=c.norm_eps, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff,
+        num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads,
+        max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
         tie_word_embeddings=c.tie_embeddings, bos_token_id=None, eos_token_id=None, pad_token_id=None))
-    weights = {"model.embed_tokens.weight": model.embed, "model.norm.weight": model.norm, "lm_head.weight": model.head}
+    weights = {"model.embed_tokens.weight": model.embed, "model.norm.weight": model.norm,
+               "lm_head.weight": model.head}
     for i, block in enumerate(model.blocks):
         heads = [c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim]
-        for name, w, b in zip("qkv", block.attn.qkv.split(heads), block.attn.qkv_bias.split(heads), strict=True):
+        attn, mlp = block.attn, block.mlp
+        for name, w, b in zip("qkv", attn.qkv.split(heads), attn.qkv_bias.split(heads), strict=True):
             weights[f"model.layers.{i}.self_attn.{name}_proj.weight"] = w
             weights[f"model.layers.{i}.self_attn.{name}_proj.bias"] = b
-        gate, up = block.mlp.gate_up.chunk(2)
+        gate, up = mlp.gate_up.chunk(2)
         weights |= {f"model.layers.{i}.{name}.weight": w for name, w in {
-            "self_attn.o_proj": block.attn.out, "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": block.mlp.down,
+            "self_attn.o_proj": attn.out, "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": mlp.down,
             "input_layernorm": block.attn_norm, "post_attention_layernorm": block.mlp_norm}.items()}
     peer.load_state_dict(weights)
     rows = torch.randint(c.vocab_size, (4, 33), generator=torch.Generator().manual_seed(0))
@@ -168,9 +170,10 @@ def qwen2_of(model: Transformer):
         ours, _ = model.logprobs(hidden, rows[:, 1:].flatten())
         logits = peer(rows[:, :-1]).logits.flatten(0, 1)
         theirs = -torch.nn.functional.cross_entropy(logits, rows[:, 1:].flatten(), reduction="none")
-    if not (ours - theirs).abs().max() < 1e-3:
-        raise RuntimeError(f"ours and transformers' Qwen2 differ by {float((ours - theirs).abs().max())} in log-prob: "
-                           "this version of transformers means something else by the same weights")
+    gap = float((ours - theirs).abs().max())
+    if not gap < 1e-3:
+        raise RuntimeError(f"ours and transformers' Qwen2 differ by {gap} in log-prob: this version of "
+                           "transformers means something else by the same weights")
     return peer
 
 
@@ -180,22 +183,24 @@ def qwen2_tokenizer(vocab_size: int):
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
-    words = Tokenizer(WordLevel({**{str(i): i for i in range(vocab_size)}, "<eos>": vocab_size}, unk_token="<eos>"))
+    ids = {**{str(i): i for i in range(vocab_size)}, "<eos>": vocab_size}
+    words = Tokenizer(WordLevel(ids, unk_token="<eos>"))
     words.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>", unk_token="<eos>")
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>",
+                                   unk_token="<eos>")
 
 
 def take_turns_with_trl(f: Flags, step) -> tuple[list, list]:
     """Let TRL train, and do a step of ours after each of its own. Returns both sides' (step, generation)
     seconds."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is to be fetched; read when the library is imported
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is to be fetched; read at import
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import GRPOConfig as TRLConfig
     from trl import GRPOTrainer
-    task, n, n_steps = TokenIdTask(f.model.vocab_size, f.prompt_tokens), f.prompts * f.group_size, f.warmup + f.rounds
-    ours, theirs = [], []
-    generated = {"seconds": 0.0, "tokens": 0}
+    task = TokenIdTask(f.model.vocab_size, f.prompt_tokens)
+    n, n_steps = f.prompts * f.group_size, f.warmup + f.rounds
+    ours, theirs, generated = [], [], {"seconds": 0.0, "tokens": 0}
 
     class Turns(TrainerCallback):
         def on_step_begin(self, args, state, control, **rest):
@@ -220,8 +225,9 @@ def take_turns_with_trl(f: Flags, step) -> tuple[list, list]:
                 output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=n_steps,
                 per_device_train_batch_size=micro, gradient_accumulation_steps=n // micro,
                 num_generations=f.group_size, max_completion_length=f.new_tokens, temperature=1.0, beta=0.0,
-                learning_rate=LEARNING_RATE, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0,
-                shuffle_dataset=False, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True))
+                learning_rate=LEARNING_RATE, lr_scheduler_type="constant", weight_decay=0.0,
+                max_grad_norm=1.0, shuffle_dataset=False, report_to="none", save_strategy="no",
+                logging_strategy="no", disable_tqdm=True))
         model_generate = trainer.model.generate
 
         def timed_generate(*args, **kwargs):
@@ -247,8 +253,9 @@ def figures_of(pairs: list[tuple[float, float]], f: Flags) -> dict:
 
 def main(f: Flags) -> dict:
     reuse_memory()
-    if f.prompts * f.group_size % min(f.trl_micro, f.prompts * f.group_size):
-        raise ValueError(f"--trl-micro is {f.trl_micro}, expected a divisor of {f.prompts} x {f.group_size} answers")
+    n = f.prompts * f.group_size
+    if n % min(f.trl_micro, n):
+        raise ValueError(f"--trl-micro is {f.trl_micro}, expected a divisor of the {n} answers of a step")
     step, absent = our_step(f), missing()
     if absent:
         print(f"missing: {', '.join(absent)}; so ours alone (pip install -e '.[trl]' brings the peer)")
@@ -263,18 +270,18 @@ def main(f: Flags) -> dict:
                   "rest": spread((theirs[:, 0] - theirs[:, 1]) / (ours[:, 0] - ours[:, 1]))}
 
     length = f.prompt_tokens + f.new_tokens
-    flops = f.prompts * f.group_size * length * (flops_per_token(f.model, length, training=False)
-                                                 + flops_per_token(f.model, length, training=True))
-    print(f"\nGRPO step: {f.prompts} prompts of {f.prompt_tokens} tokens x {f.group_size} answers x {f.new_tokens} "
-          f"tokens, {param_count(f.model):,} parameters, fp32, {torch.get_num_threads()} threads; "
-          f"about {flops / 1e9:.0f} GFLOPs of matrix products\nmedian (20 % to 80 % quantile) of {f.rounds} steps\n")
+    flops = n * length * sum(flops_per_token(f.model, length, training) for training in (False, True))
+    print(f"\nGRPO step: {f.prompts} prompts of {f.prompt_tokens} tokens x {f.group_size} answers of "
+          f"{f.new_tokens} tokens, {param_count(f.model):,} parameters, fp32, {torch.get_num_threads()} "
+          f"threads;\nabout {flops / 1e9:.0f} GFLOPs of matrix products; median (20 % to 80 % quantile) of "
+          f"{f.rounds} steps\n")
     table(["", "step, s", "generation, s", "rest, s", "generated tokens/s"],
           [[name, show(x["step_s"]), show(x["generation_s"]), show(x["rest_s"]),
             show(x["generated_tokens_per_s"], digits=0)] for name, x in figures.items()]
           + ([["TRL / ours", *[show(ratios[part], " x") for part in ("step", "generation", "rest")], ""]]
              if ratios else []))
-    return finish("vs_trl", {"flags": {**vars(f), "model": f.model.to_dict()}, "missing": absent, "flops": flops,
-                             "sides": figures, "ratio": ratios}, f.out, PEERS)
+    return finish("vs_trl", {"flags": {**vars(f), "model": f.model.to_dict()}, "missing": absent,
+                             "flops": flops, "sides": figures, "ratio": ratios}, f.out, PEERS)
 
 
 if __name__ == "__main__":

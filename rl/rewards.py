@@ -45,7 +45,7 @@ def reward_one(task, problem, response: str, config: RewardConfig) -> dict:
     """Grade a single response: a dict of accuracy, format, reward, answer and why."""
     grade, parsed = task.grade(problem, response), parse_response(response)
     well_formed = float(parsed.well_formed)
-    why = grade.why if parsed.well_formed else f"{grade.why}; format: {parsed.why}"
+    why = grade.why if parsed.well_formed else f"{grade.why} Format: {parsed.why}"
     return {"accuracy": grade.accuracy, "format": well_formed,
             "reward": config.accuracy_weight * grade.accuracy + config.format_weight * well_formed,
             "answer": grade.answer, "why": why}

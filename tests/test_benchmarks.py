@@ -114,7 +114,7 @@ def test_a_missing_peer_is_named_and_ours_is_measured(monkeypatch, tmp_path, cap
 
 
 def test_answers_that_do_not_fill_trls_batches_are_told():
-    with pytest.raises(ValueError, match="--trl-micro is 3, expected a divisor of 2 x 2"):
+    with pytest.raises(ValueError, match="--trl-micro is 3, expected a divisor of the 4 answers"):
         vs_trl.main(vs_trl.Flags(**{**vars(SMALL_STEP), "trl_micro": 3}))
 
 

@@ -7,7 +7,8 @@ from r1zero.train.cli import main
 from r1zero.train.demo import DemoConfig
 
 SMALL = ["--model", "tiny", "--pretrain-steps", "12", "--documents", "400", "--rl-steps", "2",
-         "--control-steps", "1", "--eval-problems", "6", "--eval-samples", "2", "--max-new-tokens", "24", "--high", "9"]
+         "--control-steps", "1", "--eval-problems", "6", "--eval-samples", "2", "--max-new-tokens", "24",
+         "--high", "9"]
 
 
 @pytest.fixture(scope="module")

@@ -179,7 +179,7 @@ def test_a_checkpoint_of_another_model_is_not_loaded_into_this_one(tmp_path):
     run = Run(pretrain_config(c.run, c.data[0], steps=2, resume=True), "pretrain")
     model.config = type(model.config)(**{**model.config.to_dict(), "rope_theta": 500.0})
     with fails(CheckpointError, "rope_theta is 10000.0 there and 500.0 here"):
-        run.restore(model, None)
+        run.restore(model, Tokenizer.bytes(), None)
 
 
 # ---- data ----

@@ -203,6 +203,18 @@ def test_to_resume_the_run_of_another_loop_is_refused(finished):
         grpo(grpo_config(finished / "pretrain", finished / "base", resume=True))
 
 
+def test_to_resume_on_changed_data_with_another_tokenizer_is_refused(tmp_path):
+    def config(text, **more):
+        return pretrain_config(tmp_path / "run", text_file(tmp_path, text), tokenizer="bpe", vocab_size=270,
+                               steps=2, **more)
+
+    pytest.importorskip("tokenizers")
+    pretrain(config("the cat and the dog " * 60))
+    pretrain(config("the cat and the dog " * 60, resume=True))
+    with pytest.raises(CheckpointError, match="another tokenizer: the data or the base has changed"):
+        pretrain(config("some other words then " * 60, resume=True))
+
+
 def test_what_is_free_to_change_may_change(finished):
     c = pretrain_config(finished / "pretrain", str(finished / "text.txt"), resume=True, steps=3, save_every=1,
                         keep_last=1)

@@ -179,10 +179,10 @@ def one_seed(c: DemoConfig, folder: Path, seed: int) -> dict:
         results["seconds"][name] = results["seconds"].get(name, 0.0) + seconds
         atomic_write_json(path, results)
 
-    def evaluate_part(name: str) -> None:
-        if name not in results:
+    def evaluate_part(name: str, steps: int) -> None:
+        if results.get(name, {}).get("steps") != steps:
             started = time.perf_counter()
-            results[name] = measure_model(c, folder, name, seed)
+            results[name] = {"steps": steps, **measure_model(c, folder, name, seed)}
             timed(f"eval_{name}", time.perf_counter() - started)
             share, (low, high) = (results[name]["eval"][key] for key in ("accuracy", "accuracy_95"))
             print(f"{name}: {share:.1%} of held-out answers are right (95 % interval {low:.1%} to "
@@ -193,15 +193,15 @@ def one_seed(c: DemoConfig, folder: Path, seed: int) -> dict:
                           documents=c.documents, optim=OptimConfig(lr=4e-3), device=c.device,
                           task=Countdown(n_numbers=c.numbers, high=c.high, ops=c.ops, seed=seed))
     timed("pretrain", run_part(folder / "base", c.pretrain_steps, pretrain, base))
-    evaluate_part("base")
+    evaluate_part("base", c.pretrain_steps)
     if not (folder / "group.json").exists():
         keep_group(c, folder, seed)
     timed("rl", run_part(folder / "rl", c.rl_steps, grpo, grpo_config(c, folder, seed, control=False)))
-    evaluate_part("rl")
+    evaluate_part("rl", c.rl_steps)
     if c.control_steps:
         control = grpo_config(c, folder, seed, control=True)
         timed("control", run_part(folder / "control", c.control_steps, grpo, control))
-        evaluate_part("control")
+        evaluate_part("control", c.control_steps)
     for name, part in (("pretrain", "base"), ("rl", "rl"), ("control", "control")):
         if (folder / part / "metrics.jsonl").exists():
             results["tokens"][name] = sum(row["tokens"] for row in read_metrics(folder / part))

@@ -186,7 +186,7 @@ def grpo(c: GRPOConfig):
     reference = build_model(base.state["model_config"], base.tensors["model"], device).requires_grad_(False)
     with Run(c, "control" if c.control else "grpo") as run:
         optimizer = make_optimizer(policy, c.optim)
-        run.restore(policy, optimizer)
+        run.restore(policy, tokenizer, optimizer)
         for step in run.steps():
             try:
                 figures = grpo_step(policy, reference, tokenizer, task, optimizer, c, step)

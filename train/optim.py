@@ -32,11 +32,12 @@ class OptimConfig:
     def __post_init__(self):
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f"--optim.schedule is {self.schedule!r}, expected cosine or constant")
-        at_least_zero = min(self.warmup, self.weight_decay, self.eps) >= 0
+        # NaN is not >= 0, but min() may pass over it
+        at_least_zero = all(dial >= 0 for dial in (self.warmup, self.weight_decay, self.eps))
         if not (self.lr > 0 and self.clip_grad > 0 and at_least_zero):
             raise ValueError(f"optim: lr {self.lr}, clip_grad {self.clip_grad}, warmup {self.warmup}, "
-                             f"weight_decay {self.weight_decay}, eps {self.eps}; expected lr and clip_grad above "
-                             "0 and the others 0 or more")
+                             f"weight_decay {self.weight_decay}, eps {self.eps}; expected lr and clip_grad "
+                             "above 0 and the others 0 or more")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and 0 <= self.final_lr <= 1):
             raise ValueError(f"optim: beta1 {self.beta1}, beta2 {self.beta2}, final_lr {self.final_lr}; "
                              "expected betas in [0, 1) and final_lr in [0, 1]")

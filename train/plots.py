@@ -76,7 +76,7 @@ def draw_panel(axes, panel: Panel) -> None:
     """Lines, marks, and axes that begin at 0."""
     for line in panel.lines:
         axes.plot(line.steps, line.values, color=line.colour, alpha=0.28, linewidth=0.8)
-        half = min(8, max(1, len(line.values) // 16))
+        half = min(8, max(2, len(line.values) // 10))
         axes.plot(line.steps, smooth(line.steps, line.values, half), color=line.colour,
                   linewidth=2.2, label=line.label, solid_capstyle="round")
     for mark in panel.marks:

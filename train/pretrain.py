@@ -116,7 +116,7 @@ def fit(run: Run, model: Transformer, tokenizer: Tokenizer, batches, c) -> None:
     """The loop that pretrain and sft share: `batches.batch(step)` is the data of a step, so resuming needs no
     more."""
     optimizer = make_optimizer(model, c.optim)
-    run.restore(model, optimizer)
+    run.restore(model, tokenizer, optimizer)
     tokens, started = 0, time.perf_counter()
     for step in run.steps():
         batch = batches.batch(step)

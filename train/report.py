@@ -383,7 +383,8 @@ def spent(record: dict, seeds: list[Seed]) -> str:
 def how_to_go_on(folder: Path, seed: Seed) -> str:
     config = read_dict(seed.folder / "rl" / "run.json").get("config")
     dials = dig(config, "task", "dials")
-    given = [("run", seed.folder / "rl"), ("base", seed.folder / "base"), ("seed", dig(config, "seed")),
+    given = [("run", seed.folder / "rl"), ("base", dig(config, "base") or seed.folder / "base"),
+             ("seed", dig(config, "seed")),
              ("max-new-tokens", dig(config, "max_new_tokens")), ("optim.lr", dig(config, "optim", "lr")),
              ("rewards.accuracy-weight", dig(config, "rewards", "accuracy_weight")),
              ("rewards.format-weight", dig(config, "rewards", "format_weight"))]

@@ -1,11 +1,12 @@
-"""A run: its folder, its log, its progress bar, and how it stops. All loops use this; none of it knows what they train.
+"""A run: its folder, its log, its progress bar, and how it stops. All loops use this; it knows none of them.
 
     <run>/run.json          config, seed, versions, hardware, commit: what it takes to make it again
     <run>/metrics.jsonl     one JSON object a step; cut back to the checkpoint's step on resume
     <run>/checkpoints/      see model/checkpoint.py
 
-Ctrl-C asks the loop to stop: it finishes its step, saves, and leaves; a second Ctrl-C breaks off at once. wandb gets
-the same figures as metrics.jsonl when asked (`WANDB_MODE=offline` works; it is wandb's own variable).
+Ctrl-C asks the loop to stop: it finishes its step, saves, and leaves; a second Ctrl-C breaks off at once.
+wandb gets the same figures as metrics.jsonl when asked (`WANDB_MODE=offline` works; it is wandb's own
+variable).
 """
 import ctypes
 import json
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from ..model.checkpoint import (
     Checkpoint,
+    CheckpointError,
     atomic_write_json,
     atomic_write_text,
     check_config,
@@ -42,7 +44,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's mallopt(3)
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where a run lives, how long it goes and what it keeps: flags of every loop, free to change on resume."""
+    """Where a run lives, how long it goes, what it keeps: flags of every loop, free to change on resume."""
 
     run: str
     """Folder of the run; made if missing."""
@@ -66,10 +68,10 @@ class RunConfig:
 
 
 def reuse_memory() -> None:
-    """Keep freed memory in the process instead of handing it back after every operation, where glibc is the allocator.
+    """Keep freed memory in the process instead of handing it back after every operation (glibc only).
 
-    Big tensors are otherwise mapped and unmapped by the kernel each time, and their pages cleared anew: measured on
-    2 cores, RMSNorm with its gradient took 35 ms instead of 5.
+    Big tensors are otherwise mapped and unmapped by the kernel each time, and their pages cleared anew:
+    measured on 2 cores, RMSNorm with its gradient took 35 ms instead of 5.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -88,8 +90,8 @@ def pick_device(name: str) -> torch.device:
     if name not in ("cpu", "cuda"):
         raise ValueError(f"--device is {name!r}, expected auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda was given, but PyTorch sees no CUDA device; use --device cpu, or install a "
-                         "CUDA build of PyTorch")
+        raise ValueError("--device cuda was given, but PyTorch sees no CUDA device; use --device cpu, or "
+                         "install a CUDA build of PyTorch")
     return torch.device(name)
 
 
@@ -110,8 +112,8 @@ def machine() -> dict:
         except PackageNotFoundError:
             versions[name] = "missing"
     try:
-        commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True,
-                                text=True, timeout=5).stdout.strip() or None
+        commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+                                capture_output=True, text=True, timeout=5).stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         commit = None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
@@ -130,7 +132,8 @@ def load_model(folder: str, device: torch.device, which="last") -> tuple[Transfo
     """The model and tokenizer of a run's checkpoint. Raises CheckpointError if there is none to use."""
     checkpoint = load_checkpoint(folder, which)
     if not {"model_config", "tokenizer"} <= checkpoint.state.keys() or "model" not in checkpoint.tensors:
-        raise ValueError(f"{checkpoint.path} holds no model; give a folder that pretrain, sft, grpo or demo wrote")
+        raise ValueError(f"{checkpoint.path} holds no model; give a folder that pretrain, sft, grpo or demo "
+                         "wrote")
     model = build_model(checkpoint.state["model_config"], checkpoint.tensors["model"], device)
     return model, Tokenizer.from_dict(checkpoint.state["tokenizer"]), checkpoint
 
@@ -148,8 +151,8 @@ def first_bad_tensor(model: Transformer) -> str:
 class Run:
     """Folder, log and bar of one loop; a context manager that also takes over Ctrl-C.
 
-    `with Run(config, title) as run: for step in run.steps(): ...; run.log(step, {...})`. Raises ValueError for a
-    folder that holds another run already, or to resume with other settings than it was begun with.
+    `with Run(config, title) as run: for step in run.steps(): ...; run.log(step, {...})`. Raises ValueError
+    for a folder that holds another run already, or to resume with other settings than it was begun with.
     """
 
     def __init__(self, config: RunConfig, title: str):
@@ -163,16 +166,16 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             steps = checkpoint_steps(self.folder)
             if (steps or record.exists()) and not config.resume:
-                raise ValueError(f"{self.folder} holds a run already; add --resume to go on with it, or give another "
-                                 "folder")
+                raise ValueError(f"{self.folder} holds a run already; add --resume to go on with it, or give "
+                                 "another folder")
             if steps:
                 self.resumed = load_checkpoint(self.folder)
                 check_config(self.resumed.state.get("settings", {}), self.settings, self.resumed.path)
             atomic_write_json(record, {"title": title, "config": asdict(config), "machine": machine(),
                                        "started": time.strftime("%Y-%m-%d %H:%M:%S")})
         except OSError as error:
-            raise ValueError(f"cannot use the run folder {self.folder}: {error.strerror}; give another one, or make "
-                             "it writable") from error
+            raise ValueError(f"cannot use the run folder {self.folder}: {error.strerror}; give another one, "
+                             "or make it writable") from error
         self.first_step = self.resumed.step if self.resumed else 0
         self._saved = self.first_step - 1
 
@@ -212,14 +215,15 @@ class Run:
         path = self.folder / "metrics.jsonl"
         if path.exists():
             rows = read_metrics(self.folder)
-            atomic_write_text(path, "".join(json.dumps(r) + "\n" for r in rows if r["step"] <= self.first_step))
+            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= self.first_step]
+            atomic_write_text(path, "".join(kept))
 
     def steps(self):
         """The steps that are left, 0-based; ends early when Ctrl-C was pressed and its step is saved."""
         for step in range(self.first_step, self.config.steps):
             yield step
             self._bar.update(1)
-            if self.stop_requested and self._saved == step:  # pressed after `due` said no: the next step saves
+            if self.stop_requested and self._saved == step:  # pressed after `due` said no, the next saves
                 return
 
     def due(self, step: int, every: int) -> bool:
@@ -227,7 +231,7 @@ class Run:
         return self.stop_requested or (step + 1) % every == 0 or step + 1 == self.config.steps
 
     def log(self, step: int, figures: dict, show: tuple[str, ...] = ()) -> None:
-        """Write the figures of 0-based `step` (logged as step + 1 steps done); `show` names those for the bar."""
+        """Write the figures of 0-based `step`, as those of step + 1 steps done; `show` names the bar's."""
         self._file.write(json.dumps({"step": step + 1, **figures}) + "\n")
         self._file.flush()
         self._bar.set_postfix({name: f"{figures[name]:.3g}" for name in show}, refresh=False)
@@ -237,31 +241,40 @@ class Run:
     def last_good(self) -> str:
         """Which checkpoint a run that must stop leaves, in words."""
         steps = checkpoint_steps(self.folder)
-        return f"{f'the checkpoint of step {steps[-1]}' if steps else 'no checkpoint'} is kept in {self.folder}"
+        kept = f"the checkpoint of step {steps[-1]}" if steps else "no checkpoint"
+        return f"{kept} is kept in {self.folder}"
 
     def check_finite(self, step: int, model: Transformer, **figures: float) -> None:
-        """Stop the run when a figure is NaN or infinite; the last good checkpoint stays. Raises FloatingPointError."""
+        """Raise FloatingPointError when a figure is NaN or infinite; the last good checkpoint stays."""
         for name, value in figures.items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"{name} is {value} at step {step + 1} ({first_bad_tensor(model)}); nothing was "
-                                         f"updated or saved with it; {self.last_good()}. Lower the learning rate, "
-                                         "or look at the data of that step")
+                raise FloatingPointError(f"{name} is {value} at step {step + 1} ({first_bad_tensor(model)}); "
+                                         f"nothing was updated or saved with it; {self.last_good()}. Lower "
+                                         "the learning rate, or look at the data of that step")
 
-    def save(self, step: int, model: Transformer, tokenizer: Tokenizer, optimizer, score: float | None = None) -> None:
-        """Checkpoint what changes, after 0-based `step`: weights, optimizer, and the step, from which data and random
-        numbers follow. The log goes to the disk first, so that no checkpoint is ahead of it."""
+    def save(self, step: int, model: Transformer, tokenizer: Tokenizer, optimizer,
+             score: float | None = None) -> None:
+        """Checkpoint what changes, after 0-based `step`: weights, optimizer, and the step, from which data
+        and random numbers follow. The log goes to the disk first, so that no checkpoint is ahead of it."""
         os.fsync(self._file.fileno())
         moments, rest = optimizer_tensors(optimizer, model.named_parameters())
         tensors = {"model": dict(model.named_parameters()), "optimizer": moments}
-        state = {"settings": self.settings, "model_config": model.config.to_dict(), "tokenizer": tokenizer.to_dict(),
-                 "optimizer": rest}
+        state = {"settings": self.settings, "model_config": model.config.to_dict(),
+                 "tokenizer": tokenizer.to_dict(), "optimizer": rest}
         save_checkpoint(self.folder, step + 1, tensors, state, keep_last=self.config.keep_last, score=score)
         self._saved = step
 
-    def restore(self, model: Transformer, optimizer) -> None:
-        """Give a model and its optimizer the state of the checkpoint that the run goes on from, if there is one."""
+    def restore(self, model: Transformer, tokenizer: Tokenizer, optimizer) -> None:
+        """Give a model and its optimizer the state of the checkpoint that the run goes on from, if any.
+
+        Raises CheckpointError if the model has another shape, or the tokenizer (made from the data anew) has
+        other tokens.
+        """
         if self.resumed:
             check_config(self.resumed.state["model_config"], model.config.to_dict(), self.resumed.path)
+            if Tokenizer.from_dict(self.resumed.state["tokenizer"]).fingerprint() != tokenizer.fingerprint():
+                raise CheckpointError(f"{self.resumed.path} was made with another tokenizer: the data or the "
+                                      "base has changed since. Restore it, or give another run folder")
             model.load_state_dict(self.resumed.tensors["model"])
             load_optimizer_tensors(optimizer, model.named_parameters(), self.resumed.tensors["optimizer"],
                                    self.resumed.state["optimizer"])
