@@ -155,7 +155,7 @@ def test_a_broken_off_eval_leaves_no_summary_of_an_earlier_one(runs, tmp_path, c
 
 
 def test_weights_that_are_nan_end_eval_and_chat_with_code_1(runs, capsys):
-    refused(capsys, ["eval", "--run", str(runs / "nan"), "--n", "2"], "logits are NaN", code=1)
+    refused(capsys, ["eval", "--run", str(runs / "nan"), "--n", "2"], "are NaN or infinite", code=1)
     assert main(["chat", "--run", str(runs / "nan"), "--problem", "x"]) == 1
 
 

@@ -20,7 +20,7 @@ def test_rewards_are_the_weighted_sum_of_two_parts_that_stay_apart():
     found = score(Bandit(), [0, 0, 0], responses, RewardConfig(accuracy_weight=2.0, format_weight=0.5))
     assert found.accuracy.tolist() == [1, 1, 0] and found.format.tolist() == [1, 0, 0]
     assert found.total.tolist() == [2.5, 2.0, 0.0]
-    assert "format" not in found.why[0] and "format: There is no <answer> tag." in found.why[1]
+    assert "Format" not in found.why[0] and "Format: There is no <answer> tag." in found.why[1]
     with pytest.raises(ValueError):
         score(Bandit(), [0, 0], responses, RewardConfig())
 
