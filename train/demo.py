@@ -1,6 +1,6 @@
 """The demo: R1-Zero on a laptop, from nothing, with its control and a report.
 
-    r1zero demo                      about 10 minutes on 2 cores
+    r1zero demo                      about 12 minutes on 2 slow cores, control included
     r1zero demo --seeds 0,1,2        three times over, and a table
 
 1. Write a corpus of worked Countdown attempts that contains reasoning, but not the skill of using it
