@@ -10,10 +10,10 @@ import torch
 from r1zero.model.checkpoint import load_checkpoint
 from r1zero.model.generation import generate
 from r1zero.model.tokenizer import Tokenizer
-from r1zero.train.data import DocumentBatches
+from r1zero.train.data import DocumentBatches, TokenStream
 from r1zero.train.grpo import grpo
 from r1zero.train.optim import OptimConfig, learning_rate, make_optimizer, optimizer_step
-from r1zero.train.pretrain import first_share, pretrain, split_batch, train_step
+from r1zero.train.pretrain import bits_per_byte, first_share, pretrain, split_batch, text_batches, train_step
 from r1zero.train.run import load_model, read_metrics
 from r1zero.train.sft import SFTConfig, sft
 
@@ -94,9 +94,28 @@ def test_split_batches_hold_everything_once(micro_tokens):
         assert len(part.targets) <= micro_tokens or len(lengths) == 1
 
 
-def test_the_tokenizer_is_trained_on_the_first_share_of_the_text():
-    texts = ["abcd", "", "efgh", "ij"]
-    assert "".join(first_share(texts, 0.6)) == "abcdef" and "".join(first_share(texts, 1.0)) == "abcdefghij"
+def test_the_tokenizer_is_trained_on_the_first_share_of_the_text(tmp_path):
+    texts = ["abcd", "", "efgh", "ijkl"]
+    assert "".join(first_share(texts, 0.5)) == "abcdef" and "".join(first_share(texts, 1.0)) == "abcdefghijkl"
+    pytest.importorskip("tokenizers")
+    data = text_file(tmp_path, "abcabd " * 90 + "xyzxyz " * 10)  # the tail has words of its own
+    tokenizer, _, _ = text_batches(pretrain_config(tmp_path / "run", data, tokenizer="bpe", vocab_size=270))
+    assert len(tokenizer.encode("abcabd")) < 6 == len(tokenizer.encode("xyzxyz"))
+
+
+def test_bits_per_byte_of_a_tail_are_those_of_its_tokens_one_by_one():
+    model, tail = tiny(), np.frombuffer(SENTENCE.encode(), np.uint8)[:23]
+    nats = 0.0
+    for start in range(0, 22, 8):  # windows of 8 targets, each seen from its own beginning
+        nats -= float(naive_logp(model, tail[start : start + 9].astype(np.int64), 1, 1.0)[0].sum().detach())
+    assert bits_per_byte(model, tail, 22, 8) == pytest.approx(nats / np.log(2) / 22, rel=1e-5)
+
+
+def test_every_step_trains_on_its_own_batch(tmp_path, monkeypatch):
+    asked, batch = [], TokenStream.batch
+    monkeypatch.setattr(TokenStream, "batch", lambda self, index: asked.append(index) or batch(self, index))
+    pretrain(pretrain_config(tmp_path / "run", text_file(tmp_path), steps=5))
+    assert asked == [0, 1, 2, 3, 4]
 
 
 # ---- the optimizer ----
