@@ -46,7 +46,7 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def counter_uniform(seeds: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
-    """[B] float64 in [0, 1): a fixed function of (seed, counter), both int64."""
+    """float64 in [0, 1): a fixed function of (seed, counter), both int64, of shapes that broadcast."""
     golden = -0x61C8864680B583EB
     bits = _mix(_mix(seeds + golden) + (counters + 1) * golden)
     return ((bits >> 11) & 0x1F_FFFF_FFFF_FFFF).double() * 2.0**-53
@@ -54,16 +54,18 @@ def counter_uniform(seeds: torch.Tensor, counters: torch.Tensor) -> torch.Tensor
 
 def sample_seeds(n: int, *keys: int) -> torch.Tensor:
     """[n] int64 seeds, a fixed function of the keys, as in sample_seeds(256, run_seed, step)."""
-    words = [int(k) & 0xFFFF_FFFF_FFFF_FFFF for k in keys]
+    # two words of 32 bits each, and their number: SeedSequence itself takes (s,) for (s, 0)
+    words = [len(keys), *(int(k) >> shift & 0xFFFF_FFFF for k in keys for shift in (0, 32))]
     state = np.random.SeedSequence(words).generate_state(1, np.uint64)
     return _mix(torch.arange(n) + int(state.view(np.int64)[0]))
 
 
-def sample_tokens(logits: torch.Tensor, temperature: float, seeds: torch.Tensor, counters: torch.Tensor):
+def sample_tokens(logits: torch.Tensor, temperature: float, uniforms: torch.Tensor):
     """Draw one token a row: (tokens [B] int64, logp [B] float32). Temperature 0 takes the likeliest, logp 0.
 
-    logits: [B, V]. Inverts the cumulative distribution, so one random number a row is all it takes; a token
-    of probability 0 is never drawn. Raises NonFiniteError for NaN or infinite logits.
+    logits: [B, V]; uniforms: [B] in [0, 1), see counter_uniform. Inverts the cumulative distribution, so one
+    random number a row is all it takes; a token of probability 0 is never drawn. Raises NonFiniteError for
+    NaN or infinite logits.
     """
     if temperature != 0:
         logits = logits / temperature
@@ -75,7 +77,7 @@ def sample_tokens(logits: torch.Tensor, temperature: float, seeds: torch.Tensor,
         return logits.argmax(-1), logits.new_zeros(len(logits))
     probs = torch.softmax(logits, -1)
     cumulative = probs.cumsum(-1)
-    threshold = counter_uniform(seeds, counters).float() * cumulative[:, -1]
+    threshold = uniforms.float() * cumulative[:, -1]
     # float32 rounding may lift the threshold to the total itself: then the last token of any probability
     threshold = torch.minimum(threshold, torch.nextafter(cumulative[:, -1], threshold.new_zeros(())))
     tokens = torch.searchsorted(cumulative, threshold[:, None], right=True)
@@ -146,6 +148,8 @@ def _generate_wave(model, prompts, n_samples, max_new_tokens, temperature, seeds
         caches.append(tuple(pair))
 
     n_rows = len(lengths)
+    # a token's random number is that of its place in the sequence
+    uniforms = counter_uniform(seeds[:, None], lengths[:, None] + torch.arange(max_new_tokens, device=device))
     tokens_out = torch.zeros(n_rows, max_new_tokens, dtype=torch.int64, device=device)
     logp_out = torch.zeros(n_rows, max_new_tokens, device=device)
     n_out = torch.full((n_rows,), max_new_tokens, device=device)
@@ -153,7 +157,7 @@ def _generate_wave(model, prompts, n_samples, max_new_tokens, temperature, seeds
     rows = torch.arange(n_rows, device=device)  # where each row of the cache writes its output
     logits = model.logits(hidden[ends]).repeat_interleave(n_samples, dim=0)
     for t in range(max_new_tokens):
-        tokens, logp = sample_tokens(logits, temperature, seeds[rows], lengths)
+        tokens, logp = sample_tokens(logits, temperature, uniforms[rows, t])
         tokens_out[rows, t], logp_out[rows, t] = tokens, logp
         just_stopped = (tokens == eos_id) & ~stopped[rows]
         n_out[rows[just_stopped]] = t + 1
@@ -166,9 +170,7 @@ def _generate_wave(model, prompts, n_samples, max_new_tokens, temperature, seeds
             keep = alive.nonzero().flatten()
             rows, lengths, tokens = rows[keep], lengths[keep], tokens[keep]
             caches = [(k[keep], v[keep]) for k, v in caches]
-        seen = longest + t + 1  # no row is longer than this: the rest of the cache need not be read
-        views = [(k[:, :, :seen], v[:, :, :seen]) for k, v in caches]
-        logits = model.logits(model.decode(tokens, lengths, views))
+        logits = model.logits(model.decode(tokens, lengths, caches, longest + t))
         lengths = lengths + 1
     tokens_out, logp_out, n_out, stopped = (x.cpu().numpy() for x in (tokens_out, logp_out, n_out, stopped))
     return [Completion(tokens_out[i, :n].copy(), logp_out[i, :n].copy(), "stop" if stopped[i] else "length")
@@ -183,8 +185,8 @@ def generate_naive(model: Transformer, prompt: list[int], max_new_tokens: int, t
     tokens, logps = list(prompt), []
     while len(tokens) < len(prompt) + max_new_tokens:
         logits = model.logits(model(pack([tokens], model.embed.device))[-1:])
-        seeds, counters = torch.tensor([seed]), torch.tensor([len(tokens)])
-        token, logp = sample_tokens(logits, temperature, seeds.to(logits.device), counters.to(logits.device))
+        uniform = counter_uniform(torch.tensor([seed]), torch.tensor([len(tokens)])).to(logits.device)
+        token, logp = sample_tokens(logits, temperature, uniform)
         tokens.append(int(token))
         logps.append(float(logp))
         if tokens[-1] == eos_id:

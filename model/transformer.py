@@ -128,18 +128,22 @@ class Transformer(nn.Module):
 
         return self._run(packed.tokens, packed.positions, [attend] * self.config.n_layers), kept
 
-    def decode(self, tokens: torch.Tensor, lengths: torch.Tensor, caches) -> torch.Tensor:
+    def decode(self, tokens: torch.Tensor, lengths: torch.Tensor, caches, longest: int) -> torch.Tensor:
         """One new token a row: tokens [B], lengths [B] of what the caches hold so far. Returns hidden [B, M].
 
         caches: a pair [B, G, S, D] a layer; the new keys and values are written in place at `lengths`.
+        longest: the largest length, on the host; what lies behind it in the caches is not read.
         """
-        rows = torch.arange(len(tokens), device=tokens.device)
+        B, G, S = caches[0][0].shape[:3]
+        seen = lengths + 1
+        # the new entry's place in a cache that is looked at as rows [B G S, D]
+        places = (torch.arange(B * G, device=tokens.device).view(B, G) * S + lengths[:, None]).flatten()
 
         def attend_with(k_cache, v_cache):
             def attend(q, k, v):
-                k_cache[rows, :, lengths] = k
-                v_cache[rows, :, lengths] = v
-                return decode_attention(q, k_cache, v_cache, lengths + 1)
+                k_cache.view(-1, k.shape[-1]).index_copy_(0, places, k.flatten(0, 1))
+                v_cache.view(-1, v.shape[-1]).index_copy_(0, places, v.flatten(0, 1))
+                return decode_attention(q, k_cache[:, :, : longest + 1], v_cache[:, :, : longest + 1], seen)
 
             return attend
 

@@ -45,7 +45,7 @@ class MicroBatch:
     """Some samples of the rollouts, laid out for one forward and backward pass."""
 
     packed: Packed
-    """Prompts and responses."""
+    """Prompts and responses, each without its last token."""
     predictors: torch.Tensor
     """[R] int64: the flat index of the token before each response token, whose hidden state predicts it."""
     targets: torch.Tensor
@@ -80,8 +80,8 @@ def sample_groups(model, tokenizer, prompts: list[str], group_size: int, max_new
 
 
 def micro_batch(rollouts: Rollouts, samples: np.ndarray, device) -> MicroBatch:
-    """Lay out the given samples."""
-    packed = pack([rollouts.sequences[n] for n in samples], device)
+    """Lay out the given samples, without their last tokens, which predict nothing."""
+    packed = pack([rollouts.sequences[n][:-1] for n in samples], device)
     starts = packed.cu_seqlens[:-1].cpu().numpy().astype(np.int64)
     prompts, responses = rollouts.prompt_lengths[samples], rollouts.response_lengths[samples]
     predictors = np.concatenate([start + p - 1 + np.arange(r)
@@ -89,7 +89,8 @@ def micro_batch(rollouts: Rollouts, samples: np.ndarray, device) -> MicroBatch:
     predictors = torch.from_numpy(predictors).to(device)
     sample_of_token = torch.from_numpy(np.repeat(samples, responses)).to(device)
     sampler_logp = torch.from_numpy(np.concatenate([rollouts.sampler_logp[n] for n in samples])).to(device)
-    targets = packed.tokens[predictors + 1]
+    targets = np.concatenate([rollouts.sequences[n][p:] for n, p in zip(samples, prompts, strict=True)])
+    targets = torch.from_numpy(targets).to(device)
     return MicroBatch(packed, predictors, targets, samples, sample_of_token, sampler_logp)
 
 

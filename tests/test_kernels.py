@@ -28,6 +28,7 @@ LENGTHS = {
     "equal, so nothing is padded": [7] * 9,
     "sorted": list(range(40)),
     "unsorted": [3, 31, 0, 2, 8, 1, 1, 29, 30, 5, 0, 40, 2, 2, 1, 1, 3, 17, 1, 2, 0, 0, 0, 33, 1, 4],
+    "longer than a block of queries": [130, 3, 0, 128, 129, 257],
     "runs of empty ones": [0] * 12 + [20] + [0] * 12 + [1] * 10 + [0],
 }
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6}
@@ -109,9 +110,19 @@ def test_rmsnorm_and_swiglu_pass_gradcheck():
     assert torch.allclose(swiglu(gate_up), naive_swiglu(gate_up))
 
 
+def test_ops_without_a_gradient_give_the_same():
+    x, w, (cos, sin) = torch.randn(5, 3, 8), torch.rand(8), rope_table(torch.arange(5), 8, 1e4)
+    for op in (lambda: rmsnorm(x, w, 0.3), lambda: rope(x, cos, sin), lambda: swiglu(x)):
+        with torch.no_grad():
+            plain = op()
+        assert_close([plain], [op()], 1e-6)
+
+
 def test_backward_leaves_its_inputs_alone_and_can_run_twice():
     x, w = torch.randn(3, 8), torch.randn(11, 8)
-    for op, inputs in ((swiglu, [x]), (lambda h, w: linear_logprob(h, w, torch.arange(3)), [x, w])):
+    for op, inputs in ((swiglu, [x]), (rmsnorm, [x, w[0]]),
+                       (lambda x: attention(*[x.view(3, 1, 8)] * 3, cu([3]), 3), [x]),
+                       (lambda h, w: linear_logprob(h, w, torch.arange(3)), [x, w])):
         leaves = [y.clone().requires_grad_() for y in inputs]
         outs = op(*leaves)
         total = sum(y.sum() for y in outs) if isinstance(outs, tuple) else outs.sum()

@@ -92,7 +92,7 @@ def test_prefill_and_decode_go_on_where_forward_stands(config):
                     cache[row, :, : len(part)] = part.transpose(0, 1)
         for t in range(3):
             lengths = torch.tensor([4, 1, 7]) + t
-            hidden = model.decode(torch.tensor(new)[:, t], lengths, caches)
+            hidden = model.decode(torch.tensor(new)[:, t], lengths, caches, 7 + t)
             for row in range(3):
                 assert torch.allclose(hidden[row], whole[row][int(lengths[row])], atol=1e-9)
 

@@ -66,7 +66,8 @@ def test_sample_seeds_are_a_function_of_all_keys():
     a = sample_seeds(50, 3, 4)
     assert a.dtype == torch.int64 and torch.equal(a, sample_seeds(50, 3, 4))
     assert torch.equal(a[:20], sample_seeds(20, 3, 4))  # the number of samples does not change them
-    keys = [(3, 4), (4, 3), (3, 5), (3,), (3, 4, 5), (-1, 0), (2**40, 1), (0, 1), (1, 0), (2**63, 7)]
+    keys = [(3, 4), (4, 3), (3, 5), (3,), (3, 0), (3, 4, 5), (-1, 0), (2**40, 1), (0, 1), (1, 0), (0, 256),
+            (2**63, 7)]
     numbers = {int(x) for key in keys for x in sample_seeds(50, *key)}
     assert len(numbers) == 50 * len(keys)
 
@@ -79,7 +80,7 @@ def test_draws_follow_the_softmax():
     expected = (logits.double() / temperature).softmax(-1)
     cases = (sample_seeds(n, 1), torch.full((n,), 9)), (torch.full((n,), 5), torch.arange(n))
     for seeds, counters in cases:
-        tokens, logp = sample_tokens(logits.expand(n, -1), temperature, seeds, counters)
+        tokens, logp = sample_tokens(logits.expand(n, -1), temperature, counter_uniform(seeds, counters))
         counts = torch.bincount(tokens, minlength=7).double()
         likely = expected * n > 5
         chi2 = ((counts - expected * n).square() / (expected * n))[likely].sum()
@@ -93,14 +94,12 @@ NEAR_ONE = 1 - 2.0**-53
 
 @pytest.mark.parametrize("u", [0.0, 2.0**-53, 1e-9, 0.3, 0.5, 1 - 2.0**-25, 1 - 2.0**-30, NEAR_ONE])
 @pytest.mark.parametrize("wanted", [[0], [3], [6], [0, 6], [2, 4], [1, 2, 3, 5]], ids=str)
-def test_a_token_of_probability_zero_is_never_drawn(u, wanted, monkeypatch):
-    monkeypatch.setattr(generation, "counter_uniform", lambda seeds, counters: torch.full((3,), u).double())
+def test_a_token_of_probability_zero_is_never_drawn(u, wanted):
     logits = torch.full((3, 7), -1e4)
     logits[0, wanted] = 0.0
     logits[1, wanted] = torch.linspace(0, -12, len(wanted))
     logits[2, wanted] = torch.linspace(-7, 11, len(wanted)).flip(0)
-    seeds = torch.zeros(3, dtype=torch.int64)
-    tokens, logp = sample_tokens(logits, 1.0, seeds, seeds)
+    tokens, logp = sample_tokens(logits, 1.0, torch.full((3,), u, dtype=torch.float64))
     assert set(tokens.tolist()) <= set(wanted) and bool(torch.isfinite(logp).all())
     if u == 0:
         assert tokens.tolist() == [wanted[0]] * 3
@@ -109,41 +108,39 @@ def test_a_token_of_probability_zero_is_never_drawn(u, wanted, monkeypatch):
 
 
 @pytest.mark.parametrize("V", [1, 2, 1000, 50_000])
-def test_large_vocabularies_at_both_ends(V, monkeypatch):
+def test_large_vocabularies_at_both_ends(V):
     logits = torch.randn(4, V) * 8
-    zeros = torch.zeros(4, dtype=torch.int64)
     for u in (0.0, NEAR_ONE):
-        monkeypatch.setattr(generation, "counter_uniform", lambda s, c, u=u: torch.full((4,), u).double())
-        tokens, logp = sample_tokens(logits, 0.5, zeros, zeros)
+        tokens, logp = sample_tokens(logits, 0.5, torch.full((4,), u, dtype=torch.float64))
         assert tokens.min() >= 0 and tokens.max() < V and bool(torch.isfinite(logp).all())
 
 
 def test_temperature_zero_takes_the_likeliest():
     logits = torch.tensor([[0.0, 5.0, 4.9], [-1e4, -2e4, -3e4]])
-    zeros = torch.zeros(2, dtype=torch.int64)
-    tokens, logp = sample_tokens(logits, 0.0, zeros, zeros)
+    zeros = torch.zeros(2)
+    tokens, logp = sample_tokens(logits, 0.0, zeros)
     assert tokens.tolist() == [1, 0] and logp.tolist() == [0.0, 0.0]
-    cold, _ = sample_tokens(logits, 1e-3, zeros, zeros)
+    cold, _ = sample_tokens(logits, 1e-3, zeros)
     assert cold.tolist() == [1, 0]
 
 
 def test_huge_logits_are_fine_and_broken_ones_are_counted():
-    zeros = torch.zeros(3, dtype=torch.int64)
+    zeros = torch.zeros(3)
     for temperature in (0.0, 0.1, 1.0):
-        tokens, logp = sample_tokens(torch.tensor([[1e30, -1e30, 0.0]] * 3), temperature, zeros, zeros)
+        tokens, logp = sample_tokens(torch.tensor([[1e30, -1e30, 0.0]] * 3), temperature, zeros)
         assert tokens.tolist() == [0, 0, 0] and logp.tolist() == [0.0] * 3
         for bad in (math.nan, math.inf, -math.inf):
             logits = torch.zeros(3, 4)
             logits[1, 2] = bad
             with pytest.raises(NonFiniteError, match="1 of 3 rows"):
-                sample_tokens(logits, temperature, zeros, zeros)
+                sample_tokens(logits, temperature, zeros)
     with pytest.raises(NonFiniteError):  # a temperature so low that the division overflows
-        sample_tokens(torch.tensor([[3.0, 1.0]] * 3), 1e-39, zeros, zeros)
+        sample_tokens(torch.tensor([[3.0, 1.0]] * 3), 1e-39, zeros)
 
 
 def test_a_known_draw():
     """Four equal tokens cut [0, 1) into quarters, so the random number shows which is drawn."""
     seeds, counters = torch.tensor([1, 2, 3, 4, 5]), torch.tensor([9, 8, 7, 6, 5])
-    tokens, logp = sample_tokens(torch.zeros(5, 4), 1.0, seeds, counters)
+    tokens, logp = sample_tokens(torch.zeros(5, 4), 1.0, counter_uniform(seeds, counters))
     assert tokens.tolist() == (counter_uniform(seeds, counters) * 4).long().tolist()
     assert np.allclose(logp, -math.log(4))
