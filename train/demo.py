@@ -58,17 +58,17 @@ class DemoConfig:
     ops: str = "+-"
     """The operations."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    documents: int = 40_000
+    documents: int = 60_000
     """Documents in the corpus."""
     model: str = "demo"
     """Size of the model: a preset or depth=N."""
-    pretrain_steps: int = 1000
+    pretrain_steps: int = 1400
     """Optimizer steps of 2,048 tokens."""
-    rl_steps: int = 70
+    rl_steps: int = 64
     """GRPO steps of 16 problems x 16 answers."""
-    control_steps: int = 30
+    control_steps: int = 24
     """GRPO steps of the control; 0 for none."""
-    max_new_tokens: int = 128
+    max_new_tokens: int = 144
     """Longest answer."""
     rewards: RewardConfig = field(default_factory=RewardConfig)
     rl_lr: float = 4e-4
