@@ -32,10 +32,10 @@ demo: $(VENV)/installed
 	$(VENV)/bin/r1zero demo $(ARGS)
 
 test: $(VENV)/installed-dev
-	$(IN_VENV) -m pytest $(ARGS)
+	$(IN_VENV) -m pytest -n auto --dist worksteal $(ARGS)
 
 test-all: $(VENV)/installed-dev
-	$(IN_VENV) -m pytest -m "" $(ARGS)
+	$(IN_VENV) -m pytest -n auto --dist worksteal -m "" $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(IN_VENV) -m ruff check $(ARGS) .

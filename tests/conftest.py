@@ -1,10 +1,16 @@
 """What all tests share: fixed seeds, hypothesis without chance, GPU tests skipped where there is no GPU."""
+import os
 import random
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+
+# `make test` has a process for each core: then one thread in each, and in the processes that the tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 # The same examples on every run and machine; no clock decides whether a test passes.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None)
