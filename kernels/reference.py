@@ -38,8 +38,12 @@ class RMSNorm(torch.autograd.Function):
         return dx.to(dy.dtype), dy_n.sum(0).to(weight.dtype), None
 
 
-def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension. With a residual: the pair (that of
+    x + residual, x + residual)."""
+    if residual is not None:
+        total = x + residual
+        return rmsnorm(total, weight, eps), total
     if torch.is_grad_enabled():
         return RMSNorm.apply(x, weight, eps)
     return F.rms_norm(wide(x), x.shape[-1:], wide(weight), eps).to(x.dtype)
