@@ -28,11 +28,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
 import torch
+from tqdm import tqdm
 
 from r1zero.kernels import dispatch
 
@@ -183,18 +185,23 @@ class Kernel:
     cases: list[str] = field(default_factory=list)
 
 
-def launches_of(arch: int, launch: Callable, *args) -> list[tuple[str, str, str]]:
-    """(module, kernel, data) of each launch that `launch(*args)` makes on that chip; nothing is compiled."""
+def recorded(launch: Callable, *args) -> list[tuple[str, str, str]]:
+    """(module, kernel, data) of what `launch(*args)` would compile; it neither compiles nor launches."""
     found = []
 
     def note(*, fn, compile, **_):
         found.append((fn.module, fn.name, compile["specialization_data"]))
         return True  # instead of compiling, and launching
 
-    with chip(arch), mock.patch.object(dispatch, "arch_of", lambda device: arch), \
-            mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note):
+    with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note):
         launch(*args)
     return found
+
+
+def launches_of(arch: int, launch: Callable, *args) -> list[tuple[str, str, str]]:
+    """The same on that chip."""
+    with chip(arch), mock.patch.object(dispatch, "arch_of", lambda device: arch):
+        return recorded(launch, *args)
 
 
 def differences(one: str, other: str) -> str:
@@ -285,15 +292,17 @@ def wrong(row: dict) -> list[str]:
 
 def config_of(row: dict) -> str:
     """Constants, warps and stages in a few words."""
-    constants = [f"{name}={value}" for name, value in row["constants"].items() if value is not None]
+    constants = [name if value is True else f"{name}={value}" for name, value in row["constants"].items()
+                 if value is not None and value is not False]
     return " ".join([*constants, f"{row['warps']} warps {row['stages']} stages"])
 
 
 def compile_all(kernels: list[Kernel], jobs: int) -> list[dict]:
+    bar = partial(tqdm, total=len(kernels), unit="kernel", disable=None)  # on a terminal only
     if jobs == 1:
-        return [compiled(kernel) for kernel in kernels]
+        return list(bar(map(compiled, kernels)))
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(compiled, kernels, chunksize=4))
+        return list(bar(pool.map(compiled, kernels)))
 
 
 def listed(allowed, kind=str):
