@@ -2,7 +2,7 @@
 
     python -m benchmarks.aot                                    all ops for sm_80, sm_90, sm_100: minutes
     python -m benchmarks.aot --archs 90 --ops rmsnorm,swiglu    some of them
-    python -m benchmarks.aot --dtypes bf16 --head-dims 64,128
+    python -m benchmarks.aot --cases 'attention bf16 D=(64|128)'
 
 The launchers of the op files are called with tensors of device "meta", which have a shape and no memory. A
 stand-in for Triton's driver says which chip this is; Triton's own hook notes what it is about to compile, so
@@ -322,6 +322,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ops", type=listed(CASES), default=list(CASES))
     parser.add_argument("--dtypes", type=listed(DTYPES), default=list(DTYPES))
     parser.add_argument("--head-dims", type=listed(HEAD_DIMS, int), default=list(HEAD_DIMS))
+    parser.add_argument("--cases", type=re.compile, default="", help="a regular expression, to be found in "
+                        '"op case", such as "attention bf16 D=64 window"')
     parser.add_argument("--jobs", type=int, default=min(8, len(os.sched_getaffinity(0))), help="processes")
     parser.add_argument("--out", help="a file for the line of JSON")
     flags = parser.parse_args(argv)
@@ -329,7 +331,10 @@ def main(argv: list[str] | None = None) -> int:
         problem = "TRITON_INTERPRET is set: unset it" if dispatch.HAS_TRITON else "Triton is not installed"
         print(f"benchmarks.aot: {problem}; nothing can be compiled", file=sys.stderr)
         return 2
-    cases = [case for op in flags.ops for case in CASES[op](flags.dtypes, flags.head_dims)]
+    cases = [case for op in flags.ops for case in CASES[op](flags.dtypes, flags.head_dims)
+             if re.search(flags.cases, f"{case.op} {case.label}")]
+    if not cases:
+        parser.error("no case is left; --cases " + flags.cases.pattern)
     kernels, complaints = record(cases, flags.archs)
     rows = compile_all(kernels, flags.jobs)
     table(["kernel", "first case", "config", "arch", "registers", "spills", "shared", "matrix instruction"],
@@ -341,7 +346,8 @@ def main(argv: list[str] | None = None) -> int:
                    for row in rows for text in row["complaints"]]
     for text in complaints:
         print(f"WRONG  {text}", file=sys.stderr)
-    finish("aot", {"flags": vars(flags), "kernels": rows, "complaints": complaints}, flags.out)
+    settings = vars(flags) | {"cases": flags.cases.pattern}
+    finish("aot", {"flags": settings, "kernels": rows, "complaints": complaints}, flags.out)
     return 1 if complaints else 0
 
 

@@ -92,13 +92,17 @@ def overridden(module, sweep: Sweep, config: Config) -> Iterator[None]:
 def compile_ahead(arch: int, configs: list[Config], under: Callable, launch: Callable,
                   jobs: int) -> dict[Config, str]:
     """Compile what each configuration launches, in parallel, into Triton's cache. Returns faults."""
-    kernels, owners = {}, {}
+    kernels, owners, faults = {}, {}, {}
     for config in configs:
-        with under(config):
-            for module, name, data in recorded(launch):
-                kernels[data] = Kernel("", module, name, arch, data, [""])
-                owners.setdefault(data, []).append(config)
-    faults = {}
+        try:
+            with under(config):
+                found = recorded(launch)
+        except Exception as error:  # whatever a configuration raises is its result
+            faults[config] = failure(error)
+            continue
+        for module, name, data in found:
+            kernels[data] = Kernel("", module, name, arch, data, [""])
+            owners.setdefault(data, []).append(config)
     for kernel, row in zip(kernels.values(), compile_all(list(kernels.values()), jobs), strict=True):
         if row["complaints"]:
             faults |= dict.fromkeys(owners[kernel.data], f"{kernel.name}: {row['complaints'][0]}")

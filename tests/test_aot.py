@@ -122,8 +122,44 @@ def run_aot(*flags: str, **environment: str) -> subprocess.CompletedProcess:
                           text=True, env={**os.environ, "TRITON_INTERPRET": "0", **environment})
 
 
-def test_it_refuses_the_interpreter_and_unknown_flags():
+FEW = "attention bf16 D=128$|rmsnorm bf16 M=2048 weight bf16|swiglu bf16 F=4864|rope bf16 H=32 D=128"
+
+
+@pytest.mark.parametrize("flags", [
+    ("--archs", "90", "--cases", FEW.replace("D=128$", "D=(64|128)( one query)?$")),
+    ("--archs", "80,100", "--cases", FEW)])
+def test_our_kernels_compile_without_spills_for_the_chips_own_matrix_units(flags, tmp_path):
+    done = run_aot(*flags, "--jobs", "1", "--out", str(tmp_path / "aot.json"))
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert record == json.loads((tmp_path / "aot.json").read_text()) and record["complaints"] == []
+    rows = record["kernels"]
+    assert {row["op"] for row in rows} == set(aot.CASES) and all(row["registers"] <= 255 for row in rows)
+    for arch in map(int, flags[1].split(",")):
+        products = [row for row in rows if row["arch"] == arch and row["dots"]]
+        assert {row["kernel"] for row in products} >= {"attention_fwd_kernel"}
+        for row in products:
+            if min(tall for tall, _ in row["dots"]) >= 64:
+                assert any(name.startswith(aot.MATRIX_INSTRUCTION[arch]) for name in row["matrix"])
+        assert all(row["kernel"].split("_kernel")[0] in done.stdout for row in products)
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles():
+    done = run_aot()
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_op_compiles_anew_when_the_tokens_change():
+    cases = [case for make in aot.CASES.values() for case in make(list(aot.DTYPES), list(aot.HEAD_DIMS))]
+    kernels, complaints = aot.record(cases, list(aot.SHARED_LIMIT))
+    assert complaints == [] and len(kernels) > 300
+
+
+def test_it_refuses_the_interpreter_and_unknown_flags(capsys):
     done = run_aot(TRITON_INTERPRET="1")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "TRITON_INTERPRET is set" in done.stderr
-    done = run_aot("--ops", "chess")
-    assert done.returncode == 2 and "expected some of rmsnorm" in done.stderr
+    for flags, said in ((["--ops", "chess"], "expected some of rmsnorm"), (["--cases", "chess"], "no case")):
+        with pytest.raises(SystemExit):
+            aot.main(flags)
+        assert said in capsys.readouterr().err

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, kernel_ops, kernels, tune
+from benchmarks import aot, gpu, kernel_ops, kernels, tune
 from benchmarks.kernel_ops import OPS, attention_case
 from benchmarks.timing import Timer
+from r1zero.kernels import rope
+from r1zero.kernels.dispatch import HAS_TRITON
 
 ROOT = Path(__file__).parents[1]
 
@@ -158,6 +160,25 @@ def test_tune_overrides_ranks_and_lists_faults():
     assert {tune.words(config): fault for config, fault in faults.items()} == {
         "BLOCK=32 num_warps=1": "fails: RuntimeError: no such launch",
         "BLOCK=32 num_warps=2": "wrong: off by 0.5 of a row"}
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_tune_compiles_ahead_and_lists_what_cannot_run():
+    sweep = tune.Sweep("both", "full", "rope_config", {"ROWS": (4, 128), "num_warps": (1, 3)})
+
+    def launch():
+        with aot.chip(90):
+            table = aot.empty(4, 32, dtype=torch.float32)
+            rope.rope_turn(aot.empty(4, 2, 64), table, table, False)
+
+    def under(config):
+        return tune.overridden(rope, sweep, config)
+
+    faults = tune.compile_ahead(90, sweep.configs(), under, launch, 1)
+    found = {tune.words(config): fault for config, fault in faults.items()}
+    assert set(found) == {"ROWS=4 num_warps=3", "ROWS=128 num_warps=1", "ROWS=128 num_warps=3"}
+    assert found["ROWS=128 num_warps=1"].startswith("rope_kernel: spills")
+    assert found["ROWS=4 num_warps=3"].startswith("fails: AssertionError: num_warps must be a power of 2")
 
 
 def test_every_sweep_names_a_function_of_its_op_and_its_block_sizes():
