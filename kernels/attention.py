@@ -255,29 +255,33 @@ def attention_bwd_dq_kernel(q_THD, k_TGD, v_TGD, dout_THD, lse_HT, delta_HT, dq_
                  (dq * scale).to(dq_THD.dtype.element_ty), inside)
 
 
-def attention_config(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, max_q: int) -> dict:
-    """Block sizes of "fwd", "dkdv" or "dq", by head_dim (rounded up to a power of 2), dtype and architecture.
+# (rows of queries, keys, warps, stages) by kernel and architecture, then by head_dim up to 32, 64, 128, 256:
+# the largest of those tried that fit in registers without a spill (python -m benchmarks.aot shows each)
+BLOCKS = {
+    ("fwd", "ampere"): [(128, 128, 8, 3), (128, 128, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)],
+    ("fwd", "hopper"): [(128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (64, 64, 8, 2)],
+    ("fwd", "blackwell"): [(128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (64, 64, 8, 2)],
+    ("dkdv", "ampere"): [(64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2), (16, 64, 8, 1)],
+    ("dkdv", "hopper"): [(64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2), (32, 32, 8, 1)],
+    ("dkdv", "blackwell"): [(64, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 1), (32, 32, 8, 1)],
+    ("dq", "ampere"): [(128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)],
+    ("dq", "hopper"): [(128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)],
+    ("dq", "blackwell"): [(128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)],
+}
 
-    Few queries (against a cache) take the smallest block of rows that the matrix units know.
-    """
-    D = max(16, triton.next_power_of_2(head_dim))
-    if dtype == torch.float32:  # three products in tf32 for each: more registers a tile
-        m, n, warps, stages = (32, 32, 4, 2) if D <= 128 else (16, 32, 4, 1)
-    elif kernel == "fwd":
-        if arch >= 90:
-            m, n, warps, stages = {16: (128, 128, 4, 3), 32: (128, 128, 4, 3), 64: (128, 128, 8, 3),
-                                   128: (128, 128, 8, 2), 256: (128, 64, 8, 2)}[D]
-        else:
-            m, n, warps, stages = {16: (128, 64, 4, 3), 32: (128, 64, 4, 3), 64: (128, 64, 4, 3),
-                                   128: (128, 64, 8, 2), 256: (64, 32, 8, 2)}[D]
-    elif kernel == "dkdv":
-        m, n, warps, stages = {16: (64, 128, 8, 2), 32: (64, 128, 8, 2), 64: (64, 128, 8, 2),
-                               128: (64, 64, 8, 2), 256: (64, 64, 8, 1)}[D]
+
+def attention_config(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, max_q: int) -> dict:
+    """Block sizes of "fwd", "dkdv" or "dq". Few queries, against a cache, take the fewest rows that the
+    matrix
+    units know."""
+    if dtype == torch.float32:  # each product is three in tf32, and a tile twice as large
+        m, n, warps, stages = (32, 32, 4, 1) if head_dim <= 64 else (16, 16, 4, 1)
     else:
-        m, n, warps, stages = {16: (128, 64, 8, 2), 32: (128, 64, 8, 2), 64: (128, 64, 8, 2),
-                               128: (64, 64, 4, 2), 256: (64, 64, 8, 1)}[D]
+        family = {90: "hopper", 100: "blackwell", 103: "blackwell"}.get(arch, "ampere")
+        size = 0 if head_dim <= 32 else 1 if head_dim <= 64 else 2 if head_dim <= 128 else 3
+        m, n, warps, stages = BLOCKS[kernel, family][size]
     if max_q <= 16 and kernel != "dkdv":
-        m, warps = 16, 4
+        m, n, warps = 16, min(n, 64), 4
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
 
 
@@ -413,7 +417,7 @@ def _check(q, k, v, cu_q, max_q, cu_k, max_k, scale, window, softcap):
         if cu.device != q.device:
             raise ValueError(f"attention: {name} is on {cu.device}, but q is on {q.device}; move it there")
         # a GPU would have to be waited for: there it was checked where it was built
-        if cu.device.type == "cpu":
+        if cu.device.type == "cpu" and not torch.compiler.is_compiling():
             ends, lengths = cu[[0, -1]].tolist(), cu.diff()
             if ends != [0, x.shape[0]] or lengths.min() < 0 or lengths.max() > max_len:
                 raise ValueError(f"attention: {name} is {cu.tolist()[:20]}; expected offsets that begin at "
