@@ -274,21 +274,24 @@ def attention_config(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, 
     """Block sizes of "fwd", "dkdv" or "dq". Few queries, against a cache, take the fewest rows that the
     matrix
     units know."""
-    if dtype == torch.float32:  # each product is three in tf32, and a tile twice as large
-        m, n, warps, stages = (32, 32, 4, 1) if head_dim <= 64 else (16, 16, 4, 1)
+    if dtype == torch.float32:
+        small = 16 if kernel == "dkdv" else 32
+        m, n, warps, stages = (32, 32, 4, 1) if head_dim <= 64 else (small, 32, 8, 1) if head_dim <= 128 else \
+            (16, 16, 8, 1)
     else:
         family = {90: "hopper", 100: "blackwell", 103: "blackwell"}.get(arch, "ampere")
         size = 0 if head_dim <= 32 else 1 if head_dim <= 64 else 2 if head_dim <= 128 else 3
         m, n, warps, stages = BLOCKS[kernel, family][size]
     if max_q <= 16 and kernel != "dkdv":
-        m, n, warps = 16, min(n, 64), 4
+        m, n, warps, stages = 16, min(n, 64), 4, min(stages, 2)
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
 
 
 def _constants(q: torch.Tensor, k: torch.Tensor, window: int, softcap: float) -> dict:
-    return {"GROUP": q.shape[1] // k.shape[1], "D": q.shape[2],
-            "BLOCK_D": max(16, triton.next_power_of_2(q.shape[2])), "SOFTCAP": softcap > 0,
-            "WINDOW": window >= 0, "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32"}
+    D = q.shape[2]
+    # fp32 as three products in tf32 where they fit in registers, else without the matrix units
+    return {"GROUP": q.shape[1] // k.shape[1], "D": D, "BLOCK_D": max(16, triton.next_power_of_2(D)),
+            "SOFTCAP": softcap > 0, "WINDOW": window >= 0, "PRECISION": "tf32x3" if D <= 64 else "ieee"}
 
 
 def attention_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor,
