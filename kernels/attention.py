@@ -267,6 +267,9 @@ BLOCKS = {
     ("dq", "ampere"): [(128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)],
     ("dq", "hopper"): [(128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)],
     ("dq", "blackwell"): [(128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)],
+    ("fwd", "fp32"): [(32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 4, 1)],
+    ("dkdv", "fp32"): [(32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1)],
+    ("dq", "fp32"): [(32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 4, 1)],
 }
 
 
@@ -274,16 +277,11 @@ def attention_config(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, 
     """Block sizes of "fwd", "dkdv" or "dq". Few queries, against a cache, take the fewest rows that the
     matrix
     units know."""
-    if dtype == torch.float32:
-        small = 16 if kernel == "dkdv" else 32
-        m, n, warps, stages = (32, 32, 4, 1) if head_dim <= 64 else (small, 32, 8, 1) if head_dim <= 128 else \
-            (16, 16, 8, 1)
-    else:
-        family = {90: "hopper", 100: "blackwell", 103: "blackwell"}.get(arch, "ampere")
-        size = 0 if head_dim <= 32 else 1 if head_dim <= 64 else 2 if head_dim <= 128 else 3
-        m, n, warps, stages = BLOCKS[kernel, family][size]
+    family = {90: "hopper", 100: "blackwell", 103: "blackwell"}.get(arch, "ampere")
+    size = 0 if head_dim <= 32 else 1 if head_dim <= 64 else 2 if head_dim <= 128 else 3
+    m, n, warps, stages = BLOCKS[kernel, "fp32" if dtype == torch.float32 else family][size]
     if max_q <= 16 and kernel != "dkdv":
-        m, n, warps, stages = 16, min(n, 64), 4, min(stages, 2)
+        m, n, warps, stages = 16, min(n, 32), 4, min(stages, 2)
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
 
 
