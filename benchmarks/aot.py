@@ -1,6 +1,6 @@
 """Every kernel in every configuration that can be chosen, compiled without a GPU for three chips.
 
-    python -m benchmarks.aot                                    all, for sm_80, sm_90, sm_100: half an hour of a core
+    python -m benchmarks.aot                                    all for sm_80, 90, 100: half an hour of a core
     python -m benchmarks.aot --archs 90 --ops rmsnorm,swiglu    some of them
     python -m benchmarks.aot --cases 'attention bf16 D=(64|128)'
 
