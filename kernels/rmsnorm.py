@@ -7,9 +7,9 @@ Gradient, with r = 1 / rms(x), n = x r and g = dy * w:
     dx = r (g - n * mean(g * n)) + ds        dw = sum over rows of dy * n
 where ds is the upstream gradient of s; dx is the gradient of the residual too.
 
-Memory-bound. Least bytes in 16 bit: forward 4 R M, with a residual 8 R M; backward 6 R M, with a residual 8 R M.
-r is kept for backward, 4 bytes a row. dw is summed in two fixed steps, so it needs no atomics and comes out the
-same every time: each program keeps a sum over the many rows that it walks, then the few hundred sums are added.
+Memory-bound. Least bytes in 16 bit: forward 4 R M, with a residual 8 R M; backward 6 R M, with one 8 R M. r
+is kept for backward, 4 bytes a row. dw is summed in two fixed steps, so it needs no atomics and is the same
+every time: each program keeps a sum over the many rows that it walks, then the few hundred sums are added.
 
 Shapes: T tokens, H heads (1 without), R = T H rows, M features of a row, P programs of backward.
 """
@@ -65,16 +65,18 @@ def rmsnorm_bwd_kernel(dy_THM, dsum_RM, x_THM, w_M, r_R, dx_RM, dw_PM, R, H, dy_
             w = tl.load(w_M + m, m < M, other=0.0, eviction_policy=first_policy).to(tl.float32)
         x = tl.load(x_rows, inside, other=0.0, eviction_policy=first_policy).to(tl.float32)
         dy = tl.load(dy_rows, inside, other=0.0, eviction_policy=first_policy).to(tl.float32)
-        r = tl.load(r_R + row, row < R, other=0.0)[:, None]
-        mean = (tl.sum(dy * w * (x * r), 1) / M)[:, None]  # of g * n
+        if not READ_TWICE:
+            r = tl.load(r_R + row, row < R, other=0.0)[:, None]
+        mean = tl.sum(dy * w * x, 1)[:, None] / M  # of g * x
         if READ_TWICE:  # from the cache: the row would not fit the registers beside dw. The policy tells the
             # reads apart; the compiler makes one of two equal ones
-            w = tl.load(w_M + m, m < M, other=0.0).to(tl.float32)
             x = tl.load(x_rows, inside, other=0.0).to(tl.float32)
             dy = tl.load(dy_rows, inside, other=0.0).to(tl.float32)
+            w = tl.load(w_M + m, m < M, other=0.0).to(tl.float32)
+            r = tl.load(r_R + row, row < R, other=0.0)[:, None]
         n = x * r
         dw += dy * n
-        dx = r * (dy * w - n * mean)
+        dx = r * (dy * w - n * (mean * r))
         if dsum_RM is not None:
             dx += tl.load(dsum_RM + place, inside, other=0.0).to(tl.float32)
         tl.store(dx_RM + place, dx.to(dx_RM.dtype.element_ty), inside)
@@ -172,7 +174,7 @@ rmsnorm_fwd_op.register_autograd(backward, setup_context=keep_for_backward)
 
 def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, residual: torch.Tensor | None = None,
             impl: str | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Normalise the last dimension of `x`, or of `x + residual`, by its root mean square; scale it by `weight`.
+    """Normalise the last dimension of `x` or `x + residual` by its root mean square; scale it by `weight`.
 
     x: [..., M], any float dtype; weight: [M], any float dtype; residual: as x.
     Returns y [..., M] in x's dtype; with a residual the pair (y, x + residual). Sums are in fp32 at least.

@@ -16,7 +16,7 @@ from .dispatch import check_tensors, tl, triton, use_triton
 
 @triton.jit(do_not_specialize=["R"])
 def swiglu_fwd_kernel(gate_up, y_RF, R, stride, F: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr):
-    blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F  # of a row; all on grid axis 0, the one without a limit
+    blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F  # of a row; all on axis 0, the one without a limit
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     f = pid % blocks * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
@@ -109,6 +109,6 @@ def swiglu(gate_up: torch.Tensor, impl: str | None = None) -> torch.Tensor:
     """
     check_tensors("swiglu", gate_up=gate_up)
     if gate_up.ndim == 0 or gate_up.shape[-1] % 2:
-        raise ValueError(f"swiglu: gate_up is {tuple(gate_up.shape)}; its last dimension holds gate and up side "
-                         "by side, so it must be even")
+        raise ValueError(f"swiglu: gate_up is {tuple(gate_up.shape)}; its last dimension holds gate and up "
+                         "side by side, so it must be even")
     return swiglu_fwd_op(gate_up) if use_triton(impl, gate_up) else reference.swiglu(gate_up)
