@@ -78,14 +78,21 @@ def test_queries_at_the_end_of_longer_keys(lengths, lengths_k, options):
 
 
 def test_views_are_read_in_place():
-    """q, k and v as slices of one projection, as the model has them."""
+    """Slices of one projection, as the model has them, and q, k and v each with strides of its own."""
     lengths, H, G, D = [9, 40], 4, 2, 32
-    qkv = torch.randn(49, H + 2 * G, D)
-    parts = qkv.split([H, G, G], dim=1)
-    upstream = [torch.randn(49, H, D)]
-    results = [value_and_gradients(lambda *x: attention(*x, cu(lengths), 40, impl="triton"), xs, upstream)
-               for xs in (parts, [x.contiguous() for x in parts])]
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    base, upstream = torch.randn(49, H + 2 * G, D), torch.randn(49, H, D)
+
+    def of(copied):
+        def op(base):
+            q, k, v = base.split([H, G, G], dim=1)
+            q, k, v = (x.contiguous() if name in copied else x for name, x in (("q", q), ("k", k), ("v", v)))
+            return attention(q, k, v, cu(lengths), 40, impl="triton")
+
+        return value_and_gradients(op, [base], [upstream])
+
+    expected = of("qkv")
+    for copied in ("", "q", "k", "v"):
+        assert all(torch.equal(a, b) for a, b in zip(of(copied), expected, strict=True)), copied
 
 
 def test_a_sequence_has_the_same_bits_whatever_its_neighbours():
