@@ -16,16 +16,27 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="tests/test_triton.py runs it in the interpreter"))
 
 
-def poisoned(make):
+GUARD = 4096  # elements behind each fresh buffer that nobody may write
+
+
+def poisoned(make, guards):
     def make_poisoned(*args, **kwargs):
         x = make(*args, **kwargs)
-        return x.fill_(float("nan")) if x.is_floating_point() else x
+        if type(x) is not torch.Tensor or not x.is_floating_point() or x.device.type != "cpu":
+            return x  # one that only stands for a shape, under torch.compile
+        whole = torch.full((x.numel() + GUARD,), float("nan"), dtype=x.dtype)
+        guards.append(whole[x.numel():])
+        return whole[: x.numel()].view(x.shape)
 
     return make_poisoned
 
 
 @pytest.fixture(autouse=True)
 def fresh_buffers_are_full_of_nan(monkeypatch):
-    """So that an element which no program writes, or which one reads too early, shows."""
+    """So that an element which no program writes, or which one reads too early, shows; and so does a write
+    behind a buffer's end."""
+    guards = []
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
-        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name), guards))
+    yield
+    assert all(bool(guard.isnan().all()) for guard in guards), "a program wrote behind the end of a buffer"
