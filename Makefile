@@ -4,11 +4,15 @@
 #   make demo TORCH_INDEX=URL       take torch, and torch alone, from another package index, such as PyTorch's own
 #                                   index of CPU builds: much smaller, for a machine without a GPU
 #   make demo PYTHON=/path/python   use this Python
+#   make gpu STAGES="correct kernels" GPU_OUT=folder
+#                                   what needs a GPU, with a Python that has a CUDA build of PyTorch; installs nothing
 
 ARGS ?=
 PYTHON ?=
 PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3.11 python3)
 TORCH_INDEX ?=
+STAGES ?=
+GPU_OUT ?= results_gpu
 
 VENV := .venv
 IN_VENV := $(VENV)/bin/python
@@ -21,12 +25,12 @@ MOVED := $(if $(MADE_IN),$(if $(filter-out x$(CURDIR),x$(MADE_IN)),moved))
 
 .ONESHELL:
 .SHELLFLAGS := -ec
-.PHONY: help demo test test-all lint clean moved
+.PHONY: help demo test test-all lint gpu clean moved
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 	echo
-	echo "targets: demo, test (the fast tests), test-all, lint, clean (caches and the virtual environment)"
+	echo "targets: demo, test (the fast tests), test-all, lint, gpu, clean (caches and the virtual environment)"
 
 demo: $(VENV)/installed
 	$(VENV)/bin/r1zero demo $(ARGS)
@@ -39,6 +43,15 @@ test-all: $(VENV)/installed-dev
 
 lint: $(VENV)/installed-dev
 	$(IN_VENV) -m ruff check $(ARGS) .
+
+gpu:
+	@for candidate in $(PYTHON) $(IN_VENV) python3; do
+	    if "$$candidate" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+	        exec "$$candidate" -m benchmarks.gpu --out "$(GPU_OUT)" $(if $(STAGES),--stages $(STAGES))
+	    fi
+	done
+	echo "none of $(PYTHON) $(IN_VENV) python3 has a PyTorch that sees a CUDA device; name one: make gpu PYTHON=..." >&2
+	exit 2
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,26 +1,429 @@
-"""Causal attention over flat tokens: out = softmax(scale q k^T + causal mask) v, within each sequence.
+"""Causal attention over flat tokens, each sequence for itself   (online softmax: Milakov & Gimelshein 2018,
+arXiv
+1805.02867; in tiles: Dao et al. 2022, arXiv 2205.14135; Dao 2023, arXiv 2307.08691)
 
-FLOPs: 2 S^2 D a query head and sequence forward (half of 4 S^2 D, causal), 2.5 times that backward.
-Least bytes in 16 bit: q, out (2 T H D each) and k, v (2 T G D each).
+    s = scale q k^T  (bent to softcap tanh(s / softcap) where asked)
+    P = exp(s - L),  L = log sum exp s,  o = P v
+Gradient, with delta = rowsum(do * o) - dL:
+    dv = P^T do     ds = P (do v^T - delta)  (times 1 - (s / softcap)^2)     dq = scale ds k     dk = scale
+    ds^T q
+
+Query i of a sequence with Sq queries and Sk keys sees the keys j with 0 <= i + Sk - Sq - j (< window): the
+last query stands at the last key, as in training (Sq = Sk) and against a cache (Sq < Sk).
+
+FLOPs: 2 H D S^2 forward (causal), 2.5 times that backward; least bytes in 16 bit: 2 T D (2 H + 2 G) + 4 T H.
+Forward walks over blocks of keys with a running maximum and sum in base 2, and skips what no row of the block
+sees. Backward is two kernels, one that owns blocks of keys (dk, dv, all query heads of the group) and one
+that owns blocks of queries (dq), so nothing is added up by atomics and every run gives the same bits.
+
+Shapes: T tokens, H query heads, G kv heads, D head_dim, N sequences.
 """
 import torch
 
-from . import reference
+from . import dispatch, reference
+from .dispatch import check_tensors, tl, triton, use_triton
+
+MAX_HEAD_DIM = 256
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _load(base, offsets, rows_ok, d_ok, MASK_ROWS: tl.constexpr, MASK_D: tl.constexpr):
+    """A tile of 32-bit offsets from a 64-bit base, with no more masks than are needed; zeros outside."""
+    if MASK_ROWS and MASK_D:
+        return tl.load(base + offsets, rows_ok & d_ok, other=0.0)
+    elif MASK_ROWS:
+        return tl.load(base + offsets, rows_ok, other=0.0)
+    elif MASK_D:
+        return tl.load(base + offsets, d_ok, other=0.0)
+    return tl.load(base + offsets)
+
+
+@triton.jit
+def _tanh(x):
+    # e^2x in base 2; right at both ends, where it is 0 or inf
+    return 1 - 2 / (tl.exp2(x * 2.8853900817779268) + 1)
+
+
+@triton.jit
+def _scores(q, k_t, scale, softcap, rows, keys, window,
+            SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """Scores in base 2 [rows, keys], -inf where a row does not see a key; `rows` are places in the keys."""
+    s = tl.dot(q, k_t, input_precision=PRECISION) * scale
+    if SOFTCAP:
+        s = softcap * _tanh(s / softcap)
+    s = s * 1.4426950408889634
+    if MASKED:
+        seen = keys <= rows
+        if WINDOW:
+            seen = seen & (keys > rows - window)
+        s = tl.where(seen, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def _fwd_blocks(acc, peak, total, q, k_GD, v_GD, stride_kt, stride_vt, k_len, lo, hi, rows, d, scale, softcap,
+                window, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr,
+                WINDOW: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """Take in the keys from lo to hi, in blocks; MASKED where a row may not see all of a block."""
+    in_block = tl.arange(0, BLOCK_N)
+    k_places = in_block[None, :] * stride_kt + d[:, None]
+    v_places = in_block[:, None] * stride_vt + d[None, :]
+    for start in range(lo, hi, BLOCK_N):
+        n, start_64 = start + in_block, tl.cast(start, tl.int64)
+        k_t = _load(k_GD + start_64 * stride_kt, k_places, (n < k_len)[None, :], (d < D)[:, None], MASKED,
+                    D < BLOCK_D)
+        s = _scores(q, k_t, scale, softcap, rows[:, None], n[None, :], window, SOFTCAP, WINDOW, MASKED,
+                    PRECISION)
+        new_peak = tl.maximum(peak, tl.max(s, 1))
+        # a row that has seen nothing yet: exp2(-inf - 0) is 0, exp2(-inf - -inf) would be NaN
+        finite_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
+        p = tl.exp2(s - finite_peak[:, None])
+        rescale = tl.exp2(peak - finite_peak)
+        total = total * rescale + tl.sum(p, 1)
+        v = _load(v_GD + start_64 * stride_vt, v_places, (n < k_len)[:, None], (d < D)[None, :], MASKED,
+                  D < BLOCK_D)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+        peak = new_peak
+    return acc, peak, total
+
+
+@triton.jit(do_not_specialize=["m_blocks", "Tq", "window"])
+def attention_fwd_kernel(q_THD, k_TGD, v_TGD, out_THD, lse_HT, cu_q, cu_k,
+                         stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot,
+                         stride_oh, m_blocks, Tq, scale, softcap, window, GROUP: tl.constexpr,
+                         D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                         SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr):
+    n, h = tl.program_id(0) // m_blocks, tl.program_id(1).to(tl.int64)
+    first = (m_blocks - 1 - tl.program_id(0) % m_blocks) * BLOCK_M  # the longest rows first
+    q_start, k_start = tl.load(cu_q + n).to(tl.int64), tl.load(cu_k + n).to(tl.int64)
+    q_len = (tl.load(cu_q + n + 1) - q_start).to(tl.int32)
+    k_len = (tl.load(cu_k + n + 1) - k_start).to(tl.int32)
+    if first < q_len:
+        m, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+        in_q = (m < q_len)[:, None] & (d < D)[None, :]
+        tokens = (q_start + m)[:, None]
+        q = tl.load(q_THD + tokens * stride_qt + h * stride_qh + d[None, :], in_q, other=0.0)
+        k_GD = k_TGD + k_start * stride_kt + (h // GROUP) * stride_kh
+        v_GD = v_TGD + k_start * stride_vt + (h // GROUP) * stride_vh
+
+        shift = k_len - q_len
+        rows = m + shift
+        seen_by_all = tl.maximum(first + shift + 1, 0) // BLOCK_N * BLOCK_N
+        seen_by_any = tl.minimum(first + BLOCK_M + shift, k_len)
+        if WINDOW:  # all blocks are masked
+            seen_by_all = tl.maximum(first + shift - window + 1, 0) // BLOCK_N * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        if not WINDOW:
+            acc, peak, total = _fwd_blocks(acc, peak, total, q, k_GD, v_GD, stride_kt, stride_vt, k_len, 0,
+                                           seen_by_all, rows, d, scale, softcap, window, D, BLOCK_N, BLOCK_D,
+                                           SOFTCAP, WINDOW, False, PRECISION)
+        acc, peak, total = _fwd_blocks(acc, peak, total, q, k_GD, v_GD, stride_kt, stride_vt, k_len,
+                                       seen_by_all, seen_by_any, rows, d, scale, softcap, window, D, BLOCK_N,
+                                       BLOCK_D, SOFTCAP, WINDOW, True, PRECISION)
+        out = acc / tl.where(total > 0, total, 1.0)[:, None]
+        tl.store(out_THD + tokens * stride_ot + h * stride_oh + d[None, :], out.to(out_THD.dtype.element_ty),
+                 in_q)
+        lse = (peak + tl.log2(total)) * 0.6931471805599453
+        tl.store(lse_HT + h * Tq + q_start + m, tl.where(total > 0, lse, float("-inf")), m < q_len)
+
+
+@triton.jit(do_not_specialize=["Tq"])
+def attention_bwd_delta_kernel(dout_THD, out_THD, dlse_HT, delta_HT, Tq, stride_dot, stride_doh, stride_ot,
+                               stride_oh, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+                               DLSE: tl.constexpr):
+    """delta = rowsum(do * o) - dL"""
+    t = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    h, d = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_D)
+    inside = (t < Tq)[:, None] & (d < D)[None, :]
+    dout = tl.load(dout_THD + t[:, None] * stride_dot + h * stride_doh + d[None, :], inside, other=0.0)
+    out = tl.load(out_THD + t[:, None] * stride_ot + h * stride_oh + d[None, :], inside, other=0.0)
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    if DLSE:
+        delta -= tl.load(dlse_HT + h * Tq + t, t < Tq, other=0.0)
+    tl.store(delta_HT + h * Tq + t, delta, t < Tq)
+
+
+@triton.jit
+def _p_and_ds(s, dp, lse, delta, softcap, SOFTCAP: tl.constexpr):
+    """P and ds / scale, from masked scores in base 2, do v^T, and the rows' L and delta."""
+    seen = s > float("-inf")
+    # a row that sees no key has L = -inf, and -inf - -inf is NaN
+    p = tl.where(seen, tl.exp2(s - lse * 1.4426950408889634), 0.0)
+    ds = p * (dp - delta)
+    if SOFTCAP:
+        bent = tl.where(seen, s / (softcap * 1.4426950408889634), 0.0)
+        ds = ds * (1 - bent * bent)
+    return p, ds
+
+
+@triton.jit(do_not_specialize=["n_blocks", "Tq", "window"])
+def attention_bwd_dkdv_kernel(q_THD, k_TGD, v_TGD, dout_THD, lse_HT, delta_HT, dk_TGD, dv_TGD, cu_q, cu_k,
+                              stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot,
+                              stride_doh, stride_dkt, stride_dkh, n_blocks, Tq, scale, softcap, window,
+                              GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+                              BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr,
+                              WINDOW: tl.constexpr, PRECISION: tl.constexpr):
+    n, g = tl.program_id(0) // n_blocks, tl.program_id(1).to(tl.int64)
+    first = (tl.program_id(0) % n_blocks) * BLOCK_N  # the first keys have the most queries
+    q_start, k_start = tl.load(cu_q + n).to(tl.int64), tl.load(cu_k + n).to(tl.int64)
+    q_len = (tl.load(cu_q + n + 1) - q_start).to(tl.int32)
+    k_len = (tl.load(cu_k + n + 1) - k_start).to(tl.int32)
+    if first < k_len:
+        keys, d = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+        inside = (keys < k_len)[:, None] & (d < D)[None, :]
+        tokens = (k_start + keys)[:, None]
+        k = tl.load(k_TGD + tokens * stride_kt + g * stride_kh + d[None, :], inside, other=0.0)
+        v = tl.load(v_TGD + tokens * stride_vt + g * stride_vh + d[None, :], inside, other=0.0)
+        dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        shift = k_len - q_len
+        lo = tl.maximum(first - shift, 0) // BLOCK_M * BLOCK_M  # the first row that sees any of these keys
+        hi = tl.minimum(q_len, first + BLOCK_N - 1 + window - shift) if WINDOW else q_len
+        in_block, in_d = tl.arange(0, BLOCK_M), (d < D)[None, :]
+        q_places = in_block[:, None] * stride_qt + d[None, :]
+        dout_places = in_block[:, None] * stride_dot + d[None, :]
+        for r in range(GROUP):
+            h = g * GROUP + r
+            q_HD = q_THD + q_start * stride_qt + h * stride_qh
+            dout_HD = dout_THD + q_start * stride_dot + h * stride_doh
+            lse_T, delta_T = lse_HT + h * Tq + q_start, delta_HT + h * Tq + q_start
+            for start in range(lo, hi, BLOCK_M):
+                m, start_64 = start + in_block, tl.cast(start, tl.int64)
+                in_m, rows = m < q_len, m + shift
+                # rows behind the end are zeros, with do = delta = 0: P is finite, and they add nothing
+                q = _load(q_HD + start_64 * stride_qt, q_places, in_m[:, None], in_d, True, D < BLOCK_D)
+                dout = _load(dout_HD + start_64 * stride_dot, dout_places, in_m[:, None], in_d, True,
+                             D < BLOCK_D)
+                lse = tl.load(lse_T + m, in_m, other=0.0)
+                delta = tl.load(delta_T + m, in_m, other=0.0)
+                s_t = _scores(k, tl.trans(q), scale, softcap, rows[None, :], keys[:, None], window, SOFTCAP,
+                              WINDOW, True, PRECISION)
+                dp_t = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+                p_t, ds_t = _p_and_ds(s_t, dp_t, lse[None, :], delta[None, :], softcap, SOFTCAP)
+                dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision=PRECISION)
+                dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
+        place = tokens * stride_dkt + g * stride_dkh + d[None, :]
+        tl.store(dk_TGD + place, (dk * scale).to(dk_TGD.dtype.element_ty), inside)
+        tl.store(dv_TGD + place, dv.to(dv_TGD.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["m_blocks", "Tq", "window"])
+def attention_bwd_dq_kernel(q_THD, k_TGD, v_TGD, dout_THD, lse_HT, delta_HT, dq_THD, cu_q, cu_k,
+                            stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot,
+                            stride_doh, stride_dqt, stride_dqh, m_blocks, Tq, scale, softcap, window,
+                            GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+                            BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr,
+                            WINDOW: tl.constexpr, PRECISION: tl.constexpr):
+    n, h = tl.program_id(0) // m_blocks, tl.program_id(1).to(tl.int64)
+    first = (m_blocks - 1 - tl.program_id(0) % m_blocks) * BLOCK_M
+    q_start, k_start = tl.load(cu_q + n).to(tl.int64), tl.load(cu_k + n).to(tl.int64)
+    q_len = (tl.load(cu_q + n + 1) - q_start).to(tl.int32)
+    k_len = (tl.load(cu_k + n + 1) - k_start).to(tl.int32)
+    if first < q_len:
+        m, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+        in_m = m < q_len
+        inside = in_m[:, None] & (d < D)[None, :]
+        tokens = (q_start + m)[:, None]
+        q = tl.load(q_THD + tokens * stride_qt + h * stride_qh + d[None, :], inside, other=0.0)
+        dout = tl.load(dout_THD + tokens * stride_dot + h * stride_doh + d[None, :], inside, other=0.0)
+        lse = tl.load(lse_HT + h * Tq + q_start + m, in_m, other=0.0)
+        delta = tl.load(delta_HT + h * Tq + q_start + m, in_m, other=0.0)
+        k_GD = k_TGD + k_start * stride_kt + (h // GROUP) * stride_kh
+        v_GD = v_TGD + k_start * stride_vt + (h // GROUP) * stride_vh
+        shift = k_len - q_len
+        rows = m + shift
+        lo = tl.maximum(first + shift - window + 1, 0) // BLOCK_N * BLOCK_N if WINDOW else 0
+        seen_by_any = tl.minimum(first + BLOCK_M + shift, k_len)
+        in_block, in_d = tl.arange(0, BLOCK_N), (d < D)[:, None]
+        k_places = in_block[None, :] * stride_kt + d[:, None]
+        v_places = in_block[None, :] * stride_vt + d[:, None]
+        dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for start in range(lo, seen_by_any, BLOCK_N):
+            keys, start_64 = start + in_block, tl.cast(start, tl.int64)
+            in_n = (keys < k_len)[None, :]
+            k_t = _load(k_GD + start_64 * stride_kt, k_places, in_n, in_d, True, D < BLOCK_D)
+            v_t = _load(v_GD + start_64 * stride_vt, v_places, in_n, in_d, True, D < BLOCK_D)
+            s = _scores(q, k_t, scale, softcap, rows[:, None], keys[None, :], window, SOFTCAP, WINDOW, True,
+                        PRECISION)
+            dp = tl.dot(dout, v_t, input_precision=PRECISION)
+            _, ds = _p_and_ds(s, dp, lse[:, None], delta[:, None], softcap, SOFTCAP)
+            dq = tl.dot(ds.to(k_t.dtype), tl.trans(k_t), dq, input_precision=PRECISION)
+        tl.store(dq_THD + tokens * stride_dqt + h * stride_dqh + d[None, :],
+                 (dq * scale).to(dq_THD.dtype.element_ty), inside)
+
+
+# (rows of queries, keys, warps, stages) by kernel and architecture, then by head_dim up to 32, 64, 128, 256:
+# the largest of those tried that fit in registers without a spill (python -m benchmarks.aot shows each)
+BLOCKS = {
+    ("fwd", "ampere"): [(128, 128, 8, 3), (128, 128, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)],
+    ("fwd", "hopper"): [(128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (64, 64, 8, 2)],
+    ("fwd", "blackwell"): [(128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (64, 64, 8, 2)],
+    ("dkdv", "ampere"): [(64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2), (16, 64, 8, 1)],
+    ("dkdv", "hopper"): [(64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2), (32, 32, 8, 1)],
+    ("dkdv", "blackwell"): [(64, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 1), (32, 32, 8, 1)],
+    ("dq", "ampere"): [(128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)],
+    ("dq", "hopper"): [(128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)],
+    ("dq", "blackwell"): [(128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)],
+    ("fwd", "fp32"): [(32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 4, 1)],
+    ("dkdv", "fp32"): [(32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1)],
+    ("dq", "fp32"): [(32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 4, 1)],
+}
+
+
+def attention_config(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, max_q: int) -> dict:
+    """Block sizes of "fwd", "dkdv" or "dq". Few queries, against a cache, take the fewest rows that the
+    matrix
+    units know."""
+    family = {90: "hopper", 100: "blackwell", 103: "blackwell"}.get(arch, "ampere")
+    size = 0 if head_dim <= 32 else 1 if head_dim <= 64 else 2 if head_dim <= 128 else 3
+    m, n, warps, stages = BLOCKS[kernel, "fp32" if dtype == torch.float32 else family][size]
+    if max_q <= 16 and kernel != "dkdv":
+        m, n, warps, stages = 16, min(n, 32), 4, min(stages, 2)
+    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+
+
+def _constants(q: torch.Tensor, k: torch.Tensor, window: int, softcap: float) -> dict:
+    D = q.shape[2]
+    # fp32 as three products in tf32 where they fit in registers, else without the matrix units
+    return {"GROUP": q.shape[1] // k.shape[1], "D": D, "BLOCK_D": max(16, triton.next_power_of_2(D)),
+            "SOFTCAP": softcap > 0, "WINDOW": window >= 0, "PRECISION": "tf32x3" if D <= 64 else "ieee"}
+
+
+def attention_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor,
+                  max_q: int, max_k: int, scale: float, window: int,
+                  softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch the forward pass: (out [Tq, H, D], lse [H, Tq] fp32). No window is -1, no softcap 0."""
+    (Tq, H, D), N = q.shape, cu_q.shape[0] - 1
+    out, lse = torch.empty((Tq, H, D), dtype=q.dtype, device=q.device), q.new_empty((H, Tq),
+                                                                                    dtype=torch.float32)
+    config = attention_config("fwd", D, q.dtype, dispatch.arch_of(q.device), max_q)
+    m_blocks = triton.cdiv(max_q, config["BLOCK_M"])
+    if Tq > 0 and m_blocks > 0:
+        attention_fwd_kernel[(N * m_blocks, H)](
+            q, k, v, out, lse, cu_q, cu_k, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0),
+            v.stride(1), out.stride(0), out.stride(1), m_blocks, Tq, scale, softcap, window,
+            **_constants(q, k, window, softcap), **config)
+    return out, lse
+
+
+def attention_bwd(dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
+                  lse: torch.Tensor, dlse: torch.Tensor | None, cu_q: torch.Tensor, cu_k: torch.Tensor,
+                  max_q: int, max_k: int, scale: float, window: int,
+                  softcap: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Launch the backward pass: (dq, dk, dv), contiguous."""
+    (Tq, H, D), (Tk, G, _), N = q.shape, k.shape, cu_q.shape[0] - 1
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    arch, constants = dispatch.arch_of(q.device), _constants(q, k, window, softcap)
+    strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), dout.stride(0),
+               dout.stride(1))
+    delta = torch.empty_like(lse)
+    if Tq > 0:
+        attention_bwd_delta_kernel[(triton.cdiv(Tq, 32), H)](
+            dout, out, lse if dlse is None else dlse, delta, Tq, dout.stride(0), dout.stride(1),
+            out.stride(0), out.stride(1), D=D, BLOCK_M=32, BLOCK_D=constants["BLOCK_D"],
+            DLSE=dlse is not None)
+    config = attention_config("dkdv", D, q.dtype, arch, max_q)
+    n_blocks = triton.cdiv(max_k, config["BLOCK_N"])
+    if Tk > 0 and n_blocks > 0:
+        attention_bwd_dkdv_kernel[(N * n_blocks, G)](
+            q, k, v, dout, lse, delta, dk, dv, cu_q, cu_k, *strides, dk.stride(0), dk.stride(1), n_blocks, Tq,
+            scale, softcap, window, **constants, **config)
+    config = attention_config("dq", D, q.dtype, arch, max_q)
+    m_blocks = triton.cdiv(max_q, config["BLOCK_M"])
+    if Tq > 0 and m_blocks > 0:
+        attention_bwd_dq_kernel[(N * m_blocks, H)](
+            q, k, v, dout, lse, delta, dq, cu_q, cu_k, *strides, dq.stride(0), dq.stride(1), m_blocks, Tq,
+            scale, softcap, window, **constants, **config)
+    return dq, dk, dv
+
+
+_fwd_op = torch.library.custom_op("r1zero::attention_fwd", attention_fwd, mutates_args=())
+_bwd_op = torch.library.custom_op("r1zero::attention_bwd", attention_bwd, mutates_args=())
+
+
+@_fwd_op.register_fake
+def _(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[1::-1],
+                                                                             dtype=torch.float32)
+
+
+@_bwd_op.register_fake
+def _(dout, q, k, v, *_):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, cu_q, cu_k, *ctx.args = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse):
+    q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    return *_bwd_op(dout, q, k, v, out, lse, dlse, cu_q, cu_k, *ctx.args), *[None] * 7
+
+
+_fwd_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int,
-              scale: float | None = None) -> torch.Tensor:
-    """Each token attends to itself and to the earlier tokens of its own sequence.
+              scale: float | None = None, *, cu_seqlens_k: torch.Tensor | None = None,
+              max_seqlen_k: int | None = None, window: int | None = None, softcap: float | None = None,
+              return_lse: bool = False, impl: str | None = None):
+    """Each token attends to the tokens of its own sequence up to and including itself.
 
-    q: [T, H, D]; k, v: [T, G, D] with H a multiple of G (grouped queries); cu_seqlens: [N + 1] int32 offsets;
-    max_seqlen: host integer, at least the longest length; scale: 1 / sqrt(D) unless given.
-    Returns [T, H, D] in q's dtype. Raises ValueError for shapes that do not fit together.
+    q: [Tq, H, D]; k, v: [Tk, G, D] with H a multiple of G, D up to 256; cu_seqlens: [N + 1] int32 offsets
+    into q, max_seqlen the longest length (host integer). cu_seqlens_k, max_seqlen_k: the same of k and v
+    where they differ (a cache); None: as q. scale: on q k^T, 1 / sqrt(D) by default. window: keys a query
+    sees, itself included. softcap: scores are bent to softcap tanh(score / softcap).
+    Returns [Tq, H, D] in q's dtype, and with return_lse also log sum exp of the scores [Tq, H] in fp32 (fp64
+    for fp64); a row that sees no key gives 0 and -inf. Both are differentiable, and the same in every run.
+    Raises ValueError for shapes, dtypes or devices that do not fit together, and for a window, scale or
+    softcap that is not positive.
     """
-    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[::2] != k.shape[::2]:
+    _check(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale, window, softcap)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if cu_seqlens_k is None:
+        cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen
+    if not use_triton(impl, q):
+        return reference.attention(q, k, v, cu_seqlens, cu_seqlens_k, scale, window, softcap, return_lse)
+    out, lse = _fwd_op(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, scale,
+                       -1 if window is None else window, softcap or 0.0)
+    return (out, lse.T) if return_lse else out
+
+
+def _check(q, k, v, cu_q, max_q, cu_k, max_k, scale, window, softcap):
+    check_tensors("attention", q=q, k=k, v=v)
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or k.shape[2] != q.shape[2] \
+            or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected "
-                         "[T, H, D] and twice [T, G, D]")
-    if q.shape[1] % k.shape[1]:
-        raise ValueError(f"attention: {q.shape[1]} query heads over {k.shape[1]} key/value heads; the first "
-                         "must be a multiple of the second")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return reference.attention(q, k, v, cu_seqlens, max_seqlen, scale)
+                         "[Tq, H, D] and twice [Tk, G, D] with H a multiple of G")
+    if not 1 <= q.shape[2] <= MAX_HEAD_DIM:
+        raise ValueError(f"attention: head_dim is {q.shape[2]}, expected 1 to {MAX_HEAD_DIM}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; expected one dtype")
+    if (cu_k is None) != (max_k is None):
+        raise ValueError("attention: give cu_seqlens_k and max_seqlen_k together, or neither")
+    if cu_k is None:
+        cu_k, max_k = cu_q, max_q
+    for name, cu, max_len, x in (("cu_seqlens", cu_q, max_q, q), ("cu_seqlens_k", cu_k, max_k, k)):
+        if cu.ndim != 1 or cu.shape[0] < 2 or cu.dtype != torch.int32 or cu.shape != cu_q.shape:
+            raise ValueError(f"attention: {name} is {cu.dtype} {tuple(cu.shape)}; expected int32 [N + 1] for "
+                             "N >= 1 sequences, as many for k as for q (is the batch empty?)")
+        if cu.device != q.device:
+            raise ValueError(f"attention: {name} is on {cu.device}, but q is on {q.device}; move it there")
+        # a GPU would have to be waited for: there it was checked where it was built
+        if cu.device.type == "cpu" and not torch.compiler.is_compiling():
+            ends, lengths = cu[[0, -1]].tolist(), cu.diff()
+            if ends != [0, x.shape[0]] or lengths.min() < 0 or lengths.max() > max_len:
+                raise ValueError(f"attention: {name} is {cu.tolist()[:20]}; expected offsets that begin at "
+                                 f"0, never decrease, end at {x.shape[0]} and are at most {max_len} "
+                                 "(max_seqlen) apart")
+    for name, value in (("scale", scale), ("window", window), ("softcap", softcap)):
+        if value is not None and not value > 0:
+            raise ValueError(f"attention: {name} is {value}, expected a positive number or None")

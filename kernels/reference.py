@@ -38,8 +38,12 @@ class RMSNorm(torch.autograd.Function):
         return dx.to(dy.dtype), dy_n.sum(0).to(weight.dtype), None
 
 
-def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension. With a residual: the pair (that of
+    x + residual, x + residual)."""
+    if residual is not None:
+        total = x + residual
+        return rmsnorm(total, weight, eps), total
     if torch.is_grad_enabled():
         return RMSNorm.apply(x, weight, eps)
     return F.rms_norm(wide(x), x.shape[-1:], wide(weight), eps).to(x.dtype)
@@ -157,93 +161,148 @@ def length_runs(lengths: list[int]) -> list[tuple[int, int]]:
     return [*runs, (first, len(lengths))]
 
 
-def attention_probs(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal softmax(q k^T scale), the last query at the last key. q: [n, R, B, D]; k: [n, S, D].
+def causal_mask(rows: range, n_keys: int, shift, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    """0 where query i may see key j, -inf elsewhere: 0 <= i + shift - j, and < window where there is one.
 
-    Returns [n, R, B, S].
+    shift: how many more keys than queries a sequence has, a number or a tensor [n, 1, 1, 1].
     """
-    (n, R, B, _), S = q.shape, k.shape[1]
-    scores = (q.flatten(1, 2) @ k.transpose(1, 2)).mul_(scale).view(n, R, B, S)
-    later = torch.full((B, S), float("-inf"), dtype=q.dtype, device=q.device).triu_(1 + S - B)
-    return scores.add_(later).softmax(-1)
+    i = torch.arange(rows.start, rows.stop, device=like.device)[:, None] + shift
+    j = torch.arange(n_keys, device=like.device)
+    hidden = (j > i) if window is None else (j > i) | (j <= i - window)
+    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
+
+
+def attention_scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+    """scale q k^T, bent by softcap tanh(. / softcap) where asked. [n, R, B, D], [n, S, D] -> [n, R, B, S]."""
+    scores = (q.flatten(1, 2) @ k.transpose(1, 2)).mul_(scale).view(*q.shape[:3], k.shape[1])
+    return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
 
 
 class Attention(torch.autograd.Function):
     """One block of queries at a time against the keys up to its end: never all S x S scores of a long run.
 
-    With P = softmax(scale q k^T + mask), O = P v and upstream gradient dO:
-        dv = P^T dO     dS = P (dO v^T - rowsum(dO O))     dq = scale dS k     dk = scale dS^T q
-    Backward computes P anew, unless a run is one block only: then it is small and kept.
+    With P = softmax(s + mask), O = P v, L = log sum exp and upstream gradients dO and dL:
+        dv = P^T dO     ds = P (dO v^T - rowsum(dO O) + dL)     dq = scale ds k     dk = scale ds^T q
+    and ds times 1 - (s / softcap)^2 where the scores were bent. Backward computes P anew, unless a run is one
+    block only: then it is small and kept.
 
-    q: [n, R, S, D], n sequences x kv heads, R query heads for each; k, v: [n, S, D]. Returns [n, R, S, D].
+    q: [n, R, Sq, D], n sequences x kv heads, R query heads for each; k, v: [n, Sk, D]; shift: see
+    causal_mask, max_shift its largest value. Returns O [n, R, Sq, D] and L [n, R, Sq], None unless asked for.
+    A row that sees no key gives 0 and -inf.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, scale):
-        outs, S, p = [], q.shape[2], None
-        for start in range(0, S, QUERY_BLOCK):
-            end = min(start + QUERY_BLOCK, S)
-            p = attention_probs(q[:, :, start:end], k[:, :end], scale)
-            outs.append((p.flatten(1, 2) @ v[:, :end]).view(*p.shape[:3], -1))
+    def probs(q, k, rows, scale, shift, max_shift, window, softcap, with_lse):
+        n_keys = min(max(rows.stop + max_shift, 1), k.shape[1])
+        scores = attention_scores(q[:, :, rows.start : rows.stop], k[:, :n_keys], scale, softcap)
+        mask = causal_mask(rows, n_keys, shift, window, q)
+        bend = None if softcap is None else 1 - (scores / softcap).square()
+        p = scores.add_(mask).softmax(-1)
+        if not isinstance(shift, int):  # rows without a key came out as NaN
+            p = p.masked_fill_(mask == float("-inf"), 0.0)
+        return p, scores.logsumexp(-1) if with_lse else None, bend
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, shift, max_shift, window, softcap, with_lse):
+        blocks = [range(start, min(start + QUERY_BLOCK, q.shape[2]))
+                  for start in range(0, q.shape[2], QUERY_BLOCK)]
+        ctx.args, ctx.blocks = (scale, shift, max_shift, window, softcap), blocks
+        outs, lses, kept = [], [], None
+        for rows in blocks:
+            p, lse, bend = Attention.probs(q, k, rows, *ctx.args, with_lse)
+            outs.append((p.flatten(1, 2) @ v[:, : p.shape[-1]]).view(*p.shape[:3], v.shape[-1]))
+            lses.append(lse)
+            kept = p if len(blocks) == 1 and bend is None else None
         out = torch.cat(outs, 2) if len(outs) > 1 else outs[0]
-        ctx.save_for_backward(q, k, v, out, p if len(outs) == 1 else None)
-        ctx.scale = scale
-        return out
+        ctx.save_for_backward(q, k, v, out, kept)
+        ctx.set_materialize_grads(False)
+        return out, torch.cat(lses, 2) if with_lse else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dout):
+    def backward(ctx, dout, dlse):
         q, k, v, out, kept = ctx.saved_tensors
-        S, dqs, dk, dv = q.shape[2], [], torch.zeros_like(k), torch.zeros_like(v)
-        for start in range(0, S, QUERY_BLOCK):
-            end = min(start + QUERY_BLOCK, S)
-            q_block, k_seen, v_seen = q[:, :, start:end], k[:, :end], v[:, :end]
-            p = attention_probs(q_block, k_seen, ctx.scale) if kept is None else kept
-            do = dout[:, :, start:end]
-            row_sum = (do * out[:, :, start:end]).sum(-1, keepdim=True)
-            q_rows, p_rows, do_rows = (x.flatten(1, 2) for x in (q_block, p, do))
-            dv[:, :end].baddbmm_(p_rows.transpose(1, 2), do_rows)
-            ds = (do_rows @ v_seen.transpose(1, 2)).sub_(row_sum.flatten(1, 2)).mul_(p_rows).mul_(ctx.scale)
-            dqs.append((ds @ k_seen).view(q_block.shape))
-            dk[:, :end].baddbmm_(ds.transpose(1, 2), q_rows)
-        return torch.cat(dqs, 2) if len(dqs) > 1 else dqs[0], dk, dv, None
+        dqs, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
+        dout = torch.zeros_like(out) if dout is None else dout
+        for rows in ctx.blocks:
+            here = slice(rows.start, rows.stop)
+            p, _, bend = (kept, None, None) if kept is not None else Attention.probs(q, k, rows, *ctx.args,
+                                                                                     False)
+            n_keys = p.shape[-1]
+            row_sum = (dout[:, :, here] * out[:, :, here]).sum(-1, keepdim=True)
+            if dlse is not None:
+                row_sum = row_sum - dlse[:, :, here, None]
+            q_rows, p_rows, do_rows = (x.flatten(1, 2) for x in (q[:, :, here], p, dout[:, :, here]))
+            dv[:, :n_keys].baddbmm_(p_rows.transpose(1, 2), do_rows)
+            ds = (do_rows @ v[:, :n_keys].transpose(1, 2)).sub_(row_sum.flatten(1, 2)).mul_(p_rows)
+            ds = ds.mul_(ctx.args[0]) if bend is None else ds.mul_(bend.flatten(1, 2)).mul_(ctx.args[0])
+            dqs.append((ds @ k[:, :n_keys]).view(q.shape[0], q.shape[1], len(rows), -1))
+            dk[:, :n_keys].baddbmm_(ds.transpose(1, 2), q_rows)
+        return torch.cat(dqs, 2) if len(dqs) > 1 else dqs[0], dk, dv, *[None] * 6
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int,
-              scale: float) -> torch.Tensor:
-    """Causal attention within each sequence. q: [T, H, D]; k, v: [T, G, D].
+def padded_places(lengths: list[int], runs: list[tuple[int, int]], device) -> torch.Tensor:
+    """[T] the place of each token when every sequence is padded to the longest of its run."""
+    firsts, place = [], 0
+    for first, end in runs:
+        longest = max(lengths[first:end])
+        firsts += [place + n * longest for n in range(end - first)]
+        place += longest * (end - first)
+    lengths_N = torch.tensor(lengths)
+    shift = torch.tensor(firsts) - (lengths_N.cumsum(0) - lengths_N)
+    return (torch.arange(sum(lengths)) + shift.repeat_interleave(lengths_N)).to(device)
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor,
+              cu_seqlens_k: torch.Tensor, scale: float, window: int | None = None,
+              softcap: float | None = None, return_lse: bool = False):
+    """Causal attention within each sequence, the last query at the last key. q: [Tq, H, D]; k, v: [Tk, G, D].
 
     Pads inside: runs of sequences of similar length are laid out one after the other, each run padded to its
-    longest.
+    longest. Returns out [Tq, H, D], and lse [Tq, H] if asked for.
     """
-    (T, H, D), G, device = q.shape, k.shape[1], q.device
-    if T == 0:
-        return q
-    lengths = cu_seqlens.diff().tolist()
-    # (sequences, padded length) of each run
-    shapes = [(end - first, max(lengths[first:end])) for first, end in length_runs(lengths)]
-    sizes = [n * longest for n, longest in shapes]
-    padded = sum(sizes) > T
-    if padded:  # the place of token t in the padded layout: its sequence's first place, then on by position
-        firsts = torch.tensor([longest for n, longest in shapes for _ in range(n)], device=device).cumsum(0)
-        firsts = firsts.roll(1).index_fill_(0, torch.zeros(1, dtype=torch.int64, device=device), 0)
-        shift = (firsts - cu_seqlens[:-1]).repeat_interleave(cu_seqlens.diff().long(), output_size=T)
-        places = torch.arange(T, device=device) + shift
+    (_, H, D), G, device = q.shape, k.shape[1], q.device
+    lengths_q = cu_seqlens.diff().tolist()
+    alone = cu_seqlens_k is cu_seqlens
+    lengths_k = lengths_q if alone else cu_seqlens_k.diff().tolist()
+    runs = length_runs([max(pair) for pair in zip(lengths_q, lengths_k, strict=True)])
 
-    def lay_out(x):  # [T, heads, D] -> for each run [n G, heads / G, longest, D]
+    def lay_out(x, lengths):  # [T, heads, D] -> for each run [n G, heads / G, longest, D]
         x, R = wide(x), x.shape[1] // G
-        if padded:
+        shapes = [(end - first, max(lengths[first:end])) for first, end in runs]
+        sizes = [n * longest for n, longest in shapes]
+        places = padded_places(lengths, runs, device) if sum(sizes) > len(x) else None
+        if places is not None:
             x = PutRows.apply(x, places, sum(sizes))
-        return [part.view(n, longest, G, R, D).permute(0, 2, 3, 1, 4).reshape(n * G, R, longest, D)
-                for part, (n, longest) in zip(x.split(sizes), shapes, strict=True)]
+        parts = [part.view(n, longest, G, R, D).permute(0, 2, 3, 1, 4).reshape(n * G, R, longest, D)
+                 for part, (n, longest) in zip(x.split(sizes), shapes, strict=True)]
+        return parts, places
 
+    (qs, places), (ks, _), (vs, _) = lay_out(q, lengths_q), lay_out(k, lengths_k), lay_out(v, lengths_k)
+    outs, lses = [], []
     # padding lies behind every real token of its sequence, so the causal mask alone hides it
-    outs = [Attention.apply(q, k.squeeze(1), v.squeeze(1), scale)
-            .view(n, G, -1, longest, D).permute(0, 3, 1, 2, 4).reshape(-1, H, D)
-            for q, k, v, (n, longest) in zip(lay_out(q), lay_out(k), lay_out(v), shapes, strict=True)
-            if longest]
-    out = torch.cat(outs) if len(outs) > 1 else outs[0]
-    return (TakeRows.apply(out, places) if padded else out).to(q.dtype)
+    for (first, end), q_run, k_run, v_run in zip(runs, qs, ks, vs, strict=True):
+        n, longest = end - first, q_run.shape[2]
+        shifts = [0] if alone else [b - a for a, b in zip(lengths_q[first:end], lengths_k[first:end],
+                                                          strict=True)]
+        shift = 0 if alone else torch.tensor(shifts, device=device).repeat_interleave(G).view(-1, 1, 1, 1)
+        if k_run.shape[2] == 0:  # one key that nobody sees
+            k_run, v_run = (F.pad(x, (0, 0, 0, 1)) for x in (k_run, v_run))
+        if longest:
+            out, lse = Attention.apply(q_run, k_run.squeeze(1), v_run.squeeze(1), scale, shift, max(shifts),
+                                       window, softcap, return_lse)
+            outs.append(out.view(n, G, -1, longest, D).permute(0, 3, 1, 2, 4).reshape(-1, H, D))
+            if return_lse:
+                lses.append(lse.view(n, G, -1, longest).permute(0, 3, 1, 2).reshape(-1, H))
+
+    def collect(parts):
+        x = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return x if places is None else TakeRows.apply(x, places)
+
+    if not outs:  # no query at all
+        return (q, wide(q[..., 0])) if return_lse else q
+    out = collect(outs).to(q.dtype)
+    return (out, collect(lses)) if return_lse else out
 
 
 def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor,

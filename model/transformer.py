@@ -28,6 +28,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
+def add_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float):
+    """(rmsnorm of x + residual, x + residual); of x alone where there is no residual yet."""
+    return (rmsnorm(x, weight, eps), x) if residual is None else rmsnorm(x, weight, eps, residual)
+
+
 class Attention(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -70,11 +75,16 @@ class Block(nn.Module):
         self.mlp_norm = nn.Parameter(torch.empty(c.d_model))
         self.mlp = MLP(c)
 
-    def forward(self, x_TM, cos, sin, attend):
-        """`attend(q, k, v) -> [T, H, D]` is attention over the batch, or against a cache."""
-        q, k, v = self.attn.project(rmsnorm(x_TM, self.attn_norm, self.eps), cos, sin)
-        x_TM = x_TM + linear(attend(q, k, v).flatten(1), self.attn.out)
-        return x_TM + self.mlp(rmsnorm(x_TM, self.mlp_norm, self.eps))
+    def forward(self, x_TM, residual_TM, cos, sin, attend):
+        """The residual stream goes from block to block as two terms, x and residual, which rmsnorm adds as it
+        reads them; residual_TM is None before the first block.
+
+        `attend(q, k, v) -> [T, H, D]` is attention over the batch, or against a cache.
+        """
+        x_TM, residual_TM = add_norm(x_TM, residual_TM, self.attn_norm, self.eps)
+        x_TM = linear(attend(*self.attn.project(x_TM, cos, sin)).flatten(1), self.attn.out)
+        x_TM, residual_TM = add_norm(x_TM, residual_TM, self.mlp_norm, self.eps)
+        return self.mlp(x_TM), residual_TM
 
 
 class Transformer(nn.Module):
@@ -153,9 +163,10 @@ class Transformer(nn.Module):
         c = self.config
         cos, sin = rope_table(positions, c.head_dim, c.rope_theta)
         x_TM = F.embedding(tokens, self.embed).to(self.compute_dtype)
+        residual_TM = None
         for block, attend in zip(self.blocks, attends, strict=True):
-            x_TM = block(x_TM, cos, sin, attend)
-        return rmsnorm(x_TM, self.norm, c.norm_eps)
+            x_TM, residual_TM = block(x_TM, residual_TM, cos, sin, attend)
+        return add_norm(x_TM, residual_TM, self.norm, c.norm_eps)[0]
 
     def logprobs(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0):
         """(logp [T], entropy [T]) of `targets` after `hidden`, at the temperature they were sampled at."""

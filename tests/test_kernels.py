@@ -102,12 +102,21 @@ def test_rmsnorm_by_hand():
 def test_rmsnorm_and_swiglu_pass_gradcheck():
     x, w = torch.randn(2, 3, 7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
     assert torch.autograd.gradcheck(rmsnorm, (x.requires_grad_(), w.requires_grad_(), 1e-3))
+    assert torch.autograd.gradcheck(rmsnorm, (x, w, 1e-3, torch.randn_like(x, requires_grad=True)))
     gate_up = (torch.randn(2, 3, 10, dtype=torch.float64) * 3).requires_grad_()
     assert torch.autograd.gradcheck(swiglu, gate_up)
-    assert torch.autograd.gradcheck(lambda x: swiglu(x.transpose(0, 2)), torch.randn(
-        4, 3, 2, dtype=torch.float64, requires_grad=True))
+    with pytest.raises(ValueError, match="the last dimension of gate_up has stride 6"):
+        swiglu(torch.zeros(4, 3, 2).transpose(0, 2))
     assert torch.allclose(rmsnorm(x, w, 0.1), naive_rmsnorm(x, w, 0.1))
     assert torch.allclose(swiglu(gate_up), naive_swiglu(gate_up))
+
+
+def test_rmsnorm_with_a_residual_is_the_norm_of_the_sum():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x, residual, w = torch.randn(3, 5, 7), torch.randn(3, 5, 7), torch.randn(7)
+        x, residual = x.to(dtype), residual.to(dtype)
+        y, total = rmsnorm(x, w, 0.1, residual)
+        assert torch.equal(total, x + residual) and torch.equal(y, rmsnorm(x + residual, w, 0.1))
 
 
 def test_ops_without_a_gradient_give_the_same():

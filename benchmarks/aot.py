@@ -1,0 +1,355 @@
+"""Every kernel in every configuration that can be chosen, compiled without a GPU for three chips.
+
+    python -m benchmarks.aot                                    all for sm_80, 90, 100: half an hour of a core
+    python -m benchmarks.aot --archs 90 --ops rmsnorm,swiglu    some of them
+    python -m benchmarks.aot --cases 'attention bf16 D=(64|128)'
+
+The launchers of the op files are called with tensors of device "meta", which have a shape and no memory. A
+stand-in for Triton's driver says which chip this is; Triton's own hook notes what it is about to compile, so
+types, specialisation and block sizes are a real launch's. Each kernel is then compiled, and checked:
+
+- no spills: no stack, no local memory, no STL or LDL instruction;
+- shared memory within what one program may have on that chip;
+- a matrix product in 16 bit of 64 rows or more runs on the chip's own matrix instruction;
+- the number of tokens and the lengths, which change from step to step, do not make a new kernel.
+
+Prints a table and one line of JSON; the exit code is 1 if a check fails. Runs in a process of its own without
+TRITON_INTERPRET, which would put the interpreter in the compiler's place. Triton caches what it has compiled.
+"""
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from unittest import mock
+
+import torch
+from tqdm import tqdm
+
+from r1zero.kernels import dispatch
+
+from .common import finish, table
+
+if dispatch.HAS_TRITON:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)
+# query heads for each key/value head, window, soft cap; the first two in every dtype
+ATTENTION_VARIANTS = ((1, -1, 0.0), (6, 256, 30.0), (1, 256, 0.0), (1, -1, 30.0))
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may ask for
+MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC"}  # the chip's own; on sm_100 UTCHMMA, UTCQMMA, ...
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?(\w+)", re.MULTILINE)
+DOT = re.compile(r"tt\.dot .*: tensor<(\d+)x\d+x(\w+)> \* ")  # rows and type of the first operand
+
+
+# ---- what is launched: the cases, a plain table ----
+
+@dataclass(frozen=True)
+class Case:
+    """One way to call an op. `launch(sizes)` calls its launchers; all `sizes` must need the same kernels."""
+
+    op: str
+    label: str
+    launch: Callable
+    sizes: tuple = (4096, 4099, 1)  # tokens
+
+
+def empty(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def rmsnorm_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
+    from r1zero.kernels import rmsnorm
+
+    def launch(T, heads, M, dtype, weight_dtype, with_residual):
+        x = empty(T, *heads, M, dtype=dtype)
+        w, residual = empty(M, dtype=weight_dtype), torch.empty_like(x) if with_residual else None
+        y, total, r = rmsnorm.rmsnorm_fwd(x, w, 1e-6, residual)
+        rmsnorm.rmsnorm_bwd(y, total if with_residual else None, x, w, r)
+
+    for name in dtypes:
+        for M in (896, 1024, 2048, 4096, 8192, 16384):
+            for residual in (False, True):
+                for weight in dict.fromkeys((name, "fp32")) if M == 2048 else (name,):
+                    yield Case("rmsnorm", f"{name} M={M} weight {weight}" + " residual" * residual,
+                               lambda T, a=((), M, DTYPES[name], DTYPES[weight], residual): launch(T, *a))
+        for D in head_dims:  # q and k are normed head by head
+            yield Case("rmsnorm", f"{name} D={D}",
+                       lambda T, a=((8,), D, DTYPES[name], DTYPES[name], False): launch(T, *a))
+
+
+def rope_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
+    from r1zero.kernels import rope
+
+    def launch(T, H, D, dtype):
+        cos, sin = empty(T, D // 2, dtype=torch.float32), empty(T, D // 2, dtype=torch.float32)
+        for backward in (False, True):
+            rope.rope_turn(empty(T, H, D, dtype=dtype), cos, sin, backward)
+
+    for name in dtypes:
+        for D in head_dims:
+            for H in (3, 32):
+                yield Case("rope", f"{name} H={H} D={D}", lambda T, a=(H, D, DTYPES[name]): launch(T, *a))
+
+
+def swiglu_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
+    from r1zero.kernels import swiglu
+
+    def launch(T, F, dtype):
+        gate_up = empty(T, 2 * F, dtype=dtype)
+        swiglu.swiglu_fwd(gate_up)
+        swiglu.swiglu_bwd(empty(T, F, dtype=dtype), gate_up)
+
+    for name in dtypes:
+        for F in (172, 2048, 4864, 8192, 14336):
+            yield Case("swiglu", f"{name} F={F}", lambda T, a=(F, DTYPES[name]): launch(T, *a))
+
+
+def attention_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
+    from r1zero.kernels import attention
+
+    def launch(sizes, D, dtype, group, window, softcap):
+        N, Tq, Tk, max_q, max_k = sizes
+        q, out, dout = (empty(Tq, 2 * group, D, dtype=dtype) for _ in range(3))
+        k, v = (empty(Tk, 2, D, dtype=dtype) for _ in range(2))
+        lse, cu = empty(2 * group, Tq, dtype=torch.float32), empty(N + 1, dtype=torch.int32)
+        rest = (cu, cu, max_q, max_k, D**-0.5, window, softcap)
+        attention.attention_fwd(q, k, v, *rest)
+        for dlse in (None, torch.empty_like(lse)):
+            attention.attention_bwd(dout, q, k, v, out, lse, dlse, *rest)
+
+    # sequences, tokens of q and of k, longest of q and of k
+    lengths = {"": ((4, 4096, 4096, 2048, 2048), (5, 4099, 5003, 2049, 2501)),
+               " one query": ((64, 64, 65536, 1, 1024), (3, 3, 9001, 1, 3001))}
+    for name in dtypes:
+        for D in head_dims:
+            for group, window, softcap in ATTENTION_VARIANTS if name == "bf16" else ATTENTION_VARIANTS[:2]:
+                extras = " grouped" * (group > 1) + " window" * (window >= 0) + " softcap" * (softcap > 0)
+                for what, sizes in lengths.items():
+                    yield Case("attention", f"{name} D={D}{extras}{what}", sizes=sizes,
+                               launch=lambda s, a=(D, DTYPES[name], group, window, softcap): launch(s, *a))
+
+
+CASES = {"rmsnorm": rmsnorm_cases, "rope": rope_cases, "swiglu": swiglu_cases, "attention": attention_cases}
+
+
+# ---- what Triton would compile for them ----
+
+class Chip:
+    """Stands in for Triton's driver: enough of one to compile for a chip that is not there."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self):
+        return f"sm_{self.arch}"  # Triton keeps one set of kernels a device
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@contextmanager
+def chip(arch: int):
+    driver.set_active(Chip(arch))
+    try:
+        yield
+    finally:
+        driver.set_active(None)  # the next one to ask gets what the machine has
+
+
+@dataclass
+class Kernel:
+    """A kernel with its types, constants and options, for one chip, and the cases that need it."""
+
+    op: str
+    module: str
+    name: str
+    arch: int
+    data: str  # JSON, as Triton's hook gives it and `preload` takes it
+    cases: list[str] = field(default_factory=list)
+
+
+def recorded(launch: Callable, *args) -> list[tuple[str, str, str]]:
+    """(module, kernel, data) of what `launch(*args)` would compile; it neither compiles nor launches."""
+    found = []
+
+    def note(*, fn, compile, **_):
+        found.append((fn.module, fn.name, compile["specialization_data"]))
+        return True  # instead of compiling, and launching
+
+    with mock.patch.object(triton.knobs.runtime, "jit_cache_hook", note):
+        launch(*args)
+    return found
+
+
+def launches_of(arch: int, launch: Callable, *args) -> list[tuple[str, str, str]]:
+    """The same on that chip."""
+    with chip(arch), mock.patch.object(dispatch, "arch_of", lambda device: arch):
+        return recorded(launch, *args)
+
+
+def differences(one: str, other: str) -> str:
+    """Which arguments are specialised differently in two launches of a kernel."""
+    one, other = json.loads(one), json.loads(other)
+    names = list(one["signature"])
+    found = [name for name in names if one["signature"][name] != other["signature"][name]]
+    for part in ("constant", "attrs"):
+        was, now = ({path[0]: value for path, value in zip(x[f"{part}_keys"], x[f"{part}_vals"], strict=True)}
+                    for x in (one, other))
+        found += [names[i] for i in was.keys() | now.keys() if was.get(i) != now.get(i)]
+    found += [key for key in one["options"] if one["options"][key] != other["options"][key]]
+    return ", ".join(sorted(set(found)))
+
+
+def record(cases: list[Case], archs: list[int]) -> tuple[list[Kernel], list[str]]:
+    """The kernels that the cases need, each once, and complaints about sizes that make a new kernel."""
+    kernels, complaints = {}, set()
+    for arch in archs:
+        for case in cases:
+            launches = [launches_of(arch, case.launch, size) for size in case.sizes]
+            for others in launches[1:]:
+                was, now = ([name for _, name, _ in found] for found in (launches[0], others))
+                if was != now:
+                    complaints.add(f"{case.op}, {case.label}, sm_{arch}: other sizes launch {now}, not {was}")
+                    continue
+                for (_, name, data), (_, _, other) in zip(launches[0], others, strict=True):
+                    if data != other:
+                        complaints.add(f"{name}, {case.label}, sm_{arch}: compiled anew when sizes change, "
+                                       f"because of {differences(data, other)}")
+            for module, name, data in sum(launches, []):
+                kernel = kernels.setdefault((arch, data), Kernel(case.op, module, name, arch, data))
+                if case.label not in kernel.cases:
+                    kernel.cases.append(case.label)
+    return list(kernels.values()), sorted(complaints)
+
+
+# ---- compiling, and what came of it ----
+
+def tool(name: str, *args: str) -> str:
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout
+
+
+def compiled(kernel: Kernel) -> dict:
+    """Compile one kernel and read its machine code; a row of the table."""
+    data = json.loads(kernel.data)
+    constants = {list(data["signature"])[path[0]]: value
+                 for path, value in zip(data["constant_keys"], data["constant_vals"], strict=True)}
+    row = {"kernel": kernel.name, "op": kernel.op, "arch": kernel.arch, "cases": kernel.cases,
+           "constants": constants,
+           "types": sorted({t for t in data["signature"].values() if t.startswith("*")}),
+           "warps": data["options"]["num_warps"], "stages": data["options"]["num_stages"]}
+    with chip(kernel.arch):
+        jit_function = getattr(importlib.import_module(kernel.module), kernel.name)
+        try:
+            result = jit_function.preload(kernel.data)
+        except Exception as error:  # whatever the compiler's passes raise is this row's result
+            text = (str(error).strip() or repr(error)).splitlines()[-1]
+            return {**row, "complaints": [f"does not compile: {type(error).__name__}: {text}"]}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(result.asm["cubin"])
+        cubin.flush()
+        usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", cubin.name)))
+        instructions = INSTRUCTION.findall(tool("nvdisasm", "-c", cubin.name))
+    row |= {"registers": int(usage["REG"]), "stack": int(usage["STACK"]), "local": int(usage["LOCAL"]),
+            "spill_instructions": sum(name in ("STL", "LDL") for name in instructions),
+            "shared": result.metadata.shared,
+            "matrix": sorted({name for name in instructions if name.endswith("MMA")}),
+            "dots": sorted({(int(rows), kind) for rows, kind in DOT.findall(result.asm["ttir"])})}
+    return {**row, "complaints": wrong(row)}
+
+
+def wrong(row: dict) -> list[str]:
+    """What is wrong with a kernel that compiled."""
+    complaints, arch = [], row["arch"]
+    if row["stack"] or row["local"] or row["spill_instructions"]:
+        complaints.append(f"spills: {row['stack']} bytes of stack, {row['local']} local, "
+                          f"{row['spill_instructions']} STL/LDL, at {row['registers']} registers")
+    if row["shared"] > SHARED_LIMIT[arch]:
+        complaints.append(f"{row['shared']} bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}")
+    tall = [rows for rows, kind in row["dots"] if rows >= 64 and kind in ("bf16", "f16")]
+    if tall and not any(name.startswith(MATRIX_INSTRUCTION[arch]) for name in row["matrix"]):
+        complaints.append(f"a product of {tall[0]} rows without {MATRIX_INSTRUCTION[arch]} instructions, "
+                          f"with {'+'.join(row['matrix']) or 'none at all'}")
+    return complaints
+
+
+def config_of(row: dict) -> str:
+    """Constants, warps and stages in a few words."""
+    constants = [name if value is True else f"{name}={value}" for name, value in row["constants"].items()
+                 if value is not None and value is not False]
+    return " ".join([*constants, f"{row['warps']} warps {row['stages']} stages"])
+
+
+def compile_all(kernels: list[Kernel], jobs: int) -> list[dict]:
+    bar = partial(tqdm, total=len(kernels), unit="kernel", disable=None)  # on a terminal only
+    if jobs == 1:
+        return list(bar(map(compiled, kernels)))
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        return list(bar(pool.map(compiled, kernels)))
+
+
+def listed(allowed, kind=str):
+    def parse(text):
+        values = [kind(word) for word in text.split(",")]
+        for value in values:
+            if value not in allowed:
+                expected = ", ".join(map(str, allowed))
+                raise argparse.ArgumentTypeError(f"{value!r}, expected some of {expected}")
+        return values
+    return parse
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--archs", type=listed(SHARED_LIMIT, int), default=list(SHARED_LIMIT))
+    parser.add_argument("--ops", type=listed(CASES), default=list(CASES))
+    parser.add_argument("--dtypes", type=listed(DTYPES), default=list(DTYPES))
+    parser.add_argument("--head-dims", type=listed(HEAD_DIMS, int), default=list(HEAD_DIMS))
+    parser.add_argument("--cases", type=re.compile, default="", help="a regular expression, to be found in "
+                        '"op case", such as "attention bf16 D=64 window"')
+    parser.add_argument("--jobs", type=int, default=min(8, len(os.sched_getaffinity(0))), help="processes")
+    parser.add_argument("--out", help="a file for the line of JSON")
+    flags = parser.parse_args(argv)
+    if not dispatch.HAS_TRITON or dispatch.interpreting():
+        problem = "TRITON_INTERPRET is set: unset it" if dispatch.HAS_TRITON else "Triton is not installed"
+        print(f"benchmarks.aot: {problem}; nothing can be compiled", file=sys.stderr)
+        return 2
+    cases = [case for op in flags.ops for case in CASES[op](flags.dtypes, flags.head_dims)
+             if re.search(flags.cases, f"{case.op} {case.label}")]
+    if not cases:
+        parser.error("no case is left; --cases " + flags.cases.pattern)
+    kernels, complaints = record(cases, flags.archs)
+    rows = compile_all(kernels, flags.jobs)
+    table(["kernel", "first case", "config", "arch", "registers", "spills", "shared", "matrix instruction"],
+          [[row["kernel"].removesuffix("_kernel"), row["cases"][0], config_of(row), f"sm_{row['arch']}",
+            row.get("registers", "-"), row["stack"] + row["local"] if "stack" in row else "-",
+            row.get("shared", "-"), "+".join(row.get("matrix", [])) or "-"] for row in rows])
+    print("registers a thread; spills: bytes of stack and local memory; shared: bytes of shared memory\n")
+    complaints += [f"{row['kernel']} [{config_of(row)}] sm_{row['arch']} ({row['cases'][0]}): {text}"
+                   for row in rows for text in row["complaints"]]
+    for text in complaints:
+        print(f"WRONG  {text}", file=sys.stderr)
+    settings = vars(flags) | {"cases": flags.cases.pattern}
+    finish("aot", {"flags": settings, "kernels": rows, "complaints": complaints}, flags.out)
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""What benchmarks/kernels.py times: of each op its shapes, its peers, its least FLOPs and bytes.
+
+A peer that cannot be had is its reason, a string. Peers take our inputs and give our outputs; where they want
+another layout, they look at the same memory through a view, so that no side pays for a copy.
+
+Shapes: B sequences, S their length, T = B S tokens, H query heads, G kv heads, D head_dim, M d_model, F d_ff.
+"""
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from r1zero.kernels.attention import attention
+from r1zero.kernels.rmsnorm import rmsnorm
+from r1zero.kernels.rope import rope, rope_table
+from r1zero.kernels.swiglu import swiglu
+
+SHAPE = ("B", "S", "H", "G", "D", "T", "M", "F")
+MODES = ("forward", "backward", "full")
+LARGEST_SCORES = 2 << 30  # bytes in 16 bit; the plain formula holds a handful of such tensors
+EPS = 1e-6
+Peers = dict[str, Callable | str]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op at one shape. `shape` has the letters of SHAPE that count for the op."""
+
+    op: str
+    shape: dict[str, int]
+    compiled: bool = True  # compare with what torch.compile makes, too: up to 20 seconds for one shape
+
+    @property
+    def label(self) -> str:
+        return ", ".join(f"{letter} {size}" for letter, size in self.shape.items())
+
+
+def library(module: str, name: str, package: str):
+    """A function of an optional package, or the reason why not."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, RuntimeError) as error:
+        return f"missing: {package} ({type(error).__name__})"
+
+
+def with_compiled(peers: Peers, case: Case, device: torch.device) -> Peers:
+    """The same formula, compiled."""
+    if device.type != "cuda":
+        peers["torch.compile"] = "left out: measured on a GPU only"
+    elif not case.compiled or isinstance(peers["eager"], str):
+        peers["torch.compile"] = "left out: see a neighbouring shape"
+    else:
+        peers["torch.compile"] = torch.compile(peers["eager"], dynamic=False, fullgraph=True)
+    return peers
+
+
+# ---- attention ----
+
+def attention_inputs(case: Case, new: Callable) -> list[torch.Tensor]:
+    s = case.shape
+    T = s["B"] * s["S"]
+    return [new(T, heads, s["D"]) for heads in (s["H"], s["G"], s["G"])]
+
+
+def ours_attention(case: Case, device: torch.device, impl: str | None) -> Callable:
+    B, S = case.shape["B"], case.shape["S"]
+    cu_seqlens = torch.arange(0, B * S + 1, S, dtype=torch.int32, device=device)
+    return lambda q, k, v: attention(q, k, v, cu_seqlens, S, impl=impl)
+
+
+def attention_peers(case: Case, device: torch.device) -> Peers:
+    B, S, H, G, D = (case.shape[letter] for letter in "BSHGD")
+
+    def by_heads(function):  # [T, heads, D] -> [B, heads, S, D], and back
+        def peer(*inputs):
+            q, k, v = (x.view(B, S, -1, D).transpose(1, 2) for x in inputs)
+            return function(q, k, v).transpose(1, 2).reshape(B * S, H, D)
+        return peer
+
+    def formula(q, k, v):
+        k, v = (x.repeat_interleave(H // G, 1) for x in (k, v))
+        later = torch.ones(S, S, dtype=torch.bool, device=q.device).triu(1)
+        scores = (q @ k.transpose(-1, -2) * D**-0.5).masked_fill(later, float("-inf"))
+        return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+    def sdpa(backend):
+        def function(q, k, v):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != G)
+        return by_heads(function)
+
+    scores = 2 * B * H * S * S
+    peers = {"eager": by_heads(formula) if scores <= LARGEST_SCORES else
+             f"left out: the scores alone are {scores / 2**30:.0f} GiB"}
+    with_compiled(peers, case, device)
+    if device.type != "cuda":
+        return peers | {"SDPA math": sdpa(SDPBackend.MATH)}
+    peers |= {"SDPA flash": sdpa(SDPBackend.FLASH_ATTENTION), "SDPA cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
+              "SDPA efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
+              "flex_attention": "left out: see a neighbouring shape"}
+    if case.compiled:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, S, S, device=device)
+        flex = torch.compile(flex_attention, dynamic=False)
+        peers["flex_attention"] = by_heads(lambda q, k, v: flex(q, k, v, block_mask=mask, enable_gqa=H != G))
+    peers["flash-attn"] = library("flash_attn", "flash_attn_func", "flash-attn")
+    if not isinstance(peers["flash-attn"], str):
+        flash = peers["flash-attn"]
+        peers["flash-attn"] = lambda *inputs: flash(
+            *(x.view(B, S, -1, D) for x in inputs), causal=True).flatten(0, 1)
+    return peers
+
+
+def attention_cost(case: Case, mode: str) -> tuple[float, float]:
+    """Forward reads q, k, v, writes o and the row sums; backward reads these and do, writes dq, dk, dv."""
+    B, S, H, G, D = (case.shape[letter] for letter in "BSHGD")
+    flops, row_sums = 2 * B * H * S**2 * D, 4 * B * S * H
+    if mode == "forward":
+        return flops, 2 * B * S * D * (2 * H + 2 * G) + row_sums
+    return 2.5 * flops, 2 * B * S * D * (4 * H + 4 * G) + row_sums
+
+
+# ---- RMSNorm ----
+
+def rmsnorm_inputs(case: Case, new: Callable) -> list[torch.Tensor]:
+    T, M = case.shape["T"], case.shape["M"]
+    return [new(T, M), new(M)] + [new(T, M)] * (case.op == "rmsnorm_residual")
+
+
+def ours_rmsnorm(case: Case, device: torch.device, impl: str | None) -> Callable:
+    return lambda x, w, residual=None: rmsnorm(x, w, EPS, residual, impl=impl)
+
+
+def rmsnorm_peers(case: Case, device: torch.device) -> Peers:
+    def with_sum(norm):
+        def peer(x, w, residual=None):
+            if residual is None:
+                return norm(x, w)
+            x = x + residual
+            return norm(x, w), x
+        return peer
+
+    def formula(x, w):
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS) * w.float()).to(x.dtype)
+
+    peers = with_compiled({"eager": with_sum(formula)}, case, device)
+    peers["F.rms_norm"] = with_sum(lambda x, w: F.rms_norm(x, w.shape, w, EPS))
+    peers["Liger"] = library("liger_kernel.ops.rms_norm", "LigerRMSNormFunction", "liger-kernel")
+    if not isinstance(peers["Liger"], str):
+        liger = peers["Liger"]
+        peers["Liger"] = with_sum(lambda x, w: liger.apply(x, w, EPS, 0.0, "llama", False))
+    return peers
+
+
+def rmsnorm_cost(case: Case, mode: str) -> tuple[float, float]:
+    rows = case.shape["T"] * case.shape["M"]
+    if case.op == "rmsnorm_residual":  # the sum is written and read as well, and its gradient
+        return 0, 8 * rows
+    return 0, (4 if mode == "forward" else 6) * rows
+
+
+# ---- RoPE ----
+
+def rope_inputs(case: Case, new: Callable) -> list[torch.Tensor]:
+    return [new(case.shape["T"], case.shape["H"], case.shape["D"])]
+
+
+def table_of(case: Case, device: torch.device):
+    return rope_table(torch.arange(case.shape["T"], device=device) % 4096, case.shape["D"], 10000.0)
+
+
+def ours_rope(case: Case, device: torch.device, impl: str | None) -> Callable:
+    cos, sin = table_of(case, device)
+    return lambda x: rope(x, cos, sin, impl=impl)
+
+
+def rope_peers(case: Case, device: torch.device) -> Peers:
+    cos, sin = (x[:, None] for x in table_of(case, device))
+
+    def formula(x):
+        first, second = x.float().chunk(2, -1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+    return with_compiled({"eager": formula}, case, device)
+
+
+def rope_cost(case: Case, mode: str) -> tuple[float, float]:
+    T, H, D = (case.shape[letter] for letter in "THD")
+    return 0, 4 * T * H * D + 4 * T * D  # and the two tables, in fp32
+
+
+# ---- SwiGLU ----
+
+def swiglu_inputs(case: Case, new: Callable) -> list[torch.Tensor]:
+    return [new(case.shape["T"], 2 * case.shape["F"])]
+
+
+def ours_swiglu(case: Case, device: torch.device, impl: str | None) -> Callable:
+    return lambda gate_up: swiglu(gate_up, impl=impl)
+
+
+def swiglu_peers(case: Case, device: torch.device) -> Peers:
+    def formula(gate_up):
+        gate, up = gate_up.chunk(2, -1)
+        return F.silu(gate) * up
+
+    peers = with_compiled({"eager": formula}, case, device)
+    peers["Liger"] = library("liger_kernel.ops.swiglu", "LigerSiLUMulFunction", "liger-kernel")
+    if not isinstance(peers["Liger"], str):
+        liger = peers["Liger"]
+        peers["Liger"] = lambda gate_up: liger.apply(*gate_up.chunk(2, -1))
+    return peers
+
+
+def swiglu_cost(case: Case, mode: str) -> tuple[float, float]:
+    return 0, (6 if mode == "forward" else 10) * case.shape["T"] * case.shape["F"]
+
+
+# ---- all of them ----
+
+@dataclass(frozen=True)
+class Op:
+    inputs: Callable  # (case, new) -> tensors, all of them with a gradient
+    ours: Callable  # (case, device, impl) -> function of the inputs
+    peers: Callable
+    cost: Callable  # (case, "forward" or "backward") -> (FLOPs, bytes)
+    x: str  # the axis of its picture
+    full_size: tuple[Case, ...]
+    smoke: tuple[Case, ...]
+
+
+def attention_case(B: int, S: int, H: int, G: int, D: int, compiled: bool = False) -> Case:
+    return Case("attention", {"B": B, "S": S, "H": H, "G": G, "D": D}, compiled)
+
+
+TOKENS = 16384
+ATTENTION = (
+    attention_case(4, 4096, 16, 16, 128, True), attention_case(4, 4096, 32, 32, 64, True),
+    attention_case(4, 4096, 16, 4, 128, True), attention_case(4, 4096, 8, 8, 256),
+    attention_case(1, TOKENS, 16, 16, 128, True),
+    *(attention_case(TOKENS // S, S, H, H, D) for H, D in ((16, 128), (32, 64)) for S in (1024, 2048, 8192)),
+    attention_case(1, TOKENS, 32, 32, 64))
+
+
+def widths(op: str, letter: str, sizes: tuple[int, ...], tokens: int = TOKENS, **rest: int):
+    return tuple(Case(op, {"T": tokens, **rest, letter: size}) for size in sizes)
+
+
+OPS = {
+    "attention": Op(attention_inputs, ours_attention, attention_peers, attention_cost, "S", ATTENTION,
+                    (attention_case(2, 16, 4, 2, 8), attention_case(1, 32, 4, 2, 8))),
+    "rmsnorm": Op(rmsnorm_inputs, ours_rmsnorm, rmsnorm_peers, rmsnorm_cost, "M",
+                  widths("rmsnorm", "M", (1024, 2048, 4096, 8192))
+                  + widths("rmsnorm_residual", "M", (1024, 2048, 4096, 8192)),
+                  widths("rmsnorm", "M", (16, 32), 8) + widths("rmsnorm_residual", "M", (16,), 8)),
+    "rope": Op(rope_inputs, ours_rope, rope_peers, rope_cost, "H", widths("rope", "H", (8, 18, 40), D=128),
+               widths("rope", "H", (2, 3), 8, D=8)),
+    "swiglu": Op(swiglu_inputs, ours_swiglu, swiglu_peers, swiglu_cost, "F",
+                 widths("swiglu", "F", (2048, 4864, 8192, 14336)), widths("swiglu", "F", (16, 24), 8)),
+}

@@ -1,0 +1,113 @@
+"""Attention on a CUDA device, at real sizes: every head_dim that picks its own block sizes, in every dtype.
+
+The rule is FlashAttention's: at most twice the error that plain PyTorch makes in the same dtype.
+"""
+import pytest
+import torch
+
+from r1zero.kernels.attention import attention
+
+pytestmark = pytest.mark.gpu
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+RAGGED = [1, 700, 2, 129, 1024, 0, 64]
+
+
+def cu(lengths):
+    return torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+
+
+def inputs(lengths, lengths_k, H, G, D, dtype):
+    shapes = (sum(lengths), H, D), *[(sum(lengths_k), G, D)] * 2
+    return [torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes]
+
+
+def run(lengths, lengths_k, qkv, upstream, impl, **options):
+    leaves = [x.detach().clone().requires_grad_() for x in qkv]
+    out, lse = attention(*leaves, cu(lengths), max(lengths), cu_seqlens_k=cu(lengths_k),
+                         max_seqlen_k=max(lengths_k), return_lse=True, impl=impl, **options)
+    grads = torch.autograd.grad(out, leaves, upstream)
+    return [out.detach(), lse.detach(), *grads]
+
+
+def eager(lengths, lengths_k, qkv, upstream, window=None, softcap=None, scale=None):
+    """Plain attention that stays in the dtype of its inputs from end to end."""
+    leaves = [x.detach().clone().requires_grad_() for x in qkv]
+    q, k, v = leaves
+    R, outs, a, b = q.shape[1] // k.shape[1], [], 0, 0
+    for n, m in zip(lengths, lengths_k, strict=True):
+        ks, vs = (x[b : b + m].repeat_interleave(R, 1).transpose(0, 1) for x in (k, v))
+        scores = q[a : a + n].transpose(0, 1) @ ks.transpose(1, 2) * (scale or q.shape[-1] ** -0.5)
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        distance = torch.arange(n, device="cuda")[:, None] + m - n - torch.arange(m, device="cuda")
+        unseen = (distance < 0) | (distance >= (window or m + n + 1))
+        outs.append((scores.masked_fill(unseen, float("-inf")).softmax(-1) @ vs).transpose(0, 1))
+        a, b = a + n, b + m
+    out = torch.cat(outs)
+    return [out.detach(), None, *torch.autograd.grad(out, leaves, upstream)]
+
+
+def check(lengths, H, G, D, dtype, lengths_k=None, **options):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    lengths_k = lengths_k or lengths
+    qkv = inputs(lengths, lengths_k, H, G, D, dtype)
+    upstream = torch.randn_like(qkv[0])
+    got = run(lengths, lengths_k, qkv, upstream, "triton", **options)
+    again = run(lengths, lengths_k, qkv, upstream, "triton", **options)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "two runs differ"
+    truth = run(lengths, lengths_k, [x.double() for x in qkv], upstream.double(), "reference", **options)
+    plain = eager(lengths, lengths_k, qkv, upstream, **options)
+    for name, g, t, p in zip(("out", "lse", "dq", "dk", "dv"), got, truth, plain, strict=True):
+        error = (g.double() - t).abs().max().item()
+        limit = 1e-4 if name == "lse" else 2 * (p.double() - t).abs().max().item() + 1e-5
+        assert error <= limit, f"{name} is {error} off, at most {limit}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [16, 32, 64, 80, 96, 128, 256])
+def test_every_head_dim(D, dtype):
+    check(RAGGED, 6, 2, D, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{"window": 100}, {"softcap": 20.0}, {"window": 33, "softcap": 5.0}],
+                         ids=str)
+@pytest.mark.parametrize("D", [32, 64, 128, 256])
+def test_window_and_softcap(D, options, dtype):
+    check(RAGGED, 4, 2, D, dtype, **options)
+
+
+@pytest.mark.parametrize("G", [1, 2, 4])
+@pytest.mark.parametrize("per_group", [1, 3, 5, 7])
+def test_group_sizes(G, per_group):
+    check([300, 129], G * per_group, G, 64, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D", [32, 64, 128, 256])
+@pytest.mark.parametrize("lengths,lengths_k", [([1] * 40, [1000] * 39 + [1]), ([16, 3], [4096, 70]),
+                                               ([200, 17], [1500, 17])], ids=["1", "16", "200"])
+def test_queries_against_a_long_cache(lengths, lengths_k, D, dtype):
+    check(lengths, 4, 2, D, dtype, lengths_k=lengths_k)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_long_sequences(D):
+    check([16_384], 2, 1, D, torch.bfloat16)
+
+
+def test_offsets_beyond_32_bits():
+    """2.4 billion elements of q: the last sequence must be that of a small batch."""
+    n, H, D = 147_456, 128, 128
+    q = torch.zeros(n, H, D, device="cuda", dtype=torch.bfloat16)
+    k = torch.zeros(n, 1, D, device="cuda", dtype=torch.bfloat16)
+    q[-64:], k[-64:] = torch.randn_like(q[-64:]), torch.randn_like(k[-64:])
+    lengths = [1024] * 143 + [1024 - 64, 64]
+    out = attention(q, k, k, cu(lengths), 1024)
+    assert torch.equal(out[-64:], attention(q[-64:].clone(), k[-64:].clone(), k[-64:].clone(), cu([64]), 64))
+
+
+def test_more_sequences_than_a_grid_axis_takes():
+    n = 70_000
+    q = torch.randn(n, 2, 32, device="cuda", dtype=torch.float16)
+    out = attention(q, q, q, torch.arange(n + 1, device="cuda", dtype=torch.int32), 1)
+    assert torch.equal(out, q)

@@ -1,0 +1,157 @@
+"""Attention as Triton kernels, forward, log-sum-exp and every gradient, against one formula in fp64."""
+import pytest
+import torch
+
+from r1zero.kernels.attention import _bwd_op, _fwd_op, attention
+
+from ..naive_ops import cu, naive_attention, value_and_gradients
+
+RAGGED, LONGER = [0, 1, 2, 17, 63], [129, 5]
+CACHES = [1, 16, 4, 0, 3, 30], [70, 40, 4, 5, 0, 20]  # the last two hold queries that see no key at all
+
+
+def inputs(lengths, lengths_k, H, G, D, dtype):
+    shapes = (sum(lengths), H, D), *[(sum(lengths_k or lengths), G, D)] * 2
+    return [torch.randn(shape).to(dtype) for shape in shapes]
+
+
+def finite(op):
+    """The outputs (out, lse) with 0 for -inf, which has no gradient."""
+    def finite_op(*args):
+        out, lse = op(*args)
+        return out, lse.masked_fill(lse == float("-inf"), 0.0)
+
+    return finite_op
+
+
+def check(lengths, heads, D, dtype=torch.float32, lengths_k=None, **options):
+    H, G = heads
+    qkv = inputs(lengths, lengths_k, H, G, D, dtype)
+    upstream = [torch.randn(sum(lengths), H, D).to(dtype), torch.randn(sum(lengths), H)]
+    cache = {} if lengths_k is None else {"cu_seqlens_k": cu(lengths_k), "max_seqlen_k": max(lengths_k)}
+
+    def ours(q, k, v):
+        return attention(q, k, v, cu(lengths), max(lengths), impl="triton", return_lse=True, **cache,
+                         **options)
+
+    def naive(q, k, v):
+        return naive_attention(q, k, v, lengths, lengths_k=lengths_k, lse=True, **options)
+
+    got = value_and_gradients(finite(ours), qkv, upstream)
+    expected = value_and_gradients(finite(naive), [x.double() for x in qkv], [x.double() for x in upstream])
+    eager = value_and_gradients(finite(naive), qkv, [upstream[0], upstream[1].to(dtype)])
+    assert torch.equal(ours(*qkv)[1] == float("-inf"), naive(*qkv)[1] == float("-inf"))
+    assert got[1].dtype == torch.float32 and all(g.dtype == dtype for g in [got[0], *got[2:]])
+    for name, g, e, plain in zip(("out", "lse", "dq", "dk", "dv"), got, expected, eager, strict=True):
+        assert g.shape == e.shape
+        error = (g.double() - e).abs().max().item()
+        limit = 3e-6 * e.abs().max().item() if dtype == torch.float32 or name == "lse" else \
+            2 * (plain.double() - e).abs().max().item() + 1e-5
+        assert error <= limit, f"{name} is {error} off, at most {limit}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("heads,D", [((2, 2), 32), ((6, 2), 64), ((5, 1), 16)], ids=str)
+def test_ragged_sequences(heads, D, dtype):
+    check(RAGGED, heads, D, dtype)
+
+
+@pytest.mark.parametrize("heads,D", [((1, 1), 80), ((3, 1), 96), ((2, 1), 128), ((1, 1), 256), ((7, 1), 24)],
+                         ids=str)
+def test_head_dims_and_group_sizes(heads, D):
+    check([17, 33], heads, D)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"window": 2}, {"softcap": 2.0}, {"window": 40, "softcap": 1.5},
+                                     {"scale": 0.7}, {"window": 1}], ids=str)
+def test_several_blocks(options, dtype):
+    check(LONGER, (2, 1), 32, dtype, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 3.0}, {"window": 25, "softcap": 2.0}],
+                         ids=str)
+@pytest.mark.parametrize("lengths,lengths_k", [CACHES, ([1] * 3, [100, 1, 33]), ([16, 1], [150, 90])],
+                         ids=str)
+def test_queries_at_the_end_of_longer_keys(lengths, lengths_k, options):
+    check(lengths, (4, 2), 32, lengths_k=lengths_k, **options)
+
+
+def test_views_are_read_in_place():
+    """Slices of one projection, as the model has them, and q, k and v each with strides of its own."""
+    lengths, H, G, D = [9, 40], 4, 2, 32
+    base, upstream = torch.randn(49, H + 2 * G, D), torch.randn(49, H, D)
+
+    def of(copied):
+        def op(base):
+            q, k, v = base.split([H, G, G], dim=1)
+            q, k, v = (x.contiguous() if name in copied else x for name, x in (("q", q), ("k", k), ("v", v)))
+            return attention(q, k, v, cu(lengths), 40, impl="triton")
+
+        return value_and_gradients(op, [base], [upstream])
+
+    expected = of("qkv")
+    for copied in ("", "q", "k", "v"):
+        assert all(torch.equal(a, b) for a, b in zip(of(copied), expected, strict=True)), copied
+
+
+def test_a_sequence_has_the_same_bits_whatever_its_neighbours():
+    q, k, v = inputs([20, 37, 50], None, 4, 2, 32, torch.float32)
+    upstream = torch.randn(107, 4, 32)
+    alone = value_and_gradients(lambda *x: attention(*x, cu([37]), 37, impl="triton"),
+                                [x[20:57] for x in (q, k, v)], [upstream[20:57]])
+    for x in (q, k, v):  # and nothing of a neighbour is read
+        x[:20], x[57:] = float("nan"), float("nan")
+    among = value_and_gradients(lambda *x: attention(*x, cu([20, 37, 50]), 50, impl="triton"), [q, k, v],
+                                [upstream])
+    assert all(torch.equal(a, b[20:57]) for a, b in zip(alone, among, strict=True))
+
+
+def test_a_maximum_longer_than_any_sequence_changes_nothing():
+    q, k, v = inputs([20, 3], None, 2, 1, 32, torch.float32)
+    results = [value_and_gradients(lambda *x, m=m: attention(*x, cu([20, 3]), m, impl="triton"), [q, k, v],
+                                   [q])
+               for m in (20, 100)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("size", [1e-4, 30.0, 300.0])
+def test_small_and_huge_scores(size):
+    q, k, v = (x.double() for x in inputs([40], None, 1, 1, 32, torch.float32))
+    args = (q * size, k, v)
+    got = value_and_gradients(lambda *x: attention(*x, cu([40]), 40, impl="triton"), [x.float() for x
+                                                                                      in args],
+                              [v.float()])
+    expected = value_and_gradients(lambda *x: naive_attention(*x, [40]), args, [v])
+    for g, e in zip(got, expected, strict=True):  # rounding of the scores themselves grows with them
+        assert (g - e).abs().max() <= 3e-6 * max(1.0, size) * max(1.0, e.abs().max())
+
+
+def test_nothing_at_all():
+    q = torch.zeros(0, 4, 32)
+    assert attention(q, q[:, :2], q[:, :2], cu([0, 0]), 0, impl="triton").shape == (0, 4, 32)
+    out, lse = attention(torch.ones(3, 1, 32), q[:, :1], q[:, :1], cu([3]), 3, cu_seqlens_k=cu([0]),
+                         max_seqlen_k=0, return_lse=True, impl="triton")
+    assert torch.equal(out, torch.zeros(3, 1, 32)) and torch.equal(lse, torch.full((3, 1), float("-inf")))
+
+
+def test_the_ops_keep_torchs_rules():
+    q, k, v = (x.requires_grad_() for x in inputs([3, 9], None, 2, 1, 16, torch.float32))
+    args = (q, k, v, cu([3, 9]), cu([3, 9]), 9, 9, 0.25, -1, 0.0)
+    torch.library.opcheck(_fwd_op, args)
+    out, lse = _fwd_op(*args)
+    torch.library.opcheck(_bwd_op, tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in (
+        torch.randn(12, 2, 16), q, k, v, out, lse, None, *args[3:])))
+
+
+def test_one_graph_under_compile():
+    q, k, v = inputs([3, 9], None, 2, 1, 16, torch.float32)
+
+    def f(q, k, v):
+        return attention(q * 2, k, v, cu_seqlens, 9, impl="triton").sum()
+
+    cu_seqlens = cu([3, 9])
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for op in (f, compiled):
+        op.got = value_and_gradients(op, [q, k, v], [torch.ones(())])
+    assert all(torch.allclose(a, b) for a, b in zip(f.got, compiled.got, strict=True))

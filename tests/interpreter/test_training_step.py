@@ -1,0 +1,50 @@
+"""A whole training step through the Triton kernels, against the same step on the references."""
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from r1zero.kernels import attention, rmsnorm, rope, swiglu
+from r1zero.model.config import ModelConfig
+from r1zero.model.packed import pack
+from r1zero.model.transformer import Transformer
+
+# an odd group size, q/k norm, biases, and a d_model that is no power of 2
+CONFIG = ModelConfig(vocab_size=101, n_layers=2, d_model=48, n_heads=6, n_kv_heads=2, head_dim=16, d_ff=80,
+                     rope_theta=1e4, norm_eps=1e-6, qk_norm=True, qkv_bias=True, tie_embeddings=True,
+                     max_seq_len=64)
+
+
+class OpsSeen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "r1zero":
+            self.names.add(func.name().removeprefix("r1zero::"))
+        return func(*args, **(kwargs or {}))
+
+
+def step():
+    """Loss, gradients and the ops of ours that ran."""
+    model = Transformer(CONFIG).init_weights(0)
+    rng = torch.Generator().manual_seed(1)
+    sequences = [torch.randint(101, (n,), generator=rng).tolist() for n in (1, 17, 40, 5)]
+    packed = pack(sequences)
+    with OpsSeen() as seen:
+        logp, _ = model.logprobs(model(packed), packed.tokens.roll(-1))
+        loss = -logp.mean()
+        loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}, seen.names
+
+
+def test_a_training_step_on_kernels_is_that_on_references(monkeypatch):
+    loss, grads, ops = step()
+    assert ops == {"attention_fwd", "attention_bwd", "rmsnorm_fwd", "rmsnorm_bwd", "rope_turn", "swiglu_fwd",
+                   "swiglu_bwd"}
+    for module in (attention, rmsnorm, rope, swiglu):
+        monkeypatch.setattr(module, "use_triton", lambda impl, x: False)
+    expected_loss, expected, ops = step()
+    assert not ops
+    assert abs(loss - expected_loss) <= 1e-6 * expected_loss
+    for name, e in expected.items():
+        assert torch.linalg.vector_norm(grads[name] - e) <= 1e-5 * torch.linalg.vector_norm(e), name
