@@ -297,12 +297,19 @@ def config_of(row: dict) -> str:
     return " ".join([*constants, f"{row['warps']} warps {row['stages']} stages"])
 
 
-def compile_all(kernels: list[Kernel], jobs: int) -> list[dict]:
+def faults(row: dict) -> list[str]:
+    return [f"{row['kernel']} [{config_of(row)}] sm_{row['arch']} ({row['cases'][0]}): {text}"
+            for text in row["complaints"]]
+
+
+def compile_all(kernels: list[Kernel], jobs: int) -> Iterator[dict]:
+    """A row for each kernel, in their order, as they are ready."""
     bar = partial(tqdm, total=len(kernels), unit="kernel", disable=None)  # on a terminal only
     if jobs == 1:
-        return list(bar(map(compiled, kernels)))
+        yield from bar(map(compiled, kernels))
+        return
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        return list(bar(pool.map(compiled, kernels)))
+        yield from bar(pool.map(compiled, kernels))
 
 
 def listed(allowed, kind=str):
@@ -336,16 +343,19 @@ def main(argv: list[str] | None = None) -> int:
     if not cases:
         parser.error("no case is left; --cases " + flags.cases.pattern)
     kernels, complaints = record(cases, flags.archs)
-    rows = compile_all(kernels, flags.jobs)
+    rows = []
+    for row in compile_all(kernels, flags.jobs):
+        rows.append(row)
+        for text in faults(row):  # at once: all of them take long
+            print(f"WRONG  {text}", file=sys.stderr, flush=True)
+    for text in complaints:
+        print(f"WRONG  {text}", file=sys.stderr)
+    complaints += [text for row in rows for text in faults(row)]
     table(["kernel", "first case", "config", "arch", "registers", "spills", "shared", "matrix instruction"],
           [[row["kernel"].removesuffix("_kernel"), row["cases"][0], config_of(row), f"sm_{row['arch']}",
             row.get("registers", "-"), row["stack"] + row["local"] if "stack" in row else "-",
             row.get("shared", "-"), "+".join(row.get("matrix", [])) or "-"] for row in rows])
     print("registers a thread; spills: bytes of stack and local memory; shared: bytes of shared memory\n")
-    complaints += [f"{row['kernel']} [{config_of(row)}] sm_{row['arch']} ({row['cases'][0]}): {text}"
-                   for row in rows for text in row["complaints"]]
-    for text in complaints:
-        print(f"WRONG  {text}", file=sys.stderr)
     settings = vars(flags) | {"cases": flags.cases.pattern}
     finish("aot", {"flags": settings, "kernels": rows, "complaints": complaints}, flags.out)
     return 1 if complaints else 0

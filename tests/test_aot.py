@@ -156,6 +156,19 @@ def test_no_op_compiles_anew_when_the_tokens_change():
     assert complaints == [] and len(kernels) > 300
 
 
+def test_a_bad_kernel_is_named_and_an_exit_code(monkeypatch, capsys):
+    def cases(dtypes, head_dims):
+        x = aot.empty(256)
+        sizes = {"ROWS": 128, "COLUMNS": 128, "K": 32}
+        yield aot.Case("toy", "tall", lambda T: product_kernel[(1,)](x, x, **sizes, num_warps=1))
+
+    monkeypatch.setattr(aot, "CASES", {"toy": cases})
+    assert aot.main(["--archs", "80", "--jobs", "1"]) == 1
+    printed = capsys.readouterr()
+    [complaint] = json.loads(printed.out.splitlines()[-1])["complaints"]
+    assert printed.err == f"WRONG  {complaint}\n" and "(tall): spills: " in complaint
+
+
 def test_it_refuses_the_interpreter_and_unknown_flags(capsys):
     done = run_aot(TRITON_INTERPRET="1")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "TRITON_INTERPRET is set" in done.stderr
