@@ -1,12 +1,11 @@
-"""Causal attention over flat tokens, each sequence for itself   (online softmax: Milakov & Gimelshein 2018,
-arXiv
-1805.02867; in tiles: Dao et al. 2022, arXiv 2205.14135; Dao 2023, arXiv 2307.08691)
+"""Causal attention over flat tokens, each sequence for itself   (FlashAttention: Dao et al. 2022, arXiv
+2205.14135; Dao 2023, arXiv 2307.08691; the online softmax: Milakov & Gimelshein 2018, arXiv 1805.02867)
 
     s = scale q k^T  (bent to softcap tanh(s / softcap) where asked)
     P = exp(s - L),  L = log sum exp s,  o = P v
 Gradient, with delta = rowsum(do * o) - dL:
-    dv = P^T do     ds = P (do v^T - delta)  (times 1 - (s / softcap)^2)     dq = scale ds k     dk = scale
-    ds^T q
+    ds = P (do v^T - delta)  (times 1 - (s / softcap)^2 where bent)
+    dq = scale ds k          dk = scale ds^T q          dv = P^T do
 
 Query i of a sequence with Sq queries and Sk keys sees the keys j with 0 <= i + Sk - Sq - j (< window): the
 last query stands at the last key, as in training (Sq = Sk) and against a cache (Sq < Sk).
@@ -24,7 +23,6 @@ from . import dispatch, reference
 from .dispatch import check_tensors, tl, triton, use_triton
 
 MAX_HEAD_DIM = 256
-LOG2_E = 1.4426950408889634
 
 
 @triton.jit
@@ -47,9 +45,9 @@ def _tanh(x):
 
 @triton.jit
 def _scores(q, k_t, scale, softcap, rows, keys, window,
-            SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+            SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr):
     """Scores in base 2 [rows, keys], -inf where a row does not see a key; `rows` are places in the keys."""
-    s = tl.dot(q, k_t, input_precision=PRECISION) * scale
+    s = tl.dot(q, k_t, input_precision="ieee") * scale
     if SOFTCAP:
         s = softcap * _tanh(s / softcap)
     s = s * 1.4426950408889634
@@ -64,7 +62,7 @@ def _scores(q, k_t, scale, softcap, rows, keys, window,
 @triton.jit
 def _fwd_blocks(acc, peak, total, q, k_GD, v_GD, stride_kt, stride_vt, k_len, lo, hi, rows, d, scale, softcap,
                 window, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr,
-                WINDOW: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+                WINDOW: tl.constexpr, MASKED: tl.constexpr):
     """Take in the keys from lo to hi, in blocks; MASKED where a row may not see all of a block."""
     in_block = tl.arange(0, BLOCK_N)
     k_places = in_block[None, :] * stride_kt + d[:, None]
@@ -73,8 +71,7 @@ def _fwd_blocks(acc, peak, total, q, k_GD, v_GD, stride_kt, stride_vt, k_len, lo
         n, start_64 = start + in_block, tl.cast(start, tl.int64)
         k_t = _load(k_GD + start_64 * stride_kt, k_places, (n < k_len)[None, :], (d < D)[:, None], MASKED,
                     D < BLOCK_D)
-        s = _scores(q, k_t, scale, softcap, rows[:, None], n[None, :], window, SOFTCAP, WINDOW, MASKED,
-                    PRECISION)
+        s = _scores(q, k_t, scale, softcap, rows[:, None], n[None, :], window, SOFTCAP, WINDOW, MASKED)
         new_peak = tl.maximum(peak, tl.max(s, 1))
         # a row that has seen nothing yet: exp2(-inf - 0) is 0, exp2(-inf - -inf) would be NaN
         finite_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
@@ -83,7 +80,7 @@ def _fwd_blocks(acc, peak, total, q, k_GD, v_GD, stride_kt, stride_vt, k_len, lo
         total = total * rescale + tl.sum(p, 1)
         v = _load(v_GD + start_64 * stride_vt, v_places, (n < k_len)[:, None], (d < D)[None, :], MASKED,
                   D < BLOCK_D)
-        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
         peak = new_peak
     return acc, peak, total
 
@@ -93,7 +90,7 @@ def attention_fwd_kernel(q_THD, k_TGD, v_TGD, out_THD, lse_HT, cu_q, cu_k,
                          stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot,
                          stride_oh, m_blocks, Tq, scale, softcap, window, GROUP: tl.constexpr,
                          D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                         SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr):
+                         SOFTCAP: tl.constexpr, WINDOW: tl.constexpr):
     n, h = tl.program_id(0) // m_blocks, tl.program_id(1).to(tl.int64)
     first = (m_blocks - 1 - tl.program_id(0) % m_blocks) * BLOCK_M  # the longest rows first
     q_start, k_start = tl.load(cu_q + n).to(tl.int64), tl.load(cu_k + n).to(tl.int64)
@@ -119,10 +116,10 @@ def attention_fwd_kernel(q_THD, k_TGD, v_TGD, out_THD, lse_HT, cu_q, cu_k,
         if not WINDOW:
             acc, peak, total = _fwd_blocks(acc, peak, total, q, k_GD, v_GD, stride_kt, stride_vt, k_len, 0,
                                            seen_by_all, rows, d, scale, softcap, window, D, BLOCK_N, BLOCK_D,
-                                           SOFTCAP, WINDOW, False, PRECISION)
+                                           SOFTCAP, WINDOW, False)
         acc, peak, total = _fwd_blocks(acc, peak, total, q, k_GD, v_GD, stride_kt, stride_vt, k_len,
                                        seen_by_all, seen_by_any, rows, d, scale, softcap, window, D, BLOCK_N,
-                                       BLOCK_D, SOFTCAP, WINDOW, True, PRECISION)
+                                       BLOCK_D, SOFTCAP, WINDOW, True)
         out = acc / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(out_THD + tokens * stride_ot + h * stride_oh + d[None, :], out.to(out_THD.dtype.element_ty),
                  in_q)
@@ -165,7 +162,7 @@ def attention_bwd_dkdv_kernel(q_THD, k_TGD, v_TGD, dout_THD, lse_HT, delta_HT, d
                               stride_doh, stride_dkt, stride_dkh, n_blocks, Tq, scale, softcap, window,
                               GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
                               BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr,
-                              WINDOW: tl.constexpr, PRECISION: tl.constexpr):
+                              WINDOW: tl.constexpr):
     n, g = tl.program_id(0) // n_blocks, tl.program_id(1).to(tl.int64)
     first = (tl.program_id(0) % n_blocks) * BLOCK_N  # the first keys have the most queries
     q_start, k_start = tl.load(cu_q + n).to(tl.int64), tl.load(cu_k + n).to(tl.int64)
@@ -200,11 +197,11 @@ def attention_bwd_dkdv_kernel(q_THD, k_TGD, v_TGD, dout_THD, lse_HT, delta_HT, d
                 lse = tl.load(lse_T + m, in_m, other=0.0)
                 delta = tl.load(delta_T + m, in_m, other=0.0)
                 s_t = _scores(k, tl.trans(q), scale, softcap, rows[None, :], keys[:, None], window, SOFTCAP,
-                              WINDOW, True, PRECISION)
-                dp_t = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+                              WINDOW, True)
+                dp_t = tl.dot(v, tl.trans(dout), input_precision="ieee")
                 p_t, ds_t = _p_and_ds(s_t, dp_t, lse[None, :], delta[None, :], softcap, SOFTCAP)
-                dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision=PRECISION)
-                dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision=PRECISION)
+                dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision="ieee")
+                dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision="ieee")
         place = tokens * stride_dkt + g * stride_dkh + d[None, :]
         tl.store(dk_TGD + place, (dk * scale).to(dk_TGD.dtype.element_ty), inside)
         tl.store(dv_TGD + place, dv.to(dv_TGD.dtype.element_ty), inside)
@@ -216,7 +213,7 @@ def attention_bwd_dq_kernel(q_THD, k_TGD, v_TGD, dout_THD, lse_HT, delta_HT, dq_
                             stride_doh, stride_dqt, stride_dqh, m_blocks, Tq, scale, softcap, window,
                             GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
                             BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr,
-                            WINDOW: tl.constexpr, PRECISION: tl.constexpr):
+                            WINDOW: tl.constexpr):
     n, h = tl.program_id(0) // m_blocks, tl.program_id(1).to(tl.int64)
     first = (m_blocks - 1 - tl.program_id(0) % m_blocks) * BLOCK_M
     q_start, k_start = tl.load(cu_q + n).to(tl.int64), tl.load(cu_k + n).to(tl.int64)
@@ -246,11 +243,10 @@ def attention_bwd_dq_kernel(q_THD, k_TGD, v_TGD, dout_THD, lse_HT, delta_HT, dq_
             in_n = (keys < k_len)[None, :]
             k_t = _load(k_GD + start_64 * stride_kt, k_places, in_n, in_d, True, D < BLOCK_D)
             v_t = _load(v_GD + start_64 * stride_vt, v_places, in_n, in_d, True, D < BLOCK_D)
-            s = _scores(q, k_t, scale, softcap, rows[:, None], keys[None, :], window, SOFTCAP, WINDOW, True,
-                        PRECISION)
-            dp = tl.dot(dout, v_t, input_precision=PRECISION)
+            s = _scores(q, k_t, scale, softcap, rows[:, None], keys[None, :], window, SOFTCAP, WINDOW, True)
+            dp = tl.dot(dout, v_t, input_precision="ieee")
             _, ds = _p_and_ds(s, dp, lse[:, None], delta[:, None], softcap, SOFTCAP)
-            dq = tl.dot(ds.to(k_t.dtype), tl.trans(k_t), dq, input_precision=PRECISION)
+            dq = tl.dot(ds.to(k_t.dtype), tl.trans(k_t), dq, input_precision="ieee")
         tl.store(dq_THD + tokens * stride_dqt + h * stride_dqh + d[None, :],
                  (dq * scale).to(dq_THD.dtype.element_ty), inside)
 
@@ -267,29 +263,31 @@ BLOCKS = {
     ("dq", "ampere"): [(128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)],
     ("dq", "hopper"): [(128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)],
     ("dq", "blackwell"): [(128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)],
-    ("fwd", "fp32"): [(32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 4, 1)],
-    ("dkdv", "fp32"): [(32, 32, 4, 1), (32, 32, 4, 1), (16, 32, 8, 1), (16, 16, 8, 1)],
-    ("dq", "fp32"): [(32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 8, 1), (16, 16, 4, 1)],
+    ("fwd", "fp32"): [(32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)],
+    ("dkdv", "fp32"): [(16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)],
+    ("dq", "fp32"): [(32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 4, 1)],
 }
 
 
 def attention_config(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, max_q: int) -> dict:
-    """Block sizes of "fwd", "dkdv" or "dq". Few queries, against a cache, take the fewest rows that the
-    matrix
-    units know."""
+    """Block sizes of "fwd", "dkdv" or "dq".
+
+    Few queries, against a cache, take the fewest rows that the matrix units know.
+    """
     family = {90: "hopper", 100: "blackwell", 103: "blackwell"}.get(arch, "ampere")
     size = 0 if head_dim <= 32 else 1 if head_dim <= 64 else 2 if head_dim <= 128 else 3
     m, n, warps, stages = BLOCKS[kernel, "fp32" if dtype == torch.float32 else family][size]
     if max_q <= 16 and kernel != "dkdv":
         m, n, warps, stages = 16, min(n, 32), 4, min(stages, 2)
-    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+    config = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+    # or else the assembler spills some of so few registers, to run more programs at a time
+    return {**config, "maxnreg": 255} if dtype == torch.float32 else config
 
 
 def _constants(q: torch.Tensor, k: torch.Tensor, window: int, softcap: float) -> dict:
     D = q.shape[2]
-    # fp32 as three products in tf32 where they fit in registers, else without the matrix units
     return {"GROUP": q.shape[1] // k.shape[1], "D": D, "BLOCK_D": max(16, triton.next_power_of_2(D)),
-            "SOFTCAP": softcap > 0, "WINDOW": window >= 0, "PRECISION": "tf32x3" if D <= 64 else "ieee"}
+            "SOFTCAP": softcap > 0, "WINDOW": window >= 0}
 
 
 def attention_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor,
@@ -297,8 +295,8 @@ def attention_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch
                   softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the forward pass: (out [Tq, H, D], lse [H, Tq] fp32). No window is -1, no softcap 0."""
     (Tq, H, D), N = q.shape, cu_q.shape[0] - 1
-    out, lse = torch.empty((Tq, H, D), dtype=q.dtype, device=q.device), q.new_empty((H, Tq),
-                                                                                    dtype=torch.float32)
+    out = torch.empty((Tq, H, D), dtype=q.dtype, device=q.device)
+    lse = q.new_empty((H, Tq), dtype=torch.float32)
     config = attention_config("fwd", D, q.dtype, dispatch.arch_of(q.device), max_q)
     m_blocks = triton.cdiv(max_q, config["BLOCK_M"])
     if Tq > 0 and m_blocks > 0:
