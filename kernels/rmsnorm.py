@@ -18,7 +18,7 @@ import torch
 from . import dispatch, reference
 from .dispatch import check_tensors, tl, triton, use_triton
 
-LARGEST_M = 16384  # a row lies in the registers of one program
+LARGEST_M = 16384  # a row lies in the registers of one program of forward
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # of A100, H100 and H200, B200
 
 
@@ -47,40 +47,39 @@ def rmsnorm_fwd_kernel(x_THM, residual_RM, w_M, y_RM, sum_RM, r_R, R, H, x_strid
 @triton.jit(do_not_specialize=["R"])
 def rmsnorm_bwd_kernel(dy_THM, dsum_RM, x_THM, w_M, r_R, dx_RM, dw_PM, R, H, dy_stride_t, dy_stride_h,
                        x_stride_t, x_stride_h, M: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
-                       STAGES: tl.constexpr, READ_TWICE: tl.constexpr):
-    m = tl.arange(0, BLOCK_M)[None, :]
-    first_policy: tl.constexpr = "evict_last" if READ_TWICE else ""
-    if not READ_TWICE:
-        w = tl.load(w_M + m, m < M, other=0.0).to(tl.float32)
+                       STAGES: tl.constexpr):
+    # a row with its dw fits the registers of one program, or is worked on in parts by as many
+    parts: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
+    part, p, programs = tl.program_id(0) % parts, tl.program_id(0) // parts, tl.num_programs(0) // parts
+    block = tl.arange(0, BLOCK_M)[None, :]
+    m = part * BLOCK_M + block
+    w = tl.load(w_M + m, m < M, other=0.0).to(tl.float32)
     dw = tl.zeros((ROWS, BLOCK_M), tl.float32)  # its rows are added up once, after the loop
     # STAGES 2: the rows of the next turn are fetched while this turn's are worked on
-    for start in tl.range(tl.program_id(0) * ROWS, R, tl.num_programs(0) * ROWS, num_stages=STAGES):
+    for start in tl.range(p * ROWS, R, programs * ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)
-        inside = (row < R)[:, None] & (m < M)
+        here = (row < R)[:, None]
         t, h = (row // H).to(tl.int64), (row % H).to(tl.int64)
-        x_rows = x_THM + (t * x_stride_t + h * x_stride_h)[:, None] + m
-        dy_rows = dy_THM + (t * dy_stride_t + h * dy_stride_h)[:, None] + m
-        place = row.to(tl.int64)[:, None] * M + m
-        if READ_TWICE:
-            w = tl.load(w_M + m, m < M, other=0.0, eviction_policy=first_policy).to(tl.float32)
-        x = tl.load(x_rows, inside, other=0.0, eviction_policy=first_policy).to(tl.float32)
-        dy = tl.load(dy_rows, inside, other=0.0, eviction_policy=first_policy).to(tl.float32)
-        if not READ_TWICE:
-            r = tl.load(r_R + row, row < R, other=0.0)[:, None]
-        mean = tl.sum(dy * w * x, 1)[:, None] / M  # of g * x
-        if READ_TWICE:  # from the cache: the row would not fit the registers beside dw. The policy tells the
-            # reads apart; the compiler makes one of two equal ones
-            x = tl.load(x_rows, inside, other=0.0).to(tl.float32)
-            dy = tl.load(dy_rows, inside, other=0.0).to(tl.float32)
-            w = tl.load(w_M + m, m < M, other=0.0).to(tl.float32)
-            r = tl.load(r_R + row, row < R, other=0.0)[:, None]
-        n = x * r
+        x_rows = x_THM + (t * x_stride_t + h * x_stride_h)[:, None]
+        dy_rows = dy_THM + (t * dy_stride_t + h * dy_stride_h)[:, None]
+        r = tl.load(r_R + row, row < R, other=0.0)[:, None]
+        total = tl.zeros((ROWS,), tl.float32)
+        for other in tl.static_range(1, parts):  # the rest of the row counts in the mean
+            o = (part + other) % parts * BLOCK_M + block
+            w_o = tl.load(w_M + o, o < M, other=0.0).to(tl.float32)
+            x_o = tl.load(x_rows + o, here & (o < M), other=0.0).to(tl.float32)
+            dy_o = tl.load(dy_rows + o, here & (o < M), other=0.0).to(tl.float32)
+            total += tl.sum(dy_o * w_o * (x_o * r), 1)
+        x = tl.load(x_rows + m, here & (m < M), other=0.0).to(tl.float32)
+        dy = tl.load(dy_rows + m, here & (m < M), other=0.0).to(tl.float32)
+        n, g = x * r, dy * w
         dw += dy * n
-        dx = r * (dy * w - n * (mean * r))
+        dx = r * (g - n * ((total + tl.sum(g * n, 1))[:, None] / M))
+        place = row.to(tl.int64)[:, None] * M + m
         if dsum_RM is not None:
-            dx += tl.load(dsum_RM + place, inside, other=0.0).to(tl.float32)
-        tl.store(dx_RM + place, dx.to(dx_RM.dtype.element_ty), inside)
-    tl.store(dw_PM + tl.program_id(0).to(tl.int64) * M + m, tl.sum(dw, 0)[None, :], m < M)
+            dx += tl.load(dsum_RM + place, here & (m < M), other=0.0).to(tl.float32)
+        tl.store(dx_RM + place, dx.to(dx_RM.dtype.element_ty), here & (m < M))
+    tl.store(dw_PM + p.to(tl.int64) * M + m, tl.sum(dw, 0)[None, :], m < M)
 
 
 def rmsnorm_config(M: int) -> dict[str, int]:
@@ -93,14 +92,13 @@ def rmsnorm_config(M: int) -> dict[str, int]:
 
 def rmsnorm_bwd_config(M: int, R: int, arch: int) -> tuple[int, dict[str, int]]:
     """(P, block sizes) of backward: as many programs as run at one time, but eight rows at least for each, so
-    that the partial sums stay small beside dy."""
-    block = triton.next_power_of_2(M)
-    warps = 32 if block > 8192 else min(max(block // 512, 4), 16)
+    that the partial sums stay small beside dy. A row of more than 8,192 takes two programs."""
+    block = min(triton.next_power_of_2(M), 8192)
+    warps = max(block // 512, 4)
     rows = max(1024 // block, 1)
-    at_one_time = MULTIPROCESSORS.get(arch, 132) * max((32 if block <= 1024 else 16) // warps, 1)
-    return min(triton.cdiv(R, max(rows, 8)), at_one_time), {
-        "BLOCK_M": block, "ROWS": rows, "STAGES": 1 if block > 8192 else 2, "READ_TWICE": block > 8192,
-        "num_warps": warps}
+    at_one_time = MULTIPROCESSORS.get(arch, 132) * ((32 if block <= 1024 else 16) // warps)
+    return min(triton.cdiv(R, max(rows, 8)), at_one_time // triton.cdiv(M, block)), {
+        "BLOCK_M": block, "ROWS": rows, "STAGES": 2 if M <= 8192 else 1, "num_warps": warps}
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -131,7 +129,7 @@ def rmsnorm_bwd(dy: torch.Tensor, dsum: torch.Tensor | None, x: torch.Tensor, we
     R = x_THM.shape[0] * x_THM.shape[1]
     P, config = rmsnorm_bwd_config(M, R, dispatch.arch_of(x.device))
     dx, dw_PM = x.new_empty(x.shape), x.new_empty(P, M, dtype=torch.float32)
-    rmsnorm_bwd_kernel[(P,)](
+    rmsnorm_bwd_kernel[(P * triton.cdiv(M, config["BLOCK_M"]),)](
         dy_THM, None if dsum is None else dsum.contiguous(), x_THM, weight, r, dx, dw_PM, R, x_THM.shape[1],
         dy_THM.stride(0), dy_THM.stride(1), x_THM.stride(0), x_THM.stride(1), M=M, **config)
     return dx, dw_PM.sum(0).to(weight.dtype)
