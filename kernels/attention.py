@@ -272,7 +272,7 @@ BLOCKS = {
 def attention_config(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, max_q: int) -> dict:
     """Block sizes of "fwd", "dkdv" or "dq".
 
-    Few queries, against a cache, take the fewest rows that the matrix units know. fp32 is exact, without them.
+    Few queries, against a cache, take the fewest rows that the matrix units know; fp32 goes without them.
     """
     family = {90: "hopper", 100: "blackwell", 103: "blackwell"}.get(arch, "ampere")
     size = 0 if head_dim <= 32 else 1 if head_dim <= 64 else 2 if head_dim <= 128 else 3
