@@ -29,6 +29,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
@@ -151,14 +152,16 @@ CASES = {"rmsnorm": rmsnorm_cases, "rope": rope_cases, "swiglu": swiglu_cases, "
 class Chip:
     """Stands in for Triton's driver: enough of one to compile for a chip that is not there."""
 
+    made = count()
+
     def __init__(self, arch: int):
-        self.arch = arch
+        self.arch, self.device = arch, f"sm_{arch}, number {next(Chip.made)}"
 
     def get_current_target(self):
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self):
-        return f"sm_{self.arch}"  # Triton keeps one set of kernels a device
+        return self.device  # Triton keeps one set of kernels a device: a new chip has none yet
 
     def get_current_stream(self, device):
         return 0

@@ -276,14 +276,13 @@ def attention_config(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, 
     """
     family = {90: "hopper", 100: "blackwell", 103: "blackwell"}.get(arch, "ampere")
     size = 0 if head_dim <= 32 else 1 if head_dim <= 64 else 2 if head_dim <= 128 else 3
-    if dtype == torch.float32:
-        m, n, warps, stages = BLOCKS[kernel, "fp32"][size]
-        # or else the assembler spills some of so few registers, to run more programs at a time
-        return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages, "maxnreg": 255}
-    m, n, warps, stages = BLOCKS[kernel, family][size]
-    if max_q <= 16 and kernel != "dkdv":
+    m, n, warps, stages = BLOCKS[kernel, "fp32" if dtype == torch.float32 else family][size]
+    few = max_q <= 16 and kernel != "dkdv" and dtype != torch.float32
+    if few:
         m, n, warps, stages = 16, min(n, 32), 4, min(stages, 2)
-    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+    config = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+    # or else the assembler spills some registers of so small a program, to run more of them at a time
+    return {**config, "maxnreg": 255} if few or dtype == torch.float32 else config
 
 
 def _constants(q: torch.Tensor, k: torch.Tensor, window: int, softcap: float) -> dict:
