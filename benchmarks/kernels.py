@@ -106,22 +106,25 @@ def failure(error: Exception) -> str:
     return f"fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
 
 
-def measure(op: Op, case: Case, timer: Timer, dtype: torch.dtype, impl: str | None, peaks: dict,
-            seconds: float) -> Iterator[dict]:
-    """The rows of one case."""
+def posed(op: Op, case: Case, device: torch.device, dtype: torch.dtype) -> tuple[Tensors, Tensors, Tensors]:
+    """Random inputs and upstream gradients, and what the reference makes of them in fp32."""
     torch.manual_seed(0)
 
     def new(*shape):
-        return torch.randn(shape, device=timer.device, dtype=dtype, requires_grad=True)
+        return torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
 
-    torch.compiler.reset()  # each shape is compiled for itself, none of them for sizes in general
     inputs = op.inputs(case, new)
     exact = [x.detach().float().requires_grad_() for x in inputs]
-    reference = op.ours(case, timer.device, "reference")
+    reference = op.ours(case, device, "reference")
     upstream = [torch.randn_like(x).to(dtype) for x in as_list(reference(*exact))]
-    truth = with_gradients(reference, exact, [x.float() for x in upstream])
-    del exact
+    return inputs, upstream, with_gradients(reference, exact, [x.float() for x in upstream])
 
+
+def measure(op: Op, case: Case, timer: Timer, dtype: torch.dtype, impl: str | None, peaks: dict,
+            seconds: float) -> Iterator[dict]:
+    """The rows of one case."""
+    torch.compiler.reset()  # each shape is compiled for itself, none of them for sizes in general
+    inputs, upstream, truth = posed(op, case, timer.device, dtype)
     providers = {"ours": op.ours(case, timer.device, impl), **op.peers(case, timer.device)}
     notes, errors, sound = {}, {}, {}
     for name, function in providers.items():

@@ -25,7 +25,7 @@ from r1zero.kernels import dispatch
 from .aot import DTYPES, HEAD_DIMS, Kernel, compile_all, listed, recorded
 from .common import finish, show, spread, table
 from .kernel_ops import OPS, Case, attention_case, widths
-from .kernels import LARGEST_ERROR, as_list, call_of, error_of, failure, with_gradients
+from .kernels import LARGEST_ERROR, call_of, error_of, failure, posed, with_gradients
 from .timing import Timer
 
 SECONDS = 3.0  # of timing for one case, all configurations
@@ -143,16 +143,7 @@ def tune(op_name: str, case: Case, sweep: Sweep, dtype: torch.dtype, timer: Time
     """Sweep one case; prints its table."""
     op, arch = OPS[op_name], dispatch.arch_of(timer.device)
     module = importlib.import_module(f"r1zero.kernels.{op_name}")
-    torch.manual_seed(0)
-
-    def new(*shape):
-        return torch.randn(shape, device=timer.device, dtype=dtype, requires_grad=True)
-
-    inputs = op.inputs(case, new)
-    exact = [x.detach().float().requires_grad_() for x in inputs]
-    reference = op.ours(case, timer.device, "reference")
-    upstream = [torch.randn_like(x).to(dtype) for x in as_list(reference(*exact))]
-    truth = with_gradients(reference, exact, [x.float() for x in upstream])
+    inputs, upstream, truth = posed(op, case, timer.device, dtype)
     ours = op.ours(case, timer.device, None)
 
     def under(config):

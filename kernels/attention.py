@@ -38,6 +38,13 @@ def _load(base, offsets, rows_ok, d_ok, MASK_ROWS: tl.constexpr, MASK_D: tl.cons
 
 
 @triton.jit
+def _sequence(cu_seqlens, n):
+    """(first token, 64 bits; length) of sequence n."""
+    start = tl.load(cu_seqlens + n).to(tl.int64)
+    return start, (tl.load(cu_seqlens + n + 1) - start).to(tl.int32)
+
+
+@triton.jit
 def _tanh(x):
     # e^2x in base 2; right at both ends, where it is 0 or inf
     return 1 - 2 / (tl.exp2(x * 2.8853900817779268) + 1)
@@ -93,9 +100,8 @@ def attention_fwd_kernel(q_THD, k_TGD, v_TGD, out_THD, lse_HT, cu_q, cu_k,
                          SOFTCAP: tl.constexpr, WINDOW: tl.constexpr):
     n, h = tl.program_id(0) // m_blocks, tl.program_id(1).to(tl.int64)
     first = (m_blocks - 1 - tl.program_id(0) % m_blocks) * BLOCK_M  # the longest rows first
-    q_start, k_start = tl.load(cu_q + n).to(tl.int64), tl.load(cu_k + n).to(tl.int64)
-    q_len = (tl.load(cu_q + n + 1) - q_start).to(tl.int32)
-    k_len = (tl.load(cu_k + n + 1) - k_start).to(tl.int32)
+    q_start, q_len = _sequence(cu_q, n)
+    k_start, k_len = _sequence(cu_k, n)
     if first < q_len:
         m, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
         in_q = (m < q_len)[:, None] & (d < D)[None, :]
@@ -165,9 +171,8 @@ def attention_bwd_dkdv_kernel(q_THD, k_TGD, v_TGD, dout_THD, lse_HT, delta_HT, d
                               WINDOW: tl.constexpr):
     n, g = tl.program_id(0) // n_blocks, tl.program_id(1).to(tl.int64)
     first = (tl.program_id(0) % n_blocks) * BLOCK_N  # the first keys have the most queries
-    q_start, k_start = tl.load(cu_q + n).to(tl.int64), tl.load(cu_k + n).to(tl.int64)
-    q_len = (tl.load(cu_q + n + 1) - q_start).to(tl.int32)
-    k_len = (tl.load(cu_k + n + 1) - k_start).to(tl.int32)
+    q_start, q_len = _sequence(cu_q, n)
+    k_start, k_len = _sequence(cu_k, n)
     if first < k_len:
         keys, d = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
         inside = (keys < k_len)[:, None] & (d < D)[None, :]
@@ -216,9 +221,8 @@ def attention_bwd_dq_kernel(q_THD, k_TGD, v_TGD, dout_THD, lse_HT, delta_HT, dq_
                             WINDOW: tl.constexpr):
     n, h = tl.program_id(0) // m_blocks, tl.program_id(1).to(tl.int64)
     first = (m_blocks - 1 - tl.program_id(0) % m_blocks) * BLOCK_M
-    q_start, k_start = tl.load(cu_q + n).to(tl.int64), tl.load(cu_k + n).to(tl.int64)
-    q_len = (tl.load(cu_q + n + 1) - q_start).to(tl.int32)
-    k_len = (tl.load(cu_k + n + 1) - k_start).to(tl.int32)
+    q_start, q_len = _sequence(cu_q, n)
+    k_start, k_len = _sequence(cu_k, n)
     if first < q_len:
         m, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
         in_m = m < q_len
@@ -408,9 +412,12 @@ def _check(q, k, v, cu_q, max_q, cu_k, max_k, scale, window, softcap):
         raise ValueError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; expected one dtype")
     if (cu_k is None) != (max_k is None):
         raise ValueError("attention: give cu_seqlens_k and max_seqlen_k together, or neither")
-    if cu_k is None:
-        cu_k, max_k = cu_q, max_q
-    for name, cu, max_len, x in (("cu_seqlens", cu_q, max_q, q), ("cu_seqlens_k", cu_k, max_k, k)):
+    offsets = [("cu_seqlens", cu_q, max_q, q)]
+    if cu_k is not None:
+        offsets.append(("cu_seqlens_k", cu_k, max_k, k))
+    elif len(k) != len(q):  # the same offsets can not end at both
+        offsets.append(("cu_seqlens_k", cu_q, max_q, k))
+    for name, cu, max_len, x in offsets:
         if cu.ndim != 1 or cu.shape[0] < 2 or cu.dtype != torch.int32 or cu.shape != cu_q.shape:
             raise ValueError(f"attention: {name} is {cu.dtype} {tuple(cu.shape)}; expected int32 [N + 1] for "
                              "N >= 1 sequences, as many for k as for q (is the batch empty?)")

@@ -267,18 +267,22 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: tor
     lengths_k = lengths_q if alone else cu_seqlens_k.diff().tolist()
     runs = length_runs([max(pair) for pair in zip(lengths_q, lengths_k, strict=True)])
 
-    def lay_out(x, lengths):  # [T, heads, D] -> for each run [n G, heads / G, longest, D]
-        x, R = wide(x), x.shape[1] // G
+    def layout_of(lengths):  # (sequences, padded length) of each run, and each token's place if any is padded
         shapes = [(end - first, max(lengths[first:end])) for first, end in runs]
-        sizes = [n * longest for n, longest in shapes]
-        places = padded_places(lengths, runs, device) if sum(sizes) > len(x) else None
+        padded = sum(n * longest for n, longest in shapes) > sum(lengths)
+        return shapes, padded_places(lengths, runs, device) if padded else None
+
+    def lay_out(x, shapes, places):  # [T, heads, D] -> for each run [n G, heads / G, longest, D]
+        x, R, sizes = wide(x), x.shape[1] // G, [n * longest for n, longest in shapes]
         if places is not None:
             x = PutRows.apply(x, places, sum(sizes))
-        parts = [part.view(n, longest, G, R, D).permute(0, 2, 3, 1, 4).reshape(n * G, R, longest, D)
-                 for part, (n, longest) in zip(x.split(sizes), shapes, strict=True)]
-        return parts, places
+        return [part.view(n, longest, G, R, D).permute(0, 2, 3, 1, 4).reshape(n * G, R, longest, D)
+                for part, (n, longest) in zip(x.split(sizes), shapes, strict=True)]
 
-    (qs, places), (ks, _), (vs, _) = lay_out(q, lengths_q), lay_out(k, lengths_k), lay_out(v, lengths_k)
+    layout_q = layout_of(lengths_q)
+    layout_k = layout_q if alone else layout_of(lengths_k)
+    qs, ks, vs = lay_out(q, *layout_q), lay_out(k, *layout_k), lay_out(v, *layout_k)
+    places = layout_q[1]
     outs, lses = [], []
     # padding lies behind every real token of its sequence, so the causal mask alone hides it
     for (first, end), q_run, k_run, v_run in zip(runs, qs, ks, vs, strict=True):

@@ -14,8 +14,9 @@ from . import reference
 from .dispatch import check_tensors, tl, triton, use_triton
 
 
-@triton.jit(do_not_specialize=["R"])
-def swiglu_fwd_kernel(gate_up, y_RF, R, stride, F: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr):
+@triton.jit
+def _read(gate_up, R, stride, F: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr):
+    """This program's rows and features, which of them there are, and its tiles of gate and up in fp32."""
     blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F  # of a row; all on axis 0, the one without a limit
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -23,6 +24,12 @@ def swiglu_fwd_kernel(gate_up, y_RF, R, stride, F: tl.constexpr, ROWS: tl.conste
     inside = (row < R) & (f < F)
     gate = tl.load(gate_up + row * stride + f, inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + f + F, inside, other=0.0).to(tl.float32)
+    return row, f, inside, gate, up
+
+
+@triton.jit(do_not_specialize=["R"])
+def swiglu_fwd_kernel(gate_up, y_RF, R, stride, F: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr):
+    row, f, inside, gate, up = _read(gate_up, R, stride, F, ROWS, BLOCK_F)
     y = gate * tl.sigmoid(gate) * up
     tl.store(y_RF + row * F + f, y.to(y_RF.dtype.element_ty), inside)
 
@@ -30,13 +37,7 @@ def swiglu_fwd_kernel(gate_up, y_RF, R, stride, F: tl.constexpr, ROWS: tl.conste
 @triton.jit(do_not_specialize=["R"])
 def swiglu_bwd_kernel(dy_RF, gate_up, grad, R, stride, F: tl.constexpr, ROWS: tl.constexpr,
                       BLOCK_F: tl.constexpr):
-    blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
-    pid = tl.program_id(0)
-    row = (pid // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    f = pid % blocks * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
-    inside = (row < R) & (f < F)
-    gate = tl.load(gate_up + row * stride + f, inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * stride + f + F, inside, other=0.0).to(tl.float32)
+    row, f, inside, gate, up = _read(gate_up, R, stride, F, ROWS, BLOCK_F)
     dy = tl.load(dy_RF + row * F + f, inside, other=0.0).to(tl.float32)
     s = tl.sigmoid(gate)
     dgate, dup = dy * up * s * (1 + gate * (1 - s)), dy * gate * s

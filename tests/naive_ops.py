@@ -41,9 +41,9 @@ def naive_attention(q, k, v, lengths, scale=None, lengths_k=None, window=None, s
         scores = torch.einsum("ihd,jhd->hij", qs, ks) * (q.shape[-1] ** -0.5 if scale is None else scale)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        distance = torch.arange(n)[:, None] + m - n - torch.arange(m)
+        distance = (torch.arange(n)[:, None] + m - n - torch.arange(m)).to(q.device)
         unseen = (distance < 0) | (distance >= (window or m + n + 1))
-        blind = unseen.all(1)[:, None] if m else torch.ones(n, 1, dtype=torch.bool)
+        blind = unseen.all(1)[:, None]
         p = scores.masked_fill(unseen & ~blind, float("-inf")).softmax(-1).masked_fill(blind, 0)
         outs.append(torch.einsum("hij,jhd->ihd", p, vs))
         lses.append(scores.masked_fill(unseen, float("-inf")).logsumexp(-1).T)

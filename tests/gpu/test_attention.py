@@ -7,13 +7,16 @@ import torch
 
 from r1zero.kernels.attention import attention
 
+from ..naive_ops import cu as cu_on_host
+from ..naive_ops import naive_attention, value_and_gradients
+
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 RAGGED = [1, 700, 2, 129, 1024, 0, 64]
 
 
 def cu(lengths):
-    return torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    return cu_on_host(lengths).cuda()
 
 
 def inputs(lengths, lengths_k, H, G, D, dtype):
@@ -29,21 +32,10 @@ def run(lengths, lengths_k, qkv, upstream, impl, **options):
     return [out.detach(), lse.detach(), *grads]
 
 
-def eager(lengths, lengths_k, qkv, upstream, window=None, softcap=None, scale=None):
+def eager(lengths, lengths_k, qkv, upstream, **options):
     """Plain attention that stays in the dtype of its inputs from end to end."""
-    leaves = [x.detach().clone().requires_grad_() for x in qkv]
-    q, k, v = leaves
-    R, outs, a, b = q.shape[1] // k.shape[1], [], 0, 0
-    for n, m in zip(lengths, lengths_k, strict=True):
-        ks, vs = (x[b : b + m].repeat_interleave(R, 1).transpose(0, 1) for x in (k, v))
-        scores = q[a : a + n].transpose(0, 1) @ ks.transpose(1, 2) * (scale or q.shape[-1] ** -0.5)
-        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-        distance = torch.arange(n, device="cuda")[:, None] + m - n - torch.arange(m, device="cuda")
-        unseen = (distance < 0) | (distance >= (window or m + n + 1))
-        outs.append((scores.masked_fill(unseen, float("-inf")).softmax(-1) @ vs).transpose(0, 1))
-        a, b = a + n, b + m
-    out = torch.cat(outs)
-    return [out.detach(), None, *torch.autograd.grad(out, leaves, upstream)]
+    return value_and_gradients(lambda *x: naive_attention(*x, lengths, lengths_k=lengths_k, **options), qkv,
+                               [upstream])
 
 
 def check(lengths, H, G, D, dtype, lengths_k=None, **options):
@@ -56,6 +48,7 @@ def check(lengths, H, G, D, dtype, lengths_k=None, **options):
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "two runs differ"
     truth = run(lengths, lengths_k, [x.double() for x in qkv], upstream.double(), "reference", **options)
     plain = eager(lengths, lengths_k, qkv, upstream, **options)
+    plain.insert(1, None)  # its log-sum-exp is not asked for
     for name, g, t, p in zip(("out", "lse", "dq", "dk", "dv"), got, truth, plain, strict=True):
         error = (g.double() - t).abs().max().item()
         limit = 1e-4 if name == "lse" else 2 * (p.double() - t).abs().max().item() + 1e-5
