@@ -144,7 +144,44 @@ def attention_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
                                launch=lambda s, a=(D, DTYPES[name], group, window, softcap): launch(s, *a))
 
 
-CASES = {"rmsnorm": rmsnorm_cases, "rope": rope_cases, "swiglu": swiglu_cases, "attention": attention_cases}
+def logprob_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
+    from r1zero.kernels import linear_logprob
+
+    def launch(T, V, M, dtype, weight_dtype, softcap):
+        h, weight = empty(T, M, dtype=dtype), empty(V, M, dtype=weight_dtype)
+        targets, rest = empty(T, dtype=torch.int64), (1.0, softcap)
+        logp, entropy, lse = linear_logprob.logprob_fwd(h, weight, targets, None, *rest)
+        for dentropy in (None, entropy):
+            linear_logprob.logprob_bwd(logp, dentropy, h, weight, targets, None, lse, entropy, *rest, True,
+                                       True)
+
+    for name in dtypes:
+        for M, weight, softcap in dict.fromkeys(((2048, name, 0.0), (2048, "fp32", 0.0), (912, name, 0.0),
+                                                 (2048, name, 30.0))):
+            yield Case("linear_logprob", f"{name} M={M} weight {weight}" + " softcap" * (softcap > 0),
+                       lambda T, a=(9001, M, DTYPES[name], DTYPES[weight], softcap): launch(T, *a))
+
+
+def grpo_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
+    from r1zero.kernels import grpo
+
+    def launch(N, objective, with_reference):
+        offsets, samples, tokens = empty(N + 1, dtype=torch.int32), *(
+            empty(n, dtype=torch.float32) for n in (N, 7 * N))
+        for normalise in (False, True):
+            grpo.grpo_advantages_fwd(samples, offsets, normalise)
+        grpo.grpo_loss_fwd(tokens, tokens, samples, samples, offsets, tokens if with_reference else None, 0.2,
+                           0.28, 0.1, objective)
+
+    if "fp32" in dtypes:  # log-probs are never less
+        for objective in grpo.GRPO_OBJECTIVES:
+            for with_reference in (False, True):
+                yield Case("grpo", objective + " reference" * with_reference,
+                           lambda N, a=(objective, with_reference): launch(N, *a))
+
+
+CASES = {"rmsnorm": rmsnorm_cases, "rope": rope_cases, "swiglu": swiglu_cases, "attention": attention_cases,
+         "linear_logprob": logprob_cases, "grpo": grpo_cases}
 
 
 # ---- what Triton would compile for them ----

@@ -3,22 +3,27 @@
 A peer that cannot be had is its reason, a string. Peers take our inputs and give our outputs; where they want
 another layout, they look at the same memory through a view, so that no side pays for a copy.
 
-Shapes: B sequences, S their length, T = B S tokens, H query heads, G kv heads, D head_dim, M d_model, F d_ff.
+Shapes: B sequences, S their length, T = B S tokens, H query heads, G kv heads, D head_dim, M d_model, F d_ff,
+V vocabulary, L share of the tokens that teach something, in percent.
 """
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from r1zero.kernels.attention import attention
+from r1zero.kernels.grpo import grpo_loss
+from r1zero.kernels.linear_logprob import linear_logprob
 from r1zero.kernels.rmsnorm import rmsnorm
 from r1zero.kernels.rope import rope, rope_table
 from r1zero.kernels.swiglu import swiglu
 
-SHAPE = ("B", "S", "H", "G", "D", "T", "M", "F")
+SHAPE = ("B", "S", "H", "G", "D", "T", "M", "F", "V", "L")
 MODES = ("forward", "backward", "full")
 LARGEST_SCORES = 2 << 30  # bytes in 16 bit; the plain formula holds a handful of such tensors
 EPS = 1e-6
@@ -220,6 +225,108 @@ def swiglu_cost(case: Case, mode: str) -> tuple[float, float]:
     return 0, (6 if mode == "forward" else 10) * case.shape["T"] * case.shape["F"]
 
 
+# ---- log-prob of next tokens: the sum over the live ones ----
+
+def logprob_inputs(case: Case, new: Callable) -> list[torch.Tensor]:
+    T, M, V = (case.shape[letter] for letter in "TMV")
+    return [new(T, M), new(V, M)]
+
+
+def live_targets(case: Case, device: torch.device):
+    """(rows that predict something, their targets); rows is None if all do."""
+    T, V, n = case.shape["T"], case.shape["V"], case.shape["T"] * case.shape["L"] // 100
+    rng = torch.Generator().manual_seed(0)
+    rows = None if n == T else torch.randperm(T, generator=rng)[:n].sort().values.to(device)
+    return rows, torch.randint(V, (n,), generator=rng).to(device)
+
+
+def ours_logprob(case: Case, device: torch.device, impl: str | None) -> Callable:
+    rows, targets = live_targets(case, device)
+    scale = case.shape["M"] ** 0.5  # logits of order 1
+    return lambda h, w: linear_logprob(h, w, targets, scale, rows, impl=impl)[0].sum(0, keepdim=True)
+
+
+def logprob_peers(case: Case, device: torch.device) -> Peers:
+    rows, targets = live_targets(case, device)
+    scale, n = case.shape["M"] ** 0.5, len(targets)
+
+    def live(h):
+        return h / scale if rows is None else h[rows] / scale
+
+    def loss(h, w, y):
+        return F.cross_entropy(F.linear(h, w).float(), y, reduction="sum")
+
+    def materialised(h, w):
+        return -loss(live(h), w, targets)[None]
+
+    def chunked(h, w, size=1024):
+        parts = zip(live(h).split(size), targets.split(size), strict=True)
+        return -sum(checkpoint(loss, x, w, y, use_reentrant=False) for x, y in parts)[None]
+
+    logits = 6 * n * case.shape["V"]  # in 16 bit and in fp32
+    peers = {"eager": materialised if logits <= 4 * LARGEST_SCORES * 4 else
+             f"left out: the logits alone are {logits / 2**30:.0f} GiB"}
+    with_compiled(peers, case, device)
+    peers["chunks"] = chunked
+    peers["Liger"] = library("liger_kernel.ops.fused_linear_cross_entropy",
+                             "LigerFusedLinearCrossEntropyFunction", "liger-kernel")
+    if not isinstance(peers["Liger"], str):
+        liger = peers["Liger"]
+        peers["Liger"] = lambda h, w: -liger.apply(live(h), w, targets, None, None, -100, 0.0, 0.0,
+                                                   "sum")[0].reshape(1)
+    peers["Liger GRPO"] = library("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss", "liger-kernel")
+    if not isinstance(peers["Liger GRPO"], str):
+        # on-policy with advantages of 1 the value of CISPO is minus the mean log-prob
+        grpo = peers["Liger GRPO"](beta=0.0, loss_type="cispo", epsilon_high=5.0, use_ref_model=False,
+                                   compiled=device.type == "cuda")
+        B = math.gcd(n, 64)  # it takes one sequence at a time
+        ones = torch.ones(B, n // B, device=device)
+        peers["Liger GRPO"] = lambda h, w: -n * grpo(
+            live(h).view(B, n // B, -1), w, targets.view(B, -1), ones, ones[:, 0])[0].reshape(1)
+    return peers
+
+
+def logprob_cost(case: Case, mode: str) -> tuple[float, float]:
+    M, V, n = case.shape["M"], case.shape["V"], case.shape["T"] * case.shape["L"] // 100
+    return (2 if mode == "forward" else 6) * n * M * V, 2 * (n * M + V * M) * (1 if mode == "forward" else 2)
+
+
+# ---- the GRPO loss from log-probs ----
+
+def grpo_inputs(case: Case, new: Callable) -> list[torch.Tensor]:
+    return [new(case.shape["T"]).detach().float().requires_grad_()]
+
+
+def grpo_batch(case: Case, device: torch.device):
+    """Sequences of S tokens: (old log-probs, advantages, weights, offsets)."""
+    T, S = case.shape["T"], case.shape["S"]
+    rng = torch.Generator().manual_seed(0)
+    old, advantages = torch.randn(T, generator=rng), torch.randn(T // S, generator=rng)
+    rest = old, advantages, torch.full((T // S,), 1 / T), torch.arange(0, T + 1, S, dtype=torch.int32)
+    return [x.to(device) for x in rest]
+
+
+def ours_grpo(case: Case, device: torch.device, impl: str | None) -> Callable:
+    batch = grpo_batch(case, device)
+    return lambda logp: grpo_loss(logp, *batch, impl=impl)[0][None]
+
+
+def grpo_peers(case: Case, device: torch.device) -> Peers:
+    old, advantages, weights, offsets = grpo_batch(case, device)
+    sequence = torch.arange(len(advantages), device=device).repeat_interleave(offsets.diff().long())
+
+    def formula(logp):
+        a, ratio = advantages[sequence], (logp - old).exp()
+        return -(torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a) * weights[sequence]).sum(0, keepdim=True)
+
+    peers = with_compiled({"eager": formula}, case, device)
+    return peers | {"Liger": "left out: its GRPO loss starts from hidden states, see linear_logprob"}
+
+
+def grpo_cost(case: Case, mode: str) -> tuple[float, float]:
+    return 0, (12 if mode == "forward" else 8) * case.shape["T"]
+
+
 # ---- all of them ----
 
 @dataclass(frozen=True)
@@ -235,6 +342,10 @@ class Op:
 
 def attention_case(B: int, S: int, H: int, G: int, D: int, compiled: bool = False) -> Case:
     return Case("attention", {"B": B, "S": S, "H": H, "G": G, "D": D}, compiled)
+
+
+def logprob_case(T: int, M: int, L: int = 100, V: int = 151_936, compiled: bool = False) -> Case:
+    return Case("linear_logprob", {"T": T, "M": M, "V": V, "L": L}, compiled)
 
 
 TOKENS = 16384
@@ -261,4 +372,12 @@ OPS = {
                widths("rope", "H", (2, 3), 8, D=8)),
     "swiglu": Op(swiglu_inputs, ours_swiglu, swiglu_peers, swiglu_cost, "F",
                  widths("swiglu", "F", (2048, 4864, 8192, 14336)), widths("swiglu", "F", (16, 24), 8)),
+    "linear_logprob": Op(logprob_inputs, ours_logprob, logprob_peers, logprob_cost, "T",
+                         (logprob_case(8192, 4096, compiled=True), logprob_case(8192, 4096, 50),
+                          logprob_case(8192, 4096, 10), logprob_case(8192, 2048), logprob_case(8192, 1024),
+                          logprob_case(4096, 2048), logprob_case(16384, 2048), logprob_case(32768, 2048)),
+                         (logprob_case(12, 16, V=50), logprob_case(12, 16, 50, V=50))),
+    "grpo": Op(grpo_inputs, ours_grpo, grpo_peers, grpo_cost, "T",
+               tuple(Case("grpo", {"T": T, "S": 512}) for T in (4096, 16384, 65536)),
+               (Case("grpo", {"T": 8, "S": 4}), Case("grpo", {"T": 16, "S": 4}))),
 }

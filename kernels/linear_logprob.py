@@ -1,27 +1,334 @@
 """Log-prob and entropy of chosen tokens, from hidden states and the head's weight, without the logits.
 
-    l = h w^T / temperature     logp = l[target] - log sum exp l     entropy = -sum softmax(l) log softmax(l)
-The vocabulary is walked in slices with a running log-sum-exp, and backward computes each slice anew, so
-memory does not grow with T x V. FLOPs: 2 T M V forward, 6 T M V backward. With targets = next tokens, -logp
-is the cross-entropy of pretraining.
+    l = h w^T / t     logp = l[target] - log sum exp l     H = -sum p log p,  p = softmax(l)
+and l bent by softcap tanh(. / softcap) before the division where asked. With targets = next tokens, -logp is
+the cross-entropy of pretraining. Gradient, with a and b upstream of logp and H:
+    dl_j = (a (1[j = target] - p_j) - b p_j (log p_j + H)) / t      dh = dl w      dw = dl^T h
+and dl times 1 - (l t / softcap)^2 where the logits were bent.
+
+Forward: one program for each tile of the logits, which leaves three numbers a row: the tile's maximum m, the
+sum of e^(l - m), and that of e^(l - m) (l - m). A second kernel puts the tiles of a row together, in their
+order. Backward walks the vocabulary in slices: the tiles of dl are computed anew into a workspace of one
+slice, and two plain products take them to dh (summed in fp32 over the slices) and to that slice of dw, which
+comes in the weight's dtype. A weight of another dtype than h (the fp32 master) is cast slice by slice.
+
+FLOPs: 2 T M V forward, 6 T M V backward. Least bytes in 16 bit: 2 (T M + V M). Beyond its results: forward
+12 T V / BLOCK_V, backward 4 T M + 2 T SLICE + 2 SLICE M, where the logits would be 2 T V.
+
+No atomics: the same bits every time. A token's logp and entropy do not depend on its neighbours either, for
+the tiles, the order of the sum over M in a tile and the order of the tiles are fixed; T only says how many
+tiles there are.
+
+Shapes: T rows of h that count (tokens), M d_model, V vocabulary, C tiles of the vocabulary.
 """
+import numpy as np
 import torch
 
-from . import reference
+from . import dispatch, reference
+from .dispatch import check_tensors, tl, triton, use_triton
+
+SLICE = 4096  # columns of dlogits that exist at one time; all of BLOCK_V divide it
+LOG2_E = 1.4426950408889634
 
 
-def linear_logprob(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
-                   temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns (logp [T], entropy [T] in nats), fp32 at least, differentiable in h and weight.
+@triton.jit
+def _tile_of(tiles_0, tiles_1, GROUP: tl.constexpr):
+    """This program's tile (i, j). Programs that run at one time share rows of both factors, in the cache."""
+    pid = tl.program_id(0)
+    first = pid // (GROUP * tiles_1) * GROUP
+    size = tl.minimum(tiles_0 - first, GROUP)
+    in_group = pid % (GROUP * tiles_1)
+    return first + in_group % size, in_group // size
 
-    h: [T, M]; weight: [V, M], of any float dtype, cast slice by slice; targets: [T] int64 in [0, V), checked
-    where the batch is built; temperature: above 0, the one that the tokens were sampled at.
-    Raises ValueError for shapes that do not fit together or a temperature of 0 or below.
+
+@triton.jit
+def _logits(h_TM, w_VM, t, v, T, V, M, scale, cap, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
+            BLOCK_K: tl.constexpr, EVEN: tl.constexpr, SOFTCAP: tl.constexpr):
+    """The tile of logits of rows t and columns v, divided by the temperature, in base 2.
+
+    Rows and columns that there are not repeat the last one.
     """
-    if h.ndim != 2 or weight.ndim != 2 or h.shape[1] != weight.shape[1] or targets.shape != h.shape[:1]:
+    k = tl.arange(0, BLOCK_K)
+    h = h_TM + tl.minimum(t, T - 1).to(tl.int64)[:, None] * M + k[None, :]
+    w = w_VM + tl.minimum(v, V - 1).to(tl.int64)[None, :] * M + k[:, None]
+    acc = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+    for start in range(0, M, BLOCK_K):
+        if EVEN:
+            h_tile, w_tile = tl.load(h + start), tl.load(w + start)
+        else:
+            h_tile = tl.load(h + start, (start + k < M)[None, :], other=0.0)
+            w_tile = tl.load(w + start, (start + k < M)[:, None], other=0.0)
+        acc = tl.dot(h_tile, w_tile, acc, input_precision="ieee")
+    x = acc * scale
+    if SOFTCAP:  # cap (1 - 2 / (e^2(x / cap) + 1)), right at both ends
+        x = cap * (1 - 2 / (tl.exp2(x / cap * 2.8853900817779268) + 1))
+    return x
+
+
+@triton.jit(do_not_specialize=["T", "V", "first_v", "first_tile", "C"])
+def logprob_tiles_fwd_kernel(h_TM, w_VM, targets_T, stats_3CT, chosen_T, T, V, M, first_v, first_tile, C,
+                             scale, cap, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
+                             GROUP: tl.constexpr, EVEN: tl.constexpr, SOFTCAP: tl.constexpr):
+    tile_t, tile_v = _tile_of(tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V), GROUP)
+    t, v = tile_t * BLOCK_T + tl.arange(0, BLOCK_T), tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    x = _logits(h_TM, w_VM, t, v, T, V, M, scale, cap, BLOCK_T, BLOCK_V, BLOCK_K, EVEN, SOFTCAP)
+    target = (tl.load(targets_T + t, t < T, other=-1) - first_v).to(tl.int32)  # its column in this slice
+    chosen = tl.sum(tl.where(v[None, :] == target[:, None], x, 0.0), 1)
+    here = (target >= tile_v * BLOCK_V) & (target < tl.minimum(V, (tile_v + 1) * BLOCK_V))
+    tl.store(chosen_T + t, chosen, here & (t < T))
+    x = tl.where((v < V)[None, :], x, -1e30)  # finite, so that 0 times it is 0
+    peak = tl.max(x, 1)
+    x -= peak[:, None]
+    e = tl.exp2(x)
+    place = stats_3CT + (first_tile + tile_v).to(tl.int64) * T + t
+    tl.store(place, peak, t < T)
+    tl.store(place + C.to(tl.int64) * T, tl.sum(e, 1), t < T)
+    tl.store(place + 2 * C.to(tl.int64) * T, tl.sum(e * x, 1), t < T)
+
+
+@triton.jit(do_not_specialize=["T", "C"])
+def logprob_rows_fwd_kernel(stats_3CT, chosen_T, logp_T, entropy_T, lse_T, T, C, BLOCK_T: tl.constexpr,
+                            BLOCK_C: tl.constexpr):
+    """Put the tiles of each row together: a running maximum, and sums relative to it."""
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    peak = tl.full((BLOCK_T,), -1e30, tl.float32)
+    total, weighted = tl.zeros((BLOCK_T,), tl.float32), tl.zeros((BLOCK_T,), tl.float32)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        inside = (c < C)[:, None] & (t < T)[None, :]
+        place = stats_3CT + c.to(tl.int64)[:, None] * T + t[None, :]
+        tile_peak = tl.load(place, inside, other=-1e30)
+        tile_total = tl.load(place + C.to(tl.int64) * T, inside, other=0.0)
+        tile_weighted = tl.load(place + 2 * C.to(tl.int64) * T, inside, other=0.0)
+        new_peak = tl.maximum(peak, tl.max(tile_peak, 0))
+        fall, tile_fall = peak - new_peak, tile_peak - new_peak[None, :]
+        weighted = (weighted + total * fall) * tl.exp2(fall) + tl.sum(
+            (tile_weighted + tile_total * tile_fall) * tl.exp2(tile_fall), 0)
+        total = total * tl.exp2(fall) + tl.sum(tile_total * tl.exp2(tile_fall), 0)
+        peak = new_peak
+    total = tl.where(t < T, total, 1.0)
+    lse = peak + tl.log2(total)
+    chosen = tl.load(chosen_T + t, t < T, other=0.0)
+    tl.store(logp_T + t, (chosen - lse) * 0.6931471805599453, t < T)
+    # no difference of large numbers
+    tl.store(entropy_T + t, (tl.log2(total) - weighted / total) * 0.6931471805599453, t < T)
+    tl.store(lse_T + t, lse, t < T)
+
+
+@triton.jit(do_not_specialize=["T", "V", "first_v"])
+def dlogits_bwd_kernel(h_TM, w_VM, targets_T, lse_T, entropy_T, dlogp_T, dentropy_T, dl_TV, T, V, M, first_v,
+                       scale, cap, per_t, STRIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
+                       BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
+                       SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr):
+    """A tile of the gradient of one slice's logits, before temperature and cap."""
+    tile_t, tile_v = _tile_of(tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V), GROUP)
+    t, v = tile_t * BLOCK_T + tl.arange(0, BLOCK_T), tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    x = _logits(h_TM, w_VM, t, v, T, V, M, scale, cap, BLOCK_T, BLOCK_V, BLOCK_K, EVEN, SOFTCAP)
+    target = (tl.load(targets_T + t, t < T, other=-1) - first_v).to(tl.int32)
+    a = tl.load(dlogp_T + t, t < T, other=0.0)
+    log2_p = x - tl.load(lse_T + t, t < T, other=0.0)[:, None]
+    if ENTROPY:
+        b = tl.load(dentropy_T + t, t < T, other=0.0)
+        rest = a + b * tl.load(entropy_T + t, t < T, other=0.0)
+        dl = -tl.exp2(log2_p) * (rest[:, None] + (b * 0.6931471805599453)[:, None] * log2_p)
+    else:
+        dl = -tl.exp2(log2_p) * a[:, None]
+    dl = tl.where(v[None, :] == target[:, None], dl + a[:, None], dl)
+    if SOFTCAP:
+        bend = x / cap
+        dl *= 1 - bend * bend
+    dl = tl.where((v < V)[None, :], dl * per_t, 0.0)
+    place = dl_TV + t.to(tl.int64)[:, None] * STRIDE + v[None, :]
+    tl.store(place, dl.to(dl_TV.dtype.element_ty), (t < T)[:, None])
+
+
+@triton.jit(do_not_specialize=["rows", "K"])
+def product_bwd_kernel(dl_TV, b_KJ, c_IJ, rows, J, K, STRIDE: tl.constexpr, BLOCK_T: tl.constexpr,
+                       BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+                       TRANSPOSED: tl.constexpr, ADD: tl.constexpr):
+    """c = dl b, or dl^T b, or with c added; tiles of BLOCK_T x BLOCK_V."""
+    tile_i, tile_j = _tile_of(tl.cdiv(rows, BLOCK_T), tl.cdiv(J, BLOCK_V), GROUP)
+    i, j = tile_i * BLOCK_T + tl.arange(0, BLOCK_T), tile_j * BLOCK_V + tl.arange(0, BLOCK_V)
+    k = tl.arange(0, BLOCK_K)
+    b = b_KJ + k[:, None] * J + j[None, :]
+    place = c_IJ + i.to(tl.int64)[:, None] * J + j[None, :]
+    inside = (i < rows)[:, None] & (j < J)[None, :]
+    if ADD:
+        acc = tl.load(place, inside, other=0.0)
+    else:
+        acc = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
+    # masks along a contiguous dimension would cost the wide loads: columns of dl behind the slice's end are
+    # zeros as far as a tile goes, and without harm where they only make rows that are not stored
+    if TRANSPOSED:
+        a = dl_TV + k[None, :] * STRIDE + i[:, None]
+    else:
+        a = dl_TV + tl.minimum(i, rows - 1).to(tl.int64)[:, None] * STRIDE + k[None, :]
+    for start in range(0, K, BLOCK_K):
+        if TRANSPOSED:
+            a_tile = tl.load(a, (k < K - start)[None, :], other=0.0)
+            a += BLOCK_K * STRIDE
+        else:
+            a_tile = tl.load(a)
+            a += BLOCK_K
+        b_tile = tl.load(b, (k < K - start)[:, None] & (j < J)[None, :], other=0.0)
+        b += BLOCK_K * J
+        acc = tl.dot(a_tile, b_tile, acc, input_precision="ieee")
+    tl.store(place, acc.to(c_IJ.dtype.element_ty), inside)
+
+
+def logprob_config(dtype: torch.dtype, arch: int, softcap: float = 0.0) -> dict[str, int]:
+    """Tiles of T x V in steps of K. GROUP tiles of rows run side by side, so that they share the weight."""
+    if dtype == torch.float32:  # without matrix units
+        return {"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_K": 32, "GROUP": 16, "num_warps": 4, "num_stages": 2}
+    if arch != 90 or softcap:  # sm_100 has not the registers for more, nor has the gradient of the cap
+        return {"BLOCK_T": 128, "BLOCK_V": 128, "BLOCK_K": 64, "GROUP": 16, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_T": 128, "BLOCK_V": 256, "BLOCK_K": 64, "GROUP": 16, "num_warps": 8, "num_stages": 4}
+
+
+def tiles(config: dict[str, int], rows: int, columns: int) -> tuple[int]:
+    return triton.cdiv(rows, config["BLOCK_T"]) * triton.cdiv(columns, config["BLOCK_V"]),
+
+
+def slices(weight: torch.Tensor, dtype: torch.dtype, size: int):
+    """(first column, that slice of the weight in `dtype`) one after the other."""
+    for first in range(0, len(weight), size):
+        yield first, weight[first : first + size].to(dtype)
+
+
+def units(temperature: float, softcap: float) -> tuple[float, float]:
+    """What products of h and w are multiplied with, and the cap, both in base 2."""
+    return LOG2_E / temperature, LOG2_E * softcap / temperature
+
+
+def live_rows(h: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    return h.contiguous() if rows is None else h.index_select(0, rows)
+
+
+def logprob_fwd(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor | None,
+                temperature: float, softcap: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logp [T], entropy [T], log-sum-exp [T] in base 2), fp32. softcap 0: none."""
+    h, config = live_rows(h, rows), logprob_config(h.dtype, dispatch.arch_of(h.device), softcap)
+    (T, M), V, C = h.shape, len(weight), triton.cdiv(len(weight), config["BLOCK_V"])
+    stats, chosen, logp, entropy, lse = (h.new_empty(shape, dtype=torch.float32)
+                                         for shape in ((3, C, T), (T,), (T,), (T,), (T,)))
+    if T == 0:
+        return logp, entropy, lse
+    scale, cap = units(temperature, softcap)
+    for first, w in slices(weight, h.dtype, V if weight.dtype == h.dtype else SLICE):
+        logprob_tiles_fwd_kernel[tiles(config, T, len(w))](
+            h, w.contiguous(), targets, stats, chosen, T, len(w), M, first, first // config["BLOCK_V"], C,
+            scale, cap, EVEN=M % config["BLOCK_K"] == 0, SOFTCAP=softcap > 0, **config)
+    logprob_rows_fwd_kernel[(triton.cdiv(T, 32),)](stats, chosen, logp, entropy, lse, T, C, BLOCK_T=32,
+                                                   BLOCK_C=32, num_warps=4)
+    return logp, entropy, lse
+
+
+def logprob_bwd(dlogp: torch.Tensor, dentropy: torch.Tensor | None, h: torch.Tensor, weight: torch.Tensor,
+                targets: torch.Tensor, rows: torch.Tensor | None, lse: torch.Tensor, entropy: torch.Tensor,
+                temperature: float, softcap: float, needs_h: bool, needs_w: bool
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dh, dw); an empty tensor where it is not needed."""
+    h_live, config = live_rows(h, rows), logprob_config(h.dtype, dispatch.arch_of(h.device), softcap)
+    (T, M), scale_cap = h_live.shape, units(temperature, softcap)
+    dw = torch.zeros_like(weight) if T == 0 and needs_w else weight.new_empty(weight.shape if needs_w else 0)
+    dh = h.new_empty((T, M) if needs_h else 0, dtype=torch.float32)
+    dl = h.new_empty(T, SLICE)
+    config_dl = config | {"EVEN": M % config["BLOCK_K"] == 0, "SOFTCAP": softcap > 0,
+                          "ENTROPY": dentropy is not None}
+    for first, w in slices(weight, h.dtype, SLICE) if T else ():
+        w, width = w.contiguous(), len(w)
+        dlogits_bwd_kernel[tiles(config, T, width)](
+            h_live, w, targets, lse, entropy, dlogp, dentropy, dl, T, width, M, first, *scale_cap,
+            1 / temperature, STRIDE=SLICE, **config_dl)
+        if needs_h:
+            product_bwd_kernel[tiles(config, T, M)](dl, w, dh, T, M, width, STRIDE=SLICE, TRANSPOSED=False,
+                                                    ADD=first > 0, **config)
+        if needs_w:
+            product_bwd_kernel[tiles(config, width, M)](dl, h_live, dw[first : first + width], width, M, T,
+                                                        STRIDE=SLICE, TRANSPOSED=True, ADD=False, **config)
+    if needs_h:
+        dh = dh.to(h.dtype)
+        dh = dh if rows is None else reference.put_rows(dh, rows, len(h))
+    return dh, dw
+
+
+logprob_fwd_op = torch.library.custom_op("r1zero::logprob_fwd", logprob_fwd, mutates_args=())
+logprob_bwd_op = torch.library.custom_op("r1zero::logprob_bwd", logprob_bwd, mutates_args=())
+
+
+@logprob_fwd_op.register_fake
+def logprob_fwd_fake(h, weight, targets, rows, temperature, softcap):
+    return tuple(h.new_empty(targets.shape, dtype=torch.float32) for _ in range(3))
+
+
+@logprob_bwd_op.register_fake
+def logprob_bwd_fake(dlogp, dentropy, h, weight, targets, rows, lse, entropy, temperature, softcap, needs_h,
+                     needs_w):
+    return (h.new_empty(h.shape if needs_h else 0, dtype=h.dtype if needs_h else torch.float32),
+            weight.new_empty(weight.shape if needs_w else 0))
+
+
+def keep_for_backward(ctx, inputs, output):
+    h, weight, targets, rows, ctx.temperature, ctx.softcap = inputs
+    _, entropy, lse = output
+    ctx.save_for_backward(h, weight, targets, rows, lse, entropy)
+    ctx.set_materialize_grads(False)  # a gradient that nobody asked for is None, and costs nothing
+
+
+def backward(ctx, dlogp, dentropy, _):
+    h, weight, targets, rows, lse, entropy = ctx.saved_tensors
+    if dlogp is None and dentropy is None:
+        return (None,) * 6
+    dlogp = torch.zeros_like(lse) if dlogp is None else dlogp.contiguous()
+    needs_h, needs_w = ctx.needs_input_grad[:2]
+    dh, dw = logprob_bwd_op(dlogp, None if dentropy is None else dentropy.contiguous(), h, weight, targets,
+                            rows, lse, entropy, ctx.temperature, ctx.softcap, needs_h, needs_w)
+    return dh if needs_h else None, dw if needs_w else None, None, None, None, None
+
+
+logprob_fwd_op.register_autograd(backward, setup_context=keep_for_backward)
+
+
+def check_targets(targets: torch.Tensor | np.ndarray, vocab_size: int) -> None:
+    """Raise ValueError, with the place, for a target outside [0, vocab_size). For the host, before a batch is
+    sent to the device, where a wrong one would read another's memory."""
+    targets = np.asarray(targets)
+    wrong = np.flatnonzero((targets < 0) | (targets >= vocab_size))
+    if len(wrong):
+        raise ValueError(f"target {wrong[0]} is token id {targets[wrong[0]]} ({len(wrong)} such in all), but "
+                         f"the model's vocabulary has ids from 0 to {vocab_size - 1}; is this the tokenizer "
+                         "that it was made with?")
+
+
+def linear_logprob(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0,
+                   rows: torch.Tensor | None = None, softcap: float | None = None,
+                   impl: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (logp, entropy in nats), fp32 at least, one of each a target; differentiable in h and weight.
+
+    h: [T, M]; weight: [V, M], of any float dtype, cast to h's slice by slice, its gradient in its own dtype;
+    targets: int64 in [0, V), checked on the host where the batch is built; temperature: above 0, the one
+    that the tokens were sampled at; rows: int64, the distinct rows of h that predict the targets, in their
+    order, when not all do: the others cost nothing and have gradient 0; softcap: the logits' own cap.
+    impl: "triton", "reference", or None to choose by device. In fp16 the upstream gradients must be scaled,
+    as usual.
+    Raises ValueError for shapes that do not fit together, for targets or rows that are no int64 on h's
+    device, or for a temperature or softcap of 0 or below.
+    """
+    check_tensors("linear_logprob", h=h, weight=weight)
+    for name, x in (("targets", targets), ("rows", rows)):
+        if x is not None and (x.dtype != torch.int64 or x.device != h.device or x.ndim != 1):
+            raise ValueError(f"linear_logprob: {name} is {tuple(x.shape)} in {x.dtype} on {x.device}; "
+                             f"expected one dimension, int64, on {h.device} like h")
+    if h.ndim != 2 or weight.ndim != 2 or h.shape[1] != weight.shape[1] or not len(weight) or \
+            len(targets) != (len(h) if rows is None else len(rows)):
         raise ValueError(f"linear_logprob: h {tuple(h.shape)}, weight {tuple(weight.shape)}, targets "
-                         f"{tuple(targets.shape)}; expected [T, M], [V, M] and [T]")
+                         f"{tuple(targets.shape)}, rows {None if rows is None else tuple(rows.shape)}; "
+                         "expected [T, M], [V, M] and one target for each row of h, or for each of `rows`")
     if not temperature > 0:
         raise ValueError(f"linear_logprob: temperature is {temperature}, expected a number above 0 (a greedy "
                          "choice has no log-prob)")
-    return reference.linear_logprob(h, weight, targets, temperature)
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"linear_logprob: softcap is {softcap}, expected a number above 0, or None")
+    if use_triton(impl, h):
+        return logprob_fwd_op(h, weight, targets.contiguous(), rows, float(temperature), softcap or 0.0)[:2]
+    return reference.linear_logprob(h, weight, targets, temperature, rows, softcap)

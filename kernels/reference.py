@@ -10,6 +10,12 @@ from torch.autograd.function import once_differentiable
 
 VOCAB_SLICE = 4096  # columns of logits that exist at one time in linear_logprob
 QUERY_BLOCK = 128  # rows of attention scores that exist at one time
+EQUAL_REWARDS = 1e-6  # a group that spans less has no signal: 0.1 * 3 and 0.3 are the same reward
+MAX_LOG_RATIO = 20.0  # log-ratios are cut off here, gradient 0 beyond: exp() of them can not overflow
+GRPO_OBJECTIVES = ("clip", "cispo", "gspo")
+# loss and kl_loss are weighted; the others are sums over the live tokens, how many there are is "tokens"
+GRPO_METRICS = ("loss", "tokens", "clipped_low", "clipped_high", "k1", "k3", "ratio", "ratio_max", "cut_off",
+                "kl_loss")
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
@@ -18,7 +24,6 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 
 class RMSNorm(torch.autograd.Function):
     """Keeps n = x / rms(x) and 1 / rms(x); kernels/rmsnorm.py has the maths of the gradient."""
-
     @staticmethod
     def forward(ctx, x, weight, eps):
         x_wide = wide(x)
@@ -60,7 +65,6 @@ def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
 
 class RoPE(torch.autograd.Function):
     """The gradient of a turn is the turn back."""
-
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
@@ -86,7 +90,6 @@ def gated(gate_up: torch.Tensor) -> torch.Tensor:
 
 class SwiGLU(torch.autograd.Function):
     """Keeps only its input, and writes both halves of the gradient in place: a third less memory traffic."""
-
     @staticmethod
     def forward(ctx, gate_up):
         ctx.save_for_backward(gate_up)
@@ -120,7 +123,6 @@ def put_rows(x: torch.Tensor, rows: torch.Tensor, n: int) -> torch.Tensor:
 
 class PutRows(torch.autograd.Function):
     """put_rows and its gradient, a plain copy."""
-
     @staticmethod
     def forward(ctx, x, rows, n):
         ctx.save_for_backward(rows)
@@ -134,7 +136,6 @@ class PutRows(torch.autograd.Function):
 
 class TakeRows(torch.autograd.Function):
     """x[rows] for distinct rows: the gradient is a plain copy back, where autograd's own has to add up."""
-
     @staticmethod
     def forward(ctx, x, rows):
         ctx.save_for_backward(rows)
@@ -190,7 +191,6 @@ class Attention(torch.autograd.Function):
     causal_mask, max_shift its largest value. Returns O [n, R, Sq, D] and L [n, R, Sq], None unless asked for.
     A row that sees no key gives 0 and -inf.
     """
-
     @staticmethod
     def probs(q, k, rows, scale, shift, max_shift, window, softcap, with_lse):
         n_keys = min(max(rows.stop + max_shift, 1), k.shape[1])
@@ -258,8 +258,7 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: tor
               softcap: float | None = None, return_lse: bool = False):
     """Causal attention within each sequence, the last query at the last key. q: [Tq, H, D]; k, v: [Tk, G, D].
 
-    Pads inside: runs of sequences of similar length are laid out one after the other, each run padded to its
-    longest. Returns out [Tq, H, D], and lse [Tq, H] if asked for.
+    Runs of sequences alike in length are padded to their longest. Returns out, and lse [Tq, H] if asked for.
     """
     (_, H, D), G, device = q.shape, k.shape[1], q.device
     lengths_q = cu_seqlens.diff().tolist()
@@ -321,23 +320,24 @@ def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tens
 
 
 class LinearLogprob(torch.autograd.Function):
-    """log softmax(h @ w.T / temperature) at the targets, and its entropy, one slice of V at a time.
-
-    With l = logits, p = softmax(l), H = -sum p log p and upstream gradients a (of logp) and b (of H):
-        d l_j = a (1[j = target] - p_j) - b p_j (log p_j + H)
-    Backward computes each slice of l anew but the last, whose exponentials are kept: at most two slices of
-    logits exist at one time, and a vocabulary of one slice is computed only once.
-    """
+    """kernels/linear_logprob.py has the maths; here one slice of V at a time. Backward computes each slice of
+    logits anew but the last, whose exponentials are kept: at most two exist at one time, and a vocabulary of
+    one slice is computed only once."""
+    @staticmethod
+    def logits(h, w, cap):
+        logits = h @ w.to(h.dtype).T
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     @staticmethod
-    def forward(ctx, h_TM, w_VM, targets_T, temperature):
-        h = wide(h_TM) / temperature
+    def forward(ctx, h_TM, w_VM, targets_T, temperature, rows, softcap):
+        h = wide(h_TM if rows is None else h_TM.index_select(0, rows)) / temperature
+        cap = None if softcap is None else softcap / temperature
         T = h.shape[0]
         peak = h.new_full((T,), torch.finfo(h.dtype).min)  # running maximum of the logits
         total, weighted = h.new_zeros(T), h.new_zeros(T)  # sums of exp(x) and of exp(x) x, with x = l - peak
         exps = None
         for start in range(0, w_VM.shape[0], VOCAB_SLICE):
-            logits = h @ w_VM[start : start + VOCAB_SLICE].to(h.dtype).T
+            logits = LinearLogprob.logits(h, w_VM[start : start + VOCAB_SLICE], cap)
             new_peak = torch.maximum(peak, logits.amax(-1))
             rescale = (peak - new_peak).exp()
             exps = logits.sub_(new_peak[:, None]).exp()
@@ -347,41 +347,104 @@ class LinearLogprob(torch.autograd.Function):
         lse = peak + total.log()
         entropy = total.log() - weighted / total  # no difference of large numbers, and never below 0
         chosen = torch.linalg.vecdot(h, w_VM[targets_T].to(h.dtype))
-        ctx.save_for_backward(h_TM, w_VM, targets_T, lse, entropy, exps, total)
-        ctx.temperature = temperature
+        chosen = chosen if cap is None else cap * torch.tanh(chosen / cap)
+        ctx.save_for_backward(h_TM, w_VM, targets_T, rows, lse, entropy, exps if cap is None else None, total)
+        ctx.temperature, ctx.cap = temperature, cap
         ctx.set_materialize_grads(False)  # a gradient that nobody asked for is None, and costs nothing
         return chosen - lse, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dlogp, dentropy):
-        h_TM, w_VM, targets_T, lse, entropy, last_exps, total = ctx.saved_tensors
-        if dlogp is None:
-            dlogp = torch.zeros_like(lse)
-        h = wide(h_TM) / ctx.temperature
+        h_TM, w_VM, targets_T, rows, lse, entropy, last_exps, total = ctx.saved_tensors
+        dlogp = torch.zeros_like(lse) if dlogp is None else dlogp
+        h = wide(h_TM if rows is None else h_TM.index_select(0, rows)) / ctx.temperature
         dh = torch.zeros_like(h) if ctx.needs_input_grad[0] else None
         dw = torch.empty_like(w_VM) if ctx.needs_input_grad[1] else None
-        rows = torch.arange(len(targets_T), device=h.device)
+        tokens = torch.arange(len(targets_T), device=h.device)
         for start in range(0, w_VM.shape[0], VOCAB_SLICE):
-            w = w_VM[start : start + VOCAB_SLICE].to(h.dtype)
-            if dentropy is not None:  # -p (a + b (log p + H))
-                log_p = (h @ w.T).sub_(lse[:, None])
-                p = log_p.exp()
-                dlogits = log_p.add_(entropy[:, None]).mul_(dentropy[:, None]).add_(dlogp[:, None])
-                dlogits.mul_(p).neg_()
-            elif start + VOCAB_SLICE < w_VM.shape[0]:
-                dlogits = (h @ w.T).sub_(lse[:, None]).exp_().mul_(-dlogp[:, None])
-            else:
+            w, bend = w_VM[start : start + VOCAB_SLICE].to(h.dtype), None
+            if dentropy is None and last_exps is not None and start + VOCAB_SLICE >= w_VM.shape[0]:
                 dlogits = last_exps * (-dlogp / total)[:, None]
+            else:
+                log_p = LinearLogprob.logits(h, w, ctx.cap)
+                bend = None if ctx.cap is None else 1 - (log_p / ctx.cap).square()
+                log_p.sub_(lse[:, None])
+                if dentropy is None:
+                    dlogits = log_p.exp_().mul_(-dlogp[:, None])
+                else:  # -p (a + b (log p + H))
+                    p = log_p.exp()
+                    dlogits = log_p.add_(entropy[:, None]).mul_(dentropy[:, None]).add_(dlogp[:, None])
+                    dlogits.mul_(p).neg_()
             here = (targets_T >= start) & (targets_T < start + len(w))
-            dlogits[rows[here], targets_T[here] - start] += dlogp[here]
+            dlogits[tokens[here], targets_T[here] - start] += dlogp[here]
+            if bend is not None:
+                dlogits.mul_(bend)
             if dh is not None:
                 dh.addmm_(dlogits, w)
             if dw is not None:
                 dw[start : start + VOCAB_SLICE] = (dlogits.T @ h).to(dw.dtype)
-        return None if dh is None else (dh / ctx.temperature).to(h_TM.dtype), dw, None, None
+        dh = None if dh is None else (dh / ctx.temperature).to(h_TM.dtype)
+        dh = dh if dh is None or rows is None else put_rows(dh, rows, len(h_TM))
+        return dh, dw, None, None, None, None
 
 
-def linear_logprob(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float):
-    """h: [T, M]; weight: [V, M]; targets: [T]. Returns logp [T] and entropy [T]."""
-    return LinearLogprob.apply(h, weight, targets, temperature)
+def linear_logprob(h, weight, targets, temperature: float, rows=None, softcap: float | None = None):
+    """(logp, entropy); see kernels/linear_logprob.py."""
+    return LinearLogprob.apply(h, weight, targets, temperature, rows, softcap)
+
+
+def segment_sum(x: torch.Tensor, segment: torch.Tensor, n: int) -> torch.Tensor:
+    """[n] sums of the x of each segment."""
+    return x.new_zeros(n).index_add_(0, segment, x)
+
+
+def grpo_advantages(rewards_N: torch.Tensor, offsets_G: torch.Tensor, normalise_std: bool = True):
+    """(advantages [N], dead [G]); kernels/grpo.py has the maths."""
+    r, sizes = wide(rewards_N), offsets_G.diff().long()
+    group = torch.arange(len(sizes), device=r.device).repeat_interleave(sizes)
+    n = sizes.clamp(min=1)
+    centred = r - (segment_sum(r, group, len(sizes)) / n)[group]
+    low, high = (r.new_zeros(len(sizes)).scatter_reduce(0, group, r, which, include_self=False)
+                 for which in ("amin", "amax"))
+    dead = high - low < EQUAL_REWARDS
+    std = (segment_sum(centred.square(), group, len(sizes)) / n).sqrt()
+    advantages = centred / std.masked_fill(dead, 1.0)[group] if normalise_std else centred
+    return advantages.masked_fill(dead[group], 0.0), dead.to(r.dtype)
+
+
+def grpo_loss(logp, old_logp, advantages, weights, offsets, ref_logp, clip_low, clip_high, kl_coef,
+              objective):
+    """(loss, metrics); kernels/grpo.py has the maths, kernels.grpo.grpo_loss the shapes."""
+    sizes = offsets.diff().long()
+    sequence = torch.arange(len(sizes), device=logp.device).repeat_interleave(sizes)
+    live = (weights != 0) & ((advantages != 0) if ref_logp is None else True)
+    tokens = live[sequence].nonzero().flatten()  # the others never reach exp()
+    sequence, logp, old_logp = sequence[tokens], wide(logp[tokens]), wide(old_logp[tokens])
+    a, w = advantages.to(logp.dtype)[sequence], weights.to(logp.dtype)[sequence]
+    x = logp - old_logp
+    if objective == "gspo":  # the sequence's mean; each token has the gradient of the whole
+        x = (segment_sum(x, sequence, len(sizes)) / sizes.clamp(min=1))[sequence]
+    cut = x.detach().abs() > MAX_LOG_RATIO
+    x = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = x.exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    if objective == "cispo":
+        gain = clipped.detach() * a * torch.where(cut, logp.detach(), logp)
+        low, high = ratio < 1 - clip_low, ratio > 1 + clip_high
+    else:
+        # the pessimist's choice for either sign of A: for A < 0 the gradient stays above 1 + clip_high
+        gain = torch.minimum(ratio * a, clipped * a)
+        low, high = (ratio < 1 - clip_low) & (a < 0), (ratio > 1 + clip_high) & (a > 0)
+    loss, kl = -(gain * w).sum(), logp.new_zeros(())
+    if ref_logp is not None:
+        d = wide(ref_logp[tokens]) - logp
+        cut = cut | (d.detach().abs() > MAX_LOG_RATIO)
+        d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        kl = ((d.exp() - d - 1) * w).sum()
+        loss = loss + kl_coef * kl
+    with torch.no_grad():
+        n, largest = logp.new_tensor(len(tokens)), ratio.amax() if len(tokens) else loss
+        metrics = torch.stack([loss, n, low.sum(), high.sum(), -x.sum(), (ratio - 1 - x).sum(), ratio.sum(),
+                               largest, cut.sum(), kl])
+    return loss, metrics

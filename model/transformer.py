@@ -168,9 +168,11 @@ class Transformer(nn.Module):
             x_TM, residual_TM = block(x_TM, residual_TM, cos, sin, attend)
         return add_norm(x_TM, residual_TM, self.norm, c.norm_eps)[0]
 
-    def logprobs(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0):
-        """(logp [T], entropy [T]) of `targets` after `hidden`, at the temperature they were sampled at."""
-        return linear_logprob(hidden, self.head, targets, temperature)
+    def logprobs(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0,
+                 rows: torch.Tensor | None = None):
+        """(logp, entropy) of the targets [T] after `hidden` [T, M], or after those of its rows that `rows`
+        names, at the temperature they were sampled at."""
+        return linear_logprob(hidden, self.head, targets, temperature, rows)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, V] fp32, for sampling from a few rows; training uses `logprobs`."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..model.generation import generate
-from ..model.packed import Packed, pack
+from ..model.packed import Packed, offsets, pack
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class MicroBatch:
     """[R] int64: the flat index of the token before each response token, whose hidden state predicts it."""
     targets: torch.Tensor
     """[R] int64: the response tokens; the end token is one of them, or a model never learns to stop."""
-    samples: np.ndarray
-    """[n] int64: which samples these are, in the order they lie in the batch."""
-    sample_of_token: torch.Tensor
-    """[R] int64: the sample (index into the rollouts) of each response token."""
+    samples: torch.Tensor
+    """[n] int64: which samples (index into the rollouts) these are, in the order they lie in the batch."""
+    response_offsets: torch.Tensor
+    """[n + 1] int32: where the response tokens of each sample begin; the last is R."""
     sampler_logp: torch.Tensor
     """[R] float32: log-prob of each response token as it was sampled."""
 
@@ -87,11 +87,12 @@ def micro_batch(rollouts: Rollouts, samples: np.ndarray, device) -> MicroBatch:
     predictors = np.concatenate([start + p - 1 + np.arange(r)
                                  for start, p, r in zip(starts, prompts, responses, strict=True)])
     predictors = torch.from_numpy(predictors).to(device)
-    sample_of_token = torch.from_numpy(np.repeat(samples, responses)).to(device)
+    response_offsets = torch.from_numpy(offsets(responses)).to(device)
     sampler_logp = torch.from_numpy(np.concatenate([rollouts.sampler_logp[n] for n in samples])).to(device)
     targets = np.concatenate([rollouts.sequences[n][p:] for n, p in zip(samples, prompts, strict=True)])
     targets = torch.from_numpy(targets).to(device)
-    return MicroBatch(packed, predictors, targets, samples, sample_of_token, sampler_logp)
+    return MicroBatch(packed, predictors, targets, torch.from_numpy(samples).to(device), response_offsets,
+                      sampler_logp)
 
 
 def micro_batches(rollouts: Rollouts, samples: np.ndarray, tokens_per_batch: int, device) -> list[MicroBatch]:
@@ -117,5 +118,4 @@ def micro_batches(rollouts: Rollouts, samples: np.ndarray, tokens_per_batch: int
 def response_logprobs(model, batch: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(logp [R], entropy [R]) of the response tokens under the model, at the temperature that they were
     sampled at."""
-    hidden = model(batch.packed)[batch.predictors]
-    return model.logprobs(hidden, batch.targets, temperature)
+    return model.logprobs(model(batch.packed), batch.targets, temperature, rows=batch.predictors)

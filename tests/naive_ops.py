@@ -51,8 +51,9 @@ def naive_attention(q, k, v, lengths, scale=None, lengths_k=None, window=None, s
     return (torch.cat(outs), torch.cat(lses)) if lse else torch.cat(outs)
 
 
-def naive_logprob(h, w, targets, temperature):
-    log_p = (h @ w.T / temperature).log_softmax(-1)
+def naive_logprob(h, w, targets, temperature, softcap=None):
+    logits = h @ w.T if softcap is None else softcap * torch.tanh(h @ w.T / softcap)
+    log_p = (logits / temperature).log_softmax(-1)
     return log_p[torch.arange(len(targets)), targets], -(log_p.exp() * log_p).sum(-1)
 
 
@@ -76,3 +77,54 @@ def naive_rope(x, positions, theta):
 
 def cu(lengths):
     return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def naive_advantages(rewards, sizes, normalise, tolerance=1e-6):
+    """One group at a time; ([N] advantages, [G] which groups are dead)."""
+    advantages, dead, start = [], [], 0
+    for size in sizes:
+        group = [float(r) for r in rewards[start : start + size]]
+        start += size
+        dead.append(size == 0 or max(group) - min(group) < tolerance)
+        mean = sum(group) / max(size, 1)
+        std = math.sqrt(sum((r - mean) ** 2 for r in group) / max(size, 1)) if normalise else 1.0
+        advantages += [0.0 if dead[-1] else (r - mean) / std for r in group]
+    return advantages, dead
+
+
+def naive_grpo(logp, old, ref, advantages, weights, sizes, objective, bound, clip_low, clip_high, kl_coef):
+    """One token at a time, in Python's floats: (gradient of each token's logp, metrics by name)."""
+    grads, start = [], 0
+    m = dict.fromkeys(("loss", "tokens", "clipped_low", "clipped_high", "k1", "k3", "ratio", "ratio_max",
+                       "cut_off", "kl_loss"), 0.0)
+    for a, w, size in zip(advantages, weights, sizes, strict=True):
+        tokens = range(start, start + size)
+        start += size
+        if w == 0 or (a == 0 and ref is None):
+            grads += [0.0] * size
+            continue
+        for t in tokens:
+            x = sum(logp[u] - old[u] for u in tokens) / size if objective == "gspo" else logp[t] - old[t]
+            d = 0.0 if ref is None else ref[t] - logp[t]
+            x_cut, d_cut = abs(x) > bound, abs(d) > bound
+            x, d = (min(max(y, -bound), bound) for y in (x, d))
+            r = math.exp(x)
+            c = min(max(r, 1 - clip_low), 1 + clip_high)
+            if objective == "cispo":
+                gain, slope = c * a * logp[t], c * a
+            else:
+                gain = min(r * a, c * a)
+                slope = r * a if 1 - clip_low <= r <= 1 + clip_high or r * a < c * a else 0.0
+            k3, k3_slope = math.exp(d) - d - 1, 1 - math.exp(d)
+            grads.append(w * (-slope * (not x_cut) + kl_coef * k3_slope * (not d_cut)))
+            m["loss"] += w * (-gain + kl_coef * k3)
+            m["tokens"] += 1
+            m["clipped_low"] += r < 1 - clip_low and (objective == "cispo" or a < 0)
+            m["clipped_high"] += r > 1 + clip_high and (objective == "cispo" or a > 0)
+            m["k1"] -= x
+            m["k3"] += r - 1 - x
+            m["ratio"] += r
+            m["ratio_max"] = max(m["ratio_max"], r)
+            m["cut_off"] += x_cut or d_cut
+            m["kl_loss"] += w * k3
+    return grads, m

@@ -5,6 +5,7 @@ import torch
 from r1zero.kernels import reference
 from r1zero.kernels.attention import attention
 from r1zero.kernels.decode_attention import decode_attention
+from r1zero.kernels.grpo import grpo_advantages, grpo_loss
 from r1zero.kernels.linear_logprob import linear_logprob
 from r1zero.kernels.rmsnorm import rmsnorm
 from r1zero.kernels.rope import rope, rope_table
@@ -229,6 +230,20 @@ LONG_5 = torch.zeros(5, dtype=torch.int64)
     lambda: linear_logprob(zeros(5, 4), zeros(7, 4), LONG_5, 0.0),
     lambda: linear_logprob(zeros(5, 4), zeros(7, 4), LONG_5, -1.0),
     lambda: linear_logprob(zeros(5, 4), zeros(7, 4), LONG_5, float("nan")),
+    lambda: linear_logprob(zeros(5, 4), zeros(0, 4), LONG_5),
+    lambda: linear_logprob(zeros(5, 4), zeros(7, 4), LONG_5.int()),
+    lambda: linear_logprob(zeros(5, 4), zeros(7, 4), LONG_5[:3], rows=LONG_5[:2]),
+    lambda: linear_logprob(zeros(5, 4), zeros(7, 4), LONG_5[:3], rows=LONG_5[:3].bool()),
+    lambda: linear_logprob(zeros(5, 4), zeros(7, 4), LONG_5, softcap=0.0),
+    lambda: grpo_advantages(zeros(5, 1), LONG_5),
+    lambda: grpo_advantages(zeros(5), zeros(5)),
+    lambda: grpo_advantages(zeros(5), LONG_5[:0]),
+    lambda: grpo_loss(zeros(5), zeros(5), zeros(2), zeros(2), LONG_5),
+    lambda: grpo_loss(zeros(5), zeros(4), zeros(4), zeros(4), LONG_5),
+    lambda: grpo_loss(zeros(5), zeros(5), zeros(4), zeros(5), LONG_5),
+    lambda: grpo_loss(zeros(5), zeros(5), zeros(4), zeros(4), LONG_5, zeros(6)),
+    lambda: grpo_loss(zeros(5), zeros(5), zeros(4), zeros(4), LONG_5, objective="ppo"),
+    lambda: grpo_loss(LONG_5, zeros(5), zeros(4), zeros(4), LONG_5),
     lambda: rmsnorm(zeros(5, 4), zeros(3)),
     lambda: rmsnorm(zeros(5, 4), zeros(1)),
     lambda: rmsnorm(zeros(5, 4), zeros(5, 4)),
@@ -240,5 +255,5 @@ LONG_5 = torch.zeros(5, dtype=torch.int64)
     lambda: rope(zeros(5, 8), zeros(5, 4), zeros(5, 4)),
 ])
 def test_wrong_shapes_are_named(call):
-    with pytest.raises(ValueError, match="attention: |linear_logprob: |rmsnorm: |swiglu: |rope: "):
+    with pytest.raises(ValueError, match="attention: |linear_logprob: |rmsnorm: |swiglu: |rope: |grpo_"):
         call()

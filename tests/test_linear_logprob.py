@@ -4,7 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from r1zero.kernels import reference
-from r1zero.kernels.linear_logprob import linear_logprob
+from r1zero.kernels.linear_logprob import check_targets, linear_logprob
 
 from .naive_ops import assert_close, assert_rounded_once, naive_logprob, value_and_gradients
 
@@ -29,6 +29,36 @@ def test_linear_logprob_and_its_gradients(V, columns, monkeypatch):
                 assert got[1].min() >= 0
                 assert got[0].dtype == got[1].dtype == dtype
                 assert_close(got, expected, tolerance)
+
+
+@pytest.mark.parametrize("columns", [64, 301, 400])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("entropy", [True, False])
+def test_dead_rows_and_a_soft_cap(columns, softcap, entropy, monkeypatch):
+    monkeypatch.setattr(reference, "VOCAB_SLICE", columns)
+    h, w = torch.randn(20, 5, dtype=torch.float64), torch.randn(301, 5, dtype=torch.float64)
+    rows, targets = torch.tensor([17, 3, 0, 19]), torch.tensor([0, 300, 64, 63])
+    upstream = [torch.randn(4).double(), torch.randn(4).double() if entropy else None]
+    expected = value_and_gradients(lambda h, w: naive_logprob(h[rows], w, targets, 0.8, softcap), (h, w),
+                                   upstream)
+    dead = torch.ones(20, dtype=torch.bool)
+    dead[rows] = False
+    bad = h.clone()
+    bad[dead] = float("nan")  # whatever stands there
+    got = value_and_gradients(lambda h, w: linear_logprob(h, w, targets, 0.8, rows, softcap), (bad, w),
+                              upstream)
+    assert_close(got, expected, 1e-12)
+    none = torch.empty(0, dtype=torch.int64)
+    got = value_and_gradients(lambda h, w: linear_logprob(h, w, none, 0.8, none, softcap), (h, w),
+                              [torch.empty(0).double()] * 2)
+    assert got[0].shape == got[1].shape == (0,) and not got[2].any() and not got[3].any()
+
+
+def test_targets_outside_the_vocabulary_are_named():
+    check_targets(torch.tensor([0, 6]), 7)
+    for bad in (-1, 7):
+        with pytest.raises(ValueError, match=rf"target 1 is token id {bad} \(2 such in all\).* 0 to 6"):
+            check_targets(torch.tensor([3, bad, 0, bad]), 7)
 
 
 def test_linear_logprob_computes_only_the_gradients_asked_for():

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from r1zero.rl.advantages import dead_groups, group_advantages
-from r1zero.rl.losses import MAX_LOG_RATIO, LossConfig, grpo_loss, token_weights
+from r1zero.kernels.grpo import GRPO_METRICS, MAX_LOG_RATIO
+from r1zero.rl.advantages import group_advantages
+from r1zero.rl.losses import LossConfig, grpo_loss, mean_metrics, token_weights
 from r1zero.rl.rewards import RewardConfig, permute_within_groups, score
 
 from .loop_cases import Bandit
@@ -47,11 +48,12 @@ def test_the_controls_shuffle_deals_every_order_alike():
 
 def test_advantages_of_groups_of_mixed_sizes():
     rewards = np.array([5.0, 0.0, 1.0, 1, 0, 0, 0, 0, 0, 1.1])
-    found = group_advantages(rewards, np.array([0, 1, 3, 10]))
+    found, dead = group_advantages(rewards, np.array([0, 1, 3, 10]))
+    assert dead.tolist() == [True, False, False]
     last = rewards[3:]
     std = np.sqrt(((last - last.mean()) ** 2).sum() / 7)  # the population's: divided by 7, not by 6
     np.testing.assert_allclose(found, [0, -1, 1, *((last - last.mean()) / std)], rtol=1e-12)
-    centred = group_advantages(rewards, np.array([0, 1, 3, 10]), normalise_std=False)
+    centred, _ = group_advantages(rewards, np.array([0, 1, 3, 10]), normalise_std=False)
     np.testing.assert_allclose(centred, [0, -0.5, 0.5, *(last - last.mean())], rtol=1e-12)
 
 
@@ -59,15 +61,15 @@ def test_advantages_of_groups_of_mixed_sizes():
 def test_rewards_that_differ_by_rounding_teach_nothing(normalise_std):
     rewards = np.array([0.1 * 3, 0.3, 1.1, 1.0 + 0.1, 0.0, 1.0])
     assert rewards[0] != rewards[1]
-    found = group_advantages(rewards, np.array([0, 2, 4, 6]), normalise_std)
-    assert (found[:4] == 0).all() and (found[4:] != 0).all()
-    assert dead_groups(rewards, np.array([0, 2, 4, 6])) == 2 / 3
-    assert dead_groups(rewards, np.array([0, 1, 6])) == 1 / 2  # one alone has nothing to be compared with
-    assert dead_groups(rewards, np.array([0, 0, 6])) == 1 / 2
+    found, dead = group_advantages(rewards, np.array([0, 2, 4, 6]), normalise_std)
+    assert (found[:4] == 0).all() and (found[4:] != 0).all() and dead.tolist() == [True, True, False]
+    # one alone has nothing to be compared with, nor has none at all
+    assert group_advantages(rewards, np.array([0, 1, 6]))[1].tolist() == [True, False]
+    assert group_advantages(rewards, np.array([0, 0, 6]))[1].tolist() == [True, False]
 
 
 def test_small_but_real_differences_count():
-    found = group_advantages(np.array([0.0, 1e-3]), np.array([0, 2]))
+    found, _ = group_advantages(np.array([0.0, 1e-3]), np.array([0, 2]))
     np.testing.assert_allclose(found, [-1, 1])
 
 
@@ -92,12 +94,18 @@ def column(*values) -> torch.Tensor:
 def loss_and_grad(logp, old, advantages, ref=None, weights=1.0, **dials):
     """The loss of single tokens and its gradient in logp; old, ref and weights may be one number for all."""
     logp = column(*logp).requires_grad_()
-    old, advantages, weights = (torch.as_tensor(x, dtype=torch.float64).expand(len(logp))
-                                for x in (old, advantages, weights))
-    ref = None if ref is None else torch.as_tensor(ref, dtype=torch.float64).expand(len(logp))
-    loss, metrics = grpo_loss(logp, old, ref, advantages, weights, LossConfig(**dials))
+    old, advantages, weights, ref = (
+        None if x is None else torch.as_tensor(x, dtype=torch.float64).expand(len(logp)).contiguous()
+        for x in (old, advantages, weights, ref))
+    loss, metrics = each_alone(logp, old, ref, advantages, weights, LossConfig(**dials))
     loss.backward()
     return float(loss.detach()), logp.grad.tolist(), metrics
+
+
+def each_alone(logp, old, ref, advantages, weights, c: LossConfig):
+    """The loss of tokens that are a sequence each, and its metrics by name."""
+    loss, metrics = grpo_loss(logp, old, ref, advantages, weights, torch.arange(len(logp) + 1), c)
+    return loss, dict(zip(GRPO_METRICS, metrics, strict=True))
 
 
 def plain_loss(logp, old, ref, advantages, weights, low, high, kl_coef) -> float:
@@ -128,7 +136,7 @@ def test_gradient_on_a_toy_policy_equals_finite_differences_of_the_plain_formula
 
     leaf = theta.clone().requires_grad_()
     logp = leaf.log_softmax(-1)[state, action]
-    loss, metrics = grpo_loss(logp, old, ref, advantages, weights, LossConfig(**dials))
+    loss, metrics = each_alone(logp, old, ref, advantages, weights, LossConfig(**dials))
     loss.backward()
     assert float(loss.detach()) == pytest.approx(plain(theta), rel=1e-12)
     assert metrics["clipped_low"] > 0 and metrics["clipped_high"] > 0  # the case has what it is meant to test
@@ -155,11 +163,28 @@ def test_clipping_by_hand(ratio, advantage, loss, gradient):
     assert found == pytest.approx(loss, abs=1e-12) and grad == pytest.approx([gradient], abs=1e-12)
 
 
-def test_metrics_are_the_weights_of_the_clipped_tokens():
-    logp, advantages = [math.log(r) for r in (1.5, 1.5, 0.5, 0.5, 1.0)], column(1, -1, 1, -1, 1)
-    _, _, metrics = loss_and_grad(logp, 0.0, advantages, weights=column(0.1, 0.2, 0.3, 0.15, 0.25))
-    assert float(metrics["clipped_high"]) == pytest.approx(0.1)
-    assert float(metrics["clipped_low"]) == pytest.approx(0.15)
+def test_metrics_by_hand():
+    ratios, advantages = (1.5, 1.5, 1.4, 0.5, 0.5, 1.0, 7.0), column(1, -1, 2, 1, -1, 1, 0)
+    logp = [math.log(r) for r in ratios]
+    _, _, metrics = loss_and_grad([*logp, 30.0], 0.0, column(*advantages, 1), weights=column(*[0.1] * 8))
+    ratios, logp = [*ratios[:-1], math.exp(20.0)], [*logp[:-1], 20.0]  # the one with advantage 0 is not live
+    assert metrics["tokens"] == 7 and metrics["clipped_high"] == 3 and metrics["clipped_low"] == 1
+    assert float(metrics["ratio"]) == pytest.approx(sum(ratios))
+    assert float(metrics["ratio_max"]) == pytest.approx(math.exp(20)) and metrics["cut_off"] == 1
+    assert float(metrics["k1"]) == pytest.approx(-sum(logp))
+    assert float(metrics["k3"]) == pytest.approx(sum(r - 1 - x for r, x in zip(ratios, logp, strict=True)))
+
+
+def test_mean_metrics_over_micro_batches_and_updates():
+    def part(loss, tokens, low, largest, cut):
+        found = dict.fromkeys(GRPO_METRICS, 0.0) | {"loss": loss, "tokens": tokens, "clipped_low": low,
+                                                    "ratio_max": largest, "cut_off": cut}
+        return torch.tensor(list(found.values()))
+
+    found = mean_metrics([part(1.0, 3, 2, 1.5, 1), part(3.0, 5, 0, 1.25, 2)], n_updates=2)
+    assert found == dict.fromkeys(found, 0.0) | {"loss": 2.0, "clipped_low": 2 / 8, "ratio_max": 1.5,
+                                                 "cut_off": 3.0}
+    assert set(found) == {*GRPO_METRICS} - {"tokens"} and not any(mean_metrics([], 1).values())
 
 
 def test_k3_by_hand_and_its_direction():
@@ -180,7 +205,7 @@ def test_k3_expects_to_the_kl_and_leads_to_the_reference():
         logp = theta.log_softmax(-1)
         kls.append(float((logp.exp() * (logp - ref)).sum().detach()))
         weights, c = logp.exp().detach(), LossConfig(kl_coef=1.0)
-        loss, metrics = grpo_loss(logp, logp.detach(), ref, torch.zeros(4), weights, c)
+        loss, metrics = each_alone(logp, logp.detach(), ref, torch.zeros(4), weights, c)
         assert float(metrics["kl_loss"]) == pytest.approx(kls[-1], abs=1e-12)
         theta.grad = None
         loss.backward()
@@ -195,9 +220,10 @@ def test_k3_expects_to_the_kl_and_leads_to_the_reference():
 def test_extreme_log_ratios_are_finite_and_without_gradient(gap, advantage, dtype):
     logp = torch.tensor([gap, 0.0], dtype=dtype, requires_grad=True)
     zeros, a = torch.zeros(2, dtype=dtype), torch.tensor([advantage, 1.0], dtype=dtype)
-    loss, metrics = grpo_loss(logp, zeros, zeros, a, torch.ones(2, dtype=dtype), LossConfig(kl_coef=0.1))
+    loss, metrics = each_alone(logp, zeros, zeros, a, torch.ones(2, dtype=dtype), LossConfig(kl_coef=0.1))
     loss.backward()
     assert torch.isfinite(loss) and all(torch.isfinite(m) for m in metrics.values())
+    assert metrics["cut_off"] == 1
     assert logp.grad[0] == 0 and logp.grad[1] == -1  # the token beside it learns as ever
 
 
@@ -234,4 +260,4 @@ def test_the_three_means_against_loops():
 
 def test_without_kl_the_reference_is_not_looked_at():
     with_ref = loss_and_grad([0.1], 0.0, 1.0, ref=float("nan"), kl_coef=0.0)
-    assert with_ref[:2] == loss_and_grad([0.1], 0.0, 1.0)[:2] and "kl_loss" not in with_ref[2]
+    assert with_ref[:2] == loss_and_grad([0.1], 0.0, 1.0)[:2] and with_ref[2]["kl_loss"] == 0

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from ..eval.tasks import Task
+from ..kernels.linear_logprob import check_targets
 from ..model.generation import NonFiniteError, sample_seeds
-from ..rl.advantages import dead_groups, group_advantages
-from ..rl.losses import LossConfig, grpo_loss, token_weights
+from ..rl.advantages import group_advantages
+from ..rl.losses import LossConfig, grpo_loss, mean_metrics, token_weights
 from ..rl.rewards import RewardConfig, permute_within_groups, score
 from ..rl.rollouts import Rollouts, micro_batches, response_logprobs, sample_groups
 from .optim import OptimConfig, learning_rate, make_optimizer, optimizer_step
@@ -99,7 +100,7 @@ def grpo_step(policy, reference, tokenizer, task: Task, optimizer, c: GRPOConfig
         rewards_N = permute_within_groups(rewards_N, rollouts.group_offsets, seed=(c.seed, step))
 
     # 3. How much better than the rest of its group was each answer?            (DeepSeekMath, eq. 3)
-    advantages_N = group_advantages(rewards_N, rollouts.group_offsets, c.normalise_std)
+    advantages_N, dead = group_advantages(rewards_N, rollouts.group_offsets, c.normalise_std)
 
     # 4. Make the better ones more likely, within the trust region.             (DeepSeekMath, eq. 1)
     figures = update_policy(policy, reference, rollouts, advantages_N, optimizer, c, step)
@@ -108,7 +109,7 @@ def grpo_step(policy, reference, tokenizer, task: Task, optimizer, c: GRPOConfig
     return {"reward": rewards.total.mean(), "accuracy": rewards.accuracy.mean(),
             "format": rewards.format.mean(), "length": lengths.mean(),
             "truncated": np.mean([r == "length" for r in rollouts.finish_reasons]),
-            "dead_groups": dead_groups(rewards_N, rollouts.group_offsets), **figures,
+            "dead_groups": dead.mean(), **figures,
             "kl_to_base": kl_to_reference(reference, rollouts, c, step),
             "tokens": int(lengths.sum()), "rollout_s": sampled - started,
             "step_s": time.perf_counter() - started,
@@ -125,6 +126,7 @@ def update_policy(policy, reference, rollouts: Rollouts, advantages_N: np.ndarra
     denominator).
     """
     device = policy.embed.device
+    check_targets(np.concatenate(rollouts.sequences), policy.config.vocab_size)
     weights_N = token_weights(rollouts.response_lengths, c.loss.mean, c.max_new_tokens) * c.updates_per_step
     advantages, weights = (torch.from_numpy(x).float().to(device) for x in (advantages_N, weights_N))
     live = np.flatnonzero(advantages_N) if c.loss.kl_coef == 0 else np.arange(len(advantages_N))
@@ -136,7 +138,7 @@ def update_policy(policy, reference, rollouts: Rollouts, advantages_N: np.ndarra
             old_logp = {id(b): response_logprobs(policy, b, rollouts.temperature)[0]
                         for batches in updates for b in batches}
 
-    sums, norms, gap, n_tokens = {"loss": 0.0, "entropy": 0.0}, [0.0], 0.0, 0
+    parts, norms, entropies, gap, n_tokens = [], [0.0], 0.0, 0.0, 0
     for batches in updates:
         for batch in batches:
             logp, entropy = response_logprobs(policy, batch, rollouts.temperature)
@@ -145,20 +147,17 @@ def update_policy(policy, reference, rollouts: Rollouts, advantages_N: np.ndarra
             if c.loss.kl_coef > 0:
                 with torch.no_grad():
                     ref_logp, _ = response_logprobs(reference, batch, rollouts.temperature)
-            token = batch.sample_of_token
-            loss, parts = grpo_loss(logp, old, ref_logp, advantages[token], weights[token], c.loss)
+            loss, metrics = grpo_loss(logp, old, ref_logp, advantages[batch.samples], weights[batch.samples],
+                                      batch.response_offsets, c.loss)
             loss.backward()
+            parts.append(metrics)
             gap = max(gap, float((old - batch.sampler_logp).abs().max()))
+            entropies += float(entropy.detach().sum())
             n_tokens += len(logp)
-            for name, value in {"loss": loss.detach(), "entropy": entropy.detach().sum(), **parts}.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
         if batches:
             norms.append(optimizer_step(policy, optimizer, learning_rate(step, c.steps, c.optim), c.optim))
-    # each update weighs its share as a whole batch, so the weighted sums are means over the updates after
-    # division
-    means = {name: value / (max(1, n_tokens) if name == "entropy" else c.updates_per_step)
-             for name, value in sums.items()}
-    return {**means, "gradient_norm": np.max(norms), "logp_gap": gap, "trained_samples": len(live)}
+    return {**mean_metrics(parts, c.updates_per_step), "entropy": entropies / max(1, n_tokens),
+            "gradient_norm": np.max(norms), "logp_gap": gap, "trained_samples": len(live)}
 
 
 @torch.no_grad()

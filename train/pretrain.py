@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ..eval.countdown import Countdown
+from ..kernels.linear_logprob import check_targets
 from ..model.config import preset
 from ..model.packed import Packed
 from ..model.tokenizer import Tokenizer
@@ -102,9 +103,15 @@ def train_step(model, optimizer, batch: Batch, lr: float, optim: OptimConfig, mi
     The mean's denominator is the whole batch's, so the gradient does not depend on `micro_tokens`.
     """
     device, denominator, total = model.embed.device, float(batch.weight.sum()), 0.0
+    check_targets(batch.targets, model.config.vocab_size)
     for part in split_batch(batch, micro_tokens):
-        logp, _ = model.logprobs(model(part.inputs.to(device)), part.targets.to(device))
-        loss = -(logp * part.weight.to(device)).sum() / denominator
+        # what predicts a token of a prompt is left out before the head's matrix products
+        rows = None if part.weight.all() else part.weight.nonzero().flatten()
+        targets, weight = (part.targets, part.weight) if rows is None else (part.targets[rows],
+                                                                            part.weight[rows])
+        logp, _ = model.logprobs(model(part.inputs.to(device)), targets.to(device),
+                                 rows=None if rows is None else rows.to(device))
+        loss = -(logp * weight.to(device)).sum() / denominator
         loss.backward()
         total += float(loss.detach())
     if not math.isfinite(total):

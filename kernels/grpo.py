@@ -1,0 +1,267 @@
+"""GRPO in two launches: rewards to advantages, and log-probs to loss, gradient and metrics. No host sync.
+
+Advantages (DeepSeekMath, eq. 3, arXiv 2402.03300): A = (r - mean) / std of the group, the population's std;
+Dr. GRPO (arXiv 2503.20783) leaves the std out. In two passes, so that nothing cancels. A group whose rewards
+span less than EQUAL_REWARDS gets exactly 0: in floating point 0.1 * 3 and 0.3 differ.
+
+Loss, a sum over tokens t of sequence n with weight w_n, which carries the mean (rl/losses.py):
+    x = logp - old_logp, r = e^x      loss = sum w (-J + kl_coef k3)
+    clip   J = min(r A, clip(r, 1 - low, 1 + high) A)                 GRPO, Dr. GRPO, DAPO (arXiv 2503.14476)
+           dJ/dlogp = r A where r A is the smaller one, else 0
+    gspo   the same with x the mean of the sequence's tokens, so that it has one ratio    (arXiv 2507.18071)
+    cispo  J = c A logp with c = clip(r, 1 - low, 1 + high) a constant (arXiv 2506.13585); dJ/dlogp = c A
+    k3 = e^d - d - 1,  d = ref_logp - logp,  dk3/dlogp = 1 - e^d        (Schulman 2020, "Approximating KL")
+
+x and d are cut off at +-MAX_LOG_RATIO, with gradient 0 beyond, so that no exp() overflows; such tokens are
+counted. Tokens that teach nothing (weight 0, or advantage 0 without a reference) are not even read.
+
+About 20 bytes and 30 FLOPs a token: the launch is what costs, so one program walks one sequence, and one
+more adds up the sums of all.  No atomics: the same bits every time.
+
+Shapes: N samples (sequences), G groups, R response tokens of all sequences.
+"""
+import torch
+
+from . import reference
+from .dispatch import check_tensors, tl, triton, use_triton
+from .reference import EQUAL_REWARDS, GRPO_METRICS, GRPO_OBJECTIVES, MAX_LOG_RATIO
+
+LOSS, RATIO_MAX = GRPO_METRICS.index("loss"), GRPO_METRICS.index("ratio_max")
+COLUMNS = 16  # of the table of sums: a power of 2 that holds GRPO_METRICS
+
+
+@triton.jit
+def grpo_advantages_fwd_kernel(rewards_N, offsets_G, advantages_N, dead_G, tolerance, NORMALISE: tl.constexpr,
+                               BLOCK: tl.constexpr):
+    g, i = tl.program_id(0), tl.arange(0, BLOCK)
+    first, end = tl.load(offsets_G + g).to(tl.int64), tl.load(offsets_G + g + 1).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    low, high = tl.full((BLOCK,), float("inf"), tl.float32), tl.full((BLOCK,), -float("inf"), tl.float32)
+    for start in range(first, end, BLOCK):
+        inside = start + i < end
+        r = tl.load(rewards_N + start + i, inside, other=0.0).to(tl.float32)
+        total += r
+        low, high = tl.minimum(low, tl.where(inside, r, low)), tl.maximum(high, tl.where(inside, r, high))
+    n = tl.maximum(end - first, 1).to(tl.float32)
+    mean = tl.sum(total, 0) / n
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for start in range(first, end, BLOCK):
+        inside = start + i < end
+        r = tl.load(rewards_N + start + i, inside, other=0.0).to(tl.float32)
+        squares += tl.where(inside, (r - mean) * (r - mean), 0.0)
+    dead = (tl.max(high, 0) - tl.min(low, 0) < tolerance) & (mean == mean)  # a NaN is not hidden
+    per_std = 1.0
+    if NORMALISE:
+        per_std = 1 / tl.sqrt_rn(tl.where(dead, 1.0, tl.sum(squares, 0) / n))
+    for start in range(first, end, BLOCK):
+        inside = start + i < end
+        r = tl.load(rewards_N + start + i, inside, other=0.0).to(tl.float32)
+        tl.store(advantages_N + start + i, tl.where(dead, 0.0, (r - mean) * per_std), inside)
+    tl.store(dead_G + g, dead.to(tl.float32))
+
+
+@triton.jit
+def _cut(x, bound):
+    """(x cut off at +-bound, whether it was inside); NaN stays NaN."""
+    return tl.where(x > bound, bound, tl.where(x < -bound, -bound, x)), tl.abs(x) <= bound
+
+
+@triton.jit
+def grpo_loss_fwd_kernel(logp_R, old_R, ref_R, advantages_N, weights_N, offsets_N, dlogp_R, sums_NC, clip_low,
+                         clip_high, kl_coef, bound, OBJECTIVE: tl.constexpr, BLOCK: tl.constexpr,
+                         COLUMNS: tl.constexpr):
+    """Sequence n: the gradient of its tokens, and a row of sums, in the order of GRPO_METRICS."""
+    n, i, column = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
+    first, end = tl.load(offsets_N + n).to(tl.int64), tl.load(offsets_N + n + 1).to(tl.int64)
+    a, w = tl.load(advantages_N + n), tl.load(weights_N + n)
+    live = (w != 0) & ((a != 0) | (ref_R is not None))
+    end_live = tl.where(live, end, first)
+    x_sequence = 0.0
+    if OBJECTIVE == "gspo":
+        x_sum = tl.zeros((BLOCK,), tl.float32)
+        for start in range(first, end_live, BLOCK):
+            r = start + i
+            x_sum += tl.load(logp_R + r, r < end, other=0.0) - tl.load(old_R + r, r < end, other=0.0)
+        x_sequence = tl.sum(x_sum, 0) / tl.maximum(end - first, 1).to(tl.float32)
+    loss, kl, k1, k3 = (tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32),
+                        tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32))
+    low, high, cut = (tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32),
+                      tl.zeros((BLOCK,), tl.float32))
+    ratios, largest = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(first, end_live, BLOCK):
+        r = start + i
+        here = r < end
+        logp = tl.load(logp_R + r, here, other=0.0)
+        if OBJECTIVE == "gspo":
+            x, inside = _cut(tl.where(here, x_sequence, 0.0), bound)
+        else:
+            x, inside = _cut(logp - tl.load(old_R + r, here, other=0.0), bound)
+        ratio = tl.exp(x)
+        clipped = tl.where(ratio > 1 + clip_high, 1 + clip_high, tl.where(ratio < 1 - clip_low, 1 - clip_low,
+                                                                          ratio))
+        if OBJECTIVE == "cispo":
+            gain, slope = clipped * a * logp, clipped * a
+            is_low, is_high = ratio < 1 - clip_low, ratio > 1 + clip_high
+        else:
+            free = ratio * a <= clipped * a  # the minimum is the pessimist's choice for either sign of A
+            gain, slope = tl.where(free, ratio * a, clipped * a), tl.where(free, ratio * a, 0.0)
+            is_low = (ratio < 1 - clip_low) & (ratio * a < 0)
+            is_high = (ratio > 1 + clip_high) & (ratio * a > 0)
+        grad = tl.where(inside, -slope, 0.0)
+        is_cut = ~inside
+        loss += tl.where(here, -gain, 0.0)
+        if ref_R is not None:
+            d, d_inside = _cut(tl.load(ref_R + r, here, other=0.0) - logp, bound)
+            kl += tl.where(here, tl.exp(d) - d - 1, 0.0)
+            grad += kl_coef * tl.where(d_inside, 1 - tl.exp(d), 0.0)
+            is_cut = is_cut | ~d_inside
+        tl.store(dlogp_R + r, w * grad, here)
+        low += (is_low & here).to(tl.float32)
+        high += (is_high & here).to(tl.float32)
+        cut += (is_cut & here).to(tl.float32)
+        k1 -= x  # places that there are not have x = 0
+        k3 += ratio - 1 - x
+        ratios += tl.where(here, ratio, 0.0)
+        largest = tl.maximum(largest, tl.where(here, ratio, 0.0), propagate_nan=tl.PropagateNan.ALL)
+    for start in range(end_live, end, BLOCK):
+        tl.store(dlogp_R + start + i, tl.zeros((BLOCK,), tl.float32), start + i < end)
+    kl_total = w * tl.sum(kl, 0)
+    row = tl.where(column == 0, w * tl.sum(loss, 0) + kl_coef * kl_total, 0.0)
+    row = tl.where(column == 1, (end_live - first).to(tl.float32), row)
+    row = tl.where(column == 2, tl.sum(low, 0), row)
+    row = tl.where(column == 3, tl.sum(high, 0), row)
+    row = tl.where(column == 4, tl.sum(k1, 0), row)
+    row = tl.where(column == 5, tl.sum(k3, 0), row)
+    row = tl.where(column == 6, tl.sum(ratios, 0), row)
+    row = tl.where(column == 7, tl.max(largest, 0), row)
+    row = tl.where(column == 8, tl.sum(cut, 0), row)
+    row = tl.where(column == 9, kl_total, row)
+    tl.store(sums_NC + n.to(tl.int64) * COLUMNS + column, row)
+
+
+@triton.jit(do_not_specialize=["N"])
+def grpo_sum_fwd_kernel(sums_NC, out_C, N, MAX: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """Add up the rows, in fixed order; of column MAX the largest."""
+    row, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, COLUMNS)[None, :]
+    total, largest = tl.zeros((BLOCK, COLUMNS), tl.float32), tl.zeros((BLOCK, COLUMNS), tl.float32)
+    for start in range(0, N, BLOCK):
+        rows = tl.load(sums_NC + (start + row).to(tl.int64) * COLUMNS + column, start + row < N, other=0.0)
+        total += rows
+        largest = tl.maximum(largest, rows, propagate_nan=tl.PropagateNan.ALL)
+    result = tl.where(column == MAX, tl.max(largest, 0)[None, :], tl.sum(total, 0)[None, :])
+    tl.store(out_C + column, result)
+
+
+def grpo_advantages_fwd(rewards: torch.Tensor, offsets: torch.Tensor, normalise: bool
+                        ) -> tuple[torch.Tensor, torch.Tensor]:
+    """(advantages [N], dead [G] 0 or 1), fp32."""
+    advantages = rewards.new_empty(rewards.shape, dtype=torch.float32)
+    dead = rewards.new_empty(len(offsets) - 1, dtype=torch.float32)
+    if len(dead):
+        grpo_advantages_fwd_kernel[(len(dead),)](rewards, offsets, advantages, dead, EQUAL_REWARDS,
+                                                 NORMALISE=normalise, BLOCK=128, num_warps=4)
+    return advantages, dead
+
+
+def grpo_loss_fwd(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor,
+                  offsets: torch.Tensor, ref_logp: torch.Tensor | None, clip_low: float, clip_high: float,
+                  kl_coef: float, objective: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sums [len(GRPO_METRICS)], d loss / d logp [R]), fp32."""
+    N, dlogp = len(advantages), logp.new_empty(logp.shape, dtype=torch.float32)
+    sums, out = (logp.new_empty(shape, dtype=torch.float32) for shape in ((N, COLUMNS), COLUMNS))
+    if N:
+        grpo_loss_fwd_kernel[(N,)](logp, old_logp, ref_logp, advantages, weights, offsets, dlogp, sums,
+                                   clip_low, clip_high, kl_coef, MAX_LOG_RATIO, OBJECTIVE=objective,
+                                   BLOCK=1024, COLUMNS=COLUMNS, num_warps=8)
+    grpo_sum_fwd_kernel[(1,)](sums, out, N, MAX=RATIO_MAX, BLOCK=128, COLUMNS=COLUMNS, num_warps=4)
+    return out[: len(GRPO_METRICS)].clone(), dlogp
+
+
+grpo_advantages_op = torch.library.custom_op("r1zero::grpo_advantages", grpo_advantages_fwd, mutates_args=())
+grpo_loss_op = torch.library.custom_op("r1zero::grpo_loss", grpo_loss_fwd, mutates_args=())
+
+
+@grpo_advantages_op.register_fake
+def grpo_advantages_fake(rewards, offsets, normalise):
+    return (rewards.new_empty(rewards.shape, dtype=torch.float32),
+            rewards.new_empty(len(offsets) - 1, dtype=torch.float32))
+
+
+@grpo_loss_op.register_fake
+def grpo_loss_fake(logp, old_logp, advantages, weights, offsets, ref_logp, clip_low, clip_high, kl_coef,
+                   objective):
+    return (logp.new_empty(len(GRPO_METRICS), dtype=torch.float32),
+            logp.new_empty(logp.shape, dtype=torch.float32))
+
+
+def keep_for_backward(ctx, inputs, output):
+    ctx.save_for_backward(output[1])
+    ctx.dtype = inputs[0].dtype
+
+
+def backward(ctx, dsums, _):
+    dlogp, = ctx.saved_tensors
+    return (dsums[LOSS] * dlogp).to(ctx.dtype), *[None] * 9
+
+
+grpo_loss_op.register_autograd(backward, setup_context=keep_for_backward)
+
+
+def grpo_advantages(rewards: torch.Tensor, group_offsets: torch.Tensor, normalise_std: bool = True,
+                    impl: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """How much better than the rest of its group was each sample?
+
+    rewards: [N], samples sorted by group, finite; group_offsets: [G + 1] int32 or int64 from 0 to N, groups
+    of any sizes, 0 too. Returns advantages [N], fp32 at least, and dead [G], 1.0 for a group without signal.
+    Values are checked where rewards are made (rl/advantages.py), for an op never reads the device back.
+    impl: "triton", "reference", or None to choose by device. Raises ValueError for shapes or dtypes that do
+    not fit.
+    """
+    check_tensors("grpo_advantages", rewards=rewards)
+    check_offsets("grpo_advantages", "group_offsets", group_offsets, rewards)
+    if rewards.ndim != 1:
+        raise ValueError(f"grpo_advantages: rewards are {tuple(rewards.shape)}; expected one dimension, [N]")
+    op = grpo_advantages_op if use_triton(impl, rewards) else reference.grpo_advantages
+    return op(rewards, group_offsets, normalise_std)
+
+
+def grpo_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor,
+              offsets: torch.Tensor, ref_logp: torch.Tensor | None = None, *, clip_low: float = 0.2,
+              clip_high: float = 0.2, kl_coef: float = 0.0, objective: str = "clip",
+              impl: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (loss [], differentiable in logp; metrics [len(GRPO_METRICS)], detached).
+
+    logp, old_logp, ref_logp: [R], one a response token, at the temperature that they were sampled at;
+    advantages: [N]; weights: [N], of each token of a sequence; offsets: [N + 1] int32 or int64, where each
+    sequence's tokens begin, from 0 to R. ref_logp: None for no KL. objective: "clip", "cispo" or "gspo".
+    metrics are sums over the tokens that teach something, so that those of micro-batches add up:
+    reference.GRPO_METRICS names them; ratio_max is their largest.
+    impl: "triton", "reference", or None to choose by device.
+    Raises ValueError for shapes, dtypes or devices that do not fit together, or an unknown objective.
+    """
+    check_tensors("grpo_loss", logp=logp, old_logp=old_logp, advantages=advantages, weights=weights,
+                  ref_logp=ref_logp)
+    check_offsets("grpo_loss", "offsets", offsets, logp)
+    N = len(offsets) - 1
+    if logp.ndim != 1 or any(x is not None and x.shape != logp.shape for x in (old_logp, ref_logp)) or \
+            advantages.shape != (N,) or weights.shape != (N,):
+        raise ValueError(f"grpo_loss: logp {tuple(logp.shape)}, old_logp {tuple(old_logp.shape)}, ref_logp "
+                         f"{None if ref_logp is None else tuple(ref_logp.shape)}, advantages "
+                         f"{tuple(advantages.shape)}, weights {tuple(weights.shape)}, offsets "
+                         f"{tuple(offsets.shape)}; expected [R], [R], [R] or None, [N], [N], [N + 1]")
+    if objective not in GRPO_OBJECTIVES:
+        raise ValueError(f"grpo_loss: objective is {objective!r}; expected one of {GRPO_OBJECTIVES}")
+    if not use_triton(impl, logp):
+        return reference.grpo_loss(logp, old_logp, advantages, weights, offsets, ref_logp, clip_low,
+                                   clip_high, kl_coef, objective)
+    advantages, weights = advantages.float().contiguous(), weights.float().contiguous()
+    sums, _ = grpo_loss_op(logp, old_logp, advantages, weights, offsets, ref_logp, clip_low, clip_high,
+                           kl_coef, objective)
+    return sums[LOSS], sums.detach()
+
+
+def check_offsets(op: str, name: str, offsets: torch.Tensor, like: torch.Tensor) -> None:
+    if offsets.ndim != 1 or len(offsets) < 1 or offsets.dtype not in (torch.int32, torch.int64) or \
+            offsets.device != like.device:
+        raise ValueError(f"{op}: {name} is {tuple(offsets.shape)} in {offsets.dtype} on {offsets.device}; "
+                         f"expected one dimension, int32 or int64, on {like.device} like the rest")

@@ -1,0 +1,176 @@
+"""The GRPO kernels against loops over groups, sequences and tokens in fp64."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from r1zero.kernels.grpo import (
+    GRPO_METRICS,
+    GRPO_OBJECTIVES,
+    MAX_LOG_RATIO,
+    grpo_advantages,
+    grpo_advantages_op,
+    grpo_loss,
+    grpo_loss_op,
+)
+
+from ..naive_ops import naive_advantages, naive_grpo
+
+SIZES = [[1], [2], [7], [64], [1, 2, 7, 64, 3, 300], [0, 5, 0]]
+DIALS = dict(clip_low=0.2, clip_high=0.28, kl_coef=0.3)
+
+
+def cumulative(sizes, dtype=torch.int32) -> torch.Tensor:
+    return torch.tensor([0, *sizes]).cumsum(0).to(dtype)
+
+
+# ---- advantages ----
+
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_advantages(sizes, normalise, dtype):
+    rewards = (torch.randn(sum(sizes)) + 100).to(dtype)  # a large mean: sum of squares minus its square fails
+    for impl in ("triton", "reference"):
+        advantages, dead = grpo_advantages(rewards, cumulative(sizes), normalise, impl=impl)
+        expected, dead_groups = naive_advantages(rewards.double().numpy(), sizes, normalise)
+        assert advantages.dtype == dead.dtype == torch.float32
+        np.testing.assert_allclose(advantages.numpy(), expected, atol=5e-5)
+        assert (dead.numpy() == dead_groups).all()
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_rewards_that_differ_by_rounding_teach_nothing(impl):
+    f = np.float32
+    rewards = torch.tensor([f(0.1) + f(0.6), 0.7, 1.4, f(0.6) + f(0.8), 0.0, 1e-3])
+    assert len(set(rewards[:2].tolist())) == 2
+    advantages, dead = grpo_advantages(rewards, cumulative([2, 2, 2]), impl=impl)
+    assert advantages[:4].tolist() == [0, 0, 0, 0] and dead.tolist() == [1, 1, 0]
+    assert advantages[4:].tolist() == pytest.approx([-1, 1], abs=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_a_reward_that_is_nan_is_not_hidden(impl):
+    advantages, dead = grpo_advantages(torch.tensor([1.0, float("nan"), 1.0, 0.0, 1.0]), cumulative([3, 2]),
+                                       impl=impl)
+    assert advantages[:3].isnan().all() and not dead.any() and advantages[3:].isfinite().all()
+
+
+# ---- loss ----
+
+def batch(sizes, spread=0.3):
+    """Sequences with all signs of advantage, dead ones, masked ones."""
+    N, R = len(sizes), sum(sizes)
+    old = -3 * torch.rand(R)
+    logp, ref = (old + spread * torch.randn(R) for _ in range(2))
+    advantages, weights = torch.randn(N), torch.rand(N) + 0.1
+    advantages[1::4], weights[2::5] = 0.0, 0.0
+    return dict(logp=logp, old_logp=old, ref_logp=ref, advantages=advantages, weights=weights)
+
+
+def check(b, sizes, objective, offsets=None, **dials):
+    dials = DIALS | dials
+    with_ref = b["ref_logp"] is not None
+    expected = naive_grpo(*(None if b[name] is None else b[name].double().tolist() for name in
+                            ("logp", "old_logp", "ref_logp", "advantages", "weights")), sizes, objective,
+                          MAX_LOG_RATIO, **dials)
+    assert list(expected[1]) == list(GRPO_METRICS)
+    for impl in ("triton", "reference"):
+        logp = b["logp"].clone().requires_grad_()
+        loss, metrics = grpo_loss(**(b | {"logp": logp}), objective=objective, impl=impl, **dials,
+                                  offsets=cumulative(sizes) if offsets is None else offsets)
+        (3 * loss).backward()
+        assert not metrics.requires_grad and float(loss.detach()) == float(metrics[0])
+        scale = max(1.0, max(map(abs, expected[0]), default=0.0))
+        np.testing.assert_allclose(logp.grad.numpy() / 3, expected[0], rtol=1e-5, atol=1e-6 * scale,
+                                   err_msg=f"{impl}, reference {with_ref}")
+        np.testing.assert_allclose(metrics.double().numpy(), list(expected[1].values()), rtol=2e-5, atol=2e-5,
+                                   err_msg=impl)
+
+
+@pytest.mark.parametrize("sizes", [[1], [5, 3], [0, 4, 0], [7, 1, 1030, 2, 64, 9, 0, 33]], ids=str)
+@pytest.mark.parametrize("objective", GRPO_OBJECTIVES)
+@pytest.mark.parametrize("with_ref", [False, True])
+def test_loss_gradient_and_metrics(sizes, objective, with_ref):
+    b = batch(sizes)
+    check(b if with_ref else b | {"ref_logp": None}, sizes, objective)
+    check(b | {"ref_logp": None}, sizes, objective, offsets=cumulative(sizes, torch.int64), clip_high=0.2)
+
+
+@pytest.mark.parametrize("objective", GRPO_OBJECTIVES)
+def test_log_ratios_of_200(objective):
+    sizes, gaps = [2] * 8, [200.0, -200.0, 19.99, -19.99, 20.01, -20.01, 0.0, 90.0]
+    old = torch.full((16,), -210.0)
+    logp, ref = old.clone(), old.clone()
+    for n, gap in enumerate(gaps):
+        logp[2 * n] += gap
+        ref[2 * n + 1] += gap
+    for sign in (1.0, -1.0):
+        b = dict(logp=logp, old_logp=old, ref_logp=ref, advantages=torch.full((8,), sign),
+                 weights=torch.full((8,), 1e-3))
+        check(b, sizes, objective)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("objective", GRPO_OBJECTIVES)
+def test_dead_and_masked_tokens_never_reach_exp(impl, objective):
+    """Whatever stands there: inf, NaN, a log-ratio that overflows."""
+    sizes, bad = [3, 2, 4], torch.tensor([math.inf, math.nan, 1e30])
+    logp = torch.cat([bad, torch.tensor([-1.0, -2.0]), bad, bad[:1]]).requires_grad_()
+    old = torch.cat([bad.flip(0), torch.tensor([-1.1, -2.0]), -bad, bad[1:2]])
+    advantages, weights = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([1.0, 0.5, 0.0])
+    loss, metrics = grpo_loss(logp, old, advantages, weights, cumulative(sizes), objective=objective,
+                              impl=impl)
+    loss.backward()
+    assert metrics.isfinite().all() and metrics[GRPO_METRICS.index("tokens")] == 2
+    assert (logp.grad[:3] == 0).all() and (logp.grad[5:] == 0).all() and (logp.grad[3:5] < 0).all()
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_a_live_nan_shows_in_the_loss(impl):
+    logp = torch.tensor([-1.0, float("nan"), -2.0])
+    ones = torch.ones(1)
+    loss, _ = grpo_loss(logp, torch.full((3,), -1.0), ones, ones, cumulative([3]), impl=impl)
+    assert loss.isnan()
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_no_samples_and_no_live_tokens(impl):
+    empty = torch.empty(0)
+    loss, metrics = grpo_loss(empty, empty, empty, empty, cumulative([]), impl=impl)
+    assert loss == 0 and not metrics.any()
+    logp = torch.randn(5, requires_grad=True)
+    loss, metrics = grpo_loss(logp, torch.randn(5), torch.zeros(2), torch.ones(2), cumulative([2, 3]),
+                              impl=impl)
+    loss.backward()
+    assert loss == 0 and not metrics.any() and not logp.grad.any()
+
+
+def test_micro_batches_add_up_and_the_order_does_not_matter():
+    sizes = [5, 9, 1, 30, 12]
+    b, starts = batch(sizes), cumulative(sizes).tolist()
+
+    def run(samples):
+        rows = torch.cat([torch.arange(starts[n], starts[n + 1]) for n in samples])
+        part = {name: x[samples] if name in ("advantages", "weights") else x[rows] for name, x in b.items()}
+        logp = part["logp"].clone().requires_grad_()
+        loss, metrics = grpo_loss(**part | {"logp": logp}, offsets=cumulative([sizes[n] for n in samples]),
+                                  impl="triton", **DIALS)
+        loss.backward()
+        return metrics, torch.zeros(sum(sizes)).index_copy_(0, rows, logp.grad)
+
+    whole, grad = run([0, 1, 2, 3, 4])
+    for cut in ([[0], [1], [2], [3], [4]], [[3, 1], [4, 0, 2]]):
+        parts = [run(samples) for samples in cut]
+        assert torch.equal(sum(g for _, g in parts), grad)  # not a bit depends on the neighbours
+        torch.testing.assert_close(sum(m for m, _ in parts)[:7], whole[:7])
+        assert max(float(m[7]) for m, _ in parts) == float(whole[7])
+
+
+def test_opcheck():
+    b, offsets = batch([3, 4]), cumulative([3, 4])
+    torch.library.opcheck(grpo_advantages_op, (torch.randn(7), offsets, True))
+    args = (b["logp"].requires_grad_(), b["old_logp"], b["advantages"], b["weights"], offsets)
+    for ref in (None, b["ref_logp"]):
+        torch.library.opcheck(grpo_loss_op, (*args, ref, 0.2, 0.28, 0.1, "clip"))
