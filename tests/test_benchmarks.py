@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, memory, training, vs_trl
+from benchmarks import common, linear_logprob, memory, training, vs_trl
 from r1zero.kernels import reference
 from r1zero.model.config import ModelConfig, preset
 from r1zero.model.transformer import Transformer
@@ -161,3 +161,20 @@ def test_a_fresh_process_measures_what_this_one_does(monkeypatch):
 def test_token_numbers_that_make_no_line_are_told():
     with pytest.raises(ValueError, match="--tokens is 128 64, expected two rising multiples of --seq-len 32"):
         memory.main(memory.Flags(tokens=(128, 64), seq_len=32))
+
+
+# ---- linear_logprob ----
+
+def test_linear_logprob_at_toy_size(tmp_path, capsys, monkeypatch):
+    """Sliced logits take a fraction of the memory, and both sides compute the same."""
+    monkeypatch.setattr(reference, "VOCAB_SLICE", 64)
+    monkeypatch.setattr(linear_logprob, "reuse_memory", lambda: None)  # it would act on all tests
+    picture = tmp_path / "memory.png"
+    f = linear_logprob.Flags(tokens=(64, 128), d_model=8, vocabulary=4096, rounds=1, picture=str(picture))
+    record = linear_logprob.main(f)
+    assert last_line(capsys) == record and picture.stat().st_size > 10_000
+    logits = 4 * 128 * 4096
+    assert logits / 32 < record["bytes"]["sliced"][1] < logits / 8
+    assert logits < record["bytes"]["materialised"][1] < 4 * logits
+    h, w, targets = linear_logprob.inputs(64, f)
+    torch.testing.assert_close(*(side(h, w, targets) for side in linear_logprob.SIDES.values()))
