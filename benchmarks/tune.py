@@ -24,7 +24,7 @@ from r1zero.kernels import dispatch
 
 from .aot import DTYPES, HEAD_DIMS, Kernel, compile_all, listed, recorded
 from .common import finish, show, spread, table
-from .kernel_ops import OPS, Case, attention_case, widths
+from .kernel_ops import OPS, Case, attention_case, logprob_case, widths
 from .kernels import LARGEST_ERROR, call_of, error_of, failure, posed, with_gradients
 from .timing import Timer
 
@@ -47,6 +47,8 @@ class Sweep:
         return [tuple(zip(self.grid, values, strict=True)) for values in every]
 
 
+PRODUCTS = {"BLOCK_T": (64, 128, 256), "BLOCK_V": (128, 256), "BLOCK_K": (32, 64, 128), "num_warps": (4, 8),
+            "num_stages": (3, 4)}
 TILES = {"BLOCK_M": (64, 128), "BLOCK_N": (32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4)}
 SWEEPS = {
     "attention": [Sweep("fwd", "forward", "attention_config", TILES),
@@ -58,6 +60,9 @@ SWEEPS = {
     "rope": [Sweep("both", "full", "rope_config", {"ROWS": (4, 8, 16, 32), "num_warps": (2, 4, 8)})],
     "swiglu": [Sweep("both", "full", "swiglu_config",
                      {"BLOCK_F": (256, 512, 1024, 2048), "ROWS": (1, 2, 4), "num_warps": (2, 4, 8)})],
+    "linear_logprob": [Sweep("tiles", "forward", "logprob_config", PRODUCTS),
+                       *(Sweep(part, "backward", "logprob_config", PRODUCTS)
+                         for part in ("dlogits", "product"))],
 }
 
 
@@ -66,6 +71,8 @@ def cases_of(op: str, head_dims: list[int]) -> tuple[Case, ...]:
         return tuple(attention_case(TOKENS // 4096, 4096, 2048 // D, 2048 // D, D) for D in head_dims)
     if op == "rope":
         return tuple(case for D in head_dims for case in widths("rope", "H", (18,), TOKENS, D=D))
+    if op == "linear_logprob":
+        return logprob_case(8192, 2048), logprob_case(8192, 4096)
     return OPS[op].full_size
 
 

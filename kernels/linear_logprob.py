@@ -176,8 +176,9 @@ def product_bwd_kernel(dl_TV, b_KJ, c_IJ, rows, J, K, STRIDE: tl.constexpr, BLOC
     tl.store(place, acc.to(c_IJ.dtype.element_ty), inside)
 
 
-def logprob_config(dtype: torch.dtype, arch: int, softcap: float = 0.0) -> dict[str, int]:
-    """Tiles of T x V in steps of K. GROUP tiles of rows run side by side, so that they share the weight."""
+def logprob_config(kernel: str, dtype: torch.dtype, arch: int, softcap: float = 0.0) -> dict[str, int]:
+    """Tiles of T x V in steps of K for "tiles", "dlogits" or "product", so far alike. GROUP tiles of rows run
+    side by side, so that they share the weight."""
     if dtype == torch.float32:  # without matrix units
         return {"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_K": 32, "GROUP": 16, "num_warps": 4, "num_stages": 2}
     if arch != 90 or softcap:  # sm_100 has not the registers for more, nor has the gradient of the cap
@@ -207,7 +208,7 @@ def live_rows(h: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
 def logprob_fwd(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor | None,
                 temperature: float, softcap: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logp [T], entropy [T], log-sum-exp [T] in base 2), fp32. softcap 0: none."""
-    h, config = live_rows(h, rows), logprob_config(h.dtype, dispatch.arch_of(h.device), softcap)
+    h, config = live_rows(h, rows), logprob_config("tiles", h.dtype, dispatch.arch_of(h.device), softcap)
     (T, M), V, C = h.shape, len(weight), triton.cdiv(len(weight), config["BLOCK_V"])
     stats, chosen, logp, entropy, lse = (h.new_empty(shape, dtype=torch.float32)
                                          for shape in ((3, C, T), (T,), (T,), (T,), (T,)))
@@ -228,24 +229,24 @@ def logprob_bwd(dlogp: torch.Tensor, dentropy: torch.Tensor | None, h: torch.Ten
                 temperature: float, softcap: float, needs_h: bool, needs_w: bool
                 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dh, dw); an empty tensor where it is not needed."""
-    h_live, config = live_rows(h, rows), logprob_config(h.dtype, dispatch.arch_of(h.device), softcap)
-    (T, M), scale_cap = h_live.shape, units(temperature, softcap)
+    h_live, scale_cap = live_rows(h, rows), units(temperature, softcap)
+    (T, M), arch = h_live.shape, dispatch.arch_of(h.device)
+    config, product = (logprob_config(kernel, h.dtype, arch, softcap) for kernel in ("dlogits", "product"))
     dw = torch.zeros_like(weight) if T == 0 and needs_w else weight.new_empty(weight.shape if needs_w else 0)
     dh = h.new_empty((T, M) if needs_h else 0, dtype=torch.float32)
     dl = h.new_empty(T, SLICE)
-    config_dl = config | {"EVEN": M % config["BLOCK_K"] == 0, "SOFTCAP": softcap > 0,
-                          "ENTROPY": dentropy is not None}
+    constants = {"EVEN": M % config["BLOCK_K"] == 0, "SOFTCAP": softcap > 0, "ENTROPY": dentropy is not None}
     for first, w in slices(weight, h.dtype, SLICE) if T else ():
         w, width = w.contiguous(), len(w)
         dlogits_bwd_kernel[tiles(config, T, width)](
             h_live, w, targets, lse, entropy, dlogp, dentropy, dl, T, width, M, first, *scale_cap,
-            1 / temperature, STRIDE=SLICE, **config_dl)
+            1 / temperature, STRIDE=SLICE, **constants, **config)
         if needs_h:
-            product_bwd_kernel[tiles(config, T, M)](dl, w, dh, T, M, width, STRIDE=SLICE, TRANSPOSED=False,
-                                                    ADD=first > 0, **config)
+            product_bwd_kernel[tiles(product, T, M)](dl, w, dh, T, M, width, STRIDE=SLICE, TRANSPOSED=False,
+                                                     ADD=first > 0, **product)
         if needs_w:
-            product_bwd_kernel[tiles(config, width, M)](dl, h_live, dw[first : first + width], width, M, T,
-                                                        STRIDE=SLICE, TRANSPOSED=True, ADD=False, **config)
+            product_bwd_kernel[tiles(product, width, M)](dl, h_live, dw[first : first + width], width, M, T,
+                                                         STRIDE=SLICE, TRANSPOSED=True, ADD=False, **product)
     if needs_h:
         dh = dh.to(h.dtype)
         dh = dh if rows is None else reference.put_rows(dh, rows, len(h))
