@@ -364,14 +364,6 @@ def widths(op: str, letter: str, sizes: tuple[int, ...], tokens: int = TOKENS, *
 OPS = {
     "attention": Op(attention_inputs, ours_attention, attention_peers, attention_cost, "S", ATTENTION,
                     (attention_case(2, 16, 4, 2, 8), attention_case(1, 32, 4, 2, 8))),
-    "rmsnorm": Op(rmsnorm_inputs, ours_rmsnorm, rmsnorm_peers, rmsnorm_cost, "M",
-                  widths("rmsnorm", "M", (1024, 2048, 4096, 8192))
-                  + widths("rmsnorm_residual", "M", (1024, 2048, 4096, 8192)),
-                  widths("rmsnorm", "M", (16, 32), 8) + widths("rmsnorm_residual", "M", (16,), 8)),
-    "rope": Op(rope_inputs, ours_rope, rope_peers, rope_cost, "H", widths("rope", "H", (8, 18, 40), D=128),
-               widths("rope", "H", (2, 3), 8, D=8)),
-    "swiglu": Op(swiglu_inputs, ours_swiglu, swiglu_peers, swiglu_cost, "F",
-                 widths("swiglu", "F", (2048, 4864, 8192, 14336)), widths("swiglu", "F", (16, 24), 8)),
     "linear_logprob": Op(logprob_inputs, ours_logprob, logprob_peers, logprob_cost, "T",
                          (logprob_case(8192, 4096, compiled=True), logprob_case(8192, 4096, 50),
                           logprob_case(8192, 4096, 10), logprob_case(8192, 2048), logprob_case(8192, 1024),
@@ -380,4 +372,12 @@ OPS = {
     "grpo": Op(grpo_inputs, ours_grpo, grpo_peers, grpo_cost, "T",
                tuple(Case("grpo", {"T": T, "S": 512}) for T in (4096, 16384, 65536)),
                (Case("grpo", {"T": 8, "S": 4}), Case("grpo", {"T": 16, "S": 4}))),
+    "rmsnorm": Op(rmsnorm_inputs, ours_rmsnorm, rmsnorm_peers, rmsnorm_cost, "M",
+                  widths("rmsnorm", "M", (1024, 2048, 4096, 8192))
+                  + widths("rmsnorm_residual", "M", (1024, 2048, 4096, 8192)),
+                  widths("rmsnorm", "M", (16, 32), 8) + widths("rmsnorm_residual", "M", (16,), 8)),
+    "rope": Op(rope_inputs, ours_rope, rope_peers, rope_cost, "H", widths("rope", "H", (8, 18, 40), D=128),
+               widths("rope", "H", (2, 3), 8, D=8)),
+    "swiglu": Op(swiglu_inputs, ours_swiglu, swiglu_peers, swiglu_cost, "F",
+                 widths("swiglu", "F", (2048, 4864, 8192, 14336)), widths("swiglu", "F", (16, 24), 8)),
 }

@@ -95,7 +95,8 @@ def draw(f: Flags, memory: dict[str, list[float]], path: str) -> None:
     axis.set_xticks(f.tokens, [f"{T:,}" for T in f.tokens])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.set_ylim(top=20 * max(logits))  # room for the legend
+    axis.legend(loc="upper left", ncols=2, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -137,9 +137,9 @@ def dlogits_bwd_kernel(h_TM, w_VM, targets_T, lse_T, entropy_T, dlogp_T, dentrop
     if SOFTCAP:
         bend = x / cap
         dl *= 1 - bend * bend
-    dl = tl.where((v < V)[None, :], dl * per_t, 0.0)
+    # columns behind the slice's end are written too, to the end of the tile; there is room in the workspace
     place = dl_TV + t.to(tl.int64)[:, None] * STRIDE + v[None, :]
-    tl.store(place, dl.to(dl_TV.dtype.element_ty), (t < T)[:, None])
+    tl.store(place, (dl * per_t).to(dl_TV.dtype.element_ty), (t < T)[:, None])
 
 
 @triton.jit(do_not_specialize=["rows", "K"])
@@ -157,8 +157,8 @@ def product_bwd_kernel(dl_TV, b_KJ, c_IJ, rows, J, K, STRIDE: tl.constexpr, BLOC
         acc = tl.load(place, inside, other=0.0)
     else:
         acc = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
-    # masks along a contiguous dimension would cost the wide loads: columns of dl behind the slice's end are
-    # zeros as far as a tile goes, and without harm where they only make rows that are not stored
+    # a mask along a contiguous dimension would cost the wide loads; columns of dl behind the slice's end meet
+    # zeros of b, or make rows that are not stored
     if TRANSPOSED:
         a = dl_TV + k[None, :] * STRIDE + i[:, None]
     else:
