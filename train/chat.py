@@ -129,8 +129,9 @@ def chat(c: ChatConfig) -> None:
 
     def stream(line: str) -> None:
         problem, prompt = asked(line)
-        for text, sampled in sampler.stream(prompt):
+        for text, whole in sampler.stream(prompt):
             print(printable(text), end="", flush=True)
+            sampled = whole
         print()
         if notes := remarks(problem, sampled):
             print(notes)

@@ -220,8 +220,8 @@ def grpo(c: GRPOConfig):
             except NonFiniteError as error:
                 raise NonFiniteError(f"{error}, at step {step + 1}; {run.last_good()}") from error
             except LogpGapError as error:
-                raise LogpGapError(f"{error}, at step {step + 1}; {run.last_good()}. If it is rounding "
-                                   "alone, raise --max-logp-gap; if not, sampler and trainer compute two things"
+                raise LogpGapError(f"{error}, at step {step + 1}; {run.last_good()}. If it is "
+                                   "rounding alone, raise --max-logp-gap; if not, sampler and trainer compute two things"
                                    ) from error
             run.check_finite(step, policy, loss=figures["loss"], gradient_norm=figures["gradient_norm"])
             figures = {name: float(value) for name, value in figures.items()}
