@@ -7,18 +7,18 @@
 On a CPU, fp32, three cases, whose sides take turns:
 
     equal    256 requests (16 prompts x 16) of 64 new tokens each, the 0.92 M Qwen2 shape of vs_trl.py
-    spread   the same, ended by stop tokens after 8 to 128 tokens (log-uniform: half of them before 32); only
-             the tokens up to the stop count. "static" is our engine without the stops: every row runs to 128,
-             as the rows of a static batch do
+    spread   the same, ended by stop tokens after 8 to 128 tokens (log-uniform: half of them before 32);
+             only the tokens up to the stop count. "static" is our engine without the stops: every row runs
+             to 128, as the rows of a static batch do
     larger   64 requests of 32 new tokens, 25 M parameters
 
-transformers gets its prompts as a tensor, without padding, and in "spread" a stopping criterion that ends each
-row at its length; ours gets lists, and makes requests and completions. Each figure is also a share of the rate
-of a 1024 x 1024 matrix product in the same round; the FLOPs counted are those of the model at the useful
-tokens.
+transformers gets its prompts as a tensor, without padding, and in "spread" a stopping criterion that ends
+each row at its length; ours gets lists, and makes requests and completions. Each figure is also a share of
+the rate of a 1024 x 1024 matrix product in the same round; the FLOPs counted are those of the model at the
+useful tokens.
 
-On a GPU: random weights in the shape of Qwen2.5-1.5B, bf16. Tokens/s of decoding at batch 1, 8, 64 and 512, as
-a share of what the bandwidth measured in the same run allows (all weights and all keys and values once a
+On a GPU: random weights in the shape of Qwen2.5-1.5B, bf16. Tokens/s of decoding at batch 1, 8, 64 and 512,
+as a share of what the bandwidth measured in the same run allows (all weights and all keys and values once a
 token), then 64 prompts x 8 samples x 512 tokens, beside transformers' `generate` and vLLM where installed.
 
 Left out: transformers' continuous batching (experimental, and for GPUs), and torch.compile on either side.
@@ -29,6 +29,7 @@ import os
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -82,9 +83,10 @@ def requests_of(prompts: list[list[int]], group_size: int, lengths: np.ndarray) 
     return [Request(prompts[i // group_size], int(lengths[i]), seed) for i, seed in enumerate(seeds)]
 
 
-def with_stops(engine: Engine, requests: list[Request], lengths: np.ndarray) -> tuple[list[Request], np.ndarray]:
-    """Each request with a stop token that ends it near its length (where the token stands for the first time),
-    and the lengths that come of it."""
+def with_stops(engine: Engine, requests: list[Request],
+               lengths: np.ndarray) -> tuple[list[Request], np.ndarray]:
+    """Each request with a stop token that ends it near its length (where the token stands for the first
+    time), and the lengths that come of it."""
     stopped = []
     for r, c, length in zip(requests, engine.generate(requests), lengths, strict=True):
         tokens = c.tokens.tolist()
@@ -165,7 +167,8 @@ def on_cpu(f: Flags) -> dict:
             "share_of_product": {side: spread(flops / turns[side] / rate) for side in sides},
             "ours_over": {side: spread(turns[side] / turns["ours"]) for side in sides if side != "ours"}}
         print(f"{name}: {tokens:,} useful tokens, {param_count(model.config):,} parameters, fp32, "
-              f"{torch.get_num_threads()} threads, products at {show(figures[name]['product_gflops'])} GFLOP/s")
+              f"{torch.get_num_threads()} threads, products at {show(figures[name]['product_gflops'])} "
+              "GFLOP/s")
         table(["", "useful tokens/s", "share of the product's rate", "ours is faster by"],
               [[side, show(figures[name]["tokens_per_s"][side], digits=0),
                 show(figures[name]["share_of_product"][side], " %", 100, 1),
@@ -177,6 +180,10 @@ def on_cpu(f: Flags) -> dict:
 
 def decode_shares(model: Transformer, bandwidth: float) -> list[dict]:
     """Decoding after prompts of 512 tokens: tokens/s and the share of the least time."""
+    def step(engine):
+        engine.step()
+        torch.cuda.synchronize()
+
     c, rows = model.config, []
     weights = 2 * (param_count(c) - (0 if c.tie_embeddings else c.vocab_size * c.d_model))
     for batch in (1, 8, 64, 512):
@@ -189,7 +196,7 @@ def decode_shares(model: Transformer, bandwidth: float) -> list[dict]:
         torch.cuda.synchronize()
         times = []
         for _ in range(48):
-            times.append(time_of(lambda engine=engine: (engine.step(), torch.cuda.synchronize())))
+            times.append(time_of(partial(step, engine)))
         least = (weights + batch * 570 * engine.token_bytes) / bandwidth
         s = spread(times)
         rows.append({"batch": batch, "step_s": s, "tokens_per_s": batch / s["median"],
@@ -234,7 +241,7 @@ def on_gpu(f: Flags) -> dict:
     print(engine.plan())
     requests = requests_of(prompts, n_samples, np.full(n_prompts * n_samples, new_tokens))
     engine.generate(requests[: n_samples])
-    rates = {"ours": n_prompts * n_samples * new_tokens / time_of(lambda: engine.generate(requests))}
+    rates = {"ours": n_prompts * n_samples * new_tokens / time_of(partial(engine.generate, requests))}
     del engine
     gc.collect()
     torch.cuda.empty_cache()

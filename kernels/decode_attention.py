@@ -85,10 +85,11 @@ def decode_attention_combine_kernel(part_BSHD, lse_BSH, lengths_B, out_BHD, n_sp
 
 def decode_attention_config(head_dim: int, dtype: torch.dtype, per_group: int) -> dict:
     """Block sizes: the keys of a block fit the registers beside the queries' rows."""
-    wide = head_dim > 128
-    if dtype == torch.float32:
-        return {"BLOCK_N": 16 if wide else 32, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_N": 32 if wide or per_group > 16 else 64, "num_warps": 4, "num_stages": 2}
+    large = head_dim > 128 or per_group > 16
+    if dtype == torch.float32:  # or else the assembler spills some registers, to run more programs at a time
+        return {"BLOCK_N": 16 if large else 32, "num_warps": 8 if per_group > 16 else 4, "num_stages": 1,
+                "maxnreg": 255}
+    return {"BLOCK_N": 32 if large else 64, "num_warps": 4, "num_stages": 2}
 
 
 def decode_attention_fwd(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, table: torch.Tensor,

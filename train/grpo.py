@@ -13,9 +13,11 @@ far its log-probs are from the trainer's, and a run stops where they part.
 import sys
 import time
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from ..eval.tasks import Task
 from ..model.engine import Engine
@@ -41,6 +43,8 @@ def rl_optim(lr: float = 4e-4) -> OptimConfig:
 @dataclass(frozen=True, kw_only=True)
 class GRPOConfig(RunConfig):
     """Reinforcement learning of a base model by rule rewards."""
+
+    FREE: ClassVar[tuple[str, ...]] = ("max_logp_gap",)  # to change on resume, beside what all loops have
 
     base: str
     """Folder of the run (or checkpoint) to start from; also the reference of the KL."""
@@ -213,16 +217,16 @@ def grpo(c: GRPOConfig):
         optimizer = make_optimizer(policy, c.optim)
         run.restore(policy, tokenizer, optimizer)
         engine = Engine(policy, tokenizer, max_rows=min(1024, c.prompts_per_step * c.group_size))
-        print(engine.plan(), file=sys.stderr)
+        tqdm.write(engine.plan(), file=sys.stderr)
         for step in run.steps():
             try:
                 figures = grpo_step(policy, reference, engine, task, optimizer, c, step)
             except NonFiniteError as error:
                 raise NonFiniteError(f"{error}, at step {step + 1}; {run.last_good()}") from error
             except LogpGapError as error:
-                raise LogpGapError(f"{error}, at step {step + 1}; {run.last_good()}. If it is "
-                                   "rounding alone, raise --max-logp-gap; if not, sampler and trainer compute two things"
-                                   ) from error
+                raise LogpGapError(f"{error}, at step {step + 1}; {run.last_good()}. If this is "
+                                   "rounding alone, raise --max-logp-gap; if not, sampler and trainer "
+                                   "compute two different things") from error
             run.check_finite(step, policy, loss=figures["loss"], gradient_norm=figures["gradient_norm"])
             figures = {name: float(value) for name, value in figures.items()}
             run.log(step, figures, show=("accuracy", "format", "length", "kl_to_base"))
