@@ -144,6 +144,23 @@ def attention_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
                                launch=lambda s, a=(D, DTYPES[name], group, window, softcap): launch(s, *a))
 
 
+def decode_attention_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
+    from r1zero.kernels import decode_attention
+
+    def launch(sizes, D, dtype, group):
+        B, pages, width = sizes
+        cache, lengths = empty(pages, 2, 16, D, dtype=dtype), empty(B, dtype=torch.int32)
+        decode_attention.decode_attention_fwd(empty(B, 2 * group, D, dtype=dtype), cache, cache,
+                                              empty(B, width, dtype=torch.int32), lengths, D**-0.5)
+
+    for name in dtypes:
+        for D in head_dims:
+            for group in (1, 6, 20) if D == 128 else (1, 6):
+                yield Case("decode_attention", f"{name} D={D} group {group}",
+                           sizes=((64, 4096, 256), (1, 4099, 7), (5, 100, 1)),  # rows, pages, pages a row
+                           launch=lambda s, a=(D, DTYPES[name], group): launch(s, *a))
+
+
 def logprob_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
     from r1zero.kernels import linear_logprob
 
@@ -181,7 +198,7 @@ def grpo_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
 
 
 CASES = {"rmsnorm": rmsnorm_cases, "rope": rope_cases, "swiglu": swiglu_cases, "attention": attention_cases,
-         "linear_logprob": logprob_cases, "grpo": grpo_cases}
+         "decode_attention": decode_attention_cases, "linear_logprob": logprob_cases, "grpo": grpo_cases}
 
 
 # ---- what Triton would compile for them ----

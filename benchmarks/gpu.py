@@ -32,7 +32,9 @@ class Stage:
 STAGES = {  # in this order; the limits add up to less than 10 minutes
     "correct": Stage((sys.executable, "-m", "pytest", "-m", "gpu", "tests/gpu", "-q", "--durations=5"), 210),
     "kernels": Stage((sys.executable, "-m", "benchmarks.kernels", "--out-dir", "{out}/kernels",
-                      "--minutes", "4.5"), 330),
+                      "--minutes", "4"), 270),
+    "generation": Stage((sys.executable, "-m", "benchmarks.generation", "--device", "cuda", "--out",
+                         "{out}/generation.json"), 110),
 }
 
 

@@ -28,6 +28,7 @@ import tyro
 
 from r1zero.eval.tasks import Grade
 from r1zero.model.config import ModelConfig
+from r1zero.model.engine import Engine
 from r1zero.model.packed import pack
 from r1zero.model.transformer import Transformer, flops_per_token, param_count
 from r1zero.train.grpo import GRPOConfig, grpo_step
@@ -120,12 +121,12 @@ def our_step(f: Flags):
     model = Transformer(f.model).init_weights(0)
     optimizer = make_optimizer(model, c.optim)
     task, tokenizer = TokenIdTask(f.model.vocab_size, f.prompt_tokens), TokenIdTokenizer(f.model.vocab_size)
-    n_done = 0
+    engine, n_done = Engine(model, tokenizer), 0
 
     def step() -> tuple[float, float]:
         nonlocal n_done
         # the reference, here the model itself, is never asked: no KL in the loss, and none for the log
-        figures = grpo_step(model, model, tokenizer, task, optimizer, c, n_done)
+        figures = grpo_step(model, model, engine, task, optimizer, c, n_done)
         n_done += 1
         n = f.prompts * f.group_size
         assert figures["tokens"] == n * f.new_tokens, "ours generated another number of tokens"

@@ -9,9 +9,12 @@ A prompt that leaves no room for the response in the model's max_seq_len is an e
 beginning and is counted: then a small model can be put to a whole test set, long questions included, and
 what it was not shown is known.
 """
+from collections.abc import Iterator
+
 import torch
 
-from ..model.generation import generate, sample_seeds
+from ..model.engine import Engine
+from ..model.generation import Request, group_requests, sample_seeds
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from .harness import Sampled
@@ -21,7 +24,7 @@ class ModelSampler:
     """`sampler(prompts, n_samples)` -> n_samples responses to each prompt, for `evaluate`. One evaluation,
     one sampler.
 
-    Raises ValueError for max_new_tokens that leave no room for a prompt, and, when called, as `generate`
+    Raises ValueError for max_new_tokens that leave no room for a prompt, and, when called, as the engine
     does.
     """
 
@@ -33,7 +36,7 @@ class ModelSampler:
         if not 1 <= max_new_tokens < limit:
             raise ValueError(f"max_new_tokens is {max_new_tokens}, but the model's max_seq_len is {limit}, "
                              f"prompt and response together; expected 1 to {limit - 1}")
-        self.model, self.tokenizer, self.max_new_tokens = model, tokenizer, max_new_tokens
+        self.engine, self.tokenizer, self.max_new_tokens = Engine(model, tokenizer), tokenizer, max_new_tokens
         self.temperature, self.seed, self.cut_prompts = temperature, seed, cut_prompts
         self.room = limit - max_new_tokens
         """Tokens that a prompt may have."""
@@ -42,24 +45,34 @@ class ModelSampler:
         self.n_cut = 0
         """How many of them lost their beginning."""
 
+    def stream(self, prompt: str) -> Iterator[tuple[str, Sampled | None]]:
+        """One response as it comes: (new text, None), and with the last of it the whole."""
+        [request] = self._requests([prompt], 1)
+        for event in self.engine.stream([request]):
+            c = event.completion
+            done = Sampled(self.tokenizer.decode(c.tokens), len(c.tokens), c.finish_reason) if c else None
+            yield event.text, done
+
     def __call__(self, prompts: list[str], n_samples: int) -> list[list[Sampled]]:
+        responses = [Sampled(self.tokenizer.decode(c.tokens), len(c.tokens), c.finish_reason)
+                     for c in self.engine.generate(self._requests(prompts, n_samples))]
+        return [responses[i : i + n_samples] for i in range(0, len(responses), n_samples)]
+
+    def _requests(self, prompts: list[str], n_samples: int) -> list[Request]:
         ids = self.tokenizer.encode_batch(prompts)
         if self.cut_prompts:
             self.n_cut += sum(len(prompt) > self.room for prompt in ids)
             ids = [prompt[-self.room:] for prompt in ids]
         seeds = torch.cat([sample_seeds(n_samples, self.seed, self.n_prompts + i) for i in range(len(ids))])
-        completions = generate(self.model, ids, n_samples, self.max_new_tokens, self.temperature, seeds,
-                               self.tokenizer.eos_id)
         self.n_prompts += len(ids)
-        responses = [Sampled(self.tokenizer.decode(c.tokens), len(c.tokens), c.finish_reason)
-                     for c in completions]
-        return [responses[i : i + n_samples] for i in range(0, len(responses), n_samples)]
+        return group_requests(ids, n_samples, self.max_new_tokens, self.temperature, seeds,
+                              self.tokenizer.eos_id)
 
     def cut_message(self) -> str | None:
         """What to tell the user about prompts that were cut; None if none was."""
         if not self.n_cut:
             return None
-        limit = self.model.config.max_seq_len
+        limit = self.engine.model.config.max_seq_len
         return (f"{self.n_cut:,} of {self.n_prompts:,} prompts are longer than the {self.room} tokens that a "
                 f"max_seq_len of {limit} leaves beside {self.max_new_tokens} new ones; the model was shown "
                 "their ends only")

@@ -1,23 +1,145 @@
-"""Attention of one new token a row against the row's key/value cache; no gradient.
+"""Attention of one new token a row against the row's keys and values, in pages; no gradient   (split over the
+length: Flash-Decoding, Dao et al. 2023; pages: vLLM, Kwon et al. 2023, arXiv 2309.06180)
 
-FLOPs: 4 B H L D. Least bytes in 16 bit: 4 B G L D, the cache read once: always memory-bound.
+    s = scale q k^T,  L = log sum exp s,  o = softmax(s) v       over the first lengths[b] places of row b
+
+Place j of row b lies in page table[b, j // page], at j % page. FLOPs: 4 B H L D. Least bytes in 16 bit:
+4 B G L D, keys and values read once: always memory-bound.
+
+Each program takes one row, one kv head and SPLIT places, with all query heads of that kv head as the rows of
+one product (padded to the 16 that the matrix units know), so the cache is read once. It leaves a part of o
+and its L; a second kernel weighs the parts. The size of a split is fixed, not their number: a row's parts,
+and the order they are added in, are a function of its length alone, so it has the same bits in any batch. A
+split behind a row's end leaves at once, and is never read.
+
+Shapes: B rows, H query heads, G kv heads, R = H / G, D head_dim, P pages, W pages a row may have.
 """
 import torch
 
 from . import reference
+from .dispatch import check_tensors, tl, triton, use_triton
+
+MAX_HEAD_DIM = 256
+SPLIT = 256  # places a program takes
 
 
-def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor,
-                     scale: float | None = None) -> torch.Tensor:
-    """Row b attends to the first lengths[b] places of its cache, the new token's own included.
+@triton.jit(do_not_specialize=["n_splits", "stride_tb"])
+def decode_attention_kernel(q_BHD, k_pages, v_pages, table_BW, lengths_B, out_BSHD, lse_BSH, stride_qb,
+                            stride_qh, stride_kp, stride_kg, stride_ks, stride_vp, stride_vg, stride_vs,
+                            stride_tb, n_splits, scale, H: tl.constexpr, R: tl.constexpr,
+                            PAGE: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_R: tl.constexpr,
+                            BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    b, g, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    length = tl.load(lengths_B + b)
+    first = split * SPLIT
+    if first < length:
+        r, d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+        heads = g * R + r
+        inside = (r < R)[:, None] & (d < D)[None, :]
+        q = tl.load(q_BHD + b * stride_qb + heads[:, None] * stride_qh + d[None, :], inside, other=0.0)
+        end = tl.minimum(first + SPLIT, length)
+        acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+        peak = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_R,), tl.float32)
+        for start in range(first, end, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            seen = n < end
+            page = tl.load(table_BW + b * stride_tb + n // PAGE, seen, other=0).to(tl.int64)
+            k_places = page * stride_kp + g * stride_kg + (n % PAGE) * stride_ks
+            v_places = page * stride_vp + g * stride_vg + (n % PAGE) * stride_vs
+            k_t = tl.load(k_pages + k_places[None, :] + d[:, None], seen[None, :] & (d < D)[:, None],
+                          other=0.0)
+            s = tl.dot(q, k_t, input_precision="ieee") * (scale * 1.4426950408889634)
+            s = tl.where(seen[None, :], s, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(s, 1))  # finite: each block holds a place that is seen
+            p = tl.exp2(s - new_peak[:, None])
+            rescale = tl.exp2(peak - new_peak)
+            total = total * rescale + tl.sum(p, 1)
+            v = tl.load(v_pages + v_places[:, None] + d[None, :], seen[:, None] & (d < D)[None, :],
+                        other=0.0)
+            acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+            peak = new_peak
+        part = (b * n_splits + split) * H + heads
+        tl.store(out_BSHD + part[:, None] * D + d[None, :], acc / total[:, None], inside)
+        tl.store(lse_BSH + part, peak + tl.log2(total), r < R)
 
-    q: [B, H, D]; k_cache, v_cache: [B, G, S, D] with H a multiple of G; lengths: [B] integers from 1 to S.
-    Returns [B, H, D] in q's dtype. Raises ValueError for shapes that do not fit together.
+
+@triton.jit(do_not_specialize=["n_splits"])
+def decode_attention_combine_kernel(part_BSHD, lse_BSH, lengths_B, out_BHD, n_splits, H: tl.constexpr,
+                                    D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr):
+    """o = sum of parts, weighed by exp(L of the part - L), in the order of the splits."""
+    b, h, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK_D)
+    length = tl.load(lengths_B + b)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    peak, total = float("-inf"), 0.0
+    for split in range(0, tl.cdiv(length, SPLIT)):
+        at = (b * n_splits + split) * H + h
+        lse = tl.load(lse_BSH + at)
+        part = tl.load(part_BSHD + at * D + d, d < D, other=0.0)
+        new_peak = tl.maximum(peak, lse)
+        rescale, weight = tl.exp2(peak - new_peak), tl.exp2(lse - new_peak)
+        acc, total, peak = acc * rescale + part * weight, total * rescale + weight, new_peak
+    out = acc / tl.where(total > 0, total, 1.0)  # a row without a place gives 0
+    tl.store(out_BHD + (b * H + h) * D + d, out.to(out_BHD.dtype.element_ty), d < D)
+
+
+def decode_attention_config(head_dim: int, dtype: torch.dtype, per_group: int) -> dict:
+    """Block sizes: the keys of a block fit the registers beside the queries' rows."""
+    large = head_dim > 128 or per_group > 16
+    if dtype == torch.float32:  # or else the assembler spills some registers, to run more programs at a time
+        return {"BLOCK_N": 16 if large else 32, "num_warps": 8 if per_group > 16 else 4, "num_stages": 1,
+                "maxnreg": 255}
+    return {"BLOCK_N": 32 if large else 64, "num_warps": 4, "num_stages": 2}
+
+
+def decode_attention_fwd(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, table: torch.Tensor,
+                         lengths: torch.Tensor, scale: float) -> torch.Tensor:
+    """Launch both kernels; the grid knows the width of the table only, so a CUDA graph may replay it."""
+    (B, H, D), (_, G, page, _) = q.shape, k_pages.shape
+    n_splits = max(1, triton.cdiv(table.shape[1] * page, SPLIT))
+    out = torch.empty((B, H, D), dtype=q.dtype, device=q.device)
+    parts = q.new_empty((B, n_splits, H, D), dtype=torch.float32)
+    lse = q.new_empty((B, n_splits, H), dtype=torch.float32)
+    if B == 0:
+        return out
+    block_d, per_group = max(16, triton.next_power_of_2(D)), H // G
+    decode_attention_kernel[(B, G, n_splits)](
+        q, k_pages, v_pages, table, lengths, parts, lse, q.stride(0), q.stride(1), *k_pages.stride()[:3],
+        *v_pages.stride()[:3], table.stride(0), n_splits, scale, H=H, R=per_group, PAGE=page, D=D,
+        SPLIT=SPLIT, BLOCK_R=max(16, triton.next_power_of_2(per_group)), BLOCK_D=block_d,
+        **decode_attention_config(D, q.dtype, per_group))
+    decode_attention_combine_kernel[(B, H)](parts, lse, lengths, out, n_splits, H=H, D=D, SPLIT=SPLIT,
+                                            BLOCK_D=block_d, num_warps=1)
+    return out
+
+
+def decode_attention(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, table: torch.Tensor,
+                     lengths: torch.Tensor, scale: float | None = None,
+                     impl: str | None = None) -> torch.Tensor:
+    """Row b attends to the first lengths[b] places of its pages, the new token's own included.
+
+    q: [B, H, D]; k_pages, v_pages: [P, G, page, D] with H a multiple of G, D up to 256; table: [B, W] int32
+    page numbers; lengths: [B] int32, up to W * page; a row of length 0 gives 0. What lies behind a length is
+    not read. scale: 1 / sqrt(D) by default. Returns [B, H, D] in q's dtype.
+    Raises ValueError for shapes, dtypes or devices that do not fit together, and for a scale not above 0.
     """
-    if k_cache.shape != v_cache.shape or k_cache.ndim != 4 or q.ndim != 3 or lengths.shape != q.shape[:1] or \
-            (q.shape[0], q.shape[2]) != (k_cache.shape[0], k_cache.shape[3]) or q.shape[1] % k_cache.shape[1]:
-        raise ValueError(f"decode_attention: q {tuple(q.shape)}, caches {tuple(k_cache.shape)} and "
-                         f"{tuple(v_cache.shape)}, lengths {tuple(lengths.shape)}; expected [B, H, D], "
-                         "twice [B, G, S, D] with H a multiple of G, and [B]")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return reference.decode_attention(q, k_cache, v_cache, lengths, scale)
+    check_tensors("decode_attention", q=q, k_pages=k_pages, v_pages=v_pages)
+    if q.ndim != 3 or k_pages.ndim != 4 or k_pages.shape != v_pages.shape or \
+            q.shape[2] != k_pages.shape[3] or q.shape[1] % k_pages.shape[1] or \
+            not 1 <= q.shape[2] <= MAX_HEAD_DIM:
+        raise ValueError(f"decode_attention: q {tuple(q.shape)}, pages {tuple(k_pages.shape)} and "
+                         f"{tuple(v_pages.shape)}; expected [B, H, D] and twice [P, G, page, D] with H a "
+                         f"multiple of G and D at most {MAX_HEAD_DIM}")
+    if not q.dtype == k_pages.dtype == v_pages.dtype:
+        raise ValueError(f"decode_attention: q is {q.dtype}, the pages {k_pages.dtype} and {v_pages.dtype}; "
+                         "expected one dtype")
+    for name, x, ndim in (("table", table, 2), ("lengths", lengths, 1)):
+        if x.ndim != ndim or x.shape[0] != q.shape[0] or x.dtype != torch.int32 or x.device != q.device:
+            raise ValueError(f"decode_attention: {name} is {x.dtype} {tuple(x.shape)} on {x.device}; "
+                             f"expected int32 with {q.shape[0]} rows on {q.device}")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"decode_attention: scale is {scale}, expected a positive number or None")
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not use_triton(impl, q):
+        return reference.decode_attention(q, k_pages, v_pages, table, lengths, scale)
+    return decode_attention_fwd(q, k_pages, v_pages, table, lengths, scale)

@@ -100,9 +100,8 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx, dy):
         gate_up, = ctx.saved_tensors
         x, dy = wide(gate_up), wide(dy)
-        gate, up = x.chunk(2, dim=-1)
         grad = torch.empty_like(x)
-        dgate, dup = grad.chunk(2, dim=-1)
+        (gate, up), (dgate, dup) = x.chunk(2, dim=-1), grad.chunk(2, dim=-1)
         s = torch.sigmoid(gate)
         torch.mul(gate, s, out=dup)  # silu(gate)
         # s (1 + gate (1 - s)) = s + silu (1 - s)
@@ -308,15 +307,18 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: tor
     return (out, collect(lses)) if return_lse else out
 
 
-def decode_attention(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, lengths: torch.Tensor,
-                     scale: float) -> torch.Tensor:
-    """One new token a row against that row's cache. q: [B, H, D]; caches: [B, G, S, D]; lengths: [B]."""
-    (B, H, D), (_, G, S, _) = q.shape, k_cache.shape
-    q_BGRD = wide(q).view(B, G, H // G, D) * scale
-    scores = q_BGRD @ wide(k_cache).transpose(-1, -2)
-    unseen = torch.arange(S, device=q.device) >= lengths[:, None]
-    probs = scores.masked_fill_(unseen[:, None, None], float("-inf")).softmax(-1)
-    return (probs @ wide(v_cache)).reshape(B, H, D).to(q.dtype)
+def decode_attention(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, table: torch.Tensor,
+                     lengths: torch.Tensor, scale: float) -> torch.Tensor:
+    """One new token a row against that row's pages. q: [B, H, D]; pages: [P, G, page, D]; table: [B, W]."""
+    (B, H, D), (_, G, page, _) = q.shape, k_pages.shape
+    n_pages = max(1, -(-int(lengths.max()) // page)) if B else 1
+    used = table[:, :n_pages].long()
+    k, v = (wide(x[used]).transpose(1, 2).reshape(B, G, -1, D) for x in (k_pages, v_pages))
+    scores = (wide(q).view(B, G, H // G, D) * scale) @ k.transpose(-1, -2)
+    unseen = (torch.arange(k.shape[2], device=q.device) >= lengths[:, None])[:, None, None]
+    probs = scores.masked_fill_(unseen, float("-inf")).softmax(-1)
+    out = probs @ v.masked_fill(unseen.transpose(-1, -2), 0.0)  # what nobody sees may be NaN
+    return out.masked_fill((lengths == 0)[:, None, None, None], 0.0).reshape(B, H, D).to(q.dtype)
 
 
 class LinearLogprob(torch.autograd.Function):
@@ -395,15 +397,13 @@ def linear_logprob(h, weight, targets, temperature: float, rows=None, softcap: f
 
 
 def segment_sum(x: torch.Tensor, segment: torch.Tensor, n: int) -> torch.Tensor:
-    """[n] sums of the x of each segment."""
     return x.new_zeros(n).index_add_(0, segment, x)
 
 
 def grpo_advantages(rewards_N: torch.Tensor, offsets_G: torch.Tensor, normalise_std: bool = True):
     """(advantages [N], dead [G]); kernels/grpo.py has the maths."""
     r, sizes = wide(rewards_N), offsets_G.diff().long()
-    group = torch.arange(len(sizes), device=r.device).repeat_interleave(sizes)
-    n = sizes.clamp(min=1)
+    group, n = torch.arange(len(sizes), device=r.device).repeat_interleave(sizes), sizes.clamp(min=1)
     centred = r - (segment_sum(r, group, len(sizes)) / n)[group]
     low, high = (r.new_zeros(len(sizes)).scatter_reduce(0, group, r, which, include_self=False)
                  for which in ("amin", "amax"))

@@ -1,25 +1,29 @@
-"""Sampling from a model: `generate` with a key/value cache, and `generate_naive`, the oracle without one.
+"""What is asked of a model and what comes back, how a token is drawn, and the naive oracle.
 
-- A prompt is prefilled once and its keys and values are shared out to all samples of its group.
-- Finished sequences leave the batch: their rows are dropped from the cache as soon as an eighth of the rows
-  is done.
-- Randomness is counter-based: the number that picks a token is a function of (the sample's seed, position),
-  so a sample does not depend on its neighbours or on the order (up to rounding of the matrix products at the
-  1e-6 level).
-- Each token comes with its log-prob under the distribution that it was drawn from.
+Randomness is counter-based: the number that picks a token is a function of (the request's seed, the place of
+the token in its sequence). So a request's tokens depend neither on what else is in the batch nor on the order
+(up to rounding of the matrix products, which changes with their shapes at the 1e-6 level). A draw inverts the
+cumulative distribution in the order of the vocabulary, and each token comes with its log-prob under the
+distribution that it was drawn from: temperature, top-k, top-p and min-p included.
 
-Left out: top-k and top-p (training must score what was sampled), stop strings, continuous batching.
+`generate_naive` recomputes everything for every token: slow, short, and what model/engine.py is held against.
 
-Shapes: P prompts, B rows alive, S cache length, G kv heads, D head_dim, V vocabulary.
+Left out: penalties for repetition, beam search, log-prob biases: training must score what was sampled.
+
+Shapes: B rows, V vocabulary.
 """
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from .packed import pack
 from .transformer import Transformer
+
+BLOCK = 32  # tokens that are added up before the cumulative sum: it is then a 32nd as long
 
 
 class NonFiniteError(RuntimeError):
@@ -27,16 +31,71 @@ class NonFiniteError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Request:
+    """One continuation that is asked for."""
+
+    prompt: Sequence[int]
+    """Token ids, at least one."""
+    max_new_tokens: int
+    seed: int = 0
+    """Any 64-bit integer; with the prompt it decides every draw."""
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    top_k: int = 0
+    """Draw from the k likeliest only; 0 is all."""
+    top_p: float = 1.0
+    """Draw from the likeliest that together reach this probability only."""
+    min_p: float = 0.0
+    """Draw from those at least this many times as likely as the likeliest only."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end it, themselves included in it."""
+    stop: tuple[str, ...] = ()
+    """Texts that end it."""
+    top_logprobs: int = 0
+    """How many of the likeliest tokens to report at each place."""
+
+    @property
+    def filtered(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+@dataclass(frozen=True)
 class Completion:
-    """One sampled continuation."""
+    """What came of it."""
 
     tokens: np.ndarray
-    """[n] int64, the end token included if it was reached."""
+    """[n] int64, a stop token included if it was reached."""
     logp: np.ndarray
-    """[n] float32, log-prob of each token under the distribution sampled from."""
+    """[n] float32, log-prob of each token under the distribution sampled from (0 at temperature 0)."""
     finish_reason: str
-    """"stop" (the end token) or "length" (max_new_tokens)."""
+    """"stop" (a stop token or text), "length" (max_new_tokens) or "cancelled"."""
+    weights_version: int = 0
+    """Which weights made it, see Engine.refresh."""
+    text: str | None = None
+    """Up to the stop text, for requests that have stop texts."""
+    top_ids: np.ndarray | None = None
+    """[n, top_logprobs] int64, the likeliest tokens first, where asked for."""
+    top_logp: np.ndarray | None = None
+    """[n, top_logprobs] float32."""
 
+
+def group_requests(prompts: Sequence[Sequence[int]], n_samples: int, max_new_tokens: int, temperature: float,
+                   seeds, eos_id: int) -> list[Request]:
+    """`n_samples` requests for each prompt, those of prompt p from p * n_samples on; seeds: one a request.
+
+    Raises ValueError for seeds of another length.
+    """
+    if n_samples < 1:
+        raise ValueError(f"generate: n_samples is {n_samples}; expected at least 1")
+    if len(seeds) != len(prompts) * n_samples:
+        raise ValueError(f"generate: got {len(seeds)} seeds for {len(prompts)} prompts x {n_samples} "
+                         f"samples; expected {len(prompts) * n_samples}")
+    seeds = seeds.tolist() if hasattr(seeds, "tolist") else seeds
+    return [Request(prompts[i // n_samples], max_new_tokens, seed, temperature, stop_ids=(eos_id,))
+            for i, seed in enumerate(seeds)]
+
+
+# ---- random numbers ----
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
     """The finaliser of SplitMix64 (Steele et al. 2014) on int64; shifts are made logical by a mask."""
@@ -60,133 +119,132 @@ def sample_seeds(n: int, *keys: int) -> torch.Tensor:
     return _mix(torch.arange(n) + int(state.view(np.int64)[0]))
 
 
-def sample_tokens(logits: torch.Tensor, temperature: float, uniforms: torch.Tensor):
-    """Draw one token a row: (tokens [B] int64, logp [B] float32). Temperature 0 takes the likeliest, logp 0.
+# ---- a draw ----
 
-    logits: [B, V]; uniforms: [B] in [0, 1), see counter_uniform. Inverts the cumulative distribution, so one
-    random number a row is all it takes; a token of probability 0 is never drawn. Raises NonFiniteError for
-    NaN or infinite logits.
+def keep_likeliest(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor,
+                   min_p: torch.Tensor) -> torch.Tensor:
+    """logits [B, V] with -inf for the tokens that a row's top_k, top_p and min_p (each [B]) leave out.
+
+    top_p counts what top_k leaves; the likeliest token always stays, and of equal ones the lower id.
     """
-    if temperature != 0:
-        logits = logits / temperature
+    sorted_logits, ids = logits.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(logits.shape[-1], device=logits.device)
+    out = (rank >= top_k[:, None]) & (top_k[:, None] > 0)
+    probs = sorted_logits.masked_fill(out, float("-inf")).softmax(-1)
+    out |= probs.cumsum(-1) - probs >= top_p[:, None]
+    out |= probs < min_p[:, None] * probs[:, :1]
+    out[:, 0] = False
+    return logits.masked_fill(torch.zeros_like(out).scatter_(1, ids, out), float("-inf"))
+
+
+def draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The token of each row [B] at which the cumulative sum of probs [B, V] first passes uniforms [B].
+
+    First the block of tokens, then the token in it; a token of probability 0 is never drawn.
+    """
+    zero = probs.new_zeros(())
+    if probs.shape[1] % BLOCK:
+        probs = F.pad(probs, (0, -probs.shape[1] % BLOCK))
+    blocks = probs.view(len(probs), -1, BLOCK)
+    ends = blocks.sum(-1).cumsum(-1)
+    # float32 rounding may lift the threshold to the total itself: then the last token of any probability
+    threshold = torch.minimum(uniforms.float() * ends[:, -1], torch.nextafter(ends[:, -1], zero))[:, None]
+    block = torch.searchsorted(ends, threshold, right=True)
+    before = ends.gather(1, (block - 1).clamp_(min=0)).masked_fill_(block == 0, 0.0)
+    inner = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1)
+    rest = torch.minimum(threshold - before, torch.nextafter(inner[:, -1:], zero))
+    return (block * BLOCK + torch.searchsorted(inner, rest, right=True))[:, 0]
+
+
+def check_finite(logits: torch.Tensor, temperature) -> None:
     finite = torch.isfinite(logits.sum(-1))
     if not finite.all():
         raise NonFiniteError(f"logits at temperature {temperature} are NaN or infinite in "
                              f"{int((~finite).sum())} of {len(logits)} rows while sampling")
-    if temperature == 0:
-        return logits.argmax(-1), logits.new_zeros(len(logits))
-    probs = torch.softmax(logits, -1)
-    cumulative = probs.cumsum(-1)
-    threshold = uniforms.float() * cumulative[:, -1]
-    # float32 rounding may lift the threshold to the total itself: then the last token of any probability
-    threshold = torch.minimum(threshold, torch.nextafter(cumulative[:, -1], threshold.new_zeros(())))
-    tokens = torch.searchsorted(cumulative, threshold[:, None], right=True)
-    return tokens[:, 0], probs.gather(1, tokens)[:, 0].log()
 
 
-def check_request(model: Transformer, prompts, max_new_tokens: int, temperature: float):
-    longest = max((len(p) for p in prompts), default=0)
-    if not prompts or min(len(p) for p in prompts) == 0:
-        raise ValueError(f"generate: got {len(prompts)} prompts, the shortest empty or missing; every prompt "
-                         "needs at least one token")
-    largest = max(max(p) for p in prompts)
-    if largest >= model.config.vocab_size:
-        raise ValueError(f"generate: a prompt holds token id {largest}, but the model's vocab_size is "
-                         f"{model.config.vocab_size}; is this the tokenizer that it was trained with?")
-    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
-        raise ValueError(f"generate: max_new_tokens is {max_new_tokens} and temperature {temperature}; "
-                         "expected at least 1 and a number of 0 or more")
-    if longest + max_new_tokens > model.config.max_seq_len:
-        raise ValueError(f"generate: a prompt of {longest} tokens and max_new_tokens {max_new_tokens} pass "
-                         f"the model's max_seq_len {model.config.max_seq_len}; ask for fewer new tokens or "
-                         "shorten the prompt")
+def sample_tokens(logits: torch.Tensor, temperature: float | torch.Tensor, uniforms: torch.Tensor,
+                  filters: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None, top_n: int = 0):
+    """Draw one token a row: (tokens [B] int64, logp [B] float32). Temperature 0 takes the likeliest, logp 0.
 
-
-@torch.inference_mode()
-def generate(model: Transformer, prompts: list[list[int]], n_samples: int, max_new_tokens: int,
-             temperature: float, seeds: torch.Tensor, eos_id: int, max_rows: int = 512) -> list[Completion]:
-    """Sample `n_samples` continuations of each prompt; those of prompt p begin at p * n_samples.
-
-    prompts: token ids; seeds: [P * n_samples] int64, one a sample; max_rows: sequences decoded at one time
-    (but never less than one prompt's samples).
-    Raises ValueError for an empty prompt, one that does not fit max_seq_len, or seeds of another length, and
-    NonFiniteError for NaN logits.
+    logits: [B, V]; temperature: one for all or [B]; uniforms: [B] in [0, 1), see counter_uniform; filters:
+    (top_k, top_p, min_p), each [B]. With top_n also (ids, log-probs) [B, top_n] of the likeliest tokens.
+    Raises NonFiniteError for NaN or infinite logits.
     """
-    check_request(model, prompts, max_new_tokens, temperature)
-    if n_samples < 1:
-        raise ValueError(f"generate: n_samples is {n_samples}; expected at least 1")
-    if len(seeds) != len(prompts) * n_samples:
-        raise ValueError(f"generate: got {len(seeds)} seeds for {len(prompts)} prompts x {n_samples} "
-                         f"samples; expected {len(prompts) * n_samples}")
-    done: list[Completion] = []
-    per_wave = max(1, max_rows // n_samples)
-    for start in range(0, len(prompts), per_wave):
-        wave = prompts[start : start + per_wave]
-        wave_seeds = seeds[start * n_samples : (start + len(wave)) * n_samples]
-        done += _generate_wave(model, wave, n_samples, max_new_tokens, temperature, wave_seeds, eos_id)
-    return done
+    greedy, name = None, temperature
+    if isinstance(temperature, torch.Tensor):
+        greedy = temperature == 0
+        logits = logits / temperature.masked_fill(greedy, 1.0)[:, None]
+        name = "given"
+    elif temperature not in (0, 1):
+        logits = logits / temperature
+    check_finite(logits, name)
+    if not isinstance(temperature, torch.Tensor) and temperature == 0:
+        tokens, logp = logits.argmax(-1), logits.new_zeros(len(logits))
+        return (tokens, logp, *_likeliest(logits.log_softmax(-1), top_n)) if top_n else (tokens, logp)
+    if filters is not None:
+        logits = keep_likeliest(logits, *filters)
+    probs = torch.softmax(logits, -1)
+    tokens = draw(probs, uniforms)
+    logp = probs.gather(1, tokens[:, None])[:, 0].log()
+    if greedy is not None:
+        tokens, logp = torch.where(greedy, logits.argmax(-1), tokens), logp.masked_fill(greedy, 0.0)
+    return (tokens, logp, *_likeliest(logits.log_softmax(-1), top_n)) if top_n else (tokens, logp)
 
 
-def _generate_wave(model, prompts, n_samples, max_new_tokens, temperature, seeds, eos_id):
-    device, c = model.embed.device, model.config
-    seeds = seeds.to(device)
-    packed = pack(prompts, device)
-    hidden, kv = model.prefill(packed)
-    ends = packed.cu_seqlens[1:].long() - 1
-    lengths = packed.cu_seqlens.diff().long().repeat_interleave(n_samples)  # [B] tokens in each row's cache
-    longest = packed.max_seqlen
-    slots = torch.arange(longest, device=device)
-    # [P, longest]; what lies behind a prompt's end is garbage that no row reads
-    index = (packed.cu_seqlens[:-1, None] + slots).clamp(max=len(packed.tokens) - 1)
-    caches = []
-    for k, v in kv:
-        pair = []
-        for x in (k, v):
-            cache = x.new_zeros(len(lengths), c.n_kv_heads, longest + max_new_tokens, c.head_dim)
-            cache[:, :, :longest] = x[index].transpose(1, 2).repeat_interleave(n_samples, dim=0)
-            pair.append(cache)
-        caches.append(tuple(pair))
+def _likeliest(logp: torch.Tensor, n: int):
+    values, ids = logp.topk(min(n, logp.shape[-1]), -1)
+    return ids, values
 
-    n_rows = len(lengths)
-    # a token's random number is that of its place in the sequence
-    uniforms = counter_uniform(seeds[:, None], lengths[:, None] + torch.arange(max_new_tokens, device=device))
-    tokens_out = torch.zeros(n_rows, max_new_tokens, dtype=torch.int64, device=device)
-    logp_out = torch.zeros(n_rows, max_new_tokens, device=device)
-    n_out = torch.full((n_rows,), max_new_tokens, device=device)
-    stopped = torch.zeros(n_rows, dtype=torch.bool, device=device)
-    rows = torch.arange(n_rows, device=device)  # where each row of the cache writes its output
-    logits = model.logits(hidden[ends]).repeat_interleave(n_samples, dim=0)
-    for t in range(max_new_tokens):
-        tokens, logp = sample_tokens(logits, temperature, uniforms[rows, t])
-        tokens_out[rows, t], logp_out[rows, t] = tokens, logp
-        just_stopped = (tokens == eos_id) & ~stopped[rows]
-        n_out[rows[just_stopped]] = t + 1
-        stopped[rows[just_stopped]] = True
-        alive = ~stopped[rows]
-        n_alive = int(alive.sum())
-        if n_alive == 0 or t == max_new_tokens - 1:
-            break
-        if n_alive <= len(rows) * 7 // 8:
-            keep = alive.nonzero().flatten()
-            rows, lengths, tokens = rows[keep], lengths[keep], tokens[keep]
-            caches = [(k[keep], v[keep]) for k, v in caches]
-        logits = model.logits(model.decode(tokens, lengths, caches, longest + t))
-        lengths = lengths + 1
-    tokens_out, logp_out, n_out, stopped = (x.cpu().numpy() for x in (tokens_out, logp_out, n_out, stopped))
-    return [Completion(tokens_out[i, :n].copy(), logp_out[i, :n].copy(), "stop" if stopped[i] else "length")
-            for i, n in enumerate(n_out)]
+
+# ---- what can be asked ----
+
+def check_requests(model: Transformer, requests: Sequence[Request], tokenizer=None) -> None:
+    """Raises ValueError for a request that nobody could serve."""
+    if not requests:
+        raise ValueError("generate: got 0 prompts; expected at least one request")
+    limit, vocab_size = model.config.max_seq_len, model.config.vocab_size
+    seen = set()
+    for r in requests:
+        if id(r.prompt) not in seen:  # the samples of a group share their prompt
+            seen.add(id(r.prompt))
+            if len(r.prompt) == 0:
+                raise ValueError("generate: a prompt is empty; every prompt needs at least one token")
+            if not 0 <= min(r.prompt) <= max(r.prompt) < vocab_size:
+                wrong = max(r.prompt) if max(r.prompt) >= vocab_size else min(r.prompt)
+                raise ValueError(f"generate: a prompt holds token id {wrong}, but the model's vocab_size is "
+                                 f"{vocab_size}; is this the tokenizer that it was trained with?")
+        if r.max_new_tokens < 1 or not 0 <= r.temperature < math.inf:
+            raise ValueError(f"generate: max_new_tokens is {r.max_new_tokens} and temperature {r.temperature}"
+                             "; expected at least 1 and a number of 0 or more")
+        if r.top_k < 0 or not 0 < r.top_p <= 1 or not 0 <= r.min_p <= 1 or r.top_logprobs < 0:
+            raise ValueError(f"generate: top_k is {r.top_k}, top_p {r.top_p}, min_p {r.min_p}, top_logprobs "
+                             f"{r.top_logprobs}; expected 0 or more, above 0 to 1, 0 to 1, 0 or more")
+        if len(r.prompt) + r.max_new_tokens > limit:
+            raise ValueError(f"generate: a prompt of {len(r.prompt)} tokens and max_new_tokens "
+                             f"{r.max_new_tokens} pass the model's max_seq_len {limit}; ask for fewer new "
+                             "tokens or shorten the prompt")
+        if r.stop and (tokenizer is None or not all(r.stop)):
+            raise ValueError("generate: stop texts need a tokenizer, and none of them may be empty; give the "
+                             "engine one, or use stop_ids")
 
 
 @torch.inference_mode()
 def generate_naive(model: Transformer, prompt: list[int], max_new_tokens: int, temperature: float, seed: int,
-                   eos_id: int) -> Completion:
-    """The oracle: one sequence, the whole forward pass again for every token. Same seed, same tokens."""
-    check_request(model, [prompt], max_new_tokens, temperature)
+                   eos_id: int, **options) -> Completion:
+    """The oracle: one sequence, the whole forward pass again for every token. Same seed, same tokens.
+
+    options: top_k, top_p, min_p and so on, as in Request; stop texts are left to the engine.
+    """
+    r = Request(prompt, max_new_tokens, seed, temperature, stop_ids=(eos_id,), **options)
+    check_requests(model, [r])
     tokens, logps = list(prompt), []
+    filters = tuple(torch.tensor([x], device=model.embed.device) for x in (r.top_k, r.top_p, r.min_p)) \
+        if r.filtered else None
     while len(tokens) < len(prompt) + max_new_tokens:
         logits = model.logits(model(pack([tokens], model.embed.device))[-1:])
         uniform = counter_uniform(torch.tensor([seed]), torch.tensor([len(tokens)])).to(logits.device)
-        token, logp = sample_tokens(logits, temperature, uniform)
+        token, logp = sample_tokens(logits, temperature, uniform, filters)
         tokens.append(int(token))
         logps.append(float(logp))
         if tokens[-1] == eos_id:

@@ -263,6 +263,10 @@ class Tokenizer:
         [token_id] = self.checked([token_id])
         return self.encoding.decode_single_token_bytes(token_id).decode("utf-8", errors="backslashreplace")
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, none for a special one; they may be a part of a character."""
+        return b"" if token_id >= self.bos_id else self.encoding.decode_single_token_bytes(token_id)
+
     def count_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
         """Bytes of text that the ids stand for, none for special tokens: the divisor of bits per byte. The
         ids may begin or end inside a character. Raises ValueError for an id out of range."""

@@ -138,26 +138,27 @@ class Transformer(nn.Module):
 
         return self._run(packed.tokens, packed.positions, [attend] * self.config.n_layers), kept
 
-    def decode(self, tokens: torch.Tensor, lengths: torch.Tensor, caches, longest: int) -> torch.Tensor:
-        """One new token a row: tokens [B], lengths [B] of what the caches hold so far. Returns hidden [B, M].
+    def decode(self, tokens: torch.Tensor, lengths: torch.Tensor, caches,
+               table: torch.Tensor) -> torch.Tensor:
+        """One new token a row: tokens [B], lengths [B] int32 of what the cache holds so far. Returns hidden
+        [B, M].
 
-        caches: a pair [B, G, S, D] a layer; the new keys and values are written in place at `lengths`.
-        longest: the largest length, on the host; what lies behind it in the caches is not read.
+        caches: a layer's keys and values in pages, a pair [P, G, page, D]; table: [B, W] int32, the pages of
+        each row. The new keys and values are written in place, behind each row's last.
         """
-        B, G, S = caches[0][0].shape[:3]
-        seen = lengths + 1
-        # the new entry's place in a cache that is looked at as rows [B G S, D]
-        places = (torch.arange(B * G, device=tokens.device).view(B, G) * S + lengths[:, None]).flatten()
+        page_size = caches[0][0].shape[2]
+        positions = lengths.long()
+        pages = table.gather(1, (positions // page_size)[:, None])[:, 0].long()
+        places, seen = positions % page_size, lengths + 1
 
         def attend_with(k_cache, v_cache):
             def attend(q, k, v):
-                k_cache.view(-1, k.shape[-1]).index_copy_(0, places, k.flatten(0, 1))
-                v_cache.view(-1, v.shape[-1]).index_copy_(0, places, v.flatten(0, 1))
-                return decode_attention(q, k_cache[:, :, : longest + 1], v_cache[:, :, : longest + 1], seen)
+                k_cache[pages, :, places], v_cache[pages, :, places] = k, v
+                return decode_attention(q, k_cache, v_cache, table, seen)
 
             return attend
 
-        return self._run(tokens, lengths, [attend_with(*cache) for cache in caches])
+        return self._run(tokens, positions, [attend_with(*cache) for cache in caches])
 
     def _run(self, tokens, positions, attends):
         c = self.config

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..model.generation import generate
+from ..model.engine import Engine
+from ..model.generation import group_requests
 from ..model.packed import Packed, offsets, pack
 
 
@@ -58,14 +59,16 @@ class MicroBatch:
     """[R] float32: log-prob of each response token as it was sampled."""
 
 
-def sample_groups(model, tokenizer, prompts: list[str], group_size: int, max_new_tokens: int,
-                  temperature: float, seeds: torch.Tensor, weights_version: int) -> Rollouts:
+def sample_groups(engine: Engine, prompts: list[str], group_size: int, max_new_tokens: int,
+                  temperature: float, seeds: torch.Tensor) -> Rollouts:
     """Sample `group_size` answers to each prompt; the samples of one prompt are one group.
 
-    seeds: [len(prompts) * group_size] int64. Raises ValueError as `generate` does.
+    seeds: [len(prompts) * group_size] int64. Raises ValueError as the engine does.
     """
+    tokenizer = engine.tokenizer
     ids = tokenizer.encode_batch(prompts)
-    completions = generate(model, ids, group_size, max_new_tokens, temperature, seeds, tokenizer.eos_id)
+    completions = engine.generate(group_requests(ids, group_size, max_new_tokens, temperature, seeds,
+                                                 tokenizer.eos_id))
     repeated = [ids[n // group_size] for n in range(len(completions))]
     return Rollouts(
         sequences=[np.concatenate([p, c.tokens]) for p, c in zip(repeated, completions, strict=True)],
@@ -75,7 +78,7 @@ def sample_groups(model, tokenizer, prompts: list[str], group_size: int, max_new
         finish_reasons=[c.finish_reason for c in completions],
         texts=[tokenizer.decode(c.tokens.tolist()) for c in completions],
         temperature=temperature,
-        weights_version=weights_version,
+        weights_version=engine.version,
     )
 
 

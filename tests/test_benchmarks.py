@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, linear_logprob, memory, training, vs_trl
+from benchmarks import common, generation, linear_logprob, memory, training, vs_trl
 from r1zero.kernels import reference
 from r1zero.model.config import ModelConfig, preset
 from r1zero.model.transformer import Transformer
@@ -129,6 +129,19 @@ def test_another_model_than_ours_is_noticed(monkeypatch):
     monkeypatch.setattr(reference, "rope", lambda x, cos, sin: x)
     with pytest.raises(RuntimeError, match="differ by .* in log-prob"):
         vs_trl.qwen2_of(model)
+
+
+# ---- generation ----
+
+def test_generation_at_toy_size(monkeypatch, capsys):
+    monkeypatch.setattr(generation, "qwen2_shaped", lambda: TINY)
+    monkeypatch.setattr(generation, "larger", lambda: TINY)
+    monkeypatch.setattr(generation, "LONGEST", 24)
+    record = generation.main(generation.Flags(rounds=1, warmup=0, prompts=4, group_size=2, new_tokens=4))
+    assert last_line(capsys) == record and set(record["figures"]) == {"equal", "spread", "larger"}
+    assert [record["figures"][name]["tokens"] for name in ("equal", "larger")] == [32, 4]
+    spread = record["figures"]["spread"]
+    assert 8 <= spread["tokens"] < 8 * 24 and spread["ours_over"]["static"]["median"] > 0
 
 
 # ---- memory ----

@@ -72,17 +72,20 @@ def test_the_cases_of_attention_hold_several_runs():
 
 
 def test_decode_attention_is_the_last_row_of_attention():
-    H, G, D, S = 6, 2, 4, 9
-    lengths = [1, 9, 4, 8]
+    H, G, D, page = 6, 2, 4, 3
+    lengths, table = [1, 9, 4, 8], torch.randperm(16).view(4, 4).int()
     for dtype, tolerance in TOLERANCE.items():
         q = torch.randn(4, H, D, dtype=dtype)
-        k, v = (torch.randn(4, G, S, D, dtype=dtype) * 3 for _ in range(2))
+        k, v = (torch.randn(16, G, page, D, dtype=dtype) * 3 for _ in range(2))
+        flat = [x[table.long()].transpose(2, 3).flatten(1, 2) for x in (k, v)]  # [row, place, G, D]
         for b, n in enumerate(lengths):  # what lies behind a row's length must not count
-            k[b, :, n:], v[b, :, n:] = 1e4, -1e4
+            for place in range(n, 4 * page):
+                for x in (k, v):
+                    x[table[b, place // page], :, place % page] = float("nan")
         for scale in (None, 0.3):
-            got = decode_attention(q, k, v, torch.tensor(lengths), scale)
+            got = decode_attention(q, k, v, table, torch.tensor(lengths, dtype=torch.int32), scale)
             for b, n in enumerate(lengths):
-                keys, values = (x[b, :, :n].transpose(0, 1).double() for x in (k, v))
+                keys, values = (x[b, :n].double() for x in flat)
                 queries = q[b].double().expand(n, H, D)
                 expected = naive_attention(queries, keys, values, [n], scale)[-1]
                 assert_close([got[b]], [expected], tolerance)
@@ -212,6 +215,7 @@ def zeros(*shape):
 
 
 LONG_5 = torch.zeros(5, dtype=torch.int64)
+TABLE_5, LENGTHS_5 = torch.zeros(5, 2, dtype=torch.int32), torch.ones(5, dtype=torch.int32)
 
 
 @pytest.mark.parametrize("call", [
@@ -220,10 +224,14 @@ LONG_5 = torch.zeros(5, dtype=torch.int64)
     lambda: attention(zeros(5, 4, 8), zeros(6, 2, 8), zeros(6, 2, 8), cu([5]), 5),
     lambda: attention(zeros(5, 4, 8), zeros(5, 2, 8), zeros(5, 4, 8), cu([5]), 5),
     lambda: attention(zeros(5, 4), zeros(5, 4), zeros(5, 4), cu([5]), 5),
-    lambda: decode_attention(zeros(5, 4, 8), zeros(5, 3, 9, 8), zeros(5, 3, 9, 8), LONG_5),
-    lambda: decode_attention(zeros(5, 4, 8), zeros(5, 2, 9, 8), zeros(5, 2, 8, 8), LONG_5),
-    lambda: decode_attention(zeros(5, 4, 8), zeros(4, 2, 9, 8), zeros(4, 2, 9, 8), LONG_5),
-    lambda: decode_attention(zeros(5, 4, 8), zeros(5, 2, 9, 8), zeros(5, 2, 9, 8), LONG_5[:4]),
+    lambda: decode_attention(zeros(5, 4, 8), zeros(7, 3, 9, 8), zeros(7, 3, 9, 8), TABLE_5, LENGTHS_5),
+    lambda: decode_attention(zeros(5, 4, 8), zeros(7, 2, 9, 8), zeros(7, 2, 8, 8), TABLE_5, LENGTHS_5),
+    lambda: decode_attention(zeros(5, 4, 8), zeros(7, 2, 9, 6), zeros(7, 2, 9, 6), TABLE_5, LENGTHS_5),
+    lambda: decode_attention(zeros(5, 4, 8), zeros(7, 2, 9, 8), zeros(7, 2, 9, 8), TABLE_5, LENGTHS_5[:4]),
+    lambda: decode_attention(zeros(5, 4, 8), zeros(7, 2, 9, 8), zeros(7, 2, 9, 8), TABLE_5[:4], LENGTHS_5),
+    lambda: decode_attention(zeros(5, 4, 8), zeros(7, 2, 9, 8), zeros(7, 2, 9, 8), TABLE_5, LONG_5),
+    lambda: decode_attention(zeros(5, 4, 8), zeros(7, 2, 9, 8).half(), zeros(7, 2, 9, 8), TABLE_5, LENGTHS_5),
+    lambda: decode_attention(zeros(5, 4, 8), zeros(7, 2, 9, 8), zeros(7, 2, 9, 8), TABLE_5, LENGTHS_5, -1.0),
     lambda: linear_logprob(zeros(5, 4), zeros(7, 3), LONG_5),
     lambda: linear_logprob(zeros(5, 4), zeros(7, 4), LONG_5[:4]),
     lambda: linear_logprob(zeros(5, 4, 1), zeros(7, 4), LONG_5),

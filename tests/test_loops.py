@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from r1zero.model.checkpoint import load_checkpoint
-from r1zero.model.generation import generate
+from r1zero.model.engine import Engine
+from r1zero.model.generation import Request
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.train.data import DocumentBatches, TokenStream
 from r1zero.train.grpo import grpo
@@ -157,8 +158,8 @@ def test_an_optimizer_step_clips_decays_matrices_only_and_refuses_what_is_not_fi
 
 def greedy(folder, prompt: str, n: int = 24) -> tuple[str, str]:
     model, tokenizer, _ = load_model(str(folder), torch.device("cpu"))
-    [found] = generate(model, [tokenizer.encode(prompt)], 1, n, 0.0, torch.zeros(1, dtype=torch.int64),
-                       tokenizer.eos_id)
+    request = Request(tokenizer.encode(prompt), n, temperature=0.0, stop_ids=(tokenizer.eos_id,))
+    [found] = Engine(model).generate([request])
     return tokenizer.decode(found.tokens.tolist()), found.finish_reason
 
 

@@ -77,7 +77,8 @@ def test_the_model_is_the_naive_one(config):
 @each_config
 def test_prefill_and_decode_go_on_where_forward_stands(config):
     model, batch = scattered(config), sequences(4, 1, 7)
-    room, new = 12, sequences(3, 3, 3)
+    page, new = 3, sequences(3, 3, 3)
+    table = torch.randperm(12)[:12].view(3, 4).int()  # of 13 pages, in any order
     with torch.no_grad():
         whole = [model(pack([s + n])) for s, n in zip(batch, new, strict=True)]
         packed = pack(batch)
@@ -85,14 +86,15 @@ def test_prefill_and_decode_go_on_where_forward_stands(config):
         assert torch.equal(hidden, model(packed))
         caches = []
         for pair in kept:
-            shape = (3, config.n_kv_heads, room, config.head_dim)
+            shape = (13, config.n_kv_heads, page, config.head_dim)
             caches.append(tuple(torch.full(shape, 1e3, dtype=torch.float64) for _ in pair))
             for x, cache in zip(pair, caches[-1], strict=True):
                 for row, part in enumerate(x.split([4, 1, 7])):
-                    cache[row, :, : len(part)] = part.transpose(0, 1)
+                    for place, entry in enumerate(part):
+                        cache[table[row, place // page], :, place % page] = entry
         for t in range(3):
-            lengths = torch.tensor([4, 1, 7]) + t
-            hidden = model.decode(torch.tensor(new)[:, t], lengths, caches, 7 + t)
+            lengths = torch.tensor([4, 1, 7], dtype=torch.int32) + t
+            hidden = model.decode(torch.tensor(new)[:, t], lengths, caches, table)
             for row in range(3):
                 assert torch.allclose(hidden[row], whole[row][int(lengths[row])], atol=1e-9)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from r1zero.model.engine import Engine
 from r1zero.model.generation import sample_seeds
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.rl.advantages import group_advantages
@@ -31,7 +32,7 @@ ADVANTAGES = np.array([1.5, -0.5, 0.0, 0.0, 0.0, 2.0])  # of the six samples of 
 
 def test_equal_prompts_stay_two_groups():
     tokenizer = Tokenizer.bytes()
-    rollouts = sample_groups(tiny(), tokenizer, ["abc", "d", "abc"], 3, 4, 1.0, sample_seeds(9, 0), 0)
+    rollouts = sample_groups(Engine(tiny(), tokenizer), ["abc", "d", "abc"], 3, 4, 1.0, sample_seeds(9, 0))
     assert rollouts.group_offsets.tolist() == [0, 3, 6, 9]
     assert rollouts.prompt_lengths.tolist() == [3] * 3 + [1] * 3 + [3] * 3
     assert [s[:p].tolist() for s, p in zip(rollouts.sequences, rollouts.prompt_lengths, strict=True)] == \
@@ -46,7 +47,7 @@ def test_equal_prompts_stay_two_groups():
 def test_trainer_and_sampler_agree_on_every_log_prob_at_the_sampling_temperature(temperature):
     model, tokenizer = tiny(seed=3), Tokenizer.bytes()
     prompts = ["7", "what is it?", "ab"]
-    rollouts = sample_groups(model, tokenizer, prompts, 8, 40, temperature, sample_seeds(24, 5), 0)
+    rollouts = sample_groups(Engine(model, tokenizer), prompts, 8, 40, temperature, sample_seeds(24, 5))
     assert {"stop", "length"} == set(rollouts.finish_reasons)
     worst, wrong_temperature = 0.0, 0.0
     for batch in micro_batches(rollouts, np.arange(24), 200, "cpu"):
@@ -193,7 +194,15 @@ def test_logged_entropy_is_the_distributions_and_loss_and_gap_are_true():
     assert figures["loss"] == pytest.approx(loss, abs=1e-5)
     assert 0 <= figures["logp_gap"] < 1e-4 and figures["gradient_norm"] > 0
     rollouts.sampler_logp[1][0] -= 0.5  # a sampler that disagrees with the trainer in one token
-    assert update(model, rollouts, ADVANTAGES)[1]["logp_gap"] == pytest.approx(0.5, abs=1e-4)
+    figures = update(model, rollouts, ADVANTAGES, max_logp_gap=0.6)[1]
+    assert figures["logp_gap"] == pytest.approx(0.5, abs=1e-4)
+    live_tokens = rollouts.response_lengths[[0, 1, 5]].sum()
+    assert figures["logp_gap_mean"] == pytest.approx(0.5 / live_tokens, abs=1e-4)
+    for limit in ({}, {"max_logp_gap": 0.4}):  # before anything is updated
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        with pytest.raises(FloatingPointError, match="0.5 from the trainer's own, more than --max-logp-gap"):
+            update(model, rollouts, ADVANTAGES, **limit)
+        assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_kl_in_the_loss_pulls_towards_the_reference_and_without_it_nothing_moves():
@@ -201,7 +210,7 @@ def test_kl_in_the_loss_pulls_towards_the_reference_and_without_it_nothing_moves
     distance = {}
     for kl_coef in [0.0, 0.1]:
         model, reference = tiny(), tiny(seed=1)
-        c = grpo_config("", "", loss=LossConfig(kl_coef=kl_coef), kl_samples=6)
+        c = grpo_config("", "", loss=LossConfig(kl_coef=kl_coef), kl_samples=6, max_logp_gap=100.0)
         optimizer = make_optimizer(model, c.optim)
         for step in range(10):
             grpo.update_policy(model, reference, rollouts, np.zeros(6), optimizer, c, step)

@@ -7,7 +7,9 @@
 A model that was trained on Countdown is given Countdown problems and nothing else. Any other model (trained
 on text, or on pairs) is given the line as it stands, and goes on with it.
 
-Left out: memory of earlier lines (the models here answer one prompt), streaming, colours.
+In a terminal the response appears token by token, and Ctrl-C ends it and asks for the next line.
+
+Left out: memory of earlier lines (the models here answer one prompt), colours.
 """
 import math
 import sys
@@ -76,14 +78,21 @@ def shown(problem: CountdownProblem | None, sampled: Sampled) -> str:
     else:
         parts += [(name, part) for name, part in (("think", response.think), ("answer", response.answer))
                   if part is not None]
+    lines = [f"{name:<8}{printable(part)}" if name else printable(part) for name, part in parts]
+    return "\n".join([*lines, *filter(None, [remarks(problem, sampled)])])
+
+
+def remarks(problem: CountdownProblem | None, sampled: Sampled) -> str:
+    """What there is to say about a response: the grader's word, its form, and whether it was cut off."""
+    parts = []
     if problem:
-        grade = grader("countdown").grade(problem, sampled.text)
+        grade, response = grader("countdown").grade(problem, sampled.text), parse_response(sampled.text)
         parts.append(("grade", f"{'right' if grade.accuracy else 'wrong'}. {grade.why}"))
         if not response.well_formed:
             parts.append(("format", response.why))
     if sampled.finish_reason == "length":
         parts.append(("note", f"cut off after {sampled.n_tokens} tokens"))
-    return "\n".join(f"{name:<8}{printable(part)}" if name else printable(part) for name, part in parts)
+    return "\n".join(f"{name:<8}{printable(part)}" for name, part in parts)
 
 
 def typed_lines(ask: str) -> Iterator[str]:
@@ -110,10 +119,22 @@ def chat(c: ChatConfig) -> None:
     sampler = ModelSampler(model, tokenizer, c.max_new_tokens, c.temperature, c.seed)
     countdown_only = knows_countdown_only(checkpoint.state.get("settings", {}))
 
-    def reply(line: str) -> str:
+    def asked(line: str) -> tuple[CountdownProblem | None, str]:
         problem = parse_prompt(line) if countdown_only else as_problem(line)
-        prompt = grader("countdown").prompt(problem) if countdown_only else line
+        return problem, grader("countdown").prompt(problem) if countdown_only else line
+
+    def reply(line: str) -> str:
+        problem, prompt = asked(line)
         return shown(problem, sampler([prompt], 1)[0][0])
+
+    def stream(line: str) -> None:
+        problem, prompt = asked(line)
+        for text, whole in sampler.stream(prompt):
+            print(printable(text), end="", flush=True)
+            sampled = whole
+        print()
+        if notes := remarks(problem, sampled):
+            print(notes)
 
     if c.problem:
         if countdown_only:
@@ -127,10 +148,16 @@ def chat(c: ChatConfig) -> None:
         print(f"{checkpoint.path}: type {kind}; quit or Ctrl-D ends")
     for line in typed_lines("> "):
         try:
-            text = reply(line)
+            if sys.stdin.isatty():
+                stream(line)
+            else:
+                print(f"{printable(line)}\n{reply(line)}\n", flush=True)
         except ValueError as error:
-            text = str(error)
-        print(text if sys.stdin.isatty() else f"{printable(line)}\n{text}\n", flush=True)
+            print(error if sys.stdin.isatty() else f"{printable(line)}\n{error}\n", flush=True)
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            print()  # the answer was broken off; the next line is asked for
 
 
 if __name__ == "__main__":

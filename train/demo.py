@@ -26,6 +26,7 @@ from ..eval.harness import evaluate
 from ..eval.sampler import ModelSampler
 from ..model.checkpoint import atomic_write_json, checkpoint_steps
 from ..model.config import preset
+from ..model.engine import Engine
 from ..model.generation import sample_seeds
 from ..model.transformer import param_count
 from ..rl.advantages import group_advantages
@@ -154,9 +155,10 @@ def keep_group(c: DemoConfig, folder: Path, seed: int) -> None:
     """Sample one group from the base, as a step of GRPO does, and keep it token by token for the report."""
     model, tokenizer, _ = load_model(str(folder / "base"), pick_device(c.device))
     task, g = task_of(c, seed).make(), grpo_config(c, folder, seed, control=False)
+    engine = Engine(model, tokenizer)
     for index, problem in enumerate(task.problems("train", 50)):
-        rollouts = sample_groups(model, tokenizer, [task.prompt(problem)], g.group_size, g.max_new_tokens,
-                                 g.temperature, sample_seeds(g.group_size, seed, index), 0)
+        rollouts = sample_groups(engine, [task.prompt(problem)], g.group_size, g.max_new_tokens,
+                                 g.temperature, sample_seeds(g.group_size, seed, index))
         rewards = score(task, [problem] * g.group_size, rollouts.texts, g.rewards)
         if 0.2 <= rewards.accuracy.mean() <= 0.6:  # one that has something to show
             break

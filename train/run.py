@@ -157,7 +157,7 @@ class Run:
 
     def __init__(self, config: RunConfig, title: str):
         self.config, self.title, self.folder = config, title, Path(config.run)
-        free = {f.name for f in fields(RunConfig)}
+        free = {f.name for f in fields(RunConfig)} | set(getattr(config, "FREE", ()))
         self.settings = json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in free}))
         self.stop_requested = False
         self.resumed: Checkpoint | None = None

@@ -1,0 +1,429 @@
+"""The generation engine: continuous batching over one key/value cache, for training, evaluation and chat.
+
+    engine = Engine(model, tokenizer)
+    completions = engine.generate([Request(prompt, max_new_tokens=64, seed=1), ...])
+    for event in engine.stream(requests): ...        # tokens and text as they come; engine.cancel(event.id)
+
+A step: sequences that are done leave, one token of every live row is decoded, waiting prompts are prefilled
+whole as far as rows, places and `tokens_per_step` allow, and a token is drawn for all rows at once. Equal
+prompts that begin together (the samples of a group) are prefilled once. Where the cache is too small for all
+to go on, the youngest sequence is put back to the front of the queue with what it has; it is prefilled again
+later and goes on with the same draws, since they depend on seed and place alone.
+
+Weights: on a CPU the engine reads the trainer's, as they are when a call begins. On a GPU it decodes from one
+copy in the compute dtype, at fixed addresses that the CUDA graphs hold: `refresh()` rewrites it in place.
+`refresh(version)` also says which weights these are; each Completion carries that number.
+
+Nothing in a step is done sequence by sequence in Python, but for those that begin or end in it, have stop
+texts, or are streamed. Left out: chunked prefill, prefixes shared between groups, speculative decoding.
+
+Columns: every step writes a column of the output, so a live row's tokens are its columns from its birth on.
+"""
+import codecs
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count, islice
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .cache import Pages, Slots
+from .generation import Completion, Request, check_requests, counter_uniform, sample_tokens
+from .transformer import Transformer
+
+AHEAD = 32              # columns of random numbers that are made at one time
+CPU_CACHE = 1 << 30     # bytes, where no number is given
+GPU_CACHE_SHARE = 0.85  # of the memory that is free
+
+
+@dataclass(frozen=True)
+class Event:
+    """One more token of a streamed request."""
+
+    id: int
+    """What `cancel` takes."""
+    index: int
+    """Which of the requests given to `stream`."""
+    tokens: list[int]
+    """The new ones: one, or none where it was cancelled."""
+    text: str
+    """What became readable: half characters and what may begin a stop text wait."""
+    completion: Completion | None
+    """The whole, with the last event."""
+
+
+class TextStream:
+    """Token by token to text, cut at the first stop text."""
+
+    def __init__(self, tokenizer, stop: tuple[str, ...]):
+        self.tokenizer, self.stop, self.stopped = tokenizer, stop, False
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.shown, self.held = "", ""
+
+    def feed(self, token: int | None) -> str:
+        """What can be shown now; None ends the text."""
+        piece = b"" if token is None else self.tokenizer.token_bytes(token)
+        self.held += self.decoder.decode(piece, final=token is None)
+        found = [place for place in map(self.held.find, self.stop) if place >= 0]
+        if found and not self.stopped:
+            self.held, self.stopped = self.held[: min(found)], True
+        waits = 0
+        if token is not None and not self.stopped:
+            beginnings = (stop[:n] for stop in self.stop for n in range(1, len(stop)))
+            waits = max((len(part) for part in beginnings if self.held.endswith(part)), default=0)
+        new, self.held = self.held[: len(self.held) - waits], self.held[len(self.held) - waits:]
+        self.shown += new
+        if self.stopped:
+            self.decoder.reset()
+        return new
+
+
+@dataclass
+class _Sequence:
+    id: int
+    request: Request
+    text: TextStream | None
+    streamed: bool
+    order: int = 0
+    parts: list = field(default_factory=list)
+    """(tokens, logp, top ids, top log-probs) from before it was put back."""
+    prefix: Sequence[int] = ()
+    """Prompt and what it has: what a prefill reads."""
+
+
+class Engine:
+    """Raises ValueError for requests that cannot be served, NonFiniteError for NaN logits."""
+
+    def __init__(self, model: Transformer, tokenizer=None, *, max_rows: int = 256,
+                 tokens_per_step: int = 8192, cache_tokens: int | None = None, paged: bool | None = None):
+        """max_rows: sequences decoded at one time. tokens_per_step: decoded and prefilled together (but never
+        less than one prompt). cache_tokens: places in the cache; None: as many as fit into 1 GiB on a CPU, in
+        85 % of the free memory on a GPU. paged: None is by device."""
+        if max_rows < 1 or tokens_per_step < 1:
+            raise ValueError(f"engine: max_rows is {max_rows}, tokens_per_step {tokens_per_step}; expected 1 "
+                             "or more")
+        c, self.device = model.config, model.embed.device
+        on_gpu = self.device.type == "cuda"
+        self.model, self.tokenizer = model, tokenizer
+        self.max_rows, self.tokens_per_step = max_rows, tokens_per_step
+        self.token_bytes = 2 * c.n_layers * c.n_kv_heads * c.head_dim * model.compute_dtype.itemsize
+        if cache_tokens is None:
+            free = GPU_CACHE_SHARE * torch.cuda.mem_get_info(self.device)[0] if on_gpu else CPU_CACHE
+            longest = Slots.places(c.max_seq_len + 1)
+            cache_tokens = max(longest, min(max_rows * longest, int(free / self.token_bytes)))
+        kind = Pages if (on_gpu if paged is None else paged) else Slots
+        with torch.inference_mode():
+            self.cache = kind(model, max_rows, cache_tokens)
+        self.cache_tokens, self.version, self.ids = cache_tokens, 0, count()
+        self._reset()
+
+    def plan(self) -> str:
+        """What the cache takes, for people."""
+        kind = "pages" if isinstance(self.cache, Pages) else "slots, allocated as they are needed"
+        return (f"key/value cache: up to {self.cache_tokens:,} tokens x {self.token_bytes:,} bytes = "
+                f"{self.cache_tokens * self.token_bytes / 2**20:,.0f} MiB in {kind}; at most {self.max_rows} "
+                f"sequences at a time, {self.tokens_per_step:,} tokens a step")
+
+    def _reset(self) -> None:
+        """Forget all requests."""
+        n = self.max_rows
+        with torch.inference_mode():
+            self.cache.cut(0)
+        self.waiting: deque[_Sequence] = deque()
+        self.live: list[_Sequence] = []
+        self.finished: dict[int, Completion] = {}
+        self.cancelled: set[int] = set()
+        self.events: dict[int, tuple[list[int], str]] = {}  # of streamed requests: new tokens, text
+        self.t = 0
+        # in the order in which `_admit` fills them
+        kinds = {"seed": np.int64, "birth": np.int64, "origin": np.int64, "limit": np.int64,
+                 "order": np.int64, "temperature": np.float32, "top_k": np.int64, "top_p": np.float32,
+                 "min_p": np.float32, "top_n": np.int64}
+        self.rows = {name: np.zeros(n, kind) for name, kind in kinds.items()}
+        self.rows["stop_ids"] = np.full((n, 1), -1, np.int64)
+        self.tokens = torch.zeros(n, dtype=torch.int64, device=self.device)
+        self.out: dict[str, torch.Tensor] = {}
+        self.uniforms, self.uniforms_end = None, 0
+
+    def refresh(self, version: int | None = None) -> None:
+        """Take the trainer's weights as they are now; version: their number, by default the next one.
+
+        Raises ValueError while requests are being served: one answer, one set of weights.
+        """
+        if self.live or self.waiting:
+            raise ValueError(f"engine: refresh() while {len(self.live) + len(self.waiting)} requests are "
+                             "being served; let them end, or cancel them")
+        with torch.inference_mode():
+            self.cache.refresh()
+        self.version = self.version + 1 if version is None else version
+
+    # ---- requests in, completions out ----
+
+    def submit(self, requests: Sequence[Request], streamed: bool = False) -> list[int]:
+        """Queue requests for `step`; their ids. Raises ValueError, and queues none, if one is impossible."""
+        check_requests(self.model, requests, self.tokenizer)
+        longest = max(requests, key=lambda r: len(r.prompt) + r.max_new_tokens)
+        needed = self.cache.needed(len(longest.prompt) + longest.max_new_tokens)
+        if needed > self.cache_tokens:
+            raise ValueError(f"engine: a prompt of {len(longest.prompt)} tokens and max_new_tokens "
+                             f"{longest.max_new_tokens} need {needed} places, but the cache has "
+                             f"{self.cache_tokens}; give it cache_tokens={needed} or more")
+        if not self.live and not self.waiting and self.device.type == "cpu":
+            with torch.inference_mode():
+                self.cache.refresh()  # the trainer may have changed its weights in place, or replaced them
+        new = []
+        for r in requests:
+            text = TextStream(self.tokenizer, r.stop) if r.stop or streamed and self.tokenizer else None
+            new.append(_Sequence(next(self.ids), r, text, streamed, prefix=r.prompt))
+        self.waiting += new
+        return [s.id for s in new]
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Serve them all; completions in the order of the requests."""
+        ids = self.submit(requests)
+        while not self.finished.keys() >= set(ids):
+            self.step()
+        return [self.finished.pop(i) for i in ids]
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
+        """Serve them, with an event for each token as it comes; leaving the loop cancels what is left."""
+        index = {i: place for place, i in enumerate(self.submit(requests, streamed=True))}
+        try:
+            while index:
+                self.step()
+                for i in [i for i in self.events if i in index]:
+                    done = self.finished.pop(i, None)
+                    event = Event(i, index[i], *self.events.pop(i), done)
+                    if done:
+                        del index[i]
+                    yield event
+        finally:
+            if index:
+                for i in index:
+                    self.cancel(i)
+                self._drop_cancelled()
+                for i in index:
+                    self.finished.pop(i, None), self.events.pop(i, None)
+
+    def cancel(self, id: int) -> None:
+        """End a request with the next step; what it has so far is its completion, "cancelled"."""
+        if any(s.id == id for s in (*self.live, *self.waiting)):
+            self.cancelled.add(id)
+
+    # ---- a step ----
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One token for every live row. Raises NonFiniteError, and forgets all requests, for NaN logits."""
+        try:
+            self._step()
+        except BaseException:
+            self._reset()
+            raise
+
+    def _step(self) -> None:
+        if self.cancelled:
+            self._drop_cancelled()
+        put_back = False
+        while self.live and not self.cache.can_step():
+            self._put_back()
+            put_back = True
+        n = len(self.live)
+        logits = self.cache.decode(self.tokens[:n]) if n else None
+        if self.waiting and not put_back:
+            new = self._admit()
+            if new is not None:
+                logits = new if logits is None else torch.cat([logits, new])
+        n = len(self.live)
+        if n == 0:
+            return
+        self._make_columns()
+        t = self.t
+        sampled = sample_tokens(logits, self.temperature, self._uniforms(), self.filters, self.top_n)
+        for column, value in zip(self.out.values(), sampled, strict=False):
+            column[:n, t] = value
+        tokens = self.tokens[:n]
+        tokens.copy_(sampled[0])
+        self.t += 1
+        stopped = (tokens[:, None] == self.stop_ids).any(1).cpu().numpy()
+        if self.speaking:
+            self._speak(stopped)
+        if self.next_limit == t or stopped.any():
+            gone = np.flatnonzero(stopped | (self.rows["limit"][:n] == t))
+            for row, reason in zip(gone.tolist(), np.where(stopped[gone], "stop", "length").tolist(),
+                                   strict=True):
+                self._finish(self.live[row], self._take_out(row), reason)
+            self._leave(gone)
+
+    def _uniforms(self) -> torch.Tensor:
+        """[B] random numbers of this column: functions of (seed, place in the sequence)."""
+        if self.uniforms is None or self.t >= self.uniforms_end:
+            columns = self.t + torch.arange(AHEAD, device=self.device)
+            seeds, origin = (torch.from_numpy(self.rows[name][: len(self.live)]).to(self.device)[:, None]
+                             for name in ("seed", "origin"))
+            self.uniforms, self.uniforms_end = counter_uniform(seeds, columns - origin), self.t + AHEAD
+        return self.uniforms[:, AHEAD - (self.uniforms_end - self.t)]
+
+    def _make_columns(self) -> None:
+        """Room for one more column; old ones go when no live row needs them."""
+        wanted = self.top_n
+        have = self.out["top_ids"].shape[2] if "top_ids" in self.out else 0
+        if self.out and self.t < self.out["tokens"].shape[1] and have >= wanted:
+            return
+        n, first = len(self.live), int(self.rows["birth"][: len(self.live)].min())
+        kept, old = self.t - first, self.out
+        shape = (self.max_rows, max(128, 2 * kept))
+        self.out = {"tokens": torch.zeros(shape, dtype=torch.int64, device=self.device),
+                    "logp": torch.zeros(shape, device=self.device)}
+        if wanted:
+            self.out["top_ids"] = torch.zeros(*shape, wanted, dtype=torch.int64, device=self.device)
+            self.out["top_logp"] = torch.zeros(*shape, wanted, device=self.device)
+        for name in self.out.keys() & old.keys():
+            part = old[name][:n, first : self.t]
+            if part.ndim == 3:  # rows that want more of the likeliest than before have just begun
+                part = F.pad(part, (0, max(0, wanted - part.shape[2])))[..., :wanted]
+            self.out[name][:n, :kept] = part
+        for name in ("birth", "origin", "limit"):
+            self.rows[name] -= first
+        self.uniforms_end -= first
+        self.next_limit -= first
+        self.t = kept
+
+    def _speak(self, stopped: np.ndarray) -> None:
+        """Text and events of the rows that have stop texts or are streamed."""
+        tokens = self.tokens[: len(self.live)].tolist()
+        for row in self.speaking:
+            s, new = self.live[row], ""
+            if s.text:
+                new = s.text.feed(tokens[row])
+                stopped[row] |= s.text.stopped
+            if s.streamed:
+                self._tell(s.id, [tokens[row]], new)
+
+    # ---- rows begin and end ----
+
+    def _admit(self) -> torch.Tensor | None:
+        """Prefill what may begin now; the new rows' logits."""
+        n, budget = len(self.live), self.tokens_per_step - len(self.live)
+        room = self.max_rows - n
+        # a prefill costs a pass over the weights: it is worth that for a sixteenth of the rows
+        if n and room < min(len(self.waiting), -(-self.max_rows // 16)):
+            return None
+        asked: dict[tuple, int] = {}  # the prompts that begin now, and how many rows each
+        keys: dict[int, tuple] = {}   # the samples of a group mostly hold the very same list
+        which = []
+        for s in islice(self.waiting, room):
+            key = keys.setdefault(id(s.prefix), tuple(s.prefix))
+            asked[key] = asked.get(key, 0) + 1
+            too_much = sum(map(len, asked)) > budget or \
+                not self.cache.fits([(len(prompt), rows) for prompt, rows in asked.items()])
+            if too_much and (n or which):  # one alone always goes: `submit` has seen to that
+                asked[key] -= 1
+                break
+            which.append(key)
+        if not which:
+            return None
+        prompts = [key for key, rows in asked.items() if rows]
+        place_of = {key: place for place, key in enumerate(prompts)}
+        which = np.array([place_of[key] for key in which])
+        new = [self.waiting.popleft() for _ in which]
+        logits = self.cache.admit(np.arange(n, n + len(new)), prompts, which)
+        self.live += new
+        width = max([self.rows["stop_ids"].shape[1], *(len(s.request.stop_ids) for s in new)])
+        wider = width - self.rows["stop_ids"].shape[1]
+        self.rows["stop_ids"] = np.pad(self.rows["stop_ids"], ((0, 0), (0, wider)), constant_values=-1)
+        for row, s in enumerate(new, n):
+            r, n_done = s.request, len(s.prefix) - len(s.request.prompt)
+            values = ((r.seed + 2**63) % 2**64 - 2**63, self.t, self.t - len(s.prefix),
+                      self.t + r.max_new_tokens - n_done - 1, s.id, r.temperature, r.top_k, r.top_p, r.min_p,
+                      r.top_logprobs)
+            for name, value in zip(self.rows, values, strict=False):
+                self.rows[name][row] = value
+            self.rows["stop_ids"][row] = -1
+            self.rows["stop_ids"][row, : len(r.stop_ids)] = r.stop_ids
+        self.uniforms = None
+        self._rows_changed()
+        return logits[torch.from_numpy(which).to(self.device)]
+
+    def _rows_changed(self) -> None:
+        """What a step needs to know of all live rows together."""
+        n, rows = len(self.live), self.rows
+        if n == 0:
+            return
+
+        def on_device(name):
+            return torch.from_numpy(rows[name][:n]).to(self.device)
+
+        t = rows["temperature"][:n]
+        alike = t.min() == t.max()
+        self.temperature = self.live[0].request.temperature if alike else on_device("temperature")
+        filtered = rows["top_k"][:n].any() or rows["top_p"][:n].min() < 1 or rows["min_p"][:n].any()
+        self.filters = tuple(map(on_device, ("top_k", "top_p", "min_p"))) if filtered else None
+        self.top_n = int(rows["top_n"][:n].max())
+        self.stop_ids = on_device("stop_ids")
+        self.next_limit = int(rows["limit"][:n].min())
+        self.speaking = [row for row, s in enumerate(self.live) if s.text or s.streamed]
+
+    def _take_out(self, row: int) -> tuple:
+        """(tokens, logp, top ids, top log-probs) of a live row since its birth."""
+        columns, n = slice(int(self.rows["birth"][row]), self.t), self.live[row].request.top_logprobs
+        found = [self.out[name][row, columns] for name in ("tokens", "logp")]
+        found += [self.out[name][row, columns, :n] for name in ("top_ids", "top_logp") if n]
+        return tuple(x.cpu().numpy().copy() for x in found)
+
+    def _tell(self, id: int, tokens: list[int], text: str) -> None:
+        """Add to the event that the next reader of the stream gets."""
+        before, so_far = self.events.get(id, ([], ""))
+        self.events[id] = before + tokens, so_far + text
+
+    def _finish(self, s: _Sequence, last: tuple | None, reason: str) -> None:
+        parts = [*s.parts, *([last] if last else [])] or [(np.zeros(0, np.int64), np.zeros(0, np.float32))]
+        joined = [np.concatenate(x) for x in zip(*parts, strict=True)]
+        tail = s.text.feed(None) if s.text else ""
+        if s.streamed:
+            self._tell(s.id, [], tail)
+        text = s.text.shown if s.request.stop else None
+        self.finished[s.id] = Completion(joined[0], joined[1], reason, self.version, text, *joined[2:])
+
+    def _leave(self, gone: np.ndarray) -> None:
+        """Free these rows; the last live ones move into the gaps."""
+        n = len(self.live) - len(gone)
+        to = gone[gone < n]
+        by = np.setdiff1d(np.arange(n, len(self.live)), gone)
+        for a, b in zip(to.tolist(), by.tolist(), strict=True):
+            self.live[a] = self.live[b]
+        del self.live[n:]
+        if len(to):
+            for x in self.rows.values():
+                x[to] = x[by]
+            to_d, by_d = torch.from_numpy(to).to(self.device), torch.from_numpy(by).to(self.device)
+            for x in (self.tokens, *self.out.values(), *([] if self.uniforms is None else [self.uniforms])):
+                x[to_d] = x[by_d]
+            self.cache.move(to, by)
+        if self.uniforms is not None:
+            self.uniforms = self.uniforms[:n]
+        self.cache.cut(n)
+        self._rows_changed()
+
+    def _put_back(self) -> None:
+        """The youngest sequence waits again, with what it has."""
+        row = int(self.rows["order"][: len(self.live)].argmax())
+        s = self.live[row]
+        s.parts.append(self._take_out(row))
+        s.prefix = [*s.prefix, *s.parts[-1][0].tolist()]
+        self.waiting.appendleft(s)
+        self._leave(np.array([row]))
+
+    @torch.inference_mode()
+    def _drop_cancelled(self) -> None:
+        for s in [s for s in self.waiting if s.id in self.cancelled]:
+            self.waiting.remove(s)
+            self._finish(s, None, "cancelled")
+        gone = [row for row, s in enumerate(self.live) if s.id in self.cancelled]
+        for row in gone:
+            self._finish(self.live[row], self._take_out(row), "cancelled")
+        if gone:
+            self._leave(np.array(gone))
+        self.cancelled.clear()

@@ -1,0 +1,89 @@
+"""Attention against pages as Triton kernels, held against one formula in fp64."""
+import pytest
+import torch
+
+from r1zero.kernels import decode_attention as file
+from r1zero.kernels.decode_attention import decode_attention
+
+PAGE = 16
+LENGTHS = [1, 2, 17, 63, 129, 16, 0, 32]
+
+
+def in_pages(lengths, G, D, dtype, page=PAGE):
+    """Keys and values of each row [n, G, D], and the same in pages in any order; what nobody sees is NaN."""
+    width = -(-max(lengths) // page)
+    table = (torch.randperm(len(lengths) * width + 3)[: len(lengths) * width] + 1).view(-1, width).int()
+    rows = [[torch.randn(n, G, D).to(dtype) for n in lengths] for _ in "kv"]
+    pages = [torch.full((len(lengths) * width + 4, G, page, D), float("nan"), dtype=dtype) for _ in "kv"]
+    for x, cache in zip(rows, pages, strict=True):
+        for b, row in enumerate(x):
+            for place, entry in enumerate(row):
+                cache[table[b, place // page], :, place % page] = entry
+        for b, n in enumerate(lengths):
+            table[b, -(-n // page):] = 2**31 - 1  # a page that is not there
+    return *rows, *pages, table, torch.tensor(lengths, dtype=torch.int32)
+
+
+def formula(q, keys, values, scale=None):
+    """[B, H, D] row by row, in the dtype of its inputs."""
+    outs, R = [], q.shape[1] // keys[0].shape[1]
+    for q_row, k, v in zip(q, keys, values, strict=True):
+        k, v = k.repeat_interleave(R, 1), v.repeat_interleave(R, 1)
+        p = (torch.einsum("hd,nhd->hn", q_row, k) * (scale or q.shape[-1] ** -0.5)).softmax(-1)
+        outs.append(torch.einsum("hn,nhd->hd", p, v))
+    return torch.stack(outs)
+
+
+def check(lengths, per_group, G, D, dtype, page=PAGE, scale=None):
+    keys, values, k_pages, v_pages, table, lengths_B = in_pages(lengths, G, D, dtype, page)
+    q = torch.randn(len(lengths), G * per_group, D).to(dtype)
+    got = decode_attention(q, k_pages, v_pages, table, lengths_B, scale, impl="triton")
+    truth = formula(q.double(), [k.double() for k in keys], [v.double() for v in values], scale)
+    plain = formula(q, keys, values, scale)
+    assert got.dtype == dtype and got.shape == q.shape
+    error, limit = (got.double() - truth).abs().max().item(), (plain.double() - truth).abs().max().item()
+    assert error <= (3e-6 if dtype == torch.float32 else 2 * limit + 1e-5), (error, limit)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("split", [32, 256])
+def test_ragged_lengths_and_splits(split, dtype, monkeypatch):
+    monkeypatch.setattr(file, "SPLIT", split)
+    check(LENGTHS, 2, 2, 32, dtype)
+
+
+@pytest.mark.parametrize("per_group", [1, 2, 3, 5, 7, 17])
+def test_group_sizes(per_group):
+    check([5, 70, 16], per_group, 2, 16, torch.float32)
+
+
+@pytest.mark.parametrize("D", [32, 64, 80, 96, 128, 256])
+def test_head_dims(D):
+    check([1, 33, 16], 3, 1, D, torch.float32)
+    check([1, 33, 16], 3, 1, D, torch.float16)
+
+
+@pytest.mark.parametrize("page", [1, 3, 16, 64])
+def test_page_sizes_and_boundaries(page):
+    check([page, page + 1, 2 * page, max(1, page - 1), 5], 2, 1, 16, torch.float32, page, scale=0.4)
+
+
+def test_a_row_has_the_same_bits_in_any_batch():
+    _, _, k_pages, v_pages, table, lengths = in_pages(LENGTHS, 2, 32, torch.float32)
+    q = torch.randn(len(LENGTHS), 6, 32)
+    whole = decode_attention(q, k_pages, v_pages, table, lengths, impl="triton")
+    for b in range(len(LENGTHS)):  # alone, and with a table as narrow as its own pages
+        width = max(1, -(-LENGTHS[b] // PAGE))
+        alone = decode_attention(q[b : b + 1], k_pages, v_pages, table[b : b + 1, :width].contiguous(),
+                                 lengths[b : b + 1], impl="triton")
+        assert torch.equal(alone[0], whole[b])
+
+
+def test_views_and_nothing_at_all():
+    keys, values, k_pages, v_pages, table, lengths = in_pages([9, 20], 2, 16, torch.float32)
+    qkv = torch.randn(2, 8, 16)
+    got = decode_attention(qkv[:, 1:5], k_pages, v_pages, table, lengths, impl="triton")
+    assert torch.equal(got, decode_attention(qkv[:, 1:5].contiguous(), k_pages, v_pages, table, lengths,
+                                             impl="triton"))
+    none = decode_attention(qkv[:0, :4], k_pages, v_pages, table[:0], lengths[:0], impl="triton")
+    assert none.shape == (0, 4, 16)
