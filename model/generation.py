@@ -133,7 +133,6 @@ def keep_likeliest(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tenso
     probs = sorted_logits.masked_fill(out, float("-inf")).softmax(-1)
     out |= probs.cumsum(-1) - probs >= top_p[:, None]
     out |= probs < min_p[:, None] * probs[:, :1]
-    out[:, 0] = False
     return logits.masked_fill(torch.zeros_like(out).scatter_(1, ids, out), float("-inf"))
 
 

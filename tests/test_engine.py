@@ -162,6 +162,10 @@ def test_shared_pages_are_shared():
     engine.submit([Request([5] * (PAGE + 3), 5, seed) for seed in range(9)])
     engine.step()
     assert engine.cache.n_pages - len(engine.cache.free) == 1 + 9  # one for all, and the last for each
+    while engine.live:
+        engine.step()
+    engine.finished.clear()
+    everything_is_free(engine)
 
 
 def test_new_weights_are_seen_and_counted():
@@ -171,6 +175,8 @@ def test_new_weights_are_seen_and_counted():
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.1)
+    unannounced, = engine.generate([request])  # on a CPU they are the trainer's
+    assert same(unannounced, naive_of(model, request), model, request)
     engine.refresh(version=7)
     second, = engine.generate([request])
     assert (first.weights_version, second.weights_version) == (0, 7)
