@@ -9,8 +9,9 @@ Both hold their live sequences in rows 0 .. n - 1 and answer the same questions 
 `Slots` is the CPU's. Rows are aligned at their ENDS: the newest token of every row stands in the same column,
 so keys and values are written as one slice and read as one window, from the longest sequence's first column
 on; a mask hides what lies before a shorter one. Its decode path is the model's own arithmetic with as few
-operators as it takes (15 a layer), on the trainer's weights, which it reads where they lie: only q, k and v
-are laid out anew, so that RoPE is one complex product.
+operators as it takes (15 a layer), on the trainer's weights, which it reads where they lie: only the matrix
+of q, k and v is laid out anew, so that RoPE is one complex product, with its norm's weight and the scores'
+scale in it.
 
 `Pages` is the GPU's, and can be run anywhere: fixed pages of PAGE tokens, a table of page numbers for each
 row, prompts' full pages shared by the samples of a group (reference counts), the last one copied for each.
@@ -62,14 +63,17 @@ class Slots:
         pairs = torch.arange(c.head_dim).view(2, -1).T.flatten()  # RoPE's pairs side by side, as complex
         heads = torch.arange((c.n_heads + 2 * c.n_kv_heads) * c.head_dim).view(-1, c.head_dim)
         heads[: c.n_heads + c.n_kv_heads] = heads[: c.n_heads + c.n_kv_heads, pairs]  # not the values
-        order = heads.flatten()
+        order, n_q = heads.flatten(), c.n_heads * c.head_dim
         self.pairs, self.layers = pairs, []
         for block in self.model.blocks:
             attn, mlp = block.attn, block.mlp
-            bias = None if attn.qkv_bias is None else attn.qkv_bias.detach().to(dtype)[order]
-            norms = [w.detach().to(dtype)[pairs] for w in (attn.q_norm, attn.k_norm) if w is not None]
+            qkv = attn.qkv.detach()[order] * block.attn_norm.detach()  # the norm's weight, once for all tokens
+            bias = None if attn.qkv_bias is None else attn.qkv_bias.detach()[order]
+            norms = [w.detach()[pairs] for w in (attn.q_norm, attn.k_norm) if w is not None]
+            for x in (norms[:1] if norms else [qkv[:n_q]] if bias is None else [qkv[:n_q], bias[:n_q]]):
+                x *= c.head_dim ** -0.5  # and the scale of the scores
             self.layers.append((
-                block.attn_norm.detach().to(dtype), attn.qkv.detach().to(dtype)[order].t(), bias, norms,
+                qkv.to(dtype).t(), None if bias is None else bias.to(dtype), [w.to(dtype) for w in norms],
                 attn.out.detach().to(dtype).t(), block.mlp_norm.detach().to(dtype),
                 mlp.gate_up.detach().to(dtype), mlp.down.detach().to(dtype).t()))
         self.embed, self.norm = self.model.embed.detach(), self.model.norm.detach().to(dtype)
@@ -175,13 +179,13 @@ class Slots:
 
     # ---- one token a row ----
 
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
         """rmsnorm in a third of the time that F.rms_norm, nine operators on a CPU, takes."""
         if x.dtype != torch.float32:
             return F.rms_norm(x, (x.shape[-1],), weight, self.config.norm_eps)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         r = length.square_().div_(x.shape[-1]).add_(self.config.norm_eps).rsqrt_()
-        return torch.mul(x, r).mul_(weight)
+        return torch.mul(x, r) if weight is None else torch.mul(x, r).mul_(weight)
 
     def _turn(self, x: torch.Tensor, turns: torch.Tensor, out: torch.Tensor) -> None:
         """RoPE of pairs that lie side by side: a product of complex numbers."""
@@ -204,13 +208,12 @@ class Slots:
         S = place + 1 - self.first
         scores = self.scores[: n * H * S].view(n * G, H // G, S)
         turns = self.turns[place - self.start_B][:, None]
-        scaled_turns = turns * D ** -0.5  # the queries' scale, on the way
         mask = self.mask[:n, None, self.first : place + 1] if self.ragged else None
         k, v = qkv[:, H : H + G], qkv[:, H + G :]
         x = F.embedding(tokens, self.embed).to(self.dtype)
-        for k_cache, v_cache, (norm, w_qkv, bias, head_norms, w_out, mlp_norm, w_up, w_down) in zip(
+        for k_cache, v_cache, (w_qkv, bias, head_norms, w_out, mlp_norm, w_up, w_down) in zip(
                 self.kv[::2], self.kv[1::2], self.layers, strict=True):
-            y = self._norm(x, norm)
+            y = self._norm(x)
             if bias is None:
                 torch.mm(y, w_qkv, out=qkv.view(n, -1))
             else:
@@ -218,7 +221,7 @@ class Slots:
             if head_norms:
                 qkv[:, :H] = self._norm(qkv[:, :H], head_norms[0])
                 qkv[:, H : H + G] = self._norm(k, head_norms[1])
-            self._turn(qkv[:, :H], scaled_turns, q)
+            self._turn(qkv[:, :H], turns, q)
             self._turn(k, turns, k_cache[:n, :, place])
             v_cache[:n, :, place] = v
             keys, values = (x.flatten(0, 1)[: n * G, self.first : place + 1] for x in (k_cache, v_cache))

@@ -57,6 +57,12 @@ def test_more_than_one_slice_and_a_master_weight(dtype, monkeypatch):
         check(h, w, targets, upstream)
 
 
+def test_more_tiles_than_are_put_together_at_one_time():
+    h, w, targets = case(3, 48, 2300, torch.float32)
+    w[2100:] *= 3  # the maximum moves from one block of tiles to the next
+    check(h, w, targets, [torch.ones(3), torch.ones(3)])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("softcap", [None, 0.7])
 def test_dead_rows_are_left_out_whatever_they_hold(dtype, softcap):
