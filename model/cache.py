@@ -67,7 +67,7 @@ class Slots:
         self.pairs, self.layers = pairs, []
         for block in self.model.blocks:
             attn, mlp = block.attn, block.mlp
-            qkv = attn.qkv.detach()[order] * block.attn_norm.detach()  # the norm's weight, once for all tokens
+            qkv = attn.qkv.detach()[order] * block.attn_norm.detach()  # the norm's weight, once for all
             bias = None if attn.qkv_bias is None else attn.qkv_bias.detach()[order]
             norms = [w.detach()[pairs] for w in (attn.q_norm, attn.k_norm) if w is not None]
             for x in (norms[:1] if norms else [qkv[:n_q]] if bias is None else [qkv[:n_q], bias[:n_q]]):

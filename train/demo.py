@@ -65,7 +65,7 @@ class DemoConfig:
     """Size of the model: a preset or depth=N."""
     pretrain_steps: int = 1400
     """Optimizer steps of 2,048 tokens."""
-    rl_steps: int = 64
+    rl_steps: int = 80
     """GRPO steps of 16 problems x 16 answers."""
     control_steps: int = 24
     """GRPO steps of the control; 0 for none."""
@@ -162,7 +162,7 @@ def keep_group(c: DemoConfig, folder: Path, seed: int) -> None:
         rewards = score(task, [problem] * g.group_size, rollouts.texts, g.rewards)
         if 0.2 <= rewards.accuracy.mean() <= 0.6:  # one that has something to show
             break
-    advantages = group_advantages(rewards.total, rollouts.group_offsets, g.normalise_std)
+    advantages, _ = group_advantages(rewards.total, rollouts.group_offsets, g.normalise_std)
     samples = []
     for n, sequence in enumerate(rollouts.sequences):
         tokens = [tokenizer.token_text(int(t)) for t in sequence[rollouts.prompt_lengths[n]:]]
