@@ -2,6 +2,7 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from r1zero.kernels import reference
 from r1zero.kernels.linear_logprob import check_targets, linear_logprob
@@ -87,6 +88,23 @@ def test_linear_logprob_at_logits_of_ten_thousand(monkeypatch):
         assert_close(got[:1], expected[:1], 1e-7)
         assert_close(got[1:2], expected[1:2], 1e-6)
         assert_close(got[2:], expected[2:], 2e-3)  # from the log-sum-exp, which fp32 rounds to 5e-4 at 1e4
+
+
+def test_cost_falls_with_the_live_rows_and_a_frozen_head(monkeypatch):
+    monkeypatch.setattr(reference, "VOCAB_SLICE", 100)
+    T, M, V = 50, 8, 400
+    h, w = torch.randn(T, M, requires_grad=True), torch.randn(V, M, requires_grad=True)
+
+    def products(w, rows):  # in units of 2 T M V
+        targets = torch.randint(V, (T if rows is None else len(rows),))
+        with FlopCounterMode(display=False) as counter:
+            linear_logprob(h, w, targets, rows=rows)[0].sum().backward()
+        return counter.get_total_flops() / (2 * T * M * V)
+
+    # forward, and three in backward but for the slice that is kept; the chosen logits are one column more
+    assert products(w, None) == pytest.approx(4 - 1 / 4, abs=2 / V)
+    assert products(w, torch.arange(0, T, 10)) == pytest.approx((4 - 1 / 4) / 10, abs=1 / V)
+    assert products(w.detach(), None) == pytest.approx(3 - 1 / 4, abs=2 / V)
 
 
 class SizesOfTensors(TorchDispatchMode):
