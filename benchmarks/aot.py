@@ -174,7 +174,7 @@ def logprob_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
 
     for name in dtypes:
         for M, weight, softcap in dict.fromkeys(((2048, name, 0.0), (2048, "fp32", 0.0), (912, name, 0.0),
-                                                 (2048, name, 30.0))):
+                                                 (2048, name, 30.0), (100, name, 0.0), (100, name, 30.0))):
             yield Case("linear_logprob", f"{name} M={M} weight {weight}" + " softcap" * (softcap > 0),
                        lambda T, a=(9001, M, DTYPES[name], DTYPES[weight], softcap): launch(T, *a))
 

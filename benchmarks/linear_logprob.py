@@ -74,7 +74,7 @@ def peak_beyond_results(side, T: int, f: Flags) -> int:
 
 def triton_workspace(T: int, f: Flags, arch: int = 90) -> int:
     """Bytes that the Triton path holds at its peak in bf16, beyond its results."""
-    tiles = -(-f.vocabulary // logprob_config("tiles", torch.bfloat16, arch)["BLOCK_V"])
+    tiles = -(-f.vocabulary // logprob_config("tiles", torch.bfloat16, arch, f.d_model)["BLOCK_V"])
     return max(12 * T * tiles, 4 * T * f.d_model + 2 * T * SLICE)
 
 

@@ -1,8 +1,10 @@
 """GRPO in two launches: rewards to advantages, and log-probs to loss, gradient and metrics. No host sync.
 
 Advantages (DeepSeekMath, eq. 3, arXiv 2402.03300): A = (r - mean) / std of the group, the population's std;
-Dr. GRPO (arXiv 2503.20783) leaves the std out. In two passes, so that nothing cancels. A group whose rewards
-span less than EQUAL_REWARDS gets exactly 0: in floating point 0.1 * 3 and 0.3 differ.
+Dr. GRPO (arXiv 2503.20783) leaves the std out. In two passes over differences to the group's first reward, so
+that nothing cancels. A group whose rewards
+span less than EQUAL_REWARDS, or that share of their largest if it is above 1, gets exactly 0: in floating
+point 0.1 * 3 and 0.3 differ.
 
 Loss, a sum over tokens t of sequence n with weight w_n, which carries the mean (rl/losses.py):
     x = logp - old_logp, r = e^x      loss = sum w (-J + kl_coef k3)
@@ -35,53 +37,57 @@ def grpo_advantages_fwd_kernel(rewards_N, offsets_G, advantages_N, dead_G, toler
                                BLOCK: tl.constexpr):
     g, i = tl.program_id(0), tl.arange(0, BLOCK)
     first, end = tl.load(offsets_G + g).to(tl.int64), tl.load(offsets_G + g + 1).to(tl.int64)
+    base = tl.load(rewards_N + first, first < end, other=0.0).to(tl.float32)  # differences to it do not cancel
     total = tl.zeros((BLOCK,), tl.float32)
     low, high = tl.full((BLOCK,), float("inf"), tl.float32), tl.full((BLOCK,), -float("inf"), tl.float32)
     for start in range(first, end, BLOCK):
         inside = start + i < end
-        r = tl.load(rewards_N + start + i, inside, other=0.0).to(tl.float32)
-        total += r
+        r = tl.load(rewards_N + start + i, inside, other=0.0).to(tl.float32) - base
+        total += tl.where(inside, r, 0.0)
         low, high = tl.minimum(low, tl.where(inside, r, low)), tl.maximum(high, tl.where(inside, r, high))
     n = tl.maximum(end - first, 1).to(tl.float32)
-    mean = tl.sum(total, 0) / n
+    mean, lowest, highest = tl.sum(total, 0) / n, tl.min(low, 0), tl.max(high, 0)
+    largest = tl.maximum(tl.abs(lowest + base), tl.abs(highest + base))
     squares = tl.zeros((BLOCK,), tl.float32)
     for start in range(first, end, BLOCK):
         inside = start + i < end
-        r = tl.load(rewards_N + start + i, inside, other=0.0).to(tl.float32)
+        r = tl.load(rewards_N + start + i, inside, other=0.0).to(tl.float32) - base
         squares += tl.where(inside, (r - mean) * (r - mean), 0.0)
-    dead = (tl.max(high, 0) - tl.min(low, 0) < tolerance) & (mean == mean)  # a NaN is not hidden
+    # a NaN is not hidden; a group of none is dead
+    dead = (first == end) | ((highest - lowest < tolerance * tl.maximum(largest, 1.0)) & (mean == mean))
     per_std = 1.0
     if NORMALISE:
         per_std = 1 / tl.sqrt_rn(tl.where(dead, 1.0, tl.sum(squares, 0) / n))
     for start in range(first, end, BLOCK):
         inside = start + i < end
-        r = tl.load(rewards_N + start + i, inside, other=0.0).to(tl.float32)
+        r = tl.load(rewards_N + start + i, inside, other=0.0).to(tl.float32) - base
         tl.store(advantages_N + start + i, tl.where(dead, 0.0, (r - mean) * per_std), inside)
     tl.store(dead_G + g, dead.to(tl.float32))
 
 
 @triton.jit
 def _cut(x, bound):
-    """(x cut off at +-bound, whether it was inside); NaN stays NaN."""
-    return tl.where(x > bound, bound, tl.where(x < -bound, -bound, x)), tl.abs(x) <= bound
+    """(x cut off at +-bound, whether it was outside); NaN stays NaN."""
+    return tl.where(x > bound, bound, tl.where(x < -bound, -bound, x)), tl.abs(x) > bound
 
 
-@triton.jit
-def grpo_loss_fwd_kernel(logp_R, old_R, ref_R, advantages_N, weights_N, offsets_N, dlogp_R, sums_NC, clip_low,
+@triton.jit(do_not_specialize=["R"])
+def grpo_loss_fwd_kernel(logp_R, old_R, ref_R, advantages_N, weights_N, offsets_N, dlogp_R, sums_NC, R, clip_low,
                          clip_high, kl_coef, bound, OBJECTIVE: tl.constexpr, BLOCK: tl.constexpr,
                          COLUMNS: tl.constexpr):
     """Sequence n: the gradient of its tokens, and a row of sums, in the order of GRPO_METRICS."""
     n, i, column = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
     first, end = tl.load(offsets_N + n).to(tl.int64), tl.load(offsets_N + n + 1).to(tl.int64)
     a, w = tl.load(advantages_N + n), tl.load(weights_N + n)
-    live = (w != 0) & ((a != 0) | (ref_R is not None))
+    live = (w != 0) & ((a != 0) | (ref_R is not None)) & (first < end)
     end_live = tl.where(live, end, first)
     x_sequence = 0.0
     if OBJECTIVE == "gspo":
         x_sum = tl.zeros((BLOCK,), tl.float32)
         for start in range(first, end_live, BLOCK):
             r = start + i
-            x_sum += tl.load(logp_R + r, r < end, other=0.0) - tl.load(old_R + r, r < end, other=0.0)
+            x_sum += tl.load(logp_R + r, r < end, other=0.0).to(tl.float32)
+            x_sum -= tl.load(old_R + r, r < end, other=0.0).to(tl.float32)
         x_sequence = tl.sum(x_sum, 0) / tl.maximum(end - first, 1).to(tl.float32)
     loss, kl, k1, k3 = (tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32),
                         tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32))
@@ -91,11 +97,11 @@ def grpo_loss_fwd_kernel(logp_R, old_R, ref_R, advantages_N, weights_N, offsets_
     for start in range(first, end_live, BLOCK):
         r = start + i
         here = r < end
-        logp = tl.load(logp_R + r, here, other=0.0)
+        logp = tl.load(logp_R + r, here, other=0.0).to(tl.float32)
         if OBJECTIVE == "gspo":
-            x, inside = _cut(tl.where(here, x_sequence, 0.0), bound)
+            x, is_cut = _cut(tl.where(here, x_sequence, 0.0), bound)
         else:
-            x, inside = _cut(logp - tl.load(old_R + r, here, other=0.0), bound)
+            x, is_cut = _cut(logp - tl.load(old_R + r, here, other=0.0).to(tl.float32), bound)
         ratio = tl.exp(x)
         clipped = tl.where(ratio > 1 + clip_high, 1 + clip_high, tl.where(ratio < 1 - clip_low, 1 - clip_low,
                                                                           ratio))
@@ -103,18 +109,17 @@ def grpo_loss_fwd_kernel(logp_R, old_R, ref_R, advantages_N, weights_N, offsets_
             gain, slope = clipped * a * logp, clipped * a
             is_low, is_high = ratio < 1 - clip_low, ratio > 1 + clip_high
         else:
-            free = ratio * a <= clipped * a  # the minimum is the pessimist's choice for either sign of A
-            gain, slope = tl.where(free, ratio * a, clipped * a), tl.where(free, ratio * a, 0.0)
+            bound_wins = ratio * a > clipped * a  # the minimum is the pessimist's choice for either sign of A
+            gain, slope = tl.where(bound_wins, clipped * a, ratio * a), tl.where(bound_wins, 0.0, ratio * a)
             is_low = (ratio < 1 - clip_low) & (ratio * a < 0)
             is_high = (ratio > 1 + clip_high) & (ratio * a > 0)
-        grad = tl.where(inside, -slope, 0.0)
-        is_cut = ~inside
+        grad = tl.where(is_cut, 0.0, -slope)
         loss += tl.where(here, -gain, 0.0)
         if ref_R is not None:
-            d, d_inside = _cut(tl.load(ref_R + r, here, other=0.0) - logp, bound)
+            d, d_is_cut = _cut(tl.load(ref_R + r, here, other=0.0).to(tl.float32) - logp, bound)
             kl += tl.where(here, tl.exp(d) - d - 1, 0.0)
-            grad += kl_coef * tl.where(d_inside, 1 - tl.exp(d), 0.0)
-            is_cut = is_cut | ~d_inside
+            grad += kl_coef * tl.where(d_is_cut, 0.0, 1 - tl.exp(d))
+            is_cut = is_cut | d_is_cut
         tl.store(dlogp_R + r, w * grad, here)
         low += (is_low & here).to(tl.float32)
         high += (is_high & here).to(tl.float32)
@@ -122,18 +127,22 @@ def grpo_loss_fwd_kernel(logp_R, old_R, ref_R, advantages_N, weights_N, offsets_
         k1 -= x  # places that there are not have x = 0
         k3 += ratio - 1 - x
         ratios += tl.where(here, ratio, 0.0)
-        largest = tl.maximum(largest, tl.where(here, ratio, 0.0), propagate_nan=tl.PropagateNan.ALL)
+        largest = tl.maximum(largest, tl.where(here, ratio, 0.0))
     for start in range(end_live, end, BLOCK):
         tl.store(dlogp_R + start + i, tl.zeros((BLOCK,), tl.float32), start + i < end)
-    kl_total = w * tl.sum(kl, 0)
+    if n == tl.num_programs(0) - 1:  # tokens behind the last sequence are nobody's
+        for start in range(end, R, BLOCK):
+            tl.store(dlogp_R + start + i, tl.zeros((BLOCK,), tl.float32), start + i < R)
+    w = tl.where(live, w, 0.0)
+    kl_total, ratio_total = w * tl.sum(kl, 0), tl.sum(ratios, 0)
     row = tl.where(column == 0, w * tl.sum(loss, 0) + kl_coef * kl_total, 0.0)
     row = tl.where(column == 1, (end_live - first).to(tl.float32), row)
     row = tl.where(column == 2, tl.sum(low, 0), row)
     row = tl.where(column == 3, tl.sum(high, 0), row)
     row = tl.where(column == 4, tl.sum(k1, 0), row)
     row = tl.where(column == 5, tl.sum(k3, 0), row)
-    row = tl.where(column == 6, tl.sum(ratios, 0), row)
-    row = tl.where(column == 7, tl.max(largest, 0), row)
+    row = tl.where(column == 6, ratio_total, row)
+    row = tl.where(column == 7, tl.where(ratio_total == ratio_total, tl.max(largest, 0), ratio_total), row)
     row = tl.where(column == 8, tl.sum(cut, 0), row)
     row = tl.where(column == 9, kl_total, row)
     tl.store(sums_NC + n.to(tl.int64) * COLUMNS + column, row)
@@ -147,8 +156,9 @@ def grpo_sum_fwd_kernel(sums_NC, out_C, N, MAX: tl.constexpr, BLOCK: tl.constexp
     for start in range(0, N, BLOCK):
         rows = tl.load(sums_NC + (start + row).to(tl.int64) * COLUMNS + column, start + row < N, other=0.0)
         total += rows
-        largest = tl.maximum(largest, rows, propagate_nan=tl.PropagateNan.ALL)
-    result = tl.where(column == MAX, tl.max(largest, 0)[None, :], tl.sum(total, 0)[None, :])
+        largest = tl.maximum(largest, rows)
+    sums, most = tl.sum(total, 0)[None, :], tl.max(largest, 0)[None, :]
+    result = tl.where((column == MAX) & (sums == sums), most, sums)  # a maximum would pass over a NaN
     tl.store(out_C + column, result)
 
 
@@ -171,7 +181,7 @@ def grpo_loss_fwd(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.
     sums, out = (logp.new_empty(shape, dtype=torch.float32) for shape in ((N, COLUMNS), COLUMNS))
     if N:
         grpo_loss_fwd_kernel[(N,)](logp, old_logp, ref_logp, advantages, weights, offsets, dlogp, sums,
-                                   clip_low, clip_high, kl_coef, MAX_LOG_RATIO, OBJECTIVE=objective,
+                                   len(logp), clip_low, clip_high, kl_coef, MAX_LOG_RATIO, OBJECTIVE=objective,
                                    BLOCK=1024, COLUMNS=COLUMNS, num_warps=8)
     grpo_sum_fwd_kernel[(1,)](sums, out, N, MAX=RATIO_MAX, BLOCK=128, COLUMNS=COLUMNS, num_warps=4)
     return out[: len(GRPO_METRICS)].clone(), dlogp
@@ -199,9 +209,21 @@ def keep_for_backward(ctx, inputs, output):
     ctx.dtype = inputs[0].dtype
 
 
+def grpo_loss_bwd(dsums: torch.Tensor, dlogp: torch.Tensor) -> torch.Tensor:
+    """An op of its own, so that a second derivative is an error and not 0."""
+    return dsums[LOSS] * dlogp
+
+
+grpo_loss_bwd_op = torch.library.custom_op("r1zero::grpo_loss_bwd", grpo_loss_bwd, mutates_args=())
+
+
+@grpo_loss_bwd_op.register_fake
+def grpo_loss_bwd_fake(dsums, dlogp):
+    return dlogp.new_empty(dlogp.shape)
+
+
 def backward(ctx, dsums, _):
-    dlogp, = ctx.saved_tensors
-    return (dsums[LOSS] * dlogp).to(ctx.dtype), *[None] * 9
+    return grpo_loss_bwd_op(dsums, *ctx.saved_tensors).to(ctx.dtype), *[None] * 9
 
 
 grpo_loss_op.register_autograd(backward, setup_context=keep_for_backward)
@@ -211,8 +233,8 @@ def grpo_advantages(rewards: torch.Tensor, group_offsets: torch.Tensor, normalis
                     impl: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """How much better than the rest of its group was each sample?
 
-    rewards: [N], samples sorted by group, finite; group_offsets: [G + 1] int32 or int64 from 0 to N, groups
-    of any sizes, 0 too. Returns advantages [N], fp32 at least, and dead [G], 1.0 for a group without signal.
+    rewards: [N], samples sorted by group, finite; group_offsets: [G + 1] int32 or int64, contiguous, from 0
+    to N, groups of any sizes, 0 too. Returns advantages [N], fp32 at least, and dead [G], 1.0 for a group without signal.
     Values are checked where rewards are made (rl/advantages.py), for an op never reads the device back.
     impl: "triton", "reference", or None to choose by device. Raises ValueError for shapes or dtypes that do
     not fit.
@@ -262,6 +284,7 @@ def grpo_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tens
 
 def check_offsets(op: str, name: str, offsets: torch.Tensor, like: torch.Tensor) -> None:
     if offsets.ndim != 1 or len(offsets) < 1 or offsets.dtype not in (torch.int32, torch.int64) or \
-            offsets.device != like.device:
-        raise ValueError(f"{op}: {name} is {tuple(offsets.shape)} in {offsets.dtype} on {offsets.device}; "
-                         f"expected one dimension, int32 or int64, on {like.device} like the rest")
+            offsets.device != like.device or not offsets.is_contiguous():
+        raise ValueError(f"{op}: {name} is {tuple(offsets.shape)} in {offsets.dtype} on {offsets.device} with "
+                         f"stride {offsets.stride()}; expected one dimension, contiguous, int32 or int64, on "
+                         f"{like.device} like the rest")

@@ -10,10 +10,12 @@ Forward: one program for each tile of the logits, which leaves three numbers a r
 sum of e^(l - m), and that of e^(l - m) (l - m). A second kernel puts the tiles of a row together, in their
 order. Backward walks the vocabulary in slices: the tiles of dl are computed anew into a workspace of one
 slice, and two plain products take them to dh (summed in fp32 over the slices) and to that slice of dw, which
-comes in the weight's dtype. A weight of another dtype than h (the fp32 master) is cast slice by slice.
+comes in the weight's dtype. A weight of another dtype than h (the fp32 master) is rounded to h's, slice by
+slice.
 
-FLOPs: 2 T M V forward, 6 T M V backward. Least bytes in 16 bit: 2 (T M + V M). Beyond its results: forward
-12 T V / BLOCK_V, backward 4 T M + 2 T SLICE + 2 SLICE M, where the logits would be 2 T V.
+FLOPs: 2 T M V forward, 6 T M V backward. Least bytes in 16 bit: 2 (T M + V M). Beyond its results:
+forward 12 T V / BLOCK_V, backward 4 T M + 2 T SLICE; with chosen rows 2 T M, for an fp32 weight 2 SLICE M
+more. The logits would be 2 T V.
 
 No atomics: the same bits every time. A token's logp and entropy do not depend on its neighbours either, for
 the tiles, the order of the sum over M in a tile and the order of the tiles are fixed; T only says how many
@@ -21,6 +23,8 @@ tiles there are.
 
 Shapes: T rows of h that count (tokens), M d_model, V vocabulary, C tiles of the vocabulary.
 """
+import math
+
 import numpy as np
 import torch
 
@@ -60,8 +64,10 @@ def _logits(h_TM, w_VM, t, v, T, V, M, scale, cap, BLOCK_T: tl.constexpr, BLOCK_
             w_tile = tl.load(w + start, (start + k < M)[:, None], other=0.0)
         acc = tl.dot(h_tile, w_tile, acc, input_precision="ieee")
     x = acc * scale
-    if SOFTCAP:  # cap (1 - 2 / (e^2(x / cap) + 1)), right at both ends
-        x = cap * (1 - 2 / (tl.exp2(x / cap * 2.8853900817779268) + 1))
+    if SOFTCAP:
+        y = x / cap  # tanh: 1 - 2 / (e^2y + 1) is right where that overflows, its series where that cancels
+        series = y * (1 - y * y * (1 / 3 - y * y * (2 / 15 - y * y * (17 / 315))))
+        x = cap * tl.where(tl.abs(y) < 0.2, series, 1 - 2 / (tl.exp2(y * 2.8853900817779268) + 1))
     return x
 
 
@@ -137,9 +143,9 @@ def dlogits_bwd_kernel(h_TM, w_VM, targets_T, lse_T, entropy_T, dlogp_T, dentrop
     if SOFTCAP:
         bend = x / cap
         dl *= 1 - bend * bend
-    # columns behind the slice's end are written too, to the end of the tile; there is room in the workspace
+    dl = tl.where((v < V)[None, :], dl * per_t, 0.0)  # to the end of the tile: the workspace has room
     place = dl_TV + t.to(tl.int64)[:, None] * STRIDE + v[None, :]
-    tl.store(place, (dl * per_t).to(dl_TV.dtype.element_ty), (t < T)[:, None])
+    tl.store(place, dl.to(dl_TV.dtype.element_ty), (t < T)[:, None])
 
 
 @triton.jit(do_not_specialize=["rows", "K"])
@@ -157,8 +163,8 @@ def product_bwd_kernel(dl_TV, b_KJ, c_IJ, rows, J, K, STRIDE: tl.constexpr, BLOC
         acc = tl.load(place, inside, other=0.0)
     else:
         acc = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
-    # a mask along a contiguous dimension would cost the wide loads; columns of dl behind the slice's end meet
-    # zeros of b, or make rows that are not stored
+    # a mask along a contiguous dimension would cost the wide loads; columns of dl behind the slice's end are
+    # zeros, or make rows that are not stored
     if TRANSPOSED:
         a = dl_TV + k[None, :] * STRIDE + i[:, None]
     else:
@@ -176,10 +182,11 @@ def product_bwd_kernel(dl_TV, b_KJ, c_IJ, rows, J, K, STRIDE: tl.constexpr, BLOC
     tl.store(place, acc.to(c_IJ.dtype.element_ty), inside)
 
 
-def logprob_config(kernel: str, dtype: torch.dtype, arch: int, softcap: float = 0.0) -> dict[str, int]:
+def logprob_config(kernel: str, dtype: torch.dtype, arch: int, M: int, softcap: float = 0.0
+                   ) -> dict[str, int]:
     """Tiles of T x V in steps of K for "tiles", "dlogits" or "product", so far alike. GROUP tiles of rows run
     side by side, so that they share the weight."""
-    if dtype == torch.float32:  # without matrix units
+    if dtype == torch.float32 or M % 16:  # without matrix units, or without wide loads
         return {"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_K": 32, "GROUP": 16, "num_warps": 4, "num_stages": 2}
     if arch != 90 or softcap:  # sm_100 has not the registers for more, nor has the gradient of the cap
         return {"BLOCK_T": 128, "BLOCK_V": 128, "BLOCK_K": 64, "GROUP": 16, "num_warps": 8, "num_stages": 3}
@@ -208,7 +215,8 @@ def live_rows(h: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
 def logprob_fwd(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor | None,
                 temperature: float, softcap: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logp [T], entropy [T], log-sum-exp [T] in base 2), fp32. softcap 0: none."""
-    h, config = live_rows(h, rows), logprob_config("tiles", h.dtype, dispatch.arch_of(h.device), softcap)
+    h, config = live_rows(h, rows), logprob_config("tiles", h.dtype, dispatch.arch_of(h.device),
+                                                      h.shape[1], softcap)
     (T, M), V, C = h.shape, len(weight), triton.cdiv(len(weight), config["BLOCK_V"])
     stats, chosen, logp, entropy, lse = (h.new_empty(shape, dtype=torch.float32)
                                          for shape in ((3, C, T), (T,), (T,), (T,), (T,)))
@@ -231,7 +239,7 @@ def logprob_bwd(dlogp: torch.Tensor, dentropy: torch.Tensor | None, h: torch.Ten
     """(dh, dw); an empty tensor where it is not needed."""
     h_live, scale_cap = live_rows(h, rows), units(temperature, softcap)
     (T, M), arch = h_live.shape, dispatch.arch_of(h.device)
-    config, product = (logprob_config(kernel, h.dtype, arch, softcap) for kernel in ("dlogits", "product"))
+    config, product = (logprob_config(kernel, h.dtype, arch, M, softcap) for kernel in ("dlogits", "product"))
     dw = torch.zeros_like(weight) if T == 0 and needs_w else weight.new_empty(weight.shape if needs_w else 0)
     dh = h.new_empty((T, M) if needs_h else 0, dtype=torch.float32)
     dl = h.new_empty(T, SLICE)
@@ -247,6 +255,7 @@ def logprob_bwd(dlogp: torch.Tensor, dentropy: torch.Tensor | None, h: torch.Ten
         if needs_w:
             product_bwd_kernel[tiles(product, width, M)](dl, h_live, dw[first : first + width], width, M, T,
                                                          STRIDE=SLICE, TRANSPOSED=True, ADD=False, **product)
+    del dl, h_live
     if needs_h:
         dh = dh.to(h.dtype)
         dh = dh if rows is None else reference.put_rows(dh, rows, len(h))
@@ -325,10 +334,10 @@ def linear_logprob(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
         raise ValueError(f"linear_logprob: h {tuple(h.shape)}, weight {tuple(weight.shape)}, targets "
                          f"{tuple(targets.shape)}, rows {None if rows is None else tuple(rows.shape)}; "
                          "expected [T, M], [V, M] and one target for each row of h, or for each of `rows`")
-    if not temperature > 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(f"linear_logprob: temperature is {temperature}, expected a number above 0 (a greedy "
                          "choice has no log-prob)")
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"linear_logprob: softcap is {softcap}, expected a number above 0, or None")
     if use_triton(impl, h):
         return logprob_fwd_op(h, weight, targets.contiguous(), rows, float(temperature), softcap or 0.0)[:2]

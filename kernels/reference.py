@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 VOCAB_SLICE = 4096  # columns of logits that exist at one time in linear_logprob
 QUERY_BLOCK = 128  # rows of attention scores that exist at one time
-EQUAL_REWARDS = 1e-6  # a group that spans less has no signal: 0.1 * 3 and 0.3 are the same reward
+EQUAL_REWARDS = 1e-6  # a group that spans less, or this share, has no signal: 0.1 * 3 and 0.3 are the same
 MAX_LOG_RATIO = 20.0  # log-ratios are cut off here, gradient 0 beyond: exp() of them can not overflow
 GRPO_OBJECTIVES = ("clip", "cispo", "gspo")
 # loss and kl_loss are weighted; the others are sums over the live tokens, how many there are is "tokens"
@@ -404,10 +404,11 @@ def grpo_advantages(rewards_N: torch.Tensor, offsets_G: torch.Tensor, normalise_
     """(advantages [N], dead [G]); kernels/grpo.py has the maths."""
     r, sizes = wide(rewards_N), offsets_G.diff().long()
     group, n = torch.arange(len(sizes), device=r.device).repeat_interleave(sizes), sizes.clamp(min=1)
-    centred = r - (segment_sum(r, group, len(sizes)) / n)[group]
     low, high = (r.new_zeros(len(sizes)).scatter_reduce(0, group, r, which, include_self=False)
                  for which in ("amin", "amax"))
-    dead = high - low < EQUAL_REWARDS
+    dead = high - low < EQUAL_REWARDS * torch.maximum(low.abs(), high.abs()).clamp(min=1)
+    r = r - low[group]  # differences do not cancel
+    centred = r - (segment_sum(r, group, len(sizes)) / n)[group]
     std = (segment_sum(centred.square(), group, len(sizes)) / n).sqrt()
     advantages = centred / std.masked_fill(dead, 1.0)[group] if normalise_std else centred
     return advantages.masked_fill(dead[group], 0.0), dead.to(r.dtype)

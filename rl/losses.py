@@ -52,7 +52,7 @@ def token_weights(lengths_N: np.ndarray, mean: str, max_new_tokens: int) -> np.n
     if mean == "token":
         return np.full(len(lengths_N), 1 / lengths_N.sum())
     if mean == "sequence":
-        return 1 / (len(lengths_N) * lengths_N)
+        return 1 / (len(lengths_N) * np.maximum(lengths_N, 1))
     return np.full(len(lengths_N), 1 / (len(lengths_N) * max_new_tokens))
 
 

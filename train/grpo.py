@@ -167,10 +167,11 @@ def update_policy(policy, reference, rollouts: Rollouts, advantages_N: np.ndarra
             parts.append(metrics)
             entropies += float(entropy.detach().sum())
             gaps = (old - batch.sampler_logp).abs()
-            gap, gap_sum = max(gap, float(gaps.max())), gap_sum + float(gaps.sum())
-            if not gap <= largest_gap:  # before anything is updated with it
-                raise LogpGapError(f"the sampler's log-prob of a token is {gap:.3g} from the trainer's own, "
+            largest = float(gaps.max())
+            if not largest <= largest_gap:  # NaN, too; before anything is updated with it
+                raise LogpGapError(f"the sampler's log-prob of a token is {largest:.3g} from the trainer's own, "
                                    f"more than --max-logp-gap {largest_gap:g}")
+            gap, gap_sum = max(gap, largest), gap_sum + float(gaps.sum())
             n_tokens += len(logp)
         if batches:
             norms.append(optimizer_step(policy, optimizer, learning_rate(step, c.steps, c.optim), c.optim))

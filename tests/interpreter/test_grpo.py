@@ -51,6 +51,20 @@ def test_rewards_that_differ_by_rounding_teach_nothing(impl):
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_large_rewards(impl):
+    """Neither does their mean lose what differs, nor is their rounding a signal."""
+    rewards = torch.tensor([1e6, 1e6 + 0.0625, 1e6 + 0.125, 30.1, 30.3, 0.0])
+    rewards[3] += 0.2
+    assert rewards[3] != rewards[4]
+    advantages, dead = grpo_advantages(rewards, cumulative([3, 2, 1]), normalise_std=False, impl=impl)
+    assert dead.tolist() == [1, 1, 1] and not advantages.any()
+    advantages, dead = grpo_advantages(torch.tensor([1e6, 1e6 + 2, 1e6 + 4]), cumulative([3]), False, impl=impl)
+    assert advantages.tolist() == [-2, 0, 2] and dead.tolist() == [0]
+    advantages, _ = grpo_advantages(torch.tensor([1e6 + 0.5, 1e6 - 3, 1e6 + 1]), cumulative([3]), impl=impl)
+    np.testing.assert_allclose(advantages, naive_advantages([0.5, -3, 1], [3], True)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
 def test_a_reward_that_is_nan_is_not_hidden(impl):
     advantages, dead = grpo_advantages(torch.tensor([1.0, float("nan"), 1.0, 0.0, 1.0]), cumulative([3, 2]),
                                        impl=impl)
@@ -128,11 +142,46 @@ def test_dead_and_masked_tokens_never_reach_exp(impl, objective):
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
-def test_a_live_nan_shows_in_the_loss(impl):
-    logp = torch.tensor([-1.0, float("nan"), -2.0])
-    ones = torch.ones(1)
-    loss, _ = grpo_loss(logp, torch.full((3,), -1.0), ones, ones, cumulative([3]), impl=impl)
-    assert loss.isnan()
+@pytest.mark.parametrize("objective", GRPO_OBJECTIVES)
+def test_a_live_nan_shows_in_loss_and_gradient(objective, impl):
+    old, one, nan = torch.full((3,), -1.0), torch.ones(1), torch.full((1,), float("nan"))
+    for logp, a in ((torch.tensor([-1.0, float("nan"), -2.0]), one), (old, nan)):
+        leaf = logp.clone().requires_grad_()
+        loss, metrics = grpo_loss(leaf, old, a, one, cumulative([3]), objective=objective, impl=impl)
+        loss.backward()
+        assert loss.isnan() and metrics[0].isnan()
+        if objective == "cispo" and a is one:  # the ratio of NaN is a constant there
+            assert metrics[GRPO_METRICS.index("ratio_max")].isnan()
+        assert leaf.grad[1].isnan() and metrics[GRPO_METRICS.index("cut_off")] == 0
+        assert a is nan or metrics[GRPO_METRICS.index("ratio_max")].isnan()
+
+
+def test_what_offsets_leave_out_has_no_gradient_and_views_of_them_are_refused():
+    logp, ones = torch.randn(6, requires_grad=True), torch.ones(1)
+    grpo_loss(logp, torch.randn(6), ones, ones, cumulative([4]), impl="triton")[0].backward()
+    assert not logp.grad[4:].any() and logp.grad[:4].any()
+    with pytest.raises(ValueError, match="stride"):
+        grpo_loss(logp, torch.randn(6), ones, ones, torch.tensor([0, 9, 6, 9])[::2], impl="triton")
+    with pytest.raises(ValueError, match="stride"):
+        grpo_advantages(torch.randn(6), torch.tensor([0, 9, 6, 9])[::2], impl="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_log_probs_of_other_dtypes_are_subtracted_in_fp32(dtype):
+    logp, old = torch.tensor([-8.0, -4.0, -1.0], dtype=dtype), torch.tensor([-8.0017, -4.001, -1.0003])
+    logp.requires_grad_()
+    loss, _ = grpo_loss(logp, old, torch.ones(1), torch.ones(1), cumulative([3]), impl="triton")
+    loss.backward()
+    assert float(loss) == pytest.approx(-float((logp.detach().float() - old).exp().sum()), rel=1e-6)
+    assert logp.grad.dtype == dtype
+
+
+def test_a_second_derivative_is_an_error():
+    logp = torch.randn(3, requires_grad=True)
+    loss, _ = grpo_loss(logp, torch.randn(3), torch.ones(1), torch.ones(1), cumulative([3]), impl="triton")
+    grad, = torch.autograd.grad(loss, logp, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])

@@ -90,6 +90,22 @@ def test_all_rows_dead_and_one_alive():
     check(h, w, torch.tensor([299]), [torch.ones(1), torch.ones(1)], rows=torch.tensor([8]))
 
 
+@pytest.mark.parametrize("softcap", [0.5, 30.0, 1e4])
+def test_a_soft_cap_far_below_and_far_above_the_logits(softcap):
+    h, w, targets = case(70, 50, 300, torch.float32)
+    check(h, w, targets, [torch.randn(70), torch.randn(70)], softcap=softcap)
+
+
+def test_a_gradient_that_overflows_in_fp16_stays_where_it_is():
+    """The last column, whose tile goes on behind the vocabulary's end."""
+    h, w = torch.zeros(2, 48, dtype=torch.float16), torch.zeros(70, 48, dtype=torch.float16)
+    h[0, 0], w[69, 0] = 30.0, 1.0
+    logp, _, dh, dw = value_and_gradients(
+        lambda h, w: linear_logprob(h, w, torch.tensor([3, 3]), impl="triton"), (h, w),
+        [torch.tensor([1e6, 1.0]), torch.zeros(2)])
+    assert logp[0] < -20 and dw[:3].isfinite().all() and dh[1].isfinite().all() and not dh[0].isnan().any()
+
+
 def test_each_gradient_alone():
     h, w, targets = case(20, 48, 300, torch.float32)
     ones = torch.ones(20)
@@ -115,7 +131,7 @@ def test_the_same_bits_each_time_and_whatever_the_neighbours():
     for a row at another place. tests/gpu/ shuffles the rows."""
     h, w, targets = case(200, 48, 700, torch.float32)
     logp, entropy = linear_logprob(h, w, targets, 0.8, impl="triton")
-    tile = logprob_config("tiles", h.dtype, 80)["BLOCK_T"]
+    tile = logprob_config("tiles", h.dtype, 80, 48)["BLOCK_T"]
     for first, last in ((0, 1), (tile, 3 * tile - 5), (2 * tile, 200)):
         alone = linear_logprob(h[first:last], w, targets[first:last], 0.8, impl="triton")
         assert torch.equal(alone[0], logp[first:last]) and torch.equal(alone[1], entropy[first:last])
@@ -134,10 +150,11 @@ def test_the_same_bits_each_time_and_whatever_the_neighbours():
 def test_every_config_that_can_be_chosen(arch, monkeypatch):
     """Tiles of the other chips, on the same numbers."""
     monkeypatch.setattr(file, "logprob_config",
-                        lambda kernel, dtype, _, cap=0.0: logprob_config(kernel, dtype, arch, cap))
+                        lambda kernel, dtype, _, M, cap=0.0: logprob_config(kernel, dtype, arch, M, cap))
     h, w, targets = case(150, 80, 600, torch.float16)
     check(h, w, targets, list(torch.randn(2, 150)))
-    for config in (logprob_config("tiles", dtype, arch, cap) for dtype in DTYPES for cap in (0.0, 1.0)):
+    for config in (logprob_config("tiles", dtype, arch, M, cap)
+                   for dtype in DTYPES for M in (100, 512) for cap in (0.0, 1.0)):
         assert file.SLICE % config["BLOCK_V"] == 0 == config["BLOCK_V"] % config["BLOCK_K"]
 
 
