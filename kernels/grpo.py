@@ -1,10 +1,9 @@
 """GRPO in two launches: rewards to advantages, and log-probs to loss, gradient and metrics. No host sync.
 
 Advantages (DeepSeekMath, eq. 3, arXiv 2402.03300): A = (r - mean) / std of the group, the population's std;
-Dr. GRPO (arXiv 2503.20783) leaves the std out. In two passes over differences to the group's first reward, so
-that nothing cancels. A group whose rewards
-span less than EQUAL_REWARDS, or that share of their largest if it is above 1, gets exactly 0: in floating
-point 0.1 * 3 and 0.3 differ.
+Dr. GRPO (arXiv 2503.20783) leaves the std out. In two passes over differences to one reward of the group, so
+that nothing cancels. A group whose rewards span less than EQUAL_REWARDS, or that share of the largest if it
+is above 1, gets exactly 0: in floating point 0.1 * 3 and 0.3 differ.
 
 Loss, a sum over tokens t of sequence n with weight w_n, which carries the mean (rl/losses.py):
     x = logp - old_logp, r = e^x      loss = sum w (-J + kl_coef k3)
@@ -18,7 +17,7 @@ x and d are cut off at +-MAX_LOG_RATIO, with gradient 0 beyond, so that no exp()
 counted. Tokens that teach nothing (weight 0, or advantage 0 without a reference) are not even read.
 
 About 20 bytes and 30 FLOPs a token: the launch is what costs, so one program walks one sequence, and one
-more adds up the sums of all.  No atomics: the same bits every time.
+more adds up the sums of all. No atomics: the same bits every time.
 
 Shapes: N samples (sequences), G groups, R response tokens of all sequences.
 """
@@ -37,7 +36,7 @@ def grpo_advantages_fwd_kernel(rewards_N, offsets_G, advantages_N, dead_G, toler
                                BLOCK: tl.constexpr):
     g, i = tl.program_id(0), tl.arange(0, BLOCK)
     first, end = tl.load(offsets_G + g).to(tl.int64), tl.load(offsets_G + g + 1).to(tl.int64)
-    base = tl.load(rewards_N + first, first < end, other=0.0).to(tl.float32)  # differences to it do not cancel
+    base = tl.load(rewards_N + first, first < end, other=0.0).to(tl.float32)  # differences to it are exact
     total = tl.zeros((BLOCK,), tl.float32)
     low, high = tl.full((BLOCK,), float("inf"), tl.float32), tl.full((BLOCK,), -float("inf"), tl.float32)
     for start in range(first, end, BLOCK):
@@ -72,8 +71,8 @@ def _cut(x, bound):
 
 
 @triton.jit(do_not_specialize=["R"])
-def grpo_loss_fwd_kernel(logp_R, old_R, ref_R, advantages_N, weights_N, offsets_N, dlogp_R, sums_NC, R, clip_low,
-                         clip_high, kl_coef, bound, OBJECTIVE: tl.constexpr, BLOCK: tl.constexpr,
+def grpo_loss_fwd_kernel(logp_R, old_R, ref_R, advantages_N, weights_N, offsets_N, dlogp_R, sums_NC, R,
+                         clip_low, clip_high, kl_coef, bound, OBJECTIVE: tl.constexpr, BLOCK: tl.constexpr,
                          COLUMNS: tl.constexpr):
     """Sequence n: the gradient of its tokens, and a row of sums, in the order of GRPO_METRICS."""
     n, i, column = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
@@ -181,8 +180,8 @@ def grpo_loss_fwd(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.
     sums, out = (logp.new_empty(shape, dtype=torch.float32) for shape in ((N, COLUMNS), COLUMNS))
     if N:
         grpo_loss_fwd_kernel[(N,)](logp, old_logp, ref_logp, advantages, weights, offsets, dlogp, sums,
-                                   len(logp), clip_low, clip_high, kl_coef, MAX_LOG_RATIO, OBJECTIVE=objective,
-                                   BLOCK=1024, COLUMNS=COLUMNS, num_warps=8)
+                                   len(logp), clip_low, clip_high, kl_coef, MAX_LOG_RATIO,
+                                   OBJECTIVE=objective, BLOCK=1024, COLUMNS=COLUMNS, num_warps=8)
     grpo_sum_fwd_kernel[(1,)](sums, out, N, MAX=RATIO_MAX, BLOCK=128, COLUMNS=COLUMNS, num_warps=4)
     return out[: len(GRPO_METRICS)].clone(), dlogp
 
@@ -234,7 +233,8 @@ def grpo_advantages(rewards: torch.Tensor, group_offsets: torch.Tensor, normalis
     """How much better than the rest of its group was each sample?
 
     rewards: [N], samples sorted by group, finite; group_offsets: [G + 1] int32 or int64, contiguous, from 0
-    to N, groups of any sizes, 0 too. Returns advantages [N], fp32 at least, and dead [G], 1.0 for a group without signal.
+    to N, groups of any sizes, 0 too. Returns advantages [N], fp32 at least, and dead [G], 1.0 for a group
+    without signal.
     Values are checked where rewards are made (rl/advantages.py), for an op never reads the device back.
     impl: "triton", "reference", or None to choose by device. Raises ValueError for shapes or dtypes that do
     not fit.
@@ -285,6 +285,6 @@ def grpo_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tens
 def check_offsets(op: str, name: str, offsets: torch.Tensor, like: torch.Tensor) -> None:
     if offsets.ndim != 1 or len(offsets) < 1 or offsets.dtype not in (torch.int32, torch.int64) or \
             offsets.device != like.device or not offsets.is_contiguous():
-        raise ValueError(f"{op}: {name} is {tuple(offsets.shape)} in {offsets.dtype} on {offsets.device} with "
+        raise ValueError(f"{op}: {name} is {tuple(offsets.shape)} in {offsets.dtype} on {offsets.device}, "
                          f"stride {offsets.stride()}; expected one dimension, contiguous, int32 or int64, on "
                          f"{like.device} like the rest")

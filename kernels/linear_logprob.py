@@ -187,7 +187,8 @@ def logprob_config(kernel: str, dtype: torch.dtype, arch: int, M: int, softcap: 
     """Tiles of T x V in steps of K for "tiles", "dlogits" or "product", so far alike. GROUP tiles of rows run
     side by side, so that they share the weight."""
     if dtype == torch.float32 or M % 16:  # without matrix units, or without wide loads
-        return {"BLOCK_T": 64, "BLOCK_V": 64, "BLOCK_K": 32, "GROUP": 16, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_T": 32 if M % 16 else 64, "BLOCK_V": 64, "BLOCK_K": 32, "GROUP": 16, "num_warps": 4,
+                "num_stages": 2}
     if arch != 90 or softcap:  # sm_100 has not the registers for more, nor has the gradient of the cap
         return {"BLOCK_T": 128, "BLOCK_V": 128, "BLOCK_K": 64, "GROUP": 16, "num_warps": 8, "num_stages": 3}
     return {"BLOCK_T": 128, "BLOCK_V": 256, "BLOCK_K": 64, "GROUP": 16, "num_warps": 8, "num_stages": 4}

@@ -311,8 +311,7 @@ def decode_attention(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tens
                      lengths: torch.Tensor, scale: float) -> torch.Tensor:
     """One new token a row against that row's pages. q: [B, H, D]; pages: [P, G, page, D]; table: [B, W]."""
     (B, H, D), (_, G, page, _) = q.shape, k_pages.shape
-    n_pages = max(1, -(-int(lengths.max()) // page)) if B else 1
-    used = table[:, :n_pages].long()
+    used = table[:, : max(1, -(-int(lengths.max()) // page)) if B else 1].long()
     k, v = (wide(x[used]).transpose(1, 2).reshape(B, G, -1, D) for x in (k_pages, v_pages))
     scores = (wide(q).view(B, G, H // G, D) * scale) @ k.transpose(-1, -2)
     unseen = (torch.arange(k.shape[2], device=q.device) >= lengths[:, None])[:, None, None]
@@ -427,21 +426,21 @@ def grpo_loss(logp, old_logp, advantages, weights, offsets, ref_logp, clip_low, 
     if objective == "gspo":  # the sequence's mean; each token has the gradient of the whole
         x = (segment_sum(x, sequence, len(sizes)) / sizes.clamp(min=1))[sequence]
     cut = x.detach().abs() > MAX_LOG_RATIO
-    x = x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    x = torch.where(cut, x.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), x)  # a NaN keeps its gradient, NaN
     ratio = x.exp()
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    clipped = ratio.detach().clamp(1 - clip_low, 1 + clip_high)
     if objective == "cispo":
-        gain = clipped.detach() * a * torch.where(cut, logp.detach(), logp)
+        gain = clipped * a * torch.where(cut, logp.detach(), logp)
         low, high = ratio < 1 - clip_low, ratio > 1 + clip_high
     else:
         # the pessimist's choice for either sign of A: for A < 0 the gradient stays above 1 + clip_high
-        gain = torch.minimum(ratio * a, clipped * a)
+        gain = torch.where(ratio * a > clipped * a, clipped * a, ratio * a)
         low, high = (ratio < 1 - clip_low) & (a < 0), (ratio > 1 + clip_high) & (a > 0)
     loss, kl = -(gain * w).sum(), logp.new_zeros(())
     if ref_logp is not None:
         d = wide(ref_logp[tokens]) - logp
-        cut = cut | (d.detach().abs() > MAX_LOG_RATIO)
-        d = d.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        d_cut = d.detach().abs() > MAX_LOG_RATIO
+        cut, d = cut | d_cut, torch.where(d_cut, d.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), d)
         kl = ((d.exp() - d - 1) * w).sum()
         loss = loss + kl_coef * kl
     with torch.no_grad():

@@ -101,7 +101,7 @@ def test_cost_falls_with_the_live_rows_and_a_frozen_head(monkeypatch):
             linear_logprob(h, w, targets, rows=rows)[0].sum().backward()
         return counter.get_total_flops() / (2 * T * M * V)
 
-    # forward, logits anew but for the slice that is kept, and dw; dh's are added in place, which is not counted
+    # forward, logits anew but for the slice that is kept, and dw; what is added in place is not counted
     assert products(w, None) == pytest.approx(3 - 1 / 4, abs=2 / V)
     assert products(w, torch.arange(0, T, 10)) == pytest.approx((3 - 1 / 4) / 10, abs=1 / V)
     assert products(w.detach(), None) == pytest.approx(2 - 1 / 4, abs=2 / V)

@@ -203,6 +203,9 @@ def test_logged_entropy_is_the_distributions_and_loss_and_gap_are_true():
         with pytest.raises(FloatingPointError, match="0.5 from the trainer's own, more than --max-logp-gap"):
             update(model, rollouts, ADVANTAGES, **limit)
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    rollouts.sampler_logp[1][0] = float("nan")
+    with pytest.raises(FloatingPointError, match="nan from the trainer's own"):
+        update(model, rollouts, ADVANTAGES, max_logp_gap=100.0)
 
 
 def test_kl_in_the_loss_pulls_towards_the_reference_and_without_it_nothing_moves():

@@ -169,8 +169,8 @@ def update_policy(policy, reference, rollouts: Rollouts, advantages_N: np.ndarra
             gaps = (old - batch.sampler_logp).abs()
             largest = float(gaps.max())
             if not largest <= largest_gap:  # NaN, too; before anything is updated with it
-                raise LogpGapError(f"the sampler's log-prob of a token is {largest:.3g} from the trainer's own, "
-                                   f"more than --max-logp-gap {largest_gap:g}")
+                raise LogpGapError(f"the sampler's log-prob of a token is {largest:.3g} from the trainer's "
+                                   f"own, more than --max-logp-gap {largest_gap:g}")
             gap, gap_sum = max(gap, largest), gap_sum + float(gaps.sum())
             n_tokens += len(logp)
         if batches:

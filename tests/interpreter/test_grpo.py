@@ -58,7 +58,7 @@ def test_large_rewards(impl):
     assert rewards[3] != rewards[4]
     advantages, dead = grpo_advantages(rewards, cumulative([3, 2, 1]), normalise_std=False, impl=impl)
     assert dead.tolist() == [1, 1, 1] and not advantages.any()
-    advantages, dead = grpo_advantages(torch.tensor([1e6, 1e6 + 2, 1e6 + 4]), cumulative([3]), False, impl=impl)
+    advantages, dead = grpo_advantages(torch.tensor([0.0, 2, 4]) + 1e6, cumulative([3]), False, impl=impl)
     assert advantages.tolist() == [-2, 0, 2] and dead.tolist() == [0]
     advantages, _ = grpo_advantages(torch.tensor([1e6 + 0.5, 1e6 - 3, 1e6 + 1]), cumulative([3]), impl=impl)
     np.testing.assert_allclose(advantages, naive_advantages([0.5, -3, 1], [3], True)[0], rtol=1e-6)
@@ -150,8 +150,6 @@ def test_a_live_nan_shows_in_loss_and_gradient(objective, impl):
         loss, metrics = grpo_loss(leaf, old, a, one, cumulative([3]), objective=objective, impl=impl)
         loss.backward()
         assert loss.isnan() and metrics[0].isnan()
-        if objective == "cispo" and a is one:  # the ratio of NaN is a constant there
-            assert metrics[GRPO_METRICS.index("ratio_max")].isnan()
         assert leaf.grad[1].isnan() and metrics[GRPO_METRICS.index("cut_off")] == 0
         assert a is nan or metrics[GRPO_METRICS.index("ratio_max")].isnan()
 
