@@ -96,14 +96,13 @@ def test_a_soft_cap_far_below_and_far_above_the_logits(softcap):
     check(h, w, targets, [torch.randn(70), torch.randn(70)], softcap=softcap)
 
 
-def test_a_gradient_that_overflows_in_fp16_stays_where_it_is():
-    """The last column, whose tile goes on behind the vocabulary's end."""
+def test_columns_behind_the_vocabulary_end_do_not_reach_the_gradient():
+    """A sure token in the last column: its own gradient is 0, that of a copy behind it would overflow fp16."""
     h, w = torch.zeros(2, 48, dtype=torch.float16), torch.zeros(70, 48, dtype=torch.float16)
     h[0], w[69] = 30 / 48, 1.0
-    logp, _, dh, dw = value_and_gradients(
-        lambda h, w: linear_logprob(h, w, torch.tensor([3, 3]), impl="triton"), (h, w),
-        [torch.tensor([1e6, 1.0]), torch.zeros(2)])
-    assert logp[0] < -20 and dw[:3].isfinite().all() and dh[1].isfinite().all() and dh[0].isinf().all()
+    got = value_and_gradients(lambda h, w: linear_logprob(h, w, torch.tensor([69, 3]), impl="triton"), (h, w),
+                              [torch.tensor([1e6, 1.0]), torch.zeros(2)])
+    assert got[0][0] > -1e-6 and all(x.isfinite().all() for x in got)
 
 
 def test_each_gradient_alone():
