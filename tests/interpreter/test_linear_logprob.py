@@ -97,7 +97,7 @@ def test_a_soft_cap_far_below_and_far_above_the_logits(softcap):
 
 
 def test_columns_behind_the_vocabulary_end_do_not_reach_the_gradient():
-    """A sure token in the last column: its own gradient is 0, that of a copy behind it would overflow fp16."""
+    """A sure token in the last column: its own gradient is 0; that of a copy behind it would overflow."""
     h, w = torch.zeros(2, 48, dtype=torch.float16), torch.zeros(70, 48, dtype=torch.float16)
     h[0], w[69] = 30 / 48, 1.0
     got = value_and_gradients(lambda h, w: linear_logprob(h, w, torch.tensor([69, 3]), impl="triton"), (h, w),
