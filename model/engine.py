@@ -13,7 +13,7 @@ later and goes on with the same draws, since they depend on seed and place alone
 Weights must not change while requests are being served. On a CPU the engine takes the trainer's anew when
 the first of them are submitted: some it copies, others it reads where they lie. On a GPU it decodes from one
 copy if the compute dtype is not the weights' own, at fixed addresses that the CUDA graphs hold: `refresh()`
-rewrites it in place. `refresh(version)` also says which weights these are; each Completion carries the number.
+rewrites it in place. `refresh(version)` also says which weights these are: each Completion's number.
 
 Nothing in a step is done sequence by sequence in Python, but for those that begin or end in it, have stop
 texts, or are streamed. Left out: chunked prefill, prefixes shared between groups, speculative decoding.
@@ -30,8 +30,15 @@ import torch
 import torch.nn.functional as F
 
 from .cache import PAGE, Pages, Slots
-from .generation import Completion, Request, TextStream
-from .generation import check_requests, counter_uniform, sample_tokens, signed
+from .generation import (
+    Completion,
+    Request,
+    TextStream,
+    check_requests,
+    counter_uniform,
+    sample_tokens,
+    signed,
+)
 from .transformer import Transformer
 
 AHEAD = 32              # columns of random numbers that are made at one time
@@ -67,7 +74,8 @@ class _Sequence:
     """Prompt and what it has: what a prefill reads."""
 
 
-def places_within(n_bytes: float, token_bytes: int, n_rows: int, longest: int | None, max_seq_len: int) -> int:
+def places_within(n_bytes: float, token_bytes: int, n_rows: int, longest: int | None,
+                  max_seq_len: int) -> int:
     """Places for n_rows sequences of `longest` tokens, and a page more, or as many as fit into n_bytes; but
     always enough for one sequence of max_seq_len."""
     row = Slots.places(min(longest or max_seq_len, max_seq_len) + PAGE)
@@ -163,8 +171,9 @@ class Engine:
         new, prefixes = [], {}  # the samples of a group share theirs
         for r in requests:
             text = TextStream(self.tokenizer, r.stop) if r.stop or streamed and self.tokenizer else None
-            prefix = prefixes.get(id(r.prompt)) or prefixes.setdefault(id(r.prompt), tuple(map(int, r.prompt)))
-            new.append(_Sequence(next(self.ids), r, text, streamed, prefix=prefix))
+            if id(r.prompt) not in prefixes:
+                prefixes[id(r.prompt)] = tuple(map(int, r.prompt))
+            new.append(_Sequence(next(self.ids), r, text, streamed, prefix=prefixes[id(r.prompt)]))
         self.waiting += new
         return [s.id for s in new]
 

@@ -1,4 +1,4 @@
-"""What one request, one caller or one error must not do to the others; and how much memory the cache takes."""
+"""What one request, one caller or one error must not do to others; and how much memory the cache takes."""
 import numpy as np
 import pytest
 import torch
@@ -51,10 +51,12 @@ def test_greedy_rows_report_the_same_in_any_company(paged):
 
 
 @pytest.mark.parametrize("change,message", [
-    ({"top_logprobs": 30}, "top_logprobs is 30"), ({"seed": 1.5}, "seed is 1.5"), ({"seed": 2**70}, "64 bits"),
+    ({"top_logprobs": 30}, "top_logprobs is 30"), ({"seed": 1.5}, "seed is 1.5"),
+    ({"seed": 2**70}, "64 bits"),
     ({"top_k": 2**70}, "top_k"), ({"top_k": 1.5}, "top_k is 1.5"), ({"stop_ids": (2**70,)}, "stop_ids"),
-    ({"stop_ids": {1, 2}}, "stop_ids"), ({"stop_ids": 3}, "stop_ids"), ({"temperature": 1e-42}, "1e-6 or more"),
-    ({"temperature": "hot"}, "expected numbers"), ({"min_p": None}, "expected numbers"), ({"stop": "ab"}, "stop is"),
+    ({"stop_ids": {1, 2}}, "stop_ids"), ({"stop_ids": 3}, "stop_ids"),
+    ({"temperature": 1e-42}, "1e-6 or more"), ({"temperature": "hot"}, "expected numbers"),
+    ({"min_p": None}, "expected numbers"), ({"stop": "ab"}, "stop is"),
     ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5"), ({"prompt": [5.7]}, "whole numbers"),
     ({"prompt": iter([5])}, "whole numbers")])
 def test_a_bad_request_is_refused_and_others_go_on(change, message):

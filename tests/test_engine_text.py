@@ -6,8 +6,14 @@ import pytest
 import torch
 
 from r1zero.model.engine import Engine
-from r1zero.model.generation import Request, TextStream, counter_uniform, generate_naive, keep_likeliest
-from r1zero.model.generation import sample_tokens
+from r1zero.model.generation import (
+    Request,
+    TextStream,
+    counter_uniform,
+    generate_naive,
+    keep_likeliest,
+    sample_tokens,
+)
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.model.transformer import Transformer
 from r1zero.train import grpo as grpo_file
