@@ -2,9 +2,10 @@
 
 Both hold their live sequences in rows 0 .. n - 1 and answer the same questions of the scheduler (engine.py):
 
-    fits(prompts)          may these begin, too?           can_step()   is there room for a token in each row?
+    fits(n, ...)           may n more begin, too?          can_step()   is there room for a token in each row?
     admit(rows, ...)       prefill                         decode(...)  one token a row: logits
     move(dst, src), cut(n) rows change places; what lies behind n is free
+    allocate(n_tokens)     once, before all others         clear()      no row, and no NaN, is left
 
 `Slots` is the CPU's. Rows are aligned at their ENDS: the newest token of every row stands in the same column,
 so keys and values are written as one slice and read as one window, from the longest sequence's first column
@@ -47,9 +48,11 @@ def tokens_of(prompts: Sequence[Sequence[int]], which: np.ndarray) -> tuple[np.n
 class Slots:
     """At most `n_tokens` places: rows x columns."""
 
-    def __init__(self, model: Transformer, n_rows: int, n_tokens: int):
+    copy_bytes = 0  # of weights; q, k and v aside, none if the dtype is the same
+
+    def __init__(self, model: Transformer, n_rows: int):
         self.model, self.config, self.dtype = model, model.config, model.compute_dtype
-        self.n_rows, self.n_tokens = n_rows, n_tokens
+        self.n_rows, self.n_tokens = n_rows, 0
         self.start = np.zeros(n_rows, np.int64)  # each row's first column
         self.n, self.column = 0, -1  # live rows; the column of their newest token
         self.kv: list[torch.Tensor] = []  # keys, values of layer 0, of layer 1, ...: [rows, G, columns, D]
@@ -80,6 +83,10 @@ class Slots:
 
     # ---- room ----
 
+    def allocate(self, n_tokens: int) -> None:
+        """Tensors are made when they are needed."""
+        self.n_tokens = n_tokens
+
     @staticmethod
     def places(longest: int) -> int:
         return pages_for(longest) * PAGE
@@ -95,33 +102,35 @@ class Slots:
     def can_step(self) -> bool:
         return self.n * self.places(self.longest + 1) <= self.n_tokens
 
-    def fits(self, prompts: list[tuple[int, int]]) -> bool:
-        """prompts: (length, rows) of each that would begin; with some columns in hand for all to go on."""
-        n = self.n + sum(rows for _, rows in prompts)
-        longest = max([self.longest, *(length for length, _ in prompts)])
-        return n <= self.n_rows and n * self.places(longest + PAGE) <= self.n_tokens
+    def fits(self, n: int, longest: int, pages: int) -> bool:
+        """May n more rows begin, of prompts of at most `longest` tokens in `pages` pages, shared ones counted
+        once? With some columns in hand for all to go on."""
+        n += self.n
+        return n <= self.n_rows and n * self.places(max(self.longest, longest) + PAGE) <= self.n_tokens
 
     def _lay_out(self, n: int, longest: int) -> None:
         """Make room for n rows, and the newest tokens stand where a sequence of `longest` tokens ends."""
         rows, columns = self.kv[0].shape[::2] if self.kv else (0, 0)
-        span, old = longest + 1, self.kv
+        span = longest + 1
         lo, hi = self.column + 1 - self.longest, self.column + 1
-        if n > rows or span > columns or rows * columns > self.n_tokens:
+        larger = n > rows or span > columns or rows * columns > self.n_tokens
+        if larger:
             rows = max(n, rows) if max(n, rows) * max(self.places(span), columns) <= self.n_tokens else n
             for slack in (SLACK, PAGE, 0):
                 columns = max(self.places(span + slack), columns if slack else 0)
                 if rows * columns <= self.n_tokens:
                     break
-            c = self.config
-            # zeros: what a mask hides must still be finite
-            self.kv = [torch.zeros(rows, c.n_kv_heads, columns, c.head_dim, dtype=self.dtype)
-                       for _ in range(2 * c.n_layers)]
             self._buffers(rows, columns)
-        shift = span - 2 - self.column
-        if self.n and (shift or old is not self.kv):
-            for target, source in zip(self.kv, old, strict=True):
+        c, shift = self.config, span - 2 - self.column
+        self.kv = self.kv or [None] * (2 * c.n_layers)
+        for i, source in enumerate(self.kv):  # one by one: the old and the new are never there together
+            shape = (rows, c.n_kv_heads, columns, c.head_dim)
+            # zeros: what a mask hides must still be finite
+            target = torch.zeros(shape, dtype=self.dtype) if larger else source
+            if self.n and (shift or larger):
                 live = source[: self.n, :, lo:hi]
-                target[: self.n, :, lo + shift : hi + shift] = live.clone() if target is source else live
+                target[: self.n, :, lo + shift : hi + shift] = live if larger else live.clone()
+            self.kv[i] = target
         self.column += shift
         self.start[: self.n] += shift
 
@@ -176,6 +185,10 @@ class Slots:
     def cut(self, n: int) -> None:
         self.n = n
         self._rows_changed()
+
+    def clear(self) -> None:
+        self.kv, self.column = [], -1
+        self.n = 0
 
     # ---- one token a row ----
 
@@ -239,14 +252,19 @@ class Slots:
 class Pages:
     """`n_tokens` places in pages, on any device; on a GPU a step is a CUDA graph."""
 
-    def __init__(self, model: Transformer, n_rows: int, n_tokens: int):
+    def __init__(self, model: Transformer, n_rows: int):
         self.model, self.config, self.dtype = model, model.config, model.compute_dtype
-        self.n_rows, self.n_pages = n_rows, n_tokens // PAGE
-        self.device, c = model.embed.device, model.config
+        self.n_rows = n_rows
+        self.device = model.embed.device
         self.weights = model  # unless the trainer's are in another dtype: then one copy, rewritten in place
         if model.embed.dtype != self.dtype and self.device.type == "cuda":
-            self.weights = type(model)(c, self.dtype).to(self.device, self.dtype)
+            self.weights = type(model)(model.config, self.dtype).to(self.device, self.dtype)
+        self.copy_bytes = 0 if self.weights is model else \
+            sum(p.numel() * p.element_size() for p in self.weights.parameters())
         self.refresh()
+
+    def allocate(self, n_tokens: int) -> None:
+        c, n_rows, self.n_pages = self.config, self.n_rows, n_tokens // PAGE
         # page 0 belongs to no one: rows that only fill up a batch size read and write there
         shape = (self.n_pages + 1, c.n_kv_heads, PAGE, c.head_dim)
         self.kv = [tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in "kv")
@@ -257,9 +275,8 @@ class Pages:
         self.tokens = torch.zeros(n_rows, dtype=torch.int64, device=self.device)
         # the host's own copies of the two, and who uses a page
         self.table_h, self.lengths_h = self.table.cpu().numpy().copy(), np.zeros(n_rows, np.int64)
-        self.users = np.zeros(self.n_pages + 1, np.int64)
-        self.free = list(range(self.n_pages, 0, -1))
-        self.n, self.graphs = 0, {}
+        self.graphs = {}
+        self.clear()
         self.sizes = sorted({min(n_rows, 1 << i) for i in range(n_rows.bit_length() + 1)})
 
     @torch.no_grad()
@@ -277,11 +294,10 @@ class Pages:
     def can_step(self) -> bool:
         return int((self.lengths_h[: self.n] % PAGE == 0).sum()) <= len(self.free)
 
-    def fits(self, prompts: list[tuple[int, int]]) -> bool:
-        """prompts: (length, rows) of each that would begin; with a page in hand for every row to go on."""
-        n = self.n + sum(rows for _, rows in prompts)
-        wanted = sum(length // PAGE + rows * (length % PAGE > 0) for length, rows in prompts)
-        return n <= self.n_rows and wanted + n <= len(self.free)
+    def fits(self, n: int, longest: int, pages: int) -> bool:
+        """As in Slots; with a page in hand for every row to go on."""
+        n += self.n
+        return n <= self.n_rows and pages + n <= len(self.free)
 
     def _take(self, n: int) -> np.ndarray:
         pages = np.array([self.free.pop() for _ in range(n)], np.int64)
@@ -349,6 +365,15 @@ class Pages:
             if self.lengths_h[row]:
                 self._release(row)
         self.n = n
+        self._upload()
+
+    def clear(self) -> None:
+        for cache in (x for pair in self.kv for x in pair):
+            cache.zero_()  # in place: its address is in the graphs
+        self.table_h[:], self.lengths_h[:] = 0, 0
+        self.users = np.zeros(self.n_pages + 1, np.int64)
+        self.free = list(range(self.n_pages, 0, -1))
+        self.n = 0
         self._upload()
 
     # ---- one token a row ----

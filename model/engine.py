@@ -10,16 +10,16 @@ prompts that begin together (the samples of a group) are prefilled once. Where t
 to go on, the youngest sequence is put back to the front of the queue with what it has; it is prefilled again
 later and goes on with the same draws, since they depend on seed and place alone.
 
-Weights: on a CPU the engine reads the trainer's, as they are when a call begins. On a GPU it decodes from one
-copy in the compute dtype, at fixed addresses that the CUDA graphs hold: `refresh()` rewrites it in place.
-`refresh(version)` also says which weights these are; each Completion carries that number.
+Weights must not change while requests are being served. On a CPU the engine takes the trainer's anew when
+the first of them are submitted: some it copies, others it reads where they lie. On a GPU it decodes from one
+copy if the compute dtype is not the weights' own, at fixed addresses that the CUDA graphs hold: `refresh()`
+rewrites it in place. `refresh(version)` also says which weights these are: each Completion's number.
 
 Nothing in a step is done sequence by sequence in Python, but for those that begin or end in it, have stop
 texts, or are streamed. Left out: chunked prefill, prefixes shared between groups, speculative decoding.
 
 Columns: every step writes a column of the output, so a live row's tokens are its columns from its birth on.
 """
-import codecs
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,8 +29,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .cache import Pages, Slots
-from .generation import Completion, Request, check_requests, counter_uniform, sample_tokens
+from .cache import PAGE, Pages, Slots
+from .generation import (
+    Completion,
+    Request,
+    TextStream,
+    check_requests,
+    counter_uniform,
+    sample_tokens,
+    signed,
+)
 from .transformer import Transformer
 
 AHEAD = 32              # columns of random numbers that are made at one time
@@ -47,37 +55,11 @@ class Event:
     index: int
     """Which of the requests given to `stream`."""
     tokens: list[int]
-    """The new ones: one, or none where it was cancelled."""
+    """The new ones: several where others stepped the engine in between, none where it was cancelled."""
     text: str
     """What became readable: half characters and what may begin a stop text wait."""
     completion: Completion | None
     """The whole, with the last event."""
-
-
-class TextStream:
-    """Token by token to text, cut at the first stop text."""
-
-    def __init__(self, tokenizer, stop: tuple[str, ...]):
-        self.tokenizer, self.stop, self.stopped = tokenizer, stop, False
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.shown, self.held = "", ""
-
-    def feed(self, token: int | None) -> str:
-        """What can be shown now; None ends the text."""
-        piece = b"" if token is None else self.tokenizer.token_bytes(token)
-        self.held += self.decoder.decode(piece, final=token is None)
-        found = [place for place in map(self.held.find, self.stop) if place >= 0]
-        if found and not self.stopped:
-            self.held, self.stopped = self.held[: min(found)], True
-        waits = 0
-        if token is not None and not self.stopped:
-            beginnings = (stop[:n] for stop in self.stop for n in range(1, len(stop)))
-            waits = max((len(part) for part in beginnings if self.held.endswith(part)), default=0)
-        new, self.held = self.held[: len(self.held) - waits], self.held[len(self.held) - waits:]
-        self.shown += new
-        if self.stopped:
-            self.decoder.reset()
-        return new
 
 
 @dataclass
@@ -86,51 +68,64 @@ class _Sequence:
     request: Request
     text: TextStream | None
     streamed: bool
-    order: int = 0
     parts: list = field(default_factory=list)
     """(tokens, logp, top ids, top log-probs) from before it was put back."""
-    prefix: Sequence[int] = ()
+    prefix: tuple[int, ...] = ()
     """Prompt and what it has: what a prefill reads."""
 
 
+def places_within(n_bytes: float, token_bytes: int, n_rows: int, longest: int | None,
+                  max_seq_len: int) -> int:
+    """Places for n_rows sequences of `longest` tokens, and a page more, or as many as fit into n_bytes; but
+    always enough for one sequence of max_seq_len."""
+    row = Slots.places(min(longest or max_seq_len, max_seq_len) + PAGE)
+    return max(Slots.places(max_seq_len), min(n_rows * row, int(n_bytes / token_bytes)))
+
+
 class Engine:
-    """Raises ValueError for requests that cannot be served, NonFiniteError for NaN logits."""
+    """Raises ValueError for requests that cannot be served, NonFiniteError for NaN logits, and RuntimeError
+    in `generate` and `stream` where an error in another caller's step has ended their requests."""
 
     def __init__(self, model: Transformer, tokenizer=None, *, max_rows: int = 256,
-                 tokens_per_step: int = 8192, cache_tokens: int | None = None, paged: bool | None = None):
+                 tokens_per_step: int = 8192, cache_tokens: int | None = None, paged: bool | None = None,
+                 longest: int | None = None, reserve: int = 0):
         """max_rows: sequences decoded at one time. tokens_per_step: decoded and prefilled together (but never
-        less than one prompt). cache_tokens: places in the cache; None: as many as fit into 1 GiB on a CPU, in
-        85 % of the free memory on a GPU. paged: None is by device."""
+        less than one prompt). cache_tokens: places in the cache; None: enough for max_rows sequences of
+        `longest` tokens (None: max_seq_len), as far as 1 GiB on a CPU, 85 % of the free memory less `reserve`
+        bytes on a GPU go; but never less than one of max_seq_len. paged: None is by device."""
         if max_rows < 1 or tokens_per_step < 1:
             raise ValueError(f"engine: max_rows is {max_rows}, tokens_per_step {tokens_per_step}; expected 1 "
                              "or more")
+        if cache_tokens is not None and cache_tokens < 1:
+            raise ValueError(f"engine: cache_tokens is {cache_tokens}; expected 1 or more, or None")
         c, self.device = model.config, model.embed.device
         on_gpu = self.device.type == "cuda"
         self.model, self.tokenizer = model, tokenizer
         self.max_rows, self.tokens_per_step = max_rows, tokens_per_step
         self.token_bytes = 2 * c.n_layers * c.n_kv_heads * c.head_dim * model.compute_dtype.itemsize
-        if cache_tokens is None:
-            free = GPU_CACHE_SHARE * torch.cuda.mem_get_info(self.device)[0] if on_gpu else CPU_CACHE
-            longest = Slots.places(c.max_seq_len + 1)
-            cache_tokens = max(longest, min(max_rows * longest, int(free / self.token_bytes)))
-        kind = Pages if (on_gpu if paged is None else paged) else Slots
         with torch.inference_mode():
-            self.cache = kind(model, max_rows, cache_tokens)
+            self.cache = (Pages if (on_gpu if paged is None else paged) else Slots)(model, max_rows)
+            if cache_tokens is None:  # free memory is read when the copy of the weights is there
+                free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else 0
+                cache_tokens = places_within(free * GPU_CACHE_SHARE - reserve if on_gpu else CPU_CACHE,
+                                             self.token_bytes, max_rows, longest, c.max_seq_len)
+            self.cache.allocate(cache_tokens)
         self.cache_tokens, self.version, self.ids = cache_tokens, 0, count()
+        self.lost_before, self.error = 0, ""  # requests with ids below are gone; what ended them
         self._reset()
 
     def plan(self) -> str:
         """What the cache takes, for people."""
         kind = "pages" if isinstance(self.cache, Pages) else "slots, allocated as they are needed"
+        copy = f"; the copy of the weights takes {self.cache.copy_bytes / 2**20:,.0f} MiB" \
+            if self.cache.copy_bytes else ""
         return (f"key/value cache: up to {self.cache_tokens:,} tokens x {self.token_bytes:,} bytes = "
                 f"{self.cache_tokens * self.token_bytes / 2**20:,.0f} MiB in {kind}; at most {self.max_rows} "
-                f"sequences at a time, {self.tokens_per_step:,} tokens a step")
+                f"sequences at a time, {self.tokens_per_step:,} tokens a step{copy}")
 
     def _reset(self) -> None:
         """Forget all requests."""
         n = self.max_rows
-        with torch.inference_mode():
-            self.cache.cut(0)
         self.waiting: deque[_Sequence] = deque()
         self.live: list[_Sequence] = []
         self.finished: dict[int, Completion] = {}
@@ -173,39 +168,56 @@ class Engine:
         if not self.live and not self.waiting and self.device.type == "cpu":
             with torch.inference_mode():
                 self.cache.refresh()  # the trainer may have changed its weights in place, or replaced them
-        new = []
+        new, prefixes = [], {}  # the samples of a group share theirs
         for r in requests:
             text = TextStream(self.tokenizer, r.stop) if r.stop or streamed and self.tokenizer else None
-            new.append(_Sequence(next(self.ids), r, text, streamed, prefix=r.prompt))
+            if id(r.prompt) not in prefixes:
+                prefixes[id(r.prompt)] = tuple(map(int, r.prompt))
+            new.append(_Sequence(next(self.ids), r, text, streamed, prefix=prefixes[id(r.prompt)]))
         self.waiting += new
         return [s.id for s in new]
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Serve them all; completions in the order of the requests."""
         ids = self.submit(requests)
-        while not self.finished.keys() >= set(ids):
-            self.step()
-        return [self.finished.pop(i) for i in ids]
+        left = set(ids)
+        try:
+            while not self.finished.keys() >= left:
+                self.step()
+                self._check_not_lost(ids)
+            return [self.finished.pop(i) for i in ids]
+        finally:
+            self._abandon(left)
 
     def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
         """Serve them, with an event for each token as it comes; leaving the loop cancels what is left."""
         index = {i: place for place, i in enumerate(self.submit(requests, streamed=True))}
         try:
             while index:
+                self._check_not_lost(index)
                 self.step()
                 for i in [i for i in self.events if i in index]:
+                    self._check_not_lost(index)  # others may step the engine between two events
                     done = self.finished.pop(i, None)
                     event = Event(i, index[i], *self.events.pop(i), done)
                     if done:
                         del index[i]
                     yield event
         finally:
-            if index:
-                for i in index:
-                    self.cancel(i)
-                self._drop_cancelled()
-                for i in index:
-                    self.finished.pop(i, None), self.events.pop(i, None)
+            self._abandon(set(index))
+
+    def _check_not_lost(self, ids) -> None:
+        if min(ids) < self.lost_before:
+            raise RuntimeError("engine: these requests were ended by an error in a step that another caller "
+                               f"made ({self.error}); submit them again")
+
+    def _abandon(self, ids: set[int]) -> None:
+        """Cancel what is left of these requests, and keep nothing of them."""
+        self.cancelled |= ids & {s.id for s in (*self.live, *self.waiting)}
+        if self.cancelled & ids:
+            self._drop_cancelled()
+        for i in ids:
+            self.finished.pop(i, None), self.events.pop(i, None)
 
     def cancel(self, id: int) -> None:
         """End a request with the next step; what it has so far is its completion, "cancelled"."""
@@ -219,8 +231,10 @@ class Engine:
         """One token for every live row. Raises NonFiniteError, and forgets all requests, for NaN logits."""
         try:
             self._step()
-        except BaseException:
+        except BaseException as error:
+            self.lost_before, self.error = next(self.ids), f"{type(error).__name__}: {error}"
             self._reset()
+            self.cache.clear()  # of NaN, too, which a mask would not hide
             raise
 
     def _step(self) -> None:
@@ -243,6 +257,8 @@ class Engine:
         t = self.t
         sampled = sample_tokens(logits, self.temperature, self._uniforms(), self.filters, self.top_n)
         for column, value in zip(self.out.values(), sampled, strict=False):
+            if column.ndim == 3:  # they may have been made for a row that wanted more of the likeliest
+                column = column[..., : self.top_n]
             column[:n, t] = value
         tokens = self.tokens[:n]
         tokens.copy_(sampled[0])
@@ -311,32 +327,29 @@ class Engine:
         # a prefill costs a pass over the weights: it is worth that for a sixteenth of the rows
         if n and room < min(len(self.waiting), -(-self.max_rows // 16)):
             return None
-        asked: dict[tuple, int] = {}  # the prompts that begin now, and how many rows each
-        keys: dict[int, tuple] = {}   # the samples of a group mostly hold the very same list
-        which = []
+        place_of: dict[tuple, int] = {}  # the prompts that begin now
+        which, n_tokens, longest, pages = [], 0, 0, 0
         for s in islice(self.waiting, room):
-            key = keys.setdefault(id(s.prefix), tuple(s.prefix))
-            asked[key] = asked.get(key, 0) + 1
-            too_much = sum(map(len, asked)) > budget or \
-                not self.cache.fits([(len(prompt), rows) for prompt, rows in asked.items()])
+            length, first = len(s.prefix), s.prefix not in place_of
+            n_tokens += length * first
+            longest = max(longest, length)
+            pages += length // PAGE * first + (length % PAGE > 0)  # full ones are shared
+            too_much = n_tokens > budget or not self.cache.fits(len(which) + 1, longest, pages)
             if too_much and (n or which):  # one alone always goes: `submit` has seen to that
-                asked[key] -= 1
                 break
-            which.append(key)
+            which.append(place_of.setdefault(s.prefix, len(place_of)))
         if not which:
             return None
-        prompts = [key for key, rows in asked.items() if rows]
-        place_of = {key: place for place, key in enumerate(prompts)}
-        which = np.array([place_of[key] for key in which])
+        which = np.array(which)
         new = [self.waiting.popleft() for _ in which]
-        logits = self.cache.admit(np.arange(n, n + len(new)), prompts, which)
+        logits = self.cache.admit(np.arange(n, n + len(new)), list(place_of), which)
         self.live += new
         width = max([self.rows["stop_ids"].shape[1], *(len(s.request.stop_ids) for s in new)])
         wider = width - self.rows["stop_ids"].shape[1]
         self.rows["stop_ids"] = np.pad(self.rows["stop_ids"], ((0, 0), (0, wider)), constant_values=-1)
         for row, s in enumerate(new, n):
-            r, n_done = s.request, len(s.prefix) - len(s.request.prompt)
-            values = ((r.seed + 2**63) % 2**64 - 2**63, self.t, self.t - len(s.prefix),
+            r, n_done = s.request, sum(len(part[0]) for part in s.parts)
+            values = (signed(r.seed), self.t, self.t - len(s.prefix),
                       self.t + r.max_new_tokens - n_done - 1, s.id, r.temperature, r.top_k, r.top_p, r.min_p,
                       r.top_logprobs)
             for name, value in zip(self.rows, values, strict=False):
@@ -412,15 +425,15 @@ class Engine:
         row = int(self.rows["order"][: len(self.live)].argmax())
         s = self.live[row]
         s.parts.append(self._take_out(row))
-        s.prefix = [*s.prefix, *s.parts[-1][0].tolist()]
+        s.prefix = (*s.prefix, *s.parts[-1][0].tolist())
         self.waiting.appendleft(s)
         self._leave(np.array([row]))
 
     @torch.inference_mode()
     def _drop_cancelled(self) -> None:
         for s in [s for s in self.waiting if s.id in self.cancelled]:
-            self.waiting.remove(s)
             self._finish(s, None, "cancelled")
+        self.waiting = deque(s for s in self.waiting if s.id not in self.cancelled)
         gone = [row for row, s in enumerate(self.live) if s.id in self.cancelled]
         for row in gone:
             self._finish(self.live[row], self._take_out(row), "cancelled")

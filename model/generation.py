@@ -1,4 +1,4 @@
-"""What is asked of a model and what comes back, how a token is drawn, and the naive oracle.
+"""What is asked of a model and what comes back, how a token is drawn and read, and the naive oracle.
 
 Randomness is counter-based: the number that picks a token is a function of (the request's seed, the place of
 the token in its sequence). So a request's tokens depend neither on what else is in the batch nor on the order
@@ -12,9 +12,12 @@ Left out: penalties for repetition, beam search, log-prob biases: training must 
 
 Shapes: B rows, V vocabulary.
 """
+import codecs
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 
 import numpy as np
 import torch
@@ -23,6 +26,7 @@ import torch.nn.functional as F
 from .packed import pack
 from .transformer import Transformer
 
+INT64_MAX = 2**63 - 1
 BLOCK = 32  # tokens that are added up before the cumulative sum: it is then a 32nd as long
 
 
@@ -38,9 +42,9 @@ class Request:
     """Token ids, at least one."""
     max_new_tokens: int
     seed: int = 0
-    """Any 64-bit integer; with the prompt it decides every draw."""
+    """Any 64-bit integer, with a sign or without; with the prompt it decides every draw."""
     temperature: float = 1.0
-    """0 takes the likeliest token."""
+    """0 takes the likeliest token; else 1e-6 or more."""
     top_k: int = 0
     """Draw from the k likeliest only; 0 is all."""
     top_p: float = 1.0
@@ -111,6 +115,11 @@ def counter_uniform(seeds: torch.Tensor, counters: torch.Tensor) -> torch.Tensor
     return ((bits >> 11) & 0x1F_FFFF_FFFF_FFFF).double() * 2.0**-53
 
 
+def signed(seed: int) -> int:
+    """A 64-bit integer, with a sign or without, as the int64 of the same bits."""
+    return (int(seed) + 2**63) % 2**64 - 2**63
+
+
 def sample_seeds(n: int, *keys: int) -> torch.Tensor:
     """[n] int64 seeds, a fixed function of the keys, as in sample_seeds(256, run_seed, step)."""
     # two words of 32 bits each, and their number: SeedSequence itself takes (s,) for (s, 0)
@@ -131,8 +140,10 @@ def keep_likeliest(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tenso
     rank = torch.arange(logits.shape[-1], device=logits.device)
     out = (rank >= top_k[:, None]) & (top_k[:, None] > 0)
     probs = sorted_logits.masked_fill(out, float("-inf")).softmax(-1)
-    out |= probs.cumsum(-1) - probs >= top_p[:, None]
+    # at 1 a row is left alone, and fp32 would lose the tail of a large vocabulary in the sum
+    out |= (probs.cumsum(-1, dtype=torch.float64) - probs >= top_p[:, None]) & (top_p[:, None] < 1)
     out |= probs < min_p[:, None] * probs[:, :1]
+    out[:, 0] = False
     return logits.masked_fill(torch.zeros_like(out).scatter_(1, ids, out), float("-inf"))
 
 
@@ -167,8 +178,8 @@ def sample_tokens(logits: torch.Tensor, temperature: float | torch.Tensor, unifo
     """Draw one token a row: (tokens [B] int64, logp [B] float32). Temperature 0 takes the likeliest, logp 0.
 
     logits: [B, V]; temperature: one for all or [B]; uniforms: [B] in [0, 1), see counter_uniform; filters:
-    (top_k, top_p, min_p), each [B]. With top_n also (ids, log-probs) [B, top_n] of the likeliest tokens.
-    Raises NonFiniteError for NaN or infinite logits.
+    (top_k, top_p, min_p), each [B]; they do not touch rows of temperature 0. With top_n also (ids, log-probs)
+    [B, top_n] of the likeliest tokens. Raises NonFiniteError for NaN or infinite logits.
     """
     greedy, name = None, temperature
     if isinstance(temperature, torch.Tensor):
@@ -182,7 +193,11 @@ def sample_tokens(logits: torch.Tensor, temperature: float | torch.Tensor, unifo
         tokens, logp = logits.argmax(-1), logits.new_zeros(len(logits))
         return (tokens, logp, *_likeliest(logits.log_softmax(-1), top_n)) if top_n else (tokens, logp)
     if filters is not None:
-        logits = keep_likeliest(logits, *filters)
+        top_k, top_p, min_p = filters
+        if greedy is not None:
+            top_k, top_p, min_p = (top_k.masked_fill(greedy, 0), top_p.masked_fill(greedy, 1),
+                                   min_p.masked_fill(greedy, 0))
+        logits = keep_likeliest(logits, top_k, top_p, min_p)
     probs = torch.softmax(logits, -1)
     tokens = draw(probs, uniforms)
     logp = probs.gather(1, tokens[:, None])[:, 0].log()
@@ -196,36 +211,90 @@ def _likeliest(logp: torch.Tensor, n: int):
     return ids, values
 
 
+# ---- tokens to text ----
+
+class TextStream:
+    """Token by token to text, cut at the first stop text."""
+
+    def __init__(self, tokenizer, stop: tuple[str, ...]):
+        self.tokenizer, self.stop, self.stopped = tokenizer, stop, False
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.shown, self.held = "", ""
+
+    def feed(self, token: int | None) -> str:
+        """What can be shown now; None ends the text."""
+        piece = b"" if token is None else self.tokenizer.token_bytes(token)
+        self.held += self.decoder.decode(piece, final=token is None)
+        found = [place for place in map(self.held.find, self.stop) if place >= 0]
+        if found and not self.stopped:
+            self.held, self.stopped = self.held[: min(found)], True
+        waits = 0
+        if token is not None and not self.stopped:
+            beginnings = (stop[:n] for stop in self.stop for n in range(1, len(stop)))
+            waits = max((len(part) for part in beginnings if self.held.endswith(part)), default=0)
+        new, self.held = self.held[: len(self.held) - waits], self.held[len(self.held) - waits:]
+        self.shown += new
+        if self.stopped:
+            self.decoder.reset()
+        return new
+
+
 # ---- what can be asked ----
 
+def whole(x, least: int, most: int) -> bool:
+    """Is it an integer (numpy's too) of that range?"""
+    return isinstance(x, numbers.Integral) and least <= x <= most
+
+
 def check_requests(model: Transformer, requests: Sequence[Request], tokenizer=None) -> None:
-    """Raises ValueError for a request that nobody could serve."""
+    """Raises ValueError for a request that nobody could serve: later it would end others, too."""
     if not requests:
         raise ValueError("generate: got 0 prompts; expected at least one request")
-    limit, vocab_size = model.config.max_seq_len, model.config.vocab_size
-    seen = set()
+    c, seen = model.config, set()
     for r in requests:
         if id(r.prompt) not in seen:  # the samples of a group share their prompt
             seen.add(id(r.prompt))
-            if len(r.prompt) == 0:
-                raise ValueError("generate: a prompt is empty; every prompt needs at least one token")
-            if not 0 <= min(r.prompt) <= max(r.prompt) < vocab_size:
-                wrong = max(r.prompt) if max(r.prompt) >= vocab_size else min(r.prompt)
-                raise ValueError(f"generate: a prompt holds token id {wrong}, but the model's vocab_size is "
-                                 f"{vocab_size}; is this the tokenizer that it was trained with?")
-        if r.max_new_tokens < 1 or not 0 <= r.temperature < math.inf:
+            _check_prompt(r.prompt, c.vocab_size)
+        numbers_given = (r.temperature, r.top_p, r.min_p)
+        if not all(isinstance(x, numbers.Real) for x in numbers_given):
+            raise ValueError(f"generate: temperature, top_p, min_p are {numbers_given}; expected numbers")
+        if not whole(r.max_new_tokens, 1, INT64_MAX) or not (
+                r.temperature == 0 or 1e-6 <= r.temperature < math.inf):
             raise ValueError(f"generate: max_new_tokens is {r.max_new_tokens} and temperature {r.temperature}"
-                             "; expected at least 1 and a number of 0 or more")
-        if r.top_k < 0 or not 0 < r.top_p <= 1 or not 0 <= r.min_p <= 1 or r.top_logprobs < 0:
-            raise ValueError(f"generate: top_k is {r.top_k}, top_p {r.top_p}, min_p {r.min_p}, top_logprobs "
-                             f"{r.top_logprobs}; expected 0 or more, above 0 to 1, 0 to 1, 0 or more")
-        if len(r.prompt) + r.max_new_tokens > limit:
+                             "; expected a whole number of 1 or more, and 0 or a number of 1e-6 or more")
+        if not whole(r.seed, -INT64_MAX - 1, 2 * INT64_MAX + 1):
+            raise ValueError(f"generate: seed is {r.seed!r}; expected an integer of 64 bits")
+        if not whole(r.top_k, 0, INT64_MAX) or not 0 < r.top_p <= 1 or not 0 <= r.min_p <= 1:
+            raise ValueError(f"generate: top_k is {r.top_k}, top_p {r.top_p}, min_p {r.min_p}; expected a "
+                             "whole number of 0 or more, above 0 to 1, 0 to 1")
+        if not whole(r.top_logprobs, 0, c.vocab_size):
+            raise ValueError(f"generate: top_logprobs is {r.top_logprobs}; expected a whole number from 0 to "
+                             f"the model's vocab_size {c.vocab_size}")
+        if not isinstance(r.stop_ids, list | tuple) or not all(
+                whole(x, -INT64_MAX - 1, INT64_MAX) for x in r.stop_ids):
+            raise ValueError(f"generate: stop_ids is {r.stop_ids}; expected a list or tuple of token ids")
+        if len(r.prompt) + r.max_new_tokens > c.max_seq_len:
             raise ValueError(f"generate: a prompt of {len(r.prompt)} tokens and max_new_tokens "
-                             f"{r.max_new_tokens} pass the model's max_seq_len {limit}; ask for fewer new "
-                             "tokens or shorten the prompt")
+                             f"{r.max_new_tokens} pass the model's max_seq_len {c.max_seq_len}; ask for "
+                             "fewer new tokens or shorten the prompt")
+        if not isinstance(r.stop, list | tuple) or not all(isinstance(x, str) for x in r.stop):
+            raise ValueError(f"generate: stop is {r.stop!r}; expected a list or tuple of texts")
         if r.stop and (tokenizer is None or not all(r.stop)):
             raise ValueError("generate: stop texts need a tokenizer, and none of them may be empty; give the "
                              "engine one, or use stop_ids")
+
+
+def _check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
+    try:
+        ids = [index(prompt[i]) for i in range(len(prompt))]
+    except TypeError as error:
+        raise ValueError("generate: a prompt is no sequence of whole numbers; expected token ids") from error
+    if len(ids) == 0:
+        raise ValueError("generate: a prompt is empty; every prompt needs at least one token")
+    if not 0 <= min(ids) <= max(ids) < vocab_size:
+        wrong = max(ids) if max(ids) >= vocab_size else min(ids)
+        raise ValueError(f"generate: a prompt holds token id {wrong}, but the model's vocab_size is "
+                         f"{vocab_size}; is this the tokenizer that it was trained with?")
 
 
 @torch.inference_mode()
@@ -233,16 +302,19 @@ def generate_naive(model: Transformer, prompt: list[int], max_new_tokens: int, t
                    eos_id: int, **options) -> Completion:
     """The oracle: one sequence, the whole forward pass again for every token. Same seed, same tokens.
 
-    options: top_k, top_p, min_p and so on, as in Request; stop texts are left to the engine.
+    options: top_k, top_p and min_p, as in Request. Stop texts and top_logprobs are left to the engine:
+    ValueError.
     """
     r = Request(prompt, max_new_tokens, seed, temperature, stop_ids=(eos_id,), **options)
     check_requests(model, [r])
+    if r.top_logprobs:
+        raise ValueError(f"generate_naive: top_logprobs is {r.top_logprobs}; only the engine reports them")
     tokens, logps = list(prompt), []
     filters = tuple(torch.tensor([x], device=model.embed.device) for x in (r.top_k, r.top_p, r.min_p)) \
         if r.filtered else None
     while len(tokens) < len(prompt) + max_new_tokens:
         logits = model.logits(model(pack([tokens], model.embed.device))[-1:])
-        uniform = counter_uniform(torch.tensor([seed]), torch.tensor([len(tokens)])).to(logits.device)
+        uniform = counter_uniform(torch.tensor([signed(seed)]), torch.tensor([len(tokens)])).to(logits.device)
         token, logp = sample_tokens(logits, temperature, uniform, filters)
         tokens.append(int(token))
         logps.append(float(logp))

@@ -236,7 +236,7 @@ def test_broken_weights_are_named_and_forgotten(value, paged):
     ({"temperature": float("nan")}, "temperature nan"), ({"temperature": float("inf")}, "temperature inf"),
     ({"prompt": [1] * 255}, "a prompt of 255 tokens and max_new_tokens 2 pass .* max_seq_len 256"),
     ({"top_k": -1}, "top_k is -1"), ({"top_p": 0.0}, "top_p 0.0"), ({"min_p": 1.1}, "min_p 1.1"),
-    ({"top_logprobs": -1}, "top_logprobs -1"), ({"stop": ("x",)}, "stop texts need a tokenizer"),
+    ({"top_logprobs": -1}, "top_logprobs is -1"), ({"stop": ("x",)}, "stop texts need a tokenizer"),
 ])
 def test_requests_that_cannot_be_served(change, message):
     engine = Engine(Watched())

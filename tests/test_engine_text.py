@@ -5,8 +5,15 @@ import numpy as np
 import pytest
 import torch
 
-from r1zero.model.engine import Engine, TextStream
-from r1zero.model.generation import Request, counter_uniform, generate_naive, keep_likeliest, sample_tokens
+from r1zero.model.engine import Engine
+from r1zero.model.generation import (
+    Request,
+    TextStream,
+    counter_uniform,
+    generate_naive,
+    keep_likeliest,
+    sample_tokens,
+)
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.model.transformer import Transformer
 from r1zero.train import grpo as grpo_file
@@ -48,7 +55,8 @@ def test_each_row_has_its_own_settings_and_its_own_distribution():
         t = float(temperature[i])
         token, lp = sample_tokens(logits[i : i + 1], t, u[i : i + 1], tuple(x[i : i + 1] for x in filters))
         assert int(token) == int(tokens[i]) and float(lp) == pytest.approx(float(logp[i]), abs=1e-6)
-        of = keep_likeliest(logits[i : i + 1] / (t or 1), *(x[i : i + 1] for x in filters)).log_softmax(-1)[0]
+        own = tuple(x[i : i + 1] if t else x[:1] for x in filters)  # none at temperature 0
+        of = keep_likeliest(logits[i : i + 1] / (t or 1), *own).log_softmax(-1)[0]
         assert torch.allclose(likeliest[i], of.topk(3).values) and torch.equal(ids[i], of.topk(3).indices)
         assert t == 0 or float(of[tokens[i]]) == pytest.approx(float(logp[i]), abs=1e-6)
 

@@ -216,7 +216,12 @@ def grpo(c: GRPOConfig):
     with Run(c, "control" if c.control else "grpo") as run:
         optimizer = make_optimizer(policy, c.optim)
         run.restore(policy, tokenizer, optimizer)
-        engine = Engine(policy, tokenizer, max_rows=min(1024, c.prompts_per_step * c.group_size))
+        # The cache is for what a step samples, as far as a few prompts tell (longer ones: fewer rows),
+        # and leaves room for what the first update makes: gradients and two moments, all in fp32.
+        prompts = tokenizer.encode_batch([task.prompt(p) for p in task.problems("train", c.prompts_per_step)])
+        engine = Engine(policy, tokenizer, max_rows=min(1024, c.prompts_per_step * c.group_size),
+                        longest=max(map(len, prompts)) + c.max_new_tokens,
+                        reserve=12 * sum(p.numel() for p in policy.parameters()))
         tqdm.write(engine.plan(), file=sys.stderr)
         for step in run.steps():
             try:
