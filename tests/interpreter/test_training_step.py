@@ -42,7 +42,8 @@ def step():
 def test_a_training_step_on_kernels_is_that_on_references(monkeypatch):
     loss, grads, ops = step()
     assert ops == {"attention_fwd", "attention_bwd", "rmsnorm_fwd", "rmsnorm_bwd", "rope_turn", "swiglu_fwd",
-                   "swiglu_bwd", "logprob_fwd", "logprob_bwd", "grpo_loss"}
+                   "swiglu_bwd", "logprob_fwd", "logprob_bwd", "grpo_loss",
+                   "grpo_loss_bwd"}
     for module in (attention, grpo, linear_logprob, rmsnorm, rope, swiglu):
         monkeypatch.setattr(module, "use_triton", lambda impl, x: False)
     expected_loss, expected, ops = step()
