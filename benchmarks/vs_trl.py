@@ -64,7 +64,7 @@ class Flags:
     new_tokens: int = 64
     """Tokens of an answer."""
     trl_micro: int = 256
-    """Answers in one forward and backward pass of TRL's; ours takes its default of 2,048 tokens."""
+    """Answers in one forward and backward pass of TRL's; ours takes its default of 4,096 tokens."""
     model: ModelConfig = field(default_factory=qwen2_shaped)
     out: str | None = None
     """File for the line of JSON."""

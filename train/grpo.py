@@ -65,7 +65,7 @@ class GRPOConfig(RunConfig):
     """Divide advantages by the group's standard deviation (GRPO) or not (Dr. GRPO)."""
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=lambda: rl_optim())
-    micro_tokens: int = 2048
+    micro_tokens: int = 4096
     """Tokens in one forward and backward pass; changes memory and speed, not the gradient."""
     max_logp_gap: float | None = None
     """Stop when a sampled token's log-prob is further from the trainer's own; if not given, 1e-3 where the
