@@ -37,7 +37,7 @@ import tyro
 
 from r1zero.model.config import ModelConfig, preset
 from r1zero.model.engine import Engine
-from r1zero.model.generation import Request, sample_seeds
+from r1zero.model.generation import Request, group_requests, sample_seeds
 from r1zero.model.transformer import Transformer, flops_per_token, param_count
 from r1zero.train.run import reuse_memory
 
@@ -78,9 +78,10 @@ def larger() -> ModelConfig:
 
 # ---- the sides ----
 
-def requests_of(prompts: list[list[int]], group_size: int, lengths: np.ndarray) -> list[Request]:
-    seeds = sample_seeds(len(prompts) * group_size, 0).tolist()
-    return [Request(prompts[i // group_size], int(lengths[i]), seed) for i, seed in enumerate(seeds)]
+def requests_of(prompts: list[list[int]], group_size: int, new_tokens: int) -> list[Request]:
+    """At temperature 1, and without an end: the end token lies outside every vocabulary."""
+    seeds = sample_seeds(len(prompts) * group_size, 0)
+    return group_requests(prompts, group_size, new_tokens, 1.0, seeds, eos_id=1 << 31)
 
 
 def with_stops(engine: Engine, requests: list[Request],
@@ -129,16 +130,15 @@ def case_of(name: str, f: Flags) -> tuple[Transformer, dict, int, float]:
     n, rng = n_prompts * f.group_size, np.random.default_rng(0)
     prompts = rng.integers(config.vocab_size, size=(n_prompts, f.prompt_tokens)).tolist()
     engine = Engine(model, max_rows=max(n, 1))
-    lengths = np.full(n, f.new_tokens // 2 if name == "larger" else f.new_tokens)
+    new_tokens = f.new_tokens // 2 if name == "larger" else f.new_tokens
     sides = {}
     if name == "spread":
-        lengths = np.full(n, LONGEST)
-        requests = requests_of(prompts, f.group_size, lengths)
+        requests = requests_of(prompts, f.group_size, LONGEST)
         sides["static"] = lambda: engine.generate(requests)
         wanted = np.exp(rng.uniform(np.log(SHORTEST), np.log(LONGEST), n)).round()
         ours, lengths = with_stops(engine, requests, wanted)
     else:
-        ours = requests_of(prompts, f.group_size, lengths)
+        ours, lengths = requests_of(prompts, f.group_size, new_tokens), np.full(n, new_tokens)
 
     def serve():
         assert [len(c.tokens) for c in engine.generate(ours)] == lengths.tolist()
@@ -239,7 +239,7 @@ def on_gpu(f: Flags) -> dict:
     prompts = np.random.default_rng(0).integers(151_000, size=(n_prompts, 64)).tolist()
     engine = Engine(model, max_rows=n_prompts * n_samples, tokens_per_step=65536)
     print(engine.plan())
-    requests = requests_of(prompts, n_samples, np.full(n_prompts * n_samples, new_tokens))
+    requests = requests_of(prompts, n_samples, new_tokens)
     engine.generate(requests[: n_samples])
     rates = {"ours": n_prompts * n_samples * new_tokens / time_of(partial(engine.generate, requests))}
     del engine

@@ -10,7 +10,6 @@ allocates for the same sizes in bf16, by the formula in kernels/linear_logprob.p
 
 On a GPU, time and memory are measured by `python -m benchmarks.kernels --ops linear_logprob`.
 """
-import time
 from dataclasses import dataclass
 
 import matplotlib
@@ -23,7 +22,7 @@ from r1zero.kernels import reference
 from r1zero.kernels.linear_logprob import SLICE, linear_logprob, logprob_config
 from r1zero.train.run import reuse_memory
 
-from .common import finish, show, spread, table
+from .common import finish, show, spread, table, time_of
 from .memory import allocated_peak
 
 matplotlib.use("Agg")  # no window
@@ -78,12 +77,6 @@ def triton_workspace(T: int, f: Flags, arch: int = 90) -> int:
     return max(12 * T * tiles, 4 * T * f.d_model + 2 * T * SLICE)
 
 
-def seconds(side, h, w, targets) -> float:
-    started = time.perf_counter()
-    torch.autograd.grad(side(h, w, targets), (h, w))
-    return time.perf_counter() - started
-
-
 def draw(f: Flags, memory: dict[str, list[float]], path: str) -> None:
     figure, axis = plt.subplots(figsize=(6.4, 4))
     logits = [4 * T * f.vocabulary / 1e6 for T in f.tokens]
@@ -115,7 +108,7 @@ def main(f: Flags) -> dict:
     batch, times = inputs(T, f), {name: [] for name in SIDES}
     for turn in range(f.rounds + 1):
         for name, side in SIDES.items():
-            took = seconds(side, *batch)
+            took = time_of(lambda side=side: torch.autograd.grad(side(*batch), batch[:2]))
             if turn:  # the first one touches new memory
                 times[name].append(took)
     ratio = spread([b / a for a, b in zip(times["sliced"], times["materialised"], strict=True)])

@@ -148,7 +148,8 @@ def grpo_loss_fwd_kernel(logp_R, old_R, ref_R, advantages_N, weights_N, offsets_
 
 
 @triton.jit(do_not_specialize=["N"])
-def grpo_sum_fwd_kernel(sums_NC, out_C, N, MAX: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+def grpo_sum_fwd_kernel(sums_NC, out_C, N, USED: tl.constexpr, MAX: tl.constexpr, BLOCK: tl.constexpr,
+                        COLUMNS: tl.constexpr):
     """Add up the rows, in fixed order; of column MAX the largest."""
     row, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, COLUMNS)[None, :]
     total, largest = tl.zeros((BLOCK, COLUMNS), tl.float32), tl.zeros((BLOCK, COLUMNS), tl.float32)
@@ -158,7 +159,7 @@ def grpo_sum_fwd_kernel(sums_NC, out_C, N, MAX: tl.constexpr, BLOCK: tl.constexp
         largest = tl.maximum(largest, rows)
     sums, most = tl.sum(total, 0)[None, :], tl.max(largest, 0)[None, :]
     result = tl.where((column == MAX) & (sums == sums), most, sums)  # a maximum would pass over a NaN
-    tl.store(out_C + column, result)
+    tl.store(out_C + column, result, column < USED)
 
 
 def grpo_advantages_fwd(rewards: torch.Tensor, offsets: torch.Tensor, normalise: bool
@@ -177,13 +178,14 @@ def grpo_loss_fwd(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.
                   kl_coef: float, objective: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(sums [len(GRPO_METRICS)], d loss / d logp [R]), fp32."""
     N, dlogp = len(advantages), logp.new_empty(logp.shape, dtype=torch.float32)
-    sums, out = (logp.new_empty(shape, dtype=torch.float32) for shape in ((N, COLUMNS), COLUMNS))
+    sums, out = (logp.new_empty(shape, dtype=torch.float32) for shape in ((N, COLUMNS), len(GRPO_METRICS)))
     if N:
         grpo_loss_fwd_kernel[(N,)](logp, old_logp, ref_logp, advantages, weights, offsets, dlogp, sums,
                                    len(logp), clip_low, clip_high, kl_coef, MAX_LOG_RATIO,
                                    OBJECTIVE=objective, BLOCK=1024, COLUMNS=COLUMNS, num_warps=8)
-    grpo_sum_fwd_kernel[(1,)](sums, out, N, MAX=RATIO_MAX, BLOCK=128, COLUMNS=COLUMNS, num_warps=4)
-    return out[: len(GRPO_METRICS)].clone(), dlogp
+    grpo_sum_fwd_kernel[(1,)](sums, out, N, USED=len(GRPO_METRICS), MAX=RATIO_MAX, BLOCK=128,
+                              COLUMNS=COLUMNS, num_warps=4)
+    return out, dlogp
 
 
 grpo_advantages_op = torch.library.custom_op("r1zero::grpo_advantages", grpo_advantages_fwd, mutates_args=())

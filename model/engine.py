@@ -150,8 +150,9 @@ class Engine:
         if self.live or self.waiting:
             raise ValueError(f"engine: refresh() while {len(self.live) + len(self.waiting)} requests are "
                              "being served; let them end, or cancel them")
-        with torch.inference_mode():
-            self.cache.refresh()
+        if self.device.type != "cpu":  # there `submit` takes them
+            with torch.inference_mode():
+                self.cache.refresh()
         self.version = self.version + 1 if version is None else version
 
     # ---- requests in, completions out ----

@@ -154,6 +154,7 @@ def update_policy(policy, reference, rollouts: Rollouts, advantages_N: np.ndarra
     parts, norms, entropies, gap, gap_sum, n_tokens = [], [0.0], 0.0, 0.0, 0.0, 0
     largest_gap = gap_limit(policy, c)
     for batches in updates:
+        found = []  # read from the device once an update
         for batch in batches:
             logp, entropy = response_logprobs(policy, batch, rollouts.temperature)
             old = old_logp.get(id(batch), logp.detach())
@@ -165,15 +166,17 @@ def update_policy(policy, reference, rollouts: Rollouts, advantages_N: np.ndarra
                                       batch.response_offsets, c.loss)
             loss.backward()
             parts.append(metrics)
-            entropies += float(entropy.detach().sum())
             gaps = (old - batch.sampler_logp).abs()
-            largest = float(gaps.max())
+            found.append(torch.stack([entropy.detach().sum(), gaps.sum(), gaps.max()]))
+            n_tokens += len(logp)
+        if batches:
+            entropy_sums, gap_sums, gap_maxima = torch.stack(found).double().cpu().T
+            largest = float(gap_maxima.max())
             if not largest <= largest_gap:  # NaN, too; before anything is updated with it
                 raise LogpGapError(f"the sampler's log-prob of a token is {largest:.3g} from the trainer's "
                                    f"own, more than --max-logp-gap {largest_gap:g}")
-            gap, gap_sum = max(gap, largest), gap_sum + float(gaps.sum())
-            n_tokens += len(logp)
-        if batches:
+            gap, gap_sum = max(gap, largest), gap_sum + float(gap_sums.sum())
+            entropies += float(entropy_sums.sum())
             norms.append(optimizer_step(policy, optimizer, learning_rate(step, c.steps, c.optim), c.optim))
     return {**mean_metrics(parts, c.updates_per_step), "entropy": entropies / max(1, n_tokens),
             "gradient_norm": np.max(norms), "logp_gap": gap, "logp_gap_mean": gap_sum / max(1, n_tokens),
