@@ -23,9 +23,9 @@ Shapes: N samples (sequences), G groups, R response tokens of all sequences.
 """
 import torch
 
-from . import reference
+from . import reference_grpo
 from .dispatch import check_tensors, tl, triton, use_triton
-from .reference import EQUAL_REWARDS, GRPO_METRICS, GRPO_OBJECTIVES, MAX_LOG_RATIO
+from .reference_grpo import EQUAL_REWARDS, GRPO_METRICS, GRPO_OBJECTIVES, MAX_LOG_RATIO
 
 LOSS, RATIO_MAX = GRPO_METRICS.index("loss"), GRPO_METRICS.index("ratio_max")
 COLUMNS = 16  # of the table of sums: a power of 2 that holds GRPO_METRICS
@@ -245,7 +245,7 @@ def grpo_advantages(rewards: torch.Tensor, group_offsets: torch.Tensor, normalis
     check_offsets("grpo_advantages", "group_offsets", group_offsets, rewards)
     if rewards.ndim != 1:
         raise ValueError(f"grpo_advantages: rewards are {tuple(rewards.shape)}; expected one dimension, [N]")
-    op = grpo_advantages_op if use_triton(impl, rewards) else reference.grpo_advantages
+    op = grpo_advantages_op if use_triton(impl, rewards) else reference_grpo.grpo_advantages
     return op(rewards, group_offsets, normalise_std)
 
 
@@ -259,7 +259,7 @@ def grpo_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tens
     advantages: [N]; weights: [N], of each token of a sequence; offsets: [N + 1] int32 or int64, where each
     sequence's tokens begin, from 0 to R. ref_logp: None for no KL. objective: "clip", "cispo" or "gspo".
     metrics are sums over the tokens that teach something, so that those of micro-batches add up:
-    reference.GRPO_METRICS names them; ratio_max is their largest.
+    reference_grpo.GRPO_METRICS names them; ratio_max is their largest.
     impl: "triton", "reference", or None to choose by device.
     Raises ValueError for shapes, dtypes or devices that do not fit together, or an unknown objective.
     """
@@ -276,8 +276,8 @@ def grpo_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tens
     if objective not in GRPO_OBJECTIVES:
         raise ValueError(f"grpo_loss: objective is {objective!r}; expected one of {GRPO_OBJECTIVES}")
     if not use_triton(impl, logp):
-        return reference.grpo_loss(logp, old_logp, advantages, weights, offsets, ref_logp, clip_low,
-                                   clip_high, kl_coef, objective)
+        return reference_grpo.grpo_loss(logp, old_logp, advantages, weights, offsets, ref_logp, clip_low,
+                                        clip_high, kl_coef, objective)
     advantages, weights = advantages.float().contiguous(), weights.float().contiguous()
     sums, _ = grpo_loss_op(logp, old_logp, advantages, weights, offsets, ref_logp, clip_low, clip_high,
                            kl_coef, objective)

@@ -12,9 +12,9 @@ def group_advantages(rewards_N: np.ndarray, group_offsets: np.ndarray,
 
     rewards_N: [N], samples sorted by group; group_offsets: [G + 1] from 0 to N. The std is the population's
     (divide by the group size, not by one less). Without `normalise_std` it is r - mean, as in Dr. GRPO (arXiv
-    2503.20783). A group whose rewards span less than EQUAL_REWARDS of kernels/reference.py is dead: it gets
-    exactly 0 and teaches nothing. Rule rewards are made on the host, and what is dead must be known there, to
-    be left out of the batches: so this stays on the host.
+    2503.20783). A group whose rewards span less than EQUAL_REWARDS of kernels/reference_grpo.py is dead: it
+    gets exactly 0 and teaches nothing. Rule rewards are made on the host, and what is dead must be known
+    there, to be left out of the batches: so this stays on the host.
     Raises ValueError for offsets that do not cover the rewards, or a reward that is not finite, by its index.
     """
     rewards_N, group_offsets = np.asarray(rewards_N, np.float64), np.asarray(group_offsets)

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from r1zero.kernels import reference
+from r1zero.kernels import reference, reference_grpo
 from r1zero.kernels.grpo import GRPO_OBJECTIVES, grpo_advantages, grpo_loss
 from r1zero.kernels.linear_logprob import linear_logprob
 
@@ -92,7 +92,7 @@ def test_grpo(objective, with_ref):
     rewards[:2] = 1.0
     groups = torch.tensor([0, 2, 5, 8], device="cuda")
     advantages, dead = grpo_advantages(rewards, groups, impl="triton")
-    expected, expected_dead = reference.grpo_advantages(rewards.double(), groups)
+    expected, expected_dead = reference_grpo.grpo_advantages(rewards.double(), groups)
     torch.testing.assert_close(advantages.double(), expected, rtol=1e-5, atol=1e-5)
     assert dead.tolist() == expected_dead.tolist() == [1, 0, 0]
     weights, found = torch.rand(N, device="cuda"), []
