@@ -182,19 +182,24 @@ def logprob_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
 def grpo_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
     from r1zero.kernels import grpo
 
-    def launch(N, objective, with_reference):
+    def launch(N, objective, per_token, estimator):
         offsets, samples, tokens = empty(N + 1, dtype=torch.int32), *(
             empty(n, dtype=torch.float32) for n in (N, 7 * N))
         for normalise in (False, True):
             grpo.grpo_advantages_fwd(samples, offsets, normalise)
-        grpo.grpo_loss_fwd(tokens, tokens, samples, samples, offsets, tokens if with_reference else None, 0.2,
-                           0.28, 0.1, objective)
+        grpo.grpo_loss_fwd(tokens, tokens, tokens if per_token else samples, samples, offsets,
+                           tokens if estimator else None, 0.2, 0.28, 0.1, objective, estimator)
 
-    if "fp32" in dtypes:  # log-probs are never less
-        for objective in grpo.GRPO_OBJECTIVES:
-            for with_reference in (False, True):
-                yield Case("grpo", objective + " reference" * with_reference,
-                           lambda N, a=(objective, with_reference): launch(N, *a))
+    if "fp32" not in dtypes:  # log-probs are never less
+        return
+    variants = [(objective, per_token, estimator) for objective in grpo.GRPO_OBJECTIVES
+                for per_token in ((False,) if objective == "gspo" else (False, True))
+                for estimator in ("", "k3")]
+    # objective and KL share no code: k1 and k2 with one advantage a sequence, and with one a token, will do
+    variants += [(*pair, k) for pair in (("clip", False), ("reinforce", True)) for k in ("k1", "k2")]
+    for objective, per_token, estimator in variants:
+        label = objective + " per token" * per_token + f" reference {estimator}" * bool(estimator)
+        yield Case("grpo", label, lambda N, a=(objective, per_token, estimator): launch(N, *a))
 
 
 CASES = {"rmsnorm": rmsnorm_cases, "rope": rope_cases, "swiglu": swiglu_cases, "attention": attention_cases,

@@ -6,18 +6,29 @@ that nothing cancels. A group whose rewards span less than EQUAL_REWARDS, or tha
 is above 1, gets exactly 0: in floating point 0.1 * 3 and 0.3 differ.
 
 Loss, a sum over tokens t of sequence n with weight w_n, which carries the mean (rl/losses.py):
-    x = logp - old_logp, r = e^x      loss = sum w (-J + kl_coef k3)
+    x = logp - old_logp, r = e^x      loss = sum w (-J + kl_coef k)
     clip   J = min(r A, clip(r, 1 - low, 1 + high) A)                 GRPO, Dr. GRPO, DAPO (arXiv 2503.14476)
            dJ/dlogp = r A where r A is the smaller one, else 0
     gspo   the same with x the mean of the sequence's tokens, so that it has one ratio    (arXiv 2507.18071)
     cispo  J = c A logp with c = clip(r, 1 - low, 1 + high) a constant (arXiv 2506.13585); dJ/dlogp = c A
-    k3 = e^d - d - 1,  d = ref_logp - logp,  dk3/dlogp = 1 - e^d        (Schulman 2020, "Approximating KL")
+    reinforce  J = A logp, dJ/dlogp = A (Williams 1992): no ratio, so no clip; r is only for the metrics
+A is one number a sequence, or one a token (not with gspo, which has one ratio a sequence).
 
-x and d are cut off at +-MAX_LOG_RATIO, with gradient 0 beyond, so that no exp() overflows; such tokens are
-counted. Tokens that teach nothing (weight 0, or advantage 0 without a reference) are not even read.
+The KL to the reference, with d = ref_logp - logp (Schulman 2020, "Approximating KL"). On-policy k1 and k3
+have the reverse KL(policy || reference) as their mean, and k2 nearly so; but the mean of a gradient is not
+the gradient of the mean. For each token's distribution, the states taken as given, the mean gradient is
+on-policy (Tang and Munos 2025, arXiv 2506.09477):
+    k1 = -d             dk/dlogp = 1          0: as a loss it does nothing, but for noise
+    k2 = d^2 / 2        dk/dlogp = -d         that of the reverse KL(policy || reference)
+    k3 = e^d - d - 1    dk/dlogp = 1 - e^d    that of the forward KL(reference || policy), which to first
+                                              order in d equals the reverse one's
 
-About 20 bytes and 30 FLOPs a token: the launch is what costs, so one program walks one sequence, and one
-more adds up the sums of all. No atomics: the same bits every time.
+x and d are cut off at +-MAX_LOG_RATIO, with gradient 0 beyond (but reinforce, which has no x, keeps its own),
+so that no exp() overflows; such tokens are counted. Sequences that teach nothing (weight 0, or the advantage
+of the whole sequence 0 without a reference) are not even read.
+
+About 20 bytes (24 with an advantage a token) and 30 FLOPs a token: the launch is what costs, so one program
+walks one sequence, and one more adds up the sums of all. No atomics: the same bits every time.
 
 Shapes: N samples (sequences), G groups, R response tokens of all sequences.
 """
@@ -25,7 +36,7 @@ import torch
 
 from . import reference_grpo
 from .dispatch import check_tensors, tl, triton, use_triton
-from .reference_grpo import EQUAL_REWARDS, GRPO_METRICS, GRPO_OBJECTIVES, MAX_LOG_RATIO
+from .reference_grpo import EQUAL_REWARDS, GRPO_KL_ESTIMATORS, GRPO_METRICS, GRPO_OBJECTIVES, MAX_LOG_RATIO
 
 LOSS, RATIO_MAX = GRPO_METRICS.index("loss"), GRPO_METRICS.index("ratio_max")
 COLUMNS = 16  # of the table of sums: a power of 2 that holds GRPO_METRICS
@@ -71,14 +82,21 @@ def _cut(x, bound):
 
 
 @triton.jit(do_not_specialize=["R"])
-def grpo_loss_fwd_kernel(logp_R, old_R, ref_R, advantages_N, weights_N, offsets_N, dlogp_R, sums_NC, R,
-                         clip_low, clip_high, kl_coef, bound, OBJECTIVE: tl.constexpr, BLOCK: tl.constexpr,
+def grpo_loss_fwd_kernel(logp_R, old_R, ref_R, advantages, weights_N, offsets_N, dlogp_R, sums_NC, R,
+                         clip_low, clip_high, kl_coef, bound, OBJECTIVE: tl.constexpr,
+                         ESTIMATOR: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
                          COLUMNS: tl.constexpr):
-    """Sequence n: the gradient of its tokens, and a row of sums, in the order of GRPO_METRICS."""
+    """Sequence n: the gradient of its tokens, and a row of sums, in the order of GRPO_METRICS.
+
+    advantages: [R] where PER_TOKEN, else [N]. ESTIMATOR: of the KL; None without a reference.
+    """
     n, i, column = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
     first, end = tl.load(offsets_N + n).to(tl.int64), tl.load(offsets_N + n + 1).to(tl.int64)
-    a, w = tl.load(advantages_N + n), tl.load(weights_N + n)
-    live = (w != 0) & ((a != 0) | (ref_R is not None)) & (first < end)
+    w = tl.load(weights_N + n)
+    live = (w != 0) & (first < end)
+    if not PER_TOKEN:
+        a = tl.load(advantages + n)
+        live = live & ((a != 0) | (ref_R is not None))
     end_live = tl.where(live, end, first)
     x_sequence = 0.0
     if OBJECTIVE == "gspo":
@@ -102,9 +120,13 @@ def grpo_loss_fwd_kernel(logp_R, old_R, ref_R, advantages_N, weights_N, offsets_
         else:
             x, is_cut = _cut(logp - tl.load(old_R + r, here, other=0.0).to(tl.float32), bound)
         ratio = tl.exp(x)
+        if PER_TOKEN:
+            a = tl.load(advantages + r, here, other=0.0)
         clipped = tl.where(ratio > 1 + clip_high, 1 + clip_high, tl.where(ratio < 1 - clip_low, 1 - clip_low,
                                                                           ratio))
-        if OBJECTIVE == "cispo":
+        if OBJECTIVE == "reinforce":  # no ratio in it: nothing to clip, and no gradient to lose to the cut
+            gain, slope = a * logp, tl.where(here, a, 0.0)
+        elif OBJECTIVE == "cispo":
             gain, slope = clipped * a * logp, clipped * a
             is_low, is_high = ratio < 1 - clip_low, ratio > 1 + clip_high
         else:
@@ -112,16 +134,23 @@ def grpo_loss_fwd_kernel(logp_R, old_R, ref_R, advantages_N, weights_N, offsets_
             gain, slope = tl.where(bound_wins, clipped * a, ratio * a), tl.where(bound_wins, 0.0, ratio * a)
             is_low = (ratio < 1 - clip_low) & (ratio * a < 0)
             is_high = (ratio > 1 + clip_high) & (ratio * a > 0)
-        grad = tl.where(is_cut, 0.0, -slope)
+        grad = -slope if OBJECTIVE == "reinforce" else tl.where(is_cut, 0.0, -slope)
         loss += tl.where(here, -gain, 0.0)
         if ref_R is not None:
             d, d_is_cut = _cut(tl.load(ref_R + r, here, other=0.0).to(tl.float32) - logp, bound)
-            kl += tl.where(here, tl.exp(d) - d - 1, 0.0)
-            grad += kl_coef * tl.where(d_is_cut, 0.0, 1 - tl.exp(d))
+            if ESTIMATOR == "k1":
+                k, k_slope = -d, 1.0
+            elif ESTIMATOR == "k2":
+                k, k_slope = d * d / 2, -d
+            else:
+                k, k_slope = tl.exp(d) - d - 1, 1 - tl.exp(d)
+            kl += tl.where(here, k, 0.0)
+            grad += kl_coef * tl.where(d_is_cut, 0.0, k_slope)
             is_cut = is_cut | d_is_cut
         tl.store(dlogp_R + r, w * grad, here)
-        low += (is_low & here).to(tl.float32)
-        high += (is_high & here).to(tl.float32)
+        if OBJECTIVE != "reinforce":
+            low += (is_low & here).to(tl.float32)
+            high += (is_high & here).to(tl.float32)
         cut += (is_cut & here).to(tl.float32)
         k1 -= x  # places that there are not have x = 0
         k3 += ratio - 1 - x
@@ -175,14 +204,15 @@ def grpo_advantages_fwd(rewards: torch.Tensor, offsets: torch.Tensor, normalise:
 
 def grpo_loss_fwd(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor,
                   offsets: torch.Tensor, ref_logp: torch.Tensor | None, clip_low: float, clip_high: float,
-                  kl_coef: float, objective: str) -> tuple[torch.Tensor, torch.Tensor]:
+                  kl_coef: float, objective: str, kl_estimator: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(sums [len(GRPO_METRICS)], d loss / d logp [R]), fp32."""
-    N, dlogp = len(advantages), logp.new_empty(logp.shape, dtype=torch.float32)
+    N, dlogp = len(weights), logp.new_empty(logp.shape, dtype=torch.float32)
     sums, out = (logp.new_empty(shape, dtype=torch.float32) for shape in ((N, COLUMNS), len(GRPO_METRICS)))
     if N:
         grpo_loss_fwd_kernel[(N,)](logp, old_logp, ref_logp, advantages, weights, offsets, dlogp, sums,
                                    len(logp), clip_low, clip_high, kl_coef, MAX_LOG_RATIO,
-                                   OBJECTIVE=objective, BLOCK=1024, COLUMNS=COLUMNS, num_warps=8)
+                                   OBJECTIVE=objective, ESTIMATOR=None if ref_logp is None else kl_estimator,
+                                   PER_TOKEN=len(advantages) != N, BLOCK=1024, COLUMNS=COLUMNS, num_warps=8)
     grpo_sum_fwd_kernel[(1,)](sums, out, N, USED=len(GRPO_METRICS), MAX=RATIO_MAX, BLOCK=128,
                               COLUMNS=COLUMNS, num_warps=4)
     return out, dlogp
@@ -200,7 +230,7 @@ def grpo_advantages_fake(rewards, offsets, normalise):
 
 @grpo_loss_op.register_fake
 def grpo_loss_fake(logp, old_logp, advantages, weights, offsets, ref_logp, clip_low, clip_high, kl_coef,
-                   objective):
+                   objective, kl_estimator):
     return (logp.new_empty(len(GRPO_METRICS), dtype=torch.float32),
             logp.new_empty(logp.shape, dtype=torch.float32))
 
@@ -224,7 +254,7 @@ def grpo_loss_bwd_fake(dsums, dlogp):
 
 
 def backward(ctx, dsums, _):
-    return grpo_loss_bwd_op(dsums, *ctx.saved_tensors).to(ctx.dtype), *[None] * 9
+    return grpo_loss_bwd_op(dsums, *ctx.saved_tensors).to(ctx.dtype), *[None] * 10
 
 
 grpo_loss_op.register_autograd(backward, setup_context=keep_for_backward)
@@ -252,35 +282,44 @@ def grpo_advantages(rewards: torch.Tensor, group_offsets: torch.Tensor, normalis
 def grpo_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor,
               offsets: torch.Tensor, ref_logp: torch.Tensor | None = None, *, clip_low: float = 0.2,
               clip_high: float = 0.2, kl_coef: float = 0.0, objective: str = "clip",
-              impl: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+              kl_estimator: str = "k3", impl: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (loss [], differentiable in logp; metrics [len(GRPO_METRICS)], detached).
 
     logp, old_logp, ref_logp: [R], one a response token, at the temperature that they were sampled at;
-    advantages: [N]; weights: [N], of each token of a sequence; offsets: [N + 1] int32 or int64, where each
-    sequence's tokens begin, from 0 to R. ref_logp: None for no KL. objective: "clip", "cispo" or "gspo".
+    advantages: [N], one a sequence, or [R], one a response token (where R = N, one a sequence is meant);
+    weights: [N], of each token of a sequence; offsets: [N + 1] int32 or int64, where each sequence's tokens
+    begin, from 0 to R. ref_logp: None for no KL. objective: "clip", "cispo", "gspo" or "reinforce".
+    kl_estimator: "k1", "k2" or "k3"; what each one's gradient is stands at the top of this file.
     metrics are sums over the tokens that teach something, so that those of micro-batches add up:
-    reference_grpo.GRPO_METRICS names them; ratio_max is their largest.
+    reference_grpo.GRPO_METRICS names them; ratio_max is their largest. With advantages [R] those are all
+    tokens of the sequences whose weight is not 0, also the tokens whose advantage is.
     impl: "triton", "reference", or None to choose by device.
-    Raises ValueError for shapes, dtypes or devices that do not fit together, or an unknown objective.
+    Raises ValueError for shapes, dtypes or devices that do not fit together, an unknown objective or
+    estimator, or advantages [R] with "gspo".
     """
     check_tensors("grpo_loss", logp=logp, old_logp=old_logp, advantages=advantages, weights=weights,
                   ref_logp=ref_logp)
     check_offsets("grpo_loss", "offsets", offsets, logp)
     N = len(offsets) - 1
     if logp.ndim != 1 or any(x is not None and x.shape != logp.shape for x in (old_logp, ref_logp)) or \
-            advantages.shape != (N,) or weights.shape != (N,):
+            advantages.shape not in ((N,), logp.shape) or weights.shape != (N,):
         raise ValueError(f"grpo_loss: logp {tuple(logp.shape)}, old_logp {tuple(old_logp.shape)}, ref_logp "
                          f"{None if ref_logp is None else tuple(ref_logp.shape)}, advantages "
                          f"{tuple(advantages.shape)}, weights {tuple(weights.shape)}, offsets "
-                         f"{tuple(offsets.shape)}; expected [R], [R], [R] or None, [N], [N], [N + 1]")
+                         f"{tuple(offsets.shape)}; expected [R], [R], [R] or None, [N] or [R], [N], [N + 1]")
     if objective not in GRPO_OBJECTIVES:
         raise ValueError(f"grpo_loss: objective is {objective!r}; expected one of {GRPO_OBJECTIVES}")
+    if kl_estimator not in GRPO_KL_ESTIMATORS:
+        raise ValueError(f"grpo_loss: kl_estimator is {kl_estimator!r}; expected one of {GRPO_KL_ESTIMATORS}")
+    if objective == "gspo" and advantages.shape != (N,):
+        raise ValueError("grpo_loss: gspo has one ratio a sequence, so it takes one advantage a sequence; "
+                         f"advantages are {tuple(advantages.shape)}, expected ({N},)")
     if not use_triton(impl, logp):
         return reference_grpo.grpo_loss(logp, old_logp, advantages, weights, offsets, ref_logp, clip_low,
-                                        clip_high, kl_coef, objective)
+                                        clip_high, kl_coef, objective, kl_estimator)
     advantages, weights = advantages.float().contiguous(), weights.float().contiguous()
     sums, _ = grpo_loss_op(logp, old_logp, advantages, weights, offsets, ref_logp, clip_low, clip_high,
-                           kl_coef, objective)
+                           kl_coef, objective, kl_estimator)
     return sums[LOSS], sums.detach()
 
 

@@ -92,39 +92,48 @@ def naive_advantages(rewards, sizes, normalise, tolerance=1e-6):
     return advantages, dead
 
 
-def naive_grpo(logp, old, ref, advantages, weights, sizes, objective, bound, clip_low, clip_high, kl_coef):
-    """One token at a time, in Python's floats: (gradient of each token's logp, metrics by name)."""
+def naive_grpo(logp, old, ref, advantages, weights, sizes, objective, bound, clip_low, clip_high, kl_coef,
+               kl_estimator="k3"):
+    """One token at a time, in Python's floats: (gradient of each token's logp, metrics by name). advantages:
+    one a sequence, or where there are not as many as sequences, one a token."""
     grads, start = [], 0
     m = dict.fromkeys(("loss", "tokens", "clipped_low", "clipped_high", "k1", "k3", "ratio", "ratio_max",
                        "cut_off", "kl_loss"), 0.0)
-    for a, w, size in zip(advantages, weights, sizes, strict=True):
+    per_token = len(advantages) != len(sizes)
+    for n, (w, size) in enumerate(zip(weights, sizes, strict=True)):
         tokens = range(start, start + size)
         start += size
-        if w == 0 or (a == 0 and ref is None):
+        if w == 0 or (not per_token and advantages[n] == 0 and ref is None):
             grads += [0.0] * size
             continue
         for t in tokens:
+            a = advantages[t if per_token else n]
             x = sum(logp[u] - old[u] for u in tokens) / size if objective == "gspo" else logp[t] - old[t]
             d = 0.0 if ref is None else ref[t] - logp[t]
             x_cut, d_cut = abs(x) > bound, abs(d) > bound
             x, d = (min(max(y, -bound), bound) for y in (x, d))
             r = math.exp(x)
             c = min(max(r, 1 - clip_low), 1 + clip_high)
-            if objective == "cispo":
+            clips = objective != "reinforce"
+            if not clips:
+                gain, slope = a * logp[t], a
+            elif objective == "cispo":
                 gain, slope = c * a * logp[t], c * a
             else:
                 gain = min(r * a, c * a)
                 slope = r * a if 1 - clip_low <= r <= 1 + clip_high or r * a < c * a else 0.0
-            k3, k3_slope = math.exp(d) - d - 1, 1 - math.exp(d)
-            grads.append(w * (-slope * (not x_cut) + kl_coef * k3_slope * (not d_cut)))
-            m["loss"] += w * (-gain + kl_coef * k3)
+            k, k_slope = {"k1": (-d, 1.0), "k2": (d * d / 2, -d),
+                          "k3": (math.exp(d) - d - 1, 1 - math.exp(d))}[kl_estimator]
+            grads.append(w * (-slope * (not x_cut or not clips)
+                              + kl_coef * k_slope * (ref is not None and not d_cut)))
+            m["loss"] += w * (-gain + kl_coef * k)
             m["tokens"] += 1
-            m["clipped_low"] += r < 1 - clip_low and (objective == "cispo" or a < 0)
-            m["clipped_high"] += r > 1 + clip_high and (objective == "cispo" or a > 0)
+            m["clipped_low"] += clips and r < 1 - clip_low and (objective == "cispo" or a < 0)
+            m["clipped_high"] += clips and r > 1 + clip_high and (objective == "cispo" or a > 0)
             m["k1"] -= x
             m["k3"] += r - 1 - x
             m["ratio"] += r
             m["ratio_max"] = max(m["ratio_max"], r)
             m["cut_off"] += x_cut or d_cut
-            m["kl_loss"] += w * k3
+            m["kl_loss"] += w * k
     return grads, m

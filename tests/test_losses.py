@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from r1zero.kernels import grpo as kernel
 from r1zero.kernels.grpo import GRPO_METRICS, MAX_LOG_RATIO
 from r1zero.rl.advantages import group_advantages
 from r1zero.rl.losses import LossConfig, grpo_loss, mean_metrics, token_weights
@@ -163,6 +164,21 @@ def test_clipping_by_hand(ratio, advantage, loss, gradient):
     assert found == pytest.approx(loss, abs=1e-12) and grad == pytest.approx([gradient], abs=1e-12)
 
 
+def test_reinforce_by_hand():
+    """No ratio in it, so neither clip nor cut touch the gradient; the metrics see the ratio, cut off."""
+    loss, grad, metrics = loss_and_grad([25.0, 1.0, -2.0], 0.0, column(2, -1, 3), objective="reinforce")
+    assert loss == -(50 - 1 - 6) and grad == [-2, 1, -3]
+    assert metrics["clipped_low"] == metrics["clipped_high"] == 0 and metrics["cut_off"] == 1
+    assert metrics["k1"] == -19 and float(metrics["ratio_max"]) == pytest.approx(math.exp(20))
+
+
+def test_gspo_takes_one_advantage_a_sequence():
+    logp, ones = torch.zeros(3), torch.ones(3)
+    with pytest.raises(ValueError, match="gspo has one ratio a sequence, so it takes one advantage a seq"):
+        kernel.grpo_loss(logp, logp, ones, ones[:2], torch.tensor([0, 1, 3]), objective="gspo")
+    kernel.grpo_loss(logp, logp, ones, ones, torch.tensor([0, 0, 1, 3]), objective="gspo")  # R = N
+
+
 def test_metrics_by_hand():
     ratios, advantages = (1.5, 1.5, 1.4, 0.5, 0.5, 1.0, 7.0), column(1, -1, 2, 1, -1, 1, 0)
     logp = [math.log(r) for r in ratios]
@@ -212,6 +228,22 @@ def test_k3_expects_to_the_kl_and_leads_to_the_reference():
         with torch.no_grad():
             theta -= 0.5 * theta.grad
     assert kls[0] > 0.5 and kls[-1] < 1e-4 and kls == sorted(kls, reverse=True)
+
+
+@pytest.mark.parametrize("kl_estimator, kl", [
+    ("k1", lambda logp, ref: 0 * logp.sum()),
+    ("k2", lambda logp, ref: (logp.exp() * (logp - ref)).sum()),  # KL(policy || reference)
+    ("k3", lambda logp, ref: (ref.exp() * (ref - logp)).sum()),  # KL(reference || policy)
+])
+def test_which_divergence_each_estimator_descends(kl_estimator, kl):
+    """In expectation over the policy's own actions, each of which is a token of that weight."""
+    theta, ref = torch.randn(7, dtype=torch.float64).requires_grad_(), torch.randn(7).double().log_softmax(-1)
+    expected, = torch.autograd.grad(kl(theta.log_softmax(-1), ref), theta)
+    logp = theta.log_softmax(-1)
+    loss, _ = kernel.grpo_loss(logp, logp.detach(), torch.zeros(7).double(), logp.detach().exp(),
+                               torch.arange(8), ref, kl_coef=1.0, kl_estimator=kl_estimator)
+    found, = torch.autograd.grad(loss, theta)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

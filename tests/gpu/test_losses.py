@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from r1zero.kernels import reference, reference_grpo
-from r1zero.kernels.grpo import GRPO_OBJECTIVES, grpo_advantages, grpo_loss
+from r1zero.kernels.grpo import GRPO_KL_ESTIMATORS, GRPO_OBJECTIVES, grpo_advantages, grpo_loss
 from r1zero.kernels.linear_logprob import linear_logprob
 
 from ..naive_ops import naive_logprob, value_and_gradients
@@ -79,9 +79,11 @@ def test_sizes_that_pass_32_bits():
     torch.testing.assert_close(entropy, expected[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("objective", GRPO_OBJECTIVES)
-@pytest.mark.parametrize("with_ref", [False, True])
-def test_grpo(objective, with_ref):
+@pytest.mark.parametrize("objective,per_token", [(objective, per_token) for objective in GRPO_OBJECTIVES
+                                                 for per_token in (False, True)
+                                                 if not (per_token and objective == "gspo")])
+@pytest.mark.parametrize("kl_estimator", [None, *GRPO_KL_ESTIMATORS])
+def test_grpo(objective, per_token, kl_estimator):
     sizes = torch.tensor([0, 1, 5000, 64, 700, 0, 3, 1024])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]).int().cuda()
     R, N = int(sizes.sum()), len(sizes)
@@ -96,10 +98,14 @@ def test_grpo(objective, with_ref):
     torch.testing.assert_close(advantages.double(), expected, rtol=1e-5, atol=1e-5)
     assert dead.tolist() == expected_dead.tolist() == [1, 0, 0]
     weights, found = torch.rand(N, device="cuda"), []
+    if per_token:
+        advantages = torch.randn(R, device="cuda")
+        advantages[::5] = 0.0
     for impl in ("triton", "triton", "reference"):
         leaf = logp.clone().requires_grad_()
-        loss, metrics = grpo_loss(leaf, old, advantages, weights, offsets, ref if with_ref else None,
-                                  kl_coef=0.1, objective=objective, impl=impl)
+        loss, metrics = grpo_loss(leaf, old, advantages, weights, offsets, ref if kl_estimator else None,
+                                  kl_coef=0.1, objective=objective, kl_estimator=kl_estimator or "k3",
+                                  impl=impl)
         loss.backward()
         found.append((metrics, leaf.grad))
     assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True)), "two runs differ"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from r1zero.kernels.grpo import (
+    GRPO_KL_ESTIMATORS,
     GRPO_METRICS,
     GRPO_OBJECTIVES,
     MAX_LOG_RATIO,
@@ -19,6 +20,7 @@ from ..naive_ops import naive_advantages, naive_grpo
 
 SIZES = [[1], [2], [7], [64], [1, 2, 7, 64, 3, 300], [0, 5, 0]]
 DIALS = dict(clip_low=0.2, clip_high=0.28, kl_coef=0.3)
+PER_TOKEN = [objective for objective in GRPO_OBJECTIVES if objective != "gspo"]
 
 
 def cumulative(sizes, dtype=torch.int32) -> torch.Tensor:
@@ -112,8 +114,43 @@ def test_loss_gradient_and_metrics(sizes, objective, with_ref):
     check(b | {"ref_logp": None}, sizes, objective, offsets=cumulative(sizes, torch.int64), clip_high=0.2)
 
 
+@pytest.mark.parametrize("sizes", [[2], [5, 3], [0, 4, 0], [0, 0], [7, 1, 1030, 2, 64, 9, 0, 33]], ids=str)
+@pytest.mark.parametrize("objective", PER_TOKEN)
+def test_an_advantage_a_token(sizes, objective):
+    b = batch(sizes) | {"advantages": torch.randn(sum(sizes))}
+    b["advantages"][::3] = 0.0  # such a token is live all the same, and is counted
+    check(b, sizes, objective)
+    check(b | {"ref_logp": None}, sizes, objective, offsets=cumulative(sizes, torch.int64))
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("objective", PER_TOKEN)
+@pytest.mark.parametrize("with_ref", [False, True])
+def test_the_same_advantage_for_all_tokens_is_one_a_sequence_to_the_bit(objective, with_ref, impl):
+    sizes, found = [5, 1500, 0, 3], []
+    b, offsets = batch(sizes), cumulative(sizes)
+    b["advantages"], b["ref_logp"] = torch.randn(4), b["ref_logp"] if with_ref else None
+    for advantages in (b["advantages"], b["advantages"].repeat_interleave(torch.tensor(sizes))):
+        logp = b["logp"].clone().requires_grad_()
+        loss, metrics = grpo_loss(**b | {"logp": logp, "advantages": advantages}, offsets=offsets, impl=impl,
+                                  objective=objective, **DIALS)
+        loss.backward()
+        found.append((metrics, logp.grad))
+    assert all(map(torch.equal, *found)) and found[0][1].any()
+
+
+@pytest.mark.parametrize("sizes", [[1], [0, 4, 0], [0, 0], [7, 1, 1030, 2, 64, 9, 0, 33]], ids=str)
+@pytest.mark.parametrize("kl_estimator", GRPO_KL_ESTIMATORS)
+def test_kl_estimators(sizes, kl_estimator):
+    b = batch(sizes)
+    check(b, sizes, "clip", kl_estimator=kl_estimator)
+    check(b | {"advantages": torch.randn(sum(sizes))}, sizes, "reinforce", kl_estimator=kl_estimator)
+    check(b | {"ref_logp": None}, sizes, "clip", kl_estimator=kl_estimator)  # then it does not matter
+
+
+@pytest.mark.parametrize("kl_estimator", GRPO_KL_ESTIMATORS)
 @pytest.mark.parametrize("objective", GRPO_OBJECTIVES)
-def test_log_ratios_of_200(objective):
+def test_log_ratios_of_200(objective, kl_estimator):
     sizes, gaps = [2] * 8, [200.0, -200.0, 19.99, -19.99, 20.01, -20.01, 0.0, 90.0]
     old = torch.full((16,), -210.0)
     logp, ref = old.clone(), old.clone()
@@ -123,7 +160,9 @@ def test_log_ratios_of_200(objective):
     for sign in (1.0, -1.0):
         b = dict(logp=logp, old_logp=old, ref_logp=ref, advantages=torch.full((8,), sign),
                  weights=torch.full((8,), 1e-3))
-        check(b, sizes, objective)
+        check(b, sizes, objective, kl_estimator=kl_estimator)
+        if objective != "gspo":
+            check(b | {"advantages": sign * torch.arange(16.0)}, sizes, objective, kl_estimator=kl_estimator)
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
@@ -142,6 +181,24 @@ def test_dead_and_masked_tokens_never_reach_exp(impl, objective):
 
 
 @pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("objective", PER_TOKEN)
+@pytest.mark.parametrize("kl_estimator", GRPO_KL_ESTIMATORS)
+def test_with_an_advantage_a_token_only_the_weight_masks(objective, kl_estimator, impl):
+    bad = torch.tensor([-math.inf, math.nan, 1e30, -math.inf])
+    logp = torch.cat([bad, torch.tensor([-1.0, -2.0, -3.0])]).requires_grad_()
+    other = torch.cat([bad.flip(0), torch.tensor([-1.0, -2.0, -math.inf])])  # the last ratio is infinite
+    loss, metrics = grpo_loss(logp, other, torch.cat([bad.flip(0), torch.tensor([0.0, 2.0, 0.0])]),
+                              torch.tensor([0.0, 0.5]), cumulative([4, 3]), other, objective=objective,
+                              kl_coef=0.3, kl_estimator=kl_estimator, impl=impl)
+    loss.backward()
+    assert metrics.isfinite().all() and metrics[GRPO_METRICS.index("tokens")] == 3
+    # d is 0, where k1 alone has a slope, then cut off
+    assert metrics[GRPO_METRICS.index("cut_off")] == 1
+    slope = 0.15 * (kl_estimator == "k1")
+    torch.testing.assert_close(logp.grad, torch.tensor([0.0, 0, 0, 0, slope, slope - 1, 0]))
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize("objective", GRPO_OBJECTIVES)
 def test_a_live_nan_shows_in_loss_and_gradient(objective, impl):
     old, one, nan = torch.full((3,), -1.0), torch.ones(1), torch.full((1,), float("nan"))
@@ -150,7 +207,9 @@ def test_a_live_nan_shows_in_loss_and_gradient(objective, impl):
         loss, metrics = grpo_loss(leaf, old, a, one, cumulative([3]), objective=objective, impl=impl)
         loss.backward()
         assert loss.isnan() and metrics[0].isnan()
-        assert leaf.grad[1].isnan() and metrics[GRPO_METRICS.index("cut_off")] == 0
+        # the gradient of reinforce is the advantage, whatever the log-prob is
+        assert leaf.grad[1].isnan() or (objective == "reinforce" and a is one and leaf.grad[1] == -1)
+        assert metrics[GRPO_METRICS.index("cut_off")] == 0
         assert a is nan or metrics[GRPO_METRICS.index("ratio_max")].isnan()
 
 
@@ -194,13 +253,15 @@ def test_no_samples_and_no_live_tokens(impl):
     assert loss == 0 and not metrics.any() and not logp.grad.any()
 
 
-def test_micro_batches_add_up_and_the_order_does_not_matter():
+@pytest.mark.parametrize("per_token", [False, True])
+def test_micro_batches_add_up_and_the_order_does_not_matter(per_token):
     sizes = [5, 9, 1, 30, 12]
     b, starts = batch(sizes), cumulative(sizes).tolist()
+    b["advantages"] = torch.randn(57) if per_token else b["advantages"]
 
     def run(samples):
         rows = torch.cat([torch.arange(starts[n], starts[n + 1]) for n in samples])
-        part = {name: x[samples] if name in ("advantages", "weights") else x[rows] for name, x in b.items()}
+        part = {name: x[samples] if len(x) == len(sizes) else x[rows] for name, x in b.items()}
         logp = part["logp"].clone().requires_grad_()
         loss, metrics = grpo_loss(**part | {"logp": logp}, offsets=cumulative([sizes[n] for n in samples]),
                                   impl="triton", **DIALS)
@@ -220,4 +281,6 @@ def test_opcheck():
     torch.library.opcheck(grpo_advantages_op, (torch.randn(7), offsets, True))
     args = (b["logp"].requires_grad_(), b["old_logp"], b["advantages"], b["weights"], offsets)
     for ref in (None, b["ref_logp"]):
-        torch.library.opcheck(grpo_loss_op, (*args, ref, 0.2, 0.28, 0.1, "clip"))
+        torch.library.opcheck(grpo_loss_op, (*args, ref, 0.2, 0.28, 0.1, "clip", "k3"))
+    args = (*args[:2], torch.randn(7), *args[3:], b["ref_logp"])
+    torch.library.opcheck(grpo_loss_op, (*args, 0.2, 0.28, 0.1, "reinforce", "k2"))
