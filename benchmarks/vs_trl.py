@@ -31,7 +31,7 @@ from r1zero.model.config import ModelConfig
 from r1zero.model.engine import Engine
 from r1zero.model.packed import pack
 from r1zero.model.transformer import Transformer, flops_per_token, param_count
-from r1zero.train.grpo import GRPOConfig, grpo_step
+from r1zero.train.grpo import GRPOConfig, Learner, grpo_step
 from r1zero.train.optim import OptimConfig, make_optimizer
 from r1zero.train.run import reuse_memory
 
@@ -121,12 +121,12 @@ def our_step(f: Flags):
     model = Transformer(f.model).init_weights(0)
     optimizer = make_optimizer(model, c.optim)
     task, tokenizer = TokenIdTask(f.model.vocab_size, f.prompt_tokens), TokenIdTokenizer(f.model.vocab_size)
-    engine, n_done = Engine(model, tokenizer), 0
+    learner, n_done = Learner(model, model, Engine(model, tokenizer), optimizer), 0
 
     def step() -> tuple[float, float]:
         nonlocal n_done
         # the reference, here the model itself, is never asked: no KL in the loss, and none for the log
-        figures = grpo_step(model, model, engine, task, optimizer, c, n_done)
+        figures = grpo_step(learner, task, c, n_done)
         n_done += 1
         n = f.prompts * f.group_size
         assert figures["tokens"] == n * f.new_tokens, "ours generated another number of tokens"

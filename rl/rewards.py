@@ -59,6 +59,15 @@ def score(task, problems, responses: list[str], config: RewardConfig) -> Rewards
     return Rewards(column["accuracy"], column["format"], column["reward"], [part["why"] for part in parts])
 
 
+def overlong_penalty(lengths_N: np.ndarray, max_new_tokens: int, buffer: float) -> np.ndarray:
+    """[N], 0 down to -1, over the last `buffer` share of max_new_tokens: DAPO's soft overlong punishment
+    (arXiv 2503.14476, eq. 13). lengths_N: tokens of each answer."""
+    tokens = buffer * max_new_tokens
+    if not tokens:
+        return np.zeros(len(lengths_N))
+    return np.clip((max_new_tokens - tokens - np.asarray(lengths_N)) / tokens, -1.0, 0.0)
+
+
 def permute_within_groups(rewards_N: np.ndarray, group_offsets: np.ndarray,
                           seed: tuple[int, ...]) -> np.ndarray:
     """The control: the same rewards, dealt out at random within each group.

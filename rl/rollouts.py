@@ -40,6 +40,11 @@ class Rollouts:
         """[N] int64 response tokens, the end token included."""
         return np.array([len(s) for s in self.sequences]) - self.prompt_lengths
 
+    @property
+    def response_offsets(self) -> np.ndarray:
+        """[N + 1] int64, where the response tokens of each answer begin among those of all."""
+        return np.append(0, np.cumsum(self.response_lengths))
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -55,6 +60,9 @@ class MicroBatch:
     """[n] int64: which samples (index into the rollouts) these are, in the order they lie in the batch."""
     response_offsets: torch.Tensor
     """[n + 1] int32: where the response tokens of each sample begin; the last is R."""
+    places: torch.Tensor
+    """[R] int64: where each response token stands among those of all the rollouts, one answer after another;
+    so a figure of every token is one flat array, and `array[batch.places]` is this batch's."""
     sampler_logp: torch.Tensor
     """[R] float32: log-prob of each response token as it was sampled."""
 
@@ -89,13 +97,15 @@ def micro_batch(rollouts: Rollouts, samples: np.ndarray, device) -> MicroBatch:
     prompts, responses = rollouts.prompt_lengths[samples], rollouts.response_lengths[samples]
     predictors = np.concatenate([start + p - 1 + np.arange(r)
                                  for start, p, r in zip(starts, prompts, responses, strict=True)])
-    predictors = torch.from_numpy(predictors).to(device)
+    places = np.concatenate([start + np.arange(r) for start, r in
+                             zip(rollouts.response_offsets[samples], responses, strict=True)])
+    predictors, places = (torch.from_numpy(x).to(device) for x in (predictors, places))
     response_offsets = torch.from_numpy(offsets(responses)).to(device)
     sampler_logp = torch.from_numpy(np.concatenate([rollouts.sampler_logp[n] for n in samples])).to(device)
     targets = np.concatenate([rollouts.sequences[n][p:] for n, p in zip(samples, prompts, strict=True)])
     targets = torch.from_numpy(targets).to(device)
     return MicroBatch(packed, predictors, targets, torch.from_numpy(samples).to(device), response_offsets,
-                      sampler_logp)
+                      places, sampler_logp)
 
 
 def micro_batches(rollouts: Rollouts, samples: np.ndarray, tokens_per_batch: int, device) -> list[MicroBatch]:
@@ -122,3 +132,17 @@ def response_logprobs(model, batch: MicroBatch, temperature: float) -> tuple[tor
     """(logp [R], entropy [R]) of the response tokens under the model, at the temperature that they were
     sampled at."""
     return model.logprobs(model(batch.packed), batch.targets, temperature, rows=batch.predictors)
+
+
+def merge(parts: list[Rollouts], groups: list[np.ndarray]) -> Rollouts:
+    """One Rollouts of the named groups of each part, in their order."""
+    samples = [np.concatenate([np.arange(*p.group_offsets[g : g + 2]) for g in chosen] or [np.arange(0)])
+               for p, chosen in zip(parts, groups, strict=True)]
+    sizes = [np.diff(p.group_offsets)[chosen] for p, chosen in zip(parts, groups, strict=True)]
+
+    def picked(name: str) -> list:
+        return [getattr(p, name)[n] for p, some in zip(parts, samples, strict=True) for n in some]
+
+    return Rollouts(picked("sequences"), np.array(picked("prompt_lengths")),
+                    np.append(0, np.cumsum(np.concatenate(sizes))), picked("sampler_logp"),
+                    picked("finish_reasons"), picked("texts"), parts[0].temperature, parts[0].weights_version)

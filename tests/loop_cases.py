@@ -12,6 +12,8 @@ from r1zero.model.config import preset
 from r1zero.model.packed import pack
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.model.transformer import Transformer
+from r1zero.rl.algorithms import from_preset
+from r1zero.rl.losses import LossConfig
 from r1zero.rl.rollouts import Rollouts
 from r1zero.train.grpo import GRPOConfig
 from r1zero.train.optim import OptimConfig
@@ -19,7 +21,8 @@ from r1zero.train.pretrain import PretrainConfig
 
 SENTENCE = "the cat sat on the mat and the dog sat on the log. "
 QUICK = Countdown(n_numbers=2, high=9)  # the default takes half a second to list its problems
-TIMES = {"tokens_per_s", "rollout_s", "step_s", "rollout_tokens_per_s"}  # what may differ between equal runs
+TIMES = {"tokens_per_s", "rollout_s", "step_s", "rollout_tokens_per_s", "update_s", "update_tokens_per_s",
+         "replaced_s", "memory_gb"}  # what may differ between equal runs
 
 
 def tiny(seed: int = 0, dtype: torch.dtype = torch.float32, vocab_size: int | None = None) -> Transformer:
@@ -79,6 +82,11 @@ def grpo_config(run, base, **changes) -> GRPOConfig:
     common = dict(task=Bandit(), prompts_per_step=4, group_size=4, max_new_tokens=3, steps=5, save_every=2,
                   optim=optim, micro_tokens=40, device="cpu")
     return GRPOConfig(run=str(run), base=str(base), **{**common, **changes})
+
+
+def loss_config(algo: str = "r1_zero", **dials) -> LossConfig:
+    """The dials of a preset, some of them changed."""
+    return from_preset(algo, "loss", LossConfig(**dials))
 
 
 def rollouts_by_hand(model, lengths=(5, 3, 9, 1, 4, 6), group_offsets=(0, 2, 5, 6), temperature=1.0,

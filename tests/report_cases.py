@@ -28,7 +28,7 @@ def rl_rows(n: int, learns: bool) -> list[dict]:
         jitter = 0.04 * math.sin(2.4 * step) * math.cos(1.1 * step)
         rows.append({"step": step, "accuracy": 0.29 + 0.5 * up + jitter, "format": 0.84 + 0.15 * up,
                      "length": 58 + 26 * up + 40 * jitter, "dead_groups": 0.02 + 0.2 * up,
-                     "loss": -0.01 + jitter / 9, "entropy": 0.45 - 0.2 * up, "kl_to_base": 0.12 * up,
+                     "loss": -0.01 + jitter / 9, "entropy": 0.45 - 0.2 * up, "kl_to_reference": 0.12 * up,
                      "gradient_norm": 0.3, "logp_gap": 2e-6, "reward": 0.4, "truncated": 0.0,
                      "tokens": 15_000})
     return rows

@@ -9,7 +9,8 @@ from r1zero.eval.tasks import Grade
 from r1zero.model.checkpoint import CheckpointError, checkpoint_steps, load_checkpoint, save_checkpoint
 from r1zero.model.generation import NonFiniteError
 from r1zero.model.tokenizer import Tokenizer
-from r1zero.rl.losses import LossConfig
+from r1zero.rl.algorithms import Pieces
+from r1zero.rl.losses import LossConfig, grpo_loss
 from r1zero.rl.rewards import RewardConfig
 from r1zero.train import demo as demo_module
 from r1zero.train import grpo as grpo_module
@@ -79,7 +80,7 @@ def test_a_gradient_that_is_not_finite_stops_pretraining_before_it_is_used(tmp_p
 def test_nan_logits_while_sampling_name_the_step(tmp_path, monkeypatch):
     def poisoned(policy, *rest):
         figures = update(policy, *rest)
-        if rest[-1] == 2:  # after the third step's update
+        if rest[-2] == 2:  # after the third step's update
             policy.norm.data[0] = NAN
         return figures
 
@@ -94,11 +95,10 @@ def test_nan_logits_while_sampling_name_the_step(tmp_path, monkeypatch):
 @pytest.mark.parametrize("updates_per_step", [1, 2])
 def test_a_nan_gradient_under_a_finite_loss_stops_grpo(tmp_path, monkeypatch, updates_per_step):
     def sharp(logp, *rest):
-        loss, metrics = loss_of(logp, *rest)
+        loss, metrics = grpo_loss(logp, *rest)
         return loss + (0 * logp).sum().abs().sqrt(), metrics  # adds 0, with a gradient of inf * 0
 
-    loss_of = grpo_module.grpo_loss
-    monkeypatch.setattr(grpo_module, "grpo_loss", sharp)
+    monkeypatch.setattr(grpo_module, "PIECES", Pieces(loss=sharp))
     base = save_base(tmp_path / "base")
     c = grpo_config(tmp_path / "run", base, updates_per_step=updates_per_step)
     with fails(FloatingPointError, "gradient_norm is nan at step 1 .*gradient of .*no checkpoint is kept"):

@@ -210,9 +210,9 @@ def test_grpo_raises_the_reward_and_its_control_does_not(tmp_path):
         assert len(rows) == 30 and all(math.isfinite(v) for row in rows for v in row.values())
         accuracy[control] = [row["accuracy"] for row in rows]
         assert all(row["logp_gap"] < 1e-3 and row["format"] == 0 for row in rows)
-        assert rows[0]["kl_to_base"] == pytest.approx(0, abs=1e-5)
+        assert rows[0]["kl_to_reference"] == pytest.approx(0, abs=1e-5)
         assert rows[0]["reward"] == pytest.approx(rows[0]["accuracy"])  # the real ones, in the control too
-        assert rows[-1]["kl_to_base"] > 0.01
+        assert rows[-1]["kl_to_reference"] > 0.01
     assert accuracy[False][0] == accuracy[True][0] and 0.3 < accuracy[False][0] < 0.7
     assert np.mean(accuracy[False][-5:]) > 0.85 > 0.7 > np.mean(accuracy[True][-5:])
 

@@ -12,7 +12,7 @@ from r1zero.rl.advantages import group_advantages
 from r1zero.rl.losses import LossConfig, grpo_loss, mean_metrics, token_weights
 from r1zero.rl.rewards import RewardConfig, permute_within_groups, score
 
-from .loop_cases import Bandit
+from .loop_cases import Bandit, loss_config
 
 # ---- rewards ----
 
@@ -98,7 +98,7 @@ def loss_and_grad(logp, old, advantages, ref=None, weights=1.0, **dials):
     old, advantages, weights, ref = (
         None if x is None else torch.as_tensor(x, dtype=torch.float64).expand(len(logp)).contiguous()
         for x in (old, advantages, weights, ref))
-    loss, metrics = each_alone(logp, old, ref, advantages, weights, LossConfig(**dials))
+    loss, metrics = each_alone(logp, old, ref, advantages, weights, loss_config(**dials))
     loss.backward()
     return float(loss.detach()), logp.grad.tolist(), metrics
 
@@ -137,7 +137,7 @@ def test_gradient_on_a_toy_policy_equals_finite_differences_of_the_plain_formula
 
     leaf = theta.clone().requires_grad_()
     logp = leaf.log_softmax(-1)[state, action]
-    loss, metrics = each_alone(logp, old, ref, advantages, weights, LossConfig(**dials))
+    loss, metrics = each_alone(logp, old, ref, advantages, weights, loss_config(**dials))
     loss.backward()
     assert float(loss.detach()) == pytest.approx(plain(theta), rel=1e-12)
     assert metrics["clipped_low"] > 0 and metrics["clipped_high"] > 0  # the case has what it is meant to test
@@ -220,7 +220,7 @@ def test_k3_expects_to_the_kl_and_leads_to_the_reference():
     for _ in range(200):
         logp = theta.log_softmax(-1)
         kls.append(float((logp.exp() * (logp - ref)).sum().detach()))
-        weights, c = logp.exp().detach(), LossConfig(kl_coef=1.0)
+        weights, c = logp.exp().detach(), loss_config(kl_coef=1.0)
         loss, metrics = each_alone(logp, logp.detach(), ref, torch.zeros(4), weights, c)
         assert float(metrics["kl_loss"]) == pytest.approx(kls[-1], abs=1e-12)
         theta.grad = None
@@ -252,7 +252,7 @@ def test_which_divergence_each_estimator_descends(kl_estimator, kl):
 def test_extreme_log_ratios_are_finite_and_without_gradient(gap, advantage, dtype):
     logp = torch.tensor([gap, 0.0], dtype=dtype, requires_grad=True)
     zeros, a = torch.zeros(2, dtype=dtype), torch.tensor([advantage, 1.0], dtype=dtype)
-    loss, metrics = each_alone(logp, zeros, zeros, a, torch.ones(2, dtype=dtype), LossConfig(kl_coef=0.1))
+    loss, metrics = each_alone(logp, zeros, zeros, a, torch.ones(2, dtype=dtype), loss_config(kl_coef=0.1))
     loss.backward()
     assert torch.isfinite(loss) and all(torch.isfinite(m) for m in metrics.values())
     assert metrics["cut_off"] == 1

@@ -23,8 +23,8 @@ from .report_cases import CONFIG, lines, make_demo
 PARTS = ["What was done", "The training", "What changed in the thinking", "One group, token by token",
          "The same problems before and after", "What memorising can not explain", "Why the loss says nothing",
          "Configuration", "Machine, time and tokens", "How to go on"]
-PICTURES = ["curves", "accuracy", "length", "format", "dead_groups", "entropy", "kl_to_base", "pretraining",
-            "behaviour"]
+PICTURES = ["curves", "accuracy", "length", "format", "dead_groups", "entropy", "kl_to_reference",
+            "pretraining", "behaviour"]
 
 
 class Tags(HTMLParser):

@@ -27,6 +27,8 @@ COMMANDS = {  # command: (its config class, its function, what it does)
     "pretrain": ("PretrainConfig", "pretrain", "train a base model from random weights"),
     "sft": ("SFTConfig", "sft", "fine-tune a model on prompt/response pairs"),
     "grpo": ("GRPOConfig", "grpo", "R1-Zero: GRPO straight on a base model, with rule rewards"),
+    "compare": ("CompareConfig", "compare", "a classic mistake of GRPO beside the right thing, in a picture"),
+    "diagnose": ("DiagnoseConfig", "diagnose", "say in plain words what the figures of a GRPO run mean"),
     "eval": ("EvalConfig", "run_eval", "measure a model on held-out problems, with intervals"),
     "grade": ("GradeConfig", "grade", "say what reward a response earns, and why"),
     "chat": ("ChatConfig", "chat", "type problems, see what the model thinks and answers"),

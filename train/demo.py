@@ -127,6 +127,13 @@ def grpo_config(c: DemoConfig, folder: Path, seed: int, control: bool) -> GRPOCo
                       device=c.device)
 
 
+def base_config(c: DemoConfig, folder: Path, seed: int) -> PretrainConfig:
+    return PretrainConfig(run=str(folder), resume=True, data=("countdown",), model=c.model, seed=seed,
+                          steps=c.pretrain_steps, save_every=200, corpus=c.corpus, documents=c.documents,
+                          optim=OptimConfig(lr=4e-3), device=c.device,
+                          task=Countdown(n_numbers=c.numbers, high=c.high, ops=c.ops, seed=seed))
+
+
 def run_part(folder: Path, steps: int, loop, config) -> float:
     """Run a part to its end, whether it was begun or not; returns the seconds that it took in this
     process."""
@@ -163,7 +170,7 @@ def keep_group(c: DemoConfig, folder: Path, seed: int) -> None:
         rewards = score(task, [problem] * g.group_size, rollouts.texts, g.rewards)
         if 0.2 <= rewards.accuracy.mean() <= 0.6:  # one that has something to show
             break
-    advantages, _ = group_advantages(rewards.total, rollouts.group_offsets, g.normalise_std)
+    advantages, _ = group_advantages(rewards.total, rollouts.group_offsets, g.advantage.scale == "std")
     samples = []
     for n, sequence in enumerate(rollouts.sequences):
         tokens = [tokenizer.token_text(int(t)) for t in sequence[rollouts.prompt_lengths[n]:]]
@@ -191,11 +198,8 @@ def one_seed(c: DemoConfig, folder: Path, seed: int) -> dict:
             print(f"{name}: {share:.1%} of held-out answers are right (95 % interval {low:.1%} to "
                   f"{high:.1%}), {results[name]['eval']['mean_tokens']:.1f} tokens long")
 
-    base = PretrainConfig(run=str(folder / "base"), resume=True, data=("countdown",), model=c.model,
-                          seed=seed, steps=c.pretrain_steps, save_every=200, corpus=c.corpus,
-                          documents=c.documents, optim=OptimConfig(lr=4e-3), device=c.device,
-                          task=Countdown(n_numbers=c.numbers, high=c.high, ops=c.ops, seed=seed))
-    timed("pretrain", run_part(folder / "base", c.pretrain_steps, pretrain, base))
+    timed("pretrain", run_part(folder / "base", c.pretrain_steps, pretrain,
+                               base_config(c, folder / "base", seed)))
     evaluate_part("base", c.pretrain_steps)
     if not (folder / "group.json").exists():
         keep_group(c, folder, seed)

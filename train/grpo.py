@@ -2,34 +2,44 @@
 2501.12948)
 
     r1zero grpo --run runs/rl --base runs/base --steps 80
+    r1zero grpo --run runs/dapo --base runs/base --algo dapo        its family: rl/algorithms.py has the list
+    r1zero grpo --run runs/x --base runs/base --algo dr_grpo --loss.clip-high 0.28 --updates-per-step 4
 
-`grpo_step` is the algorithm: four calls. Everything else here is around it.
+`grpo_step` is the algorithm: sample, grade, compare, update. Everything else here is around it.
 
-Left out: a value model and a reward model (GRPO needs neither), several optimizer steps on the same rollouts
-across machines, a separate sampler: the engine samples with the trainer's own weights, so rollouts are never
-stale. On a GPU it does so in 16 bit and with other kernels: `logp_gap_mean` and `logp_gap` in the log are how
-far its log-probs are from the trainer's, and a run stops where they part.
+Left out: a reward model, and a separate sampler: the engine samples with the trainer's own weights, so
+rollouts are never stale. On a GPU it does so in 16 bit and with other kernels: `logp_gap_mean` and `logp_gap`
+in the log are how far its log-probs are from the trainer's, and a run stops where they part.
 """
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
+import tyro
 from tqdm import tqdm
 
+from ..eval.harness import evaluate
+from ..eval.sampler import ModelSampler
 from ..eval.tasks import Task
-from ..kernels.linear_logprob import check_targets
 from ..model.engine import Engine
 from ..model.generation import NonFiniteError, sample_seeds
-from ..rl.advantages import group_advantages
-from ..rl.losses import LossConfig, grpo_loss, mean_metrics, token_weights
-from ..rl.rewards import RewardConfig, permute_within_groups, score
-from ..rl.rollouts import Rollouts, micro_batches, response_logprobs, sample_groups
-from .optim import OptimConfig, learning_rate, make_optimizer, optimizer_step
-from .run import Run, RunConfig, build_model, load_model, pick_device, reuse_memory
+from ..model.transformer import Transformer
+from ..rl.advantages import AdvantageConfig, group_advantages
+from ..rl.algorithms import PIECES, Pieces, from_preset, missing_dials
+from ..rl.critic import Critic
+from ..rl.losses import LossConfig, kl_estimate
+from ..rl.rewards import RewardConfig, Rewards, overlong_penalty, permute_within_groups, score
+from ..rl.rollouts import Rollouts, merge, sample_groups
+from .diagnose import Diagnosis
+from .mistakes import MISTAKES, warn_of
+from .optim import OptimConfig, make_optimizer
+from .parallel import all_sum
+from .run import Run, RunConfig, build_model, load_model, peak_memory, pick_device, read_metrics, reuse_memory
 from .task_flags import TaskFlags
+from .update import LogpGapError, each_token, kl_to_reference, logp_of, update_critic, update_policy
 
 
 def rl_optim(lr: float = 4e-4) -> OptimConfig:
@@ -49,6 +59,9 @@ class GRPOConfig(RunConfig):
 
     base: str
     """Folder of the run (or checkpoint) to start from; also the reference of the KL."""
+    algo: str = "r1_zero"
+    """r1_zero, grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, reinforce or ppo; any dial that is given
+    besides wins over it. What was used is in run.json."""
     task: TaskFlags = field(default_factory=TaskFlags)
     prompts_per_step: int = 16
     """Problems in a step."""
@@ -60,187 +73,265 @@ class GRPOConfig(RunConfig):
     """Of sampling, and of the log-probs in the loss."""
     updates_per_step: int = 1
     """Optimizer steps on each batch of rollouts; with more than 1 the samples are shared out among them."""
+    dynamic_sampling: int | None = None
+    """Replace groups without signal by new problems, until this many times --prompts-per-step were drawn; 1
+    for never; if not given, as --algo has it (dapo: 3)."""
     rewards: RewardConfig = field(default_factory=RewardConfig)
-    normalise_std: bool = True
-    """Divide advantages by the group's standard deviation (GRPO) or not (Dr. GRPO)."""
+    overlong_buffer: float | None = None
+    """Share of --max-new-tokens, at its end, over which the reward falls by up to 1 (DAPO's soft punishment);
+    0 for none; if not given, as --algo has it (dapo: 0.2)."""
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=lambda: rl_optim())
+    critic_optim: OptimConfig = field(default_factory=lambda: rl_optim())
+    """Of the critic (PPO)."""
+    value_clip: float = 0.5
+    """The critic's value earns nothing more beyond this distance from the old one; 0 for no clip (PPO)."""
     micro_tokens: int = 4096
     """Tokens in one forward and backward pass; changes memory and speed, not the gradient."""
     max_logp_gap: float | None = None
     """Stop when a sampled token's log-prob is further from the trainer's own; if not given, 1e-3 where the
     model computes in fp32 (about 1e-6 is usual), 1.0 in 16 bit."""
+    ref_refresh: int = 0
+    """Steps after which the reference becomes a copy of the policy (R1-Zero: 400); 0 for never."""
+    ref_offload: bool = False
+    """Keep the reference in the CPU's memory between uses."""
     kl_samples: int = 32
-    """Answers a step on which the KL to the base is measured for the log; 0 for none."""
+    """Answers a step on which the KL to the reference is measured for the log; 0 for none."""
+    eval_every: int = 0
+    """Steps between measurements on held-out problems; the best checkpoint is kept. 0 for none."""
+    eval_problems: int = 64
+    """Held-out problems of each measurement, one answer each."""
     control: bool = False
     """Deal the rewards out at random within each group: what does the machinery do without information?"""
+    mistake: Annotated[str | None, tyro.conf.arg(name="break")] = None
+    """Make a classic mistake on purpose, to see what it does; `r1zero compare --help` lists them."""
     seed: int = 0
     """Of sampling and of the order of samples; the order of problems is the task's (--dials seed=1)."""
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("prompts_per_step", "max_new_tokens", "updates_per_step", "micro_tokens"):
+        for name in ("prompts_per_step", "max_new_tokens", "updates_per_step", "micro_tokens",
+                     "eval_problems"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 1 or more")
         if self.group_size < 2:
             raise ValueError(f"--group-size is {self.group_size}; an answer is compared with others of "
                              "its group, so it must be 2 or more")
-        for name in ("kl_samples", "seed"):
-            if getattr(self, name) < 0:
+        for name in ("kl_samples", "seed", "ref_refresh", "eval_every", "value_clip"):
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 0 or more")
         if not self.temperature > 0:
             raise ValueError(f"--temperature is {self.temperature}; exploration needs a temperature above 0")
         if self.max_logp_gap is not None and not self.max_logp_gap > 0:
             raise ValueError(f"--max-logp-gap is {self.max_logp_gap}, expected a number above 0")
+        if self.mistake is not None and self.mistake not in MISTAKES:
+            raise ValueError(f"--break is {self.mistake!r}, expected one of {', '.join(MISTAKES)}")
+        # The object that is used is the one that is logged, so dials that were not given are filled in here.
+        for name in ("advantage", "loss"):
+            object.__setattr__(self, name, from_preset(self.algo, name, getattr(self, name)))
+        for name, value in missing_dials(self.algo, "loop", self).items():
+            object.__setattr__(self, name, value)
+        if self.dynamic_sampling < 1 or not 0 <= self.overlong_buffer <= 1:
+            raise ValueError(f"--dynamic-sampling is {self.dynamic_sampling} and --overlong-buffer "
+                             f"{self.overlong_buffer}; expected 1 or more, and a share from 0 to 1")
+        if self.loss.objective == "gspo" and self.per_token:
+            raise ValueError(f"--loss.objective gspo with --advantage.baseline {self.advantage.baseline}: "
+                             "one ratio a sequence takes one advantage a sequence; expected the objective "
+                             "clip, cispo or reinforce, or another baseline")
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return self.loss.kl_coef > 0 and self.loss.kl_in == "reward"
+
+    @property
+    def per_token(self) -> bool:
+        """Whether each token has an advantage of its own."""
+        return self.advantage.baseline == "critic" or self.advantage.baseline == "none" and self.kl_in_reward
 
 
-def grpo_step(policy, reference, engine: Engine, task: Task, optimizer, c: GRPOConfig, step: int) -> dict:
+@dataclass
+class Learner:
+    """What a run trains and samples with, and the one figure that moves besides."""
+
+    policy: Transformer
+    reference: Transformer
+    engine: Engine
+    optimizer: torch.optim.Optimizer
+    critic: Critic | None = None
+    critic_optimizer: torch.optim.Optimizer | None = None
+    pieces: Pieces = PIECES
+    position: int = 0
+    """The next problem."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Groups that were sampled and graded."""
+
+    rollouts: Rollouts
+    rewards: Rewards
+    training_N: np.ndarray
+    """[N] the rewards that are trained on: dealt out anew in the control, lower near the limit of length."""
+    dead_G: np.ndarray
+    """[G] groups without signal."""
+
+
+def draw(s: Learner, task: Task, c: GRPOConfig, step: int, n_prompts: int, *round_: int) -> Drawn:
+    """Sample a group of answers to each of the next problems, and grade each by rule: is it right, is it well
+    formed?"""
+    problems = task.problems("train", n_prompts, start=s.position)
+    s.position += n_prompts
+    seeds = sample_seeds(n_prompts * c.group_size, c.seed, step, *round_)
+    rollouts = sample_groups(s.engine, [task.prompt(p) for p in problems], c.group_size, c.max_new_tokens,
+                             c.temperature, seeds)
+    rewards = score(task, [p for p in problems for _ in range(c.group_size)], rollouts.texts, c.rewards)
+    training_N = rewards.total
+    if c.overlong_buffer:
+        training_N = training_N + overlong_penalty(rollouts.response_lengths, c.max_new_tokens,
+                                                   c.overlong_buffer)
+    if c.control:
+        training_N = permute_within_groups(training_N, rollouts.group_offsets, seed=(c.seed, step, *round_))
+    return Drawn(rollouts, rewards, training_N, group_advantages(training_N, rollouts.group_offsets)[1])
+
+
+def draw_with_signal(s: Learner, task: Task, c: GRPOConfig,
+                     step: int) -> tuple[Rollouts, np.ndarray, list[Drawn]]:
+    """(what to train on, its rewards, all that was drawn): with --dynamic-sampling, groups without signal are
+    replaced by groups of new problems (DAPO, arXiv 2503.14476, eq. 11) as long as there are draws left."""
+    drawn = [draw(s, task, c, step, c.prompts_per_step)]
+    if c.dynamic_sampling == 1:
+        return drawn[0].rollouts, drawn[0].training_N, drawn
+    left = (c.dynamic_sampling - 1) * c.prompts_per_step
+    while (wanted := min(left, c.prompts_per_step - sum(int((~d.dead_G).sum()) for d in drawn))) > 0:
+        drawn.append(draw(s, task, c, step, wanted, len(drawn)))
+        left -= wanted
+    kept = [np.flatnonzero(~d.dead_G) for d in drawn]
+    if not any(map(len, kept)):  # nothing to learn from: a step like any other, that changes nothing
+        kept[0] = np.arange(len(drawn[0].dead_G))
+    samples = [np.isin(np.repeat(np.arange(len(d.dead_G)), np.diff(d.rollouts.group_offsets)), groups)
+               for d, groups in zip(drawn, kept, strict=True)]
+    training_N = np.concatenate([d.training_N[some] for d, some in zip(drawn, samples, strict=True)])
+    return merge([d.rollouts for d in drawn], kept), training_N, drawn
+
+
+def grpo_step(s: Learner, task: Task, c: GRPOConfig, step: int) -> dict:
     """One step of GRPO; returns the figures to log."""
-    problems = task.problems("train", c.prompts_per_step, start=step * c.prompts_per_step)
-    prompts = [task.prompt(p) for p in problems]
-    started = time.perf_counter()
+    started, device = time.perf_counter(), s.policy.embed.device
 
-    # 1. Sample a group of answers to each problem.
-    seeds = sample_seeds(c.prompts_per_step * c.group_size, c.seed, step)
-    engine.refresh(version=step)
-    rollouts = sample_groups(engine, prompts, c.group_size, c.max_new_tokens, c.temperature, seeds)
+    # 1. and 2. Sample a group of answers to each problem, and grade each answer by rule.
+    s.engine.refresh(version=step)
+    rollouts, rewards_N, drawn = draw_with_signal(s, task, c, step)
     sampled = time.perf_counter()
 
-    # 2. Grade each answer by rule: is it right, is it well formed?
-    rewards = score(task, [p for p in problems for _ in range(c.group_size)], rollouts.texts, c.rewards)
-    rewards_N = rewards.total
-    if c.control:
-        rewards_N = permute_within_groups(rewards_N, rollouts.group_offsets, seed=(c.seed, step))
-
     # 3. How much better than the rest of its group was each answer?            (DeepSeekMath, eq. 3)
-    advantages_N, dead = group_advantages(rewards_N, rollouts.group_offsets, c.normalise_std)
+    if c.ref_offload:
+        s.reference.to(device)
+    everything, kl_R, values_R = np.arange(len(rollouts.texts)), None, None
+    if c.kl_in_reward:
+        ref_logp_R = each_token(logp_of(s.reference, c.temperature), rollouts, everything, c, device)
+        kl_R = c.loss.kl_coef * kl_estimate(np.concatenate(rollouts.sampler_logp).astype(np.float64),
+                                            ref_logp_R.double().cpu().numpy(), c.loss.kl_estimator)
+    if s.critic is not None:
+        values_R = each_token(s.critic, rollouts, everything, c, device).double().cpu().numpy()
+    advantages, returns_R = s.pieces.advantages(rewards_N, rollouts.group_offsets, rollouts.response_offsets,
+                                                c.advantage, kl_R, values_R, all_sum)
 
     # 4. Make the better ones more likely, within the trust region.             (DeepSeekMath, eq. 1)
-    figures = update_policy(policy, reference, rollouts, advantages_N, optimizer, c, step)
-
-    lengths = rollouts.response_lengths
-    return {"reward": rewards.total.mean(), "accuracy": rewards.accuracy.mean(),
-            "format": rewards.format.mean(), "length": lengths.mean(),
-            "truncated": np.mean([r == "length" for r in rollouts.finish_reasons]),
-            "dead_groups": dead.mean(), **figures,
-            "kl_to_base": kl_to_reference(reference, rollouts, c, step),
-            "tokens": int(lengths.sum()), "rollout_s": sampled - started,
-            "step_s": time.perf_counter() - started,
-            "rollout_tokens_per_s": lengths.sum() / (sampled - started)}
-
-
-def update_policy(policy, reference, rollouts: Rollouts, advantages_N: np.ndarray, optimizer, c: GRPOConfig,
-                  step: int) -> dict:
-    """One or more optimizer steps on the rollouts; samples that have nothing to teach are not computed at
-    all.
-
-    The weight of every token is fixed for the whole batch beforehand, so the gradient depends neither on the
-    cut into micro-batches nor on leaving out the samples whose advantage is 0 (they still count in the mean's
-    denominator).
-    """
-    device = policy.embed.device
-    check_targets(np.concatenate(rollouts.sequences), policy.config.vocab_size)
-    weights_N = token_weights(rollouts.response_lengths, c.loss.mean, c.max_new_tokens) * c.updates_per_step
-    advantages, weights = (torch.from_numpy(x).float().to(device) for x in (advantages_N, weights_N))
-    live = np.flatnonzero(advantages_N) if c.loss.kl_coef == 0 else np.arange(len(advantages_N))
-    shares = np.array_split(np.random.default_rng([c.seed, step]).permutation(live), c.updates_per_step)
-    updates = [micro_batches(rollouts, share, c.micro_tokens, device) for share in shares]
-    old_logp = {}  # under the policy before the first update; with a single update that is the update's own
-    if c.updates_per_step > 1:
-        with torch.no_grad():
-            old_logp = {id(b): response_logprobs(policy, b, rollouts.temperature)[0]
-                        for batches in updates for b in batches}
-
-    parts, norms, entropies, gap, gap_sum, n_tokens = [], [0.0], 0.0, 0.0, 0.0, 0
-    largest_gap = gap_limit(policy, c)
-    for batches in updates:
-        found = []  # read from the device once an update
-        for batch in batches:
-            logp, entropy = response_logprobs(policy, batch, rollouts.temperature)
-            old = old_logp.get(id(batch), logp.detach())
-            ref_logp = None
-            if c.loss.kl_coef > 0:
-                with torch.no_grad():
-                    ref_logp, _ = response_logprobs(reference, batch, rollouts.temperature)
-            loss, metrics = grpo_loss(logp, old, ref_logp, advantages[batch.samples], weights[batch.samples],
-                                      batch.response_offsets, c.loss)
-            loss.backward()
-            parts.append(metrics)
-            gaps = (old - batch.sampler_logp).abs()
-            found.append(torch.stack([entropy.detach().sum(), gaps.sum(), gaps.max()]))
-            n_tokens += len(logp)
-        if batches:
-            entropy_sums, gap_sums, gap_maxima = torch.stack(found).double().cpu().T
-            largest = float(gap_maxima.max())
-            if not largest <= largest_gap:  # NaN, too; before anything is updated with it
-                raise LogpGapError(f"the sampler's log-prob of a token is {largest:.3g} from the trainer's "
-                                   f"own, more than --max-logp-gap {largest_gap:g}")
-            gap, gap_sum = max(gap, largest), gap_sum + float(gap_sums.sum())
-            entropies += float(entropy_sums.sum())
-            norms.append(optimizer_step(policy, optimizer, learning_rate(step, c.steps, c.optim), c.optim))
-    return {**mean_metrics(parts, c.updates_per_step), "entropy": entropies / max(1, n_tokens),
-            "gradient_norm": np.max(norms), "logp_gap": gap, "logp_gap_mean": gap_sum / max(1, n_tokens),
-            "trained_samples": len(live)}
+    figures = update_policy(s.policy, s.reference, rollouts, advantages, s.optimizer, c, step, s.pieces)
+    if s.critic is not None:
+        figures |= update_critic(s.critic, rollouts, values_R, returns_R, s.critic_optimizer, c, step)
+    figures["kl_to_reference"] = kl_to_reference(s.reference, rollouts, c, step)
+    if c.ref_offload:
+        s.reference.to("cpu")
+    return {**figures_of(drawn, sampled - started), **figures, "position": s.position,
+            "step_s": time.perf_counter() - started, "update_s": time.perf_counter() - sampled,
+            "update_tokens_per_s": rollouts.response_lengths.sum() / (time.perf_counter() - sampled),
+            "memory_gb": peak_memory(device) / 1e9}
 
 
-class LogpGapError(FloatingPointError):
-    """Sampler and trainer disagree about the probability of a sampled token."""
+def figures_of(drawn: list[Drawn], seconds: float) -> dict:
+    """What a log shows of all that was sampled in a step, kept or not: a mean over the kept groups alone
+    would leave out the easy and the hopeless ones."""
+    rewards = {name: np.concatenate([getattr(d.rewards, name) for d in drawn])
+               for name in ("total", "accuracy", "format")}
+    lengths = np.concatenate([d.rollouts.response_lengths for d in drawn])
+    right_G = np.concatenate([np.add.reduceat(d.rewards.accuracy, d.rollouts.group_offsets[:-1])
+                              / np.diff(d.rollouts.group_offsets) for d in drawn])
+    dead_G = np.concatenate([d.dead_G for d in drawn])
+    cut = np.concatenate([[reason == "length" for reason in d.rollouts.finish_reasons] for d in drawn])
+    dead_N = np.concatenate([np.repeat(d.dead_G, np.diff(d.rollouts.group_offsets)) for d in drawn])
+    replaced = int(lengths[dead_N].sum()) if len(drawn) > 1 else 0
+    return {"reward": rewards["total"].mean(), "accuracy": rewards["accuracy"].mean(),
+            "format": rewards["format"].mean(), "length": lengths.mean(), "length_max": lengths.max(),
+            "truncated": cut.mean(), "dead_groups": dead_G.mean(), "all_right": (right_G == 1).mean(),
+            "all_wrong": (right_G == 0).mean(), "groups_drawn": len(dead_G), "replaced_tokens": replaced,
+            "replaced_s": seconds * replaced / lengths.sum(), "tokens": int(lengths.sum()),
+            "rollout_s": seconds, "rollout_tokens_per_s": lengths.sum() / seconds}
 
 
-def gap_limit(policy, c: GRPOConfig) -> float:
-    """--max-logp-gap, or what rounding explains."""
-    return c.max_logp_gap or (1e-3 if policy.compute_dtype == torch.float32 else 1.0)
+def held_out_accuracy(s: Learner, task: Task, c: GRPOConfig) -> float:
+    """pass@1 on the first --eval-problems test problems, at the temperature of training."""
+    sampler = ModelSampler(s.policy, s.engine.tokenizer, c.max_new_tokens, c.temperature, c.seed)
+    size = task.size("test")
+    problems = task.problems("test", c.eval_problems if size is None else min(size, c.eval_problems))
+    return evaluate(sampler, task, problems, 1, (1,)).accuracy.mean
 
 
-@torch.no_grad()
-def kl_to_reference(reference, rollouts: Rollouts, c: GRPOConfig, step: int) -> float:
-    """Mean over tokens of the k3 estimate of KL(policy || reference), on a random few of the samples.
+def make_learner(c: GRPOConfig, task: Task, device: torch.device) -> Learner:
+    policy, tokenizer, base = load_model(c.base, device)
+    config, weights = base.state["model_config"], base.tensors["model"]
+    reference = build_model(config, weights, torch.device("cpu") if c.ref_offload else device)
+    critic = Critic(build_model(config, weights, device)) if c.advantage.baseline == "critic" else None
+    # The cache is for what a step samples, as far as a few prompts tell (longer ones: fewer rows),
+    # and leaves room for what the first update makes: gradients and two moments, all in fp32.
+    prompts = tokenizer.encode_batch([task.prompt(p) for p in task.problems("train", c.prompts_per_step)])
+    engine = Engine(policy, tokenizer, max_rows=min(1024, c.prompts_per_step * c.group_size),
+                    longest=max(map(len, prompts)) + c.max_new_tokens,
+                    reserve=12 * sum(p.numel() for p in policy.parameters()) * (2 if critic else 1))
+    return Learner(policy, reference.requires_grad_(False), engine, make_optimizer(policy, c.optim), critic,
+                   make_optimizer(critic, c.critic_optim) if critic else None,
+                   MISTAKES[c.mistake].pieces if c.mistake else PIECES)
 
-    The policy's log-probs are those that the samples came with, so only the reference has to be run.
-    """
-    n = min(c.kl_samples, len(rollouts.texts))
-    some = np.sort(np.random.default_rng([c.seed, step, 1]).choice(len(rollouts.texts), n, replace=False))
-    total, count = 0.0, 0
-    for batch in micro_batches(rollouts, some, c.micro_tokens, reference.embed.device):
-        ref_logp, _ = response_logprobs(reference, batch, rollouts.temperature)
-        d = ref_logp - batch.sampler_logp
-        total += float((d.exp() - d - 1).sum())
-        count += len(d)
-    return total / max(1, count)
 
-
-def grpo(c: GRPOConfig):
+def grpo(c: GRPOConfig) -> Transformer:
     """Run the loop. Raises ValueError for bad flags, FloatingPointError or NonFiniteError for NaN, and
     LogpGapError for a sampler that is not the trainer's equal."""
     reuse_memory()
     device, task = pick_device(c.device), c.task.make()
-    policy, tokenizer, base = load_model(c.base, device)
-    reference = build_model(base.state["model_config"], base.tensors["model"], device).requires_grad_(False)
-    with Run(c, "control" if c.control else "grpo") as run:
-        optimizer = make_optimizer(policy, c.optim)
-        run.restore(policy, tokenizer, optimizer)
-        # The cache is for what a step samples, as far as a few prompts tell (longer ones: fewer rows),
-        # and leaves room for what the first update makes: gradients and two moments, all in fp32.
-        prompts = tokenizer.encode_batch([task.prompt(p) for p in task.problems("train", c.prompts_per_step)])
-        engine = Engine(policy, tokenizer, max_rows=min(1024, c.prompts_per_step * c.group_size),
-                        longest=max(map(len, prompts)) + c.max_new_tokens,
-                        reserve=12 * sum(p.numel() for p in policy.parameters()))
-        tqdm.write(engine.plan(), file=sys.stderr)
+    if c.mistake:
+        warn_of(c.mistake)
+    s = make_learner(c, task, device)
+    more = {"reference": (s.reference, None)} if c.ref_refresh else {}
+    more |= {"critic": (s.critic, s.critic_optimizer)} if s.critic is not None else {}
+    with Run(c, "control" if c.control else c.algo) as run:
+        s.position = run.restore(s.policy, s.engine.tokenizer, s.optimizer, more).get("position", 0)
+        tqdm.write(s.engine.plan(), file=sys.stderr)
+        diagnosis = Diagnosis(c, read_metrics(run.folder))
         for step in run.steps():
             try:
-                figures = grpo_step(policy, reference, engine, task, optimizer, c, step)
+                figures = grpo_step(s, task, c, step)
             except NonFiniteError as error:
                 raise NonFiniteError(f"{error}, at step {step + 1}; {run.last_good()}") from error
             except LogpGapError as error:
                 raise LogpGapError(f"{error}, at step {step + 1}; {run.last_good()}. If this is "
                                    "rounding alone, raise --max-logp-gap; if not, sampler and trainer "
                                    "compute two different things") from error
-            run.check_finite(step, policy, loss=figures["loss"], gradient_norm=figures["gradient_norm"])
+            run.check_finite(step, s.policy, **{name: figures[name] for name in
+                                                ("loss", "gradient_norm", "value_loss") if name in figures})
+            if c.ref_refresh and (step + 1) % c.ref_refresh == 0:
+                s.reference.load_state_dict(s.policy.state_dict())
+            score = None
+            if c.eval_every and ((step + 1) % c.eval_every == 0 or step + 1 == c.steps):
+                figures["eval_accuracy"] = score = held_out_accuracy(s, task, c)
             figures = {name: float(value) for name, value in figures.items()}
-            run.log(step, figures, show=("accuracy", "format", "length", "kl_to_base"))
-            if run.due(step, c.save_every):
-                run.save(step, policy, tokenizer, optimizer)
-    return policy
+            run.log(step, figures, show=("accuracy", "format", "length", "kl_to_reference"))
+            for advice in diagnosis.look(figures):
+                tqdm.write(advice, file=sys.stderr)
+            if run.due(step, c.save_every) or score is not None:
+                run.save(step, s.policy, s.engine.tokenizer, s.optimizer, score, more,
+                         {"position": s.position})
+    return s.policy
 
 
 if __name__ == "__main__":

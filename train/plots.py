@@ -163,7 +163,7 @@ CURVES = [  # (name in metrics.jsonl, name in the evaluation, title, unit, is it
      "Groups whose answers all got the same reward; they teach nothing."),
     ("entropy", None, "Entropy", "nats a token", False,
      "How undecided the model is about its next token; near 0 it would have stopped exploring."),
-    ("kl_to_base", None, "Distance to the base model", "KL, nats a token", False,
+    ("kl_to_reference", None, "Distance to the base model", "KL, nats a token", False,
      "How far the model has moved from where it began."),
 ]
 

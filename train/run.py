@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -101,6 +102,13 @@ def cpu_name() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: by PyTorch's tensors on a GPU, by the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes, on Linux
 
 
 def machine() -> dict:
@@ -252,32 +260,49 @@ class Run:
                                          f"nothing was updated or saved with it; {self.last_good()}. Lower "
                                          "the learning rate, or look at the data of that step")
 
-    def save(self, step: int, model: Transformer, tokenizer: Tokenizer, optimizer,
-             score: float | None = None) -> None:
+    def save(self, step: int, model: Transformer, tokenizer: Tokenizer, optimizer, score: float | None = None,
+             more: dict | None = None, figures: dict | None = None) -> None:
         """Checkpoint what changes, after 0-based `step`: weights, optimizer, and the step, from which data
-        and random numbers follow. The log goes to the disk first, so that no checkpoint is ahead of it."""
+        and random numbers follow. The log goes to the disk first, so that no checkpoint is ahead of it.
+
+        more: name -> (module, its optimizer or None), further modules that change; figures: numbers that do.
+        """
         os.fsync(self._file.fileno())
-        moments, rest = optimizer_tensors(optimizer, model.named_parameters())
-        tensors = {"model": dict(model.named_parameters()), "optimizer": moments}
+        tensors = {}
         state = {"settings": self.settings, "model_config": model.config.to_dict(),
-                 "tokenizer": tokenizer.to_dict(), "optimizer": rest}
+                 "tokenizer": tokenizer.to_dict(), "figures": figures or {}}
+        for name, (module, its_optimizer) in {"model": (model, optimizer), **(more or {})}.items():
+            tensors[name] = dict(module.named_parameters())
+            if its_optimizer is not None:
+                tensors[moments(name)], state[moments(name)] = optimizer_tensors(its_optimizer,
+                                                                                 module.named_parameters())
         save_checkpoint(self.folder, step + 1, tensors, state, keep_last=self.config.keep_last, score=score)
         self._saved = step
 
-    def restore(self, model: Transformer, tokenizer: Tokenizer, optimizer) -> None:
-        """Give a model and its optimizer the state of the checkpoint that the run goes on from, if any.
+    def restore(self, model: Transformer, tokenizer: Tokenizer, optimizer, more: dict | None = None) -> dict:
+        """Give a model, its optimizer and what `save` calls `more` the state of the checkpoint that the run
+        goes on from, if any. Returns the figures saved there, or nothing.
 
         Raises CheckpointError if the model has another shape, or the tokenizer (made from the data anew) has
         other tokens.
         """
-        if self.resumed:
-            check_config(self.resumed.state["model_config"], model.config.to_dict(), self.resumed.path)
-            if Tokenizer.from_dict(self.resumed.state["tokenizer"]).fingerprint() != tokenizer.fingerprint():
-                raise CheckpointError(f"{self.resumed.path} was made with another tokenizer: the data or the "
-                                      "base has changed since. Restore it, or give another run folder")
-            model.load_state_dict(self.resumed.tensors["model"])
-            load_optimizer_tensors(optimizer, model.named_parameters(), self.resumed.tensors["optimizer"],
-                                   self.resumed.state["optimizer"])
+        if not self.resumed:
+            return {}
+        check_config(self.resumed.state["model_config"], model.config.to_dict(), self.resumed.path)
+        if Tokenizer.from_dict(self.resumed.state["tokenizer"]).fingerprint() != tokenizer.fingerprint():
+            raise CheckpointError(f"{self.resumed.path} was made with another tokenizer: the data or the "
+                                  "base has changed since. Restore it, or give another run folder")
+        for name, (module, its_optimizer) in {"model": (model, optimizer), **(more or {})}.items():
+            module.load_state_dict(self.resumed.tensors[name])
+            if its_optimizer is not None:
+                load_optimizer_tensors(its_optimizer, module.named_parameters(),
+                                       self.resumed.tensors[moments(name)], self.resumed.state[moments(name)])
+        return self.resumed.state.get("figures", {})
+
+
+def moments(name: str) -> str:
+    """What a checkpoint calls the state of a module's optimizer."""
+    return "optimizer" if name == "model" else f"{name}_optimizer"
 
 
 def read_metrics(folder: str | Path) -> list[dict]:

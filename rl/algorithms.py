@@ -1,0 +1,74 @@
+"""The family, each member as a composition of the pieces in advantages.py and losses.py.
+
+A preset is what its paper has; `--algo NAME` takes it, and any dial that is given besides wins over it.
+
+    name            source              baseline         scale   ratio, clip       mean       KL
+    r1_zero         the demo            group            std     token, 0.2        token      -
+    grpo            arXiv 2402.03300    group            std     token, 0.2        sequence   k3 in the loss
+    dr_grpo         arXiv 2503.20783    group            -       token, 0.2        constant   -
+    dapo            arXiv 2503.14476    group            std     token, 0.2|0.28   token      -
+    gspo            arXiv 2507.18071    group            std     sequence, 3-4e-4  sequence   -
+    cispo           arXiv 2506.13585    group            std     constant, to 6    token      -
+    rloo            arXiv 2402.14740    leave_one_out    -       none              constant   k1 in the reward
+    reinforce_pp    arXiv 2501.03262    none             batch   token, 0.2        token      k1 in the reward
+    reinforce       Williams 1992       batch            -       none              constant   -
+    ppo             arXiv 1707.06347    critic           batch   token, 0.2        token      k1 in the reward
+
+DAPO besides draws groups without signal anew and lowers the reward of answers that come near the limit.
+r1_zero is GRPO as most small reproductions run it today: token mean, no KL. R1-Zero itself is `grpo`. The
+weights of the KL are ours for all (0.001, R1-Zero's), and so is CISPO's bound, which its paper leaves open.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .advantages import advantages
+from .losses import grpo_loss, token_weights
+
+BASE: dict[str, dict[str, Any]] = {
+    "advantage": dict(baseline="group", scale="std", gamma=1.0, lam=1.0),
+    "loss": dict(objective="clip", clip_low=0.2, clip_high=0.2, mean="token", kl_coef=0.0, kl_in="loss",
+                 kl_estimator="k3", entropy_coef=0.0, max_importance=0.0, overlong_filter=False),
+    "loop": dict(dynamic_sampling=1, overlong_buffer=0.0),
+}
+KL_IN_REWARD = dict(kl_coef=0.001, kl_in="reward", kl_estimator="k1")
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "r1_zero": {},
+    "grpo": {"loss": dict(mean="sequence", kl_coef=0.001)},
+    "dr_grpo": {"advantage": dict(scale="none"), "loss": dict(mean="constant")},
+    "dapo": {"loss": dict(clip_high=0.28), "loop": dict(dynamic_sampling=3, overlong_buffer=0.2)},
+    "gspo": {"loss": dict(objective="gspo", clip_low=3e-4, clip_high=4e-4, mean="sequence")},
+    "cispo": {"loss": dict(objective="cispo", clip_low=1.0, clip_high=5.0)},
+    "rloo": {"advantage": dict(baseline="leave_one_out", scale="none"),
+             "loss": dict(objective="reinforce", mean="constant", **KL_IN_REWARD)},
+    "reinforce_pp": {"advantage": dict(baseline="none", scale="batch"), "loss": KL_IN_REWARD},
+    "reinforce": {"advantage": dict(baseline="batch", scale="none"),
+                  "loss": dict(objective="reinforce", mean="constant")},
+    "ppo": {"advantage": dict(baseline="critic", scale="batch"), "loss": KL_IN_REWARD},
+}
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The three functions that an update is made of; train/mistakes.py swaps one for a wrong one."""
+
+    advantages: Callable = advantages
+    weights: Callable = token_weights
+    loss: Callable = grpo_loss
+
+
+PIECES = Pieces()
+
+
+def missing_dials(algo: str, part: str, given) -> dict[str, Any]:
+    """The dials of PRESETS' `part` that are None in `given`. Raises ValueError for an unknown preset."""
+    if algo not in PRESETS:
+        raise ValueError(f"--algo is {algo!r}, expected one of {', '.join(PRESETS)}")
+    preset = BASE[part] | PRESETS[algo].get(part, {})
+    return {name: value for name, value in preset.items() if getattr(given, name) is None}
+
+
+def from_preset(algo: str, part: str, given):
+    """An AdvantageConfig or LossConfig with the dials that are None taken from the preset. Raises ValueError,
+    too, for dials that do not go together."""
+    return replace(given, **missing_dials(algo, part, given))

@@ -1,0 +1,106 @@
+"""A classic mistake beside the right thing: two GRPO runs that differ in it alone, and a picture of both.
+
+    r1zero compare --break flipped_clip --run runs/flipped --base runs/base --steps 20
+
+mistakes.py has the mistakes, and says of each what is done and where it shows. Both runs have the same base,
+problems, seeds and flags; some mistakes show only with flags that both runs then get (several updates a step
+for the clip, a KL for its estimators). Stopped with Ctrl-C it goes on with --resume, like any run.
+"""
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from .grpo import GRPOConfig, grpo, rl_optim
+from .mistakes import MISTAKES
+from .optim import OptimConfig
+from .plots import CONTROL, RL, Line, Panel, draw
+from .run import read_metrics
+from .task_flags import TaskFlags
+
+SHOWN = ("accuracy", "length")  # beside the figure that the mistake shows in
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Run a classic mistake and the right thing, and plot both."""
+
+    mistake: Annotated[str, tyro.conf.arg(name="break")]
+    """k1_loss, flipped_k3, flipped_clip, length_bias, micro_batch_mean, sum_of_groups, no_end_token,
+    no_baseline, unguarded_std or wrong_group."""
+    base: str
+    """Folder of the run (or checkpoint) that both start from."""
+    run: str
+    """Folder for both runs, right/ and broken/, and the picture, compare.png."""
+    resume: bool = False
+    """Go on with a comparison that was stopped."""
+    task: TaskFlags = field(default_factory=TaskFlags)
+    steps: int = 20
+    """Steps of each run."""
+    prompts_per_step: int = 16
+    """Problems in a step."""
+    group_size: int = 16
+    """Answers sampled to each problem."""
+    max_new_tokens: int = 128
+    """Longest answer."""
+    micro_tokens: int = 4096
+    """Tokens in one forward and backward pass."""
+    optim: OptimConfig = field(default_factory=lambda: rl_optim())
+    seed: int = 0
+    """Of both runs."""
+    device: str = "auto"
+    """auto (the GPU if there is one), cpu or cuda."""
+
+    def __post_init__(self):
+        if self.mistake not in MISTAKES:
+            raise ValueError(f"--break is {self.mistake!r}, expected one of {', '.join(MISTAKES)}")
+        grpo_config(self, broken=True)  # whatever it would refuse is told before the first run
+
+
+def grpo_config(c: CompareConfig, broken: bool) -> GRPOConfig:
+    """One of the two runs; they differ in `mistake` and the folder alone."""
+    common = {f.name: getattr(c, f.name) for f in fields(c) if f.name not in ("mistake", "run")}
+    config = GRPOConfig(run=str(Path(c.run) / ("broken" if broken else "right")),
+                        mistake=c.mistake if broken else None, **common)
+    for name, value in MISTAKES[c.mistake].shows_with.items():
+        config = with_dial(config, name, value)
+    return config
+
+
+def with_dial(config: Any, name: str, value: Any) -> Any:
+    """`config` with the dial "loss.kl_coef" or "updates_per_step" set."""
+    outer, _, inner = name.partition(".")
+    return replace(config, **{outer: with_dial(getattr(config, outer), inner, value) if inner else value})
+
+
+def compare(c: CompareConfig) -> Path | None:
+    """Do both runs and draw them; returns the picture's path, or None if Ctrl-C stopped a run."""
+    rows = {}
+    for broken in (False, True):
+        config = grpo_config(c, broken)
+        grpo(config)
+        rows[broken] = read_metrics(config.run)
+        if rows[broken][-1]["step"] < c.steps:
+            print(f"stopped; go on with: r1zero compare --resume and the same flags ({c.run})")
+            return None
+    mistake = MISTAKES[c.mistake]
+    names = [*dict.fromkeys((*SHOWN, mistake.watch))]
+    panels = [Panel(name.replace("_", " "), "", [
+        Line(label, colour, [row["step"] for row in rows[broken]], [row[name] for row in rows[broken]])
+        for broken, label, colour in ((False, "right", RL), (True, f"broken: {c.mistake}", CONTROL))],
+        percent=name in ("accuracy", "truncated")) for name in names]
+    path = draw(panels, Path(c.run) / "compare.png", 5 * len(panels), 4.2)
+    print(f"{c.mistake}: {mistake.what}.")
+    last = {broken: rows[broken][-max(1, c.steps // 4):] for broken in rows}
+    for name in names:
+        right, wrong = (sum(row[name] for row in last[b]) / len(last[b]) for b in (False, True))
+        print(f"  {name:<18} right {right:8.3f}   broken {wrong:8.3f}   (mean of the last "
+              f"{len(last[False])} steps)")
+    print(path)
+    return path
+
+
+if __name__ == "__main__":
+    from .cli import run_command
+    run_command("compare")
