@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 import tyro  # noqa: F401  (the command line imports it late; the children then have it)
 
-from r1zero.rl.losses import LossConfig
 from r1zero.train.cli import main
 from r1zero.train.grpo import grpo
 from r1zero.train.pretrain import pretrain
@@ -180,8 +179,9 @@ if __name__ == "__main__":
     every = sys.argv[2:] == ["every"]
     loops = {  # the loop, its config, how many disk calls to die at, how many steps it has
         "pretrain": (pretrain, lambda run, **more: pretrain_config(run, data, **more), 9, 8),
-        "grpo": (grpo, lambda run, **more: grpo_config(run, base, updates_per_step=2,
-                                                       loss=LossConfig(kl_coef=0.01), **more), 6, 5),
+        "grpo": (grpo, lambda run, **more: grpo_config(
+            run, base, algo="ppo", updates_per_step=2, ref_refresh=2, dynamic_sampling=2, eval_every=2,
+            eval_problems=4, **more), 6, 5),
     }
     done: dict = {"killed": {}}
     for name, (loop, config, n_moments, n_steps) in loops.items():

@@ -68,6 +68,9 @@ class Bandit:
     def problems(self, split, n, start=0):
         return list(range(start, start + n))
 
+    def size(self, split):
+        return None  # as many as are asked for
+
     def prompt(self, problem):
         return f"{problem % 10}:"
 
