@@ -29,14 +29,16 @@ class ModelSampler:
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, max_new_tokens: int,
-                 temperature: float = 1.0, seed: int = 0, cut_prompts: bool = False):
-        """cut_prompts: take off the beginning of a prompt that is too long, and count it, instead of
-        raising."""
+                 temperature: float = 1.0, seed: int = 0, cut_prompts: bool = False,
+                 engine: Engine | None = None):
+        """cut_prompts: take off the beginning of a prompt that is too long, and count it, instead of raising.
+        engine: one that the model has already, since each holds a cache; None makes one."""
         limit = model.config.max_seq_len
         if not 1 <= max_new_tokens < limit:
             raise ValueError(f"max_new_tokens is {max_new_tokens}, but the model's max_seq_len is {limit}, "
                              f"prompt and response together; expected 1 to {limit - 1}")
-        self.engine, self.tokenizer, self.max_new_tokens = Engine(model, tokenizer), tokenizer, max_new_tokens
+        self.engine = engine or Engine(model, tokenizer)
+        self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
         self.temperature, self.seed, self.cut_prompts = temperature, seed, cut_prompts
         self.room = limit - max_new_tokens
         """Tokens that a prompt may have."""

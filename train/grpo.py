@@ -55,7 +55,8 @@ def rl_optim(lr: float = 4e-4) -> OptimConfig:
 class GRPOConfig(RunConfig):
     """Reinforcement learning of a base model by rule rewards."""
 
-    FREE: ClassVar[tuple[str, ...]] = ("max_logp_gap",)  # to change on resume, beside what all loops have
+    # to change on resume, beside what all loops have
+    FREE: ClassVar[tuple[str, ...]] = ("max_logp_gap", "eval_every", "eval_problems", "ref_offload")
 
     base: str
     """Folder of the run (or checkpoint) to start from; also the reference of the KL."""
@@ -272,10 +273,12 @@ def figures_of(drawn: list[Drawn], seconds: float) -> dict:
 
 def held_out_accuracy(s: Learner, task: Task, c: GRPOConfig) -> float:
     """pass@1 on the first --eval-problems test problems, at the temperature of training."""
-    sampler = ModelSampler(s.policy, s.engine.tokenizer, c.max_new_tokens, c.temperature, c.seed)
+    s.engine.refresh()
+    sampler = ModelSampler(s.policy, s.engine.tokenizer, c.max_new_tokens, c.temperature, c.seed,
+                           engine=s.engine)
     size = task.size("test")
     problems = task.problems("test", c.eval_problems if size is None else min(size, c.eval_problems))
-    return evaluate(sampler, task, problems, 1, (1,)).accuracy.mean
+    return evaluate(sampler, task, problems, progress=False).accuracy.mean
 
 
 def make_learner(c: GRPOConfig, task: Task, device: torch.device) -> Learner:
