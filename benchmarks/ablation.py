@@ -6,9 +6,10 @@ seeds.
     python -m benchmarks.ablation --table-of benchmarks/results/ablation.json     table and picture again
 
 Each run samples 16 answers to each of 16 problems a step and takes 4 optimizer steps on them, so that ratios
-leave 1 and the clips have something to do. All have the same optimizer at the same learning rate: AdamW with
-a small eps, which a loss's overall scale does not matter to, so what is compared is the direction. No preset
-was tuned but by the learning rate that all share. Tokens that dynamic sampling throws away count.
+leave 1 and the clips have something to do; "@1" takes one, on-policy, as the papers without a ratio do. All
+have the same optimizer at the same learning rate: AdamW with a small eps, which a loss's overall scale does
+not matter to, so what is compared is the direction. No preset was tuned but by the learning rate that all
+share. Tokens that dynamic sampling throws away count.
 
 Then, on held-out problems: pass@k for k = 1 to 16 from 16 answers each at temperature 1, and greedy accuracy;
 of the base, of every run, and of the control, whose rewards are dealt out at random within each group.
@@ -55,8 +56,8 @@ class Flags:
     """Folder of the base model's run; pretrained there as the demo does it if it is missing."""
     work: str = "runs/ablation/runs"
     """Folder for a JSON file of each run; those that are there are not done again."""
-    presets: tuple[str, ...] = (*PRESETS, "control")
-    """Which; "control" is r1_zero with the rewards dealt out at random."""
+    presets: tuple[str, ...] = (*PRESETS, "r1_zero@1", "rloo@1", "reinforce@1", "control")
+    """Which; "control" is r1_zero with the rewards dealt out at random; @1 takes 1 optimizer step a batch."""
     seeds: int = 3
     """Runs of each preset, with the seeds 0, 1, ..."""
     budget: int = 400_000
@@ -74,13 +75,14 @@ class Flags:
 
 
 def config_of(preset: str, seed: int, f: Flags) -> GRPOConfig:
+    algo, _, updates = preset.partition("@")
     optim = OptimConfig(lr=f.lr, warmup=5, schedule="constant", weight_decay=0.0, eps=1e-8)
     demo = DemoConfig()
     dials = f"n_numbers={demo.numbers}", f"high={demo.high}", f"ops={demo.ops}", "seed=0"
-    return GRPOConfig(run="", base=f.base, algo="r1_zero" if preset == "control" else preset, seed=seed,
+    return GRPOConfig(run="", base=f.base, algo="r1_zero" if algo == "control" else algo, seed=seed,
                       task=TaskFlags("countdown", dials), max_new_tokens=demo.max_new_tokens,
-                      micro_tokens=2048, updates_per_step=f.updates_per_step, control=preset == "control",
-                      optim=optim, critic_optim=replace(optim, lr=3 * f.lr))
+                      micro_tokens=2048, updates_per_step=int(updates or f.updates_per_step),
+                      control=algo == "control", optim=optim, critic_optim=replace(optim, lr=3 * f.lr))
 
 
 def measure(model, tokenizer, task, c: GRPOConfig, f: Flags) -> dict:
