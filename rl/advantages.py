@@ -122,7 +122,9 @@ def standardise(x: np.ndarray, counts: np.ndarray, divide: bool, total: Callable
     mean = weighted / n
     [squares] = total(np.array([(counts * np.square(x - mean)).sum()]))
     std = np.sqrt(squares / n)
-    return (x - mean) / (std if divide else 1.0) * (std >= EQUAL_REWARDS * max(1.0, abs(mean)))
+    if std < EQUAL_REWARDS * max(1.0, abs(mean)):  # before the division: 0 / 0 times 0 is NaN
+        return np.zeros(len(x))
+    return (x - mean) / (std if divide else 1.0)
 
 
 def advantages(rewards_N: np.ndarray, group_offsets: np.ndarray, response_offsets: np.ndarray,
