@@ -42,9 +42,10 @@ class AdvantageConfig:
     """"std": divide by the standard deviation of what the baseline is the mean of (GRPO). "batch": whiten
     over all tokens of the step (REINFORCE++, PPO). "none" (Dr. GRPO, RLOO)."""
     gamma: float | None = None
-    """Discount of rewards that come a token later; of critic and none."""
+    """Discount of rewards that come a token later; of critic, and of none where the KL is in the reward."""
     lam: float | None = None
-    """GAE's lambda: 1 trusts rewards alone (no bias), less trusts the critic (less variance)."""
+    """GAE's lambda, of critic alone: 1 trusts rewards alone (no bias), less trusts the critic (less
+    variance)."""
 
     def __post_init__(self):
         if self.baseline not in (None, *BASELINES) or self.scale not in (None, *SCALES):
@@ -154,6 +155,7 @@ def advantages(rewards_N: np.ndarray, group_offsets: np.ndarray, response_offset
         rewards_R = np.zeros(response_offsets[-1]) if kl_R is None else -kl_R
         rewards_R[np.asarray(response_offsets[1:]) - 1] += rewards_N
         values_R = np.zeros_like(rewards_R) if values_R is None else values_R
-        found, returns_R = gae(rewards_R, values_R, response_offsets, c.gamma, c.lam)
+        lam = c.lam if c.baseline == "critic" else 1.0  # without a critic it would be another discount
+        found, returns_R = gae(rewards_R, values_R, response_offsets, c.gamma, lam)
         counts, returns_R = np.ones_like(found), None if c.baseline == "none" else returns_R
     return standardise(found, counts, True, total) if c.scale == "batch" else found, returns_R
