@@ -12,10 +12,12 @@ composition.
     std             over the standard deviation of what the baseline is the mean of            GRPO
     batch           (A - mean) / std of A over all response tokens of the step                REINFORCE++, PPO
 
-In expectation on-policy, and summed over tokens: leave_one_out, critic with lam 1, and none give the gradient
-of the expected reward; group gives it times 1 - 1/n for groups of n and batch times 1 - 1/N for N answers,
-for an answer's own reward is in its baseline. `std` and `batch` give another direction: they weigh easy and
-hard problems anew. tests/test_exact.py enumerates all of it.
+In expectation on-policy, summed over tokens and undiscounted: leave_one_out, critic with lam 1 (below 1 only
+if the critic is right), and none give the gradient of the expected reward; group gives it times 1 - 1/n for
+groups of n and batch times 1 - 1/N for N answers, for an answer's own reward is in its baseline. The group's
+`std` turns it, unless the rewards are 0 and 1: then it weighs problems anew, those nearly always or never
+solved up (not in groups of 2 or 3; the larger the group, the more). Scale `batch` turns it in either case.
+tests/test_exact.py enumerates all of it.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
