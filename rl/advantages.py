@@ -12,10 +12,12 @@ composition.
     std             over the standard deviation of what the baseline is the mean of            GRPO
     batch           (A - mean) / std of A over all response tokens of the step                REINFORCE++, PPO
 
-In expectation on-policy, and summed over tokens: leave_one_out, critic with lam 1, and none give the gradient
-of the expected reward; group gives it times 1 - 1/n for groups of n and batch times 1 - 1/N for N answers,
-for an answer's own reward is in its baseline. `std` and `batch` give another direction: they weigh easy and
-hard problems anew. tests/test_exact.py enumerates all of it.
+In expectation on-policy, summed over tokens and undiscounted: leave_one_out, critic with lam 1 (below 1 only
+if the critic is right), and none give the gradient of the expected reward; group gives it times 1 - 1/n for
+groups of n and batch times 1 - 1/N for N answers, for an answer's own reward is in its baseline. The group's
+`std` turns it, unless the rewards are 0 and 1: then it weighs problems anew, those nearly always or never
+solved up (not in groups of 2 or 3; the larger the group, the more). Scale `batch` turns it in either case.
+tests/test_exact.py enumerates all of it.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,9 +44,10 @@ class AdvantageConfig:
     """"std": divide by the standard deviation of what the baseline is the mean of (GRPO). "batch": whiten
     over all tokens of the step (REINFORCE++, PPO). "none" (Dr. GRPO, RLOO)."""
     gamma: float | None = None
-    """Discount of rewards that come a token later; of critic and none."""
+    """Discount of rewards that come a token later; of critic, and of none where the KL is in the reward."""
     lam: float | None = None
-    """GAE's lambda: 1 trusts rewards alone (no bias), less trusts the critic (less variance)."""
+    """GAE's lambda, of critic alone: 1 trusts rewards alone (no bias), less trusts the critic (less
+    variance)."""
 
     def __post_init__(self):
         if self.baseline not in (None, *BASELINES) or self.scale not in (None, *SCALES):
@@ -122,7 +125,9 @@ def standardise(x: np.ndarray, counts: np.ndarray, divide: bool, total: Callable
     mean = weighted / n
     [squares] = total(np.array([(counts * np.square(x - mean)).sum()]))
     std = np.sqrt(squares / n)
-    return (x - mean) / (std if divide else 1.0) * (std >= EQUAL_REWARDS * max(1.0, abs(mean)))
+    if std < EQUAL_REWARDS * max(1.0, abs(mean)):  # before the division: 0 / 0 times 0 is NaN
+        return np.zeros(len(x))
+    return (x - mean) / (std if divide else 1.0)
 
 
 def advantages(rewards_N: np.ndarray, group_offsets: np.ndarray, response_offsets: np.ndarray,
@@ -152,6 +157,7 @@ def advantages(rewards_N: np.ndarray, group_offsets: np.ndarray, response_offset
         rewards_R = np.zeros(response_offsets[-1]) if kl_R is None else -kl_R
         rewards_R[np.asarray(response_offsets[1:]) - 1] += rewards_N
         values_R = np.zeros_like(rewards_R) if values_R is None else values_R
-        found, returns_R = gae(rewards_R, values_R, response_offsets, c.gamma, c.lam)
+        lam = c.lam if c.baseline == "critic" else 1.0  # without a critic it would be another discount
+        found, returns_R = gae(rewards_R, values_R, response_offsets, c.gamma, lam)
         counts, returns_R = np.ones_like(found), None if c.baseline == "none" else returns_R
     return standardise(found, counts, True, total) if c.scale == "batch" else found, returns_R

@@ -15,7 +15,8 @@ The KL to the reference, a token at a time with d = ref_logp - logp (Schulman 20
                                 the same to first order only                   KL's
 
 In the reward it is a number like any other, and the policy gradient does the rest, the effect of a token on
-the later ones too; in the loss it is differentiated, token by token, and that effect is left out.
+the later ones too; in the loss it is differentiated, token by token, and that effect is left out. What k3 has
+in the loss it lacks in the reward: for answers of one token nothing is left there to first order.
 """
 import math
 from collections.abc import Callable
@@ -121,8 +122,10 @@ def importance_weights(old_logp: torch.Tensor, sampler_logp: torch.Tensor, bound
     """min(p_trainer / p_sampler, bound), a constant, for each token [R]; for each sequence [N], of the
     geometric mean of its tokens' ratios, if `offsets` [N + 1] are given (GSPO).
 
-    The advantage is multiplied by it: so the gradient is that of the trainer's own policy, but for what the
-    bound cuts off (truncated importance sampling, Ionides 2008).
+    The advantage is multiplied by it. One a token makes each choice as likely as the trainer's policy makes
+    it, but for what the bound cuts off (truncated importance sampling, Ionides 2008); the tokens before and
+    after stay the sampler's, as with PPO's ratio. So the gradient is exactly that of the trainer's own policy
+    for answers of one token only, and otherwise the nearer, the nearer the two policies are.
     """
     x = (old_logp - sampler_logp).detach().double()
     if offsets is not None:
