@@ -94,11 +94,31 @@ class Case:
         return self.gradient((self.toy.prefix_chances(self.theta) * found).sum())
 
 
+def with_ratios(old: torch.Tensor, theta: torch.Tensor, ratios: dict) -> torch.Tensor:
+    """[P, V] old, but that theta's chance over it is ratios[row][token]; the rest of a row makes room."""
+    p = old.softmax(-1)
+    for row, wanted in ratios.items():
+        fixed = {token: theta[row].softmax(-1)[token] / ratio for token, ratio in wanted.items()}
+        rest = [token for token in range(len(p[row])) if token not in fixed]
+        p[row, rest] *= (1 - sum(fixed.values())) / p[row, rest].sum()
+        p[row, list(fixed)] = torch.stack(list(fixed.values()))
+    assert (p > 0).all()
+    return p.log()
+
+
 def make_case(rewards: str = "graded", off_policy: bool = False, toy: Toy | None = None) -> Case:
-    """rewards: "graded" (0, 0.2, 1.0 or 1.2), "right" (0 or 1) or "alike"."""
-    toy = toy or Toy()
+    """rewards: "graded" (0, 0.2, 1.0 or 1.2), "right" (0 or 1) or "alike".
+
+    Off-policy some ratios lie where one preset clips and another does not: 1.24 and 0.75 of a token, 1.00035
+    and 0.99965 of the answers of the end token alone and of 0 and the end token.
+    """
+    beside_bounds, toy = toy is None and off_policy, toy or Toy()
     theta = toy.policy(1)
     old = theta + toy.policy(3, 1.3) if off_policy else theta.clone()
+    if beside_bounds:
+        first, after_0, after_1 = (toy.row[s] for s in ((), (0,), (1,)))
+        old = with_ratios(old, theta, {first: {toy.end: 1.00035, 0: 1.24}, after_1: {0: 0.75},
+                                       after_0: {toy.end: 0.99965 ** 2 / 1.24}})
     rng = np.random.default_rng(0)
     graded = rng.choice([0.0, 0.2, 1.0, 1.2], len(toy.answers))
     rewards = {"graded": graded, "right": (graded >= 1) * 1.0, "alike": 0 * graded}[rewards]

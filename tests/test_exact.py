@@ -254,7 +254,7 @@ def test_importance_weights_are_exact_for_answers_of_one_token(baseline):
 
 def test_importance_weights_correct_each_choice_but_not_how_it_is_come_to_nor_what_follows():
     """sum_s q(s) sum_a dpi(a|s) Q_q(s, a): the sampler q's prefixes, the sampler's continuations. For one
-    that is far off: cosine 0.85 with the true gradient, -0.49 without weights. PPO's ratio does the same."""
+    that is far off: cosine 0.92 with the true gradient, 0.69 without weights. PPO's ratio does the same."""
     case = make_case(off_policy=True)
     toy, sampler = case.toy, case.sampler
     q, chances = toy.answer_logp(sampler).exp().numpy(), toy.prefix_chances(sampler)
@@ -270,7 +270,7 @@ def test_importance_weights_correct_each_choice_but_not_how_it_is_come_to_nor_wh
     same(LONGEST * expected_update(case, plain(baseline="none", max_importance=1e9)), expected)
     without = expected_update(case, plain(baseline="none"))
     found = [cosine(x, case.true_gradient()) for x in (expected, without)]
-    assert found == pytest.approx([0.8483, -0.4923], abs=1e-4)
+    assert found == pytest.approx([0.9222, 0.6918], abs=1e-4)
 
 
 def test_the_entropy_bonus_climbs_the_entropy_of_each_step():
