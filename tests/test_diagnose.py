@@ -178,7 +178,7 @@ def test_advice_names_flags_and_commands_that_exist(capsys):
 
 # ---- a run that is going ----
 
-PASSING = [row for steps, cut in ((20, 0.0), (10, 1.0), (40, 0.0))
+PASSING = [row for steps, cut in ((20, 0.0), (10, 1.0), (40, 0.0), (10, 1.0))  # the trouble comes twice
            for row in log(steps, accuracy=0.95, truncated=cut)]
 
 

@@ -159,7 +159,10 @@ MISTAKES = {
         Pieces(advantages=in_place_of_advantages(unguarded)), {"group_size": 2, "prompts_per_step": 64}),
     "wrong_group": Mistake(
         "answers compared with another problem's group: hard problems are punished, easy ones praised",
-        "accuracy", "SEEN", Pieces(advantages=in_place_of_advantages(neighbours))),
+        "accuracy",
+        "Not to be seen in 16 steps (43 % right both): the mean of other answers is a fair baseline for these, "
+        "only one that says nothing about their problem, so its gradient is right on average and noisier.",
+        Pieces(advantages=in_place_of_advantages(neighbours))),
 }
 
 

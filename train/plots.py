@@ -93,7 +93,7 @@ def draw_panel(axes, panel: Panel) -> None:
     axes.set_title(panel.title, loc="left", fontsize=13, fontweight="bold", color=INK, pad=10)
     axes.set_xlabel(panel.x_label, fontsize=10.5, color=INK)
     axes.set_ylabel(panel.y_label, fontsize=10.5, color=INK)
-    axes.tick_params(colors=INK, labelsize=10, length=0)
+    axes.tick_params(which="both", colors=INK, labelsize=10, length=0)
     axes.grid(axis="y", color=GRID, linewidth=0.9)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
