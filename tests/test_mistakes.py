@@ -233,9 +233,10 @@ def test_no_shape_crashes_a_mistake(name, algo, lengths, groups):
     pieces, logp = broken(name), tokens(size).requires_grad_()
     if c.per_token and 0 in lengths:
         return  # a reward at the last token needs one
-    a, _ = pieces.advantages(REWARDS[:n], np.array(groups), offsets.numpy(), c.advantage,
-                             np.zeros(size) if c.kl_in_reward else None,
-                             np.zeros(size) if algo == "ppo" else None, np.asarray)
+    a, returns = pieces.advantages(REWARDS[:n], np.array(groups), offsets.numpy(), c.advantage,
+                                   np.zeros(size) if c.kl_in_reward else None,
+                                   np.zeros(size) if algo == "ppo" else None, np.asarray)
+    assert (returns is not None) == (algo == "ppo")
     weights = pieces.weights(np.array(lengths), c.loss.mean, 12, np.asarray)
     assert len(a) in (n, size) and len(weights) == n
     loss, metrics = pieces.loss(logp, logp.detach() + 0.1, logp.detach() - 0.2, torch.from_numpy(a),

@@ -60,7 +60,6 @@ class CompareConfig:
     def __post_init__(self):
         if self.mistake not in MISTAKES:
             raise ValueError(f"--break is {self.mistake!r}, expected one of {', '.join(MISTAKES)}")
-        grpo_config(self, broken=True)  # whatever it would refuse is told before the first run
 
 
 def grpo_config(c: CompareConfig, broken: bool) -> GRPOConfig:

@@ -160,8 +160,8 @@ MISTAKES = {
     "wrong_group": Mistake(
         "answers compared with another problem's group: hard problems are punished, easy ones praised",
         "accuracy",
-        "Not to be seen in 16 steps (43 % right both): the mean of other answers is a fair baseline for these, "
-        "only one that says nothing about their problem, so its gradient is right on average and noisier.",
+        "Not to be seen in 16 steps (43 % right both): the mean of other answers is a fair baseline, only one "
+        "that says nothing about this problem, so the gradient is right on average and noisier.",
         Pieces(advantages=in_place_of_advantages(neighbours))),
 }
 
