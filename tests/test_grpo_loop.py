@@ -16,6 +16,7 @@ from r1zero.train.run import read_metrics
 
 from .kill_runs import assert_same, outcome
 from .loop_cases import Bandit, grpo_config, save_base, tiny
+from .test_faults import fails, finite
 from .test_resume import broken_at
 
 ADVANTAGES = PIECES.advantages
@@ -245,3 +246,21 @@ def test_everything_at_once_resumes_to_the_same_bits(base, tmp_path, monkeypatch
         "model.safetensors", "optimizer.safetensors", "reference.safetensors", "critic.safetensors",
         "critic_optimizer.safetensors", "best.json"}
     assert load_checkpoint(tmp_path / "run").state["figures"]["position"] > 20  # more than 5 steps of 4
+
+
+@pytest.mark.parametrize("spoil, match", [
+    (lambda critic: critic.value.data.fill_(math.nan), "loss is nan at step 2 .*weight critic.value"),
+    (lambda critic: critic.trunk.norm.register_hook(lambda grad: grad * math.nan),
+     "critic_gradient_norm is nan at step 2 .*gradient of critic.trunk.norm")])
+def test_a_critic_that_is_not_finite_stops_ppo_and_is_named(spoil, match, tmp_path, monkeypatch):
+    def spoiled(s, task, c, step):
+        if step == 1:
+            spoil(s.critic)
+        return step_of(s, task, c, step)
+
+    step_of = grpo_module.grpo_step
+    monkeypatch.setattr(grpo_module, "grpo_step", spoiled)
+    c = grpo_config(tmp_path / "run", save_base(tmp_path / "base"), algo="ppo", save_every=1)
+    with fails(FloatingPointError, f"{match}.*checkpoint of step 1"):
+        grpo(c)
+    assert checkpoint_steps(c.run) == [1] and finite(c.run) and len(read_metrics(c.run)) == 1

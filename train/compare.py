@@ -15,11 +15,16 @@ import tyro
 from .grpo import GRPOConfig, grpo, rl_optim
 from .mistakes import MISTAKES
 from .optim import OptimConfig
-from .plots import CONTROL, RL, Line, Panel, draw
+from .plots import CONTROL, CURVES, RL, Line, Panel, draw
 from .run import read_metrics
 from .task_flags import TaskFlags
 
 SHOWN = ("accuracy", "length")  # beside the figure that the mistake shows in
+PANELS = {name: (title, unit, is_share) for name, _, title, unit, is_share, _ in CURVES} | {
+    "gradient_norm": ("Size of the gradient", "norm before clipping, log scale", False),
+    "trained_samples": ("Answers trained on", "answers a step", False),
+    "truncated": ("Answers cut off", "share of answers", True),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +60,6 @@ class CompareConfig:
     def __post_init__(self):
         if self.mistake not in MISTAKES:
             raise ValueError(f"--break is {self.mistake!r}, expected one of {', '.join(MISTAKES)}")
-        grpo_config(self, broken=True)  # whatever it would refuse is told before the first run
 
 
 def grpo_config(c: CompareConfig, broken: bool) -> GRPOConfig:
@@ -84,21 +88,41 @@ def compare(c: CompareConfig) -> Path | None:
         if rows[broken][-1]["step"] < c.steps:
             print(f"stopped; go on with: r1zero compare --resume and the same flags ({c.run})")
             return None
-    mistake = MISTAKES[c.mistake]
-    names = [*dict.fromkeys((*SHOWN, mistake.watch))]
-    panels = [Panel(name.replace("_", " "), "", [
-        Line(label, colour, [row["step"] for row in rows[broken]], [row[name] for row in rows[broken]])
-        for broken, label, colour in ((False, "right", RL), (True, f"broken: {c.mistake}", CONTROL))],
-        percent=name in ("accuracy", "truncated")) for name in names]
-    path = draw(panels, Path(c.run) / "compare.png", 5 * len(panels), 4.2)
-    print(f"{c.mistake}: {mistake.what}.")
-    last = {broken: rows[broken][-max(1, c.steps // 4):] for broken in rows}
-    for name in names:
-        right, wrong = (sum(row[name] for row in last[b]) / len(last[b]) for b in (False, True))
-        print(f"  {name:<18} right {right:8.3f}   broken {wrong:8.3f}   (mean of the last "
-              f"{len(last[False])} steps)")
+    path = picture(c, rows)
+    print(summary(c, rows))
     print(path)
     return path
+
+
+def shown(c: CompareConfig) -> list[str]:
+    """The figures that both runs are compared by."""
+    return [*dict.fromkeys((*SHOWN, MISTAKES[c.mistake].watch))]
+
+
+def picture(c: CompareConfig, rows: dict[bool, list[dict]]) -> Path:
+    """rows: of the run that is broken (True) and of the right one."""
+    panels = []
+    for name in shown(c):
+        title, unit, is_share = PANELS[name]
+        lines = [Line(label, colour, [row["step"] for row in rows[broken]],
+                      [row[name] for row in rows[broken]])
+                 for broken, label, colour in ((False, "right", RL), (True, f"broken: {c.mistake}", CONTROL))]
+        panels.append(Panel(title, unit, lines, percent=is_share, log_scale=name == "gradient_norm"))
+    return draw(panels, Path(c.run) / "compare.png", 5 * len(panels), 4.4, one_line(c))
+
+
+def one_line(c: CompareConfig) -> str:
+    return f"{c.mistake}: {MISTAKES[c.mistake].what}"
+
+
+def summary(c: CompareConfig, rows: dict[bool, list[dict]]) -> str:
+    """Both runs' figures over their last quarter, and what is to be expected of the mistake."""
+    last = max(1, c.steps // 4)
+    lines = [f"{one_line(c)}.", f"  {f'mean of the last {last} steps':<26} {'right':>9} {'broken':>9}"]
+    for name in shown(c):
+        right, wrong = (sum(row[name] for row in rows[broken][-last:]) / last for broken in (False, True))
+        lines.append(f"  {name:<26} {right:9.3f} {wrong:9.3f}")
+    return "\n".join([*lines, MISTAKES[c.mistake].seen])
 
 
 if __name__ == "__main__":

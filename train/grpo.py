@@ -41,6 +41,8 @@ from .run import Run, RunConfig, build_model, load_model, peak_memory, pick_devi
 from .task_flags import TaskFlags
 from .update import LogpGapError, each_token, kl_to_reference, logp_of, update_critic, update_policy
 
+CHECKED = ("loss", "gradient_norm", "value_loss", "critic_gradient_norm")  # NaN in one of them ends the run
+
 
 def rl_optim(lr: float = 4e-4) -> OptimConfig:
     """AdamW for reinforcement learning: its gradients are mostly noise, so eps is large.
@@ -306,7 +308,10 @@ def grpo(c: GRPOConfig) -> Transformer:
         warn_of(c.mistake)
     s = make_learner(c, task, device)
     more = {"reference": (s.reference, None)} if c.ref_refresh else {}
-    more |= {"critic": (s.critic, s.critic_optimizer)} if s.critic is not None else {}
+    trained = s.policy
+    if s.critic is not None:
+        more["critic"] = (s.critic, s.critic_optimizer)
+        trained = torch.nn.ModuleDict({"critic": s.critic, "policy": s.policy})  # whose NaN comes first
     with Run(c, "control" if c.control else c.algo) as run:
         s.position = run.restore(s.policy, s.engine.tokenizer, s.optimizer, more).get("position", 0)
         tqdm.write(s.engine.plan(), file=sys.stderr)
@@ -320,8 +325,7 @@ def grpo(c: GRPOConfig) -> Transformer:
                 raise LogpGapError(f"{error}, at step {step + 1}; {run.last_good()}. If this is "
                                    "rounding alone, raise --max-logp-gap; if not, sampler and trainer "
                                    "compute two different things") from error
-            run.check_finite(step, s.policy, **{name: figures[name] for name in
-                                                ("loss", "gradient_norm", "value_loss") if name in figures})
+            run.check_finite(step, trained, **{name: figures[name] for name in CHECKED if name in figures})
             if c.ref_refresh and (step + 1) % c.ref_refresh == 0:
                 s.reference.load_state_dict(s.policy.state_dict())
             score = None

@@ -13,7 +13,7 @@ from pathlib import Path
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from .demo_record import PARTS, Seed, bounds, finite
 
@@ -52,6 +52,8 @@ class Panel:
     percent: bool = False
     """Values are shares from 0 to 1."""
     x_label: str = "GRPO step"
+    log_scale: bool = False
+    """For figures that differ by orders of magnitude; zeros are left out."""
 
 
 def smooth(steps: Sequence[float], values: Sequence[float], half: int) -> list[float]:
@@ -76,8 +78,11 @@ def draw_panel(axes, panel: Panel) -> None:
     """Lines, marks, and axes that begin at 0."""
     for line in panel.lines:
         axes.plot(line.steps, line.values, color=line.colour, alpha=0.28, linewidth=0.8)
-        half = min(8, max(2, len(line.values) // 10))
-        axes.plot(line.steps, smooth(line.steps, line.values, half), color=line.colour,
+        half, values = min(8, max(2, len(line.values) // 10)), line.values
+        if panel.log_scale:
+            values = [math.log(value) if value > 0 else math.nan for value in values]
+        thick = smooth(line.steps, values, half)
+        axes.plot(line.steps, [math.exp(y) for y in thick] if panel.log_scale else thick, color=line.colour,
                   linewidth=2.2, label=line.label, solid_capstyle="round")
     for mark in panel.marks:
         low, high = mark.interval or (mark.value, mark.value)
@@ -88,7 +93,7 @@ def draw_panel(axes, panel: Panel) -> None:
     axes.set_title(panel.title, loc="left", fontsize=13, fontweight="bold", color=INK, pad=10)
     axes.set_xlabel(panel.x_label, fontsize=10.5, color=INK)
     axes.set_ylabel(panel.y_label, fontsize=10.5, color=INK)
-    axes.tick_params(colors=INK, labelsize=10, length=0)
+    axes.tick_params(which="both", colors=INK, labelsize=10, length=0)
     axes.grid(axis="y", color=GRID, linewidth=0.9)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
@@ -98,6 +103,9 @@ def draw_panel(axes, panel: Panel) -> None:
     if panel.percent:
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    elif panel.log_scale:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     else:
         axes.set_ylim(bottom=0)
 
@@ -107,7 +115,7 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def draw(panels: Sequence[Panel], path: Path, width: float, height: float) -> Path:
+def draw(panels: Sequence[Panel], path: Path, width: float, height: float, title: str = "") -> Path:
     """The panels side by side, with one legend for all; sizes in inches at 150 dots each."""
     with style.context("default"):
         figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
@@ -117,6 +125,8 @@ def draw(panels: Sequence[Panel], path: Path, width: float, height: float) -> Pa
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 legend.setdefault(label, handle)
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.06, wspace=0.04)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
         if len(legend) > 1:
             figure.legend(legend.values(), legend.keys(), loc="outside lower center", fontsize=10,
                           ncols=len(legend), frameon=False, labelcolor=INK)

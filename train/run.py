@@ -146,7 +146,7 @@ def load_model(folder: str, device: torch.device, which="last") -> tuple[Transfo
     return model, Tokenizer.from_dict(checkpoint.state["tokenizer"]), checkpoint
 
 
-def first_bad_tensor(model: Transformer) -> str:
+def first_bad_tensor(model: torch.nn.Module) -> str:
     """Where NaN or infinity shows first: in a weight, else in a gradient, in words."""
     for what, tensors in (("weight", {n: p.data for n, p in model.named_parameters()}),
                           ("gradient of", {n: p.grad for n, p in model.named_parameters()})):
@@ -252,7 +252,7 @@ class Run:
         kept = f"the checkpoint of step {steps[-1]}" if steps else "no checkpoint"
         return f"{kept} is kept in {self.folder}"
 
-    def check_finite(self, step: int, model: Transformer, **figures: float) -> None:
+    def check_finite(self, step: int, model: torch.nn.Module, **figures: float) -> None:
         """Raise FloatingPointError when a figure is NaN or infinite; the last good checkpoint stays."""
         for name, value in figures.items():
             if not math.isfinite(value):
