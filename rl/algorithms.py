@@ -15,12 +15,13 @@ A preset is what its paper has; `--algo NAME` takes it, and any dial that is giv
     ppo             arXiv 1707.06347    critic           batch   token, 0.2        token      k1 in the reward
 
 DAPO besides draws groups without signal anew and lowers the reward of answers that come near the limit.
-r1_zero is GRPO as most small reproductions run it today: token mean, no KL. R1-Zero itself is nearer to `grpo`.
+r1_zero is GRPO as most small reproductions run it today: token mean, no KL. R1-Zero itself is nearer to
+`grpo`.
 
-Where a preset is not its paper's: the weight of the KL is 0.001 for all that have one (R1-Zero's; DeepSeekMath
-took 0.04); ppo has InstructGPT's KL in the reward, whitening and TinyZero's lam of 1 (the paper of GAE: 0.95);
-cispo's bound is ours, since its paper leaves it open; a sum over an answer's tokens (rloo, reinforce) is over
-max_new_tokens here, a constant that Adam does not see.
+Where a preset is not its paper's: the weight of the KL is 0.001 for all that have one (R1-Zero's;
+DeepSeekMath took 0.04); ppo has InstructGPT's KL in the reward, whitening and TinyZero's lam of 1 (the paper
+of GAE: 0.95); cispo's bound is ours, since its paper leaves it open; a sum over an answer's tokens (rloo,
+reinforce) is over max_new_tokens here, a constant that Adam does not see.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, replace
