@@ -24,7 +24,7 @@ of GAE: 0.95); cispo's bound is ours, since its paper leaves it open; a sum over
 reinforce) is over max_new_tokens here, a constant that Adam does not see.
 """
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .advantages import advantages
@@ -77,3 +77,8 @@ def from_preset(algo: str, part: str, given):
     """An AdvantageConfig or LossConfig with the dials that are None taken from the preset. Raises ValueError,
     too, for dials that do not go together."""
     return replace(given, **missing_dials(algo, part, given))
+
+
+def in_words(dials) -> str:
+    """The dials of a config that are not off, on one line: what --algo and the flags came to."""
+    return ", ".join(f"{name} {value}" for name, value in asdict(dials).items() if value not in (0.0, "none"))

@@ -35,11 +35,13 @@ def test_every_dial_of_a_preset_is_filled_in_and_what_is_given_wins():
         assert not set().union(*(preset.keys() for preset in PRESETS.values())) - BASE.keys()
 
 
-def test_what_was_used_is_what_is_recorded(tmp_path):
+def test_what_was_used_is_what_is_recorded_and_said(tmp_path, capsys):
     c = grpo_config(tmp_path / "run", save_base(tmp_path / "base"), algo="dapo", steps=1)
     grpo(c)
     recorded = json.loads((tmp_path / "run/run.json").read_text())["config"]
     assert recorded["algo"] == "dapo" and recorded["loss"]["clip_high"] == 0.28
+    said = capsys.readouterr().err
+    assert "dapo: baseline group, scale std, " in said and "clip_low 0.2, clip_high 0.28, mean token" in said
     assert recorded["dynamic_sampling"] == 3 and recorded["overlong_buffer"] == 0.2
     assert not [name for part in (recorded["loss"], recorded["advantage"]) for name, v in part.items()
                 if v is None]

@@ -28,7 +28,7 @@ from ..model.engine import Engine
 from ..model.generation import NonFiniteError, sample_seeds
 from ..model.transformer import Transformer
 from ..rl.advantages import AdvantageConfig, group_advantages
-from ..rl.algorithms import PIECES, Pieces, from_preset, missing_dials
+from ..rl.algorithms import PIECES, Pieces, from_preset, in_words, missing_dials
 from ..rl.critic import Critic
 from ..rl.losses import LossConfig, kl_estimate
 from ..rl.rewards import RewardConfig, Rewards, overlong_penalty, permute_within_groups, score
@@ -315,6 +315,7 @@ def grpo(c: GRPOConfig) -> Transformer:
     with Run(c, "control" if c.control else c.algo) as run:
         s.position = run.restore(s.policy, s.engine.tokenizer, s.optimizer, more).get("position", 0)
         tqdm.write(s.engine.plan(), file=sys.stderr)
+        tqdm.write(f"{c.algo}: {in_words(c.advantage)}; {in_words(c.loss)}", file=sys.stderr)
         diagnosis = Diagnosis(c, read_metrics(run.folder))
         for step in run.steps():
             try:
