@@ -8,14 +8,15 @@ seeds.
 Each run samples 16 answers to each of 16 problems a step and takes 4 optimizer steps on them, so that ratios
 leave 1 and the clips have something to do; "@1" takes one, on-policy, as the papers without a ratio do. All
 have the same optimizer at the same learning rate: AdamW with a small eps, which a loss's overall scale does
-not matter to, so what is compared is the direction. No preset was tuned but by the learning rate that all
-share. Tokens that dynamic sampling throws away count.
+not matter to (but where the gradient's norm is cut to 1), so what is compared is the direction. No preset was
+tuned but by the learning rate that all share. Tokens that dynamic sampling throws away count.
 
 Then, on held-out problems: pass@k for k = 1 to 16 from 16 answers each at temperature 1, and greedy accuracy;
 of the base, of every run, and of the control, whose rewards are dealt out at random within each group.
 Intervals are Student's t over seeds: what another seed would give on the same base and the same problems. One
 base is one throw; differences smaller than the intervals are noise.
 """
+import hashlib
 import json
 import math
 import time
@@ -41,7 +42,7 @@ from r1zero.train.task_flags import TaskFlags
 
 from .common import finish, table
 
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t at 97.5 %, by runs
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # Student's t, by runs
 KS = (1, 2, 4, 8, 16)
 KEPT = ("accuracy", "length", "truncated", "dead_groups", "entropy", "gradient_norm", "ratio_max",
         "clipped_low", "clipped_high", "kl_to_reference", "tokens", "replaced_tokens", "rollout_s",
@@ -72,6 +73,14 @@ class Flags:
     """Print and draw what is in this file instead of measuring."""
     out: str | None = None
     """File for the line of JSON; the picture goes beside it."""
+
+
+def fingerprint(model) -> str:
+    """Of all weights: runs from another base are another experiment."""
+    whole = hashlib.sha256()
+    for name, p in model.named_parameters():
+        whole.update(name.encode() + p.detach().numpy().tobytes())
+    return whole.hexdigest()[:16]
 
 
 def config_of(preset: str, seed: int, f: Flags) -> GRPOConfig:
@@ -121,7 +130,7 @@ def mean_and_interval(values: list[float]) -> tuple[float, float]:
     if n < 2:
         return mean, math.nan
     std = math.sqrt(sum((x - mean) ** 2 for x in values) / (n - 1))
-    return mean, T95.get(n, 1.96) * std / math.sqrt(n)
+    return mean, T95.get(n, 2.31) * std / math.sqrt(n)
 
 
 def by_preset(runs: list[dict]) -> dict[str, list[dict]]:
@@ -205,14 +214,15 @@ def main(f: Flags) -> None:
     reuse_memory()
     if not (Path(f.base) / "checkpoints").exists():
         pretrain(base_config(DemoConfig(), Path(f.base), seed=0))
-    load_model(f.base, torch.device("cpu"))  # whatever is wrong with it is told now
+    model, _, _ = load_model(f.base, torch.device("cpu"))  # whatever is wrong with it is told now
+    settings = {name: value for name, value in asdict(f).items()
+                if name in ("budget", "lr", "updates_per_step", "problems")}
+    settings["base"] = fingerprint(model)
     runs, work = [], Path(f.work)
     work.mkdir(parents=True, exist_ok=True)
     for seed in range(f.seeds):  # all presets of a seed before the next: what is there after a stop is fair
         for preset in ("base", *f.presets):
             path = work / f"{preset}_{seed}.json"
-            settings = {name: value for name, value in asdict(f).items()
-                        if name in ("budget", "lr", "updates_per_step", "problems")}
             if not path.exists():
                 atomic_write_json(path, {**one_run(preset, seed, f), "settings": settings})
             run = json.loads(path.read_text(encoding="utf-8"))

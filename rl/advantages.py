@@ -141,6 +141,9 @@ def advantages(rewards_N: np.ndarray, group_offsets: np.ndarray, response_offset
     mean for a baseline an answer's whole KL comes off its reward before the mean is taken (arXiv 2402.14740,
     eq. 3). values_R: [R], the critic's. total: adds an array up over processes.
     """
+    if None in (c.baseline, c.scale, c.gamma, c.lam):
+        raise ValueError(f"advantages: {c} has dials that are not given; expected all of them, as "
+                         "rl.algorithms.from_preset(algo, \"advantage\", config) fills them in")
     rewards_N, normalise = np.asarray(rewards_N, np.float64), c.scale == "std"
     counts, returns_R = np.diff(response_offsets), None
     if kl_R is not None and c.baseline in ("group", "leave_one_out", "batch"):
@@ -155,7 +158,8 @@ def advantages(rewards_N: np.ndarray, group_offsets: np.ndarray, response_offset
         found = rewards_N
     else:
         rewards_R = np.zeros(response_offsets[-1]) if kl_R is None else -kl_R
-        rewards_R[np.asarray(response_offsets[1:]) - 1] += rewards_N
+        said = counts > 0  # an answer of no token has no last one
+        rewards_R[np.asarray(response_offsets[1:])[said] - 1] += rewards_N[said]
         values_R = np.zeros_like(rewards_R) if values_R is None else values_R
         lam = c.lam if c.baseline == "critic" else 1.0  # without a critic it would be another discount
         found, returns_R = gae(rewards_R, values_R, response_offsets, c.gamma, lam)

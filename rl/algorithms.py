@@ -19,9 +19,15 @@ r1_zero is GRPO as most small reproductions run it today: token mean, no KL. R1-
 `grpo`.
 
 Where a preset is not its paper's: the weight of the KL is 0.001 for all that have one (R1-Zero's;
-DeepSeekMath took 0.04); ppo has InstructGPT's KL in the reward, whitening and TinyZero's lam of 1 (the paper
+DeepSeekMath took 0.04); dapo drops groups of equal reward, form and length included, where its paper looks at
+right and wrong alone; ppo has InstructGPT's KL in the reward, whitening, and TinyZero's lam of 1 (the paper
 of GAE: 0.95); cispo's bound is ours, since its paper leaves it open; a sum over an answer's tokens (rloo,
-reinforce) is over max_new_tokens here, a constant that Adam does not see.
+reinforce) is over max_new_tokens here.
+
+The gradients are not of one size: without the std, and over max_new_tokens, those of dr_grpo, rloo and
+reinforce are several times smaller. Adam with a small eps does not see that; with the loop's own 1e-4, which
+keeps noise still, their first step is 3.5 times smaller than r1_zero's (the demo's base, 8 x 8 answers): to
+compare presets, take --optim.eps 1e-8 and a lower --optim.lr, as benchmarks/ablation.py does.
 """
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -79,6 +85,16 @@ def from_preset(algo: str, part: str, given):
     return replace(given, **missing_dials(algo, part, given))
 
 
-def in_words(dials) -> str:
-    """The dials of a config that are not off, on one line: what --algo and the flags came to."""
-    return ", ".join(f"{name} {value}" for name, value in asdict(dials).items() if value not in (0.0, "none"))
+def in_words(c) -> str:
+    """What --algo and the flags of a GRPOConfig came to, on one line; dials that have no effect are left
+    out."""
+    advantage, loss = asdict(c.advantage), asdict(c.loss)
+    if not c.per_token:
+        advantage = {name: advantage[name] for name in ("baseline", "scale")}
+    off = {name for name, value in loss.items() if value in (0.0, False)}
+    off |= {"kl_in", "kl_estimator"} if c.loss.kl_coef == 0 else set()
+    off |= {"clip_low", "clip_high"} if c.loss.objective == "reinforce" else set()
+    dials = advantage | {name: value for name, value in loss.items() if name not in off}
+    dials |= {"dynamic_sampling": c.dynamic_sampling} if c.dynamic_sampling > 1 else {}
+    dials |= {"overlong_buffer": c.overlong_buffer} if c.overlong_buffer else {}
+    return f"{c.algo}: " + ", ".join(f"{name} {value}" for name, value in dials.items())

@@ -5,6 +5,7 @@ two equal problems in a batch stay two groups. Reward and advantage are no field
 overwritten.
 """
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -35,12 +36,12 @@ class Rollouts:
     weights_version: int
     """Optimizer steps behind the weights that made them."""
 
-    @property
+    @cached_property
     def response_lengths(self) -> np.ndarray:
         """[N] int64 response tokens, the end token included."""
         return np.array([len(s) for s in self.sequences]) - self.prompt_lengths
 
-    @property
+    @cached_property
     def response_offsets(self) -> np.ndarray:
         """[N + 1] int64, where the response tokens of each answer begin among those of all."""
         return np.append(0, np.cumsum(self.response_lengths))

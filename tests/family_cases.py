@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from r1zero.rl.advantages import advantages
 from r1zero.rl.critic import Critic
 from r1zero.rl.losses import kl_estimate
-from r1zero.rl.rollouts import merge
+from r1zero.rl.rollouts import merge, micro_batches
 from r1zero.train import update as updates
 from r1zero.train.optim import OptimConfig
 from r1zero.train.parallel import all_sum
@@ -49,15 +49,15 @@ def whole_update(algo: str, micro_tokens: int, seed: int = 0, order=(0, 1, 2), r
         rewards = np.concatenate([rewards[2 * g : 2 * g + 2] for g in chosen])
         rollouts = merge([rollouts], [chosen])
     c = grpo_config("", "", algo=algo, optim=STILL, critic_optim=STILL, micro_tokens=micro_tokens, seed=seed,
-                    max_new_tokens=12, max_logp_gap=100.0, **changes)
-    everything = np.arange(len(rollouts.texts))
+                    max_new_tokens=12, **{"max_logp_gap": 100.0, **changes})
+    batches = micro_batches(rollouts, np.arange(len(rollouts.texts)), 30, "cpu")
     kl_R = values_R = None
     if c.kl_in_reward:
-        ref = updates.each_token(updates.logp_of(reference, 1.0), rollouts, everything, c, "cpu").numpy()
+        ref = updates.each_token(updates.logp_of(reference, 1.0), rollouts, batches, "cpu").numpy()
         logp = np.concatenate(rollouts.sampler_logp).astype(np.float64)
         kl_R = 50 * c.loss.kl_coef * kl_estimate(logp, ref, c.loss.kl_estimator)
     if critic:
-        values_R = updates.each_token(critic, rollouts, everything, c, "cpu").numpy()
+        values_R = updates.each_token(critic, rollouts, batches, "cpu").numpy()
     returns = None
     if advantages is None:
         advantages, returns = compose(rewards, rollouts, c, kl_R, values_R)
@@ -88,6 +88,10 @@ def one_process(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     mine = [0, 1] if rank == 0 else [2]
     found = {algo: whole_update(algo, 25, share=mine, sums=True) for algo in SHARED}
+    try:
+        whole_update("r1_zero", 25, share=mine, max_logp_gap=0.1)  # only the first process has such a gap
+    except updates.LogpGapError as error:
+        found["gap"] = str(error)
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(found, file)
     dist.destroy_process_group()
@@ -97,4 +101,4 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(one_process, (folder,), nprocs=2)
         ranks = [json.load(open(os.path.join(folder, f"{rank}.json"))) for rank in range(2)]
-    print(json.dumps({algo: [rank[algo] for rank in ranks] for algo in SHARED}))
+    print(json.dumps({algo: [rank[algo] for rank in ranks] for algo in [*SHARED, "gap"]}))

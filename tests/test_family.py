@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from r1zero.rl.advantages import AdvantageConfig
-from r1zero.rl.algorithms import BASE, PRESETS
+from r1zero.rl.advantages import AdvantageConfig, advantages
+from r1zero.rl.algorithms import BASE, PRESETS, in_words
 from r1zero.rl.critic import Critic
 from r1zero.rl.losses import LossConfig, importance_weights, token_weights, value_loss
 from r1zero.rl.rewards import overlong_penalty
@@ -19,7 +19,7 @@ from r1zero.train.grpo import grpo
 from r1zero.train.run import read_metrics
 
 from .family_cases import REWARDS, rank_gradients, whole_update
-from .loop_cases import assert_same_gradient, grpo_config, rollouts_by_hand, save_base, tiny
+from .loop_cases import Capture, assert_same_gradient, grpo_config, rollouts_by_hand, save_base, tiny
 
 # ---- presets ----
 
@@ -41,7 +41,11 @@ def test_what_was_used_is_what_is_recorded_and_said(tmp_path, capsys):
     recorded = json.loads((tmp_path / "run/run.json").read_text())["config"]
     assert recorded["algo"] == "dapo" and recorded["loss"]["clip_high"] == 0.28
     said = capsys.readouterr().err
-    assert "dapo: baseline group, scale std, " in said and "clip_low 0.2, clip_high 0.28, mean token" in said
+    assert "dapo: baseline group, scale std, objective clip, clip_low 0.2, clip_high 0.28, mean token, " \
+        "dynamic_sampling 3, overlong_buffer 0.2\n" in said
+    assert in_words(grpo_config("", "", algo="reinforce_pp")) == \
+        "reinforce_pp: baseline none, scale batch, gamma 1.0, lam 1.0, objective clip, clip_low 0.2, " \
+        "clip_high 0.2, mean token, kl_coef 0.001, kl_in reward, kl_estimator k1"
     assert recorded["dynamic_sampling"] == 3 and recorded["overlong_buffer"] == 0.2
     assert not [name for part in (recorded["loss"], recorded["advantage"]) for name, v in part.items()
                 if v is None]
@@ -53,6 +57,7 @@ def test_what_was_used_is_what_is_recorded_and_said(tmp_path, capsys):
     (dict(advantage=AdvantageConfig(baseline="critic")), "scale std with baseline critic"),
     (dict(algo="ppo", loss=LossConfig(objective="gspo")), "gspo with --advantage.baseline critic"),
     (dict(algo="reinforce_pp", loss=LossConfig(objective="gspo")), "gspo with --advantage.baseline none"),
+    (dict(loss=LossConfig(kl_in="reward", kl_coef=0.1)), "--loss.kl-in reward with --advantage.scale std"),
     (dict(dynamic_sampling=0), "--dynamic-sampling is 0"),
     (dict(overlong_buffer=1.5), "--overlong-buffer 1.5"),
     (dict(mistake="typo"), "--break is 'typo', expected one of k1_loss"),
@@ -104,6 +109,8 @@ def test_two_processes_with_one_denominator_have_the_gradient_of_one():
                           timeout=300)
     assert done.returncode == 0, done.stderr
     found = rank_gradients(done.stdout)
+    first, second = found.pop("gap")  # one that would leave alone would leave the other waiting
+    assert first.endswith("more than --max-logp-gap 0.1") and second.endswith("0.1 on another process")
     assert found.keys() == {"r1_zero", "grpo", "dr_grpo", "reinforce", "ppo", "dead"}
     for algo, gradients in found.items():
         for rank in gradients:
@@ -186,9 +193,28 @@ def test_the_critic_sees_what_stands_before_each_token_and_learns_returns():
     returns = np.random.default_rng(0).normal(size=int(rollouts.response_offsets[-1]))
     for step in range(60):
         with torch.no_grad():
-            old = updates.each_token(critic, rollouts, np.arange(6), c, "cpu").double().numpy()
+            old = updates.each_token(critic, rollouts, [batch], "cpu").double().numpy()
         figures = updates.update_critic(critic, rollouts, old, returns, optimizer, c, step)
     assert figures["value_explained"] > 0.8
+
+
+def test_an_answer_of_no_token_takes_no_reward_and_gives_none():
+    c = AdvantageConfig("critic", "none", 1.0, 1.0)
+    found, returns = advantages(np.array([5.0, 1.0, 7.0]), np.array([0, 3]), np.array([0, 0, 2, 2]), c)
+    assert found.tolist() == returns.tolist() == [1.0, 1.0]
+    with pytest.raises(ValueError, match="dials that are not given.*from_preset"):
+        advantages(np.zeros(2), np.array([0, 2]), np.arange(3), AdvantageConfig())
+
+
+def test_the_logged_loss_has_the_entropy_bonus():
+    model, figures = tiny(), {}
+    rollouts = rollouts_by_hand(model)
+    for coef in (0.0, 0.5):
+        c = grpo_config("", "", loss=LossConfig(entropy_coef=coef), micro_tokens=25, max_logp_gap=1.0)
+        figures[coef] = updates.update_policy(model, None, rollouts, np.array([1.0, -1, 0, 1, -1, 0]),
+                                              Capture(model), c, 0)
+    expected = figures[0.0]["loss"] - 0.5 * figures[0.5]["entropy"]
+    assert figures[0.5]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_merge_keeps_groups_whole():

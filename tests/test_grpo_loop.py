@@ -200,17 +200,19 @@ def test_held_out_accuracy_is_measured_on_problems_of_the_test_split(base):
     assert accuracy == grpo_module.held_out_accuracy(s, c.task, c)
 
 
-NAMES = """reward accuracy format length length_max truncated dead_groups all_right all_wrong groups_drawn
-    replaced_tokens replaced_s tokens rollout_s rollout_tokens_per_s loss clipped_low clipped_high k1 k3 ratio
-    ratio_max cut_off kl_loss entropy gradient_norm logp_gap logp_gap_mean trained_samples kl_to_reference
-    position step_s update_s update_tokens_per_s memory_gb step""".split()
+NAMES = """
+    reward accuracy format penalty length length_max truncated dead_groups all_right all_wrong groups_drawn
+    replaced_tokens replaced_s tokens rollout_s rollout_tokens_per_s loss clipped_low clipped_high k1 k3
+    ratio ratio_max cut_off kl_loss entropy gradient_norm logp_gap logp_gap_mean trained_samples
+    kl_to_reference position step_s update_s update_tokens_per_s memory_gb step""".split()
 
 
 def test_every_step_logs_every_figure(base, tmp_path):
     c = grpo_config(tmp_path / "run", base, algo="ppo", steps=2)
     grpo(c)
     for row in read_metrics(c.run):
-        assert set(row) == {*NAMES, "value_loss", "value_explained", "critic_gradient_norm"}
+        assert set(row) == {*NAMES, "value_loss", "value_explained", "critic_gradient_norm",
+                            "kl_in_reward"}
         assert all(math.isfinite(value) for value in row.values())
         assert 0.1 < row["memory_gb"] < 24 and row["length_max"] == 3 >= row["length"]
         assert row["step_s"] == pytest.approx(row["rollout_s"] + row["update_s"], rel=0.05)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from ..model.generation import NonFiniteError
 from .grpo import GRPOConfig, grpo, rl_optim
 from .mistakes import MISTAKES
 from .optim import OptimConfig
@@ -80,16 +81,25 @@ def with_dial(config: Any, name: str, value: Any) -> Any:
 
 def compare(c: CompareConfig) -> Path | None:
     """Do both runs and draw them; returns the picture's path, or None if Ctrl-C stopped a run."""
-    rows = {}
+    rows, fell = {}, ""
     for broken in (False, True):
         config = grpo_config(c, broken)
-        grpo(config)
+        try:
+            grpo(config)
+        except (FloatingPointError, NonFiniteError) as error:
+            rows[broken] = read_metrics(config.run)
+            if not broken or not rows[broken]:
+                raise
+            fell = f"the broken run ended after {rows[broken][-1]['step']} of {c.steps} steps: {error}"
+            continue
         rows[broken] = read_metrics(config.run)
         if rows[broken][-1]["step"] < c.steps:
             print(f"stopped; go on with: r1zero compare --resume and the same flags ({c.run})")
             return None
     path = picture(c, rows)
     print(summary(c, rows))
+    if fell:
+        print(fell)
     print(path)
     return path
 
@@ -120,8 +130,12 @@ def summary(c: CompareConfig, rows: dict[bool, list[dict]]) -> str:
     last = max(1, c.steps // 4)
     lines = [f"{one_line(c)}.", f"  {f'mean of the last {last} steps':<26} {'right':>9} {'broken':>9}"]
     for name in shown(c):
-        right, wrong = (sum(row[name] for row in rows[broken][-last:]) / last for broken in (False, True))
+        right, wrong = (sum(row[name] for row in rows[broken][-last:]) / len(rows[broken][-last:])
+                        for broken in (False, True))
         lines.append(f"  {name:<26} {right:9.3f} {wrong:9.3f}")
+    dials = MISTAKES[c.mistake].shows_with
+    flags = [f"--{name.replace('_', '-')} {value:g}" for name, value in dials.items()]
+    lines += [f"Both runs had {' '.join(flags)}, with which it shows."] if flags else []
     return "\n".join([*lines, MISTAKES[c.mistake].seen])
 
 

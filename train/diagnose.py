@@ -104,6 +104,11 @@ def fell(look: Look) -> str | None:
                 f"--optim.lr, or take {kl_dial(look)}; --eval-every 10 keeps the best checkpoint.")
 
 
+def of_a_group(look: Look) -> bool:
+    """Whether an answer is compared with its group alone: with other baselines equal rewards teach, too."""
+    return look.c.advantage.baseline in ("group", "leave_one_out")
+
+
 def kl_dial(look: Look) -> str:
     return f"--loss.kl-coef {2 * look.c.loss.kl_coef or 0.001:g}"
 
@@ -138,7 +143,7 @@ def too_easy(look: Look) -> str | None:
 
 def little_signal(look: Look) -> str | None:
     wrong, right, dead = (look.mean(name) for name in ("all_wrong", "all_right", "dead_groups"))
-    if look.enough and dead > 0.6 and not max(wrong, right) > 0.8:
+    if look.enough and of_a_group(look) and dead > 0.6 and not max(wrong, right) > 0.8:
         more = "" if look.c.dynamic_sampling > 1 else "--dynamic-sampling 3 draws others in their place, and "
         why = "" if math.isnan(wrong + right) else f" (all wrong: {wrong:.0%}, all right: {right:.0%})"
         return f"{dead:.0%} of groups have no signal{why}: {more}a larger --group-size makes them rarer."
@@ -154,7 +159,8 @@ def nothing_changes(look: Look) -> str | None:
 # ---- steps that are too large ----
 
 def entropy_is_gone(look: Look) -> str | None:
-    then, now = look.then("entropy"), look.mean("entropy")
+    now, then = (look.mean("entropy", [row for row in rows if number(row.get("trained_samples")) != 0])
+                 for rows in (look.recent, look.first))  # of no token there is none, and the log has 0
     if look.enough and now < 0.1 * then and look.mean("accuracy") < 0.9:
         several = look.c.updates_per_step > 1  # with one, no ratio ever meets a bound
         return (f"The entropy fell from {then:.2f} to {now:.3f} nats a token, with "
@@ -221,7 +227,7 @@ def flat(look: Look) -> str | None:
 
 
 def loss_is_zero(look: Look) -> str | None:
-    if look.c.updates_per_step == 1 and look.c.loss.objective in ("clip", "gspo") and \
+    if look.c.updates_per_step == 1 and look.c.loss.objective in ("clip", "gspo") and of_a_group(look) and \
             look.mean("trained_samples") > 0 and abs(look.mean("loss")) < 0.3:
         return (f"The loss is about 0 ({look.mean('loss'):+.3f}): normal. With one update a step the ratio "
                 "of new to old probability is 1, and the advantages of a group sum to 0; what is left is "

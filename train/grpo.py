@@ -25,15 +25,16 @@ from ..eval.harness import evaluate
 from ..eval.sampler import ModelSampler
 from ..eval.tasks import Task
 from ..model.engine import Engine
-from ..model.generation import NonFiniteError, sample_seeds
+from ..model.generation import NonFiniteError
 from ..model.transformer import Transformer
-from ..rl.advantages import AdvantageConfig, group_advantages
-from ..rl.algorithms import PIECES, Pieces, from_preset, in_words, missing_dials
+from ..rl.advantages import AdvantageConfig
+from ..rl.algorithms import PIECES, from_preset, in_words, missing_dials
 from ..rl.critic import Critic
 from ..rl.losses import LossConfig, kl_estimate
-from ..rl.rewards import RewardConfig, Rewards, overlong_penalty, permute_within_groups, score
-from ..rl.rollouts import Rollouts, merge, sample_groups
+from ..rl.rewards import RewardConfig
+from ..rl.rollouts import micro_batches
 from .diagnose import Diagnosis
+from .draw import Learner, draw_with_signal, figures_of
 from .mistakes import MISTAKES, warn_of
 from .optim import OptimConfig, make_optimizer
 from .parallel import all_sum
@@ -77,7 +78,8 @@ class GRPOConfig(RunConfig):
     updates_per_step: int = 1
     """Optimizer steps on each batch of rollouts; with more than 1 the samples are shared out among them."""
     dynamic_sampling: int | None = None
-    """Replace groups without signal by new problems, until this many times --prompts-per-step were drawn; 1
+    """Replace groups of equal rewards by new problems (whose signal is nil with a group's baseline; with
+    another they teach, and go all the same), until this many times --prompts-per-step were drawn; 1
     for never; if not given, as --algo has it (dapo: 3)."""
     rewards: RewardConfig = field(default_factory=RewardConfig)
     overlong_buffer: float | None = None
@@ -108,7 +110,7 @@ class GRPOConfig(RunConfig):
     control: bool = False
     """Deal the rewards out at random within each group: what does the machinery do without information?"""
     mistake: Annotated[str | None, tyro.conf.arg(name="break")] = None
-    """Make a classic mistake on purpose, to see what it does; `r1zero compare --help` lists them."""
+    """Make a classic mistake on purpose, to see what it does; `r1zero compare --help` names them."""
     seed: int = 0
     """Of sampling and of the order of samples; the order of problems is the task's (--dials seed=1)."""
 
@@ -130,7 +132,8 @@ class GRPOConfig(RunConfig):
             raise ValueError(f"--max-logp-gap is {self.max_logp_gap}, expected a number above 0")
         if self.mistake is not None and self.mistake not in MISTAKES:
             raise ValueError(f"--break is {self.mistake!r}, expected one of {', '.join(MISTAKES)}")
-        # The object that is used is the one that is logged, so dials that were not given are filled in here.
+        # The object that is used is the one that is logged, so dials that were not given are filled in here;
+        # for another --algo make a new one: dataclasses.replace would keep the dials of the former.
         for name in ("advantage", "loss"):
             object.__setattr__(self, name, from_preset(self.algo, name, getattr(self, name)))
         for name, value in missing_dials(self.algo, "loop", self).items():
@@ -138,10 +141,18 @@ class GRPOConfig(RunConfig):
         if self.dynamic_sampling < 1 or not 0 <= self.overlong_buffer <= 1:
             raise ValueError(f"--dynamic-sampling is {self.dynamic_sampling} and --overlong-buffer "
                              f"{self.overlong_buffer}; expected 1 or more, and a share from 0 to 1")
+        if self.kl_in_reward and self.advantage.scale == "std":
+            raise ValueError("--loss.kl-in reward with --advantage.scale std: in a group of equal rewards "
+                             "the KL alone would differ, and be divided by its own spread; expected the KL "
+                             "in the loss, or another scale")
         if self.loss.objective == "gspo" and self.per_token:
             raise ValueError(f"--loss.objective gspo with --advantage.baseline {self.advantage.baseline}: "
                              "one ratio a sequence takes one advantage a sequence; expected the objective "
                              "clip, cispo or reinforce, or another baseline")
+
+    @property
+    def kl_in_loss(self) -> bool:
+        return self.loss.kl_coef > 0 and self.loss.kl_in == "loss"
 
     @property
     def kl_in_reward(self) -> bool:
@@ -151,71 +162,6 @@ class GRPOConfig(RunConfig):
     def per_token(self) -> bool:
         """Whether each token has an advantage of its own."""
         return self.advantage.baseline == "critic" or self.advantage.baseline == "none" and self.kl_in_reward
-
-
-@dataclass
-class Learner:
-    """What a run trains and samples with, and the one figure that moves besides."""
-
-    policy: Transformer
-    reference: Transformer
-    engine: Engine
-    optimizer: torch.optim.Optimizer
-    critic: Critic | None = None
-    critic_optimizer: torch.optim.Optimizer | None = None
-    pieces: Pieces = PIECES
-    position: int = 0
-    """The next problem."""
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Groups that were sampled and graded."""
-
-    rollouts: Rollouts
-    rewards: Rewards
-    training_N: np.ndarray
-    """[N] the rewards that are trained on: dealt out anew in the control, lower near the limit of length."""
-    dead_G: np.ndarray
-    """[G] groups without signal."""
-
-
-def draw(s: Learner, task: Task, c: GRPOConfig, step: int, n_prompts: int, *round_: int) -> Drawn:
-    """Sample a group of answers to each of the next problems, and grade each by rule: is it right, is it well
-    formed?"""
-    problems = task.problems("train", n_prompts, start=s.position)
-    s.position += n_prompts
-    seeds = sample_seeds(n_prompts * c.group_size, c.seed, step, *round_)
-    rollouts = sample_groups(s.engine, [task.prompt(p) for p in problems], c.group_size, c.max_new_tokens,
-                             c.temperature, seeds)
-    rewards = score(task, [p for p in problems for _ in range(c.group_size)], rollouts.texts, c.rewards)
-    training_N = rewards.total
-    if c.overlong_buffer:
-        training_N = training_N + overlong_penalty(rollouts.response_lengths, c.max_new_tokens,
-                                                   c.overlong_buffer)
-    if c.control:
-        training_N = permute_within_groups(training_N, rollouts.group_offsets, seed=(c.seed, step, *round_))
-    return Drawn(rollouts, rewards, training_N, group_advantages(training_N, rollouts.group_offsets)[1])
-
-
-def draw_with_signal(s: Learner, task: Task, c: GRPOConfig,
-                     step: int) -> tuple[Rollouts, np.ndarray, list[Drawn]]:
-    """(what to train on, its rewards, all that was drawn): with --dynamic-sampling, groups without signal are
-    replaced by groups of new problems (DAPO, arXiv 2503.14476, eq. 11) as long as there are draws left."""
-    drawn = [draw(s, task, c, step, c.prompts_per_step)]
-    if c.dynamic_sampling == 1:
-        return drawn[0].rollouts, drawn[0].training_N, drawn
-    left = (c.dynamic_sampling - 1) * c.prompts_per_step
-    while (wanted := min(left, c.prompts_per_step - sum(int((~d.dead_G).sum()) for d in drawn))) > 0:
-        drawn.append(draw(s, task, c, step, wanted, len(drawn)))
-        left -= wanted
-    kept = [np.flatnonzero(~d.dead_G) for d in drawn]
-    if not any(map(len, kept)):  # nothing to learn from: a step like any other, that changes nothing
-        kept[0] = np.arange(len(drawn[0].dead_G))
-    samples = [np.isin(np.repeat(np.arange(len(d.dead_G)), np.diff(d.rollouts.group_offsets)), groups)
-               for d, groups in zip(drawn, kept, strict=True)]
-    training_N = np.concatenate([d.training_N[some] for d, some in zip(drawn, samples, strict=True)])
-    return merge([d.rollouts for d in drawn], kept), training_N, drawn
 
 
 def grpo_step(s: Learner, task: Task, c: GRPOConfig, step: int) -> dict:
@@ -228,15 +174,19 @@ def grpo_step(s: Learner, task: Task, c: GRPOConfig, step: int) -> dict:
     sampled = time.perf_counter()
 
     # 3. How much better than the rest of its group was each answer?            (DeepSeekMath, eq. 3)
-    if c.ref_offload:
+    if c.ref_offload and (c.kl_samples or c.loss.kl_coef):
         s.reference.to(device)
-    everything, kl_R, values_R = np.arange(len(rollouts.texts)), None, None
+    kl_to_ref, kl_R, values_R, batches = kl_to_reference(s.reference, rollouts, c, step), None, None, []
+    if c.per_token or c.kl_in_reward:
+        batches = micro_batches(rollouts, np.arange(len(rollouts.texts)), c.micro_tokens, device)
     if c.kl_in_reward:
-        ref_logp_R = each_token(logp_of(s.reference, c.temperature), rollouts, everything, c, device)
+        ref_logp_R = each_token(logp_of(s.reference, c.temperature), rollouts, batches, device)
         kl_R = c.loss.kl_coef * kl_estimate(np.concatenate(rollouts.sampler_logp).astype(np.float64),
                                             ref_logp_R.double().cpu().numpy(), c.loss.kl_estimator)
+    if c.ref_offload and not c.kl_in_loss:
+        s.reference.to("cpu")
     if s.critic is not None:
-        values_R = each_token(s.critic, rollouts, everything, c, device).double().cpu().numpy()
+        values_R = each_token(s.critic, rollouts, batches, device).double().cpu().numpy()
     advantages, returns_R = s.pieces.advantages(rewards_N, rollouts.group_offsets, rollouts.response_offsets,
                                                 c.advantage, kl_R, values_R, all_sum)
 
@@ -244,33 +194,16 @@ def grpo_step(s: Learner, task: Task, c: GRPOConfig, step: int) -> dict:
     figures = update_policy(s.policy, s.reference, rollouts, advantages, s.optimizer, c, step, s.pieces)
     if s.critic is not None:
         figures |= update_critic(s.critic, rollouts, values_R, returns_R, s.critic_optimizer, c, step)
-    figures["kl_to_reference"] = kl_to_reference(s.reference, rollouts, c, step)
     if c.ref_offload:
         s.reference.to("cpu")
-    return {**figures_of(drawn, sampled - started), **figures, "position": s.position,
+    if kl_R is not None:
+        figures["kl_in_reward"] = kl_R.mean()
+    lengths = rollouts.response_lengths
+    return {**figures_of(drawn, lengths, sampled - started), **figures, "kl_to_reference": kl_to_ref,
+            "position": s.position,
             "step_s": time.perf_counter() - started, "update_s": time.perf_counter() - sampled,
-            "update_tokens_per_s": rollouts.response_lengths.sum() / (time.perf_counter() - sampled),
+            "update_tokens_per_s": lengths.sum() / (time.perf_counter() - sampled),
             "memory_gb": peak_memory(device) / 1e9}
-
-
-def figures_of(drawn: list[Drawn], seconds: float) -> dict:
-    """What a log shows of all that was sampled in a step, kept or not: a mean over the kept groups alone
-    would leave out the easy and the hopeless ones."""
-    rewards = {name: np.concatenate([getattr(d.rewards, name) for d in drawn])
-               for name in ("total", "accuracy", "format")}
-    lengths = np.concatenate([d.rollouts.response_lengths for d in drawn])
-    right_G = np.concatenate([np.add.reduceat(d.rewards.accuracy, d.rollouts.group_offsets[:-1])
-                              / np.diff(d.rollouts.group_offsets) for d in drawn])
-    dead_G = np.concatenate([d.dead_G for d in drawn])
-    cut = np.concatenate([[reason == "length" for reason in d.rollouts.finish_reasons] for d in drawn])
-    dead_N = np.concatenate([np.repeat(d.dead_G, np.diff(d.rollouts.group_offsets)) for d in drawn])
-    replaced = int(lengths[dead_N].sum()) if len(drawn) > 1 else 0
-    return {"reward": rewards["total"].mean(), "accuracy": rewards["accuracy"].mean(),
-            "format": rewards["format"].mean(), "length": lengths.mean(), "length_max": lengths.max(),
-            "truncated": cut.mean(), "dead_groups": dead_G.mean(), "all_right": (right_G == 1).mean(),
-            "all_wrong": (right_G == 0).mean(), "groups_drawn": len(dead_G), "replaced_tokens": replaced,
-            "replaced_s": seconds * replaced / lengths.sum(), "tokens": int(lengths.sum()),
-            "rollout_s": seconds, "rollout_tokens_per_s": lengths.sum() / seconds}
 
 
 def held_out_accuracy(s: Learner, task: Task, c: GRPOConfig) -> float:
@@ -286,14 +219,17 @@ def held_out_accuracy(s: Learner, task: Task, c: GRPOConfig) -> float:
 def make_learner(c: GRPOConfig, task: Task, device: torch.device) -> Learner:
     policy, tokenizer, base = load_model(c.base, device)
     config, weights = base.state["model_config"], base.tensors["model"]
-    reference = build_model(config, weights, torch.device("cpu") if c.ref_offload else device)
+    reference = build_model(config, weights, device)  # on the device: that sets what it computes in
+    if c.ref_offload:
+        reference.to("cpu")
     critic = Critic(build_model(config, weights, device)) if c.advantage.baseline == "critic" else None
     # The cache is for what a step samples, as far as a few prompts tell (longer ones: fewer rows),
     # and leaves room for what the first update makes: gradients and two moments, all in fp32.
     prompts = tokenizer.encode_batch([task.prompt(p) for p in task.problems("train", c.prompts_per_step)])
     engine = Engine(policy, tokenizer, max_rows=min(1024, c.prompts_per_step * c.group_size),
                     longest=max(map(len, prompts)) + c.max_new_tokens,
-                    reserve=12 * sum(p.numel() for p in policy.parameters()) * (2 if critic else 1))
+                    reserve=(12 + 12 * (critic is not None) + 4 * c.ref_offload)
+                    * sum(p.numel() for p in policy.parameters()))
     return Learner(policy, reference.requires_grad_(False), engine, make_optimizer(policy, c.optim), critic,
                    make_optimizer(critic, c.critic_optim) if critic else None,
                    MISTAKES[c.mistake].pieces if c.mistake else PIECES)
@@ -315,7 +251,7 @@ def grpo(c: GRPOConfig) -> Transformer:
     with Run(c, "control" if c.control else c.algo) as run:
         s.position = run.restore(s.policy, s.engine.tokenizer, s.optimizer, more).get("position", 0)
         tqdm.write(s.engine.plan(), file=sys.stderr)
-        tqdm.write(f"{c.algo}: {in_words(c.advantage)}; {in_words(c.loss)}", file=sys.stderr)
+        tqdm.write(in_words(c), file=sys.stderr)
         diagnosis = Diagnosis(c, read_metrics(run.folder))
         for step in run.steps():
             try:
