@@ -21,10 +21,12 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 import tyro
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -35,7 +37,7 @@ from r1zero.rl.algorithms import PRESETS
 from r1zero.train.demo import DemoConfig, base_config
 from r1zero.train.grpo import GRPOConfig, grpo_step, make_learner
 from r1zero.train.optim import OptimConfig
-from r1zero.train.plots import BASE, CONTROL, RL, save
+from r1zero.train.plots import BASE, CONTROL, save
 from r1zero.train.pretrain import pretrain
 from r1zero.train.run import load_model, pick_device, reuse_memory
 from r1zero.train.task_flags import TaskFlags
@@ -134,8 +136,15 @@ def mean_and_interval(values: list[float]) -> tuple[float, float]:
 
 
 def by_preset(runs: list[dict]) -> dict[str, list[dict]]:
-    names = dict.fromkeys(run["preset"] for run in runs)
-    return {name: [run for run in runs if run["preset"] == name] for name in names}
+    """The runs of each preset, the best first."""
+    groups: dict[str, list[dict]] = {}
+    for run in runs:
+        groups.setdefault(run["preset"], []).append(run)
+
+    def score(name: str) -> float:
+        return mean_and_interval([run["pass_at"]["1"] for run in groups[name]])[0]
+
+    return {name: groups[name] for name in sorted(groups, key=score, reverse=True)}
 
 
 COLUMNS = {
@@ -161,38 +170,32 @@ def print_table(runs: list[dict]) -> None:
 def draw(runs: list[dict], path: Path) -> Path:
     """Held-out pass@1 of each preset; accuracy over tokens; pass@k before and after."""
     groups = by_preset(runs)
-    figure = Figure(figsize=(15, 5), layout="constrained")
+    figure = Figure(figsize=(15, 6), dpi=120, layout="constrained", facecolor="white")
     left, middle, right = figure.subplots(1, 3)
-    names = sorted(groups, key=lambda name: mean_and_interval([r["pass_at"]["1"] for r in groups[name]])[0])
-    special = {"base": BASE, "control": CONTROL}
-    for y, name in enumerate(names):
+    names, colours = [*groups], dict(zip(groups, colormaps["tab20"].colors, strict=False))
+    colours |= {"base": BASE, "control": CONTROL}
+    for y, name in enumerate(names[::-1]):
         values = [100 * run["pass_at"]["1"] for run in groups[name]]
         mean, half = mean_and_interval(values)
-        colour = special.get(name, RL)
-        left.errorbar([mean], [y], xerr=None if math.isnan(half) else [half], fmt="D", color=colour,
+        left.errorbar([mean], [y], xerr=None if math.isnan(half) else [half], fmt="D", color=colours[name],
                       capsize=4)
-        left.plot(values, [y] * len(values), "o", color=colour, alpha=0.35, markersize=5)
-    left.set(yticks=range(len(names)), yticklabels=names, xlim=(0, 100), xlabel="held-out pass@1, %")
+        left.plot(values, [y] * len(values), "o", color=colours[name], alpha=0.5, markersize=5)
+    left.set(yticks=range(len(names)), yticklabels=names[::-1], xlim=(0, 100), xlabel="held-out pass@1, %")
     left.set_title("After the same number of tokens", loc="left", fontweight="bold")
-    curves = [name for name in names if name != "base"]
-    for i, name in enumerate(curves[::-1]):
-        for first, run in enumerate(groups[name]):
-            spent, total = [], 0
-            for row in run["rows"]:
-                spent.append((total := total + row["tokens"]) / 1000)
-            middle.plot(spent, smoothed([100 * row["accuracy"] for row in run["rows"]]), linewidth=1.3,
-                        color=special.get(name) or f"C{i % 10}", alpha=0.8, label=None if first else name)
+    for name in names:
+        thick = 2.5 if name in ("base", "control") else 1.3
+        for run in groups[name]:
+            spent = [total / 1000 for total in accumulate(row["tokens"] for row in run["rows"])]
+            middle.plot(spent, smoothed([100 * row["accuracy"] for row in run["rows"]]), color=colours[name],
+                        linewidth=thick)
+        means = [100 * mean_and_interval([run["pass_at"][str(k)] for run in groups[name]])[0] for k in KS]
+        right.plot(KS, means, "o-", color=colours[name], label=name, linewidth=thick, markersize=4)
     middle.set(ylim=(0, 100), xlabel="sampled tokens, thousands", ylabel="accuracy of the samples, %")
     middle.set_title("On the way, each seed", loc="left", fontweight="bold")
-    middle.legend(frameon=False, fontsize=8, ncols=2, loc="lower right")
-    for i, name in enumerate(names[::-1]):
-        means = [100 * mean_and_interval([run["pass_at"][str(k)] for run in groups[name]])[0] for k in KS]
-        right.plot(KS, means, "o-", color=special.get(name) or f"C{i % 10}", label=name,
-                   linewidth=2.5 if name in special else 1.2, markersize=4)
     right.set_xscale("log", base=2)
     right.set(xticks=KS, xticklabels=KS, ylim=(0, 100), xlabel="k", ylabel="held-out pass@k, %")
     right.set_title("Sharper, or abler?", loc="left", fontweight="bold")
-    right.legend(frameon=False, fontsize=8, ncols=2, loc="lower right")
+    figure.legend(loc="outside lower center", ncols=8, frameon=False)
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#E3E3E3")

@@ -1,5 +1,6 @@
 """The benchmarks run at toy size, say what they are asked to say, and their arithmetic is right. Nothing is
 timed."""
+import dataclasses
 import importlib.metadata
 import json
 
@@ -7,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, generation, linear_logprob, memory, training, vs_trl
+from benchmarks import ablation, common, generation, linear_logprob, memory, training, vs_trl
 from r1zero.kernels import reference
 from r1zero.model.config import ModelConfig, preset
 from r1zero.model.transformer import Transformer
 from r1zero.train.data import next_token_batch
+
+from .loop_cases import save_base
 
 TINY = ModelConfig(vocab_size=50, n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=64,
                    qkv_bias=True, max_seq_len=64)
@@ -191,3 +194,29 @@ def test_linear_logprob_at_toy_size(tmp_path, capsys, monkeypatch):
     assert logits < record["bytes"]["materialised"][1] < 4 * logits
     h, w, targets = linear_logprob.inputs(64, f)
     torch.testing.assert_close(*(side(h, w, targets) for side in linear_logprob.SIDES.values()))
+
+
+def test_the_ablation_at_toy_size(tmp_path, capsys, monkeypatch):
+    f = ablation.Flags(base=str(save_base(tmp_path / "base")), work=str(tmp_path / "runs"), seeds=1,
+                       budget=100, presets=("rloo@1", "control"), problems=2,
+                       out=str(tmp_path / "found.json"))
+    ablation.main(f)
+    text = capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert [(run["preset"], run["seed"], len(run["rows"])) for run in found["runs"]] == \
+        [("base", 0, 0), ("rloo@1", 0, 1), ("control", 0, 1)]
+    assert all(set(run["pass_at"]) == {"1", "2", "4", "8", "16"} for run in found["runs"])
+    assert "rloo@1" in text and (tmp_path / "found.png").stat().st_size > 20_000
+    monkeypatch.setattr(ablation, "one_run", None)  # nothing is done twice
+    ablation.main(f)
+    ablation.main(dataclasses.replace(f, table_of=f.out))
+    with pytest.raises(ValueError, match="made with other settings"):
+        ablation.main(dataclasses.replace(f, budget=200))
+    with pytest.raises(ValueError, match="made with other settings"):  # another base is another experiment
+        ablation.main(dataclasses.replace(f, base=str(save_base(tmp_path / "other", seed=1))))
+
+
+def test_students_interval_by_hand():
+    mean, half = ablation.mean_and_interval([0.1, 0.2, 0.3])
+    assert mean == pytest.approx(0.2) and half == pytest.approx(4.30 * 0.1 / 3 ** 0.5)
+    assert np.isnan(ablation.mean_and_interval([0.5])[1])
