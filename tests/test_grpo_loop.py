@@ -230,6 +230,10 @@ def test_the_control_and_the_penalty_change_what_is_trained_on_and_not_what_is_l
     assert all(np.array_equal(logged, figures["plain"][0]) for logged, _ in figures.values())
     assert not np.array_equal(figures["control"][1], figures["plain"][1])
     np.testing.assert_allclose(figures["penalty"][1], figures["plain"][1] - lengths / 3)
+    c = grpo_config("", base, overlong_buffer=1.0)
+    logged = grpo_step(learner(c), c.task.make(), c, 0)
+    assert logged["reward"] == pytest.approx(figures["plain"][0].mean())
+    assert logged["penalty"] == pytest.approx(lengths.mean() / 3)
 
 
 # ---- resume ----
