@@ -16,7 +16,7 @@ from r1zero.model.generation import (
 )
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.model.transformer import Transformer
-from r1zero.train import grpo as grpo_file
+from r1zero.train import draw as draw_file
 from r1zero.train.grpo import grpo
 from r1zero.train.run import read_metrics
 
@@ -155,7 +155,7 @@ def test_a_stream_and_a_batch_at_one_time():
 
 def test_grpo_logs_the_gap_and_stops_when_it_is_too_large(tmp_path, monkeypatch):
     c = grpo_config(tmp_path / "run", save_base(tmp_path / "base"), steps=4, save_every=1)
-    original = grpo_file.sample_groups
+    original = draw_file.sample_groups
 
     def disagreeing(engine, *args):
         rollouts = original(engine, *args)
@@ -164,7 +164,7 @@ def test_grpo_logs_the_gap_and_stops_when_it_is_too_large(tmp_path, monkeypatch)
                 logp[0] -= 0.01
         return rollouts
 
-    monkeypatch.setattr(grpo_file, "sample_groups", disagreeing)
+    monkeypatch.setattr(draw_file, "sample_groups", disagreeing)
     with pytest.raises(FloatingPointError, match="is 0.01 from the trainer's own, more than --max-logp-gap "
                                                  "0.001, at step 3; the checkpoint of step 2 is kept"):
         grpo(c)
