@@ -136,7 +136,7 @@ def summary(c: CompareConfig, rows: dict[bool, list[dict]]) -> str:
     dials = MISTAKES[c.mistake].shows_with
     flags = [f"--{name.replace('_', '-')} {value:g}" for name, value in dials.items()]
     lines += [f"Both runs had {' '.join(flags)}, with which it shows."] if flags else []
-    return "\n".join([*lines, MISTAKES[c.mistake].seen])
+    return "\n".join([*lines, f"What 16 steps from the demo's base showed: {MISTAKES[c.mistake].seen}"])
 
 
 if __name__ == "__main__":
