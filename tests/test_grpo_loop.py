@@ -9,6 +9,7 @@ import torch
 
 from r1zero.model.checkpoint import checkpoint_steps, load_checkpoint
 from r1zero.rl.losses import LossConfig
+from r1zero.train import draw as draw_module
 from r1zero.train import grpo as grpo_module
 from r1zero.train.grpo import PIECES, draw_with_signal, grpo, grpo_step, make_learner
 from r1zero.train.optim import OptimConfig, make_optimizer, optimizer_step
@@ -42,9 +43,10 @@ def learner(c):
 
 # ---- dynamic sampling ----
 
-def test_groups_without_signal_are_replaced_and_their_cost_is_told(base):
+def test_groups_without_signal_are_replaced_by_new_ones(base, monkeypatch):
     c = grpo_config("", base, task=Patchy(), dynamic_sampling=6, group_size=8)
-    s = learner(c)
+    s, seeds, sample = learner(c), [], draw_module.sample_groups
+    monkeypatch.setattr(draw_module, "sample_groups", lambda *rest: seeds.append(rest[-1]) or sample(*rest))
     rollouts, rewards_N, drawn = draw_with_signal(s, c.task, c, 0)
     assert len(drawn) > 1 and len(rollouts.group_offsets) == 5 and len(rewards_N) == 32
     groups = rewards_N.reshape(4, 8)
@@ -53,14 +55,18 @@ def test_groups_without_signal_are_replaced_and_their_cost_is_told(base):
     kept = [n for d in drawn for n in np.flatnonzero(~np.repeat(d.dead_G, 8))]
     texts = [d.rollouts.texts[n] for d in drawn for n in np.flatnonzero(~np.repeat(d.dead_G, 8))]
     assert rollouts.texts == texts and len(kept) == 32
-    seeds = [text for d in drawn for text in d.rollouts.texts]
-    assert len(set(seeds)) > len(drawn[0].rollouts.texts)  # a later draw is not the first one again
+    everyone = torch.cat(seeds).tolist()
+    assert len(set(everyone)) == len(everyone) > 32  # a later draw has random numbers of its own
 
 
 def test_figures_are_of_all_that_was_drawn_and_not_of_the_kept(base):
     c = grpo_config("", base, task=Patchy(), dynamic_sampling=6, group_size=8)
     s = learner(c)
     figures = grpo_step(s, c.task, c, 0)
+    _, _, parts = draw_with_signal(learner(c), c.task, c, 0)
+    accuracy = np.concatenate([d.rewards.accuracy for d in parts])
+    assert figures["accuracy"] == accuracy.mean() != accuracy[~np.concatenate(
+        [np.repeat(d.dead_G, 8) for d in parts])].mean()
     drawn = figures["groups_drawn"]
     assert drawn == figures["position"] > 8 and figures["trained_samples"] == 32
     assert figures["dead_groups"] == pytest.approx(1 - 4 / drawn)
