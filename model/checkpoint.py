@@ -229,6 +229,11 @@ def _read_best(root: Path) -> dict | None:
         return None
 
 
+def mark_best(run: str | Path, step: int, score: float) -> None:
+    """Do what `save_checkpoint` does with a score, for a run that was killed before it came to that."""
+    _mark_best(Path(run) / "checkpoints", step, score)
+
+
 def _mark_best(root: Path, step: int, score: float) -> None:
     best = _read_best(root)
     stale = best is None or best["step"] == step or best["step"] not in _folders(root)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from r1zero.model import checkpoint as checkpoint_module
 from r1zero.model.checkpoint import checkpoint_steps, load_checkpoint
 from r1zero.rl.losses import LossConfig
 from r1zero.train import draw as draw_module
@@ -163,7 +164,7 @@ def test_rollouts_never_lag_behind_the_trainer(base):
         assert rollouts.weights_version == (step - 1 if step else 0)  # told by the refresh of each step
         figures = grpo_step(s, task, c, step)
         assert figures["logp_gap"] < 1e-3
-    assert max(float((p - before[name]).abs().max()) for name, p in s.policy.named_parameters()) > 0.1
+    assert max(float((p.data - before[name]).abs().max()) for name, p in s.policy.named_parameters()) > 0.1
 
 
 def test_small_steps_are_not_lost_in_16_bit(base):
@@ -189,6 +190,25 @@ def test_held_out_accuracy_marks_the_best_checkpoint(base, tmp_path, monkeypatch
     grpo(c)
     assert load_checkpoint(c.run, "best").step == 4 and checkpoint_steps(c.run) == [4, 5]
     assert [row.get("eval_accuracy") for row in read_metrics(c.run)] == [None, 0.3, None, 0.9, 0.5]
+
+
+def test_a_run_that_died_between_its_best_checkpoint_and_the_mark_marks_it_on_resume(base, tmp_path,
+                                                                                     monkeypatch):
+    found, mark = iter([0.3, 0.9, 0.5]), checkpoint_module._mark_best
+    monkeypatch.setattr(grpo_module, "held_out_accuracy", lambda *rest: next(found))
+
+    def dying(root, step, score):
+        if step == 4:
+            raise KeyError("killed")
+        mark(root, step, score)
+
+    common = dict(steps=5, eval_every=2, save_every=100, keep_last=1)
+    with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
+        patch.setattr(checkpoint_module, "_mark_best", dying)
+        grpo(grpo_config(tmp_path / "run", base, **common))
+    assert load_checkpoint(tmp_path / "run", "best").step == 2
+    grpo(grpo_config(tmp_path / "run", base, resume=True, **common))
+    assert load_checkpoint(tmp_path / "run", "best").step == 4
 
 
 def test_held_out_accuracy_is_measured_on_problems_of_the_test_split(base):

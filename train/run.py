@@ -33,6 +33,7 @@ from ..model.checkpoint import (
     check_config,
     checkpoint_steps,
     load_checkpoint,
+    mark_best,
     save_checkpoint,
 )
 from ..model.config import ModelConfig
@@ -179,6 +180,8 @@ class Run:
             if steps:
                 self.resumed = load_checkpoint(self.folder)
                 check_config(self.resumed.state.get("settings", {}), self.settings, self.resumed.path)
+                if (score := self.resumed.state.get("score")) is not None:
+                    mark_best(self.folder, self.resumed.step, score)
             atomic_write_json(record, {"title": title, "config": asdict(config), "machine": machine(),
                                        "started": time.strftime("%Y-%m-%d %H:%M:%S")})
         except OSError as error:
@@ -270,7 +273,7 @@ class Run:
         os.fsync(self._file.fileno())
         tensors = {}
         state = {"settings": self.settings, "model_config": model.config.to_dict(),
-                 "tokenizer": tokenizer.to_dict(), "figures": figures or {}}
+                 "tokenizer": tokenizer.to_dict(), "figures": figures or {}, "score": score}
         for name, (module, its_optimizer) in {"model": (model, optimizer), **(more or {})}.items():
             tensors[name] = dict(module.named_parameters())
             if its_optimizer is not None:
