@@ -34,13 +34,12 @@ from r1zero.eval.harness import evaluate
 from r1zero.eval.sampler import ModelSampler
 from r1zero.model.checkpoint import atomic_write_json
 from r1zero.rl.algorithms import PRESETS
-from r1zero.train.demo import DemoConfig, base_config
+from r1zero.train.demo import DemoConfig, base_config, task_of
 from r1zero.train.grpo import GRPOConfig, grpo_step, make_learner
 from r1zero.train.optim import OptimConfig
-from r1zero.train.plots import BASE, CONTROL, save
+from r1zero.train.plots import BASE, CONTROL, save, smooth
 from r1zero.train.pretrain import pretrain
 from r1zero.train.run import load_model, pick_device, reuse_memory
-from r1zero.train.task_flags import TaskFlags
 
 from .common import finish, table
 
@@ -89,9 +88,8 @@ def config_of(preset: str, seed: int, f: Flags) -> GRPOConfig:
     algo, _, updates = preset.partition("@")
     optim = OptimConfig(lr=f.lr, warmup=5, schedule="constant", weight_decay=0.0, eps=1e-8)
     demo = DemoConfig()
-    dials = f"n_numbers={demo.numbers}", f"high={demo.high}", f"ops={demo.ops}", "seed=0"
     return GRPOConfig(run="", base=f.base, algo="r1_zero" if algo == "control" else algo, seed=seed,
-                      task=TaskFlags("countdown", dials), max_new_tokens=demo.max_new_tokens,
+                      task=task_of(demo, 0), max_new_tokens=demo.max_new_tokens,
                       micro_tokens=2048, updates_per_step=int(updates or f.updates_per_step),
                       control=algo == "control", optim=optim, critic_optim=replace(optim, lr=3 * f.lr))
 
@@ -186,8 +184,8 @@ def draw(runs: list[dict], path: Path) -> Path:
         thick = 2.5 if name in ("base", "control") else 1.3
         for run in groups[name]:
             spent = [total / 1000 for total in accumulate(row["tokens"] for row in run["rows"])]
-            middle.plot(spent, smoothed([100 * row["accuracy"] for row in run["rows"]]), color=colours[name],
-                        linewidth=thick)
+            middle.plot(spent, smooth(spent, [100 * row["accuracy"] for row in run["rows"]], 2),
+                        color=colours[name], linewidth=thick)
         means = [100 * mean_and_interval([run["pass_at"][str(k)] for run in groups[name]])[0] for k in KS]
         right.plot(KS, means, "o-", color=colours[name], label=name, linewidth=thick, markersize=4)
     middle.set(ylim=(0, 100), xlabel="sampled tokens, thousands", ylabel="accuracy of the samples, %")
@@ -201,11 +199,6 @@ def draw(runs: list[dict], path: Path) -> Path:
         axes.grid(color="#E3E3E3")
         axes.set_axisbelow(True)
     return save(figure, path)
-
-
-def smoothed(values: list[float], half: int = 2) -> list[float]:
-    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
-    return [sum(window) / len(window) for window in windows]
 
 
 def main(f: Flags) -> None:
