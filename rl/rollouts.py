@@ -135,10 +135,14 @@ def response_logprobs(model, batch: MicroBatch, temperature: float) -> tuple[tor
     return model.logprobs(model(batch.packed), batch.targets, temperature, rows=batch.predictors)
 
 
+def samples_of(rollouts: Rollouts, groups: np.ndarray) -> np.ndarray:
+    """The samples of the named groups, in their order."""
+    return np.concatenate([np.arange(0), *(np.arange(*rollouts.group_offsets[g : g + 2]) for g in groups)])
+
+
 def merge(parts: list[Rollouts], groups: list[np.ndarray]) -> Rollouts:
     """One Rollouts of the named groups of each part, in their order."""
-    samples = [np.concatenate([np.arange(*p.group_offsets[g : g + 2]) for g in chosen] or [np.arange(0)])
-               for p, chosen in zip(parts, groups, strict=True)]
+    samples = [samples_of(p, chosen) for p, chosen in zip(parts, groups, strict=True)]
     sizes = [np.diff(p.group_offsets)[chosen] for p, chosen in zip(parts, groups, strict=True)]
 
     def picked(name: str) -> list:

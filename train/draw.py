@@ -14,7 +14,7 @@ from ..rl.advantages import group_advantages
 from ..rl.algorithms import PIECES, Pieces
 from ..rl.critic import Critic
 from ..rl.rewards import Rewards, overlong_penalty, permute_within_groups, score
-from ..rl.rollouts import Rollouts, merge, sample_groups
+from ..rl.rollouts import Rollouts, merge, sample_groups, samples_of
 
 
 @dataclass
@@ -62,8 +62,7 @@ def draw(s: Learner, task: Task, c, step: int, n_prompts: int, *round_: int) -> 
     return Drawn(rollouts, rewards, training_N, group_advantages(training_N, rollouts.group_offsets)[1])
 
 
-def draw_with_signal(s: Learner, task: Task, c,
-                     step: int) -> tuple[Rollouts, np.ndarray, list[Drawn]]:
+def draw_with_signal(s: Learner, task: Task, c, step: int) -> tuple[Rollouts, np.ndarray, list[Drawn]]:
     """(what to train on, its rewards, all that was drawn): with --dynamic-sampling, groups without signal are
     replaced by groups of new problems (after DAPO, arXiv 2503.14476, eq. 11) as long as there are draws
     left."""
@@ -77,9 +76,8 @@ def draw_with_signal(s: Learner, task: Task, c,
     kept = [np.flatnonzero(~d.dead_G) for d in drawn]
     if not any(map(len, kept)):  # nothing to learn from: a step like any other, that changes nothing
         kept[0] = np.arange(len(drawn[0].dead_G))
-    samples = [np.isin(np.repeat(np.arange(len(d.dead_G)), np.diff(d.rollouts.group_offsets)), groups)
-               for d, groups in zip(drawn, kept, strict=True)]
-    training_N = np.concatenate([d.training_N[some] for d, some in zip(drawn, samples, strict=True)])
+    training_N = np.concatenate([d.training_N[samples_of(d.rollouts, groups)]
+                                 for d, groups in zip(drawn, kept, strict=True)])
     return merge([d.rollouts for d in drawn], kept), training_N, drawn
 
 
