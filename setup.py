@@ -18,6 +18,7 @@ DEPENDENCIES = [
     'triton>=3.6,<3.8; sys_platform == "linux"',
     "einops>=0.8",
     "numpy>=2.0",
+    "numba>=0.62",  # compiles the loops of a CPU; without it they run as plain PyTorch, slower
     "tiktoken>=0.9",
     "wandb>=0.19",
     "safetensors>=0.5",

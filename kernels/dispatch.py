@@ -1,7 +1,8 @@
 """Which implementation of an op runs, and the checks that every op makes of what it is given.
 
-Triton serves CUDA tensors, the reference all others; `impl="triton"` or `impl="reference"` forces one. With
-TRITON_INTERPRET=1, Triton's own variable, Triton serves CPU tensors too. Where Triton is not installed, the
+Triton serves CUDA tensors, compiled loops fp32 tensors on a CPU (kernels/cpu.py, for the ops that have them),
+the reference all others; `impl="triton"`, "cpu" or "reference" forces one. With TRITON_INTERPRET=1, Triton's
+own variable, Triton serves CPU tensors too. Where Triton is not installed, the
 op files still import: `triton` and `tl` are then stand-ins, and everything runs on the references.
 """
 import os
@@ -42,11 +43,14 @@ def warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-def use_triton(impl: str | None, x: torch.Tensor) -> bool:
-    """Whether Triton serves `x`. Raises ValueError for an `impl` that does not exist or cannot serve it."""
-    if impl not in (None, "triton", "reference"):
-        raise ValueError(f'impl is {impl!r}; expected "triton", "reference" or None (choose by device)')
-    if impl == "reference":
+def use_triton(impl: str | None, x: torch.Tensor, loops: bool = False) -> bool:
+    """Whether Triton serves `x`. loops: the op has compiled loops, too (kernels/cpu.py). Raises ValueError
+    for an `impl` that does not exist or cannot serve it."""
+    names = ["triton", *["cpu"] * loops, "reference"]
+    if impl not in (None, *names):
+        listed = ", ".join(f'"{name}"' for name in names)
+        raise ValueError(f"impl is {impl!r}; expected {listed} or None (choose by device)")
+    if impl in ("cpu", "reference"):
         return False
     reason = None
     if not HAS_TRITON:

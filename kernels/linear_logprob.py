@@ -28,7 +28,7 @@ import math
 import numpy as np
 import torch
 
-from . import dispatch, reference
+from . import cpu, dispatch, reference
 from .dispatch import check_tensors, tl, triton, use_triton
 
 SLICE = 4096  # columns of dlogits that exist at one time; all of BLOCK_V divide it
@@ -320,8 +320,8 @@ def linear_logprob(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
     targets: int64 in [0, V), checked on the host where the batch is built; temperature: above 0, the one
     that the tokens were sampled at; rows: int64, the distinct rows of h that predict the targets, in their
     order, when not all do: the others cost nothing and have gradient 0; softcap: the logits' own cap.
-    impl: "triton", "reference", or None to choose by device. In fp16 the upstream gradients must be scaled,
-    as usual.
+    impl: "triton", "cpu", "reference", or None to choose by device. In fp16 the upstream gradients must be
+    scaled, as usual.
     Raises ValueError for shapes that do not fit together, for targets or rows that are no int64 on h's
     device, or for a temperature or softcap of 0 or below.
     """
@@ -340,6 +340,7 @@ def linear_logprob(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
                          "choice has no log-prob)")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"linear_logprob: softcap is {softcap}, expected a number above 0, or None")
-    if use_triton(impl, h):
+    if use_triton(impl, h, loops=True):
         return logprob_fwd_op(h, weight, targets.contiguous(), rows, float(temperature), softcap or 0.0)[:2]
-    return reference.linear_logprob(h, weight, targets, temperature, rows, softcap)
+    served_by = cpu if cpu.serves(impl, h, weight) else reference
+    return served_by.linear_logprob(h, weight, targets, temperature, rows, softcap)

@@ -5,6 +5,8 @@ Maths is done in `promote_types(dtype, float32)`, so 16-bit inputs accumulate in
 Shapes: N sequences, T flat tokens, S padded length, H query heads, G kv heads, D head_dim, M d_model, F d_ff,
 V vocabulary.
 """
+import sys
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -17,97 +19,26 @@ def wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-class RMSNorm(torch.autograd.Function):
-    """Keeps n = x / rms(x) and 1 / rms(x); kernels/rmsnorm.py has the maths of the gradient."""
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        x_wide = wide(x)
-        r = x_wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        n = x_wide * r
-        ctx.save_for_backward(n, r, weight)
-        return (n * weight).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        n, r, weight = ctx.saved_tensors
-        dy_wide = wide(dy)
-        dy_n = (dy_wide * n).flatten(0, -2)
-        mean_g_n = (dy_n @ weight.to(dy_n.dtype) / len(weight)).view(r.shape)  # of g * n, with g = dy * w
-        dx = (dy_wide * weight).addcmul_(n, mean_g_n, value=-1).mul_(r)
-        return dx.to(dy.dtype), dy_n.sum(0).to(weight.dtype), None
-
-
 def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension. With a residual: the pair (that of
     x + residual, x + residual)."""
     if residual is not None:
         total = x + residual
         return rmsnorm(total, weight, eps), total
-    if torch.is_grad_enabled():
-        return RMSNorm.apply(x, weight, eps)
-    return F.rms_norm(wide(x), x.shape[-1:], wide(weight), eps).to(x.dtype)
-
-
-def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Each pair (x[i], x[i + D/2]) turned by its angle, as complex numbers are multiplied."""
-    out = torch.empty_like(x)
-    (first, second), (out_first, out_second) = x.chunk(2, -1), out.chunk(2, -1)
-    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
-    return out
-
-
-class RoPE(torch.autograd.Function):
-    """The gradient of a turn is the turn back."""
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return turn(wide(x), cos, sin).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        cos, sin = ctx.saved_tensors
-        return turn(wide(dy), cos, -sin).to(dy.dtype), None, None
+    n = wide(x)
+    return (n * (n.square().mean(-1, keepdim=True) + eps).rsqrt() * weight).to(x.dtype)
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn the pairs (x[i], x[i + D/2]) by the angle of (token, i). x: [T, H, D]; cos, sin: [T, D/2]."""
-    cos, sin = cos[:, None], sin[:, None]
-    return RoPE.apply(x, cos, sin) if torch.is_grad_enabled() else turn(wide(x), cos, sin).to(x.dtype)
-
-
-def gated(gate_up: torch.Tensor) -> torch.Tensor:
-    gate, up = wide(gate_up).chunk(2, dim=-1)
-    return F.silu(gate).mul_(up).to(gate_up.dtype)
-
-
-class SwiGLU(torch.autograd.Function):
-    """Keeps only its input, and writes both halves of the gradient in place: a third less memory traffic."""
-    @staticmethod
-    def forward(ctx, gate_up):
-        ctx.save_for_backward(gate_up)
-        return gated(gate_up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        gate_up, = ctx.saved_tensors
-        x, dy = wide(gate_up), wide(dy)
-        grad = torch.empty_like(x)
-        (gate, up), (dgate, dup) = x.chunk(2, dim=-1), grad.chunk(2, dim=-1)
-        s = torch.sigmoid(gate)
-        torch.mul(gate, s, out=dup)  # silu(gate)
-        # s (1 + gate (1 - s)) = s + silu (1 - s)
-        torch.addcmul(s, dup, 1 - s, out=dgate).mul_(up).mul_(dy)
-        dup.mul_(dy)
-        return grad.to(gate_up.dtype)
+    (first, second), cos, sin = wide(x).chunk(2, -1), cos[:, None], sin[:, None]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, for [..., 2F] that holds gate, then up."""
-    return SwiGLU.apply(gate_up) if torch.is_grad_enabled() else gated(gate_up)
+    gate, up = wide(gate_up).chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
 
 
 def put_rows(x: torch.Tensor, rows: torch.Tensor, n: int) -> torch.Tensor:
@@ -315,65 +246,91 @@ def decode_attention(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tens
     return out.masked_fill((lengths == 0)[:, None, None, None], 0.0).reshape(B, H, D).to(q.dtype)
 
 
+def take_in(logits: torch.Tensor, peak: torch.Tensor, total: torch.Tensor, weighted: torch.Tensor
+            ) -> torch.Tensor:
+    """One more slice of logits [T, slice] into a row's running maximum, sum exp(x) and sum exp(x) x, each
+    [T], with x = l - maximum. Returns exp(x), in the memory of the logits or not."""
+    new_peak = torch.maximum(peak, logits.amax(-1))
+    moved = peak - new_peak
+    rescale = moved.exp()
+    exps = logits.sub_(new_peak[:, None]).exp()
+    weighted.add_(total * moved).mul_(rescale).add_(logits.mul_(exps).sum(-1))
+    total.mul_(rescale).add_(exps.sum(-1))
+    peak.copy_(new_peak)
+    return exps
+
+
+def dlogits_of_exps(exps, total, dlogp, targets, start: int) -> torch.Tensor:
+    """dlogp (1 at the target - p) [T, slice] with p = exp(x) / total, in the memory of exp(x), for the slice
+    from column `start` on."""
+    return add_at_targets(exps.mul_((-dlogp / total)[:, None]), dlogp, targets, start)
+
+
+def dlogits_of_logits(logits, lse, entropy, dlogp, dentropy, targets, start: int) -> torch.Tensor:
+    """dlogp (1 at the target - p) - dentropy p (log p + H), in the memory of the logits; dentropy may be
+    None."""
+    log_p = logits.sub_(lse[:, None])
+    if dentropy is None:
+        dlogits = log_p.exp_().mul_(-dlogp[:, None])
+    else:
+        p = log_p.exp()
+        dlogits = log_p.add_(entropy[:, None]).mul_(dentropy[:, None]).add_(dlogp[:, None]).mul_(p).neg_()
+    return add_at_targets(dlogits, dlogp, targets, start)
+
+
+def add_at_targets(dlogits, dlogp, targets, start: int) -> torch.Tensor:
+    here = (targets >= start) & (targets < start + dlogits.shape[1])
+    dlogits[torch.arange(len(targets), device=dlogits.device)[here], targets[here] - start] += dlogp[here]
+    return dlogits
+
+
 class LinearLogprob(torch.autograd.Function):
     """kernels/linear_logprob.py has the maths; here one slice of V at a time. Backward computes each slice of
     logits anew but the last, whose exponentials are kept: at most two exist at one time, and a vocabulary of
-    one slice is computed only once."""
+    one slice is computed only once. `steps` has the three functions above, or the loops that do the same."""
     @staticmethod
     def logits(h, w, cap):
         logits = h @ w.to(h.dtype).T
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     @staticmethod
-    def forward(ctx, h_TM, w_VM, targets_T, temperature, rows, softcap):
+    def forward(ctx, h_TM, w_VM, targets_T, temperature, rows, softcap, steps):
         h = wide(h_TM if rows is None else h_TM.index_select(0, rows)) / temperature
         cap = None if softcap is None else softcap / temperature
         T = h.shape[0]
-        peak = h.new_full((T,), torch.finfo(h.dtype).min)  # running maximum of the logits
-        total, weighted = h.new_zeros(T), h.new_zeros(T)  # sums of exp(x) and of exp(x) x, with x = l - peak
+        peak = h.new_full((T,), torch.finfo(h.dtype).min)
+        total, weighted = h.new_zeros(T), h.new_zeros(T)
         exps = None
         for start in range(0, w_VM.shape[0], VOCAB_SLICE):
-            logits = LinearLogprob.logits(h, w_VM[start : start + VOCAB_SLICE], cap)
-            new_peak = torch.maximum(peak, logits.amax(-1))
-            rescale = (peak - new_peak).exp()
-            exps = logits.sub_(new_peak[:, None]).exp()
-            weighted = (weighted + total * (peak - new_peak)) * rescale + logits.mul_(exps).sum(-1)
-            total = total * rescale + exps.sum(-1)
-            peak = new_peak
+            exps = steps.take_in(LinearLogprob.logits(h, w_VM[start : start + VOCAB_SLICE], cap), peak, total,
+                                 weighted)
         lse = peak + total.log()
         entropy = total.log() - weighted / total  # no difference of large numbers, and never below 0
         chosen = torch.linalg.vecdot(h, w_VM[targets_T].to(h.dtype))
         chosen = chosen if cap is None else cap * torch.tanh(chosen / cap)
-        ctx.save_for_backward(h_TM, w_VM, targets_T, rows, lse, entropy, exps if cap is None else None, total)
-        ctx.temperature, ctx.cap = temperature, cap
+        ctx.save_for_backward(h_TM, w_VM, targets_T, rows, lse, entropy, total)
+        ctx.temperature, ctx.cap, ctx.steps = temperature, cap, steps
+        ctx.exps = exps if cap is None else None  # the first backward uses their memory up
         ctx.set_materialize_grads(False)  # a gradient that nobody asked for is None, and costs nothing
         return chosen - lse, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dlogp, dentropy):
-        h_TM, w_VM, targets_T, rows, lse, entropy, last_exps, total = ctx.saved_tensors
+        h_TM, w_VM, targets_T, rows, lse, entropy, total = ctx.saved_tensors
+        last_exps, ctx.exps = ctx.exps, None
         dlogp = torch.zeros_like(lse) if dlogp is None else dlogp
         h = wide(h_TM if rows is None else h_TM.index_select(0, rows)) / ctx.temperature
         dh = torch.zeros_like(h) if ctx.needs_input_grad[0] else None
         dw = torch.empty_like(w_VM) if ctx.needs_input_grad[1] else None
-        tokens = torch.arange(len(targets_T), device=h.device)
         for start in range(0, w_VM.shape[0], VOCAB_SLICE):
             w, bend = w_VM[start : start + VOCAB_SLICE].to(h.dtype), None
             if dentropy is None and last_exps is not None and start + VOCAB_SLICE >= w_VM.shape[0]:
-                dlogits = last_exps * (-dlogp / total)[:, None]
+                dlogits = ctx.steps.dlogits_of_exps(last_exps, total, dlogp, targets_T, start)
             else:
-                log_p = LinearLogprob.logits(h, w, ctx.cap)
-                bend = None if ctx.cap is None else 1 - (log_p / ctx.cap).square()
-                log_p.sub_(lse[:, None])
-                if dentropy is None:
-                    dlogits = log_p.exp_().mul_(-dlogp[:, None])
-                else:  # -p (a + b (log p + H))
-                    p = log_p.exp()
-                    dlogits = log_p.add_(entropy[:, None]).mul_(dentropy[:, None]).add_(dlogp[:, None])
-                    dlogits.mul_(p).neg_()
-            here = (targets_T >= start) & (targets_T < start + len(w))
-            dlogits[tokens[here], targets_T[here] - start] += dlogp[here]
+                logits = LinearLogprob.logits(h, w, ctx.cap)
+                bend = None if ctx.cap is None else 1 - (logits / ctx.cap).square()
+                dlogits = ctx.steps.dlogits_of_logits(logits, lse, entropy, dlogp, dentropy, targets_T, start)
             if bend is not None:
                 dlogits.mul_(bend)
             if dh is not None:
@@ -382,9 +339,9 @@ class LinearLogprob(torch.autograd.Function):
                 dw[start : start + VOCAB_SLICE] = (dlogits.T @ h).to(dw.dtype)
         dh = None if dh is None else (dh / ctx.temperature).to(h_TM.dtype)
         dh = dh if dh is None or rows is None else put_rows(dh, rows, len(h_TM))
-        return dh, dw, None, None, None, None
+        return dh, dw, None, None, None, None, None
 
 
 def linear_logprob(h, weight, targets, temperature: float, rows=None, softcap: float | None = None):
     """(logp, entropy); see kernels/linear_logprob.py."""
-    return LinearLogprob.apply(h, weight, targets, temperature, rows, softcap)
+    return LinearLogprob.apply(h, weight, targets, temperature, rows, softcap, sys.modules[__name__])

@@ -15,7 +15,7 @@ Shapes: T tokens, H heads (1 without), R = T H rows, M features of a row, P prog
 """
 import torch
 
-from . import dispatch, reference
+from . import cpu, dispatch, reference
 from .dispatch import check_tensors, tl, triton, use_triton
 
 LARGEST_M = 16384  # a row lies in the registers of one program of forward
@@ -176,7 +176,7 @@ def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, residual: 
 
     x: [..., M], any float dtype; weight: [M], any float dtype; residual: as x.
     Returns y [..., M] in x's dtype; with a residual the pair (y, x + residual). Sums are in fp32 at least.
-    impl: "triton", "reference", or None to choose by device.
+    impl: "triton", "cpu", "reference", or None to choose by device.
     Raises ValueError if weight or residual does not match x, and for M above 16,384 in Triton.
     """
     check_tensors("rmsnorm", x=x, weight=weight, residual=residual)
@@ -186,8 +186,8 @@ def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, residual: 
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(f"rmsnorm: residual is {tuple(residual.shape)} in {residual.dtype}, but x is "
                          f"{tuple(x.shape)} in {x.dtype}; expected the same")
-    if not use_triton(impl, x):
-        return reference.rmsnorm(x, weight, eps, residual)
+    if not use_triton(impl, x, loops=True):
+        return (cpu if cpu.serves(impl, x, weight) else reference).rmsnorm(x, weight, eps, residual)
     if x.shape[-1] > LARGEST_M:
         raise ValueError(f"rmsnorm: the last dimension of x is {x.shape[-1]}, the Triton kernel takes up to "
                          f'{LARGEST_M}; give impl="reference"')

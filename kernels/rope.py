@@ -10,7 +10,7 @@ Shapes: T tokens, H heads, R = T H rows, D head_dim, C = D / 2 pairs.
 """
 import torch
 
-from . import reference
+from . import cpu, reference
 from .dispatch import check_tensors, tl, triton, use_triton
 
 
@@ -83,11 +83,13 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, impl: str | None
     """Turn every head of `x`; give q and k side by side in one tensor, so that one launch serves both.
 
     x: [T, H, D], any float dtype, a view of wider rows too; cos, sin: [T, D / 2], which get no gradient.
-    Returns [T, H, D] in x's dtype. impl: "triton", "reference", or None to choose by device.
+    Returns [T, H, D] in x's dtype. impl: "triton", "cpu", "reference", or None to choose by device.
     Raises ValueError if the table does not fit x.
     """
     check_tensors("rope", x=x, cos=cos, sin=sin)
     if x.ndim != 3 or x.shape[2] % 2 or cos.shape != (x.shape[0], x.shape[2] // 2) or sin.shape != cos.shape:
         raise ValueError(f"rope: x is {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}; "
                          "expected [T, H, D] and twice [T, D / 2] (see rope_table)")
-    return rope_turn_op(x, cos, sin, False) if use_triton(impl, x) else reference.rope(x, cos, sin)
+    if use_triton(impl, x, loops=True):
+        return rope_turn_op(x, cos, sin, False)
+    return (cpu if cpu.serves(impl, x, cos, sin) else reference).rope(x, cos, sin)

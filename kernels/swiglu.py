@@ -10,7 +10,7 @@ Shapes: R rows (tokens), F features.
 """
 import torch
 
-from . import reference
+from . import cpu, reference
 from .dispatch import check_tensors, tl, triton, use_triton
 
 
@@ -105,11 +105,13 @@ def swiglu(gate_up: torch.Tensor, impl: str | None = None) -> torch.Tensor:
     """silu(gate) * up for [..., 2F] that holds the gate's F features, then up's. Returns [..., F] in the same
     dtype; the maths is in fp32 at least.
 
-    impl: "triton", "reference", or None to choose by device.
+    impl: "triton", "cpu", "reference", or None to choose by device.
     Raises ValueError if the last dimension is odd.
     """
     check_tensors("swiglu", gate_up=gate_up)
     if gate_up.ndim == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu: gate_up is {tuple(gate_up.shape)}; its last dimension holds gate and up "
                          "side by side, so it must be even")
-    return swiglu_fwd_op(gate_up) if use_triton(impl, gate_up) else reference.swiglu(gate_up)
+    if use_triton(impl, gate_up, loops=True):
+        return swiglu_fwd_op(gate_up)
+    return (cpu if cpu.serves(impl, gate_up) else reference).swiglu(gate_up)

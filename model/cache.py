@@ -7,16 +7,13 @@ Both hold their live sequences in rows 0 .. n - 1 and answer the same questions 
     move(dst, src), cut(n) rows change places; what lies behind n is free
     allocate(n_tokens)     once, before all others         clear()      no row, and no NaN, is left
 
-`Slots` is the CPU's. Rows are aligned at their ENDS: the newest token of every row stands in the same column,
-so keys and values are written as one slice and read as one window, from the longest sequence's first column
-on; a mask hides what lies before a shorter one. Its decode path is the model's own arithmetic with as few
-operators as it takes (15 a layer), on the trainer's weights, which it reads where they lie: only the matrix
-of q, k and v is laid out anew, so that RoPE is one complex product, with its norm's weight and the scores'
-scale in it.
+`Slots` is the CPU's, for fp32: a place in every row at a time, read by a compiled loop (kernels/cpu.py). Its
+decode path is the model's own arithmetic in as few operators as it takes (8 a layer), on the trainer's
+weights, which it reads where they lie. Where that loop cannot serve, there are pages.
 
 `Pages` is the GPU's, and can be run anywhere: fixed pages of PAGE tokens, a table of page numbers for each
 row, prompts' full pages shared by the samples of a group (reference counts), the last one copied for each.
-Its decode path is the model's, at a few fixed batch sizes, each captured as a CUDA graph on static tensors.
+Its step is captured at a few fixed batch sizes, each as a CUDA graph on static tensors.
 
 Shapes: B rows, L layers, H query heads, G kv heads, R = H / G, D head_dim, S columns, T flat tokens.
 """
@@ -24,8 +21,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
+from ..kernels import cpu
+from ..kernels.cpu_decode import ROW_BLOCK, decode_attention_loop, rmsnorm_columns_loop
 from ..kernels.rope import rope_table
 from .packed import pack, positions_of
 from .transformer import Transformer
@@ -46,40 +44,37 @@ def tokens_of(prompts: Sequence[Sequence[int]], which: np.ndarray) -> tuple[np.n
 
 
 class Slots:
-    """At most `n_tokens` places: rows x columns."""
+    """At most `n_tokens` places: rows x columns. Rows go in blocks of ROW_BLOCK, and within a block the same
+    place of all of them lies side by side, so that what a step reads of a block is one run of memory."""
 
-    copy_bytes = 0  # of weights; q, k and v aside, none if the dtype is the same
+    copy_bytes = 0  # of weights: it reads the trainer's
 
     def __init__(self, model: Transformer, n_rows: int):
-        self.model, self.config, self.dtype = model, model.config, model.compute_dtype
+        if not cpu.serves(None, model.embed) or model.compute_dtype != torch.float32:
+            raise ValueError("engine: paged is False, but slots are for float32 on a CPU with Numba; the "
+                             f"model is in {model.embed.dtype} and computes in {model.compute_dtype} on "
+                             f"{model.embed.device.type}; expected paged=True or None")
+        self.model, self.config = model, model.config
         self.n_rows, self.n_tokens = n_rows, 0
-        self.start = np.zeros(n_rows, np.int64)  # each row's first column
-        self.n, self.column = 0, -1  # live rows; the column of their newest token
-        self.kv: list[torch.Tensor] = []  # keys, values of layer 0, of layer 1, ...: [rows, G, columns, D]
+        self.lengths = np.zeros(n_rows, np.int64)
+        self.n = 0  # live rows
+        # keys, values of layer 0, of layer 1, ...: [blocks, columns, ROW_BLOCK, G, D]
+        self.kv: list[np.ndarray] = []
+        self.scale, self.eps = np.float32(self.config.head_dim ** -0.5), np.float32(self.config.norm_eps)
+        self.t = {"x": torch.empty(0, 0)}
         self.refresh()
 
-    # ---- weights ----
-
     def refresh(self) -> None:
-        """Read the trainer's weights: all but q, k, v where they lie, if the dtype is the same."""
-        c, dtype = self.config, self.dtype
-        pairs = torch.arange(c.head_dim).view(2, -1).T.flatten()  # RoPE's pairs side by side, as complex
-        heads = torch.arange((c.n_heads + 2 * c.n_kv_heads) * c.head_dim).view(-1, c.head_dim)
-        heads[: c.n_heads + c.n_kv_heads] = heads[: c.n_heads + c.n_kv_heads, pairs]  # not the values
-        order, n_q = heads.flatten(), c.n_heads * c.head_dim
-        self.pairs, self.layers = pairs, []
+        """Find the trainer's weights: they are read where they lie."""
+        self.layers = []
         for block in self.model.blocks:
             attn, mlp = block.attn, block.mlp
-            qkv = attn.qkv.detach()[order] * block.attn_norm.detach()  # the norm's weight, once for all
-            bias = None if attn.qkv_bias is None else attn.qkv_bias.detach()[order]
-            norms = [w.detach()[pairs] for w in (attn.q_norm, attn.k_norm) if w is not None]
-            for x in (norms[:1] if norms else [qkv[:n_q]] if bias is None else [qkv[:n_q], bias[:n_q]]):
-                x *= c.head_dim ** -0.5  # and the scale of the scores
-            self.layers.append((
-                qkv.to(dtype).t(), None if bias is None else bias.to(dtype), [w.to(dtype) for w in norms],
-                attn.out.detach().to(dtype).t(), block.mlp_norm.detach().to(dtype),
-                mlp.gate_up.detach().to(dtype), mlp.down.detach().to(dtype).t()))
-        self.embed, self.norm = self.model.embed.detach(), self.model.norm.detach().to(dtype)
+            bias = None if attn.qkv_bias is None else attn.qkv_bias.detach()[:, None]
+            head_norms = [cpu.array(w) for w in (attn.q_norm, attn.k_norm) if w is not None]
+            self.layers.append((cpu.array(block.attn_norm), attn.qkv.detach(), bias, head_norms,
+                                attn.out.detach(), cpu.array(block.mlp_norm), mlp.gate_up.detach(),
+                                mlp.down.detach()))
+        self.norm = cpu.array(self.model.norm)
 
     # ---- room ----
 
@@ -97,7 +92,7 @@ class Slots:
 
     @property
     def longest(self) -> int:
-        return int(self.column + 1 - self.start[:self.n].min()) if self.n else 0
+        return int(self.lengths[: self.n].max()) if self.n else 0
 
     def can_step(self) -> bool:
         return self.n * self.places(self.longest + 1) <= self.n_tokens
@@ -108,145 +103,102 @@ class Slots:
         n += self.n
         return n <= self.n_rows and n * self.places(max(self.longest, longest) + PAGE) <= self.n_tokens
 
-    def _lay_out(self, n: int, longest: int) -> None:
-        """Make room for n rows, and the newest tokens stand where a sequence of `longest` tokens ends."""
-        rows, columns = self.kv[0].shape[::2] if self.kv else (0, 0)
-        span = longest + 1
-        lo, hi = self.column + 1 - self.longest, self.column + 1
-        larger = n > rows or span > columns or rows * columns > self.n_tokens
-        if larger:
-            rows = max(n, rows) if max(n, rows) * max(self.places(span), columns) <= self.n_tokens else n
-            for slack in (SLACK, PAGE, 0):
-                columns = max(self.places(span + slack), columns if slack else 0)
-                if rows * columns <= self.n_tokens:
-                    break
-            self._buffers(rows, columns)
-        c, shift = self.config, span - 2 - self.column
+    def _make_room(self, n: int, longest: int) -> None:
+        """For n rows of `longest` tokens."""
+        columns, rows = (self.kv[0].shape[1], len(self.kv[0]) * ROW_BLOCK) if self.kv else (0, 0)
+        if n <= rows and longest <= columns:
+            return
+        if max(n, rows) * max(self.places(longest), columns) <= self.n_tokens:
+            rows, columns = max(n, rows), max(self.places(longest), columns)
+        else:
+            rows, columns = n, self.places(longest)
+        for slack in (SLACK, PAGE):
+            if rows * self.places(longest + slack) <= self.n_tokens:
+                columns = max(columns, self.places(longest + slack))
+                break
+        c, live = self.config, self.longest
+        shape = (-(-rows // ROW_BLOCK), columns, ROW_BLOCK, c.n_kv_heads, c.head_dim)
         self.kv = self.kv or [None] * (2 * c.n_layers)
         for i, source in enumerate(self.kv):  # one by one: the old and the new are never there together
-            shape = (rows, c.n_kv_heads, columns, c.head_dim)
-            # zeros: what a mask hides must still be finite
-            target = torch.zeros(shape, dtype=self.dtype) if larger else source
-            if self.n and (shift or larger):
-                live = source[: self.n, :, lo:hi]
-                target[: self.n, :, lo + shift : hi + shift] = live if larger else live.clone()
-            self.kv[i] = target
-        self.column += shift
-        self.start[: self.n] += shift
-
-    def _buffers(self, rows: int, columns: int) -> None:
-        """What a step writes, so that it allocates little."""
-        c = self.config
-        new = lambda *shape: torch.empty(shape, dtype=self.dtype)  # noqa: E731
-        self.qkv = new(rows, c.n_heads + 2 * c.n_kv_heads, c.head_dim)
-        self.q, self.out = (new(rows, c.n_heads, c.head_dim) for _ in range(2))
-        self.gate_up = new(2 * c.d_ff * rows)
-        self.scores = new(rows * c.n_heads * columns)
-        self.mask = torch.zeros(rows, columns, dtype=self.dtype)
-        cos, sin = rope_table(torch.arange(columns), c.head_dim, c.rope_theta)
-        self.turns = torch.complex(cos.float(), sin.float())  # [columns, D / 2], of every position
-
-    def _rows_changed(self) -> None:
-        start = torch.from_numpy(self.start[: self.n])
-        self.first = int(start.min()) if self.n else 0
-        self.start_B = start.clone()
-        self.ragged = self.n > 0 and self.first < int(start.max())
-        if self.ragged:
-            hidden = torch.arange(self.mask.shape[1]) < start[:, None]
-            self.mask[: self.n] = torch.zeros(()).masked_fill(hidden, float("-inf"))
+            # zeros: what a row has not written is read beside the others, with no weight, so must be finite
+            self.kv[i] = np.zeros(shape, np.float32)
+            if live:
+                blocks = min(len(source), shape[0])
+                self.kv[i][:blocks, :live] = source[:blocks, :live]
+        self.angles = [x.numpy() for x in rope_table(torch.arange(columns), c.head_dim, c.rope_theta)]
 
     # ---- rows ----
 
     def admit(self, rows: np.ndarray, prompts: list[Sequence[int]], which: np.ndarray) -> torch.Tensor:
         """Prefill the prompts, and lay prompts[which[i]] into rows[i]; logits of the prompts [P, V]."""
         n = max(self.n, int(rows.max()) + 1)
-        longest = max([self.longest, *map(len, prompts)])
-        if not self.kv or n > len(self.kv[0]) or self.n == 0 or self.column + 1 < longest:
-            self._lay_out(n, longest)
+        self._make_room(n, max([self.longest, *map(len, prompts)]))
         lengths, tokens = tokens_of(prompts, which)
-        self.n, self.start[rows] = n, self.column + 1 - lengths
+        self.n, self.lengths[rows] = n, lengths
         packed = pack(prompts)
         hidden, kept = self.model.prefill(packed)
-        places = np.repeat(self.start[rows], lengths) + positions_of(lengths)
-        rows_T, places, tokens = map(torch.from_numpy, (np.repeat(rows, lengths), places, tokens))
-        new = [x for k, v in kept for x in (k[..., self.pairs], v)]
-        for cache, x in zip(self.kv, new, strict=True):
-            cache[rows_T, :, places] = x.to(self.dtype)[tokens]
-        self._rows_changed()
+        rows_T = np.repeat(rows, lengths)
+        places = rows_T // ROW_BLOCK, positions_of(lengths), rows_T % ROW_BLOCK
+        for cache, new in zip(self.kv, (x for pair in kept for x in pair), strict=True):
+            cache[places] = new.numpy()[tokens]
         return self.model.logits(hidden[packed.cu_seqlens[1:].long() - 1])
 
     def move(self, dst: np.ndarray, src: np.ndarray) -> None:
-        to, by = torch.from_numpy(dst), torch.from_numpy(src)
+        live = slice(self.longest)
         for cache in self.kv:
-            window = cache[:, :, self.first : self.column + 1]
-            window[to] = window[by]
-        self.start[dst] = self.start[src]
+            cache[dst // ROW_BLOCK, live, dst % ROW_BLOCK] = cache[src // ROW_BLOCK, live, src % ROW_BLOCK]
+        self.lengths[dst] = self.lengths[src]
 
     def cut(self, n: int) -> None:
         self.n = n
-        self._rows_changed()
 
     def clear(self) -> None:
-        self.kv, self.column = [], -1
-        self.n = 0
+        self.kv, self.n = [], 0
 
-    # ---- one token a row ----
+    # ---- one token a row: features first, [M, B], the layout in which small products are fastest ----
 
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
-        """rmsnorm in a third of the time that F.rms_norm, nine operators on a CPU, takes."""
-        if x.dtype != torch.float32:
-            return F.rms_norm(x, (x.shape[-1],), weight, self.config.norm_eps)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        r = length.square_().div_(x.shape[-1]).add_(self.config.norm_eps).rsqrt_()
-        return torch.mul(x, r) if weight is None else torch.mul(x, r).mul_(weight)
+    def _rows_changed(self) -> None:
+        """What a step writes, as tensors and as the same memory for the loops."""
+        c, n = self.config, self.n
+        heads = {"qkv": (c.n_heads + 2 * c.n_kv_heads, c.head_dim, n), "out": (c.n_heads, c.head_dim, n),
+                 "x": (1, c.d_model, n), "y": (1, c.d_model, n)}
+        self.a = {name: np.empty(shape, np.float32) for name, shape in heads.items()}
+        self.t = {name: torch.from_numpy(x).flatten(0, 1) for name, x in self.a.items()}
+        self.t |= {"gate_up": torch.empty(2 * c.d_ff, n), "act": torch.empty(c.d_ff, n)}
+        self.a |= {"gate_up": self.t["gate_up"].flatten().numpy(), "act": self.t["act"].numpy()}
 
-    def _turn(self, x: torch.Tensor, turns: torch.Tensor, out: torch.Tensor) -> None:
-        """RoPE of pairs that lie side by side: a product of complex numbers."""
-        x, out = x.unflatten(-1, (-1, 2)), out.unflatten(-1, (-1, 2))
-        if x.dtype == torch.float32:
-            torch.mul(torch.view_as_complex(x), turns, out=torch.view_as_complex(out))
-        else:
-            out.copy_(torch.view_as_real(torch.view_as_complex(x.float()) * turns))
+    def _norm(self, weight: np.ndarray) -> torch.Tensor:
+        rmsnorm_columns_loop(self.a["x"], weight, self.eps, self.a["y"])
+        return self.t["y"]
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [B], the newest of each row, not in the cache yet -> logits [B, V] of what follows."""
-        if self.column + 1 >= self.kv[0].shape[2]:
-            self._lay_out(self.n, self.longest)
+        c, n, lengths = self.config, self.n, self.lengths[: self.n]
+        self._make_room(n, self.longest + 1)
+        if self.t["x"].shape[1] != n:
             self._rows_changed()
-        self.column += 1
-        c, n, place = self.config, self.n, self.column
-        H, G, D = c.n_heads, c.n_kv_heads, c.head_dim
-        qkv, q, out = self.qkv[:n], self.q[:n], self.out[:n]
-        gate_up = self.gate_up[: 2 * c.d_ff * n].view(-1, n)  # features first: two threads share it better
-        S = place + 1 - self.first
-        scores = self.scores[: n * H * S].view(n * G, H // G, S)
-        turns = self.turns[place - self.start_B][:, None]
-        mask = self.mask[:n, None, self.first : place + 1] if self.ragged else None
-        k, v = qkv[:, H : H + G], qkv[:, H + G :]
-        x = F.embedding(tokens, self.embed).to(self.dtype)
-        for k_cache, v_cache, (w_qkv, bias, head_norms, w_out, mlp_norm, w_up, w_down) in zip(
-                self.kv[::2], self.kv[1::2], self.layers, strict=True):
-            y = self._norm(x)
+        x, qkv, out, gate_up, act = (self.t[name] for name in ("x", "qkv", "out", "gate_up", "act"))
+        H, G = c.n_heads, c.n_kv_heads
+        heads = [self.a["qkv"][:H], self.a["qkv"][H : H + G]]
+        attend = decode_attention_loop(H, G, c.head_dim)
+        cpu.threads()
+        x.copy_(self.model.embed[tokens].t())
+        for (attn_norm, w_qkv, bias, head_norms, w_out, mlp_norm, w_up, w_down), k_cache, v_cache in zip(
+                self.layers, self.kv[::2], self.kv[1::2], strict=True):
+            y = self._norm(attn_norm)
             if bias is None:
-                torch.mm(y, w_qkv, out=qkv.view(n, -1))
+                torch.mm(w_qkv, y, out=qkv)
             else:
-                torch.addmm(bias, y, w_qkv, out=qkv.view(n, -1))
-            if head_norms:
-                qkv[:, :H] = self._norm(qkv[:, :H], head_norms[0])
-                qkv[:, H : H + G] = self._norm(k, head_norms[1])
-            self._turn(qkv[:, :H], turns, q)
-            self._turn(k, turns, k_cache[:n, :, place])
-            v_cache[:n, :, place] = v
-            keys, values = (x.flatten(0, 1)[: n * G, self.first : place + 1] for x in (k_cache, v_cache))
-            torch.bmm(q.view(n * G, -1, D), keys.transpose(1, 2), out=scores)
-            if mask is not None:
-                scores.view(n, H, S).add_(mask)
-            torch.bmm(scores.softmax(-1), values, out=out.view(n * G, -1, D))
-            x.addmm_(out.view(n, -1), w_out)
-            torch.mm(w_up, self._norm(x, mlp_norm).t(), out=gate_up)
-            gate, up = gate_up.chunk(2)
-            x.addmm_(F.silu(gate, inplace=True).mul_(up).t(), w_down)
-        return self.model.logits(self._norm(x, self.norm))
+                torch.addmm(bias, w_qkv, y, out=qkv)
+            for part, weight in zip(heads, head_norms, strict=False):
+                rmsnorm_columns_loop(part, weight, self.eps, part)
+            attend(self.a["qkv"], *self.angles, self.scale, lengths, k_cache, v_cache, self.a["out"])
+            x.addmm_(w_out, out)
+            torch.mm(w_up, self._norm(mlp_norm), out=gate_up)
+            cpu.swiglu_fwd_loop(self.a["gate_up"], n, c.d_ff * n, self.a["act"])
+            x.addmm_(w_down, act)
+        lengths += 1
+        return self.model.logits(self._norm(self.norm).t())
 
 
 class Pages:

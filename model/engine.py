@@ -10,8 +10,8 @@ prompts that begin together (the samples of a group) are prefilled once. Where t
 to go on, the youngest sequence is put back to the front of the queue with what it has; it is prefilled again
 later and goes on with the same draws, since they depend on seed and place alone.
 
-Weights must not change while requests are being served. On a CPU the engine takes the trainer's anew when
-the first of them are submitted: some it copies, others it reads where they lie. On a GPU it decodes from one
+Weights must not change while requests are being served. On a CPU the engine reads the trainer's where they
+lie, and looks for them anew when the first requests are submitted. On a GPU it decodes from one
 copy if the compute dtype is not the weights' own, at fixed addresses that the CUDA graphs hold: `refresh()`
 rewrites it in place. `refresh(version)` also says which weights these are: each Completion's number.
 
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..kernels import cpu
 from .cache import PAGE, Pages, Slots
 from .generation import (
     Completion,
@@ -104,7 +105,9 @@ class Engine:
         self.max_rows, self.tokens_per_step = max_rows, tokens_per_step
         self.token_bytes = 2 * c.n_layers * c.n_kv_heads * c.head_dim * model.compute_dtype.itemsize
         with torch.inference_mode():
-            self.cache = (Pages if (on_gpu if paged is None else paged) else Slots)(model, max_rows)
+            if paged is None:
+                paged = not cpu.serves(None, model.embed) or model.compute_dtype != torch.float32
+            self.cache = (Pages if paged else Slots)(model, max_rows)
             if cache_tokens is None:  # free memory is read when the copy of the weights is there
                 free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else 0
                 cache_tokens = places_within(free * GPU_CACHE_SHARE - reserve if on_gpu else CPU_CACHE,

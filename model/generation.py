@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..kernels import cpu, cpu_decode
 from .packed import pack
 from .transformer import Transformer
 
@@ -166,11 +167,10 @@ def draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     return (block * BLOCK + torch.searchsorted(inner, rest, right=True))[:, 0]
 
 
-def check_finite(logits: torch.Tensor, temperature) -> None:
-    finite = torch.isfinite(logits.sum(-1))
+def check_finite(finite: torch.Tensor, temperature) -> None:
     if not finite.all():
         raise NonFiniteError(f"logits at temperature {temperature} are NaN or infinite in "
-                             f"{int((~finite).sum())} of {len(logits)} rows while sampling")
+                             f"{int((~finite).sum())} of {len(finite)} rows while sampling")
 
 
 def sample_tokens(logits: torch.Tensor, temperature: float | torch.Tensor, uniforms: torch.Tensor,
@@ -188,7 +188,11 @@ def sample_tokens(logits: torch.Tensor, temperature: float | torch.Tensor, unifo
         name = "given"
     elif temperature not in (0, 1):
         logits = logits / temperature
-    check_finite(logits, name)
+    if greedy is None and temperature != 0 and filters is None and not top_n and cpu.serves(None, logits):
+        tokens, logp = cpu_decode.draw(logits, uniforms)
+        check_finite(tokens >= 0, name)
+        return tokens, logp
+    check_finite(torch.isfinite(logits.sum(-1)), name)
     if not isinstance(temperature, torch.Tensor) and temperature == 0:
         tokens, logp = logits.argmax(-1), logits.new_zeros(len(logits))
         return (tokens, logp, *_likeliest(logits.log_softmax(-1), top_n)) if top_n else (tokens, logp)

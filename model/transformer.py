@@ -176,7 +176,10 @@ class Transformer(nn.Module):
         return linear_logprob(hidden, self.head, targets, temperature, rows)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[B, V] fp32, for sampling from a few rows; training uses `logprobs`."""
+        """[B, V] fp32, for sampling from a few rows; training uses `logprobs`. On a CPU V comes first in
+        memory: for few rows that product takes half the time."""
+        if hidden.is_cpu:
+            return (self.head.to(hidden.dtype) @ hidden.t()).t().float()
         return linear(hidden, self.head).float()
 
 

@@ -133,8 +133,9 @@ X, TABLE, META = zeros(5, 4, 8), zeros(5, 4), torch.device("meta")
 ], ids=["rmsnorm", "rope", "swiglu"])
 def test_impl(call, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert torch.equal(call(None), call("reference"))
-    with pytest.raises(ValueError, match="impl is 'cuda'; expected \"triton\", \"reference\" or None"):
+    assert torch.equal(call(None), call("cpu"))
+    torch.testing.assert_close(call(None), call("reference"))
+    with pytest.raises(ValueError, match="impl is 'cuda'; expected \"triton\", \"cpu\", \"reference\" or None"):
         call("cuda")
     with pytest.raises(ValueError, match="not cpu; expected impl=None or \"reference\" here"):
         call("triton")

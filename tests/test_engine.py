@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from r1zero.model.cache import PAGE, Pages
+from r1zero.model.cache import PAGE, Pages, Slots
 from r1zero.model.engine import Engine
 from r1zero.model.generation import NonFiniteError, Request, generate_naive, group_requests, sample_seeds
 from r1zero.model.packed import pack
@@ -197,11 +197,13 @@ def test_logp_is_the_trainers(temperature):
         assert np.abs(c.logp - logp.numpy()).max() < 1e-5
 
 
-@both_caches
-def test_bf16_is_near_fp32(paged):
+def test_bf16_is_near_fp32():
     requests = group_requests(PROMPTS, 4, 2, 1.0, sample_seeds(24, 7), EOS)
-    wide, narrow = (Engine(Watched(dtype=dtype), paged=paged).generate(requests)
-                    for dtype in (torch.float32, torch.bfloat16))
+    engines = [Engine(Watched(dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
+    assert [type(engine.cache) for engine in engines] == [Slots, Pages]
+    with pytest.raises(ValueError, match="paged is False, but slots are for float32 .* computes in torch.bf"):
+        Engine(Watched(dtype=torch.bfloat16), paged=False)
+    wide, narrow = (engine.generate(requests) for engine in engines)
     pairs = [(a, b) for a, b in zip(wide, narrow, strict=True) if a.tokens.tolist() == b.tokens.tolist()]
     assert len(pairs) >= 20 and max(np.abs(a.logp - b.logp).max() for a, b in pairs) < 0.1
 
