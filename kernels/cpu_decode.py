@@ -54,12 +54,12 @@ def rmsnorm_columns_loop(x_HMB, w_M, eps, y_HMB):
 def soften_and_sum(row, peak, exps, ends):
     """exps = exp(row - peak), and their cumulative sum at the end of each block of tokens."""
     V, total = len(row), 0.0
+    for v in range(V):
+        exps[v] = exp(row[v] - peak)
     for i in range(len(ends)):
-        first, end, block_sum = i * DRAW_BLOCK, min(V, (i + 1) * DRAW_BLOCK), f32(0)
-        for v in range(first, end):
-            e = exp(row[v] - peak)
-            exps[v] = e
-            block_sum += e
+        block_sum = f32(0)
+        for v in range(i * DRAW_BLOCK, min(V, (i + 1) * DRAW_BLOCK)):
+            block_sum += exps[v]
         total += block_sum
         ends[i] = total
 
@@ -86,31 +86,35 @@ def draw_row(row, uniform, exps, ends):
 
 
 @part
-def copy_columns(x_VB, first, rows, to_BV):
-    for v in range(len(x_VB)):
+def copy_columns(x, stride, first, rows, V, to_BV):
+    for v in range(V):
+        at = v * stride + first
         for i in range(rows):
-            to_BV[i, v] = x_VB[v, first + i]
+            to_BV[i, v] = x[at + i]
 
 
 @loop
-def draw_loop(logits_VB, uniforms_B, tokens_B, logp_B):
-    V, B = logits_VB.shape
+def draw_loop(logits, stride, V, uniforms_B, tokens_B, logp_B):
+    """logits: flat, `stride` from token to token, the rows side by side."""
+    B = len(tokens_B)
     for n in numba.prange((B + ROW_BLOCK - 1) // ROW_BLOCK):
         first, rows = n * ROW_BLOCK, min(B - n * ROW_BLOCK, ROW_BLOCK)
-        block, exps = np.empty((ROW_BLOCK, V), f32), np.empty(V, f32)
-        ends = np.empty((V + DRAW_BLOCK - 1) // DRAW_BLOCK, np.float64)
-        copy_columns(logits_VB, first, rows, block)
+        block, exps = np.empty((ROW_BLOCK, V + 16), f32), np.empty(V, f32)  # 16: or they push each other out
+        ends = np.empty((V + DRAW_BLOCK - 1) // DRAW_BLOCK, np.float64)  # of the cache's few places for 2^n
+        copy_columns(logits, stride, first, rows, V, block)
         for b in range(first, first + rows):
-            tokens_B[b], logp_B[b] = draw_row(block[b - first], uniforms_B[b], exps, ends)
+            tokens_B[b], logp_B[b] = draw_row(block[b - first, :V], uniforms_B[b], exps, ends)
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The token of each row at which the cumulative sum of the probabilities first passes the uniform number:
     (tokens [B] int64, logp [B] float32) from logits [B, V], fastest where V comes first in memory, and
     uniforms [B] float64 in [0, 1). Token -1 for a row that is NaN or infinite."""
-    tokens, logp = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
+    (B, V), logits = logits.shape, logits if logits.stride(0) == 1 else logits.t().contiguous().t()
+    tokens, logp, stride = torch.empty(B, dtype=torch.int64), torch.empty(B), logits.stride(1)
     threads()
-    draw_loop(array(logits.t()), array(uniforms), tokens.numpy(), logp.numpy())
+    draw_loop(logits.detach().as_strided(((V - 1) * stride + B,), (1,)).numpy(), stride, V, array(uniforms),
+              tokens.numpy(), logp.numpy())
     return tokens, logp
 
 

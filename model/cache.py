@@ -29,6 +29,7 @@ from .packed import pack, positions_of
 from .transformer import Transformer
 
 PAGE = 16   # tokens in a page; slots grow by as many columns
+LANES = 16  # a product for a few rows more, up to a multiple of this, takes half the time of an odd number
 SLACK = 64  # columns that slots have in hand, where they may, so that they seldom move
 
 
@@ -157,9 +158,9 @@ class Slots:
 
     # ---- one token a row: features first, [M, B], the layout in which small products are fastest ----
 
-    def _rows_changed(self) -> None:
-        """What a step writes, as tensors and as the same memory for the loops."""
-        c, n = self.config, self.n
+    def _buffers(self, n: int) -> None:
+        """What a step of n rows writes, as tensors and as the same memory for the loops."""
+        c = self.config
         heads = {"qkv": (c.n_heads + 2 * c.n_kv_heads, c.head_dim, n), "out": (c.n_heads, c.head_dim, n),
                  "x": (1, c.d_model, n), "y": (1, c.d_model, n)}
         self.a = {name: np.empty(shape, np.float32) for name, shape in heads.items()}
@@ -175,14 +176,15 @@ class Slots:
         """tokens [B], the newest of each row, not in the cache yet -> logits [B, V] of what follows."""
         c, n, lengths = self.config, self.n, self.lengths[: self.n]
         self._make_room(n, self.longest + 1)
-        if self.t["x"].shape[1] != n:
-            self._rows_changed()
+        width = -(-n // LANES) * LANES if n > 1 else 1
+        if self.t["x"].shape[1] != width:
+            self._buffers(width)
         x, qkv, out, gate_up, act = (self.t[name] for name in ("x", "qkv", "out", "gate_up", "act"))
         H, G = c.n_heads, c.n_kv_heads
         heads = [self.a["qkv"][:H], self.a["qkv"][H : H + G]]
         attend = decode_attention_loop(H, G, c.head_dim)
         cpu.threads()
-        x.copy_(self.model.embed[tokens].t())
+        x[:, :n], x[:, n:] = self.model.embed[tokens].t(), 0
         for (attn_norm, w_qkv, bias, head_norms, w_out, mlp_norm, w_up, w_down), k_cache, v_cache in zip(
                 self.layers, self.kv[::2], self.kv[1::2], strict=True):
             y = self._norm(attn_norm)
@@ -195,10 +197,10 @@ class Slots:
             attend(self.a["qkv"], *self.angles, self.scale, lengths, k_cache, v_cache, self.a["out"])
             x.addmm_(w_out, out)
             torch.mm(w_up, self._norm(mlp_norm), out=gate_up)
-            cpu.swiglu_fwd_loop(self.a["gate_up"], n, c.d_ff * n, self.a["act"])
+            cpu.swiglu_fwd_loop(self.a["gate_up"], width, c.d_ff * width, self.a["act"])
             x.addmm_(w_down, act)
         lengths += 1
-        return self.model.logits(self._norm(self.norm).t())
+        return self.model.logits(self._norm(self.norm).t())[:n]
 
 
 class Pages:

@@ -408,7 +408,9 @@ class Engine:
         """Free these rows; the last live ones move into the gaps."""
         n = len(self.live) - len(gone)
         to = gone[gone < n]
-        by = np.setdiff1d(np.arange(n, len(self.live)), gone)
+        stays = np.ones(len(self.live), bool)
+        stays[gone] = False
+        by = n + np.flatnonzero(stays[n:])
         for a, b in zip(to.tolist(), by.tolist(), strict=True):
             self.live[a] = self.live[b]
         del self.live[n:]
