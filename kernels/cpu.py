@@ -21,6 +21,7 @@ from . import reference
 
 try:
     import numba
+    from numba.extending import register_jitable
 except ImportError:  # no wheel for this Python, or left out on purpose
     class _StandIn:
         """Enough of Numba for its decorators to be read."""
@@ -30,20 +31,19 @@ except ImportError:  # no wheel for this Python, or left out on purpose
         def njit(self, **_):
             return lambda fn: fn
 
-    numba = _StandIn()
+    numba, register_jitable = _StandIn(), lambda **_: lambda fn: fn
     HAS_NUMBA = False
 else:
     numba.config.THREADING_LAYER_PRIORITY = ["omp", "workqueue", "tbb"]  # PyTorch's own, where it has OpenMP
     HAS_NUMBA = True
 
 # sums may be reordered and a product fused with a sum; NaN and infinity keep their meaning
-EXACT_ENOUGH = {"reassoc", "contract", "nsz", "arcp"}
+EXACT_ENOUGH = {"reassoc", "contract", "nsz"}
 f32 = np.float32
 PARTS = 64  # of the rows: each has a sum of its own in a sum over all rows
 
 loop = numba.njit(fastmath=EXACT_ENOUGH, error_model="numpy", cache=True, parallel=True, nogil=True)
-part = numba.njit(fastmath=EXACT_ENOUGH, error_model="numpy", cache=True, nogil=True)
-inner = numba.njit(fastmath=EXACT_ENOUGH, error_model="numpy", cache=True, inline="always")
+part = register_jitable(fastmath=EXACT_ENOUGH, error_model="numpy")  # a function that loops can call
 
 
 def serves(impl: str | None, *tensors: torch.Tensor | None) -> bool:
@@ -62,7 +62,10 @@ def serves(impl: str | None, *tensors: torch.Tensor | None) -> bool:
 
 def threads() -> None:
     """As many as PyTorch has."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    n = torch.get_num_threads()
+    numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != n:  # Numba has just started its threads, and as many of them as it can
+        torch.set_num_threads(n)
 
 
 def array(x: torch.Tensor) -> np.ndarray:
@@ -70,7 +73,7 @@ def array(x: torch.Tensor) -> np.ndarray:
     return x.detach().contiguous().numpy()
 
 
-@inner
+@part
 def exp(x):
     """e^x to 2e-7 of itself, by 2^k and a polynomial (Cephes' expf), in steps that a compiler can make
     vector instructions of; 0 below -87, where normal numbers end, infinity above 88, and NaN for NaN."""

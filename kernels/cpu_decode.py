@@ -9,11 +9,18 @@ Shapes: B rows, M features, H query heads, G kv heads, R = H / G, D head_dim, N 
 cache, V vocabulary, C = D / 2 pairs of RoPE, W the heads of a block of rows.
 """
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from . import cpu
 from .cpu import array, exp, f32, loop, numba, part, threads
+
+# Numba compiles anew when a function's own file has changed, but these have `exp` of cpu.py in them.
+for kept in Path(__file__).parent.glob("__pycache__/cpu_decode.*.nbi"):
+    if kept.stat().st_mtime < Path(cpu.__file__).stat().st_mtime:
+        kept.unlink(missing_ok=True)
 
 ROW_BLOCK = 8    # rows of the cache that lie, and are read, together
 COLUMNS = 64     # rows that are normed together
