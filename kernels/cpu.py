@@ -4,13 +4,15 @@ PyTorch runs an op of several steps as so many passes over memory, and a CPU has
 that does them all on a row while it lies in the cache is two to five times as fast. Matrix products stay
 PyTorch's.
 
-Only for fp32 and contiguous rows; kernels/reference.py has the same in plain torch, for all other tensors and
-where Numba is not installed. The loops run on PyTorch's own OpenMP threads, as many as it is set to, and what
-is added up over rows is added in fixed parts, so that the result is the same for any number of threads.
-The first call of each compiles it (about two seconds); the machine code is kept beside this file.
+Only for fp32; kernels/reference.py has the same in plain torch, for all other tensors and where Numba is not
+installed. The loops run on as many OpenMP threads as PyTorch is set to, and what is added up over rows is
+added in fixed parts, so that the result is the same for any number of them. As with all of OpenMP: no loops
+in a forked child of a process that has run some. The first call of each compiles it (about two seconds); the
+machine code is kept beside this file, or where NUMBA_CACHE_DIR says.
 
 Shapes: R rows, M features of a row, F d_ff, T tokens, H heads, D head_dim, V columns of logits.
 """
+import contextlib
 import sys
 
 import numpy as np
@@ -34,7 +36,7 @@ except ImportError:  # no wheel for this Python, or left out on purpose
     numba, register_jitable = _StandIn(), lambda **_: lambda fn: fn
     HAS_NUMBA = False
 else:
-    numba.config.THREADING_LAYER_PRIORITY = ["omp", "workqueue", "tbb"]  # PyTorch's own, where it has OpenMP
+    numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # PyTorch's own, where it has OpenMP
     HAS_NUMBA = True
 
 # sums may be reordered and a product fused with a sum; NaN and infinity keep their meaning
@@ -42,7 +44,15 @@ EXACT_ENOUGH = {"reassoc", "contract", "nsz"}
 f32 = np.float32
 PARTS = 64  # of the rows: each has a sum of its own in a sum over all rows
 
-loop = numba.njit(fastmath=EXACT_ENOUGH, error_model="numpy", cache=True, parallel=True, nogil=True)
+def loop(fn):
+    """Compile at the first call, for all threads."""
+    compiled = numba.njit(fastmath=EXACT_ENOUGH, error_model="numpy", parallel=True, nogil=True)(fn)
+    if HAS_NUMBA:
+        with contextlib.suppress(RuntimeError):  # no folder to keep it in: compiled anew in each process
+            compiled.enable_caching()
+    return compiled
+
+
 part = register_jitable(fastmath=EXACT_ENOUGH, error_model="numpy")  # a function that loops can call
 
 

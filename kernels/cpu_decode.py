@@ -8,6 +8,7 @@ microseconds.
 Shapes: B rows, M features, H query heads, G kv heads, R = H / G, D head_dim, N = H + 2 G, S places of the
 cache, V vocabulary, C = D / 2 pairs of RoPE, W the heads of a block of rows.
 """
+import contextlib
 from functools import cache
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from .cpu import array, exp, f32, loop, numba, part, threads
 
 # Numba compiles anew when a function's own file has changed, but these have `exp` of cpu.py in them.
 for kept in Path(__file__).parent.glob("__pycache__/cpu_decode.*.nbi"):
-    if kept.stat().st_mtime < Path(cpu.__file__).stat().st_mtime:
-        kept.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # another process may be at it, or it may not be ours to delete
+        if kept.stat().st_mtime < Path(cpu.__file__).stat().st_mtime:
+            kept.unlink()
 
 ROW_BLOCK = 8    # rows of the cache that lie, and are read, together
 COLUMNS = 64     # rows that are normed together
@@ -144,15 +146,15 @@ def scores_of(q_WD, k_SBGD, R, scores_SW):
 
 
 @cache
-def decode_attention_loop(H: int, G: int, D: int):
+def decode_attention_loop(H: int, G: int, D: int, row_block: int):
     """A loop for these sizes, which the compiler should know: RoPE and attention of one new token a row.
 
     run(qkv_NDB, cos_SC, sin_SC, scale, lengths_B, k, v, out_HDB): qkv are the N = H + 2 G heads of the new
     tokens, scale that of the scores, cos and sin of every place; lengths (int64) how many tokens the cache
     has of each row so far. The new keys and values are written behind them. Keys and values: [blocks, S,
-    ROW_BLOCK, G, D], so that what a block of rows reads is one run of memory. All of it must be finite.
+    row_block, G, D], so that what a block of rows reads is one run of memory. All of it must be finite.
     """
-    R, C, WIDTH = H // G, D // 2, ROW_BLOCK * H
+    R, C, WIDTH = H // G, D // 2, row_block * H
 
     @part
     def soften(scores_SW, peak_W, total_W):
@@ -170,8 +172,8 @@ def decode_attention_loop(H: int, G: int, D: int):
         v, out = v_SBGD.reshape(-1), out_WD.reshape(-1)
         for s in range(len(scores_SW)):
             row = scores_SW[s]
-            for i in range(ROW_BLOCK * G):
-                at = (s * ROW_BLOCK * G + i) * D
+            for i in range(row_block * G):
+                at = (s * row_block * G + i) * D
                 for r in range(R):
                     h = i * R + r
                     p = row[h]
@@ -219,8 +221,8 @@ def decode_attention_loop(H: int, G: int, D: int):
     @loop
     def run(qkv_NDB, cos_SC, sin_SC, scale, lengths_B, k, v, out_HDB):
         B = len(lengths_B)
-        for n in numba.prange((B + ROW_BLOCK - 1) // ROW_BLOCK):
-            block(n * ROW_BLOCK, min(B - n * ROW_BLOCK, ROW_BLOCK), qkv_NDB, cos_SC, sin_SC, scale, lengths_B,
+        for n in numba.prange((B + row_block - 1) // row_block):
+            block(n * row_block, min(B - n * row_block, row_block), qkv_NDB, cos_SC, sin_SC, scale, lengths_B,
                   k[n], v[n], out_HDB)
 
     return run

@@ -2,8 +2,8 @@
 
 Triton serves CUDA tensors, compiled loops fp32 tensors on a CPU (kernels/cpu.py, for the ops that have them),
 the reference all others; `impl="triton"`, "cpu" or "reference" forces one. With TRITON_INTERPRET=1, Triton's
-own variable, Triton serves CPU tensors too. Where Triton is not installed, the
-op files still import: `triton` and `tl` are then stand-ins, and everything runs on the references.
+own variable, Triton serves CPU tensors too. Where Triton is not installed, the op files still import, with
+stand-ins for `triton` and `tl`.
 """
 import os
 import warnings

@@ -1,5 +1,5 @@
-"""Every op in plain torch: the CPU's path, the oracle of the tests, and the text to learn from. Those of GRPO
-are in kernels/reference_grpo.py.
+"""Every op in plain torch: the oracle of the tests, the text to learn from, and what runs where neither
+Triton nor a compiled loop (kernels/cpu.py) does. Those of GRPO are in kernels/reference_grpo.py.
 
 Maths is done in `promote_types(dtype, float32)`, so 16-bit inputs accumulate in fp32 and fp64 stays fp64.
 Shapes: N sequences, T flat tokens, S padded length, H query heads, G kv heads, D head_dim, M d_model, F d_ff,

@@ -7,13 +7,13 @@ Both hold their live sequences in rows 0 .. n - 1 and answer the same questions 
     move(dst, src), cut(n) rows change places; what lies behind n is free
     allocate(n_tokens)     once, before all others         clear()      no row, and no NaN, is left
 
-`Slots` is the CPU's, for fp32: a place in every row at a time, read by a compiled loop (kernels/cpu.py). Its
-decode path is the model's own arithmetic in as few operators as it takes (8 a layer), on the trainer's
-weights, which it reads where they lie. Where that loop cannot serve, there are pages.
+`Slots` is the CPU's, for fp32: the same place of some rows side by side, read by a compiled loop
+(kernels/cpu_decode.py). Its decode path is the model's own arithmetic in as few operators as it takes (8 a
+layer), on the trainer's weights, which it reads where they lie.
 
-`Pages` is the GPU's, and can be run anywhere: fixed pages of PAGE tokens, a table of page numbers for each
-row, prompts' full pages shared by the samples of a group (reference counts), the last one copied for each.
-Its step is captured at a few fixed batch sizes, each as a CUDA graph on static tensors.
+`Pages` is the GPU's, and a CPU's where that loop cannot serve: fixed pages of PAGE tokens, a table of page
+numbers for each row, prompts' full pages shared by the samples of a group (reference counts), the last one
+copied for each. Its step is captured at a few fixed batch sizes, each as a CUDA graph on static tensors.
 
 Shapes: B rows, L layers, H query heads, G kv heads, R = H / G, D head_dim, S columns, T flat tokens.
 """
@@ -45,21 +45,19 @@ def tokens_of(prompts: Sequence[Sequence[int]], which: np.ndarray) -> tuple[np.n
 
 
 class Slots:
-    """At most `n_tokens` places: rows x columns. Rows go in blocks of ROW_BLOCK, and within a block the same
-    place of all of them lies side by side, so that what a step reads of a block is one run of memory."""
+    """At most `n_tokens` places: rows x columns (and those of up to 7 rows more, since rows go in blocks of 8
+    where there may be as many). Within a block the same place of all rows lies side by side, so that what a
+    step reads of it is one run of memory."""
 
     copy_bytes = 0  # of weights: it reads the trainer's
 
     def __init__(self, model: Transformer, n_rows: int):
-        if not cpu.serves(None, model.embed) or model.compute_dtype != torch.float32:
-            raise ValueError("engine: paged is False, but slots are for float32 on a CPU with Numba; the "
-                             f"model is in {model.embed.dtype} and computes in {model.compute_dtype} on "
-                             f"{model.embed.device.type}; expected paged=True or None")
         self.model, self.config = model, model.config
         self.n_rows, self.n_tokens = n_rows, 0
+        self.block = ROW_BLOCK if n_rows >= ROW_BLOCK else 1
         self.lengths = np.zeros(n_rows, np.int64)
         self.n = 0  # live rows
-        # keys, values of layer 0, of layer 1, ...: [blocks, columns, ROW_BLOCK, G, D]
+        # keys, values of layer 0, of layer 1, ...: [blocks, columns, block, G, D]
         self.kv: list[np.ndarray] = []
         self.scale, self.eps = np.float32(self.config.head_dim ** -0.5), np.float32(self.config.norm_eps)
         self.t = {"x": torch.empty(0, 0)}
@@ -67,6 +65,11 @@ class Slots:
 
     def refresh(self) -> None:
         """Find the trainer's weights: they are read where they lie."""
+        model = self.model
+        if not cpu.serves(None, model.embed) or model.compute_dtype != torch.float32:
+            raise ValueError("engine: paged is False, but slots are for float32 on a CPU with Numba; the "
+                             f"model is in {model.embed.dtype} and computes in {model.compute_dtype} on "
+                             f"{model.embed.device.type}; expected paged=True or None")
         self.layers = []
         for block in self.model.blocks:
             attn, mlp = block.attn, block.mlp
@@ -106,7 +109,7 @@ class Slots:
 
     def _make_room(self, n: int, longest: int) -> None:
         """For n rows of `longest` tokens."""
-        columns, rows = (self.kv[0].shape[1], len(self.kv[0]) * ROW_BLOCK) if self.kv else (0, 0)
+        columns, rows = (self.kv[0].shape[1], len(self.kv[0]) * self.block) if self.kv else (0, 0)
         if n <= rows and longest <= columns:
             return
         if max(n, rows) * max(self.places(longest), columns) <= self.n_tokens:
@@ -118,7 +121,7 @@ class Slots:
                 columns = max(columns, self.places(longest + slack))
                 break
         c, live = self.config, self.longest
-        shape = (-(-rows // ROW_BLOCK), columns, ROW_BLOCK, c.n_kv_heads, c.head_dim)
+        shape = (-(-rows // self.block), columns, self.block, c.n_kv_heads, c.head_dim)
         self.kv = self.kv or [None] * (2 * c.n_layers)
         for i, source in enumerate(self.kv):  # one by one: the old and the new are never there together
             # zeros: what a row has not written is read beside the others, with no weight, so must be finite
@@ -139,15 +142,15 @@ class Slots:
         packed = pack(prompts)
         hidden, kept = self.model.prefill(packed)
         rows_T = np.repeat(rows, lengths)
-        places = rows_T // ROW_BLOCK, positions_of(lengths), rows_T % ROW_BLOCK
+        places = rows_T // self.block, positions_of(lengths), rows_T % self.block
         for cache, new in zip(self.kv, (x for pair in kept for x in pair), strict=True):
             cache[places] = new.numpy()[tokens]
         return self.model.logits(hidden[packed.cu_seqlens[1:].long() - 1])
 
     def move(self, dst: np.ndarray, src: np.ndarray) -> None:
-        live = slice(self.longest)
+        live, n = slice(self.longest), self.block
         for cache in self.kv:
-            cache[dst // ROW_BLOCK, live, dst % ROW_BLOCK] = cache[src // ROW_BLOCK, live, src % ROW_BLOCK]
+            cache[dst // n, live, dst % n] = cache[src // n, live, src % n]
         self.lengths[dst] = self.lengths[src]
 
     def cut(self, n: int) -> None:
@@ -163,7 +166,7 @@ class Slots:
         c = self.config
         heads = {"qkv": (c.n_heads + 2 * c.n_kv_heads, c.head_dim, n), "out": (c.n_heads, c.head_dim, n),
                  "x": (1, c.d_model, n), "y": (1, c.d_model, n)}
-        self.a = {name: np.empty(shape, np.float32) for name, shape in heads.items()}
+        self.a = {name: np.zeros(shape, np.float32) for name, shape in heads.items()}
         self.t = {name: torch.from_numpy(x).flatten(0, 1) for name, x in self.a.items()}
         self.t |= {"gate_up": torch.empty(2 * c.d_ff, n), "act": torch.empty(c.d_ff, n)}
         self.a |= {"gate_up": self.t["gate_up"].flatten().numpy(), "act": self.t["act"].numpy()}
@@ -182,7 +185,7 @@ class Slots:
         x, qkv, out, gate_up, act = (self.t[name] for name in ("x", "qkv", "out", "gate_up", "act"))
         H, G = c.n_heads, c.n_kv_heads
         heads = [self.a["qkv"][:H], self.a["qkv"][H : H + G]]
-        attend = decode_attention_loop(H, G, c.head_dim)
+        attend = decode_attention_loop(H, G, c.head_dim, self.block)
         cpu.threads()
         x[:, :n], x[:, n:] = self.model.embed[tokens].t(), 0
         for (attn_norm, w_qkv, bias, head_norms, w_out, mlp_norm, w_up, w_down), k_cache, v_cache in zip(
@@ -230,7 +233,7 @@ class Pages:
         # the host's own copies of the two, and who uses a page
         self.table_h, self.lengths_h = self.table.cpu().numpy().copy(), np.zeros(n_rows, np.int64)
         self.graphs = {}
-        self.clear()
+        self._empty()  # not clear(): on a CPU zeros take memory when they are first touched
         self.sizes = sorted({min(n_rows, 1 << i) for i in range(n_rows.bit_length() + 1)})
 
     @torch.no_grad()
@@ -324,6 +327,9 @@ class Pages:
     def clear(self) -> None:
         for cache in (x for pair in self.kv for x in pair):
             cache.zero_()  # in place: its address is in the graphs
+        self._empty()
+
+    def _empty(self) -> None:
         self.table_h[:], self.lengths_h[:] = 0, 0
         self.users = np.zeros(self.n_pages + 1, np.int64)
         self.free = list(range(self.n_pages, 0, -1))

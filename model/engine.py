@@ -93,7 +93,8 @@ class Engine:
         """max_rows: sequences decoded at one time. tokens_per_step: decoded and prefilled together (but never
         less than one prompt). cache_tokens: places in the cache; None: enough for max_rows sequences of
         `longest` tokens (None: max_seq_len), as far as 1 GiB on a CPU, 85 % of the free memory less `reserve`
-        bytes on a GPU go; but never less than one of max_seq_len. paged: None is by device."""
+        bytes on a GPU go; but never less than one of max_seq_len. paged: None is pages but where the compiled
+        loops of a CPU can serve."""
         if max_rows < 1 or tokens_per_step < 1:
             raise ValueError(f"engine: max_rows is {max_rows}, tokens_per_step {tokens_per_step}; expected 1 "
                              "or more")

@@ -2,9 +2,9 @@
 
 Randomness is counter-based: the number that picks a token is a function of (the request's seed, the place of
 the token in its sequence). So a request's tokens depend neither on what else is in the batch nor on the order
-(up to rounding of the matrix products, which changes with their shapes at the 1e-6 level). A draw inverts the
-cumulative distribution in the order of the vocabulary, and each token comes with its log-prob under the
-distribution that it was drawn from: temperature, top-k, top-p and min-p included.
+(up to rounding of the matrix products, which changes with their shapes at the 1e-6 level, and of the draw). A
+draw inverts the cumulative distribution in the order of the vocabulary, and each token comes with its
+log-prob under the distribution that it was drawn from: temperature, top-k, top-p and min-p included.
 
 `generate_naive` recomputes everything for every token: slow, short, and what model/engine.py is held against.
 

@@ -1,12 +1,17 @@
 """What the tests of the engine share: a small model, mixed prompts, and when two answers count as equal."""
 import numpy as np
+import pytest
 import torch
 
+from r1zero.kernels import cpu
 from r1zero.model.config import ModelConfig
 from r1zero.model.generation import counter_uniform, generate_naive
 from r1zero.model.packed import pack
 from r1zero.model.transformer import Transformer
 
+needs_numba = pytest.mark.skipif(not cpu.HAS_NUMBA, reason="slots need Numba, which is not installed")
+both_caches = pytest.mark.parametrize("paged", [pytest.param(False, marks=needs_numba), True],
+                                      ids=["slots", "pages"])
 EOS = 3
 CONFIG = ModelConfig(vocab_size=29, n_layers=2, d_model=16, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=24,
                      qk_norm=True, qkv_bias=True, tie_embeddings=False, max_seq_len=256)

@@ -5,14 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from r1zero.kernels import cpu
 from r1zero.model.cache import PAGE, Pages, Slots
 from r1zero.model.engine import Engine
 from r1zero.model.generation import NonFiniteError, Request, generate_naive, group_requests, sample_seeds
 from r1zero.model.packed import pack
 
-from .engine_cases import CONFIG, EOS, PROMPTS, Watched, agree, naive_of, same
-
-both_caches = pytest.mark.parametrize("paged", [False, True], ids=["slots", "pages"])
+from .engine_cases import CONFIG, EOS, PROMPTS, Watched, agree, both_caches, naive_of, needs_numba, same
 
 
 def mixed_requests(n=24, temperature=1.0):
@@ -197,6 +196,7 @@ def test_logp_is_the_trainers(temperature):
         assert np.abs(c.logp - logp.numpy()).max() < 1e-5
 
 
+@needs_numba
 def test_bf16_is_near_fp32():
     requests = group_requests(PROMPTS, 4, 2, 1.0, sample_seeds(24, 7), EOS)
     engines = [Engine(Watched(dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
@@ -206,6 +206,14 @@ def test_bf16_is_near_fp32():
     wide, narrow = (engine.generate(requests) for engine in engines)
     pairs = [(a, b) for a, b in zip(wide, narrow, strict=True) if a.tokens.tolist() == b.tokens.tolist()]
     assert len(pairs) >= 20 and max(np.abs(a.logp - b.logp).max() for a, b in pairs) < 0.1
+
+
+def test_without_numba_there_are_pages_and_the_same_answers(monkeypatch):
+    monkeypatch.setattr(cpu, "HAS_NUMBA", False)
+    model, requests = Watched(), mixed_requests(6)
+    engine = Engine(model)
+    assert isinstance(engine.cache, Pages)
+    agree(model, requests, engine.generate(requests))
 
 
 def test_long_answers_move_through_slots_and_columns():

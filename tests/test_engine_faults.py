@@ -9,10 +9,9 @@ from r1zero.model.engine import Engine, places_within
 from r1zero.model.generation import NonFiniteError, Request, generate_naive, keep_likeliest
 from r1zero.model.transformer import Transformer
 
-from .engine_cases import EOS, PROMPTS, Watched, naive_of, same
+from .engine_cases import EOS, PROMPTS, Watched, both_caches, naive_of, needs_numba, same
 from .loop_cases import grpo_config, save_base
 
-both_caches = pytest.mark.parametrize("paged", [False, True], ids=["slots", "pages"])
 GOOD = Request([5], 9, 1)
 
 
@@ -171,6 +170,7 @@ def test_the_plan_names_the_copy_of_the_weights():
     assert "the copy of the weights takes 5 MiB" in engine.plan()
 
 
+@needs_numba
 def test_slots_grow_layer_by_layer(monkeypatch):
     config = ModelConfig(vocab_size=29, n_layers=8, d_model=16, n_heads=2, n_kv_heads=2, head_dim=8, d_ff=24,
                          max_seq_len=4096)

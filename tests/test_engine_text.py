@@ -20,7 +20,7 @@ from r1zero.train import draw as draw_file
 from r1zero.train.grpo import grpo
 from r1zero.train.run import read_metrics
 
-from .engine_cases import EOS, PROMPTS, Watched
+from .engine_cases import EOS, PROMPTS, Watched, both_caches
 from .loop_cases import grpo_config, save_base, tiny
 
 BYTES = Tokenizer.bytes()
@@ -61,7 +61,7 @@ def test_each_row_has_its_own_settings_and_its_own_distribution():
         assert t == 0 or float(of[tokens[i]]) == pytest.approx(float(logp[i]), abs=1e-6)
 
 
-@pytest.mark.parametrize("paged", [False, True])
+@both_caches
 def test_filtered_requests_are_the_oracles_in_mixed_company(paged):
     model, kinds = Watched(), [{}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.3}, {"top_k": 9, "top_p": 0.8}]
     requests = [Request(PROMPTS[i % 6], 9, i, (1.0, 0.7, 0.0)[i % 3], stop_ids=(EOS,), **kinds[i % 5],
@@ -105,7 +105,7 @@ def test_half_characters_and_beginnings_of_stop_texts_wait():
     assert said(TextStream(BYTES, ()), [97, BYTES.eos_id]) == ["a", "", ""]
 
 
-@pytest.mark.parametrize("paged", [False, True])
+@both_caches
 def test_stop_texts_end_an_answer_and_others_go_on(paged):
     model = Transformer(tiny().config).init_weights(0)
     engine = Engine(model, BYTES, paged=paged, max_rows=3, cache_tokens=3 * 64)
