@@ -44,6 +44,7 @@ EXACT_ENOUGH = {"reassoc", "contract", "nsz"}
 f32 = np.float32
 PARTS = 64  # of the rows: each has a sum of its own in a sum over all rows
 
+
 def loop(fn):
     """Compile at the first call, for all threads."""
     compiled = numba.njit(fastmath=EXACT_ENOUGH, error_model="numpy", parallel=True, nogil=True)(fn)
@@ -229,7 +230,7 @@ def rmsnorm_fwd(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: tor
     """(y, x + residual or an empty tensor, r [R])."""
     M = x.shape[-1]
     y, total = x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)
-    r = x.new_empty(x.numel() // M if M else 0)
+    r = x.new_empty(x.numel() // M)
     rows = np.empty((0, M), f32) if residual is None else array(residual).reshape(-1, M)
     threads()
     rmsnorm_fwd_loop(array(x).reshape(-1, M), rows, array(weight), f32(eps), y.numpy().reshape(-1, M),
@@ -241,7 +242,7 @@ def rmsnorm_bwd(dy: torch.Tensor, dsum: torch.Tensor | None, x: torch.Tensor, we
                 r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(dx, dw) from the gradients of y and, if it was used, of the sum; x is what was normed."""
     M = x.shape[-1]
-    dx, dw = x.new_empty(x.shape), x.new_empty(max(1, min(PARTS, len(r))), M)
+    dx, dw = x.new_empty(x.shape), x.new_empty(min(PARTS, len(r)), M)
     rows = np.empty((0, M), f32) if dsum is None else array(dsum).reshape(-1, M)
     threads()
     rmsnorm_bwd_loop(array(dy).reshape(-1, M), rows, array(x).reshape(-1, M), array(weight), array(r),
@@ -294,11 +295,10 @@ def rope_loop(x, stride_t, stride_h, cos_TC, sin_TC, direction, y_THD):
 def rope_turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool) -> torch.Tensor:
     """Every head of x [T, H, D] turned by its token's angles, or turned back."""
     y = x.new_empty(x.shape)
-    if x.numel():
-        span = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1
-        threads()
-        rope_loop(x.detach().as_strided((span,), (1,)).numpy(), x.stride(0), x.stride(1), array(cos),
-                  array(sin), f32(-1 if backward else 1), y.numpy())
+    span = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    threads()
+    rope_loop(x.detach().as_strided((span,), (1,)).numpy(), x.stride(0), x.stride(1), array(cos),
+              array(sin), f32(-1 if backward else 1), y.numpy())
     return y
 
 
@@ -354,13 +354,17 @@ def scale_row(x, scale):
         x[v] *= scale
 
 
+@part
+def add_at(row, place, x):
+    if 0 <= place < len(row):  # else the target is in another slice
+        row[place] += x
+
+
 @loop
 def dlogits_of_exps_loop(exps_RV, total_R, dlogp_R, targets_R, start):
     for i in numba.prange(len(exps_RV)):
         scale_row(exps_RV[i], -dlogp_R[i] / total_R[i])
-        target = targets_R[i] - start
-        if 0 <= target < exps_RV.shape[1]:
-            exps_RV[i, target] += dlogp_R[i]
+        add_at(exps_RV[i], targets_R[i] - start, dlogp_R[i])
 
 
 @part
@@ -377,9 +381,7 @@ def dlogits_of_logits_loop(logits_RV, lse_R, entropy_R, dlogp_R, dentropy_R, tar
     for i in numba.prange(len(logits_RV)):
         dentropy = dentropy_R[i] if len(dentropy_R) else f32(0)
         dlogits_row(logits_RV[i], lse_R[i], dlogp_R[i], dentropy, entropy_R[i])
-        target = targets_R[i] - start
-        if 0 <= target < logits_RV.shape[1]:
-            logits_RV[i, target] += dlogp_R[i]
+        add_at(logits_RV[i], targets_R[i] - start, dlogp_R[i])
 
 
 def take_in(logits, peak, total, weighted):

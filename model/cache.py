@@ -63,10 +63,14 @@ class Slots:
         self.t = {"x": torch.empty(0, 0)}
         self.refresh()
 
+    @staticmethod
+    def serves(model: Transformer) -> bool:
+        return cpu.serves(None, model.embed) and model.compute_dtype == torch.float32
+
     def refresh(self) -> None:
         """Find the trainer's weights: they are read where they lie."""
         model = self.model
-        if not cpu.serves(None, model.embed) or model.compute_dtype != torch.float32:
+        if not self.serves(model):
             raise ValueError("engine: paged is False, but slots are for float32 on a CPU with Numba; the "
                              f"model is in {model.embed.dtype} and computes in {model.compute_dtype} on "
                              f"{model.embed.device.type}; expected paged=True or None")

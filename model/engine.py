@@ -29,7 +29,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..kernels import cpu
 from .cache import PAGE, Pages, Slots
 from .generation import (
     Completion,
@@ -107,7 +106,7 @@ class Engine:
         self.token_bytes = 2 * c.n_layers * c.n_kv_heads * c.head_dim * model.compute_dtype.itemsize
         with torch.inference_mode():
             if paged is None:
-                paged = not cpu.serves(None, model.embed) or model.compute_dtype != torch.float32
+                paged = not Slots.serves(model)
             self.cache = (Pages if paged else Slots)(model, max_rows)
             if cache_tokens is None:  # free memory is read when the copy of the weights is there
                 free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else 0
