@@ -6,6 +6,7 @@ Shapes: N sequences, T flat tokens, S padded length, H query heads, G kv heads, 
 V vocabulary.
 """
 import sys
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -73,15 +74,16 @@ class TakeRows(torch.autograd.Function):
         return put_rows(dy, ctx.saved_tensors[0], ctx.n), None
 
 
-def length_runs(lengths: list[int]) -> list[tuple[int, int]]:
+def length_runs(lengths: list[int], ends: Iterable[int] = ()) -> list[tuple[int, int]]:
     """Cut the sequences into runs (first, end) that waste little when each is padded to its own longest.
 
-    A run ends where padding would pass a quarter of it, so a batch that is sorted by length pads least.
+    A run ends where padding would pass a quarter of it, so a batch that is sorted by length pads least; and
+    before the sequences `ends`.
     """
-    runs, first, longest, total = [], 0, 0, 0
+    runs, first, longest, total, ends = [], 0, 0, 0, set(ends)
     for i, length in enumerate(lengths):
         longest, total = max(longest, length), total + length
-        if i - first >= 8 and (i + 1 - first) * longest > 1.25 * total:
+        if i in ends or i - first >= 8 and (i + 1 - first) * longest > 1.25 * total:
             runs.append((first, i))
             first, longest, total = i, length, length
     return [*runs, (first, len(lengths))]
@@ -189,7 +191,10 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: tor
     lengths_q = cu_seqlens.diff().tolist()
     alone = cu_seqlens_k is cu_seqlens
     lengths_k = lengths_q if alone else cu_seqlens_k.diff().tolist()
-    runs = length_runs([max(pair) for pair in zip(lengths_q, lengths_k, strict=True)])
+    more = [b - a for a, b in zip(lengths_q, lengths_k, strict=True)]  # keys than queries
+    # sequences with keys from elsewhere follow those without in a batch of shared prefixes
+    runs = length_runs([max(pair) for pair in zip(lengths_q, lengths_k, strict=True)],
+                       [i for i in range(1, len(more)) if (more[i] > 0) != (more[i - 1] > 0)])
 
     def layout_of(lengths):  # (sequences, padded length) of each run, and each token's place if any is padded
         shapes = [(end - first, max(lengths[first:end])) for first, end in runs]
@@ -211,9 +216,10 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: tor
     # padding lies behind every real token of its sequence, so the causal mask alone hides it
     for (first, end), q_run, k_run, v_run in zip(runs, qs, ks, vs, strict=True):
         n, longest = end - first, q_run.shape[2]
-        shifts = [0] if alone else [b - a for a, b in zip(lengths_q[first:end], lengths_k[first:end],
-                                                          strict=True)]
-        shift = 0 if alone else torch.tensor(shifts, device=device).repeat_interleave(G).view(-1, 1, 1, 1)
+        shifts = more[first:end]
+        shift = shifts[0]
+        if min(shifts) != max(shifts) or shift < 0:  # not all alike, or some see no key
+            shift = torch.tensor(shifts, device=device).repeat_interleave(G).view(-1, 1, 1, 1)
         if k_run.shape[2] == 0:  # one key that nobody sees
             k_run, v_run = (F.pad(x, (0, 0, 0, 1)) for x in (k_run, v_run))
         if longest:

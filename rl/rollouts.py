@@ -52,7 +52,8 @@ class MicroBatch:
     """Some samples of the rollouts, laid out for one forward and backward pass."""
 
     packed: Packed
-    """Prompts and responses, each without its last token."""
+    """Prompts and responses, each without its last token. A prompt that several samples have comes once,
+    before all samples, up to its last token."""
     predictors: torch.Tensor
     """[R] int64: the flat index of the token before each response token, whose hidden state predicts it."""
     targets: torch.Tensor
@@ -93,11 +94,21 @@ def sample_groups(engine: Engine, prompts: list[str], group_size: int, max_new_t
 
 def micro_batch(rollouts: Rollouts, samples: np.ndarray, device) -> MicroBatch:
     """Lay out the given samples, without their last tokens, which predict nothing."""
-    packed = pack([rollouts.sequences[n][:-1] for n in samples], device)
-    starts = packed.cu_seqlens[:-1].cpu().numpy().astype(np.int64)
     prompts, responses = rollouts.prompt_lengths[samples], rollouts.response_lengths[samples]
+    # the last token of a prompt is each sample's own: it predicts the first of the response
+    begins = [rollouts.sequences[n][: p - 1] for n, p in zip(samples, prompts, strict=True)]
+    places = {}
+    prefix_of = np.array([places.setdefault(begin.tobytes(), len(places)) for begin in begins])
+    if len(places) == len(samples):
+        prefixes, skipped, after = [], 0 * prompts, None
+    else:
+        prefixes, skipped = [begins[i] for i in np.unique(prefix_of, return_index=True)[1]], prompts - 1
+        after = np.append(np.full(len(prefixes), -1), prefix_of)
+    packed = pack([*prefixes, *(rollouts.sequences[n][skip:-1] for n, skip in
+                                zip(samples, skipped, strict=True))], device, after)
+    starts = packed.cu_seqlens[len(prefixes) : -1].cpu().numpy().astype(np.int64)
     predictors = np.concatenate([start + p - 1 + np.arange(r)
-                                 for start, p, r in zip(starts, prompts, responses, strict=True)])
+                                 for start, p, r in zip(starts, prompts - skipped, responses, strict=True)])
     places = np.concatenate([start + np.arange(r) for start, r in
                              zip(rollouts.response_offsets[samples], responses, strict=True)])
     predictors, places = (torch.from_numpy(x).to(device) for x in (predictors, places))

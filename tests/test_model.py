@@ -268,3 +268,33 @@ def test_pack():
 def test_pack_refuses(bad):
     with pytest.raises(ValueError, match="pack: "):
         pack(bad)
+
+
+def test_pack_with_shared_prefixes():
+    packed = pack([[1, 2, 3], [9], [], [4, 5], [6], [7]], after=np.array([-1, -1, -1, 0, 1, 2]))
+    assert packed.positions.tolist() == [0, 1, 2, 0, 3, 4, 1, 0]
+    assert packed.tokens[packed.keys].tolist() == [1, 2, 3, 9, 1, 2, 3, 4, 5, 9, 6, 7]
+    assert packed.cu_keys.tolist() == [0, 3, 4, 4, 9, 11, 12] and packed.max_keys == 5
+    assert packed.cu_keys.dtype == torch.int32 and packed.keys.dtype == torch.int64
+    for bad in ([-1, 2], [-1], [0, -1], [1, 0], [-2, -1]):
+        with pytest.raises(ValueError, match="pack: after is .*expected for each the index of one"):
+            pack([[1], [2]], after=np.array(bad))
+
+
+@each_config
+def test_shared_prefixes_change_neither_hidden_states_nor_gradients(config):
+    model = scattered(config)
+    prefixes, tails = sequences(140, 3, 0), sequences(5, 2, 150, 5, 7, 4, 1, *range(9))
+    of = np.array([1, 0, 0, 1, -1, 2, 0, *[1] * 9])
+    shared = pack([*prefixes, *tails], after=np.append([-1] * 3, of))
+    whole = pack([prefixes[p] + tail for p, tail in zip(of, tails, strict=True)])  # prefix -1 is empty, too
+    weight = torch.randn(len(tails), model.config.d_model, dtype=torch.float64)
+    results = []
+    for packed in (shared, whole):
+        hidden, ends = model(packed), packed.cu_seqlens[-len(tails) :].tolist()
+        parts = [hidden[end - len(tail) : end] for end, tail in zip(ends, tails, strict=True)]
+        model.zero_grad()
+        sum((part * w).sum() for part, w in zip(parts, weight, strict=True)).backward()
+        results.append([torch.cat(parts), *(p.grad for p in model.parameters())])
+    for mine, plain in zip(*results, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-9, atol=1e-9)

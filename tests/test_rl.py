@@ -12,7 +12,7 @@ from r1zero.model.tokenizer import Tokenizer
 from r1zero.rl.advantages import group_advantages
 from r1zero.rl.algorithms import Pieces
 from r1zero.rl.losses import LossConfig, grpo_loss, token_weights
-from r1zero.rl.rollouts import micro_batches, response_logprobs, sample_groups
+from r1zero.rl.rollouts import micro_batch, micro_batches, response_logprobs, sample_groups
 from r1zero.train import update as updates
 from r1zero.train.optim import OptimConfig, make_optimizer
 
@@ -74,6 +74,23 @@ def test_micro_batches_hold_each_response_token_once_the_end_token_too():
             assert batch.sampler_logp[mine].tolist() == rollouts.sampler_logp[n].tolist()
             seen.append(int(n))
     assert sorted(seen) == [0, 1, 2, 4, 5]
+
+
+def test_a_prompt_of_several_samples_is_computed_once():
+    model = tiny(seed=3, dtype=torch.float64)
+    lengths, group_offsets = (5, 3, 9, 1, 4, 6, 2, 2), (0, 3, 5, 8)
+    rollouts = rollouts_by_hand(model, lengths, group_offsets, seed=18)
+    assert sorted(set(rollouts.prompt_lengths.tolist())) == [1, 3, 4]
+    for samples in [[6, 0, 3, 2, 4, 7], [4, 3], [0, 5, 7]]:
+        batch = micro_batch(rollouts, np.array(samples), "cpu")
+        prompts = {rollouts.sequences[n][: rollouts.prompt_lengths[n]].tobytes() for n in samples}
+        n_prompt_tokens = sum(len(p) // 8 - 1 for p in prompts)
+        assert len(batch.packed.tokens) == n_prompt_tokens + rollouts.response_lengths[samples].sum()
+        found = response_logprobs(model, batch, 0.7)
+        oracle = [naive_logp(model, rollouts.sequences[n], rollouts.prompt_lengths[n], 0.7) for n in samples]
+        for mine, naive in zip(found, zip(*oracle, strict=True), strict=True):
+            torch.testing.assert_close(mine, torch.cat(naive), rtol=1e-9, atol=1e-9)
+    assert micro_batch(rollouts, np.array([0, 3, 6]), "cpu").packed.keys is None  # nothing to share
 
 
 # ---- the whole update ----
