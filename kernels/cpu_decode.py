@@ -1,15 +1,13 @@
-"""One token of every row that is decoded, as compiled loops for a CPU (see kernels/cpu.py): norms, RoPE with
-attention against the cache, and drawing the next token.
+"""One token of every row that is decoded, as compiled loops for a CPU (see kernels/cpu.py): norms, and the
+draw of the next. Attention is in cpu_attention.py.
 
 Features come first here, [M, B]: the layout in which PyTorch's products of small matrices are fastest. Where
 every step makes hundreds of small calls, the loops take arrays and are called without a wrapper: a call is 2
 microseconds.
 
-Shapes: B rows, M features, H query heads, G kv heads, R = H / G, D head_dim, N = H + 2 G, S places of the
-cache, V vocabulary, C = D / 2 pairs of RoPE, W the heads of a block of rows.
+Shapes: B rows, M features, H heads, V vocabulary.
 """
 import contextlib
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +16,18 @@ import torch
 from . import cpu
 from .cpu import array, exp, f32, loop, numba, part, threads
 
-# Numba compiles anew when a function's own file has changed, but these have `exp` of cpu.py in them.
-for kept in Path(__file__).parent.glob("__pycache__/cpu_decode.*.nbi"):
+if cpu.HAS_NUMBA:
+    from .lanes import LANES, transpose
+
+# Numba compiles anew when a function's own file has changed, but these have parts of others in them.
+HERE = Path(__file__).parent
+for kept in HERE.glob("__pycache__/cpu_*.nbi"):
     with contextlib.suppress(OSError):  # another process may be at it, or it may not be ours to delete
-        if kept.stat().st_mtime < Path(cpu.__file__).stat().st_mtime:
+        if kept.stat().st_mtime < max((HERE / name).stat().st_mtime for name in ("cpu.py", "lanes.py")):
             kept.unlink()
 
-ROW_BLOCK = 8    # rows of the cache that lie, and are read, together
 COLUMNS = 64     # rows that are normed together
 DRAW_BLOCK = 32  # tokens that are added up before the cumulative sum, in fp64, is searched
-LOWEST = f32(-3e38)
 
 
 @part
@@ -95,24 +95,28 @@ def draw_row(row, uniform, exps, ends):
 
 
 @part
-def copy_columns(x, stride, first, rows, V, to_BV):
-    for v in range(V):
-        at = v * stride + first
+def copy_columns(x, stride, first, rows, V, to, width):
+    """Columns first .. first + rows of flat x to rows of flat `to`, `width` apart."""
+    most = V - V % LANES if rows == LANES else 0
+    for v in range(0, most, LANES):
+        transpose(x, v * stride + first, stride, to, v, width)
+    for v in range(most, V):
         for i in range(rows):
-            to_BV[i, v] = x[at + i]
+            to[i * width + v] = x[v * stride + first + i]
 
 
 @loop
 def draw_loop(logits, stride, V, uniforms_B, tokens_B, logp_B):
     """logits: flat, `stride` from token to token, the rows side by side."""
-    B = len(tokens_B)
-    for n in numba.prange((B + ROW_BLOCK - 1) // ROW_BLOCK):
-        first, rows = n * ROW_BLOCK, min(B - n * ROW_BLOCK, ROW_BLOCK)
-        block, exps = np.empty((ROW_BLOCK, V + 16), f32), np.empty(V, f32)  # 16: or they push each other out
-        ends = np.empty((V + DRAW_BLOCK - 1) // DRAW_BLOCK, np.float64)  # of the cache's few places for 2^n
-        copy_columns(logits, stride, first, rows, V, block)
-        for b in range(first, first + rows):
-            tokens_B[b], logp_B[b] = draw_row(block[b - first, :V], uniforms_B[b], exps, ends)
+    B, width = len(tokens_B), V + 16  # 16: or the rows push each other out of the cache's few places for 2^n
+    for n in numba.prange((B + LANES - 1) // LANES):
+        first, rows = n * LANES, min(B - n * LANES, LANES)
+        block, exps = np.empty(LANES * width, f32), np.empty(V, f32)
+        ends = np.empty((V + DRAW_BLOCK - 1) // DRAW_BLOCK, np.float64)
+        copy_columns(logits, stride, first, rows, V, block, width)
+        for i in range(rows):
+            row = block[i * width : i * width + V]
+            tokens_B[first + i], logp_B[first + i] = draw_row(row, uniforms_B[first + i], exps, ends)
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,104 +129,3 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, to
     draw_loop(logits.detach().as_strided(((V - 1) * stride + B,), (1,)).numpy(), stride, V, array(uniforms),
               tokens.numpy(), logp.numpy())
     return tokens, logp
-
-
-@part
-def scores_of(q_WD, k_SBGD, R, scores_SW):
-    """q k of a block of rows at every place. D is no constant here: a compiler that knows it unrolls so short
-    a loop before it could make vectors of it."""
-    B, G, D = k_SBGD.shape[1:]
-    for s in range(len(scores_SW)):
-        row = scores_SW[s]
-        for b in range(B):
-            for g in range(G):
-                k = k_SBGD[s, b, g]
-                for r in range(R):
-                    h = (b * G + g) * R + r
-                    q, score = q_WD[h], f32(0)
-                    for d in range(D):
-                        score += q[d] * k[d]
-                    row[h] = score
-
-
-@cache
-def decode_attention_loop(H: int, G: int, D: int, row_block: int):
-    """A loop for these sizes, which the compiler should know: RoPE and attention of one new token a row.
-
-    run(qkv_NDB, cos_SC, sin_SC, scale, lengths_B, k, v, out_HDB): qkv are the N = H + 2 G heads of the new
-    tokens, scale that of the scores, cos and sin of every place; lengths (int64) how many tokens the cache
-    has of each row so far. The new keys and values are written behind them. Keys and values: [blocks, S,
-    row_block, G, D], so that what a block of rows reads is one run of memory. All of it must be finite.
-    """
-    R, C, WIDTH = H // G, D // 2, row_block * H
-
-    @part
-    def soften(scores_SW, peak_W, total_W):
-        """Scores to exp(scores - peak), and their sums."""
-        for s in range(len(scores_SW)):
-            row = scores_SW[s]
-            for h in range(WIDTH):
-                e = exp(row[h] - peak_W[h])
-                row[h] = e
-                total_W[h] += e
-
-    @part
-    def add_values(scores_SW, v_SBGD, out_WD):
-        """out += scores v of a block of rows, place by place."""
-        v, out = v_SBGD.reshape(-1), out_WD.reshape(-1)
-        for s in range(len(scores_SW)):
-            row = scores_SW[s]
-            for i in range(row_block * G):
-                at = (s * row_block * G + i) * D
-                for r in range(R):
-                    h = i * R + r
-                    p = row[h]
-                    for d in range(D):
-                        out[h * D + d] += p * v[at + d]
-
-    @part
-    def turn(new_DB, b, cos_C, sin_C, scale, to):
-        """RoPE of one head of row b."""
-        for c in range(C):
-            x, y = new_DB[c, b], new_DB[C + c, b]
-            to[c] = (x * cos_C[c] - y * sin_C[c]) * scale
-            to[C + c] = (y * cos_C[c] + x * sin_C[c]) * scale
-
-    @part
-    def block(first, rows, qkv_NDB, cos_SC, sin_SC, scale, lengths_B, k_SBGD, v_SBGD, out_HDB):
-        q, S = np.zeros((WIDTH, D), f32), 0
-        for i in range(rows):
-            b = first + i
-            place = lengths_B[b]
-            S = max(S, place + 1)
-            for h in range(H):
-                turn(qkv_NDB[h], b, cos_SC[place], sin_SC[place], scale, q[i * H + h])
-            for g in range(G):
-                turn(qkv_NDB[H + g], b, cos_SC[place], sin_SC[place], f32(1), k_SBGD[place, i, g])
-                for d in range(D):
-                    v_SBGD[place, i, g, d] = qkv_NDB[H + G + g, d, b]
-        scores, peak = np.empty((S, WIDTH), f32), np.full(WIDTH, LOWEST, f32)
-        scores_of(q, k_SBGD, R, scores)
-        for i in range(rows):
-            for s in range(lengths_B[first + i] + 1, S):  # what others have, and it has not
-                scores[s, i * H : (i + 1) * H] = LOWEST
-        for s in range(S):
-            row = scores[s]
-            for h in range(WIDTH):
-                peak[h] = peak[h] if row[h] < peak[h] else row[h]
-        total, out = np.zeros(WIDTH, f32), np.zeros((WIDTH, D), f32)
-        soften(scores, peak, total)
-        add_values(scores, v_SBGD, out)
-        for h in range(H):
-            for d in range(D):
-                for i in range(rows):
-                    out_HDB[h, d, first + i] = out[i * H + h, d] / total[i * H + h]
-
-    @loop
-    def run(qkv_NDB, cos_SC, sin_SC, scale, lengths_B, k, v, out_HDB):
-        B = len(lengths_B)
-        for n in numba.prange((B + row_block - 1) // row_block):
-            block(n * row_block, min(B - n * row_block, row_block), qkv_NDB, cos_SC, sin_SC, scale, lengths_B,
-                  k[n], v[n], out_HDB)
-
-    return run

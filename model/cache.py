@@ -8,7 +8,7 @@ Both hold their live sequences in rows 0 .. n - 1 and answer the same questions 
     allocate(n_tokens)     once, before all others         clear()      no row, and no NaN, is left
 
 `Slots` is the CPU's, for fp32: the same place of some rows side by side, read by a compiled loop
-(kernels/cpu_decode.py). Its decode path is the model's own arithmetic in as few operators as it takes (8 a
+(kernels/cpu_attention.py). Its decode path is the model's own arithmetic in as few operators as it takes (8 a
 layer), on the trainer's weights, which it reads where they lie.
 
 `Pages` is the GPU's, and a CPU's where that loop cannot serve: fixed pages of PAGE tokens, a table of page
@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from ..kernels import cpu
-from ..kernels.cpu_decode import ROW_BLOCK, decode_attention_loop, rmsnorm_columns_loop
+from ..kernels.cpu_attention import ROW_BLOCK, decode_attention_loop
+from ..kernels.cpu_decode import rmsnorm_columns_loop
 from ..kernels.rope import rope_table
 from .packed import pack, positions_of
 from .transformer import Transformer
@@ -46,8 +47,8 @@ def tokens_of(prompts: Sequence[Sequence[int]], which: np.ndarray) -> tuple[np.n
 
 class Slots:
     """At most `n_tokens` places: rows x columns (and those of up to 7 rows more, since rows go in blocks of 8
-    where there may be as many). Within a block the same place of all rows lies side by side, so that what a
-    step reads of it is one run of memory."""
+    where there may be as many). Within a block each number of all rows lies side by side, as a vector for the
+    loop that reads them, and what a step reads of one kv head is one run of memory."""
 
     copy_bytes = 0  # of weights: it reads the trainer's
 
@@ -57,7 +58,7 @@ class Slots:
         self.block = ROW_BLOCK if n_rows >= ROW_BLOCK else 1
         self.lengths = np.zeros(n_rows, np.int64)
         self.n = 0  # live rows
-        # keys, values of layer 0, of layer 1, ...: [blocks, columns, block, G, D]
+        # keys, values of layer 0, of layer 1, ...: [blocks, G, columns, D, block]
         self.kv: list[np.ndarray] = []
         self.scale, self.eps = np.float32(self.config.head_dim ** -0.5), np.float32(self.config.norm_eps)
         self.t = {"x": torch.empty(0, 0)}
@@ -113,7 +114,7 @@ class Slots:
 
     def _make_room(self, n: int, longest: int) -> None:
         """For n rows of `longest` tokens."""
-        columns, rows = (self.kv[0].shape[1], len(self.kv[0]) * self.block) if self.kv else (0, 0)
+        columns, rows = (self.kv[0].shape[2], len(self.kv[0]) * self.block) if self.kv else (0, 0)
         if n <= rows and longest <= columns:
             return
         if max(n, rows) * max(self.places(longest), columns) <= self.n_tokens:
@@ -125,14 +126,14 @@ class Slots:
                 columns = max(columns, self.places(longest + slack))
                 break
         c, live = self.config, self.longest
-        shape = (-(-rows // self.block), columns, self.block, c.n_kv_heads, c.head_dim)
+        shape = (-(-rows // self.block), c.n_kv_heads, columns, c.head_dim, self.block)
         self.kv = self.kv or [None] * (2 * c.n_layers)
         for i, source in enumerate(self.kv):  # one by one: the old and the new are never there together
             # zeros: what a row has not written is read beside the others, with no weight, so must be finite
             self.kv[i] = np.zeros(shape, np.float32)
             if live:
                 blocks = min(len(source), shape[0])
-                self.kv[i][:blocks, :live] = source[:blocks, :live]
+                self.kv[i][:blocks, :, :live] = source[:blocks, :, :live]
         self.angles = [x.numpy() for x in rope_table(torch.arange(columns), c.head_dim, c.rope_theta)]
 
     # ---- rows ----
@@ -146,15 +147,16 @@ class Slots:
         packed = pack(prompts)
         hidden, kept = self.model.prefill(packed)
         rows_T = np.repeat(rows, lengths)
-        places = rows_T // self.block, positions_of(lengths), rows_T % self.block
+        places = rows_T // self.block, slice(None), positions_of(lengths), slice(None), rows_T % self.block
         for cache, new in zip(self.kv, (x for pair in kept for x in pair), strict=True):
             cache[places] = new.numpy()[tokens]
         return self.model.logits(hidden[packed.cu_seqlens[1:].long() - 1])
 
     def move(self, dst: np.ndarray, src: np.ndarray) -> None:
-        live, n = slice(self.longest), self.block
-        for cache in self.kv:
-            cache[dst // n, live, dst % n] = cache[src // n, live, src % n]
+        n, live = self.block, self.lengths
+        for to, by in zip(dst.tolist(), src.tolist(), strict=True):
+            for cache in self.kv:
+                cache[to // n, :, : live[by], :, to % n] = cache[by // n, :, : live[by], :, by % n]
         self.lengths[dst] = self.lengths[src]
 
     def cut(self, n: int) -> None:
@@ -189,7 +191,6 @@ class Slots:
         x, qkv, out, gate_up, act = (self.t[name] for name in ("x", "qkv", "out", "gate_up", "act"))
         H, G = c.n_heads, c.n_kv_heads
         heads = [self.a["qkv"][:H], self.a["qkv"][H : H + G]]
-        attend = decode_attention_loop(H, G, c.head_dim, self.block)
         cpu.threads()
         x[:, :n], x[:, n:] = self.model.embed[tokens].t(), 0
         for (attn_norm, w_qkv, bias, head_norms, w_out, mlp_norm, w_up, w_down), k_cache, v_cache in zip(
@@ -201,7 +202,8 @@ class Slots:
                 torch.addmm(bias, w_qkv, y, out=qkv)
             for part, weight in zip(heads, head_norms, strict=False):
                 rmsnorm_columns_loop(part, weight, self.eps, part)
-            attend(self.a["qkv"], *self.angles, self.scale, lengths, k_cache, v_cache, self.a["out"])
+            decode_attention_loop(self.a["qkv"], *self.angles, self.scale, lengths, k_cache, v_cache,
+                                  self.a["out"])
             x.addmm_(w_out, out)
             torch.mm(w_up, self._norm(mlp_norm), out=gate_up)
             cpu.swiglu_fwd_loop(self.a["gate_up"], width, c.d_ff * width, self.a["act"])

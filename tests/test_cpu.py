@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from r1zero.kernels import cpu, cpu_decode, reference
+from r1zero.kernels import cpu, cpu_attention, cpu_decode, reference
 from r1zero.kernels.linear_logprob import linear_logprob
 from r1zero.kernels.rmsnorm import rmsnorm
 from r1zero.kernels.rope import rope, rope_table
@@ -206,20 +206,20 @@ def naive_decode(qkv, cos, sin, scale, lengths, keys, values, G):
 @pytest.mark.parametrize("H,G,D,block", [(2, 2, 2, 8), (4, 2, 8, 8), (4, 2, 8, 1), (4, 1, 32, 8)])
 @pytest.mark.parametrize("low", [False, True], ids=["any scores", "scores below -150"])
 def test_decode_attention(H, G, D, block, low):
-    run, S, scale = cpu_decode.decode_attention_loop(H, G, D, block), 40, 2.0**-7 if low else D**-0.5
+    run, S, scale = cpu_attention.decode_attention_loop, 40, 2.0**-7 if low else D**-0.5
     cos, sin = rope_table(torch.arange(S), D, 1e4)
     for B in (1, 7, 8, 9, 17):
         row, qkv = np.arange(B), torch.randn(B, H + 2 * G, D)
         lengths = np.array([0, 5, 17, 1, 0, 33, 2, 39])[(3 * row + B) % 8]
-        at = row // block, lengths, row % block
-        k, v = torch.randn(2, -(-B // block), S, block, G, D)
+        at = row // block, slice(None), lengths, slice(None), row % block
+        k, v = torch.randn(2, -(-B // block), G, S, D, block)
         if low:  # whole numbers, so that scores of this size are exact
             cos, sin, k = torch.ones(S, D // 2), torch.zeros(S, D // 2), k.round() - 100
             qkv[:, :H], qkv[:, H : H + G] = 100, -101
         for b, n in enumerate(lengths):  # what a row has not written, but is read beside the others
-            k[b // block, n:, b % block] = v[b // block, n:, b % block] = 1e6
+            k[b // block, :, n:, :, b % block] = v[b // block, :, n:, :, b % block] = 1e6
         before, out = (k.clone(), v.clone()), torch.full((H, D, B), NAN)
-        by_row = (x.transpose(1, 2).flatten(0, 1)[:B] for x in before)  # [B, S, G, D]
+        by_row = (x.permute(0, 4, 2, 1, 3).flatten(0, 1)[:B] for x in before)  # [B, S, G, D]
         expected, new_k = naive_decode(qkv, cos, sin, scale, lengths, *by_row, G)
         qkv_NDB, *tables = (cpu.array(x) for x in (qkv.permute(1, 2, 0), cos, sin))
         run(qkv_NDB, *tables, f32(scale), lengths, k.numpy(), v.numpy(), out.numpy())
