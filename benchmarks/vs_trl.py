@@ -64,7 +64,7 @@ class Flags:
     new_tokens: int = 64
     """Tokens of an answer."""
     trl_micro: int = 256
-    """Answers in one forward and backward pass of TRL's; ours takes its default of 4,096 tokens."""
+    """Answers in one forward and backward pass of TRL's. By default all, as in ours."""
     model: ModelConfig = field(default_factory=qwen2_shaped)
     out: str | None = None
     """File for the line of JSON."""
@@ -117,6 +117,7 @@ def our_step(f: Flags):
     """A function that does the next step and returns (seconds of the step, seconds of the rollout)."""
     c = GRPOConfig(run="", base="", steps=1, prompts_per_step=f.prompts, group_size=f.group_size,
                    max_new_tokens=f.new_tokens, kl_samples=0,
+                   micro_tokens=f.prompts * f.group_size * (f.prompt_tokens + f.new_tokens),
                    optim=OptimConfig(lr=LEARNING_RATE, warmup=0, schedule="constant", weight_decay=0.0))
     model = Transformer(f.model).init_weights(0)
     optimizer = make_optimizer(model, c.optim)

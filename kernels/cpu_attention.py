@@ -204,3 +204,27 @@ def decode_attention_loop(qkv_NDB, cos_SC, sin_SC, scale, lengths_B, k, v, out_H
         i, g = n // G, n % G
         places = lengths_B[i * W : (i + 1) * W]
         attend(qkv, B, i * W, g, H, G, cos_SC, sin_SC, scale, places, k[i, g], v[i, g], out)
+
+
+@loop
+def write_rows_loop(new_TGD, firsts_B, lengths_B, rows_B, cache):
+    """Keys or values of the lengths_B tokens from firsts_B on into rows of the cache [blocks, G, S, D, W]."""
+    _, G, S, D, W = cache.shape
+    new, flat = new_TGD.reshape(-1), cache.reshape(-1)
+    for i in numba.prange(len(rows_B) * G):
+        b, g = i // G, i % G
+        to = (rows_B[b] // W * G + g) * S * D * W + rows_B[b] % W
+        for s in range(lengths_B[b]):
+            copy(new, ((firsts_B[b] + s) * G + g) * D, 1, flat, to + s * D * W, W, D, 1)
+
+
+@loop
+def move_rows_loop(by_B, lengths_B, to_B, cache):
+    """The first lengths_B places of rows into other rows."""
+    _, G, S, D, W = cache.shape
+    flat = cache.reshape(-1)
+    for i in numba.prange(len(to_B) * G):
+        b, g = i // G, i % G
+        by = (by_B[b] // W * G + g) * S * D * W + by_B[b] % W
+        to = (to_B[b] // W * G + g) * S * D * W + to_B[b] % W
+        copy(flat, by, W, flat, to, W, lengths_B[b] * D, 1)

@@ -5,6 +5,7 @@ Both hold their live sequences in rows 0 .. n - 1 and answer the same questions 
     fits(n, ...)           may n more begin, too?          can_step()   is there room for a token in each row?
     admit(rows, ...)       prefill                         decode(...)  one token a row: logits
     move(dst, src), cut(n) rows change places; what lies behind n is free
+    empty(rows)            they begin anew, from nothing    width(n)     rows that a step of n really computes
     allocate(n_tokens)     once, before all others         clear()      no row, and no NaN, is left
 
 `Slots` is the CPU's, for fp32: the same place of some rows side by side, read by a compiled loop
@@ -23,10 +24,10 @@ import numpy as np
 import torch
 
 from ..kernels import cpu
-from ..kernels.cpu_attention import ROW_BLOCK, decode_attention_loop
+from ..kernels.cpu_attention import ROW_BLOCK, decode_attention_loop, move_rows_loop, write_rows_loop
 from ..kernels.cpu_decode import rmsnorm_columns_loop
 from ..kernels.rope import rope_table
-from .packed import pack, positions_of
+from .packed import pack
 from .transformer import Transformer
 
 PAGE = 16   # tokens in a page; slots grow by as many columns
@@ -36,13 +37,6 @@ SLACK = 64  # columns that slots have in hand, where they may, so that they seld
 
 def pages_for(n_tokens) -> int:
     return -(-n_tokens // PAGE)
-
-
-def tokens_of(prompts: Sequence[Sequence[int]], which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For rows that hold prompts[which[i]]: ([B] lengths, [sum] flat index of each row's tokens)."""
-    lengths = np.array([len(p) for p in prompts], np.int64)
-    firsts = (np.cumsum(lengths) - lengths)[which]
-    return lengths[which], np.repeat(firsts, lengths[which]) + positions_of(lengths[which])
 
 
 class Slots:
@@ -142,30 +136,35 @@ class Slots:
         """Prefill the prompts, and lay prompts[which[i]] into rows[i]; logits of the prompts [P, V]."""
         n = max(self.n, int(rows.max()) + 1)
         self._make_room(n, max([self.longest, *map(len, prompts)]))
-        lengths, tokens = tokens_of(prompts, which)
-        self.n, self.lengths[rows] = n, lengths
         packed = pack(prompts)
         hidden, kept = self.model.prefill(packed)
-        rows_T = np.repeat(rows, lengths)
-        places = rows_T // self.block, slice(None), positions_of(lengths), slice(None), rows_T % self.block
+        firsts, lengths = packed.cu_seqlens.numpy()[which], packed.cu_seqlens.diff().numpy()[which]
+        self.n, self.lengths[rows] = n, lengths
+        cpu.threads()
         for cache, new in zip(self.kv, (x for pair in kept for x in pair), strict=True):
-            cache[places] = new.numpy()[tokens]
+            write_rows_loop(cpu.array(new), firsts, lengths, rows, cache)
         return self.model.logits(hidden[packed.cu_seqlens[1:].long() - 1])
 
     def move(self, dst: np.ndarray, src: np.ndarray) -> None:
-        n, live = self.block, self.lengths
-        for to, by in zip(dst.tolist(), src.tolist(), strict=True):
-            for cache in self.kv:
-                cache[to // n, :, : live[by], :, to % n] = cache[by // n, :, : live[by], :, by % n]
         self.lengths[dst] = self.lengths[src]
+        cpu.threads()
+        for cache in self.kv:
+            move_rows_loop(src, self.lengths[dst], dst, cache)
 
     def cut(self, n: int) -> None:
         self.n = n
+
+    def empty(self, rows: np.ndarray) -> None:
+        self.lengths[rows] = 0
 
     def clear(self) -> None:
         self.kv, self.n = [], 0
 
     # ---- one token a row: features first, [M, B], the layout in which small products are fastest ----
+
+    @staticmethod
+    def width(n: int) -> int:
+        return -(-n // LANES) * LANES if n > 1 else n
 
     def _buffers(self, n: int) -> None:
         """What a step of n rows writes, as tensors and as the same memory for the loops."""
@@ -185,14 +184,15 @@ class Slots:
         """tokens [B], the newest of each row, not in the cache yet -> logits [B, V] of what follows."""
         c, n, lengths = self.config, self.n, self.lengths[: self.n]
         self._make_room(n, self.longest + 1)
-        width = -(-n // LANES) * LANES if n > 1 else 1
+        width = self.width(n)
         if self.t["x"].shape[1] != width:
             self._buffers(width)
         x, qkv, out, gate_up, act = (self.t[name] for name in ("x", "qkv", "out", "gate_up", "act"))
         H, G = c.n_heads, c.n_kv_heads
         heads = [self.a["qkv"][:H], self.a["qkv"][H : H + G]]
         cpu.threads()
-        x[:, :n], x[:, n:] = self.model.embed[tokens].t(), 0
+        x[:, :n].copy_(self.model.embed.index_select(0, tokens).t())
+        x[:, n:] = 0
         for (attn_norm, w_qkv, bias, head_norms, w_out, mlp_norm, w_up, w_down), k_cache, v_cache in zip(
                 self.layers, self.kv[::2], self.kv[1::2], strict=True):
             y = self._norm(attn_norm)
@@ -323,6 +323,11 @@ class Pages:
             self.table_h[to], self.lengths_h[to] = self.table_h[by], self.lengths_h[by]
             self.table_h[by], self.lengths_h[by] = 0, 0
 
+    def empty(self, rows: np.ndarray) -> None:
+        for row in rows.tolist():
+            self._release(row)
+        self._upload()
+
     def cut(self, n: int) -> None:
         for row in range(n, self.n):
             if self.lengths_h[row]:
@@ -343,6 +348,9 @@ class Pages:
         self._upload()
 
     # ---- one token a row ----
+
+    def width(self, n: int) -> int:
+        return next(size for size in self.sizes if size >= n) if n else 0
 
     def _step(self, n: int) -> torch.Tensor:
         hidden = self.weights.decode(self.tokens[:n], self.lengths[:n], self.kv, self.table[:n])
@@ -373,7 +381,7 @@ class Pages:
         if len(full):
             self.table_h[full, self.lengths_h[full] // PAGE] = self._take(len(full))
             self.table.copy_(torch.from_numpy(self.table_h))
-        size = next(size for size in self.sizes if size >= n)
+        size = self.width(n)
         if size not in self.graphs:
             self.graphs[size] = self._graph(size)
         self.tokens[:n] = tokens

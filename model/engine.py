@@ -4,11 +4,12 @@
     completions = engine.generate([Request(prompt, max_new_tokens=64, seed=1), ...])
     for event in engine.stream(requests): ...        # tokens and text as they come; engine.cancel(event.id)
 
-A step: sequences that are done leave, one token of every live row is decoded, waiting prompts are prefilled
-whole as far as rows, places and `tokens_per_step` allow, and a token is drawn for all rows at once. Equal
-prompts that begin together (the samples of a group) are prefilled once. Where the cache is too small for all
-to go on, the youngest sequence is put back to the front of the queue with what it has; it is prefilled again
-later and goes on with the same draws, since they depend on seed and place alone.
+A step: one token of every live row is decoded, waiting prompts are prefilled whole as far as rows, places
+and `tokens_per_step` allow, a token is drawn for all rows at once, and sequences that are done leave; where
+none waits for their rows, these stay as holes until a smaller batch holds the others. Equal prompts that begin
+together (the samples of a group) are prefilled once. Where the cache is too small for all to go on, the
+youngest sequence is put back to the front of the queue with what it has; it is prefilled again later and goes
+on with the same draws, since they depend on seed and place alone.
 
 Weights must not change while requests are being served. On a CPU the engine reads the trainer's where they
 lie, and looks for them anew when the first requests are submitted. On a GPU it decodes from one
@@ -43,6 +44,7 @@ from .transformer import Transformer
 
 AHEAD = 32              # columns of random numbers that are made at one time
 CPU_CACHE = 1 << 30     # bytes, where no number is given
+NEVER = 1 << 62         # the column at which a hole is done
 GPU_CACHE_SHARE = 0.85  # of the memory that is free
 
 
@@ -73,6 +75,8 @@ class _Sequence:
     prefix: tuple[int, ...] = ()
     """Prompt and what it has: what a prefill reads."""
 
+
+HOLE = _Sequence(-1, None, None, False)  # in a row whose sequence is done
 
 def places_within(n_bytes: float, token_bytes: int, n_rows: int, longest: int | None,
                   max_seq_len: int) -> int:
@@ -130,7 +134,8 @@ class Engine:
         """Forget all requests."""
         n = self.max_rows
         self.waiting: deque[_Sequence] = deque()
-        self.live: list[_Sequence] = []
+        self.live: list[_Sequence] = []  # and holes, but there is a sequence if there is a hole
+        self.n_holes = 0
         self.finished: dict[int, Completion] = {}
         self.cancelled: set[int] = set()
         self.events: dict[int, tuple[list[int], str]] = {}  # of streamed requests: new tokens, text
@@ -150,9 +155,10 @@ class Engine:
 
         Raises ValueError while requests are being served: one answer, one set of weights.
         """
-        if self.live or self.waiting:
-            raise ValueError(f"engine: refresh() while {len(self.live) + len(self.waiting)} requests are "
-                             "being served; let them end, or cancel them")
+        n = len(self.live) - self.n_holes + len(self.waiting)
+        if n:
+            raise ValueError(f"engine: refresh() while {n} requests are being served; let them end, or "
+                             "cancel them")
         if self.device.type != "cpu":  # there `submit` takes them
             with torch.inference_mode():
                 self.cache.refresh()
@@ -245,6 +251,8 @@ class Engine:
         if self.cancelled:
             self._drop_cancelled()
         put_back = False
+        if self.n_holes and (self.waiting or not self.cache.can_step()):
+            self._close_up()
         while self.live and not self.cache.can_step():
             self._put_back()
             put_back = True
@@ -405,7 +413,21 @@ class Engine:
         self.finished[s.id] = Completion(joined[0], joined[1], reason, self.version, text, *joined[2:])
 
     def _leave(self, gone: np.ndarray) -> None:
-        """Free these rows; the last live ones move into the gaps."""
+        """Free these rows. As long as a step of the others takes as long with them they are holes: they go
+        on, from nothing, for nobody."""
+        for row in gone.tolist():
+            self.live[row] = HOLE
+        n, self.n_holes = len(self.live), self.n_holes + len(gone)
+        if self.waiting or self.cache.width(n - self.n_holes) < self.cache.width(n):
+            return self._close_up()
+        self.cache.empty(gone)
+        self.rows["birth"][gone], self.rows["limit"][gone], self.stop_ids[gone] = self.t, NEVER, -1
+        self.next_limit = int(self.rows["limit"][:n].min())
+        self.speaking = [row for row in self.speaking if self.live[row] is not HOLE]
+
+    def _close_up(self) -> None:
+        """The last live rows move into the holes."""
+        gone, self.n_holes = np.flatnonzero([s is HOLE for s in self.live]), 0
         n = len(self.live) - len(gone)
         to = gone[gone < n]
         stays = np.ones(len(self.live), bool)

@@ -123,7 +123,7 @@ def grpo_config(c: DemoConfig, folder: Path, seed: int, control: bool) -> GRPOCo
     name, steps = ("control", c.control_steps) if control else ("rl", c.rl_steps)
     return GRPOConfig(run=str(folder / name), resume=True, base=str(folder / "base"), task=task_of(c, seed),
                       seed=seed, steps=steps, save_every=20, max_new_tokens=c.max_new_tokens,
-                      micro_tokens=2048, rewards=c.rewards, control=control, optim=rl_optim(c.rl_lr),
+                      micro_tokens=8192, rewards=c.rewards, control=control, optim=rl_optim(c.rl_lr),
                       device=c.device)
 
 
