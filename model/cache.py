@@ -212,6 +212,14 @@ class Slots:
         return self.model.logits(self._norm(self.norm).t())[:n]
 
 
+def places_within(n_bytes: float, token_bytes: int, n_rows: int, longest: int | None,
+                  max_seq_len: int) -> int:
+    """Places for n_rows sequences of `longest` tokens, and a page more, or as many as fit into n_bytes; but
+    always enough for one sequence of max_seq_len."""
+    row = Slots.places(min(longest or max_seq_len, max_seq_len) + PAGE)
+    return max(Slots.places(max_seq_len), min(n_rows * row, int(n_bytes / token_bytes)))
+
+
 class Pages:
     """`n_tokens` places in pages, on any device; on a GPU a step is a CUDA graph."""
 

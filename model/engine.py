@@ -6,8 +6,8 @@
 
 A step: one token of every live row is decoded, waiting prompts are prefilled whole as far as rows, places
 and `tokens_per_step` allow, a token is drawn for all rows at once, and sequences that are done leave; where
-none waits for their rows, these stay as holes until a smaller batch holds the others. Equal prompts that begin
-together (the samples of a group) are prefilled once. Where the cache is too small for all to go on, the
+none waits for their rows, these stay as holes until a smaller batch holds the others. Equal prompts that
+begin together (the samples of a group) are prefilled once. Where the cache is too small for all to go on, the
 youngest sequence is put back to the front of the queue with what it has; it is prefilled again later and goes
 on with the same draws, since they depend on seed and place alone.
 
@@ -30,9 +30,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .cache import PAGE, Pages, Slots
+from .cache import PAGE, Pages, Slots, places_within
 from .generation import (
     Completion,
+    Event,
     Request,
     TextStream,
     check_requests,
@@ -48,22 +49,6 @@ NEVER = 1 << 62         # the column at which a hole is done
 GPU_CACHE_SHARE = 0.85  # of the memory that is free
 
 
-@dataclass(frozen=True)
-class Event:
-    """One more token of a streamed request."""
-
-    id: int
-    """What `cancel` takes."""
-    index: int
-    """Which of the requests given to `stream`."""
-    tokens: list[int]
-    """The new ones: several where others stepped the engine in between, none where it was cancelled."""
-    text: str
-    """What became readable: half characters and what may begin a stop text wait."""
-    completion: Completion | None
-    """The whole, with the last event."""
-
-
 @dataclass
 class _Sequence:
     id: int
@@ -77,14 +62,6 @@ class _Sequence:
 
 
 HOLE = _Sequence(-1, None, None, False)  # in a row whose sequence is done
-
-def places_within(n_bytes: float, token_bytes: int, n_rows: int, longest: int | None,
-                  max_seq_len: int) -> int:
-    """Places for n_rows sequences of `longest` tokens, and a page more, or as many as fit into n_bytes; but
-    always enough for one sequence of max_seq_len."""
-    row = Slots.places(min(longest or max_seq_len, max_seq_len) + PAGE)
-    return max(Slots.places(max_seq_len), min(n_rows * row, int(n_bytes / token_bytes)))
-
 
 class Engine:
     """Raises ValueError for requests that cannot be served, NonFiniteError for NaN logits, and RuntimeError

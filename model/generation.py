@@ -84,6 +84,22 @@ class Completion:
     """[n, top_logprobs] float32."""
 
 
+@dataclass(frozen=True)
+class Event:
+    """One more token of a streamed request."""
+
+    id: int
+    """What `cancel` takes."""
+    index: int
+    """Which of the requests given to `stream`."""
+    tokens: list[int]
+    """The new ones: several where others stepped the engine in between, none where it was cancelled."""
+    text: str
+    """What became readable: half characters and what may begin a stop text wait."""
+    completion: Completion | None
+    """The whole, with the last event."""
+
+
 def group_requests(prompts: Sequence[Sequence[int]], n_samples: int, max_new_tokens: int, temperature: float,
                    seeds, eos_id: int) -> list[Request]:
     """`n_samples` requests for each prompt, those of prompt p from p * n_samples on; seeds: one a request.
