@@ -63,7 +63,7 @@ class Flags:
     """Answers to each."""
     new_tokens: int = 64
     """Tokens of an answer."""
-    trl_micro: int = 256
+    trl_micro: int | None = None
     """Answers in one forward and backward pass of TRL's. By default all, as in ours."""
     model: ModelConfig = field(default_factory=qwen2_shaped)
     out: str | None = None
@@ -217,7 +217,7 @@ def take_turns_with_trl(f: Flags, step) -> tuple[list, list]:
         return [reward_of(text, f.model.vocab_size) for text in completions]
 
     prompts = [{"prompt": task.prompt(p)} for p in task.problems("train", f.prompts * n_steps)]
-    micro = min(f.trl_micro, n)
+    micro = min(f.trl_micro or n, n)
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=qwen2_of(Transformer(f.model).init_weights(0)), reward_funcs=mean_id,
@@ -256,7 +256,7 @@ def figures_of(pairs: list[tuple[float, float]], f: Flags) -> dict:
 def main(f: Flags) -> dict:
     reuse_memory()
     n = f.prompts * f.group_size
-    if n % min(f.trl_micro, n):
+    if n % min(f.trl_micro or n, n):
         raise ValueError(f"--trl-micro is {f.trl_micro}, expected a divisor of the {n} answers of a step")
     step, absent = our_step(f), missing()
     if absent:

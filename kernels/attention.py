@@ -382,8 +382,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: tor
 
     q: [Tq, H, D]; k, v: [Tk, G, D] with H a multiple of G, D up to 256; cu_seqlens: [N + 1] int32 offsets
     into q, max_seqlen the longest length (host integer). cu_seqlens_k, max_seqlen_k: the same of k and v
-    where they differ (a cache); None: as q. scale: on q k^T, 1 / sqrt(D) by default. window: keys a query
-    sees, itself included. softcap: scores are bent to softcap tanh(score / softcap).
+    where they differ (a cache, shared prefixes); None: as q. scale: on q k^T, 1 / sqrt(D) by default. window:
+    keys a query sees, itself included. softcap: scores are bent to softcap tanh(score / softcap).
     Returns [Tq, H, D] in q's dtype, and with return_lse also log sum exp of the scores [Tq, H] in fp32 (fp64
     for fp64); a row that sees no key gives 0 and -inf. Both are differentiable, and the same in every run.
     Raises ValueError for shapes, dtypes or devices that do not fit together, and for a window, scale or

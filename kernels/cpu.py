@@ -14,6 +14,7 @@ Shapes: R rows, M features of a row, F d_ff, T tokens, H heads, D head_dim, V co
 """
 import contextlib
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -43,6 +44,14 @@ else:
 EXACT_ENOUGH = {"reassoc", "contract", "nsz"}
 f32 = np.float32
 PARTS = 64  # of the rows: each has a sum of its own in a sum over all rows
+LANES = 8   # float32 in a vector
+
+# Numba compiles anew when a function's own file has changed, but loops have parts of these files in them.
+HERE = Path(__file__).parent
+for kept in HERE.glob("__pycache__/cpu_*.nbi"):
+    with contextlib.suppress(OSError):  # another process may be at it, or it may not be ours to delete
+        if kept.stat().st_mtime < max((HERE / name).stat().st_mtime for name in ("cpu.py", "lanes.py")):
+            kept.unlink()
 
 
 def loop(fn):

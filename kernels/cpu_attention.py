@@ -11,11 +11,10 @@ the cache, C = D / 2 pairs of RoPE.
 """
 import numpy as np
 
-from .cpu import HAS_NUMBA, exp, f32, loop, numba, part
+from .cpu import HAS_NUMBA, LANES, exp, f32, loop, numba, part
 
 if HAS_NUMBA:
     from .lanes import (
-        LANES,
         add,
         add_product,
         divide,
@@ -28,9 +27,9 @@ if HAS_NUMBA:
         subtract,
     )
 
-ROW_BLOCK = 8  # rows of the cache that lie, and are read, together
-PLACES = 4     # of the cache that are taken together
-LINE = 16      # float32 that memory gives at once
+ROW_BLOCK = LANES  # rows of the cache that lie, and are read, together
+PLACES = 4         # of the cache that are taken together
+LINE = 16          # float32 that memory gives at once
 LOWEST = f32(-3e38)
 
 

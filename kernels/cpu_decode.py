@@ -7,24 +7,14 @@ microseconds.
 
 Shapes: B rows, M features, H heads, V vocabulary.
 """
-import contextlib
-from pathlib import Path
-
 import numpy as np
 import torch
 
 from . import cpu
-from .cpu import array, exp, f32, loop, numba, part, threads
+from .cpu import LANES, array, exp, f32, loop, numba, part, threads
 
 if cpu.HAS_NUMBA:
-    from .lanes import LANES, transpose
-
-# Numba compiles anew when a function's own file has changed, but these have parts of others in them.
-HERE = Path(__file__).parent
-for kept in HERE.glob("__pycache__/cpu_*.nbi"):
-    with contextlib.suppress(OSError):  # another process may be at it, or it may not be ours to delete
-        if kept.stat().st_mtime < max((HERE / name).stat().st_mtime for name in ("cpu.py", "lanes.py")):
-            kept.unlink()
+    from .lanes import transpose
 
 COLUMNS = 64     # rows that are normed together
 DRAW_BLOCK = 32  # tokens that are added up before the cumulative sum, in fp64, is searched

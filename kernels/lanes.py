@@ -8,7 +8,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
 
-LANES = 8
+from .cpu import LANES
+
 BYTE, INT, F32x8 = ir.IntType(8), ir.IntType(32), ir.VectorType(ir.FloatType(), LANES)
 
 

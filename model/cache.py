@@ -1,6 +1,6 @@
 """The key/value cache of the sequences that are being decoded, and decoding against it: slots or pages.
 
-Both hold their live sequences in rows 0 .. n - 1 and answer the same questions of the scheduler (engine.py):
+Both hold their sequences in rows 0 .. n - 1 and answer the same questions of the scheduler (engine.py):
 
     fits(n, ...)           may n more begin, too?          can_step()   is there room for a token in each row?
     admit(rows, ...)       prefill                         decode(...)  one token a row: logits
@@ -30,9 +30,9 @@ from ..kernels.rope import rope_table
 from .packed import pack
 from .transformer import Transformer
 
-PAGE = 16   # tokens in a page; slots grow by as many columns
-LANES = 16  # a product for a few rows more, up to a multiple of this, takes half the time of an odd number
-SLACK = 64  # columns that slots have in hand, where they may, so that they seldom move
+PAGE = 16      # tokens in a page; slots grow by as many columns
+ROW_STEP = 16  # a product for a few rows more, up to a multiple of this, takes half the time of an odd number
+SLACK = 64     # columns that slots have in hand, where they may, so that they seldom move
 
 
 def pages_for(n_tokens) -> int:
@@ -51,7 +51,7 @@ class Slots:
         self.n_rows, self.n_tokens = n_rows, 0
         self.block = ROW_BLOCK if n_rows >= ROW_BLOCK else 1
         self.lengths = np.zeros(n_rows, np.int64)
-        self.n = 0  # live rows
+        self.n = 0  # rows in use
         # keys, values of layer 0, of layer 1, ...: [blocks, G, columns, D, block]
         self.kv: list[np.ndarray] = []
         self.scale, self.eps = np.float32(self.config.head_dim ** -0.5), np.float32(self.config.norm_eps)
@@ -164,7 +164,7 @@ class Slots:
 
     @staticmethod
     def width(n: int) -> int:
-        return -(-n // LANES) * LANES if n > 1 else n
+        return -(-n // ROW_STEP) * ROW_STEP if n > 1 else n
 
     def _buffers(self, n: int) -> None:
         """What a step of n rows writes, as tensors and as the same memory for the loops."""

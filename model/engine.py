@@ -61,7 +61,8 @@ class _Sequence:
     """Prompt and what it has: what a prefill reads."""
 
 
-HOLE = _Sequence(-1, None, None, False)  # in a row whose sequence is done
+HOLE = _Sequence(object(), None, None, False)  # in a row whose sequence is done; nobody knows its id
+
 
 class Engine:
     """Raises ValueError for requests that cannot be served, NonFiniteError for NaN logits, and RuntimeError
@@ -390,17 +391,17 @@ class Engine:
         self.finished[s.id] = Completion(joined[0], joined[1], reason, self.version, text, *joined[2:])
 
     def _leave(self, gone: np.ndarray) -> None:
-        """Free these rows. As long as a step of the others takes as long with them they are holes: they go
-        on, from nothing, for nobody."""
+        """Free these rows. Where a plain draw for them is all that it costs the others, they are holes for a
+        while: they go on, from nothing, for nobody."""
         for row in gone.tolist():
             self.live[row] = HOLE
         n, self.n_holes = len(self.live), self.n_holes + len(gone)
-        if self.waiting or self.cache.width(n - self.n_holes) < self.cache.width(n):
+        plain = self.filters is None and not self.top_n and not isinstance(self.temperature, torch.Tensor)
+        if self.waiting or not plain or self.cache.width(n - self.n_holes) < self.cache.width(n):
             return self._close_up()
         self.cache.empty(gone)
         self.rows["birth"][gone], self.rows["limit"][gone], self.stop_ids[gone] = self.t, NEVER, -1
         self.next_limit = int(self.rows["limit"][:n].min())
-        self.speaking = [row for row in self.speaking if self.live[row] is not HOLE]
 
     def _close_up(self) -> None:
         """The last live rows move into the holes."""

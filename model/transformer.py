@@ -33,10 +33,12 @@ def add_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tenso
     return (rmsnorm(x, weight, eps), x) if residual is None else rmsnorm(x, weight, eps, residual)
 
 
-def read(x_TGD: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """[K, G, D]: the keys or values of these tokens. An embedding, for its gradient: what many read is added
-    up in a fixed order, and on a CPU not token by token, as that of index_select is."""
-    return F.embedding(keys, x_TGD.flatten(1)).view(-1, *x_TGD.shape[1:])
+def read(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [T, G, D] of these tokens, [K, G, D]. An embedding, for its gradient: what many read is
+    added up in a fixed order (on a GPU in k's dtype where they are few), and on a CPU not token by token, as
+    that of index_select is."""
+    kv = torch.cat([k, v], dim=1)
+    return F.embedding(keys, kv.flatten(1)).view(-1, *kv.shape[1:]).chunk(2, dim=1)
 
 
 class Attention(nn.Module):
@@ -131,15 +133,15 @@ class Transformer(nn.Module):
         """Hidden states [T, M] after the final norm, in the compute dtype."""
         def attend(q, k, v):
             if packed.keys is not None:
-                k, v = read(k, packed.keys), read(v, packed.keys)
+                k, v = read(k, v, packed.keys)
             return attention(q, k, v, packed.cu_seqlens, packed.max_seqlen, cu_seqlens_k=packed.cu_keys,
                              max_seqlen_k=packed.max_keys)
 
         return self._run(packed.tokens, packed.positions, [attend] * self.config.n_layers)
 
     def prefill(self, packed: Packed) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """As forward, and each layer's keys and values ([T, G, D] each) to fill a cache with. No shared
-        prefixes."""
+        """As forward, and each layer's keys and values ([T, G, D] each) to fill a cache with."""
+        assert packed.keys is None, "prefill: a cache has no shared prefixes"
         kept = []
 
         def attend(q, k, v):

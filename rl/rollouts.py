@@ -122,7 +122,7 @@ def micro_batch(rollouts: Rollouts, samples: np.ndarray, device) -> MicroBatch:
 
 def micro_batches(rollouts: Rollouts, samples: np.ndarray, tokens_per_batch: int, device) -> list[MicroBatch]:
     """Cut samples into batches of at most `tokens_per_batch` tokens (but at least one sample), alike in
-    length.
+    length; a prompt counts for each of its samples.
 
     Sorted by length, since attention on the CPU pads within a batch; the loss's weights make the cut
     irrelevant.

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from r1zero.kernels import cpu
+from r1zero.model.cache import Pages
 from r1zero.model.config import ModelConfig
 from r1zero.model.generation import counter_uniform, generate_naive
 from r1zero.model.packed import pack
@@ -87,3 +88,11 @@ def agree(model, requests, completions, edges=1):
     assert len(requests) == len(completions)
     equal = sum(same(c, naive_of(model, r), model, r) for r, c in zip(requests, completions, strict=True))
     assert equal >= len(requests) - edges
+
+
+def everything_is_free(engine):
+    assert not engine.live and not engine.waiting and not engine.finished and engine.cache.n == 0
+    assert engine.n_holes == 0
+    if isinstance(engine.cache, Pages):
+        assert sorted(engine.cache.free) == list(range(1, engine.cache.n_pages + 1))
+        assert not engine.cache.users.any() and not engine.cache.table_h.any()

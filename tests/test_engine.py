@@ -11,7 +11,18 @@ from r1zero.model.engine import Engine
 from r1zero.model.generation import NonFiniteError, Request, generate_naive, group_requests, sample_seeds
 from r1zero.model.packed import pack
 
-from .engine_cases import CONFIG, EOS, PROMPTS, Watched, agree, both_caches, naive_of, needs_numba, same
+from .engine_cases import (
+    CONFIG,
+    EOS,
+    PROMPTS,
+    Watched,
+    agree,
+    both_caches,
+    everything_is_free,
+    naive_of,
+    needs_numba,
+    same,
+)
 
 
 def mixed_requests(n=24, temperature=1.0):
@@ -19,13 +30,6 @@ def mixed_requests(n=24, temperature=1.0):
     rng = np.random.default_rng(0)
     return [Request(PROMPTS[i % 6], int(rng.integers(1, 20)), int(seed), temperature, stop_ids=(EOS,))
             for i, seed in enumerate(sample_seeds(n, 1).tolist())]
-
-
-def everything_is_free(engine):
-    assert not engine.live and not engine.waiting and not engine.finished and engine.cache.n == 0
-    if isinstance(engine.cache, Pages):
-        assert sorted(engine.cache.free) == list(range(1, engine.cache.n_pages + 1))
-        assert not engine.cache.users.any() and not engine.cache.table_h.any()
 
 
 @both_caches
@@ -144,7 +148,7 @@ def test_every_request_is_answered_once_and_no_page_is_lost(paged, data):
 
 
 @both_caches
-def test_a_group_is_prefilled_once_and_finished_rows_cost_nothing(paged):
+def test_a_group_is_prefilled_once_and_finished_rows_leave_smaller_batches(paged):
     model = Watched(2.0)
     requests = group_requests(PROMPTS, 16, 20, 1.0, sample_seeds(96, 5), EOS)
     engine = Engine(model, paged=paged)
