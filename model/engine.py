@@ -337,15 +337,14 @@ class Engine:
         width = max([self.rows["stop_ids"].shape[1], *(len(s.request.stop_ids) for s in new)])
         wider = width - self.rows["stop_ids"].shape[1]
         self.rows["stop_ids"] = np.pad(self.rows["stop_ids"], ((0, 0), (0, wider)), constant_values=-1)
-        for row, s in enumerate(new, n):
+        of_each = []
+        for s in new:
             r, n_done = s.request, sum(len(part[0]) for part in s.parts)
-            values = (signed(r.seed), self.t, self.t - len(s.prefix),
-                      self.t + r.max_new_tokens - n_done - 1, s.id, r.temperature, r.top_k, r.top_p, r.min_p,
-                      r.top_logprobs)
-            for name, value in zip(self.rows, values, strict=False):
-                self.rows[name][row] = value
-            self.rows["stop_ids"][row] = -1
-            self.rows["stop_ids"][row, : len(r.stop_ids)] = r.stop_ids
+            of_each.append((signed(r.seed), self.t, self.t - len(s.prefix),
+                            self.t + r.max_new_tokens - n_done - 1, s.id, r.temperature, r.top_k, r.top_p,
+                            r.min_p, r.top_logprobs, [*r.stop_ids, *[-1] * (width - len(r.stop_ids))]))
+        for name, values in zip(self.rows, zip(*of_each, strict=True), strict=True):
+            self.rows[name][n : n + len(new)] = values
         self.uniforms = None
         self._rows_changed()
         return logits[torch.from_numpy(which).to(self.device)]
