@@ -2,10 +2,14 @@
 
 The rule is FlashAttention's: at most twice the error that plain PyTorch makes in the same dtype.
 """
+import numpy as np
 import pytest
 import torch
 
 from r1zero.kernels.attention import attention
+from r1zero.model.config import preset
+from r1zero.model.packed import pack
+from r1zero.model.transformer import Transformer
 
 from ..naive_ops import cu as cu_on_host
 from ..naive_ops import naive_attention, value_and_gradients
@@ -104,3 +108,19 @@ def test_more_sequences_than_a_grid_axis_takes():
     q = torch.randn(n, 2, 32, device="cuda", dtype=torch.float16)
     out = attention(q, q, q, torch.arange(n + 1, device="cuda", dtype=torch.int32), 1)
     assert torch.equal(out, q)
+
+
+@pytest.mark.parametrize("n_samples", [8, 64], ids=["few keys", "many keys"])  # PyTorch adds them up in two ways
+def test_samples_that_share_a_prompt(n_samples):
+    model = Transformer(preset("demo", 512, max_seq_len=512)).init_weights(0).to("cuda")
+    prompt, *tails = (torch.randint(512, (n,)).tolist() for n in (100, *range(20, 20 + n_samples)))
+    shared = pack([prompt, *tails], "cuda", after=np.array([-1] + [0] * n_samples))
+    whole, results = pack([prompt + tail for tail in tails], "cuda"), []
+    for packed in (shared, shared, whole):
+        hidden, ends = model(packed), packed.cu_seqlens[-n_samples:].tolist()
+        own = torch.cat([hidden[end - len(tail) : end] for end, tail in zip(ends, tails, strict=True)])
+        model.zero_grad()
+        (own * torch.linspace(-1, 1, own.numel(), device="cuda").view_as(own)).sum().backward()
+        results.append([own.detach(), *(p.grad.clone() for p in model.parameters())])
+    for first, again, plain in zip(*results, strict=True):
+        assert torch.equal(first, again) and (first - plain).norm() < 1e-4 * plain.norm()
