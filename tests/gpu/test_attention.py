@@ -110,7 +110,8 @@ def test_more_sequences_than_a_grid_axis_takes():
     assert torch.equal(out, q)
 
 
-@pytest.mark.parametrize("n_samples", [8, 64], ids=["few keys", "many keys"])  # PyTorch adds them up in two ways
+# PyTorch adds up the gradients of few keys in another way than those of many
+@pytest.mark.parametrize("n_samples", [8, 64], ids=["few keys", "many keys"])
 def test_samples_that_share_a_prompt(n_samples):
     model = Transformer(preset("demo", 512, max_seq_len=512)).init_weights(0).to("cuda")
     prompt, *tails = (torch.randint(512, (n,)).tolist() for n in (100, *range(20, 20 + n_samples)))
