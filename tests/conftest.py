@@ -1,6 +1,7 @@
 """What all tests share: fixed seeds, hypothesis without chance, GPU tests skipped where there is no GPU."""
 import os
 import random
+import signal
 
 import hypothesis
 import numpy as np
@@ -11,6 +12,9 @@ import torch
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+# A shell starts its background jobs deaf to Ctrl-C, and some tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every run and machine; no clock decides whether a test passes.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None)
