@@ -192,6 +192,11 @@ def qwen2_tokenizer(vocab_size: int):
                                    unk_token="<eos>")
 
 
+def trl_micro(f: Flags) -> int:
+    n = f.prompts * f.group_size
+    return min(f.trl_micro or n, n)
+
+
 def take_turns_with_trl(f: Flags, step) -> tuple[list, list]:
     """Let TRL train, and do a step of ours after each of its own. Returns both sides' (step, generation)
     seconds."""
@@ -217,7 +222,7 @@ def take_turns_with_trl(f: Flags, step) -> tuple[list, list]:
         return [reward_of(text, f.model.vocab_size) for text in completions]
 
     prompts = [{"prompt": task.prompt(p)} for p in task.problems("train", f.prompts * n_steps)]
-    micro = min(f.trl_micro or n, n)
+    micro = trl_micro(f)
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=qwen2_of(Transformer(f.model).init_weights(0)), reward_funcs=mean_id,
@@ -256,7 +261,7 @@ def figures_of(pairs: list[tuple[float, float]], f: Flags) -> dict:
 def main(f: Flags) -> dict:
     reuse_memory()
     n = f.prompts * f.group_size
-    if n % min(f.trl_micro or n, n):
+    if n % trl_micro(f):
         raise ValueError(f"--trl-micro is {f.trl_micro}, expected a divisor of the {n} answers of a step")
     step, absent = our_step(f), missing()
     if absent:
