@@ -13,6 +13,7 @@ machine code is kept beside this file, or where NUMBA_CACHE_DIR says.
 Shapes: R rows, M features of a row, F d_ff, T tokens, H heads, D head_dim, V columns of logits.
 """
 import contextlib
+import functools
 import sys
 from pathlib import Path
 
@@ -40,23 +41,25 @@ else:
     numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # PyTorch's own, where it has OpenMP
     HAS_NUMBA = True
 
-# sums may be reordered and a product fused with a sum; NaN and infinity keep their meaning
-EXACT_ENOUGH = {"reassoc", "contract", "nsz"}
+# a product may be fused with a sum; NaN and infinity keep their meaning
+ORDERED = {"contract", "nsz"}
+EXACT_ENOUGH = ORDERED | {"reassoc"}  # sums and products may be reordered
 f32 = np.float32
 PARTS = 64  # of the rows: each has a sum of its own in a sum over all rows
 LANES = 8   # float32 in a vector
+TILE_ROWS, TILE_COLUMNS = 6, 2 * LANES  # of a product that are computed in registers
 
 # Numba compiles anew when a function's own file has changed, but loops have parts of these files in them.
-HERE = Path(__file__).parent
+HERE, PARTS_OF_OTHERS = Path(__file__).parent, ("cpu.py", "lanes.py", "cpu_tiles.py")
 for kept in HERE.glob("__pycache__/cpu_*.nbi"):
     with contextlib.suppress(OSError):  # another process may be at it, or it may not be ours to delete
-        if kept.stat().st_mtime < max((HERE / name).stat().st_mtime for name in ("cpu.py", "lanes.py")):
+        if kept.stat().st_mtime < max((HERE / name).stat().st_mtime for name in PARTS_OF_OTHERS):
             kept.unlink()
 
 
-def loop(fn):
+def loop(fn, fastmath=EXACT_ENOUGH):
     """Compile at the first call, for all threads."""
-    compiled = numba.njit(fastmath=EXACT_ENOUGH, error_model="numpy", parallel=True, nogil=True)(fn)
+    compiled = numba.njit(fastmath=fastmath, error_model="numpy", parallel=True, nogil=True)(fn)
     if HAS_NUMBA:
         with contextlib.suppress(RuntimeError):  # no folder to keep it in: compiled anew in each process
             compiled.enable_caching()
@@ -64,6 +67,11 @@ def loop(fn):
 
 
 part = register_jitable(fastmath=EXACT_ENOUGH, error_model="numpy")  # a function that loops can call
+
+# For what must come out the same wherever in a vector or tile it is computed: elsewhere the compiler may take
+# a b c as (a b) c for some numbers and as a (b c) for their neighbours.
+ordered_loop = functools.partial(loop, fastmath=ORDERED)
+ordered_part = register_jitable(fastmath=ORDERED, error_model="numpy")
 
 
 def serves(impl: str | None, *tensors: torch.Tensor | None) -> bool:

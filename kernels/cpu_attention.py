@@ -15,6 +15,7 @@ from .cpu import HAS_NUMBA, LANES, exp, f32, loop, numba, part
 
 if HAS_NUMBA:
     from .lanes import (
+        LINE,
         add,
         add_product,
         divide,
@@ -29,7 +30,6 @@ if HAS_NUMBA:
 
 ROW_BLOCK = LANES  # rows of the cache that lie, and are read, together
 PLACES = 4         # of the cache that are taken together
-LINE = 16          # float32 that memory gives at once
 LOWEST = f32(-3e38)
 
 
@@ -148,8 +148,8 @@ def copy(x, at, stride, to, to_at, to_stride, M, rows):
 
 
 @part
-def attend(qkv, B, first, g, H, G, cos_SC, sin_SC, scale, places, k_SDW, v_SDW, out):
-    """The rows of a block, which begin at `first`, with the query heads of kv head g; flat qkv and out."""
+def attend(qkv, at, B, g, H, G, cos_SC, sin_SC, scale, places, k_SDW, v_SDW, out, to):
+    """A block of rows with the query heads of kv head g. It begins at qkv[at] and out[to]; both are flat."""
     D, W = k_SDW.shape[1:]
     C, R, head, rows = cos_SC.shape[1], H // G, D * W, len(places)
     k, v, S = k_SDW.reshape(-1), v_SDW.reshape(-1), places.max() // PLACES * PLACES + PLACES
@@ -159,15 +159,15 @@ def attend(qkv, B, first, g, H, G, cos_SC, sin_SC, scale, places, k_SDW, v_SDW, 
     for i in range(rows):
         for c in range(C):
             cos[c * W + i], sin[c * W + i] = cos_SC[places[i], c], sin_SC[places[i], c]
-    copy(qkv, g * R * D * B + first, B, new, 0, W, R * D, rows)
-    copy(qkv, (H + g) * D * B + first, B, new, R * head, W, D, rows)
-    copy(qkv, (H + G + g) * D * B + first, B, new, (R + 1) * head, W, D, rows)
+    copy(qkv, at + g * R * D * B, B, new, 0, W, R * D, rows)
+    copy(qkv, at + (H + g) * D * B, B, new, R * head, W, D, rows)
+    copy(qkv, at + (H + G + g) * D * B, B, new, (R + 1) * head, W, D, rows)
     for r in range(R + 1):
         turn(new[r * head : (r + 1) * head], cos, sin, scale if r < R else f32(1))
     for i in range(rows):
-        at, by = places[i] * head + i, R * head + i
+        new_at, by = places[i] * head + i, R * head + i
         for d in range(D):
-            k[at + d * W], v[at + d * W] = new[by + d * W], new[by + head + d * W]
+            k[new_at + d * W], v[new_at + d * W] = new[by + d * W], new[by + head + d * W]
     mixed[:] = 0
     if W == LANES:
         scores_of_rows(new, k, R, D, scores)
@@ -185,24 +185,27 @@ def attend(qkv, B, first, g, H, G, cos_SC, sin_SC, scale, places, k_SDW, v_SDW, 
         add_values_of_rows(scores, v, R, D, mixed)
     else:
         add_values_of_row(scores, v, R, D, mixed)
-    copy(mixed, 0, W, out, g * R * D * B + first, B, R * D, rows)
+    copy(mixed, 0, W, out, to + g * R * D * B, B, R * D, rows)
 
 
 @loop
-def decode_attention_loop(qkv_NDB, cos_SC, sin_SC, scale, lengths_B, k, v, out_HDB):
+def decode_attention_loop(qkv_INDC, cos_SC, sin_SC, scale, lengths_B, k, v, out_IHDC):
     """RoPE and attention of one new token a row.
 
     qkv are the N = H + 2 G heads of the new tokens, scale that of the scores, cos and sin of every place;
     lengths (int64) how many tokens the cache has of each row so far. The new keys and values are written
     behind them. Keys and values: [blocks, G, S, D, W], where W, the rows of a block, is 8 or 1, and S a
-    multiple of 4. All of it must be finite. qkv and out may have more columns than there are rows.
+    multiple of 4. All of it must be finite. qkv and out have the rows in tiles of C columns, a multiple of W:
+    the last tile may have more columns than rows, and one may have them all.
     """
-    H, _, B = out_HDB.shape
-    G, W, qkv, out = k.shape[1], k.shape[4], qkv_NDB.reshape(-1), out_HDB.reshape(-1)
+    _, H, D, C = out_IHDC.shape
+    G, W, qkv, out = k.shape[1], k.shape[4], qkv_INDC.reshape(-1), out_IHDC.reshape(-1)
     for n in numba.prange((len(lengths_B) + W - 1) // W * G):
         i, g = n // G, n % G
         places = lengths_B[i * W : (i + 1) * W]
-        attend(qkv, B, i * W, g, H, G, cos_SC, sin_SC, scale, places, k[i, g], v[i, g], out)
+        tile, first = i * W // C, i * W % C
+        attend(qkv, tile * (H + 2 * G) * D * C + first, C, g, H, G, cos_SC, sin_SC, scale, places, k[i, g],
+               v[i, g], out, tile * H * D * C + first)
 
 
 @loop

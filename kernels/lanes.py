@@ -10,6 +10,7 @@ from numba.extending import intrinsic, models, register_model
 
 from .cpu import LANES
 
+LINE = 16  # float32 that memory gives at once
 BYTE, INT, F32x8 = ir.IntType(8), ir.IntType(32), ir.VectorType(ir.FloatType(), LANES)
 
 

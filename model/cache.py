@@ -9,8 +9,8 @@ Both hold their sequences in rows 0 .. n - 1 and answer the same questions of th
     allocate(n_tokens)     once, before all others         clear()      no row, and no NaN, is left
 
 `Slots` is the CPU's, for fp32: the same place of some rows side by side, read by a compiled loop
-(kernels/cpu_attention.py). Its decode path is the model's own arithmetic in as few operators as it takes (8 a
-layer), on the trainer's weights, which it reads where they lie.
+(kernels/cpu_attention.py). Its decode path is the model's own arithmetic on the trainer's weights, which it reads
+where they lie: with many rows 3 loops a layer, with few 8 operators.
 
 `Pages` is the GPU's, and a CPU's where that loop cannot serve: fixed pages of PAGE tokens, a table of page
 numbers for each row, prompts' full pages shared by the samples of a group (reference counts), the last one
@@ -26,6 +26,7 @@ import torch
 from ..kernels import cpu
 from ..kernels.cpu_attention import ROW_BLOCK, decode_attention_loop, move_rows_loop, write_rows_loop
 from ..kernels.cpu_decode import rmsnorm_columns_loop
+from ..kernels.cpu_layer import finish_layer_loop, groups_of, project_loop
 from ..kernels.rope import rope_table
 from .packed import pack
 from .transformer import Transformer
@@ -55,7 +56,7 @@ class Slots:
         # keys, values of layer 0, of layer 1, ...: [blocks, G, columns, D, block]
         self.kv: list[np.ndarray] = []
         self.scale, self.eps = np.float32(self.config.head_dim ** -0.5), np.float32(self.config.norm_eps)
-        self.t = {"x": torch.empty(0, 0)}
+        self.t = {"x": torch.empty(0, 0, 0)}
         self.refresh()
 
     @staticmethod
@@ -69,14 +70,20 @@ class Slots:
             raise ValueError("engine: paged is False, but slots are for float32 on a CPU with Numba; the "
                              f"model is in {model.embed.dtype} and computes in {model.compute_dtype} on "
                              f"{model.embed.device.type}; expected paged=True or None")
-        self.layers = []
+        c, self.layers, self.tile_layers = self.config, [], []
         for block in self.model.blocks:
             attn, mlp = block.attn, block.mlp
             bias = None if attn.qkv_bias is None else attn.qkv_bias.detach()[:, None]
-            head_norms = [cpu.array(w) for w in (attn.q_norm, attn.k_norm) if w is not None]
-            self.layers.append((cpu.array(block.attn_norm), attn.qkv.detach(), bias, head_norms,
-                                attn.out.detach(), cpu.array(block.mlp_norm), mlp.gate_up.detach(),
-                                mlp.down.detach()))
+            head_norms = [w.detach() for w in (attn.q_norm, attn.k_norm) if w is not None]
+            self.layers.append((cpu.array(block.attn_norm), attn.qkv.detach(), bias,
+                                [cpu.array(w) for w in head_norms], attn.out.detach(),
+                                cpu.array(block.mlp_norm), mlp.gate_up.detach(), mlp.down.detach()))
+            # as the loops take them: flat, a bias for each of the columns, a norm's weight for each head
+            biases = (torch.zeros(1) if bias is None else bias).repeat(1, cpu.TILE_COLUMNS)
+            norms = [w.expand(n, -1) for w, n in zip(head_norms, (c.n_heads, c.n_kv_heads), strict=False)]
+            before = (block.attn_norm, attn.qkv, biases, torch.cat(norms or [torch.empty(0)]))
+            after = (attn.out, block.mlp_norm, mlp.gate_up, mlp.down)
+            self.tile_layers.append([[cpu.array(w).reshape(-1) for w in ws] for ws in (before, after)])
         self.norm = cpu.array(self.model.norm)
 
     # ---- room ----
@@ -160,39 +167,63 @@ class Slots:
     def clear(self) -> None:
         self.kv, self.n = [], 0
 
-    # ---- one token a row: features first, [M, B], the layout in which small products are fastest ----
+    # ---- one token a row: features first, [tiles, M, columns], the layout for small products ----
 
     @staticmethod
     def width(n: int) -> int:
         return -(-n // ROW_STEP) * ROW_STEP if n > 1 else n
 
-    def _buffers(self, n: int) -> None:
-        """What a step of n rows writes, as tensors and as the same memory for the loops."""
+    def _buffers(self, tiles: int, columns: int) -> None:
+        """What a step writes, rows in so many tiles: as tensors and as the same memory for the loops."""
         c = self.config
-        heads = {"qkv": (c.n_heads + 2 * c.n_kv_heads, c.head_dim, n), "out": (c.n_heads, c.head_dim, n),
-                 "x": (1, c.d_model, n), "y": (1, c.d_model, n)}
-        self.a = {name: np.zeros(shape, np.float32) for name, shape in heads.items()}
-        self.t = {name: torch.from_numpy(x).flatten(0, 1) for name, x in self.a.items()}
-        self.t |= {"gate_up": torch.empty(2 * c.d_ff, n), "act": torch.empty(c.d_ff, n)}
-        self.a |= {"gate_up": self.t["gate_up"].flatten().numpy(), "act": self.t["act"].numpy()}
-
-    def _norm(self, weight: np.ndarray) -> torch.Tensor:
-        rmsnorm_columns_loop(self.a["x"], weight, self.eps, self.a["y"])
-        return self.t["y"]
+        n_qkv = c.n_heads + 2 * c.n_kv_heads
+        shapes = {"qkv": (n_qkv, c.head_dim), "out": (c.n_heads, c.head_dim), "x": (1, c.d_model),
+                  "y": (1, c.d_model), "gate_up": (2, c.d_ff), "act": (1, c.d_ff)}
+        self.a = {name: np.zeros((tiles, *shape, columns), np.float32) for name, shape in shapes.items()}
+        self.t = {name: torch.from_numpy(x).view(tiles, -1, columns) for name, x in self.a.items()}
+        self.flat = {name: x.reshape(-1) for name, x in self.a.items()}
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [B], the newest of each row, not in the cache yet -> logits [B, V] of what follows."""
-        c, n, lengths = self.config, self.n, self.lengths[: self.n]
+        n, groups = self.n, groups_of(self.n, torch.get_num_threads())
         self._make_room(n, self.longest + 1)
-        width = self.width(n)
-        if self.t["x"].shape[1] != width:
-            self._buffers(width)
-        x, qkv, out, gate_up, act = (self.t[name] for name in ("x", "qkv", "out", "gate_up", "act"))
-        H, G = c.n_heads, c.n_kv_heads
-        heads = [self.a["qkv"][:H], self.a["qkv"][H : H + G]]
+        columns = cpu.TILE_COLUMNS if groups else self.width(n)
+        x = self.t["x"]
+        if x.shape[::2] != (-(-n // columns), columns):
+            self._buffers(-(-n // columns), columns)
+            x = self.t["x"]
         cpu.threads()
-        x[:, :n].copy_(self.model.embed.index_select(0, tokens).t())
-        x[:, n:] = 0
+        rows = x.new_zeros(len(x) * columns, x.shape[1])
+        torch.index_select(self.model.embed.detach(), 0, tokens, out=rows[:n])
+        x.copy_(rows.view(len(x), columns, -1).transpose(1, 2))
+        hidden = self._tiles(groups) if groups else self._products()
+        self.lengths[:n] += 1
+        return self.model.logits(hidden)[:n]
+
+    def _attend(self, k_cache: np.ndarray, v_cache: np.ndarray) -> None:
+        decode_attention_loop(self.a["qkv"], *self.angles, self.scale, self.lengths[: self.n], k_cache,
+                              v_cache, self.a["out"])
+
+    def _tiles(self, groups: int) -> torch.Tensor:
+        """Many rows: each thread has some of them to itself, but for attention."""
+        a, tiles, zeros = self.flat, len(self.a["x"]), np.zeros(cpu.TILE_COLUMNS, np.float32)
+        for (before, after), *caches in zip(self.tile_layers, self.kv[::2], self.kv[1::2], strict=True):
+            project_loop(a["x"], self.eps, *before, self.config.head_dim, tiles, groups, a["y"], a["qkv"])
+            self._attend(*caches)
+            finish_layer_loop(a["x"], a["out"], self.eps, *after, zeros, tiles, groups, a["y"], a["gate_up"],
+                              a["act"])
+        self._norm(self.norm)
+        return self.t["y"].transpose(1, 2).flatten(0, 1)
+
+    def _norm(self, weight: np.ndarray) -> torch.Tensor:
+        rmsnorm_columns_loop(self.t["x"].numpy(), weight, self.eps, self.t["y"].numpy())
+        return self.t["y"][0]
+
+    def _products(self) -> torch.Tensor:
+        """Few rows: all threads share each product, which is PyTorch's."""
+        x, qkv, out, gate_up, act = (self.t[name][0] for name in ("x", "qkv", "out", "gate_up", "act"))
+        H, G, width = self.config.n_heads, self.config.n_kv_heads, x.shape[1]
+        heads = [self.a["qkv"][0, :H], self.a["qkv"][0, H : H + G]]
         for (attn_norm, w_qkv, bias, head_norms, w_out, mlp_norm, w_up, w_down), k_cache, v_cache in zip(
                 self.layers, self.kv[::2], self.kv[1::2], strict=True):
             y = self._norm(attn_norm)
@@ -202,14 +233,12 @@ class Slots:
                 torch.addmm(bias, w_qkv, y, out=qkv)
             for part, weight in zip(heads, head_norms, strict=False):
                 rmsnorm_columns_loop(part, weight, self.eps, part)
-            decode_attention_loop(self.a["qkv"], *self.angles, self.scale, lengths, k_cache, v_cache,
-                                  self.a["out"])
+            self._attend(k_cache, v_cache)
             x.addmm_(w_out, out)
             torch.mm(w_up, self._norm(mlp_norm), out=gate_up)
-            cpu.swiglu_fwd_loop(self.a["gate_up"], width, c.d_ff * width, self.a["act"])
+            cpu.swiglu_fwd_loop(self.flat["gate_up"], width, len(act) * width, self.a["act"][0, 0])
             x.addmm_(w_down, act)
-        lengths += 1
-        return self.model.logits(self._norm(self.norm).t())[:n]
+        return self._norm(self.norm).t()
 
 
 def places_within(n_bytes: float, token_bytes: int, n_rows: int, longest: int | None,

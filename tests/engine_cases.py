@@ -6,7 +6,7 @@ import torch
 from r1zero.kernels import cpu
 from r1zero.model.cache import Pages
 from r1zero.model.config import ModelConfig
-from r1zero.model.generation import counter_uniform, generate_naive
+from r1zero.model.generation import Request, counter_uniform, generate_naive, sample_seeds
 from r1zero.model.packed import pack
 from r1zero.model.transformer import Transformer
 
@@ -17,6 +17,13 @@ EOS = 3
 CONFIG = ModelConfig(vocab_size=29, n_layers=2, d_model=16, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=24,
                      qk_norm=True, qkv_bias=True, tie_embeddings=False, max_seq_len=256)
 PROMPTS = [[5, 6, 7], [8], [1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12], [8], [20, 21, 22, 23, 24, 25], [9, 9]]
+
+
+def mixed_requests(n=24, temperature=1.0):
+    """Prompts, lengths and seeds of all kinds; some prompts twice or more."""
+    rng = np.random.default_rng(0)
+    return [Request(PROMPTS[i % 6], int(rng.integers(1, 20)), int(seed), temperature, stop_ids=(EOS,))
+            for i, seed in enumerate(sample_seeds(n, 1).tolist())]
 
 
 class Watched(Transformer):

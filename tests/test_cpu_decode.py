@@ -29,7 +29,8 @@ def naive_decode(qkv, cos, sin, scale, lengths, keys, values, G):
 @pytest.mark.parametrize("H,G,D,block", [(2, 2, 2, 8), (4, 2, 8, 8), (4, 2, 8, 1), (4, 1, 32, 8),
                                          (6, 2, 10, 8), (7, 7, 10, 1)])
 @pytest.mark.parametrize("low", [False, True], ids=["any scores", "scores below -150"])
-def test_decode_attention(H, G, D, block, low):
+@pytest.mark.parametrize("tile", [None, 16], ids=["one tile", "tiles"])
+def test_decode_attention(H, G, D, block, low, tile):
     run, S, scale = cpu_attention.decode_attention_loop, 40, 2.0**-7 if low else D**-0.5
     cos, sin = rope_table(torch.arange(S), D, 1e4)
     for B in (1, 7, 8, 9, 17):
@@ -42,14 +43,19 @@ def test_decode_attention(H, G, D, block, low):
             qkv[:, :H], qkv[:, H : H + G] = 100, -101
         for b, n in enumerate(lengths):  # what a row has not written, but is read beside the others
             k[b // block, :, n:, :, b % block] = v[b // block, :, n:, :, b % block] = 1e6
-        before, out = (k.clone(), v.clone()), torch.full((H, D, B + 3), NAN)  # columns may be padded
+        before, C = (k.clone(), v.clone()), tile or B + 3  # columns may be padded
+        n_tiles = -(-B // C)
+        out = torch.full((n_tiles, H, D, C), NAN)
         by_row = (x.permute(0, 4, 2, 1, 3).flatten(0, 1)[:B] for x in before)  # [B, S, G, D]
         expected, new_k = naive_decode(qkv, cos, sin, scale, lengths, *by_row, G)
-        padded = torch.nn.functional.pad(qkv.permute(1, 2, 0), (0, 3), value=NAN)
-        qkv_NDB, *tables = (cpu.array(x) for x in (padded, cos, sin))
-        run(qkv_NDB, *tables, f32(scale), lengths, k.numpy(), v.numpy(), out.numpy())
-        assert_close([out.permute(2, 0, 1)[:B], k[at], v[at]], [expected, new_k, qkv[:, H + G :]], 2e-6)
-        assert out[..., B:].isnan().all()
+        padded = torch.full((n_tiles * C, H + 2 * G, D), NAN)
+        padded[:B] = qkv
+        padded = padded.unflatten(0, (-1, C)).permute(0, 2, 3, 1)
+        qkv_INDC, *tables = (cpu.array(x) for x in (padded, cos, sin))
+        run(qkv_INDC, *tables, f32(scale), lengths, k.numpy(), v.numpy(), out.numpy())
+        out = out.permute(0, 3, 1, 2).flatten(0, 1)
+        assert_close([out[:B], k[at], v[at]], [expected, new_k, qkv[:, H + G :]], 2e-6)
+        assert out[B:].isnan().all()
         k[at], v[at] = (x[at] for x in before)
         assert same((k, v), before)  # nothing else has changed
 

@@ -19,17 +19,11 @@ from .engine_cases import (
     agree,
     both_caches,
     everything_is_free,
+    mixed_requests,
     naive_of,
     needs_numba,
     same,
 )
-
-
-def mixed_requests(n=24, temperature=1.0):
-    """Prompts, lengths and seeds of all kinds; some prompts twice or more."""
-    rng = np.random.default_rng(0)
-    return [Request(PROMPTS[i % 6], int(rng.integers(1, 20)), int(seed), temperature, stop_ids=(EOS,))
-            for i, seed in enumerate(sample_seeds(n, 1).tolist())]
 
 
 @both_caches

@@ -1,0 +1,122 @@
+"""Products of tiles, and the layers of decoding that are made of them."""
+import numpy as np
+import pytest
+import torch
+
+from r1zero.kernels import cpu
+from r1zero.model import cache
+from r1zero.model.config import ModelConfig
+from r1zero.model.engine import Engine
+from r1zero.model.transformer import Transformer
+
+from .engine_cases import Watched, agree, mixed_requests
+from .naive_ops import assert_close
+
+COLUMNS = cpu.TILE_COLUMNS
+pytestmark = pytest.mark.skipif(not cpu.HAS_NUMBA, reason="Numba is not installed")
+if cpu.HAS_NUMBA:
+    from r1zero.kernels.cpu_layer import groups_of
+    from r1zero.kernels.cpu_tiles import product
+
+    @cpu.loop
+    def product_loop(*args):
+        for _ in cpu.numba.prange(1):
+            product(*args)
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Decode by tiles, however few the rows are, in so many groups."""
+    return lambda n_groups: monkeypatch.setattr(cache, "groups_of", lambda n, n_threads: n_groups)
+
+
+def piece(rows: int, row: int, step: int, columns: int):
+    """A matrix [rows, columns] somewhere in flat memory, all else NaN: (memory, first place, matrix)."""
+    memory, at = torch.full((7 + rows * row + columns * step,), torch.nan), 5
+    matrix = memory[at:].as_strided((rows, columns), (row, step))
+    return memory, at, matrix.copy_(torch.randn(rows, columns))
+
+
+@pytest.mark.parametrize("rows", [*range(1, 15), 97])
+@pytest.mark.parametrize("depth", [1, 3, 130])
+@pytest.mark.parametrize("turned", [False, True], ids=["a", "a transposed"])
+def test_product_of_pieces_of_memory(rows, depth, turned):
+    a_row, a_step = (1, rows + 2) if turned else (depth + 3, 1)
+    a, a_at, a_RK = piece(rows, a_row, a_step, depth)
+    b, b_at, b_KC = piece(depth, COLUMNS + 1, 1, COLUMNS)
+    out, out_at, out_RC = piece(rows, COLUMNS + 5, 1, COLUMNS)
+    for start, start_row in ((out.clone(), COLUMNS + 5), (torch.randn(out_at + COLUMNS), 0)):
+        start_RC = start[out_at:].as_strided((rows, COLUMNS), (start_row, 1))
+        expected, others = start_RC.double() + a_RK.double() @ b_KC.double(), out.isnan()
+        product_loop(a.numpy(), a_at, a_row, a_step, rows, depth, b.numpy(), b_at, COLUMNS + 1, start.numpy(),
+                     out_at, start_row, out.numpy(), out_at, COLUMNS + 5)
+        assert_close([out_RC], [expected], 1e-6)
+        assert out.isnan().equal(others)  # nothing else is written
+
+
+def test_a_number_does_not_depend_on_what_is_computed_beside_it():
+    a, (b, zeros, out, alone) = torch.randn(13, 50), (torch.randn(n, COLUMNS) for n in (50, 1, 13, 13))
+    args = b.view(-1).numpy(), 0, COLUMNS, zeros.zero_().view(-1).numpy(), 0, 0
+    product_loop(a.view(-1).numpy(), 0, 50, 1, 13, 50, *args, out.view(-1).numpy(), 0, COLUMNS)
+    for i in range(13):
+        product_loop(a[i].numpy(), 0, 50, 1, 1, 50, *args, alone[i].numpy(), 0, COLUMNS)
+    assert out.equal(alone)
+
+
+@pytest.mark.parametrize("n_groups", [1, 2, 3])
+@pytest.mark.parametrize("n_rows", [5, 16, 17, 24])
+def test_the_engine_is_the_naive_loop(n_rows, n_groups, tiles):
+    tiles(n_groups)
+    model, requests = Watched(3.0), mixed_requests()  # a bias, norms of heads, two query heads a kv head
+    agree(model, requests, Engine(model, max_rows=n_rows, paged=False).generate(requests))
+
+
+@pytest.mark.parametrize("change", [{}, {"qkv_bias": True}, {"qk_norm": True}, {"n_kv_heads": 3},
+                                    {"d_ff": 7, "d_model": 5, "head_dim": 10}])
+def test_logits_are_the_models_own_and_the_same_in_any_company(change, tiles):
+    """Bit by bit, for any number of rows, groups and threads."""
+    c = ModelConfig(**{"vocab_size": 11, "n_layers": 2, "d_model": 24, "n_heads": 3, "n_kv_heads": 1,
+                       "head_dim": 8, "d_ff": 40, "max_seq_len": 64} | change)
+    model, n = Transformer(c).init_weights(0), 39
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("norm", "bias")):
+                p.add_(torch.randn(p.shape) / 4)
+    first, second = torch.randint(11, (2, n))
+
+    def decoded(rows, n_groups):  # three tokens of each row; the hidden states after the last
+        tiles(n_groups)
+        slots, hidden = cache.Slots(model, 64), []
+        slots.allocate(64 * 64)
+        with torch.inference_mode():
+            slots.admit(np.arange(len(rows)), [[1]], np.zeros(len(rows), np.int64))
+            for tokens in (first[rows], second[rows]):
+                slots.decode(tokens)
+                hidden.append(slots.t["y"].transpose(1, 2).flatten(0, 1)[: len(rows)].clone())
+        return torch.cat(hidden, 1)
+
+    def prefilled(row):
+        with torch.inference_mode():
+            return model(cache.pack([[1, int(first[row]), int(second[row])]]))[1:].flatten()
+
+    whole, n_threads = decoded(np.arange(n), 1), torch.get_num_threads()
+    assert_close([whole], [torch.stack([prefilled(row) for row in range(n)])], 2e-5)
+    assert whole.equal(decoded(np.arange(n), 3))
+    assert whole[7:9].equal(decoded(np.array([7, 8]), 2))
+    assert whole.flip(0).equal(decoded(np.arange(n)[::-1].copy(), 2))
+    try:
+        torch.set_num_threads(1)
+        assert whole.equal(decoded(np.arange(n), 3))
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+def test_as_many_groups_for_each_thread_or_none(monkeypatch):
+    for capability, pays in (("AVX2", True), ("AVX512", False), ("DEFAULT", False)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)  # noqa: B023
+        for n_threads in (1, 2, 3, 16):
+            for n in (1, 31, 32, 63, 64, 65, 256, 1000, 2048):
+                groups = groups_of(n, n_threads)
+                assert groups % n_threads == 0
+                assert (groups > 0) == (pays and n >= 32 * n_threads)
+                assert not groups or -(-n // COLUMNS) <= groups * 4
