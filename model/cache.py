@@ -9,8 +9,8 @@ Both hold their sequences in rows 0 .. n - 1 and answer the same questions of th
     allocate(n_tokens)     once, before all others         clear()      no row, and no NaN, is left
 
 `Slots` is the CPU's, for fp32: the same place of some rows side by side, read by a compiled loop
-(kernels/cpu_attention.py). Its decode path is the model's own arithmetic on the trainer's weights, which it reads
-where they lie: with many rows 3 loops a layer, with few 8 operators.
+(kernels/cpu_attention.py). Its decode path is the model's own arithmetic on the trainer's weights, which it
+reads where they lie: with many rows 3 loops a layer, with few 8 operators.
 
 `Pages` is the GPU's, and a CPU's where that loop cannot serve: fixed pages of PAGE tokens, a table of page
 numbers for each row, prompts' full pages shared by the samples of a group (reference counts), the last one
