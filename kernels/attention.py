@@ -19,7 +19,7 @@ Shapes: T tokens, H query heads, G kv heads, D head_dim, N sequences.
 """
 import torch
 
-from . import dispatch, reference
+from . import cpu_packed_attention, dispatch, reference
 from .dispatch import check_tensors, tl, triton, use_triton
 
 MAX_HEAD_DIM = 256
@@ -386,14 +386,17 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: tor
     keys a query sees, itself included. softcap: scores are bent to softcap tanh(score / softcap).
     Returns [Tq, H, D] in q's dtype, and with return_lse also log sum exp of the scores [Tq, H] in fp32 (fp64
     for fp64); a row that sees no key gives 0 and -inf. Both are differentiable, and the same in every run.
-    Raises ValueError for shapes, dtypes or devices that do not fit together, and for a window, scale or
-    softcap that is not positive.
+    impl: "triton", "cpu" (fp32, head_dim a multiple of 16, no window, no softcap), "reference", or None to
+    choose. Raises ValueError for shapes, dtypes or devices that do not fit together, for a window, scale or
+    softcap that is not positive, and for an impl that cannot serve the rest.
     """
     _check(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale, window, softcap)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if cu_seqlens_k is None:
         cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen
-    if not use_triton(impl, q):
+    if not use_triton(impl, q, loops=True):
+        if cpu_packed_attention.fits(impl, q, k, v, window, softcap):
+            return cpu_packed_attention.attention(q, k, v, cu_seqlens, cu_seqlens_k, scale, return_lse)
         return reference.attention(q, k, v, cu_seqlens, cu_seqlens_k, scale, window, softcap, return_lse)
     out, lse = _fwd_op(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, scale,
                        -1 if window is None else window, softcap or 0.0)

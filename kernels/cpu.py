@@ -2,13 +2,13 @@
 
 PyTorch runs an op of several steps as so many passes over memory, and a CPU has little bandwidth: one loop
 that does them all on a row while it lies in the cache is two to five times as fast. Matrix products stay
-PyTorch's.
+PyTorch's, but for the small ones of attention (kernels/cpu_tiles.py).
 
 Only for fp32; kernels/reference.py has the same in plain torch, for all other tensors and where Numba is not
 installed. The loops run on as many OpenMP threads as PyTorch is set to, and what is added up over rows is
 added in fixed parts, so that the result is the same for any number of them. As with all of OpenMP: no loops
-in a forked child of a process that has run some. The first call of each compiles it (about two seconds); the
-machine code is kept beside this file, or where NUMBA_CACHE_DIR says.
+in a forked child of a process that has run some. The first call of each compiles it (about two seconds, six
+for each way of attention); the machine code is kept beside this file, or where NUMBA_CACHE_DIR says.
 
 Shapes: R rows, M features of a row, F d_ff, T tokens, H heads, D head_dim, V columns of logits.
 """
@@ -99,6 +99,12 @@ def threads() -> None:
 def array(x: torch.Tensor) -> np.ndarray:
     """The same memory, for a loop: contiguous, so that it is compiled for one layout only."""
     return x.detach().contiguous().numpy()
+
+
+def flat(x: torch.Tensor) -> np.ndarray:
+    """The memory behind a view, from its first number to its last, for a loop that knows its strides."""
+    span = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    return x.detach().as_strided((span,), (1,)).numpy()
 
 
 @part
@@ -312,10 +318,9 @@ def rope_loop(x, stride_t, stride_h, cos_TC, sin_TC, direction, y_THD):
 def rope_turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool) -> torch.Tensor:
     """Every head of x [T, H, D] turned by its token's angles, or turned back."""
     y = x.new_empty(x.shape)
-    span = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1
     threads()
-    rope_loop(x.detach().as_strided((span,), (1,)).numpy(), x.stride(0), x.stride(1), array(cos),
-              array(sin), f32(-1 if backward else 1), y.numpy())
+    rope_loop(flat(x), x.stride(0), x.stride(1), array(cos), array(sin), f32(-1 if backward else 1),
+              y.numpy())
     return y
 
 

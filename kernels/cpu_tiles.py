@@ -17,9 +17,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from .cpu import LANES, TILE_COLUMNS, TILE_ROWS, ordered_part
-from .lanes import F32x8, address, pick, vector
-
-FLOAT, INT = ir.FloatType(), ir.IntType(32)
+from .lanes import FLOAT, INT, F32x8, address, pick, vector
 
 
 def vectors(context, builder, kind, array, at, row, rows):

@@ -8,10 +8,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
 
-from .cpu import LANES
+from .cpu import LANES, f32, part
 
 LINE = 16  # float32 that memory gives at once
-BYTE, INT, F32x8 = ir.IntType(8), ir.IntType(32), ir.VectorType(ir.FloatType(), LANES)
+BYTE, INT, FLOAT = ir.IntType(8), ir.IntType(32), ir.FloatType()
+F32x8 = ir.VectorType(FLOAT, LANES)
 
 
 class Vector(types.Type):
@@ -110,3 +111,64 @@ def transpose(typing, x, at, stride, to, to_at, to_stride):
         for row, p in zip(v, places(context, builder, signature.args[3], *args[3:]), strict=True):
             builder.store(row, p, align=4)
     return types.void(x, *[types.intp] * 2, to, *[types.intp] * 2), code
+
+
+@intrinsic
+def nearest(typing, x):
+    """Each rounded to a whole number."""
+    def code(context, builder, signature, args):
+        rint = builder.module.declare_intrinsic("llvm.rint.v8f32", [], ir.FunctionType(F32x8, [F32x8]))
+        return builder.call(rint, args)
+    return vector(x), code
+
+
+@intrinsic
+def two_to_the(typing, k):
+    """2^k for whole numbers from -126 to 127: they are put where a float32 has its exponent."""
+    def code(context, builder, signature, args):
+        kind = ir.VectorType(INT, LANES)
+        bias, bits = (ir.Constant(kind, [n] * LANES) for n in (127, 23))
+        return builder.bitcast(builder.shl(builder.add(builder.fptosi(args[0], kind), bias), bits), F32x8)
+    return vector(k), code
+
+
+@intrinsic
+def zero_below(typing, x, limit, y):
+    """y, but 0 where x < limit."""
+    def code(context, builder, signature, args):
+        below = builder.fcmp_ordered("<", *args[:2])
+        return builder.select(below, ir.Constant(F32x8, [0.0] * LANES), args[2])
+    return vector(x, limit, y), code
+
+
+def across(name, flag, *start):
+    """A number of a vector as a function for loops, by an instruction of LLVM's."""
+    @intrinsic
+    def of_one(typing, x):
+        def code(context, builder, signature, args):
+            begin = [ir.Constant(FLOAT, number) for number in start]
+            kind = ir.FunctionType(FLOAT, [FLOAT] * len(begin) + [F32x8])
+            reduce = builder.module.declare_intrinsic(f"llvm.vector.reduce.{name}.v8f32", [], kind)
+            return builder.call(reduce, [*begin, *args], fastmath=(flag,))
+        return types.float32(x), code
+    return of_one
+
+
+total_of = across("fadd", "reassoc", 0.0)
+largest_of = across("fmax", "nnan")  # none of them NaN
+
+
+@part
+def exp_up_to_88(x):
+    """cpu.exp of 8 numbers that are not above 88."""
+    lowest = fill(f32(-87))
+    y = larger(x, lowest)  # in this order NaN stays
+    k = nearest(multiply(y, fill(f32(1.44269504))))
+    r = add_product(add_product(y, k, fill(f32(-0.693359375))), k, fill(f32(2.12194440e-4)))
+    p = add_product(fill(f32(1.3981999507e-3)), fill(f32(1.9875691500e-4)), r)
+    p = add_product(fill(f32(8.3334519073e-3)), p, r)
+    p = add_product(fill(f32(4.1665795894e-2)), p, r)
+    p = add_product(fill(f32(1.6666665459e-1)), p, r)
+    p = add_product(fill(f32(5.0000001201e-1)), p, r)
+    p = add_product(add(r, fill(f32(1))), multiply(p, r), r)
+    return zero_below(x, lowest, multiply(p, two_to_the(k)))

@@ -124,7 +124,7 @@ def micro_batches(rollouts: Rollouts, samples: np.ndarray, tokens_per_batch: int
     """Cut samples into batches of at most `tokens_per_batch` tokens (but at least one sample), alike in
     length; a prompt counts for each of its samples.
 
-    Sorted by length, since attention on the CPU pads within a batch; the loss's weights make the cut
+    Sorted by length, since the plain PyTorch attention pads within a batch; the loss's weights make the cut
     irrelevant.
     """
     lengths = np.array([len(s) for s in rollouts.sequences])
