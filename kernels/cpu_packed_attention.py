@@ -11,7 +11,7 @@ of 16.
 Row i of a block stands at key place + i, the last that it sees. A product takes rows and keys together, and
 reads up to 5 weights behind the last one seen: those are made 0.
 
-Arrays are flat and begin with the sequence's first token and head; x_row and x_head lead to the next.
+Arrays are flat; x_row and x_head lead to the next token and head.
 Shapes: N sequences, T tokens, H query heads, G kv heads, R = H / G, D head_dim, W the x_row of scores.
 """
 import numpy as np
@@ -169,18 +169,50 @@ def dot(x, y, D):
 
 
 @part
-def attend(q, q_row, q_head, n_q, k, k_row, v, v_row, n_k, R, D, scale, out, lse, H):
-    """n_q queries of R heads against n_k keys and values of one."""
+def turn_row(x, at, D, cos, sin, token, back, y, to):
+    """RoPE of x[at], [D], by the angles of a token, or back; a copy where cos and sin have no angles."""
+    C = D // 2
+    for c in range(0, C, LANES):
+        first, second = load(x, at + c), load(x, at + C + c)
+        if len(cos) == 0:
+            store(y, to + c, first)
+            store(y, to + C + c, second)
+        else:
+            a, b = load(cos, token * C + c), load(sin, token * C + c)
+            b = subtract(fill(f32(0)), b) if back else b
+            store(y, to + c, subtract(multiply(first, a), multiply(second, b)))
+            store(y, to + C + c, add_product(multiply(second, a), first, b))
+
+
+@part
+def take_keys(k, k_at, k_row, v, v_at, v_row, keys, D, cos, sin, k_rows, v_rows):
+    """Keys, turned, and values of one head, side by side."""
+    for j in range(len(keys)):
+        turn_row(k, k_at + keys[j] * k_row, D, cos, sin, keys[j], False, k_rows, j * D)
+        turn_row(v, v_at + keys[j] * v_row, D, cos[:0], sin[:0], 0, False, v_rows, j * D)
+
+
+@part
+def attend(q, q_at, q_row, q_head, first_token, n_q, k, k_at, k_row, v, v_at, v_row, keys, R, D, cos, sin, scale,
+           out, lse, H):
+    """n_q queries of R heads, from q[q_at] on, against the keys and values of one head."""
+    n_k = len(keys)
     W, turned = width_of(n_k), (n_k + TILE_COLUMNS - 1) // TILE_COLUMNS * TILE_COLUMNS * D
-    own = np.empty(turned + LANES * D + TILE_COLUMNS + min(QUERIES, n_q) * W, f32)
+    block = min(QUERIES, n_q)
+    own = np.empty(turned + LANES * D + TILE_COLUMNS + 2 * n_k * D + block * (D + W), f32)
     columns, rest, own = own[:turned], own[turned : turned + LANES * D], own[turned + LANES * D :]
-    zeros, scores = own[:TILE_COLUMNS], own[TILE_COLUMNS:]
+    zeros, k_rows, own = own[:TILE_COLUMNS], own[TILE_COLUMNS:], own[TILE_COLUMNS + n_k * D :]
+    v_rows, q_rows, scores = own, own[n_k * D :], own[(n_k + block) * D :]
     zeros[:] = f32(0)
-    columns_of(k, k_row, n_k, D, scale, rest, columns)
+    take_keys(k, k_at, k_row, v, v_at, v_row, keys, D, cos, sin, k_rows, v_rows)
+    columns_of(k_rows, D, n_k, D, scale, rest, columns)
     for r in range(R):
         for first in range(0, n_q, QUERIES):
             rows, place, to = min(QUERIES, n_q - first), first + n_k - n_q, first * H + r
-            times_columns(q[first * q_row + r * q_head :], q_row, rows, D, columns, place, zeros, scores, W)
+            for i in range(rows):
+                turn_row(q, q_at + (first + i) * q_row + r * q_head, D, cos, sin, first_token + first + i, False,
+                         q_rows, i * D)
+            times_columns(q_rows, D, rows, D, columns, place, zeros, scores, W)
             for i in range(rows):
                 row, seen = scores[i * W :], max(place + i + 1, 0)
                 end = cover(row, seen, UNSEEN)
@@ -188,29 +220,38 @@ def attend(q, q_row, q_head, n_q, k, k_row, v, v_row, n_k, R, D, scale, out, lse
                 total = soften(row, end, peak)
                 lse[to + i * H] = peak + np.log(total)
                 scale_row(row[:end], f32(1) / total if seen else f32(0))
-            times_rows(scores, W, rows, place, v, v_row, D, out[to * D :], H * D)
+            times_rows(scores, W, rows, place, v_rows, D, D, out[to * D :], H * D)
 
 
 @part
-def attend_back(q, q_row, q_head, n_q, k, k_row, v, v_row, n_k, R, D, scale, out, lse, H, dout, dout_row,
-                dout_head, dlse, dq, dk, dv, dk_row):
-    """The gradients of what `attend` gives. dq lies as out does; dlse may be empty."""
+def attend_back(q, q_at, q_row, q_head, first_token, n_q, k, k_at, k_row, v, v_at, v_row, keys, R, D, cos, sin,
+                scale, out, lse, H, dout, dout_row, dout_head, dlse, dq, dq_row, dq_head, dk_rows, dv_rows):
+    """The gradients of what `attend` gives: dq where q's lie, those of keys, turned, and values [n_k, D]. dlse
+    may be empty."""
+    n_k = len(keys)
     W, turned = width_of(n_k), (n_k + TILE_COLUMNS - 1) // TILE_COLUMNS * TILE_COLUMNS * D
-    square = min(QUERIES, n_q) * W
-    own = np.empty(2 * turned + LANES * D + TILE_COLUMNS + 2 * square, f32)
+    block = min(QUERIES, n_q)
+    square, wide = block * W, block * D
+    own = np.empty(2 * turned + LANES * D + TILE_COLUMNS + 2 * n_k * D + 2 * (square + wide), f32)
     k_columns, v_columns, own = own[:turned], own[turned : 2 * turned], own[2 * turned :]
     probs, dprobs, own = own[:square], own[square : 2 * square], own[2 * square :]
+    q_rows, dq_rows, own = own[:wide], own[wide : 2 * wide], own[2 * wide :]
+    k_rows, v_rows, own = own[: n_k * D], own[n_k * D : 2 * n_k * D], own[2 * n_k * D :]
     rest, zeros = own[: LANES * D], own[LANES * D :]
     zeros[:] = f32(0)
-    columns_of(k, k_row, n_k, D, scale, rest, k_columns)
-    columns_of(v, v_row, n_k, D, f32(1), rest, v_columns)
-    clear(dk, dk_row, n_k, D)
-    clear(dv, dk_row, n_k, D)
+    take_keys(k, k_at, k_row, v, v_at, v_row, keys, D, cos, sin, k_rows, v_rows)
+    columns_of(k_rows, D, n_k, D, scale, rest, k_columns)
+    columns_of(v_rows, D, n_k, D, f32(1), rest, v_columns)
+    clear(dk_rows, D, n_k, D)
+    clear(dv_rows, D, n_k, D)
     for r in range(R):
         for first in range(0, n_q, QUERIES):
             rows, place, to = min(QUERIES, n_q - first), first + n_k - n_q, first * H + r
-            q_rows, dout_rows = q[first * q_row + r * q_head :], dout[first * dout_row + r * dout_head :]
-            times_columns(q_rows, q_row, rows, D, k_columns, place, zeros, probs, W)
+            dout_rows = dout[first * dout_row + r * dout_head :]
+            for i in range(rows):
+                turn_row(q, q_at + (first + i) * q_row + r * q_head, D, cos, sin, first_token + first + i, False,
+                         q_rows, i * D)
+            times_columns(q_rows, D, rows, D, k_columns, place, zeros, probs, W)
             times_columns(dout_rows, dout_row, rows, D, v_columns, place, zeros, dprobs, W)
             for i in range(rows):
                 p, dp, at, seen = probs[i * W :], dprobs[i * W :], to + i * H, max(place + i + 1, 0)
@@ -223,66 +264,115 @@ def attend_back(q, q_row, q_head, n_q, k, k_row, v, v_row, n_k, R, D, scale, out
                     dscores(p, dp, end, lse[at], delta, scale)
                 else:
                     cover(p, seen, f32(0))
-            times_rows(dprobs, W, rows, place, k, k_row, D, dq[to * D :], H * D)
-            add_to_keys(probs, W, rows, place, dout_rows, dout_row, D, dv, dk_row)
-            add_to_keys(dprobs, W, rows, place, q_rows, q_row, D, dk, dk_row)
+            times_rows(dprobs, W, rows, place, k_rows, D, D, dq_rows, D)
+            for i in range(rows):
+                turn_row(dq_rows, i * D, D, cos, sin, first_token + first + i, True, dq,
+                         (first + i) * dq_row + r * dq_head)
+            add_to_keys(probs, W, rows, place, dout_rows, dout_row, D, dv_rows, D)
+            add_to_keys(dprobs, W, rows, place, q_rows, D, D, dk_rows, D)
 
 
 @loop
-def attention_fwd_loop(q, q_row, q_head, k, k_row, k_head, v, v_row, v_head, cu_q, cu_k, order_N, G, scale,
-                       out_THD, lse):
-    """cu_q, cu_k: int64 offsets [N + 1]; order_N: the sequences as threads get them. All but out are flat."""
+def attention_fwd_loop(q, q_row, q_head, k, k_row, k_head, v, v_row, v_head, cos, sin, cu_q, cu_k, keys_K,
+                       order_N, G, scale, out_THD, lse):
+    """cu_q, cu_k: int64 offsets [N + 1]; keys_K: which token each key is; order_N: the sequences as threads get
+    them. All but out are flat."""
     (_, H, D), out = out_THD.shape, out_THD.reshape(-1)
     R = H // G
     for m in numba.prange(len(order_N) * G):
         n, g = order_N[m // G], m % G
-        a, b, to = cu_q[n], cu_k[n], cu_q[n] * H + g * R
-        attend(q[a * q_row + g * R * q_head :], q_row, q_head, cu_q[n + 1] - a, k[b * k_row + g * k_head :],
-               k_row, v[b * v_row + g * v_head :], v_row, cu_k[n + 1] - b, R, D, scale, out[to * D :],
-               lse[to:], H)
+        a, to = cu_q[n], cu_q[n] * H + g * R
+        attend(q, a * q_row + g * R * q_head, q_row, q_head, a, cu_q[n + 1] - a, k, g * k_head, k_row, v,
+               g * v_head, v_row, keys_K[cu_k[n] : cu_k[n + 1]], R, D, cos, sin, scale, out[to * D :], lse[to:],
+               H)
 
 
 @loop
-def attention_bwd_loop(q, q_row, q_head, k, k_row, k_head, v, v_row, v_head, cu_q, cu_k, order_N, G, scale,
-                       out_THD, lse, dout, dout_row, dout_head, dlse, dq, dk, dv):
-    """dlse is empty where nobody used lse."""
+def attention_bwd_loop(q, q_row, q_head, k, k_row, k_head, v, v_row, v_head, cos, sin, cu_q, cu_k, keys_K,
+                       order_N, G, scale, out_THD, lse, dout, dout_row, dout_head, dlse, dq, dq_row, dq_head, dk,
+                       dk_row, dk_head, dv, dv_row, dv_head, slots_K, spare):
+    """dlse is empty where nobody used lse. slots_K: where in spare [slots, G, 2, D] the gradients of a key and
+    its value go that others read, too; or -1."""
     (_, H, D), out = out_THD.shape, out_THD.reshape(-1)
     R = H // G
     for m in numba.prange(len(order_N) * G):
         n, g = order_N[m // G], m % G
-        a, b, to, k_to = cu_q[n], cu_k[n], cu_q[n] * H + g * R, (cu_k[n] * G + g) * D
-        attend_back(q[a * q_row + g * R * q_head :], q_row, q_head, cu_q[n + 1] - a,
-                    k[b * k_row + g * k_head :], k_row, v[b * v_row + g * v_head :], v_row, cu_k[n + 1] - b,
-                    R, D, scale, out[to * D :], lse[to:], H, dout[a * dout_row + g * R * dout_head :],
-                    dout_row, dout_head, dlse[to:], dq[to * D :], dk[k_to:], dv[k_to:], G * D)
+        a, to, keys, slots = cu_q[n], cu_q[n] * H + g * R, keys_K[cu_k[n] : cu_k[n + 1]], slots_K[cu_k[n] :]
+        dk_rows, dv_rows = np.empty(len(keys) * D, f32), np.empty(len(keys) * D, f32)
+        attend_back(q, a * q_row + g * R * q_head, q_row, q_head, a, cu_q[n + 1] - a, k, g * k_head, k_row, v,
+                    g * v_head, v_row, keys, R, D, cos, sin, scale, out[to * D :], lse[to:], H,
+                    dout[a * dout_row + g * R * dout_head :], dout_row, dout_head, dlse[to:],
+                    dq[a * dq_row + g * R * dq_head :], dq_row, dq_head, dk_rows, dv_rows)
+        for j in range(len(keys)):
+            if slots[j] < 0:
+                turn_row(dk_rows, j * D, D, cos, sin, keys[j], True, dk, keys[j] * dk_row + g * dk_head)
+                turn_row(dv_rows, j * D, D, cos[:0], sin[:0], 0, True, dv, keys[j] * dv_row + g * dv_head)
+            else:
+                at = (slots[j] * G + g) * 2 * D
+                turn_row(dk_rows, j * D, D, cos, sin, keys[j], True, spare, at)
+                turn_row(dv_rows, j * D, D, cos[:0], sin[:0], 0, True, spare, at + D)
+
+
+@loop
+def add_shared_loop(spare, tokens, G, D, dk, dk_row, dk_head, dv, dv_row, dv_head):
+    """Add up the gradients of the keys that several read: spare[i] is for tokens[i], which are sorted."""
+    for g in numba.prange(G):
+        for i in range(len(tokens)):
+            at, to_k, to_v = (i * G + g) * 2 * D, tokens[i] * dk_row + g * dk_head, tokens[i] * dv_row + g * dv_head
+            more = i > 0 and tokens[i] == tokens[i - 1]
+            for d in range(0, D, LANES):
+                x, y = load(spare, at + d), load(spare, at + D + d)
+                store(dk, to_k + d, add(load(dk, to_k + d), x) if more else x)
+                store(dv, to_v + d, add(load(dv, to_v + d), y) if more else y)
 
 
 def behind(*tensors: torch.Tensor) -> list:
     return [y for x in tensors for y in (flat(x), x.stride(0), x.stride(1))]
 
 
-def arguments(q, k, v, cu_q: torch.Tensor, cu_k: torch.Tensor, scale: float) -> list:
+def arguments(q, k, v, cos, sin, cu_q, cu_k, keys, scale: float) -> list:
     """Those that both loops begin with. Each thread takes one run of the sequences, so they are dealt like
     cards, the most work first."""
     cu_q, cu_k = (cu.numpy().astype(np.int64) for cu in (cu_q, cu_k))
-    queries, keys, n = np.diff(cu_q), np.diff(cu_k), torch.get_num_threads()
-    by_work = np.argsort(-queries * (2 * keys - queries), kind="stable")
+    n_queries, n_keys, n = np.diff(cu_q), np.diff(cu_k), torch.get_num_threads()
+    by_work = np.argsort(-n_queries * (2 * n_keys - n_queries), kind="stable")
     order = np.concatenate([by_work[i::n] for i in range(n)])
-    return [*behind(q, k, v), cu_q, cu_k, order, k.shape[1], f32(scale)]
+    keys = np.arange(len(k)) if keys is None else keys.numpy()
+    angles = [np.empty(0, f32) if x is None else array(x).reshape(-1) for x in (cos, sin)]
+    return [*behind(q, k, v), *angles, cu_q, cu_k, keys, order, k.shape[1], f32(scale)]
 
 
-def attention_fwd(q, k, v, cu_q, cu_k, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_fwd(*inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [Tq, H, D], lse [Tq, H])"""
+    q = inputs[0]
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2])
     threads()
-    attention_fwd_loop(*arguments(q, k, v, cu_q, cu_k, scale), out.numpy(), lse.numpy().reshape(-1))
+    attention_fwd_loop(*arguments(*inputs), out.numpy(), lse.numpy().reshape(-1))
     return out, lse
+
+
+def attention_bwd(inputs, out, lse, dout, dlse, dq, dk, dv) -> None:
+    """Into dq, dk, dv, each of any strides."""
+    dout = torch.zeros_like(out) if dout is None else dout
+    dout = dout if dout.stride(2) == 1 else dout.contiguous()
+    dlse = np.empty(0, f32) if dlse is None else array(dlse).reshape(-1)
+    begin = arguments(*inputs)
+    keys, (_, G, D) = begin[13], dk.shape
+    shared = np.flatnonzero(np.bincount(keys, minlength=len(dk))[keys] > 1)
+    shared = shared[np.argsort(keys[shared], kind="stable")]
+    slots, spare = np.full(len(keys), -1), np.empty(len(shared) * G * 2 * D, f32)
+    slots[shared] = np.arange(len(shared))
+    threads()
+    attention_bwd_loop(*begin, out.numpy(), lse.numpy().reshape(-1), *behind(dout), dlse, *behind(dq, dk, dv),
+                       slots, spare)
+    if len(shared):
+        add_shared_loop(spare, keys[shared], G, D, *behind(dk, dv))
 
 
 class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_q, cu_k, scale):
-        out, lse = attention_fwd(q, k, v, cu_q, cu_k, scale)
+        out, lse = attention_fwd(q, k, v, None, None, cu_q, cu_k, None, scale)
         ctx.save_for_backward(q, k, v, cu_q, cu_k, out, lse)
         ctx.scale = scale
         ctx.set_materialize_grads(False)  # a gradient that nobody asked for is None
@@ -291,15 +381,34 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlse):
-        *inputs, out, lse = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else dout
-        dout = dout if dout.stride(2) == 1 else dout.contiguous()
-        dlse = np.empty(0, f32) if dlse is None else array(dlse).reshape(-1)
-        gradients = [x.new_empty(x.shape) for x in inputs[:3]]
-        threads()
-        attention_bwd_loop(*arguments(*inputs, ctx.scale), out.numpy(), lse.numpy().reshape(-1),
-                           *behind(dout), dlse, *[x.numpy().reshape(-1) for x in gradients])
+        q, k, v, cu_q, cu_k, out, lse = ctx.saved_tensors
+        gradients = [x.new_empty(x.shape) for x in (q, k, v)]
+        attention_bwd((q, k, v, None, None, cu_q, cu_k, None, ctx.scale), out, lse, dout, dlse, *gradients)
         return *gradients, None, None, None
+
+
+class AttentionOfHeads(torch.autograd.Function):
+    """RoPE and attention, from all heads side by side and to their gradient, without a copy between."""
+    @staticmethod
+    def inputs(qkv, cos, sin, cu_q, cu_k, keys, G):
+        H, D = qkv.shape[1] - 2 * G, qkv.shape[2]
+        return *qkv.split([H, G, G], dim=1), cos, sin, cu_q, cu_k, keys, D**-0.5
+
+    @staticmethod
+    def forward(ctx, *args):
+        out, lse = attention_fwd(*AttentionOfHeads.inputs(*args))
+        ctx.save_for_backward(*args[:-1], out, lse)
+        ctx.G = args[-1]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        *args, out, lse = ctx.saved_tensors
+        dqkv, H = torch.empty_like(args[0]), out.shape[1]
+        attention_bwd(AttentionOfHeads.inputs(*args, ctx.G), out, lse, dout, None,
+                      *dqkv.split([H, ctx.G, ctx.G], dim=1))
+        return dqkv, *[None] * 6
 
 
 def fits(impl: str | None, q, k, v, window: int | None, softcap: float | None) -> bool:
@@ -316,5 +425,18 @@ def fits(impl: str | None, q, k, v, window: int | None, softcap: float | None) -
 
 def attention(q, k, v, cu_q, cu_k, scale: float, return_lse: bool):
     """As kernels/attention.py has it, for what `fits`."""
-    out, lse = (Attention.apply if torch.is_grad_enabled() else attention_fwd)(q, k, v, cu_q, cu_k, scale)
+    if torch.is_grad_enabled():
+        out, lse = Attention.apply(q, k, v, cu_q, cu_k, scale)
+    else:
+        out, lse = attention_fwd(q, k, v, None, None, cu_q, cu_k, None, scale)
     return (out, lse) if return_lse else out
+
+
+def attention_of_heads(qkv, cos, sin, cu_q, cu_k, keys, n_kv_heads: int) -> torch.Tensor:
+    """Causal attention [T, H, D] of qkv [T, H + 2 G, D], whose queries and keys are turned by the tables of
+    their tokens first (see rope_table). keys: [K], the token that each key of each sequence is, where these are
+    not their own; cu_k: where each sequence's begin."""
+    args = qkv, cos, sin, cu_q, cu_k, keys, n_kv_heads
+    if torch.is_grad_enabled():
+        return AttentionOfHeads.apply(*args)
+    return attention_fwd(*AttentionOfHeads.inputs(*args))[0]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..kernels import cpu_packed_attention
 from ..kernels.attention import attention
 from ..kernels.decode_attention import decode_attention
 from ..kernels.linear_logprob import linear_logprob
@@ -33,12 +34,32 @@ def add_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tenso
     return (rmsnorm(x, weight, eps), x) if residual is None else rmsnorm(x, weight, eps, residual)
 
 
+def turn(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, c: ModelConfig) -> list[torch.Tensor]:
+    """All heads [T, H + 2 G, D] -> q [T, H, D], k and v [T, G, D], q and k turned by RoPE."""
+    qk, v = qkv.split([c.n_heads + c.n_kv_heads, c.n_kv_heads], dim=1)
+    return [*rope(qk, cos, sin).split([c.n_heads, c.n_kv_heads], dim=1), v]
+
+
 def read(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [T, G, D] of these tokens, [K, G, D]. An embedding, for its gradient: what many read is
     added up in a fixed order (on a GPU in k's dtype where they are few), and on a CPU not token by token, as
     that of index_select is."""
     kv = torch.cat([k, v], dim=1)
     return F.embedding(keys, kv.flatten(1)).view(-1, *kv.shape[1:]).chunk(2, dim=1)
+
+
+def attend_packed(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, packed: Packed, c: ModelConfig
+                  ) -> torch.Tensor:
+    """Attention [T, H, D] within each sequence of the batch, and over its shared prefix."""
+    cu_keys = packed.cu_seqlens if packed.keys is None else packed.cu_keys
+    if cpu_packed_attention.fits(None, qkv, cos, sin, None, None):
+        return cpu_packed_attention.attention_of_heads(qkv, cos, sin, packed.cu_seqlens, cu_keys, packed.keys,
+                                                       c.n_kv_heads)
+    q, k, v = turn(qkv, cos, sin, c)
+    if packed.keys is not None:
+        k, v = read(k, v, packed.keys)
+    return attention(q, k, v, packed.cu_seqlens, packed.max_seqlen, cu_seqlens_k=packed.cu_keys,
+                     max_seqlen_k=packed.max_keys)
 
 
 class Attention(nn.Module):
@@ -52,16 +73,14 @@ class Attention(nn.Module):
         self.k_norm = nn.Parameter(torch.empty(c.head_dim)) if c.qk_norm else None
         self.out = nn.Parameter(torch.empty(c.d_model, c.n_heads * c.head_dim))
 
-    def project(self, x_TM, cos, sin):
-        """[T, M] -> q [T, H, D], k [T, G, D], v [T, G, D]; q and k normed if asked, and turned by RoPE."""
+    def project(self, x_TM):
+        """[T, M] -> all heads [T, H + 2 G, D], those of q and k normed if asked."""
         c = self.c
         qkv = linear(x_TM, self.qkv, self.qkv_bias).view(-1, c.n_heads + 2 * c.n_kv_heads, c.head_dim)
-        qk, v = qkv.split([c.n_heads + c.n_kv_heads, c.n_kv_heads], dim=1)
-        if c.qk_norm:
-            q, k = qk.split([c.n_heads, c.n_kv_heads], dim=1)
-            qk = torch.cat([rmsnorm(q, self.q_norm, c.norm_eps), rmsnorm(k, self.k_norm, c.norm_eps)], dim=1)
-        q, k = rope(qk, cos, sin).split([c.n_heads, c.n_kv_heads], dim=1)
-        return q, k, v
+        if not c.qk_norm:
+            return qkv
+        q, k, v = qkv.split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=1)
+        return torch.cat([rmsnorm(q, self.q_norm, c.norm_eps), rmsnorm(k, self.k_norm, c.norm_eps), v], dim=1)
 
 
 class MLP(nn.Module):
@@ -87,10 +106,10 @@ class Block(nn.Module):
         """The residual stream goes from block to block as two terms, x and residual, which rmsnorm adds as it
         reads them; residual_TM is None before the first block.
 
-        `attend(q, k, v) -> [T, H, D]` is attention over the batch, or against a cache.
+        `attend(qkv, cos, sin) -> [T, H, D]` is RoPE and attention over the batch, or against a cache.
         """
         x_TM, residual_TM = add_norm(x_TM, residual_TM, self.attn_norm, self.eps)
-        x_TM = linear(attend(*self.attn.project(x_TM, cos, sin)).flatten(1), self.attn.out)
+        x_TM = linear(attend(self.attn.project(x_TM), cos, sin).flatten(1), self.attn.out)
         x_TM, residual_TM = add_norm(x_TM, residual_TM, self.mlp_norm, self.eps)
         return self.mlp(x_TM), residual_TM
 
@@ -131,11 +150,8 @@ class Transformer(nn.Module):
 
     def forward(self, packed: Packed) -> torch.Tensor:
         """Hidden states [T, M] after the final norm, in the compute dtype."""
-        def attend(q, k, v):
-            if packed.keys is not None:
-                k, v = read(k, v, packed.keys)
-            return attention(q, k, v, packed.cu_seqlens, packed.max_seqlen, cu_seqlens_k=packed.cu_keys,
-                             max_seqlen_k=packed.max_keys)
+        def attend(qkv, cos, sin):
+            return attend_packed(qkv, cos, sin, packed, self.config)
 
         return self._run(packed.tokens, packed.positions, [attend] * self.config.n_layers)
 
@@ -144,7 +160,8 @@ class Transformer(nn.Module):
         assert packed.keys is None, "prefill: a cache has no shared prefixes"
         kept = []
 
-        def attend(q, k, v):
+        def attend(qkv, cos, sin):
+            q, k, v = turn(qkv, cos, sin, self.config)
             kept.append((k, v))
             return attention(q, k, v, packed.cu_seqlens, packed.max_seqlen)
 
@@ -164,7 +181,8 @@ class Transformer(nn.Module):
         places, seen = positions % page_size, lengths + 1
 
         def attend_with(k_cache, v_cache):
-            def attend(q, k, v):
+            def attend(qkv, cos, sin):
+                q, k, v = turn(qkv, cos, sin, self.config)
                 k_cache[pages, :, places], v_cache[pages, :, places] = k, v
                 return decode_attention(q, k_cache, v_cache, table, seen)
 
