@@ -50,7 +50,8 @@ LANES = 8   # float32 in a vector
 TILE_ROWS, TILE_COLUMNS = 6, 2 * LANES  # of a product that are computed in registers
 
 # Numba compiles anew when a function's own file has changed, but loops have parts of these files in them.
-HERE, PARTS_OF_OTHERS = Path(__file__).parent, ("cpu.py", "lanes.py", "cpu_tiles.py")
+HERE = Path(__file__).parent
+PARTS_OF_OTHERS = ("cpu.py", "lanes.py", "cpu_tiles.py", "cpu_attend.py")
 for kept in HERE.glob("__pycache__/cpu_*.nbi"):
     with contextlib.suppress(OSError):  # another process may be at it, or it may not be ours to delete
         if kept.stat().st_mtime < max((HERE / name).stat().st_mtime for name in PARTS_OF_OTHERS):
@@ -67,11 +68,13 @@ def loop(fn, fastmath=EXACT_ENOUGH):
 
 
 part = register_jitable(fastmath=EXACT_ENOUGH, error_model="numpy")  # a function that loops can call
+small_part = register_jitable(fastmath=EXACT_ENOUGH, error_model="numpy", forceinline=True)  # without a call
 
 # For what must come out the same wherever in a vector or tile it is computed: elsewhere the compiler may take
 # a b c as (a b) c for some numbers and as a (b c) for their neighbours.
 ordered_loop = functools.partial(loop, fastmath=ORDERED)
 ordered_part = register_jitable(fastmath=ORDERED, error_model="numpy")
+small_ordered_part = register_jitable(fastmath=ORDERED, error_model="numpy", forceinline=True)
 
 
 def serves(impl: str | None, *tensors: torch.Tensor | None) -> bool:

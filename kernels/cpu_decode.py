@@ -1,5 +1,5 @@
-"""One token of every row that is decoded, as compiled loops for a CPU (see kernels/cpu.py): norms, and the
-draw of the next. Attention is in cpu_attention.py.
+"""One token of every row that is decoded, as compiled loops for a CPU (see kernels/cpu.py): embeddings,
+norms, and the draw of the next. Attention is in cpu_attention.py.
 
 Features come first here, [M, B]: the layout in which PyTorch's products of small matrices are fastest. Where
 every step makes hundreds of small calls, the loops take arrays and are called without a wrapper: a call is 2
@@ -12,12 +12,24 @@ import torch
 
 from . import cpu
 from .cpu import LANES, array, exp, f32, loop, numba, part, threads
+from .cpu_attend import LOWEST, peak_of
 
 if cpu.HAS_NUMBA:
     from .lanes import transpose
 
 COLUMNS = 64     # rows that are normed together
 DRAW_BLOCK = 32  # tokens that are added up before the cumulative sum, in fp64, is searched
+
+
+@loop
+def embed_loop(embed_VM, tokens_B, x_IMC):
+    """The embeddings of the tokens as columns of tiles; 0 behind the last."""
+    tiles, M, C = x_IMC.shape
+    for n in numba.prange(tiles * M):
+        i, m = n // M, n % M
+        for c in range(C):
+            b = i * C + c
+            x_IMC[i, m, c] = embed_VM[tokens_B[b], m] if b < len(tokens_B) else f32(0)
 
 
 @part
@@ -65,10 +77,10 @@ def soften_and_sum(row, peak, exps, ends):
 
 @part
 def draw_row(row, uniform, exps, ends):
-    """(token, its log-prob); token -1 for a row that is not finite."""
-    peak, check = row[0], f32(0)
+    """(token, its log-prob); token -1 for a row that is not finite. What lies behind the row, up to a whole
+    vector, is LOWEST."""
+    peak, check = peak_of(row, len(row)), f32(0)
     for v in range(len(row)):
-        peak = peak if row[v] < peak else row[v]
         check += row[v]
     soften_and_sum(row, peak, exps, ends)
     threshold, i = uniform * ends[-1], 0
@@ -106,6 +118,7 @@ def draw_loop(logits, stride, V, uniforms_B, tokens_B, logp_B):
         copy_columns(logits, stride, first, rows, V, block, width)
         for i in range(rows):
             row = block[i * width : i * width + V]
+            block[i * width + V : i * width + V + LANES] = LOWEST
             tokens_B[first + i], logp_B[first + i] = draw_row(row, uniforms_B[first + i], exps, ends)
 
 

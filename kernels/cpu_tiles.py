@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from .cpu import LANES, TILE_COLUMNS, TILE_ROWS, ordered_part
+from .cpu import LANES, TILE_COLUMNS, TILE_ROWS, small_ordered_part
 from .lanes import FLOAT, INT, F32x8, address, pick, vector
 
 
@@ -73,7 +73,7 @@ def add_outer(typing, tile, a, a_at, a_row, b, b_at):
 take_6, take_2, take_1 = take_tile(TILE_ROWS), take_tile(2), take_tile(1)
 
 
-@ordered_part
+@small_ordered_part
 def product(a, a_at, a_row, a_step, rows, depth, b, b_at, b_row, start, start_at, start_row, out, out_at,
             out_row):
     """Of any number of rows, 6 at a time; start may be out."""

@@ -25,7 +25,7 @@ import torch
 
 from ..kernels import cpu
 from ..kernels.cpu_attention import ROW_BLOCK, decode_attention_loop, move_rows_loop, write_rows_loop
-from ..kernels.cpu_decode import rmsnorm_columns_loop
+from ..kernels.cpu_decode import embed_loop, rmsnorm_columns_loop
 from ..kernels.cpu_layer import finish_layer_loop, groups_of, project_loop
 from ..kernels.rope import rope_table
 from .packed import pack
@@ -188,14 +188,11 @@ class Slots:
         n, groups = self.n, groups_of(self.n, torch.get_num_threads())
         self._make_room(n, self.longest + 1)
         columns = cpu.TILE_COLUMNS if groups else self.width(n)
-        x = self.t["x"]
-        if x.shape[::2] != (-(-n // columns), columns):
-            self._buffers(-(-n // columns), columns)
-            x = self.t["x"]
+        tiles = -(-n // columns)
+        if self.t["x"].shape[::2] != (tiles, columns):
+            self._buffers(tiles, columns)
         cpu.threads()
-        rows = x.new_zeros(len(x) * columns, x.shape[1])
-        torch.index_select(self.model.embed.detach(), 0, tokens, out=rows[:n])
-        x.copy_(rows.view(len(x), columns, -1).transpose(1, 2))
+        embed_loop(cpu.array(self.model.embed), cpu.array(tokens), self.t["x"].numpy())
         hidden = self._tiles(groups) if groups else self._products()
         self.lengths[:n] += 1
         return self.model.logits(hidden)[:n]

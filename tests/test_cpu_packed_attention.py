@@ -9,7 +9,7 @@ import torch
 
 from r1zero.kernels import cpu
 from r1zero.kernels.attention import attention
-from r1zero.kernels.cpu_packed_attention import KEYS, QUERIES
+from r1zero.kernels.cpu_attend import KEYS, QUERIES
 
 from .naive_ops import assert_close, cu, naive_attention, same, value_and_gradients
 
