@@ -8,8 +8,8 @@ What both do: sample 16 answers to each of 16 prompts of 8 tokens, grade them, n
 each group, one AdamW step on the token-mean clipped loss, gradient clipped to 1; fp32, temperature 1, no KL,
 on-policy. Both start from the same weights (copied into a Qwen2 of transformers; the log-probs of the two are
 compared first) and see the same prompts. The end token lies outside the model's vocabulary, so every answer
-has all its tokens and no side pays for suppressing it. Hardly two samples have the same reward, so none can
-be left out of the update.
+has all its tokens and no side pays for suppressing it. Hardly a sample has the mean reward of its group, so
+next to none can be left out of the update.
 
 What favours TRL: its step is timed without data loader, logging and progress bar, and its generation without
 tokenising and decoding, which are in ours; and it profits from `reuse_memory()`. Steps of the two take turns.
@@ -131,7 +131,7 @@ def our_step(f: Flags):
         n_done += 1
         n = f.prompts * f.group_size
         assert figures["tokens"] == n * f.new_tokens, "ours generated another number of tokens"
-        assert figures["trained_samples"] == n, "ours left samples out of the update"
+        assert figures["trained_samples"] >= 0.99 * n, "ours left samples out of the update"
         return figures["step_s"], figures["rollout_s"]
 
     return step
