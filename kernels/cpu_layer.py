@@ -29,14 +29,16 @@ if HAS_NUMBA:
     from .cpu_tiles import product
     from .lanes import LINE, add_product, fill, load, multiply, prefetch, store
 
-TILES = 4           # of a group at most: what they hold stays in the nearer caches of a core
-ROWS_A_THREAD = 32  # or more, or reading all weights for them takes longer than the arithmetic
+TILES = 4            # of a group at most: what they hold stays in the nearer caches of a core
+ROWS_A_THREAD = 16   # or more, or reading all weights for them takes longer than the arithmetic
+SMALL = 4_000_000    # weights that all cores' common cache holds: they may be read for a single tile
 
 
-def groups_of(n_rows: int, n_threads: int) -> int:
+def groups_of(n_rows: int, n_threads: int, n_weights: int) -> int:
     """Groups of tiles, as many for each thread; 0 where PyTorch's products are faster: for few rows, and
     where these have longer vectors than the loops, or hardware of their own."""
-    if n_rows < ROWS_A_THREAD * n_threads or torch.backends.cpu.get_cpu_capability() != "AVX2":
+    few = n_rows < (2 if n_weights <= SMALL else ROWS_A_THREAD * n_threads)
+    if few or torch.backends.cpu.get_cpu_capability() != "AVX2":
         return 0
     return n_threads * -(-n_rows // (n_threads * TILES * TILE_COLUMNS))
 

@@ -10,7 +10,7 @@ Both hold their sequences in rows 0 .. n - 1 and answer the same questions of th
 
 `Slots` is the CPU's, for fp32: the same place of some rows side by side, read by a compiled loop
 (kernels/cpu_attention.py). Its decode path is the model's own arithmetic on the trainer's weights, which it
-reads where they lie: with many rows 3 loops a layer, with few 8 operators.
+reads where they lie: 3 loops a layer, or 8 operators for few rows of a large model.
 
 `Pages` is the GPU's, and a CPU's where that loop cannot serve: fixed pages of PAGE tokens, a table of page
 numbers for each row, prompts' full pages shared by the samples of a group (reference counts), the last one
@@ -84,7 +84,8 @@ class Slots:
             before = (block.attn_norm, attn.qkv, biases, torch.cat(norms or [torch.empty(0)]))
             after = (attn.out, block.mlp_norm, mlp.gate_up, mlp.down)
             self.tile_layers.append([[cpu.array(w).reshape(-1) for w in ws] for ws in (before, after)])
-        self.norm = cpu.array(self.model.norm)
+        self.norm = cpu.array(model.norm)
+        self.n_weights = sum(p.numel() for p in model.blocks.parameters())
 
     # ---- room ----
 
@@ -185,7 +186,7 @@ class Slots:
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [B], the newest of each row, not in the cache yet -> logits [B, V] of what follows."""
-        n, groups = self.n, groups_of(self.n, torch.get_num_threads())
+        n, groups = self.n, groups_of(self.n, torch.get_num_threads(), self.n_weights)
         self._make_room(n, self.longest + 1)
         columns = cpu.TILE_COLUMNS if groups else self.width(n)
         tiles = -(-n // columns)
@@ -202,7 +203,7 @@ class Slots:
                               v_cache, self.a["out"])
 
     def _tiles(self, groups: int) -> torch.Tensor:
-        """Many rows: each thread has some of them to itself, but for attention."""
+        """Each thread has some rows to itself, but for attention."""
         a, tiles, zeros = self.flat, len(self.a["x"]), np.zeros(cpu.TILE_COLUMNS, np.float32)
         for (before, after), *caches in zip(self.tile_layers, self.kv[::2], self.kv[1::2], strict=True):
             project_loop(a["x"], self.eps, *before, self.config.head_dim, tiles, groups, a["y"], a["qkv"])
@@ -217,7 +218,7 @@ class Slots:
         return self.t["y"][0]
 
     def _products(self) -> torch.Tensor:
-        """Few rows: all threads share each product, which is PyTorch's."""
+        """All threads share each product, which is PyTorch's."""
         x, qkv, out, gate_up, act = (self.t[name][0] for name in ("x", "qkv", "out", "gate_up", "act"))
         H, G, width = self.config.n_heads, self.config.n_kv_heads, x.shape[1]
         heads = [self.a["qkv"][0, :H], self.a["qkv"][0, H : H + G]]

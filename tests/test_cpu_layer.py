@@ -27,7 +27,7 @@ if cpu.HAS_NUMBA:
 @pytest.fixture
 def tiles(monkeypatch):
     """Decode by tiles, however few the rows are, in so many groups."""
-    return lambda n_groups: monkeypatch.setattr(cache, "groups_of", lambda n, n_threads: n_groups)
+    return lambda n_groups: monkeypatch.setattr(cache, "groups_of", lambda n, n_threads, n_weights: n_groups)
 
 
 def piece(rows: int, row: int, step: int, columns: int):
@@ -63,7 +63,7 @@ def test_a_number_does_not_depend_on_what_is_computed_beside_it():
     assert out.equal(alone)
 
 
-@pytest.mark.parametrize("n_groups", [1, 2, 3])
+@pytest.mark.parametrize("n_groups", [0, 1, 2, 3])  # 0: without tiles
 @pytest.mark.parametrize("n_rows", [5, 16, 17, 24])
 def test_the_engine_is_the_naive_loop(n_rows, n_groups, tiles):
     tiles(n_groups)
@@ -115,8 +115,9 @@ def test_as_many_groups_for_each_thread_or_none(monkeypatch):
     for capability, pays in (("AVX2", True), ("AVX512", False), ("DEFAULT", False)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)  # noqa: B023
         for n_threads in (1, 2, 3, 16):
-            for n in (1, 31, 32, 63, 64, 65, 256, 1000, 2048):
-                groups = groups_of(n, n_threads)
-                assert groups % n_threads == 0
-                assert (groups > 0) == (pays and n >= 32 * n_threads)
-                assert not groups or -(-n // COLUMNS) <= groups * 4
+            for n in (1, 2, 15, 16, 31, 32, 33, 256, 1000, 2048):
+                for n_weights, enough in ((4_000_000, 2), (4_000_001, 16 * n_threads)):
+                    groups = groups_of(n, n_threads, n_weights)
+                    assert groups % n_threads == 0
+                    assert (groups > 0) == (pays and n >= enough)
+                    assert not groups or -(-n // COLUMNS) <= groups * 4
