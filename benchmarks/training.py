@@ -30,12 +30,12 @@ from .common import finish, show, spread, table, time_of
 
 GROUPS = {  # of the profiler's operators, by the first prefix that fits
     "matrix products": ("aten::mm", "aten::addmm"),
-    "attention": ("aten::bmm", "aten::baddbmm", "aten::_softmax"),
+    "attention": ("aten::bmm", "aten::baddbmm", "aten::_softmax", "Attention"),
     "optimizer": ("aten::_fused_adamw", "aten::_foreach", "Optimizer."),
     "data": ("data",),
     "copies and gathers": ("aten::copy_", "aten::cat", "aten::index", "aten::_index", "aten::embedding",
                            "aten::fill_", "aten::gather", "aten::zero_", "aten::repeat_interleave"),
-    "norms, RoPE, SwiGLU, loss": ("aten::",),
+    "norms, RoPE, SwiGLU, loss": ("aten::", "RMSNorm", "RoPE", "SwiGLU", "LinearLogprob"),
     "Python, autograd": ("",),
 }
 LEARNING_RATE = 1e-3

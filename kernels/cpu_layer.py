@@ -36,7 +36,8 @@ SMALL = 4_000_000    # weights that all cores' common cache holds: they may be r
 
 def groups_of(n_rows: int, n_threads: int, n_weights: int) -> int:
     """Groups of tiles, as many for each thread; 0 where PyTorch's products are faster: for few rows, and
-    where these have longer vectors than the loops, or hardware of their own."""
+    where these have longer vectors than the loops, or hardware of their own. (So whether a row of a large
+    model goes by tiles, and its last bits, does depend on rows and threads.)"""
     few = n_rows < (2 if n_weights <= SMALL else ROWS_A_THREAD * n_threads)
     if few or torch.backends.cpu.get_cpu_capability() != "AVX2":
         return 0

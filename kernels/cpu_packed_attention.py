@@ -175,11 +175,26 @@ def attention(q, k, v, cu_q, cu_k, scale: float, return_lse: bool):
     return both if return_lse else both[0]
 
 
+def check_places(qkv, cos, sin, cu_q, cu_k, keys) -> None:
+    """Nothing else looks whether all of it is inside."""
+    T, D = len(qkv), qkv.shape[2]
+    for name, cu, n in (("cu_q", cu_q, T), ("cu_k", cu_k, T if keys is None else len(keys))):
+        if cu[0] != 0 or cu[-1] != n or cu.diff().min() < 0:
+            raise ValueError(f"attention: {name} is {cu.tolist()[:20]}; expected offsets that begin at 0, "
+                             f"never decrease, and end at {n}")
+    if keys is not None and (keys.min() < 0 or keys.max() >= T or not np.bincount(keys, minlength=T).all()):
+        raise ValueError(f"attention: keys are {int(keys.min())} to {int(keys.max())}; expected indices of "
+                         f"the {T} tokens, each at least once, for a token reads itself")
+    if not cos.shape == sin.shape == (T, D // 2):
+        raise ValueError(f"attention: cos {tuple(cos.shape)}, sin {tuple(sin.shape)}; expected {(T, D // 2)}")
+
+
 def attention_of_heads(qkv, cos, sin, cu_q, cu_k, keys, n_kv_heads: int) -> torch.Tensor:
     """Causal attention [T, H, D] of qkv [T, H + 2 G, D], whose queries and keys are turned by the tables of
     their tokens first (see rope_table). keys: [K], the token that each key of each sequence is, where these
-    are not their own; cu_k: where each sequence's begin."""
-    args = qkv, cos, sin, cu_q, cu_k, keys, n_kv_heads
+    are not their own; cu_k: where each sequence's begin. Raises ValueError for places outside."""
+    check_places(qkv, cos, sin, cu_q, cu_k, keys)
+    args = qkv.contiguous(), cos, sin, cu_q, cu_k, keys, n_kv_heads
     if torch.is_grad_enabled():
         return AttentionOfHeads.apply(*args)
     return attention_fwd(*AttentionOfHeads.inputs(*args))[0]

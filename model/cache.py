@@ -10,7 +10,7 @@ Both hold their sequences in rows 0 .. n - 1 and answer the same questions of th
 
 `Slots` is the CPU's, for fp32: the same place of some rows side by side, read by a compiled loop
 (kernels/cpu_attention.py). Its decode path is the model's own arithmetic on the trainer's weights, which it
-reads where they lie: 3 loops a layer, or 8 operators for few rows of a large model.
+reads where they lie: 3 loops a layer, or 8 operators where products of PyTorch's are faster.
 
 `Pages` is the GPU's, and a CPU's where that loop cannot serve: fixed pages of PAGE tokens, a table of page
 numbers for each row, prompts' full pages shared by the samples of a group (reference counts), the last one
@@ -61,7 +61,7 @@ class Slots:
 
     @staticmethod
     def serves(model: Transformer) -> bool:
-        return cpu.serves(None, model.embed) and model.compute_dtype == torch.float32
+        return cpu.serves(None, *model.parameters()) and model.compute_dtype == torch.float32
 
     def refresh(self) -> None:
         """Find the trainer's weights: they are read where they lie."""

@@ -17,6 +17,7 @@ from torch import nn
 from ..kernels import cpu_packed_attention
 from ..kernels.attention import attention
 from ..kernels.decode_attention import decode_attention
+from ..kernels.dispatch import use_triton
 from ..kernels.linear_logprob import linear_logprob
 from ..kernels.rmsnorm import rmsnorm
 from ..kernels.rope import rope, rope_table
@@ -52,7 +53,7 @@ def attend_packed(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, packe
                   ) -> torch.Tensor:
     """Attention [T, H, D] within each sequence of the batch, and over its shared prefix."""
     cu_keys = packed.cu_seqlens if packed.keys is None else packed.cu_keys
-    if cpu_packed_attention.fits(None, qkv, cos, sin, None, None):
+    if not use_triton(None, qkv, loops=True) and cpu_packed_attention.fits(None, qkv, cos, sin, None, None):
         return cpu_packed_attention.attention_of_heads(qkv, cos, sin, packed.cu_seqlens, cu_keys, packed.keys,
                                                        c.n_kv_heads)
     q, k, v = turn(qkv, cos, sin, c)

@@ -84,7 +84,8 @@ def test_flops_count_attention_by_the_squares_of_the_lengths():
     ("aten::mul", "norms, RoPE, SwiGLU, loss"), ("aten::baddbmm_", "attention"), ("data", "data"),
     ("aten::_fused_adamw_", "optimizer"), ("Optimizer.step#AdamW.step", "optimizer"),
     ("aten::copy_", "copies and gathers"),
-    ("autograd::engine::evaluate_function: MmBackward0", "Python, autograd"), ("SwiGLU", "Python, autograd"),
+    ("SwiGLUBackward", "norms, RoPE, SwiGLU, loss"), ("AttentionOfHeads", "attention"),
+    ("autograd::engine::evaluate_function: SwiGLUBackward", "Python, autograd"),
 ])
 def test_where_an_operator_counts(operator, group):
     assert training.group_of(operator) == group

@@ -140,6 +140,22 @@ def test_all_heads_with_rope_and_shared_prefixes(after, H, G, D, layout):
         torch.set_num_threads(n_threads)
 
 
+@pytest.mark.parametrize("bad,message", [
+    ({"cu_q": cu([5])}, r"cu_q is \[0, 5\]; .* end at 6"),
+    ({"cu_k": cu([7, -1])}, "cu_k is .*never decrease"),
+    ({"cos": torch.zeros(5, 8)}, r"cos \(5, 8\), .*expected \(6, 8\)"),
+    ({"keys": torch.arange(1, 7)}, "keys are 1 to 6; expected indices of the 6 tokens"),
+    ({"keys": torch.tensor([0, 1, 2, 3, 4, 4])}, "each at least once")])
+def test_places_outside_are_refused(bad, message):
+    cos, sin = rope_table(torch.arange(6), 16, 1e4)
+    given = {"qkv": torch.randn(6, 3, 16), "cos": cos, "sin": sin, "cu_q": cu([6]), "cu_k": cu([6]),
+             "keys": torch.arange(6), "n_kv_heads": 1}
+    turned = given | {"qkv": given["qkv"].mT.contiguous().mT}
+    assert same([attention_of_heads(**given)], [attention_of_heads(**turned)])
+    with pytest.raises(ValueError, match=message):
+        attention_of_heads(**given | bad)
+
+
 def test_exp_up_to_88():
     @cpu.numba.njit(error_model="numpy")
     def run(x, y):
