@@ -7,8 +7,9 @@ PyTorch's, but for those of attention and of decoding's layers (kernels/cpu_tile
 Only for fp32; kernels/reference.py has the same in plain torch, for all other tensors and where Numba is not
 installed. The loops run on as many OpenMP threads as PyTorch is set to, and what is added up over rows is
 added in fixed parts, so that the result is the same for any number of them. As with all of OpenMP: no loops
-in a forked child of a process that has run some. The first call of each compiles it (about two seconds, six
-for each way of attention); the machine code is kept beside this file, or where NUMBA_CACHE_DIR says.
+in a forked child of a process that has run some. The first call of each compiles it (about two seconds,
+those of attention and of decoding's layers six to twenty); the machine code is kept beside this file, or
+where NUMBA_CACHE_DIR says.
 
 Shapes: R rows, M features of a row, F d_ff, T tokens, H heads, D head_dim, V columns of logits.
 """

@@ -12,6 +12,7 @@ the cache, C = D / 2 pairs of RoPE.
 import numpy as np
 
 from .cpu import HAS_NUMBA, LANES, exp, f32, loop, numba, part
+from .cpu_attend import LOWEST
 
 if HAS_NUMBA:
     from .lanes import (
@@ -30,7 +31,6 @@ if HAS_NUMBA:
 
 ROW_BLOCK = LANES  # rows of the cache that lie, and are read, together
 PLACES = 4         # of the cache that are taken together
-LOWEST = f32(-3e38)
 
 
 @part

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from . import cpu
-from .cpu import LANES, array, exp, f32, loop, numba, part, threads
+from .cpu import LANES, array, exp, f32, flat, loop, numba, part, threads
 from .cpu_attend import LOWEST, peak_of
 
 if cpu.HAS_NUMBA:
@@ -129,6 +129,5 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, to
     (B, V), logits = logits.shape, logits if logits.stride(0) == 1 else logits.t().contiguous().t()
     tokens, logp, stride = torch.empty(B, dtype=torch.int64), torch.empty(B), logits.stride(1)
     threads()
-    draw_loop(logits.detach().as_strided(((V - 1) * stride + B,), (1,)).numpy(), stride, V, array(uniforms),
-              tokens.numpy(), logp.numpy())
+    draw_loop(flat(logits), stride, V, array(uniforms), tokens.numpy(), logp.numpy())
     return tokens, logp

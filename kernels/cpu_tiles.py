@@ -12,12 +12,11 @@ Matrices are pieces of flat arrays, given as (array, first place, places from ro
 and out have their 16 columns side by side; a has any number of places from column to column. Nothing checks
 that they are inside. Needs Numba.
 """
-from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from .cpu import LANES, TILE_COLUMNS, TILE_ROWS, small_ordered_part
-from .lanes import FLOAT, INT, F32x8, address, pick, vector
+from .lanes import FLOAT, F32x8, address, in_all, vector
 
 
 def vectors(context, builder, kind, array, at, row, rows):
@@ -62,7 +61,7 @@ def add_outer(typing, tile, a, a_at, a_row, b, b_at):
         for i in range(tile.count // 2):
             place = builder.add(a_at, builder.mul(a_row, a_row.type(i)))
             x = builder.load(address(context, builder, types.void(a), a_array, place, FLOAT), align=4)
-            x = pick(builder, builder.insert_element(F32x8(ir.Undefined), x, INT(0)), None, [0] * LANES)
+            x = in_all(builder, x)
             for j in range(2):
                 product = builder.fmul(x, row[j], flags=["contract"])
                 new.append(builder.fadd(builder.extract_value(old, 2 * i + j), product, flags=["contract"]))

@@ -38,6 +38,11 @@ def pick(builder, a, b, which):
     return builder.shuffle_vector(a, b or a, ir.Constant(ir.VectorType(INT, LANES), which))
 
 
+def in_all(builder, number):
+    """A vector that holds a number 8 times."""
+    return pick(builder, builder.insert_element(F32x8(ir.Undefined), number, INT(0)), None, [0] * LANES)
+
+
 @intrinsic
 def load(typing, x, i):
     """x[i : i + 8]"""
@@ -69,7 +74,7 @@ def prefetch(typing, x, i):
 def fill(typing, x):
     """x in all 8."""
     def code(context, builder, signature, args):
-        return pick(builder, builder.insert_element(F32x8(ir.Undefined), args[0], INT(0)), None, [0] * LANES)
+        return in_all(builder, args[0])
     return vector(types.float32), code
 
 
