@@ -2,7 +2,7 @@
 
 PyTorch runs an op of several steps as so many passes over memory, and a CPU has little bandwidth: one loop
 that does them all on a row while it lies in the cache is two to five times as fast. Matrix products stay
-PyTorch's, but for those of attention and of decoding's layers (kernels/cpu_tiles.py).
+PyTorch's, but for those of attention, of the MLP and of decoding's layers (kernels/cpu_tiles.py).
 
 Only for fp32; kernels/reference.py has the same in plain torch, for all other tensors and where Numba is not
 installed. The loops run on as many OpenMP threads as PyTorch is set to, and what is added up over rows is

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels import cpu_packed_attention
+from ..kernels import cpu_mlp, cpu_packed_attention
 from ..kernels.attention import attention
 from ..kernels.decode_attention import decode_attention
 from ..kernels.dispatch import use_triton
@@ -91,6 +91,8 @@ class MLP(nn.Module):
         self.down = nn.Parameter(torch.empty(c.d_model, c.d_ff))
 
     def forward(self, x_TM):
+        if not use_triton(None, x_TM, loops=True) and cpu_mlp.fits(x_TM, self.gate_up, self.down):
+            return cpu_mlp.mlp(x_TM, self.gate_up, self.down)
         return linear(swiglu(linear(x_TM, self.gate_up)), self.down)
 
 
