@@ -77,8 +77,8 @@ def times_columns(x, x_row, rows, D, columns, place, zeros, out, W):
     """out[i, j] = x[i] . column j for all j that row i sees, and some more."""
     for j in range(0, place + rows, TILE_COLUMNS):
         i = max(j - place, 0) // TILE_ROWS * TILE_ROWS
-        product(x, i * x_row, x_row, 1, rows - i, D, columns, j * D, TILE_COLUMNS, zeros, 0, 0, out,
-                i * W + j, W)
+        product(x, i * x_row, x_row, 1, rows - i, D, columns, j * D, TILE_COLUMNS, LANES, zeros, 0, 0, 0,
+                out, i * W + j, W, LANES)
 
 
 @part
@@ -91,8 +91,8 @@ def times_rows(weights, W, rows, place, x, x_row, D, out, out_row):
             depth = min(place + i + n - j, KEYS)
             for d in range(0, D, TILE_COLUMNS):
                 to = i * out_row + d
-                product(weights, i * W + j, W, 1, n, depth, x, j * x_row + d, x_row, out, to, out_row,
-                        out, to, out_row)
+                product(weights, i * W + j, W, 1, n, depth, x, j * x_row + d, x_row, LANES, out, to,
+                        out_row, LANES, out, to, out_row, LANES)
 
 
 @part
@@ -102,8 +102,8 @@ def add_to_keys(weights, W, rows, place, x, x_row, D, out, out_row):
         n, i = min(TILE_ROWS, place + rows - j), max(j - place, 0)
         for d in range(0, D, TILE_COLUMNS):
             to = j * out_row + d
-            product(weights, i * W + j, 1, W, n, rows - i, x, i * x_row + d, x_row, out, to, out_row,
-                    out, to, out_row)
+            product(weights, i * W + j, 1, W, n, rows - i, x, i * x_row + d, x_row, LANES, out, to,
+                    out_row, LANES, out, to, out_row, LANES)
 
 
 @small_part

@@ -1,110 +1,104 @@
 """A layer of one token of every row that is decoded, but for attention (cpu_attention.py), as compiled loops
 for a CPU (see kernels/cpu.py).
 
-Rows go in tiles of 16, each number of the 16 side by side: [tiles, M, 16]. Nothing that a layer does to one
-tile has to do with another, so a thread takes a group of tiles from the residual stream to the heads, and
-after attention back to it, waiting for no other, on what its own caches still hold. Each 6 rows of a weight
-are read for all tiles of the group in turn. Weights are read where they lie.
+Rows go in blocks of 8, each number of the 8 side by side: [blocks, M, 8]. Nothing that a layer does to one
+block has to do with another, so a thread takes a group of blocks from the residual stream to the heads, and
+after attention back to it, waiting for no other, on what its own caches still hold. Each 12 rows of a weight
+are read for all blocks of the group in turn, two at a time. Weights are read where they lie.
 
 What comes out for a row is the same to the last bit whatever the others are, and on any number of threads.
 
-Shapes: M features, N those of all heads, A of the query heads, F d_ff. All arrays are flat.
+Shapes: M features, N of a product's result, A of the query heads, F d_ff. All arrays are flat.
 """
 import numpy as np
 import torch
 
-from .cpu import (
-    HAS_NUMBA,
-    LANES,
-    TILE_COLUMNS,
-    TILE_ROWS,
-    f32,
-    numba,
-    ordered_loop,
-    ordered_part,
-    swiglu_fwd_row,
-)
+from .cpu import HAS_NUMBA, LANES, f32, numba, ordered_loop, ordered_part, swiglu_fwd_row
 
 if HAS_NUMBA:
-    from .cpu_tiles import product
+    from .cpu_tiles import NARROW_ROWS, narrow_product, product
     from .lanes import LINE, add_product, fill, load, multiply, prefetch, store
 
-TILES = 4            # of a group at most: what they hold stays in the nearer caches of a core
+BLOCKS = 8           # of a group at most: what they hold stays in the nearer caches of a core
 ROWS_A_THREAD = 16   # or more, or reading all weights for them takes longer than the arithmetic
-SMALL = 4_000_000    # weights that all cores' common cache holds: they may be read for a single tile
+SMALL = 4_000_000    # weights that all cores' common cache holds: they may be read for a single block
 
 
 def groups_of(n_rows: int, n_threads: int, n_weights: int) -> int:
-    """Groups of tiles, as many for each thread; 0 where PyTorch's products are faster: for few rows, and
+    """Groups of blocks, as many for each thread; 0 where PyTorch's products are faster: for few rows, and
     where these have longer vectors than the loops, or hardware of their own. (So whether a row of a large
-    model goes by tiles, and its last bits, does depend on rows and threads.)"""
+    model goes by blocks, and its last bits, does depend on rows and threads.)"""
     few = n_rows < (2 if n_weights <= SMALL else ROWS_A_THREAD * n_threads)
     if few or torch.backends.cpu.get_cpu_capability() != "AVX2":
         return 0
-    return n_threads * -(-n_rows // (n_threads * TILES * TILE_COLUMNS))
+    return n_threads * -(-n_rows // (n_threads * BLOCKS * LANES))
 
 
 @ordered_part
-def norm_tile(x, at, M, weight, w_at, eps, y):
-    """Columns of x[at], [M, 16], normed, into y[at]."""
-    r, first, second = np.empty(TILE_COLUMNS, f32), fill(f32(0)), fill(f32(0))
-    for i in range(at, at + M * TILE_COLUMNS, TILE_COLUMNS):
-        a, b = load(x, i), load(x, i + LANES)
-        first, second = add_product(first, a, a), add_product(second, b, b)
-    store(r, 0, first)
-    store(r, LANES, second)
-    for j in range(TILE_COLUMNS):
+def norm_block(x, at, M, weight, w_at, eps, y):
+    """Columns of x[at], [M, 8], normed, into y[at]."""
+    r, total = np.empty(LANES, f32), fill(f32(0))
+    for i in range(at, at + M * LANES, LANES):
+        total = add_product(total, load(x, i), load(x, i))
+    store(r, 0, total)
+    for j in range(LANES):
         r[j] = f32(1) / np.sqrt(r[j] / f32(M) + eps)
-    first, second = load(r, 0), load(r, LANES)
+    share = load(r, 0)
     for m in range(M):
-        i, w = at + m * TILE_COLUMNS, fill(weight[w_at + m])
-        store(y, i, multiply(multiply(load(x, i), first), w))
-        store(y, i + LANES, multiply(multiply(load(x, i + LANES), second), w))
+        i = at + m * LANES
+        store(y, i, multiply(multiply(load(x, i), share), fill(weight[w_at + m])))
 
 
 @ordered_part
-def multiply_tiles(w, N, K, x, start, start_tile, start_row, out, out_tile, out_row, first, end):
-    """start + w x for w [N, K] and x [K, 16] of each tile; a tile and a row further are so many places."""
-    for n in range(0, N, TILE_ROWS):
-        for i in range((n + TILE_ROWS) * K, min(n + 2 * TILE_ROWS, N) * K, LINE):
+def multiply_blocks(w, N, K, x, start, start_block, start_row, out, out_block, out_row, first, end):
+    """start + w x for w [N, K] and x [K, 8] of each block; a block and a row further are so many places."""
+    for n in range(0, N, NARROW_ROWS):
+        rows, b = min(NARROW_ROWS, N - n), first
+        for i in range((n + NARROW_ROWS) * K, min(n + 2 * NARROW_ROWS, N) * K, LINE):
             prefetch(w, i)
-        for t in range(first, end):
-            product(w, n * K, K, 1, min(TILE_ROWS, N - n), K, x, t * K * TILE_COLUMNS, TILE_COLUMNS, start,
-                    t * start_tile + n * start_row, start_row, out, t * out_tile + n * out_row, out_row)
+        while b + 2 <= end:
+            product(w, n * K, K, 1, rows, K, x, b * K * LANES, LANES, K * LANES, start,
+                    b * start_block + n * start_row, start_row, start_block, out, b * out_block + n * out_row,
+                    out_row, out_block)
+            b += 2
+        if b < end:
+            narrow_product(w, n * K, K, 1, rows, K, x, b * K * LANES, LANES, start,
+                           b * start_block + n * start_row, start_row, out, b * out_block + n * out_row,
+                           out_row)
 
 
 @ordered_loop
-def project_loop(x, eps, norm, w, bias, head_norms, D, n_tiles, groups, y, qkv):
-    """qkv = w norm(x) + bias of each tile, and the first heads normed, with a row [D] of head_norms each.
+def project_loop(x, eps, norm, w, bias, head_norms, D, n_blocks, groups, y, out, out_block, out_row):
+    """out = w norm(x) + bias of each block, and the first heads normed, with a row [D] of head_norms each.
 
-    bias: [N, 16], 16 times the same number, or 16 zeros for all.
+    bias: [N, 8], 8 times the same number, or 8 zeros for all. out: qkv, each block's side by side, or logits.
     """
     M = len(norm)
     N = len(w) // M
-    bias_row = TILE_COLUMNS if len(bias) > TILE_COLUMNS else 0
+    bias_row = LANES if len(bias) > LANES else 0
     for g in numba.prange(groups):
-        first, end = n_tiles * g // groups, n_tiles * (g + 1) // groups
-        for t in range(first, end):
-            norm_tile(x, t * M * TILE_COLUMNS, M, norm, 0, eps, y)
-        multiply_tiles(w, N, M, y, bias, 0, bias_row, qkv, N * TILE_COLUMNS, TILE_COLUMNS, first, end)
-        for t in range(first, end):
+        first, end = n_blocks * g // groups, n_blocks * (g + 1) // groups
+        for b in range(first, end):
+            norm_block(x, b * M * LANES, M, norm, 0, eps, y)
+        multiply_blocks(w, N, M, y, bias, 0, bias_row, out, out_block, out_row, first, end)
+        for b in range(first, end):
             for h in range(len(head_norms) // D):
-                norm_tile(qkv, (t * N + h * D) * TILE_COLUMNS, D, head_norms, h * D, eps, qkv)
+                norm_block(out, b * out_block + h * D * LANES, D, head_norms, h * D, eps, out)
 
 
 @ordered_loop
-def finish_layer_loop(x, mixed, eps, w_out, norm, w_up, w_down, zeros, n_tiles, groups, y, gate_up, act):
+def finish_layer_loop(x, mixed, eps, w_out, norm, w_up, w_down, zeros, n_blocks, groups, y, gate_up, act):
     """What follows attention, whose result is mixed: x += w_out mixed, and x += MLP(norm(x))."""
-    M, C = len(norm), TILE_COLUMNS
+    M, C = len(norm), LANES
     A, F = len(w_out) // M, len(w_down) // M
     step, wide = M * C, F * C
     for g in numba.prange(groups):
-        first, end = n_tiles * g // groups, n_tiles * (g + 1) // groups
-        multiply_tiles(w_out, M, A, mixed, x, step, C, x, step, C, first, end)
-        for t in range(first, end):
-            norm_tile(x, t * step, M, norm, 0, eps, y)
-        multiply_tiles(w_up, 2 * F, M, y, zeros, 0, 0, gate_up, 2 * wide, C, first, end)
-        for t in range(first, end):
-            up, after = (2 * t + 1) * wide, (2 * t + 2) * wide
-            swiglu_fwd_row(gate_up[up - wide : up], gate_up[up:after], act[t * wide : (t + 1) * wide])
-        multiply_tiles(w_down, M, F, act, x, step, C, x, step, C, first, end)
+        first, end = n_blocks * g // groups, n_blocks * (g + 1) // groups
+        multiply_blocks(w_out, M, A, mixed, x, step, C, x, step, C, first, end)
+        for b in range(first, end):
+            norm_block(x, b * step, M, norm, 0, eps, y)
+        multiply_blocks(w_up, 2 * F, M, y, zeros, 0, 0, gate_up, 2 * wide, C, first, end)
+        for b in range(first, end):
+            up, after = (2 * b + 1) * wide, (2 * b + 2) * wide
+            swiglu_fwd_row(gate_up[up - wide : up], gate_up[up:after], act[b * wide : (b + 1) * wide])
+        multiply_blocks(w_down, M, F, act, x, step, C, x, step, C, first, end)

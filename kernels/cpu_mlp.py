@@ -75,8 +75,8 @@ def multiply(x, at, row, T, K, w, N, zeros, out, to, out_row):
     for n in range(0, N, TILE_COLUMNS):
         for k in range(0, K, DEPTH):
             start, start_at, start_row = (out, to + n, out_row) if k else (zeros, 0, 0)
-            product(x, at + k, row, 1, T, min(DEPTH, K - k), w, n * K + k * TILE_COLUMNS, TILE_COLUMNS, start,
-                    start_at, start_row, out, to + n, out_row)
+            product(x, at + k, row, 1, T, min(DEPTH, K - k), w, n * K + k * TILE_COLUMNS, TILE_COLUMNS, LANES,
+                    start, start_at, start_row, LANES, out, to + n, out_row, LANES)
 
 
 @part
@@ -84,7 +84,9 @@ def add_gradient(d, row, T, N, x, x_row, M, dw):
     """dw [N, M] += d^T x for d [T, N], x [T, M]."""
     for n in range(0, N, TILE_ROWS):
         for m in range(0, M, TILE_COLUMNS):
-            product(d, n, 1, row, min(TILE_ROWS, N - n), T, x, m, x_row, dw, n * M + m, M, dw, n * M + m, M)
+            to = n * M + m
+            product(d, n, 1, row, min(TILE_ROWS, N - n), T, x, m, x_row, LANES, dw, to, M, LANES, dw, to, M,
+                    LANES)
 
 
 @part

@@ -70,7 +70,7 @@ class Slots:
             raise ValueError("engine: paged is False, but slots are for float32 on a CPU with Numba; the "
                              f"model is in {model.embed.dtype} and computes in {model.compute_dtype} on "
                              f"{model.embed.device.type}; expected paged=True or None")
-        c, self.layers, self.tile_layers = self.config, [], []
+        c, self.layers, self.block_layers = self.config, [], []
         for block in self.model.blocks:
             attn, mlp = block.attn, block.mlp
             bias = None if attn.qkv_bias is None else attn.qkv_bias.detach()[:, None]
@@ -79,12 +79,14 @@ class Slots:
                                 [cpu.array(w) for w in head_norms], attn.out.detach(),
                                 cpu.array(block.mlp_norm), mlp.gate_up.detach(), mlp.down.detach()))
             # as the loops take them: flat, a bias for each of the columns, a norm's weight for each head
-            biases = (torch.zeros(1) if bias is None else bias).repeat(1, cpu.TILE_COLUMNS)
+            biases = (torch.zeros(1) if bias is None else bias).repeat(1, cpu.LANES)
             norms = [w.expand(n, -1) for w, n in zip(head_norms, (c.n_heads, c.n_kv_heads), strict=False)]
             before = (block.attn_norm, attn.qkv, biases, torch.cat(norms or [torch.empty(0)]))
             after = (attn.out, block.mlp_norm, mlp.gate_up, mlp.down)
-            self.tile_layers.append([[cpu.array(w).reshape(-1) for w in ws] for ws in (before, after)])
-        self.norm = cpu.array(model.norm)
+            self.block_layers.append([[cpu.array(w).reshape(-1) for w in ws] for ws in (before, after)])
+        self.norm, self.zeros = cpu.array(model.norm), np.zeros(cpu.LANES, np.float32)
+        # a subclass may have logits of its own
+        self.head = cpu.array(model.head).reshape(-1) if type(model).logits is Transformer.logits else None
         self.n_weights = sum(p.numel() for p in model.blocks.parameters())
 
     # ---- room ----
@@ -183,39 +185,45 @@ class Slots:
         self.a = {name: np.zeros((tiles, *shape, columns), np.float32) for name, shape in shapes.items()}
         self.t = {name: torch.from_numpy(x).view(tiles, -1, columns) for name, x in self.a.items()}
         self.flat = {name: x.reshape(-1) for name, x in self.a.items()}
+        self.logits = np.empty((c.vocab_size, tiles * columns), np.float32)
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens [B], the newest of each row, not in the cache yet -> logits [B, V] of what follows."""
+        """tokens [B], the newest of each row, not in the cache yet -> logits [B, V] of what follows; the next
+        step may write over them."""
         n, groups = self.n, groups_of(self.n, torch.get_num_threads(), self.n_weights)
         self._make_room(n, self.longest + 1)
-        columns = cpu.TILE_COLUMNS if groups else self.width(n)
+        columns = cpu.LANES if groups else self.width(n)
         tiles = -(-n // columns)
-        if self.t["x"].shape[::2] != (tiles, columns):
+        have, _, width = self.t["x"].shape
+        if width != columns or have < tiles:
             self._buffers(tiles, columns)
         cpu.threads()
-        embed_loop(cpu.array(self.model.embed), cpu.array(tokens), self.t["x"].numpy())
-        hidden = self._tiles(groups) if groups else self._products()
+        embed_loop(cpu.array(self.model.embed), cpu.array(tokens), self.a["x"][:tiles, 0])
+        logits = self._blocks(tiles, groups) if groups else self.model.logits(self._products())
         self.lengths[:n] += 1
-        return self.model.logits(hidden)[:n]
+        return logits[:n]
 
     def _attend(self, k_cache: np.ndarray, v_cache: np.ndarray) -> None:
         decode_attention_loop(self.a["qkv"], *self.angles, self.scale, self.lengths[: self.n], k_cache,
                               v_cache, self.a["out"])
 
-    def _tiles(self, groups: int) -> torch.Tensor:
+    def _blocks(self, n: int, groups: int) -> torch.Tensor:
         """Each thread has some rows to itself, but for attention."""
-        a, tiles, zeros = self.flat, len(self.a["x"]), np.zeros(cpu.TILE_COLUMNS, np.float32)
-        for (before, after), *caches in zip(self.tile_layers, self.kv[::2], self.kv[1::2], strict=True):
-            project_loop(a["x"], self.eps, *before, self.config.head_dim, tiles, groups, a["y"], a["qkv"])
+        a, D, in_qkv = self.flat, self.config.head_dim, self.a["qkv"][0].size
+        for (before, after), *caches in zip(self.block_layers, self.kv[::2], self.kv[1::2], strict=True):
+            project_loop(a["x"], self.eps, *before, D, n, groups, a["y"], a["qkv"], in_qkv, cpu.LANES)
             self._attend(*caches)
-            finish_layer_loop(a["x"], a["out"], self.eps, *after, zeros, tiles, groups, a["y"], a["gate_up"],
+            finish_layer_loop(a["x"], a["out"], self.eps, *after, self.zeros, n, groups, a["y"], a["gate_up"],
                               a["act"])
-        self._norm(self.norm)
-        return self.t["y"].transpose(1, 2).flatten(0, 1)
+        if self.head is None:
+            return self.model.logits(self._norm(self.norm, n).transpose(1, 2).flatten(0, 1))
+        project_loop(a["x"], self.eps, self.norm, self.head, self.zeros, self.zeros[:0], D, n, groups, a["y"],
+                     self.logits.reshape(-1), cpu.LANES, self.logits.shape[1])
+        return torch.from_numpy(self.logits).t()
 
-    def _norm(self, weight: np.ndarray) -> torch.Tensor:
-        rmsnorm_columns_loop(self.t["x"].numpy(), weight, self.eps, self.t["y"].numpy())
-        return self.t["y"][0]
+    def _norm(self, weight: np.ndarray, tiles: int = 1) -> torch.Tensor:
+        rmsnorm_columns_loop(self.a["x"][:tiles, 0], weight, self.eps, self.a["y"][:tiles, 0])
+        return self.t["y"][:tiles]
 
     def _products(self) -> torch.Tensor:
         """All threads share each product, which is PyTorch's."""
@@ -224,7 +232,7 @@ class Slots:
         heads = [self.a["qkv"][0, :H], self.a["qkv"][0, H : H + G]]
         for (attn_norm, w_qkv, bias, head_norms, w_out, mlp_norm, w_up, w_down), k_cache, v_cache in zip(
                 self.layers, self.kv[::2], self.kv[1::2], strict=True):
-            y = self._norm(attn_norm)
+            y = self._norm(attn_norm)[0]
             if bias is None:
                 torch.mm(w_qkv, y, out=qkv)
             else:
@@ -233,10 +241,10 @@ class Slots:
                 rmsnorm_columns_loop(part, weight, self.eps, part)
             self._attend(k_cache, v_cache)
             x.addmm_(w_out, out)
-            torch.mm(w_up, self._norm(mlp_norm), out=gate_up)
+            torch.mm(w_up, self._norm(mlp_norm)[0], out=gate_up)
             cpu.swiglu_fwd_loop(self.flat["gate_up"], width, len(act) * width, self.a["act"][0, 0])
             x.addmm_(w_down, act)
-        return self._norm(self.norm).t()
+        return self._norm(self.norm)[0].t()
 
 
 def places_within(n_bytes: float, token_bytes: int, n_rows: int, longest: int | None,
