@@ -2,13 +2,13 @@
 
 PyTorch runs an op of several steps as so many passes over memory, and a CPU has little bandwidth: one loop
 that does them all on a row while it lies in the cache is two to five times as fast. Matrix products stay
-PyTorch's, but for those of attention, of the MLP and of decoding's layers (kernels/cpu_tiles.py).
+PyTorch's, but for those of attention, of the MLP and of decoding (kernels/cpu_tiles.py).
 
 Only for fp32; kernels/reference.py has the same in plain torch, for all other tensors and where Numba is not
 installed. The loops run on as many OpenMP threads as PyTorch is set to, and what is added up over rows is
 added in fixed parts, so that the result is the same for any number of them. As with all of OpenMP: no loops
 in a forked child of a process that has run some. The first call of each compiles it (about two seconds,
-those of attention and of decoding's layers six to twenty); the machine code is kept beside this file, or
+those with products inside six to twenty); the machine code is kept beside this file, or
 where NUMBA_CACHE_DIR says.
 
 Shapes: R rows, M features of a row, F d_ff, T tokens, H heads, D head_dim, V columns of logits.

@@ -24,7 +24,7 @@ if HAS_NUMBA:
         larger,
         load,
         multiply,
-        prefetch,
+        prefetch_once,
         store,
         subtract,
     )
@@ -40,7 +40,7 @@ def scores_of_rows(q, k, R, D, scores):
     for s in range(S):
         if s + PLACES < S:
             for i in range(0, step, LINE):
-                prefetch(k, (s + PLACES) * step + i)
+                prefetch_once(k, (s + PLACES) * step + i)
         for r in range(R):
             at, to = s * step, r * step
             a, b, c, e = fill(f32(0)), fill(f32(0)), fill(f32(0)), fill(f32(0))  # one would be waited for
@@ -83,8 +83,8 @@ def add_values_of_rows(scores, v, R, D, out):
             c, e = load(scores, p + 2 * LANES), load(scores, p + 3 * LANES)
             for i in range(0, step, LANES):
                 if r == 0 and s + 2 * PLACES < S:
-                    prefetch(v, ahead + 4 * i)
-                    prefetch(v, ahead + 4 * i + LINE)
+                    prefetch_once(v, ahead + 4 * i)
+                    prefetch_once(v, ahead + 4 * i + LINE)
                 x = add_product(load(out, to + i), a, load(v, at + i))
                 x = add_product(x, b, load(v, at + i + step))
                 x = add_product(x, c, load(v, at + i + 2 * step))
@@ -196,7 +196,7 @@ def decode_attention_loop(qkv_INDC, cos_SC, sin_SC, scale, lengths_B, k, v, out_
     lengths (int64) how many tokens the cache has of each row so far. The new keys and values are written
     behind them. Keys and values: [blocks, G, S, D, W], where W, the rows of a block, is 8 or 1, and S a
     multiple of 4. All of it must be finite. qkv and out have the rows in tiles of C columns, a multiple of W:
-    the last tile may have more columns than rows, and one may have them all.
+    there may be more columns than rows, and one tile may have them all.
     """
     _, H, D, C = out_IHDC.shape
     G, W, qkv, out = k.shape[1], k.shape[4], qkv_INDC.reshape(-1), out_IHDC.reshape(-1)

@@ -1,5 +1,5 @@
-"""A layer of one token of every row that is decoded, but for attention (cpu_attention.py), as compiled loops
-for a CPU (see kernels/cpu.py).
+"""The layers of one token of every row that is decoded, and the logits, but for attention (cpu_attention.py),
+as compiled loops for a CPU (see kernels/cpu.py).
 
 Rows go in blocks of 8, each number of the 8 side by side: [blocks, M, 8]. Nothing that a layer does to one
 block has to do with another, so a thread takes a group of blocks from the residual stream to the heads, and
@@ -67,28 +67,33 @@ def multiply_blocks(w, N, K, x, start, start_block, start_row, out, out_block, o
                            out_row)
 
 
+@ordered_part
+def project(x, eps, norm, w, bias, head_norms, D, first, end, y, out, out_block, out_row):
+    """y = norm(x) and out = w y + bias of these blocks, and the first heads normed."""
+    M = len(norm)
+    N, bias_row = len(w) // M, LANES if len(bias) > LANES else 0
+    for b in range(first, end):
+        norm_block(x, b * M * LANES, M, norm, 0, eps, y)
+    multiply_blocks(w, N, M, y, bias, 0, bias_row, out, out_block, out_row, first, end)
+    for b in range(first, end):
+        for h in range(len(head_norms) // D):
+            norm_block(out, b * out_block + h * D * LANES, D, head_norms, h * D, eps, out)
+
+
 @ordered_loop
 def project_loop(x, eps, norm, w, bias, head_norms, D, n_blocks, groups, y, out, out_block, out_row):
-    """out = w norm(x) + bias of each block, and the first heads normed, with a row [D] of head_norms each.
-
-    bias: [N, 8], 8 times the same number, or 8 zeros for all. out: qkv, each block's side by side, or logits.
-    """
-    M = len(norm)
-    N = len(w) // M
-    bias_row = LANES if len(bias) > LANES else 0
+    """From the residual stream to the heads: out = w norm(x) + bias of each block, and the first heads are
+    normed, with a row [D] of head_norms each. bias: [N, 8], 8 times the same number, or 8 zeros for all."""
     for g in numba.prange(groups):
         first, end = n_blocks * g // groups, n_blocks * (g + 1) // groups
-        for b in range(first, end):
-            norm_block(x, b * M * LANES, M, norm, 0, eps, y)
-        multiply_blocks(w, N, M, y, bias, 0, bias_row, out, out_block, out_row, first, end)
-        for b in range(first, end):
-            for h in range(len(head_norms) // D):
-                norm_block(out, b * out_block + h * D * LANES, D, head_norms, h * D, eps, out)
+        project(x, eps, norm, w, bias, head_norms, D, first, end, y, out, out_block, out_row)
 
 
 @ordered_loop
-def finish_layer_loop(x, mixed, eps, w_out, norm, w_up, w_down, zeros, n_blocks, groups, y, gate_up, act):
-    """What follows attention, whose result is mixed: x += w_out mixed, and x += MLP(norm(x))."""
+def finish_layer_loop(x, mixed, eps, w_out, mlp_norm, w_up, w_down, zeros, n_blocks, groups, gate_up, act,
+                      norm, w, bias, head_norms, D, y, out, out_block, out_row):
+    """What follows attention, whose result is mixed: x += w_out mixed, and x += MLP(norm(x)); then what comes
+    before the next, as in project_loop, or the model's last norm and logits."""
     M, C = len(norm), LANES
     A, F = len(w_out) // M, len(w_down) // M
     step, wide = M * C, F * C
@@ -96,9 +101,10 @@ def finish_layer_loop(x, mixed, eps, w_out, norm, w_up, w_down, zeros, n_blocks,
         first, end = n_blocks * g // groups, n_blocks * (g + 1) // groups
         multiply_blocks(w_out, M, A, mixed, x, step, C, x, step, C, first, end)
         for b in range(first, end):
-            norm_block(x, b * step, M, norm, 0, eps, y)
+            norm_block(x, b * step, M, mlp_norm, 0, eps, y)
         multiply_blocks(w_up, 2 * F, M, y, zeros, 0, 0, gate_up, 2 * wide, C, first, end)
         for b in range(first, end):
             up, after = (2 * b + 1) * wide, (2 * b + 2) * wide
             swiglu_fwd_row(gate_up[up - wide : up], gate_up[up:after], act[b * wide : (b + 1) * wide])
         multiply_blocks(w_down, M, F, act, x, step, C, x, step, C, first, end)
+        project(x, eps, norm, w, bias, head_norms, D, first, end, y, out, out_block, out_row)

@@ -10,7 +10,8 @@ as x here, and each is written and read by several. So a thread takes some token
 its own caches hold; g and u alone are kept for the gradient. The products are those of kernels/cpu_tiles.py;
 for them a weight's columns are laid out 16 by 16 at each call.
 
-The weights' gradients are added up over fixed parts of the tokens: the same bits for any number of threads.
+The weights' gradients are added up over fixed parts of the tokens: the loops give the same bits on any number
+of threads.
 
 Shapes: T tokens, M d_model, F d_ff, P parts; K and N of any product.
 """
@@ -45,17 +46,19 @@ MOST = 600_000  # weights: the gradients of more lie in no cache, and PyTorch's 
 
 
 def parts_of(n_tokens: int) -> int:
-    return min(PARTS, n_tokens // FEWEST)
+    """A power of two, or 0; so many threads, or a divisor of them, have the same to do."""
+    return min(PARTS, 1 << (n_tokens // FEWEST).bit_length() >> 1)
 
 
 def fits(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> bool:
-    """Whether the loops run on these, and are faster: each thread has a part, or more, and PyTorch's products
-    have neither longer vectors nor hardware of their own."""
-    (M, F), n_weights = down.shape, gate_up.numel() + down.numel()
+    """Whether the loops run on these, and are faster: there are parts for all threads, few of which wait at
+    the end, and PyTorch's products have neither longer vectors nor hardware of their own. (So which of the
+    two it is, and the last bits, does depend on the number of threads.)"""
+    (M, F), n_weights, parts = down.shape, gate_up.numel() + down.numel(), parts_of(x.numel() // x.shape[-1])
     shapes = x.shape[-1] == M and gate_up.shape == (2 * F, M) and not (M % TILE_COLUMNS or F % TILE_COLUMNS)
-    pays = n_weights <= MOST and parts_of(x.numel() // M) >= max(2, min(PARTS, torch.get_num_threads()))
-    return shapes and pays and torch.backends.cpu.get_cpu_capability() == "AVX2" and \
-        serves(None, x, gate_up, down)
+    all_busy = parts >= 2 and 8 * (-parts % torch.get_num_threads()) <= parts
+    return shapes and all_busy and n_weights <= MOST and \
+        torch.backends.cpu.get_cpu_capability() == "AVX2" and serves(None, x, gate_up, down)
 
 
 def panels(weight_NK: torch.Tensor):
@@ -102,7 +105,7 @@ def swiglu_back_row(da, gate, up, dgate, dup):
     for f in range(len(da)):
         s = f32(1) / (f32(1) + exp(-gate[f]))
         silu = gate[f] * s
-        dgate[f] = da[f] * up[f] * s * (f32(1) + gate[f] - silu)
+        dgate[f] = da[f] * up[f] * s * (f32(1) + gate[f] * (f32(1) - s))
         dup[f] = da[f] * silu
         da[f] = silu * up[f]
 

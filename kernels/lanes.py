@@ -59,15 +59,21 @@ def store(typing, x, i, v):
     return types.void(x, types.intp, v), code
 
 
-@intrinsic
-def prefetch(typing, x, i):
-    """Ask for the 64 bytes around x[i], which may lie behind the end."""
-    def code(context, builder, signature, args):
-        kind = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), INT, INT, INT])
-        ask = builder.module.declare_intrinsic("llvm.prefetch", [BYTE.as_pointer()], kind)
-        to_read, nearest, data = INT(0), INT(3), INT(1)
-        builder.call(ask, [address(context, builder, signature, *args, BYTE), to_read, nearest, data])
-    return types.void(x, types.intp), code
+def asking(nearness: int):
+    """A function for loops: ask for the 64 bytes around x[i], which may lie behind the end."""
+    @intrinsic
+    def ask(typing, x, i):
+        def code(context, builder, signature, args):
+            kind = ir.FunctionType(ir.VoidType(), [BYTE.as_pointer(), INT, INT, INT])
+            fetch = builder.module.declare_intrinsic("llvm.prefetch", [BYTE.as_pointer()], kind)
+            to_read, data = INT(0), INT(1)
+            place = address(context, builder, signature, *args, BYTE)
+            builder.call(fetch, [place, to_read, INT(nearness), data])
+        return types.void(x, types.intp), code
+    return ask
+
+
+prefetch, prefetch_once = asking(3), asking(0)  # to stay in all caches, or to be read once and make room
 
 
 @intrinsic

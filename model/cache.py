@@ -5,12 +5,12 @@ Both hold their sequences in rows 0 .. n - 1 and answer the same questions of th
     fits(n, ...)           may n more begin, too?          can_step()   is there room for a token in each row?
     admit(rows, ...)       prefill                         decode(...)  one token a row: logits
     move(dst, src), cut(n) rows change places; what lies behind n is free
-    empty(rows)            they begin anew, from nothing    width(n)     rows that a step of n really computes
+    empty(rows)            they begin anew, from nothing    width(n)     n, up to where a row fewer saves time
     allocate(n_tokens)     once, before all others         clear()      no row, and no NaN, is left
 
 `Slots` is the CPU's, for fp32: the same place of some rows side by side, read by a compiled loop
 (kernels/cpu_attention.py). Its decode path is the model's own arithmetic on the trainer's weights, which it
-reads where they lie: 3 loops a layer, or 8 operators where products of PyTorch's are faster.
+reads where they lie: 2 loops a layer, or 8 operators where products of PyTorch's are faster.
 
 `Pages` is the GPU's, and a CPU's where that loop cannot serve: fixed pages of PAGE tokens, a table of page
 numbers for each row, prompts' full pages shared by the samples of a group (reference counts), the last one
@@ -85,8 +85,8 @@ class Slots:
             after = (attn.out, block.mlp_norm, mlp.gate_up, mlp.down)
             self.block_layers.append([[cpu.array(w).reshape(-1) for w in ws] for ws in (before, after)])
         self.norm, self.zeros = cpu.array(model.norm), np.zeros(cpu.LANES, np.float32)
-        # a subclass may have logits of its own
-        self.head = cpu.array(model.head).reshape(-1) if type(model).logits is Transformer.logits else None
+        self.head = cpu.array(model.head).reshape(-1)
+        self.own_logits = type(model).logits is not Transformer.logits  # those of a subclass
         self.n_weights = sum(p.numel() for p in model.blocks.parameters())
 
     # ---- room ----
@@ -176,6 +176,9 @@ class Slots:
     def width(n: int) -> int:
         return -(-n // ROW_STEP) * ROW_STEP if n > 1 else n
 
+    def _groups(self, n_weights: int) -> int:
+        return groups_of(self.n, torch.get_num_threads(), n_weights)
+
     def _buffers(self, tiles: int, columns: int) -> None:
         """What a step writes, rows in so many tiles: as tensors and as the same memory for the loops."""
         c = self.config
@@ -190,7 +193,7 @@ class Slots:
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [B], the newest of each row, not in the cache yet -> logits [B, V] of what follows; the next
         step may write over them."""
-        n, groups = self.n, groups_of(self.n, torch.get_num_threads(), self.n_weights)
+        n, groups = self.n, self._groups(self.n_weights)
         self._make_room(n, self.longest + 1)
         columns = cpu.LANES if groups else self.width(n)
         tiles = -(-n // columns)
@@ -210,20 +213,23 @@ class Slots:
     def _blocks(self, n: int, groups: int) -> torch.Tensor:
         """Each thread has some rows to itself, but for attention."""
         a, D, in_qkv = self.flat, self.config.head_dim, self.a["qkv"][0].size
-        for (before, after), *caches in zip(self.block_layers, self.kv[::2], self.kv[1::2], strict=True):
-            project_loop(a["x"], self.eps, *before, D, n, groups, a["y"], a["qkv"], in_qkv, cpu.LANES)
-            self._attend(*caches)
-            finish_layer_loop(a["x"], a["out"], self.eps, *after, self.zeros, n, groups, a["y"], a["gate_up"],
-                              a["act"])
-        if self.head is None:
-            return self.model.logits(self._norm(self.norm, n).transpose(1, 2).flatten(0, 1))
-        project_loop(a["x"], self.eps, self.norm, self.head, self.zeros, self.zeros[:0], D, n, groups, a["y"],
-                     self.logits.reshape(-1), cpu.LANES, self.logits.shape[1])
-        return torch.from_numpy(self.logits).t()
+        head = self.head[:0] if self.own_logits or not self._groups(len(self.head)) else self.head
+        befores, afters = zip(*self.block_layers, strict=True)
+        befores = [*befores, (self.norm, head, self.zeros, self.zeros[:0])]
+        results = [(a["qkv"], in_qkv, cpu.LANES)] * len(afters)
+        results.append((self.logits.reshape(-1), cpu.LANES, self.logits.shape[1]))
+        project_loop(a["x"], self.eps, *befores[0], D, n, groups, a["y"], *results[0])
+        for i, after in enumerate(afters):
+            self._attend(self.kv[2 * i], self.kv[2 * i + 1])
+            finish_layer_loop(a["x"], a["out"], self.eps, *after, self.zeros, n, groups, a["gate_up"],
+                              a["act"], *befores[i + 1], D, a["y"], *results[i + 1])
+        if len(head):
+            return torch.from_numpy(self.logits).t()
+        return self.model.logits(self.t["y"][:n].transpose(1, 2).flatten(0, 1))
 
-    def _norm(self, weight: np.ndarray, tiles: int = 1) -> torch.Tensor:
-        rmsnorm_columns_loop(self.a["x"][:tiles, 0], weight, self.eps, self.a["y"][:tiles, 0])
-        return self.t["y"][:tiles]
+    def _norm(self, weight: np.ndarray) -> torch.Tensor:
+        rmsnorm_columns_loop(self.a["x"][0], weight, self.eps, self.a["y"][0])
+        return self.t["y"][0]
 
     def _products(self) -> torch.Tensor:
         """All threads share each product, which is PyTorch's."""
@@ -232,7 +238,7 @@ class Slots:
         heads = [self.a["qkv"][0, :H], self.a["qkv"][0, H : H + G]]
         for (attn_norm, w_qkv, bias, head_norms, w_out, mlp_norm, w_up, w_down), k_cache, v_cache in zip(
                 self.layers, self.kv[::2], self.kv[1::2], strict=True):
-            y = self._norm(attn_norm)[0]
+            y = self._norm(attn_norm)
             if bias is None:
                 torch.mm(w_qkv, y, out=qkv)
             else:
@@ -241,10 +247,10 @@ class Slots:
                 rmsnorm_columns_loop(part, weight, self.eps, part)
             self._attend(k_cache, v_cache)
             x.addmm_(w_out, out)
-            torch.mm(w_up, self._norm(mlp_norm)[0], out=gate_up)
+            torch.mm(w_up, self._norm(mlp_norm), out=gate_up)
             cpu.swiglu_fwd_loop(self.flat["gate_up"], width, len(act) * width, self.a["act"][0, 0])
             x.addmm_(w_down, act)
-        return self._norm(self.norm)[0].t()
+        return self._norm(self.norm).t()
 
 
 def places_within(n_bytes: float, token_bytes: int, n_rows: int, longest: int | None,
