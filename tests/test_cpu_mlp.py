@@ -67,6 +67,14 @@ def test_gates_of_any_size(scale, tolerance):
     check([x, gate_up, down], torch.randn(2 * FEW, 32), tolerance)
 
 
+@pytest.mark.parametrize("gate", [-1e8, 40.0, 3e4, 1e8])
+def test_the_slope_of_a_large_gate_is_1(gate):
+    """It is 1 + gate (1 - s), not 1 + gate - gate s."""
+    x, gate_up, down = torch.eye(16).repeat(5, 1), torch.ones(32, 16), torch.randn(16, 16)
+    gate_up[:16] = gate
+    check([x, gate_up, down], torch.randn(80, 16))
+
+
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_what_is_not_finite_stays_in_its_row(bad):
     (x, gate_up, down), T = inputs(3 * FEW, 32, 16), 3 * FEW
