@@ -52,7 +52,7 @@ class Slots:
         self.n_rows, self.n_tokens = n_rows, 0
         self.block = ROW_BLOCK if n_rows >= ROW_BLOCK else 1
         self.lengths = np.zeros(n_rows, np.int64)
-        self.n = 0  # rows in use
+        self.n = self.longest = 0  # rows in use, and the largest of their lengths
         # keys, values of layer 0, of layer 1, ...: [blocks, G, columns, D, block]
         self.kv: list[np.ndarray] = []
         self.scale, self.eps = np.float32(self.config.head_dim ** -0.5), np.float32(self.config.norm_eps)
@@ -70,7 +70,7 @@ class Slots:
             raise ValueError("engine: paged is False, but slots are for float32 on a CPU with Numba; the "
                              f"model is in {model.embed.dtype} and computes in {model.compute_dtype} on "
                              f"{model.embed.device.type}; expected paged=True or None")
-        c, self.layers, self.block_layers = self.config, [], []
+        c, self.layers, self.befores, self.afters = self.config, [], [], []
         for block in self.model.blocks:
             attn, mlp = block.attn, block.mlp
             bias = None if attn.qkv_bias is None else attn.qkv_bias.detach()[:, None]
@@ -83,9 +83,10 @@ class Slots:
             norms = [w.expand(n, -1) for w, n in zip(head_norms, (c.n_heads, c.n_kv_heads), strict=False)]
             before = (block.attn_norm, attn.qkv, biases, torch.cat(norms or [torch.empty(0)]))
             after = (attn.out, block.mlp_norm, mlp.gate_up, mlp.down)
-            self.block_layers.append([[cpu.array(w).reshape(-1) for w in ws] for ws in (before, after)])
+            self.befores.append([cpu.array(w).reshape(-1) for w in before])
+            self.afters.append([cpu.array(w).reshape(-1) for w in after])
         self.norm, self.zeros = cpu.array(model.norm), np.zeros(cpu.LANES, np.float32)
-        self.head = cpu.array(model.head).reshape(-1)
+        self.embed, self.head = cpu.array(model.embed), cpu.array(model.head).reshape(-1)
         self.own_logits = type(model).logits is not Transformer.logits  # those of a subclass
         self.n_weights = sum(p.numel() for p in model.blocks.parameters())
 
@@ -103,9 +104,8 @@ class Slots:
         """Places for one sequence of so many tokens."""
         return self.places(total)
 
-    @property
-    def longest(self) -> int:
-        return int(self.lengths[: self.n].max()) if self.n else 0
+    def _measure(self) -> None:
+        self.longest = int(self.lengths[: self.n].max()) if self.n else 0
 
     def can_step(self) -> bool:
         return self.n * self.places(self.longest + 1) <= self.n_tokens
@@ -150,6 +150,7 @@ class Slots:
         hidden, kept = self.model.prefill(packed)
         firsts, lengths = packed.cu_seqlens.numpy()[which], packed.cu_seqlens.diff().numpy()[which]
         self.n, self.lengths[rows] = n, lengths
+        self._measure()
         cpu.threads()
         for cache, new in zip(self.kv, (x for pair in kept for x in pair), strict=True):
             write_rows_loop(cpu.array(new), firsts, lengths, rows, cache)
@@ -157,18 +158,21 @@ class Slots:
 
     def move(self, dst: np.ndarray, src: np.ndarray) -> None:
         self.lengths[dst] = self.lengths[src]
+        self._measure()
         cpu.threads()
         for cache in self.kv:
             move_rows_loop(src, self.lengths[dst], dst, cache)
 
     def cut(self, n: int) -> None:
         self.n = n
+        self._measure()
 
     def empty(self, rows: np.ndarray) -> None:
         self.lengths[rows] = 0
+        self._measure()
 
     def clear(self) -> None:
-        self.kv, self.n = [], 0
+        self.kv, self.n, self.longest = [], 0, 0
 
     # ---- one token a row: features first, [tiles, M, columns], the layout for small products ----
 
@@ -201,9 +205,10 @@ class Slots:
         if width != columns or have < tiles:
             self._buffers(tiles, columns)
         cpu.threads()
-        embed_loop(cpu.array(self.model.embed), cpu.array(tokens), self.a["x"][:tiles, 0])
+        embed_loop(self.embed, cpu.array(tokens), self.a["x"][:tiles, 0])
         logits = self._blocks(tiles, groups) if groups else self.model.logits(self._products())
         self.lengths[:n] += 1
+        self.longest += 1
         return logits[:n]
 
     def _attend(self, k_cache: np.ndarray, v_cache: np.ndarray) -> None:
@@ -214,12 +219,11 @@ class Slots:
         """Each thread has some rows to itself, but for attention."""
         a, D, in_qkv = self.flat, self.config.head_dim, self.a["qkv"][0].size
         head = self.head[:0] if self.own_logits or not self._groups(len(self.head)) else self.head
-        befores, afters = zip(*self.block_layers, strict=True)
-        befores = [*befores, (self.norm, head, self.zeros, self.zeros[:0])]
-        results = [(a["qkv"], in_qkv, cpu.LANES)] * len(afters)
+        befores = [*self.befores, (self.norm, head, self.zeros, self.zeros[:0])]
+        results = [(a["qkv"], in_qkv, cpu.LANES)] * len(self.afters)
         results.append((self.logits.reshape(-1), cpu.LANES, self.logits.shape[1]))
         project_loop(a["x"], self.eps, *befores[0], D, n, groups, a["y"], *results[0])
-        for i, after in enumerate(afters):
+        for i, after in enumerate(self.afters):
             self._attend(self.kv[2 * i], self.kv[2 * i + 1])
             finish_layer_loop(a["x"], a["out"], self.eps, *after, self.zeros, n, groups, a["gate_up"],
                               a["act"], *befores[i + 1], D, a["y"], *results[i + 1])
