@@ -4,7 +4,7 @@
     python -m benchmarks.generation --rounds 9 --out generation.json
     python -m benchmarks.generation --device cuda     on a GPU: share of the memory bandwidth, by batch size
 
-On a CPU, fp32, three cases, whose sides take turns:
+On a CPU, fp32, three cases, whose sides take turns, in each round in another order:
 
     equal    256 requests (16 prompts x 16) of 64 new tokens each, the 0.92 M Qwen2 shape of vs_trl.py
     spread   the same, ended by stop tokens after 8 to 128 tokens (log-uniform: half of them before 32);
@@ -155,9 +155,11 @@ def on_cpu(f: Flags) -> dict:
     for name in f.cases.split(","):
         model, sides, tokens, flops = case_of(name, f)
         turns = {side: [] for side in (*sides, "product")}
-        for _ in range(f.warmup + f.rounds):
-            for side, run in sides.items():
-                turns[side].append(time_of(run))
+        names = list(sides)
+        for i in range(f.warmup + f.rounds):
+            for side in names[i % len(names) :] + names[: i % len(names)]:
+                gc.collect()  # each pays for its own
+                turns[side].append(time_of(sides[side]))
             turns["product"].append(min(time_of(lambda: x @ x) for _ in range(8)))
         turns = {side: np.array(seconds[f.warmup:]) for side, seconds in turns.items()}
         rate = 2 * 1024**3 / turns["product"]

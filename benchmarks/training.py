@@ -29,7 +29,7 @@ from r1zero.train.run import reuse_memory
 from .common import finish, show, spread, table, time_of
 
 GROUPS = {  # of the profiler's operators, by the first prefix that fits
-    "matrix products": ("aten::mm", "aten::addmm"),
+    "matrix products": ("aten::mm", "aten::addmm", "MLP"),  # the MLP's loop with its SwiGLU
     "attention": ("aten::bmm", "aten::baddbmm", "aten::_softmax", "Attention"),
     "optimizer": ("aten::_fused_adamw", "aten::_foreach", "Optimizer."),
     "data": ("data",),

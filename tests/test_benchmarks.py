@@ -85,6 +85,7 @@ def test_flops_count_attention_by_the_squares_of_the_lengths():
     ("aten::_fused_adamw_", "optimizer"), ("Optimizer.step#AdamW.step", "optimizer"),
     ("aten::copy_", "copies and gathers"),
     ("SwiGLUBackward", "norms, RoPE, SwiGLU, loss"), ("AttentionOfHeads", "attention"),
+    ("MLPBackward", "matrix products"),
     ("autograd::engine::evaluate_function: SwiGLUBackward", "Python, autograd"),
 ])
 def test_where_an_operator_counts(operator, group):
