@@ -7,10 +7,17 @@ from setuptools import setup
 
 PACKAGES = {
     "r1zero.kernels": "kernels",
+    "r1zero.kernels.cpu": "kernels/cpu",
     "r1zero.model": "model",
+    "r1zero.model.engine": "model/engine",
     "r1zero.eval": "eval",
+    "r1zero.eval.tasks": "eval/tasks",
     "r1zero.rl": "rl",
     "r1zero.train": "train",
+    "r1zero.train.cli": "train/cli",
+    "r1zero.train.lab": "train/lab",
+    "r1zero.train.recipes": "train/recipes",
+    "r1zero.train.report": "train/report",
 }
 
 DEPENDENCIES = [
@@ -44,5 +51,5 @@ setup(
     package_dir=PACKAGES,
     install_requires=DEPENDENCIES,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["r1zero = r1zero.train.cli:main"]},
+    entry_points={"console_scripts": ["r1zero = r1zero.train.cli.main:main"]},
 )

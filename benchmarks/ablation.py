@@ -32,14 +32,14 @@ from tqdm import tqdm
 
 from r1zero.eval.harness import evaluate
 from r1zero.eval.sampler import ModelSampler
-from r1zero.model.checkpoint import atomic_write_json
-from r1zero.rl.algorithms import PRESETS
-from r1zero.train.demo import DemoConfig, base_config, task_of
+from r1zero.model.checkpoint import atomic_write_json, load_model
+from r1zero.model.optimizer import OptimConfig
+from r1zero.rl.family import PRESETS
 from r1zero.train.grpo import GRPOConfig, grpo_step, make_learner
-from r1zero.train.optim import OptimConfig
-from r1zero.train.plots import BASE, CONTROL, save, smooth
 from r1zero.train.pretrain import pretrain
-from r1zero.train.run import load_model, pick_device, reuse_memory
+from r1zero.train.recipes.demo import DemoConfig, base_config, task_of
+from r1zero.train.report.plots import BASE, CONTROL, save, smooth
+from r1zero.train.run import pick_device, reuse_memory
 
 from .common import finish, table
 

@@ -107,7 +107,7 @@ def rope_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
 
 
 def swiglu_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
-    from r1zero.kernels import swiglu
+    from r1zero.kernels import mlp as swiglu
 
     def launch(T, F, dtype):
         gate_up = empty(T, 2 * F, dtype=dtype)

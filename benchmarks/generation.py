@@ -36,8 +36,9 @@ import torch
 import tyro
 
 from r1zero.model.config import ModelConfig, preset
-from r1zero.model.engine import Engine
-from r1zero.model.generation import Request, group_requests, sample_seeds
+from r1zero.model.engine.engine import Engine
+from r1zero.model.engine.requests import Request, group_requests
+from r1zero.model.engine.sampling import sample_seeds
 from r1zero.model.transformer import Transformer, flops_per_token, param_count
 from r1zero.train.run import reuse_memory
 

@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from r1zero.kernels.attention import attention
 from r1zero.kernels.grpo import grpo_loss
 from r1zero.kernels.linear_logprob import linear_logprob
+from r1zero.kernels.mlp import swiglu
 from r1zero.kernels.rmsnorm import rmsnorm
 from r1zero.kernels.rope import rope, rope_table
-from r1zero.kernels.swiglu import swiglu
 
 SHAPE = ("B", "S", "H", "G", "D", "T", "M", "F", "V", "L")
 MODES = ("forward", "backward", "full")

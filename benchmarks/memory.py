@@ -34,9 +34,9 @@ import tyro
 from torch.profiler import ProfilerActivity, profile
 
 from r1zero.model.config import preset
+from r1zero.model.optimizer import OptimConfig, make_optimizer, optimizer_step
 from r1zero.model.packed import pack
 from r1zero.model.transformer import Transformer
-from r1zero.train.optim import OptimConfig, make_optimizer, optimizer_step
 
 from .common import finish, table
 

@@ -26,13 +26,13 @@ import numpy as np
 import torch
 import tyro
 
-from r1zero.eval.tasks import Grade
+from r1zero.eval.tasks.base import Grade
 from r1zero.model.config import ModelConfig
-from r1zero.model.engine import Engine
+from r1zero.model.engine.engine import Engine
+from r1zero.model.optimizer import OptimConfig, make_optimizer
 from r1zero.model.packed import pack
 from r1zero.model.transformer import Transformer, flops_per_token, param_count
 from r1zero.train.grpo import GRPOConfig, Learner, grpo_step
-from r1zero.train.optim import OptimConfig, make_optimizer
 from r1zero.train.run import reuse_memory
 
 from .common import finish, show, spread, table

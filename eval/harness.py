@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from .response import parse_response
-from .tasks import Task
+from .tasks.base import Task
 
 Z95 = 1.959964  # 97.5 % quantile of the normal distribution
 SUMMED = ("accuracy", "format", "n_tokens", "finish_reason")  # what is kept of each response for the summary

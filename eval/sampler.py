@@ -13,8 +13,9 @@ from collections.abc import Iterator
 
 import torch
 
-from ..model.engine import Engine
-from ..model.generation import Request, group_requests, sample_seeds
+from ..model.engine.engine import Engine
+from ..model.engine.requests import Request, group_requests
+from ..model.engine.sampling import sample_seeds
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from .harness import Sampled

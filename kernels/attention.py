@@ -19,7 +19,8 @@ Shapes: T tokens, H query heads, G kv heads, D head_dim, N sequences.
 """
 import torch
 
-from . import cpu_packed_attention, dispatch, reference
+from . import dispatch, reference
+from .cpu import attention as cpu_packed_attention
 from .dispatch import check_tensors, tl, triton, use_triton
 
 MAX_HEAD_DIM = 256

@@ -34,9 +34,15 @@ Shapes: N samples (sequences), G groups, R response tokens of all sequences.
 """
 import torch
 
-from . import reference_grpo
+from . import reference as reference_grpo
 from .dispatch import check_tensors, tl, triton, use_triton
-from .reference_grpo import EQUAL_REWARDS, GRPO_KL_ESTIMATORS, GRPO_METRICS, GRPO_OBJECTIVES, MAX_LOG_RATIO
+from .reference import (
+    EQUAL_REWARDS,
+    GRPO_KL_ESTIMATORS,
+    GRPO_METRICS,
+    GRPO_OBJECTIVES,
+    MAX_LOG_RATIO,
+)
 
 LOSS, RATIO_MAX = GRPO_METRICS.index("loss"), GRPO_METRICS.index("ratio_max")
 COLUMNS = 16  # of the table of sums: a power of 2 that holds GRPO_METRICS

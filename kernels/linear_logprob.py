@@ -28,7 +28,9 @@ import math
 import numpy as np
 import torch
 
-from . import cpu, dispatch, reference
+from . import dispatch, reference
+from .cpu import elementwise as cpu
+from .cpu.compile import serves
 from .dispatch import check_tensors, tl, triton, use_triton
 
 SLICE = 4096  # columns of dlogits that exist at one time; all of BLOCK_V divide it
@@ -342,5 +344,5 @@ def linear_logprob(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
         raise ValueError(f"linear_logprob: softcap is {softcap}, expected a number above 0, or None")
     if use_triton(impl, h, loops=True):
         return logprob_fwd_op(h, weight, targets.contiguous(), rows, float(temperature), softcap or 0.0)[:2]
-    served_by = cpu if cpu.serves(impl, h, weight) else reference
+    served_by = cpu if serves(impl, h, weight) else reference
     return served_by.linear_logprob(h, weight, targets, temperature, rows, softcap)

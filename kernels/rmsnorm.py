@@ -15,7 +15,9 @@ Shapes: T tokens, H heads (1 without), R = T H rows, M features of a row, P prog
 """
 import torch
 
-from . import cpu, dispatch, reference
+from . import dispatch, reference
+from .cpu import elementwise as cpu
+from .cpu.compile import serves
 from .dispatch import check_tensors, tl, triton, use_triton
 
 LARGEST_M = 16384  # a row lies in the registers of one program of forward
@@ -187,7 +189,7 @@ def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, residual: 
         raise ValueError(f"rmsnorm: residual is {tuple(residual.shape)} in {residual.dtype}, but x is "
                          f"{tuple(x.shape)} in {x.dtype}; expected the same")
     if not use_triton(impl, x, loops=True):
-        return (cpu if cpu.serves(impl, x, weight) else reference).rmsnorm(x, weight, eps, residual)
+        return (cpu if serves(impl, x, weight) else reference).rmsnorm(x, weight, eps, residual)
     if x.shape[-1] > LARGEST_M:
         raise ValueError(f"rmsnorm: the last dimension of x is {x.shape[-1]}, the Triton kernel takes up to "
                          f'{LARGEST_M}; give impl="reference"')

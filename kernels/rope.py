@@ -10,7 +10,9 @@ Shapes: T tokens, H heads, R = T H rows, D head_dim, C = D / 2 pairs.
 """
 import torch
 
-from . import cpu, reference
+from . import reference
+from .cpu import elementwise as cpu
+from .cpu.compile import serves
 from .dispatch import check_tensors, tl, triton, use_triton
 
 
@@ -92,4 +94,4 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, impl: str | None
                          "expected [T, H, D] and twice [T, D / 2] (see rope_table)")
     if use_triton(impl, x, loops=True):
         return rope_turn_op(x, cos, sin, False)
-    return (cpu if cpu.serves(impl, x, cos, sin) else reference).rope(x, cos, sin)
+    return (cpu if serves(impl, x, cos, sin) else reference).rope(x, cos, sin)

@@ -27,6 +27,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .config import ModelConfig
+from .tokenizer import Tokenizer
+from .transformer import Transformer
+
 FORMAT, VERSION = "r1zero checkpoint", 1
 FOLDER_NAME = re.compile(r"step_(\d{8,})(\.old)?")  # .old: the one being replaced, between two renames
 ASIDE = ".tmp-"  # what begins with this is unfinished; the next save removes it
@@ -385,3 +389,20 @@ def check_config(found: dict, expected: dict, where: str | Path) -> None:
     if differ:
         raise CheckpointError(f"{where} was made with another config: {'; '.join(differ)}. Use the settings "
                               "that it was made with, or another run folder")
+
+
+def build_model(config: dict, weights: dict[str, torch.Tensor], device: torch.device) -> Transformer:
+    """A model of a checkpoint's config and weights, in bf16 compute on a GPU and fp32 on a CPU."""
+    model = Transformer(ModelConfig(**config), torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model.load_state_dict(weights)
+    return model.to(device)
+
+
+def load_model(folder: str, device: torch.device, which="last") -> tuple[Transformer, Tokenizer, Checkpoint]:
+    """The model and tokenizer of a run's checkpoint. Raises CheckpointError if there is none to use."""
+    checkpoint = load_checkpoint(folder, which)
+    if not {"model_config", "tokenizer"} <= checkpoint.state.keys() or "model" not in checkpoint.tensors:
+        raise ValueError(f"{checkpoint.path} holds no model; give a folder that pretrain, sft, grpo or demo "
+                         "wrote")
+    model = build_model(checkpoint.state["model_config"], checkpoint.tensors["model"], device)
+    return model, Tokenizer.from_dict(checkpoint.state["tokenizer"]), checkpoint

@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels import cpu_mlp, cpu_packed_attention
 from ..kernels.attention import attention
+from ..kernels.cpu import attention as cpu_packed_attention
+from ..kernels.cpu import mlp as cpu_mlp
 from ..kernels.decode_attention import decode_attention
 from ..kernels.dispatch import use_triton
 from ..kernels.linear_logprob import linear_logprob
+from ..kernels.mlp import swiglu
 from ..kernels.rmsnorm import rmsnorm
 from ..kernels.rope import rope, rope_table
-from ..kernels.swiglu import swiglu
 from .config import ModelConfig
 from .packed import Packed
 

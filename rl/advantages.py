@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from ..kernels.grpo import grpo_advantages
-from ..kernels.reference_grpo import EQUAL_REWARDS
+from ..kernels.reference import EQUAL_REWARDS
 
 BASELINES = ("group", "leave_one_out", "batch", "critic", "none")
 SCALES = ("std", "batch", "none")

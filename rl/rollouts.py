@@ -10,8 +10,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from ..model.engine import Engine
-from ..model.generation import group_requests
+from ..model.engine.engine import Engine
+from ..model.engine.requests import group_requests
 from ..model.packed import Packed, offsets, pack
 
 

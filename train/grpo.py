@@ -23,24 +23,32 @@ from tqdm import tqdm
 
 from ..eval.harness import evaluate
 from ..eval.sampler import ModelSampler
-from ..eval.tasks import Task
-from ..model.engine import Engine
-from ..model.generation import NonFiniteError
+from ..eval.tasks.base import Task
+from ..model.checkpoint import build_model, load_model
+from ..model.distributed import all_sum
+from ..model.engine.engine import Engine
+from ..model.engine.sampling import NonFiniteError
+from ..model.optimizer import OptimConfig, make_optimizer
 from ..model.transformer import Transformer
 from ..rl.advantages import AdvantageConfig
-from ..rl.algorithms import PIECES, from_preset, in_words, missing_dials
-from ..rl.critic import Critic
+from ..rl.family import PIECES, from_preset, in_words, missing_dials
+from ..rl.heads import Critic
 from ..rl.losses import LossConfig, kl_estimate
 from ..rl.rewards import RewardConfig
 from ..rl.rollouts import micro_batches
-from .diagnose import Diagnosis
-from .draw import Learner, draw_with_signal, figures_of
-from .mistakes import MISTAKES, warn_of
-from .optim import OptimConfig, make_optimizer
-from .parallel import all_sum
-from .run import Run, RunConfig, build_model, load_model, peak_memory, pick_device, read_metrics, reuse_memory
+from ..rl.step import Learner, draw_with_signal, figures_of
+from ..rl.update import (
+    LogpGapError,
+    each_token,
+    kl_to_reference,
+    logp_of,
+    update_critic,
+    update_policy,
+)
+from .lab.diagnosis import Diagnosis
+from .lab.mistakes import MISTAKES, warn_of
+from .run import Run, RunConfig, peak_memory, pick_device, read_metrics, reuse_memory
 from .task_flags import TaskFlags
-from .update import LogpGapError, each_token, kl_to_reference, logp_of, update_critic, update_policy
 
 CHECKED = ("loss", "gradient_norm", "value_loss", "critic_gradient_norm")  # NaN in one of them ends the run
 
@@ -277,7 +285,3 @@ def grpo(c: GRPOConfig) -> Transformer:
                          {"position": s.position})
     return s.policy
 
-
-if __name__ == "__main__":
-    from .cli import run_command
-    run_command("grpo")

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..eval.countdown import Countdown
+from ..eval.tasks.countdown import Countdown
 from ..kernels.linear_logprob import check_targets
 from ..model.config import preset
+from ..model.optimizer import OptimConfig, learning_rate, make_optimizer, optimizer_step
 from ..model.packed import Packed
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer, flops_per_token, param_count
-from .corpus import CorpusConfig, documents, words
 from .data import (
     Batch,
     DocumentBatches,
@@ -33,7 +33,7 @@ from .data import (
     tail_batches,
     unigram_bits_per_byte,
 )
-from .optim import OptimConfig, learning_rate, make_optimizer, optimizer_step
+from .recipes.demo_corpus import CorpusConfig, documents, words
 from .run import Run, RunConfig, pick_device, reuse_memory
 
 
@@ -208,7 +208,3 @@ def pretrain(c: PretrainConfig) -> Transformer:
               f"model reaches {unigram:.3f}")
     return model
 
-
-if __name__ == "__main__":
-    from .cli import run_command
-    run_command("pretrain")

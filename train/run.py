@@ -36,8 +36,7 @@ from ..model.checkpoint import (
     mark_best,
     save_checkpoint,
 )
-from ..model.config import ModelConfig
-from ..model.optimizer_state import load_optimizer_tensors, optimizer_tensors
+from ..model.optimizer import load_optimizer_tensors, optimizer_tensors
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 
@@ -130,21 +129,8 @@ def machine() -> dict:
             "python": platform.python_version(), "versions": versions, "commit": commit}
 
 
-def build_model(config: dict, weights: dict[str, torch.Tensor], device: torch.device) -> Transformer:
-    """A model of a checkpoint's config and weights, in bf16 compute on a GPU and fp32 on a CPU."""
-    model = Transformer(ModelConfig(**config), torch.bfloat16 if device.type == "cuda" else torch.float32)
-    model.load_state_dict(weights)
-    return model.to(device)
 
 
-def load_model(folder: str, device: torch.device, which="last") -> tuple[Transformer, Tokenizer, Checkpoint]:
-    """The model and tokenizer of a run's checkpoint. Raises CheckpointError if there is none to use."""
-    checkpoint = load_checkpoint(folder, which)
-    if not {"model_config", "tokenizer"} <= checkpoint.state.keys() or "model" not in checkpoint.tensors:
-        raise ValueError(f"{checkpoint.path} holds no model; give a folder that pretrain, sft, grpo or demo "
-                         "wrote")
-    model = build_model(checkpoint.state["model_config"], checkpoint.tensors["model"], device)
-    return model, Tokenizer.from_dict(checkpoint.state["tokenizer"]), checkpoint
 
 
 def first_bad_tensor(model: torch.nn.Module) -> str:

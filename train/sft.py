@@ -7,10 +7,11 @@ Left out: chat templates and multi-turn conversations; a pair is trained as it s
 """
 from dataclasses import dataclass, field
 
+from ..model.checkpoint import load_model
+from ..model.optimizer import OptimConfig
 from .data import DocumentBatches, encode_pairs, read_pairs
-from .optim import OptimConfig
 from .pretrain import fit
-from .run import Run, RunConfig, load_model, pick_device, reuse_memory
+from .run import Run, RunConfig, pick_device, reuse_memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,3 @@ def sft(c: SFTConfig):
         fit(run, model, tokenizer, batches, c)
     return model
 
-
-if __name__ == "__main__":
-    from .cli import run_command
-    run_command("sft")

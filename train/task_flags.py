@@ -4,10 +4,11 @@ from typing import Annotated
 
 import tyro
 
-from ..eval.arithmetic import Arithmetic
-from ..eval.countdown import Countdown
-from ..eval.gsm8k import GSM8K
-from ..eval.tasks import Task, make_task
+from ..eval.tasks.arithmetic import Arithmetic
+from ..eval.tasks.base import Task
+from ..eval.tasks.catalogue import make_task
+from ..eval.tasks.countdown import Countdown
+from ..eval.tasks.gsm8k import GSM8K
 
 TASKS = {"arithmetic": Arithmetic, "countdown": Countdown, "gsm8k": GSM8K}
 

@@ -1,0 +1,132 @@
+"""GSM8K (Cobbe et al. 2021, arXiv 2110.14168): school word problems from a file, answered after `####`.
+
+The file is the user's own copy: one JSON object a line with `question` and `answer`, the gold number after
+the last `####` of `answer`. It is a test set: there are no training problems. A response is read by its last
+complete answer block, or else by what follows its last `####` on that line, and must hold a number there and
+nothing else: an optional minus, `$` and `%`, commas between thousands, one trailing dot. `1,234`, `$12`,
+`12.50` and `12.` are numbers; `12 eggs` and `1/2` are not. Numbers are compared as exact fractions.
+
+Left out: taking the last number of a text without a mark, which pays for numbers that were never given as the
+answer.
+"""
+import json
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+from ..response import parse_response, quoted
+from .base import Grade, Task, check_position
+from .expression import WHITE_SPACE
+
+MARK = "####"
+MAX_NUMBER_LENGTH = 40  # characters of one number; bounds the cost of comparing
+NUMBER = re.compile(r"(-?)\$?(-?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(\.[0-9]+)?%?\.?")
+
+
+@dataclass(frozen=True)
+class GSM8KProblem:
+    question: str
+    gold: str
+    """The right answer as written in the file, after the mark."""
+
+
+def read_number(text: str) -> Fraction | None:
+    """The exact value of text like `1,234`, `-$12.50`, `15%` or `12.`; None for no number or a long one."""
+    text = text.strip(WHITE_SPACE)
+    if len(text) > MAX_NUMBER_LENGTH:
+        return None
+    match = NUMBER.fullmatch(text)
+    if match is None or (match[1] and match[2]):
+        return None
+    value = Fraction(match[3].replace(",", "") + (match[4] or ""))
+    return -value if match[1] or match[2] else value
+
+
+def gold_number(answer: str) -> str:
+    """What follows the last `####`, or all of `answer` without one; ValueError if that is not a number."""
+    gold = answer.rpartition(MARK)[2].strip(WHITE_SPACE)
+    if read_number(gold) is None:
+        raise ValueError(f"expected a number after {MARK}, like '... {MARK} 18'; got {quoted(gold)}")
+    return gold
+
+
+def load_gsm8k(path: str | Path) -> list[GSM8KProblem]:
+    """All problems of a file; ValueError for a file or line that cannot be used, with the line's number."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:  # ValueError: bytes that are not text, or a null byte in the path
+        raise ValueError(f"cannot read GSM8K problems from {path}: {error}") from None
+    problems = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            problems.append(_problem_of(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+    if not problems:
+        raise ValueError(f"{path} is empty; expected JSON lines with the fields question and answer")
+    return problems
+
+
+def _problem_of(line: str) -> GSM8KProblem:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+    for field in ("question", "answer"):
+        if not isinstance(record, dict) or not isinstance(record.get(field), str):
+            raise ValueError(f'expected an object with "question" and "answer" as text; "{field}" is missing')
+    return GSM8KProblem(record["question"], gold_number(record["answer"]))
+
+
+@dataclass(frozen=True)
+class GSM8K(Task):
+    """The task over one file, which is read when it is made; ValueError if it cannot be."""
+
+    name: ClassVar[str] = "gsm8k"
+    path: str
+    """A file of JSON lines with `question` and `answer`."""
+
+    def __post_init__(self):
+        assert self._test  # reads the file, so that a bad one is named now and not in the middle of a run
+
+    @cached_property
+    def _test(self) -> list[GSM8KProblem]:
+        return load_gsm8k(self.path)
+
+    def size(self, split: str) -> int:
+        """How many problems the file holds for "test", 0 for "train"."""
+        check_position(split, 0)
+        return len(self._test) if split == "test" else 0
+
+    def problem(self, split: str, index: int) -> GSM8KProblem:
+        """Test problems in the order of the file; ValueError for others."""
+        check_position(split, index)
+        if split == "train":
+            raise ValueError("gsm8k: the file is a test set; there are no training problems")
+        if index >= len(self._test):
+            raise ValueError(f"gsm8k: test problem {index} asked for, but there are {len(self._test)}")
+        return self._test[index]
+
+    def prompt(self, problem: GSM8KProblem) -> str:
+        """The question, how to end, and `Answer:` for the model to continue."""
+        how = f"Think step by step, then end with a line `{MARK} n`, where n is the answer as a number."
+        return f"Question: {problem.question}\n{how}\nAnswer:"
+
+    def grade(self, problem: GSM8KProblem, response: str) -> Grade:
+        """Right if the number in the last answer block, or else after the last `####`, is the gold one."""
+        answer = parse_response(response).answer
+        if answer is None and MARK in response:
+            answer = response.rpartition(MARK)[2].partition("\n")[0]
+        if answer is None:
+            return Grade(0.0, None, f"There is neither a complete answer block nor a number after {MARK}.")
+        value = read_number(answer)
+        if value is None:
+            return Grade(0.0, answer, f"The answer {quoted(answer)} is not a number.")
+        if value != read_number(problem.gold):
+            return Grade(0.0, answer, f"The answer is {answer.strip(WHITE_SPACE)}, not {problem.gold}.")
+        return Grade(1.0, answer, f"The answer is {problem.gold}.")

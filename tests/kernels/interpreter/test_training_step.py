@@ -1,0 +1,56 @@
+"""A whole training step through the Triton kernels, against the same step on the references."""
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from r1zero.kernels import attention, grpo, linear_logprob, rmsnorm, rope
+from r1zero.kernels import mlp as swiglu
+from r1zero.kernels.cpu import compile as cpu
+from r1zero.model.config import ModelConfig
+from r1zero.model.packed import pack
+from r1zero.model.transformer import Transformer
+
+# an odd group size, q/k norm, biases, and a d_model that is no power of 2
+CONFIG = ModelConfig(vocab_size=101, n_layers=2, d_model=48, n_heads=6, n_kv_heads=2, head_dim=16, d_ff=80,
+                     rope_theta=1e4, norm_eps=1e-6, qk_norm=True, qkv_bias=True, tie_embeddings=True,
+                     max_seq_len=64)
+
+
+class OpsSeen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "r1zero":
+            self.names.add(func.name().removeprefix("r1zero::"))
+        return func(*args, **(kwargs or {}))
+
+
+def step():
+    """Loss of GRPO, a little off-policy, its gradients and the ops of ours that ran."""
+    model = Transformer(CONFIG).init_weights(0)
+    rng = torch.Generator().manual_seed(1)
+    sequences = [torch.randint(101, (n,), generator=rng).tolist() for n in (1, 17, 40, 5)]
+    packed = pack(sequences)
+    with OpsSeen() as seen:
+        logp, _ = model.logprobs(model(packed), packed.tokens.roll(-1), 0.9)
+        old = logp.detach() + 0.1 * torch.randn(logp.shape, generator=rng)
+        advantages, weights = torch.tensor([1.0, -1.5, 2.0, 0.5]), torch.full((4,), 1 / len(logp))
+        loss, _ = grpo.grpo_loss(logp, old, advantages, weights, packed.cu_seqlens, old, kl_coef=0.1)
+        loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}, seen.names
+
+
+def test_a_training_step_on_kernels_is_that_on_references(monkeypatch):
+    loss, grads, ops = step()
+    assert ops == {"attention_fwd", "attention_bwd", "rmsnorm_fwd", "rmsnorm_bwd", "rope_turn", "swiglu_fwd",
+                   "swiglu_bwd", "logprob_fwd", "logprob_bwd", "grpo_loss",
+                   "grpo_loss_bwd"}
+    for module in (attention, grpo, linear_logprob, rmsnorm, rope, swiglu):
+        monkeypatch.setattr(module, "use_triton", lambda *_, **__: False)
+    monkeypatch.setattr(cpu, "HAS_NUMBA", False)
+    expected_loss, expected, ops = step()
+    assert not ops
+    assert abs(loss - expected_loss) <= 1e-6 * abs(expected_loss)
+    for name, e in expected.items():
+        assert torch.linalg.vector_norm(grads[name] - e) <= 1e-5 * torch.linalg.vector_norm(e), name

@@ -1,0 +1,107 @@
+"""What the tests of the engine share: a small model, mixed prompts, and when two answers count as equal."""
+import numpy as np
+import pytest
+import torch
+
+from r1zero.kernels.cpu import compile as cpu
+from r1zero.model.config import ModelConfig
+from r1zero.model.engine.naive import generate_naive
+from r1zero.model.engine.pages import Pages
+from r1zero.model.engine.requests import Request
+from r1zero.model.engine.sampling import counter_uniform, sample_seeds
+from r1zero.model.packed import pack
+from r1zero.model.transformer import Transformer
+
+needs_numba = pytest.mark.skipif(not cpu.HAS_NUMBA, reason="slots need Numba, which is not installed")
+both_caches = pytest.mark.parametrize("paged", [pytest.param(False, marks=needs_numba), True],
+                                      ids=["slots", "pages"])
+EOS = 3
+CONFIG = ModelConfig(vocab_size=29, n_layers=2, d_model=16, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=24,
+                     qk_norm=True, qkv_bias=True, tie_embeddings=False, max_seq_len=256)
+PROMPTS = [[5, 6, 7], [8], [1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12], [8], [20, 21, 22, 23, 24, 25], [9, 9]]
+
+
+def mixed_requests(n=24, temperature=1.0):
+    """Prompts, lengths and seeds of all kinds; some prompts twice or more."""
+    rng = np.random.default_rng(0)
+    return [Request(PROMPTS[i % 6], int(rng.integers(1, 20)), int(seed), temperature, stop_ids=(EOS,))
+            for i, seed in enumerate(sample_seeds(n, 1).tolist())]
+
+
+class Watched(Transformer):
+    """Adds a constant to the end token's logit, and writes down what is prefilled."""
+
+    def __init__(self, eos_bias=0.0, dtype=torch.float32):
+        super().__init__(CONFIG, dtype)
+        self.init_weights(0)
+        self.eos_bias, self.prefilled = eos_bias, []
+        with torch.no_grad():
+            self.lm_head.mul_(1.5)  # sharper choices
+            for name, p in self.named_parameters():
+                if name.endswith(("norm", "bias")):
+                    p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) / 4)
+
+    def logits(self, hidden):
+        logits = super().logits(hidden)
+        logits[:, EOS] += self.eos_bias
+        return logits
+
+    def prefill(self, packed):
+        self.prefilled.append(packed.cu_seqlens.diff().tolist())
+        return super().prefill(packed)
+
+
+ORACLE = {}  # its answers so far: it is slow, and many tests ask the same
+
+
+def naive_of(model, r):
+    """The oracle's answer; r has one stop token or none, and no filters."""
+    key = (sum(float(p.detach().double().sum()) for p in model.parameters()), model.eos_bias, tuple(r.prompt),
+           r.max_new_tokens, r.temperature, r.seed, r.stop_ids)
+    if key not in ORACLE:
+        ORACLE[key] = _naive(model, r)
+    return ORACLE[key]
+
+
+def _naive(model, r):
+    stop, = r.stop_ids or (-1,)
+    return generate_naive(model, list(r.prompt), r.max_new_tokens, r.temperature, r.seed, stop)
+
+
+def boundary_gap(model, tokens, temperature, seed):
+    """How near the draw after `tokens` was to falling on another token."""
+    with torch.no_grad():
+        logits = model.logits(model(pack([tokens]))[-1:])[0]
+    if temperature == 0:
+        best, second = logits.topk(2).values.tolist()
+        return best - second
+    u = counter_uniform(torch.tensor([seed]), torch.tensor([len(tokens)]))
+    return float(((logits / temperature).softmax(-1).cumsum(-1) - u).abs().min())
+
+
+def same(a, b, model, r):
+    """True if equal; False if a draw on the edge between two tokens fell either way; fails otherwise."""
+    n = min(len(a.tokens), len(b.tokens))
+    apart = np.flatnonzero(a.tokens[:n] != b.tokens[:n])
+    if len(apart):
+        first = int(apart[0])
+        assert boundary_gap(model, [*r.prompt, *a.tokens[:first].tolist()], r.temperature, r.seed) < 1e-5
+        return False
+    assert np.array_equal(a.tokens, b.tokens) and a.finish_reason == b.finish_reason
+    assert a.logp.shape == a.tokens.shape and np.abs(a.logp - b.logp).max() < 1e-4
+    return True
+
+
+def agree(model, requests, completions, edges=1):
+    """All as the oracle has it, but for at most so many draws on an edge."""
+    assert len(requests) == len(completions)
+    equal = sum(same(c, naive_of(model, r), model, r) for r, c in zip(requests, completions, strict=True))
+    assert equal >= len(requests) - edges
+
+
+def everything_is_free(engine):
+    assert not engine.live and not engine.waiting and not engine.finished and engine.cache.n == 0
+    assert engine.n_holes == 0
+    if isinstance(engine.cache, Pages):
+        assert sorted(engine.cache.free) == list(range(1, engine.cache.n_pages + 1))
+        assert not engine.cache.users.any() and not engine.cache.table_h.any()

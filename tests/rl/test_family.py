@@ -1,0 +1,227 @@
+"""GRPO's family in the trainer: presets and dials, and that no gradient depends on how the work is cut."""
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from r1zero.rl import update as updates
+from r1zero.rl.advantages import AdvantageConfig, advantages
+from r1zero.rl.family import BASE, PRESETS, in_words
+from r1zero.rl.heads import Critic
+from r1zero.rl.losses import LossConfig, importance_weights, token_weights, value_loss
+from r1zero.rl.rewards import overlong_penalty
+from r1zero.rl.rollouts import merge, micro_batches
+from r1zero.train.grpo import grpo
+from r1zero.train.run import read_metrics
+
+from ..train.loop_cases import Capture, assert_same_gradient, grpo_config, rollouts_by_hand, save_base, tiny
+from .family_cases import REWARDS, rank_gradients, whole_update
+
+# ---- presets ----
+
+def test_every_dial_of_a_preset_is_filled_in_and_what_is_given_wins():
+    for algo in PRESETS:
+        c = grpo_config("", "", algo=algo, loss=LossConfig(clip_high=0.3), dynamic_sampling=2)
+        for part, given in (("advantage", c.advantage), ("loss", c.loss), ("loop", c)):
+            expected = BASE[part] | PRESETS[algo].get(part, {}) | {"clip_high": 0.3, "dynamic_sampling": 2}
+            assert {name: getattr(given, name) for name in BASE[part]} == \
+                {name: expected[name] for name in BASE[part]}, algo
+        assert set(BASE["loss"]) == {f.name for f in dataclasses.fields(LossConfig)}
+        assert set(BASE["advantage"]) == {f.name for f in dataclasses.fields(AdvantageConfig)}
+        assert not set().union(*(preset.keys() for preset in PRESETS.values())) - BASE.keys()
+
+
+def test_what_was_used_is_what_is_recorded_and_said(tmp_path, capsys):
+    c = grpo_config(tmp_path / "run", save_base(tmp_path / "base"), algo="dapo", steps=1)
+    grpo(c)
+    recorded = json.loads((tmp_path / "run/run.json").read_text())["config"]
+    assert recorded["algo"] == "dapo" and recorded["loss"]["clip_high"] == 0.28
+    said = capsys.readouterr().err
+    assert "dapo: baseline group, scale std, objective clip, clip_low 0.2, clip_high 0.28, mean token, " \
+        "dynamic_sampling 3, overlong_buffer 0.2\n" in said
+    assert in_words(grpo_config("", "", algo="reinforce_pp")) == \
+        "reinforce_pp: baseline none, scale batch, gamma 1.0, lam 1.0, objective clip, clip_low 0.2, " \
+        "clip_high 0.2, mean token, kl_coef 0.001, kl_in reward, kl_estimator k1"
+    assert recorded["dynamic_sampling"] == 3 and recorded["overlong_buffer"] == 0.2
+    assert not [name for part in (recorded["loss"], recorded["advantage"]) for name, v in part.items()
+                if v is None]
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(algo="grop"), "--algo is 'grop', expected one of r1_zero, grpo"),
+    (dict(algo="ppo", advantage=AdvantageConfig(scale="std")), "scale std with baseline critic"),
+    (dict(advantage=AdvantageConfig(baseline="critic")), "scale std with baseline critic"),
+    (dict(algo="ppo", loss=LossConfig(objective="gspo")), "gspo with --advantage.baseline critic"),
+    (dict(algo="reinforce_pp", loss=LossConfig(objective="gspo")), "gspo with --advantage.baseline none"),
+    (dict(loss=LossConfig(kl_in="reward", kl_coef=0.1)), "--loss.kl-in reward with --advantage.scale std"),
+    (dict(dynamic_sampling=0), "--dynamic-sampling is 0"),
+    (dict(overlong_buffer=1.5), "--overlong-buffer 1.5"),
+    (dict(mistake="typo"), "--break is 'typo', expected one of k1_loss"),
+])
+def test_dials_that_do_not_go_together_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        grpo_config("", "", **changes)
+    grpo_config("", "", algo="reinforce_pp", loss=LossConfig(objective="gspo", kl_coef=0.0))  # no KL: one a
+    # sequence, so this goes
+
+
+@pytest.mark.parametrize("algo", PRESETS)
+def test_every_preset_learns_the_bandit(algo, tmp_path):
+    c = grpo_config(tmp_path / "run", save_base(tmp_path / "base"), algo=algo, steps=25, prompts_per_step=8,
+                    group_size=8, seed=1, save_every=1000, max_new_tokens=2, micro_tokens=2048,
+                    overlong_buffer=0.0, updates_per_step=2)
+    grpo(c)
+    accuracy = [row["accuracy"] for row in read_metrics(c.run)]
+    assert np.mean(accuracy[:3]) < 0.65 and np.mean(accuracy[-5:]) > 0.75, accuracy
+
+
+# ---- the cut ----
+
+CUTS = [  # (preset, changes): every kind of advantage, ratio, mean and KL
+    ("r1_zero", {}), ("grpo", {}), ("gspo", {}), ("cispo", {}), ("dr_grpo", {}), ("reinforce", {}),
+    ("rloo", {}), ("reinforce_pp", {}), ("ppo", {}),
+    ("dapo", dict(loss=LossConfig(entropy_coef=0.1, max_importance=1.05, overlong_filter=True))),
+    ("gspo", dict(loss=LossConfig(max_importance=1.05))),
+]
+
+
+@pytest.mark.parametrize("algo, changes", CUTS)
+def test_gradient_does_not_depend_on_micro_batches_or_their_order(algo, changes):
+    expected = whole_update(algo, 10**6, **changes)
+    assert all(float(g.abs().max()) > 0 for name, g in expected.items() if name.endswith("norm"))
+    for micro_tokens, seed in ((1, 0), (1, 7), (25, 0), (25, 7)):  # a sample at a time, or some; two orders
+        found = whole_update(algo, micro_tokens, seed=seed, **changes)
+        assert_same_gradient(found, expected, 1e-6)
+
+
+@pytest.mark.parametrize("algo", ["r1_zero", "grpo", "dr_grpo", "rloo", "ppo"])
+def test_gradient_does_not_depend_on_the_order_of_groups(algo):
+    assert_same_gradient(whole_update(algo, 25, order=[2, 0, 1]), whole_update(algo, 25), 1e-6)
+
+
+def test_two_processes_with_one_denominator_have_the_gradient_of_one():
+    """Over gloo: each process has some of the groups, and one of them none that teaches anything."""
+    done = subprocess.run([sys.executable, "-m", "tests.family_cases"], capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = rank_gradients(done.stdout)
+    first, second = found.pop("gap")  # one that would leave alone would leave the other waiting
+    assert first.endswith("more than --max-logp-gap 0.1") and second.endswith("0.1 on another process")
+    assert found.keys() == {"r1_zero", "grpo", "dr_grpo", "reinforce", "ppo", "dead"}
+    for algo, gradients in found.items():
+        for rank in gradients:
+            assert rank == pytest.approx(gradients[0], abs=0), algo  # both have the same, to the bit
+        assert max(abs(x) for x in gradients[0]) > 0
+        [expected] = rank_gradients(json.dumps({algo: [whole_update(algo, 25, sums=True)]}))[algo]
+        assert gradients[0] == pytest.approx(expected, rel=1e-6, abs=1e-9), algo
+
+
+# ---- pieces of the update ----
+
+def test_answers_that_were_cut_off_are_left_out_of_loss_and_mean():
+    model = tiny(dtype=torch.float64)
+    rollouts = rollouts_by_hand(model)
+    cut = dataclasses.replace(rollouts, finish_reasons=["stop", "length", "stop", "length", "stop", "stop"])
+    weights = token_weights(np.array([5, 0, 9, 0, 4, 6]), "token", 12)
+    assert weights.tolist() == pytest.approx([1 / 24, 0, 1 / 24, 0, 1 / 24, 1 / 24])
+    assert token_weights(np.array([5, 0]), "sequence", 12).tolist() == [1 / 5, 0]
+    assert token_weights(np.array([5, 0]), "constant", 12).tolist() == [1 / 12, 0]
+    advantages = np.array([1.5, -0.5, 1.0, -1.0, 0.5, 2.0])
+    found = whole_update("r1_zero", 25, rollouts=cut, advantages=advantages,
+                         loss=LossConfig(overlong_filter=True))
+    # by hand: those two have advantage 0, and the mean is over 24 tokens and not over 28
+    expected = whole_update("r1_zero", 25, rollouts=rollouts, advantages=advantages * [1, 0, 1, 0, 1, 1])
+    assert_same_gradient(found, {name: g * 28 / 24 for name, g in expected.items()}, 1e-6)
+
+
+def test_soft_overlong_penalty_by_hand():
+    found = overlong_penalty(np.array([1, 80, 81, 90, 100, 120]), 100, 0.2)
+    np.testing.assert_allclose(found, [0, 0, -0.05, -0.5, -1, -1])
+    assert not overlong_penalty(np.array([1, 100]), 100, 0.0).any()
+
+
+def test_truncated_importance_weights_by_hand_and_in_the_gradient():
+    old, sampler = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -1.0, -3.0])
+    found = importance_weights(old, sampler, 1.2)
+    assert found.tolist() == pytest.approx([1.2, np.exp(-1), 1.0])
+    found = importance_weights(old, sampler, 9.0, torch.tensor([0, 2, 3]))
+    assert found.tolist() == pytest.approx([np.exp(-0.25), 1.0])
+    model = tiny(dtype=torch.float64)
+    rollouts = rollouts_by_hand(model)
+    for logp in rollouts.sampler_logp:
+        logp -= 0.5  # the sampler thought all of it e^0.5 times less likely
+    plain = whole_update("r1_zero", 25, rollouts=rollouts)
+    for bound, factor in ((5.0, np.exp(0.5)), (1.25, 1.25), (0.0, 1.0)):
+        found = whole_update("r1_zero", 25, rollouts=rollouts, loss=LossConfig(max_importance=bound))
+        assert_same_gradient(found, {name: g * factor for name, g in plain.items()}, 1e-6)
+
+
+def test_the_critics_loss_by_hand():
+    values = torch.tensor([0.0, 1.0, 2.0], requires_grad=True)
+    old, returns = torch.tensor([0.0, 0.2, 0.5]), torch.tensor([1.0, 1.0, 1.0])
+    loss = value_loss(values, old, returns, torch.full((3,), 1 / 3), clip=0.5)
+    loss.backward()
+    # errors 1, 0 and 1; kept within 0.5 of the old: 0, 0.7, 1.0, with errors 1, 0.09, 0
+    assert float(loss.detach()) == pytest.approx((1 + 0.09 + 1) / 6)
+    assert values.grad.tolist() == pytest.approx([-1 / 3, 0.0, 1 / 3])
+    plain = value_loss(values.detach(), old, returns, torch.full((3,), 1 / 3), clip=0.0)
+    assert float(plain) == pytest.approx(2 / 6)
+
+
+def test_the_critic_sees_what_stands_before_each_token_and_learns_returns():
+    rollouts = rollouts_by_hand(tiny())
+    critic = Critic(tiny(seed=2))
+    with torch.no_grad():
+        critic.value.normal_(generator=torch.Generator().manual_seed(0))
+    [batch] = micro_batches(rollouts, np.arange(6), 10**6, "cpu")
+    values = critic(batch)
+    for i, n in enumerate(batch.samples):  # the oracle: the answer cut off behind each token
+        first = int(batch.response_offsets[i])
+        for t in range(rollouts.response_lengths[n]):
+            before = rollouts.sequences[n][: rollouts.prompt_lengths[n] + t + 1]
+            short = dataclasses.replace(rollouts, sequences=[before],
+                                        prompt_lengths=np.array([rollouts.prompt_lengths[n] + t]),
+                                        sampler_logp=[np.zeros(1, np.float32)])
+            [alone] = micro_batches(short, np.arange(1), 10**6, "cpu")
+            assert float((values[first + t] - critic(alone)[0]).detach()) == pytest.approx(0, abs=1e-4)
+    c = grpo_config("", "", algo="ppo", steps=100, value_clip=0.0)
+    optimizer = torch.optim.AdamW(critic.parameters(), lr=1e-2)
+    returns = np.random.default_rng(0).normal(size=int(rollouts.response_offsets[-1]))
+    for step in range(60):
+        with torch.no_grad():
+            old = updates.each_token(critic, rollouts, [batch], "cpu").double().numpy()
+        figures = updates.update_critic(critic, rollouts, old, returns, optimizer, c, step)
+    assert figures["value_explained"] > 0.8
+
+
+def test_an_answer_of_no_token_takes_no_reward_and_gives_none():
+    c = AdvantageConfig("critic", "none", 1.0, 1.0)
+    found, returns = advantages(np.array([5.0, 1.0, 7.0]), np.array([0, 3]), np.array([0, 0, 2, 2]), c)
+    assert found.tolist() == returns.tolist() == [1.0, 1.0]
+    with pytest.raises(ValueError, match="dials that are not given.*from_preset"):
+        advantages(np.zeros(2), np.array([0, 2]), np.arange(3), AdvantageConfig())
+
+
+def test_the_logged_loss_has_the_entropy_bonus():
+    model, figures = tiny(), {}
+    rollouts = rollouts_by_hand(model)
+    for coef in (0.0, 0.5):
+        c = grpo_config("", "", loss=LossConfig(entropy_coef=coef), micro_tokens=25, max_logp_gap=1.0)
+        figures[coef] = updates.update_policy(model, None, rollouts, np.array([1.0, -1, 0, 1, -1, 0]),
+                                              Capture(model), c, 0)
+    expected = figures[0.0]["loss"] - 0.5 * figures[0.5]["entropy"]
+    assert figures[0.5]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_merge_keeps_groups_whole():
+    rollouts = rollouts_by_hand(tiny())
+    found = merge([rollouts, rollouts], [np.array([0, 2]), np.array([1])])
+    assert found.group_offsets.tolist() == [0, 2, 3, 6] and REWARDS.shape == (6,)
+    expected = [0, 1, 5, 2, 3, 4]
+    assert [s.tolist() for s in found.sequences] == [rollouts.sequences[n].tolist() for n in expected]
+    assert found.prompt_lengths.tolist() == rollouts.prompt_lengths[expected].tolist()
+    assert found.texts == [rollouts.texts[n] for n in expected]

@@ -1,0 +1,295 @@
+"""Rewards, advantages and the GRPO loss: against slow and plain oracles, by hand, and at their edges."""
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from r1zero.kernels import grpo as kernel
+from r1zero.kernels.grpo import GRPO_METRICS, MAX_LOG_RATIO
+from r1zero.rl.advantages import group_advantages
+from r1zero.rl.losses import LossConfig, grpo_loss, mean_metrics, token_weights
+from r1zero.rl.rewards import RewardConfig, permute_within_groups, score
+
+from ..train.loop_cases import Bandit, loss_config
+
+# ---- rewards ----
+
+def test_rewards_are_the_weighted_sum_of_two_parts_that_stay_apart():
+    responses = ["<think>x</think><answer>1</answer>", "<think>x</think>",
+                 "é<think></think><answer></answer>"]
+    found = score(Bandit(), [0, 0, 0], responses, RewardConfig(accuracy_weight=2.0, format_weight=0.5))
+    assert found.accuracy.tolist() == [1, 1, 0] and found.format.tolist() == [1, 0, 0]
+    assert found.total.tolist() == [2.5, 2.0, 0.0]
+    assert "Format" not in found.why[0] and "Format: There is no <answer> tag." in found.why[1]
+    with pytest.raises(ValueError):
+        score(Bandit(), [0, 0], responses, RewardConfig())
+
+
+def test_the_controls_shuffle_keeps_each_group_and_is_a_function_of_the_seed():
+    rewards, offsets = np.arange(40.0), np.array([0, 1, 3, 20, 40])
+    dealt = permute_within_groups(rewards, offsets, (7, 3))
+    assert (rewards == np.arange(40)).all()  # the real ones are not overwritten
+    for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+        assert sorted(dealt[start:end]) == list(rewards[start:end])
+    assert (dealt[20:] != rewards[20:]).any() and (dealt[3:20] != rewards[3:20]).any()
+    assert (permute_within_groups(rewards, offsets, (7, 3)) == dealt).all()
+    for other in [(7, 4), (8, 3)]:
+        assert (permute_within_groups(rewards, offsets, other) != dealt).any()
+
+
+def test_the_controls_shuffle_deals_every_order_alike():
+    orders = [tuple(permute_within_groups(np.arange(4), np.array([0, 4]), (0, step))) for step in range(2400)]
+    counts = Counter(orders)
+    assert len(counts) == 24 and all(abs(n - 100) < 5 * np.sqrt(100) for n in counts.values())
+
+
+# ---- advantages ----
+
+def test_advantages_of_groups_of_mixed_sizes():
+    rewards = np.array([5.0, 0.0, 1.0, 1, 0, 0, 0, 0, 0, 1.1])
+    found, dead = group_advantages(rewards, np.array([0, 1, 3, 10]))
+    assert dead.tolist() == [True, False, False]
+    last = rewards[3:]
+    std = np.sqrt(((last - last.mean()) ** 2).sum() / 7)  # the population's: divided by 7, not by 6
+    np.testing.assert_allclose(found, [0, -1, 1, *((last - last.mean()) / std)], rtol=1e-12)
+    centred, _ = group_advantages(rewards, np.array([0, 1, 3, 10]), normalise_std=False)
+    np.testing.assert_allclose(centred, [0, -0.5, 0.5, *(last - last.mean())], rtol=1e-12)
+
+
+@pytest.mark.parametrize("normalise_std", [True, False])
+def test_rewards_that_differ_by_rounding_teach_nothing(normalise_std):
+    rewards = np.array([0.1 * 3, 0.3, 1.1, 1.0 + 0.1, 0.0, 1.0])
+    assert rewards[0] != rewards[1]
+    found, dead = group_advantages(rewards, np.array([0, 2, 4, 6]), normalise_std)
+    assert (found[:4] == 0).all() and (found[4:] != 0).all() and dead.tolist() == [True, True, False]
+    # one alone has nothing to be compared with, nor has none at all
+    assert group_advantages(rewards, np.array([0, 1, 6]))[1].tolist() == [True, False]
+    assert group_advantages(rewards, np.array([0, 0, 6]))[1].tolist() == [True, False]
+
+
+def test_small_but_real_differences_count():
+    found, _ = group_advantages(np.array([0.0, 1e-3]), np.array([0, 2]))
+    np.testing.assert_allclose(found, [-1, 1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_reward_that_is_not_finite_is_named(bad):
+    with pytest.raises(ValueError, match=rf"reward 1 is {bad} \(3 such"):
+        group_advantages(np.array([0.0, bad, bad, bad]), np.array([0, 2, 4]))
+
+
+@pytest.mark.parametrize("offsets", [[0, 3], [1, 4], [0, 3, 2, 4], [0, 5]])
+def test_offsets_that_do_not_cover_the_rewards(offsets):
+    with pytest.raises(ValueError, match="offsets"):
+        group_advantages(np.zeros(4), np.array(offsets))
+
+
+# ---- the loss ----
+
+def column(*values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def loss_and_grad(logp, old, advantages, ref=None, weights=1.0, **dials):
+    """The loss of single tokens and its gradient in logp; old, ref and weights may be one number for all."""
+    logp = column(*logp).requires_grad_()
+    old, advantages, weights, ref = (
+        None if x is None else torch.as_tensor(x, dtype=torch.float64).expand(len(logp)).contiguous()
+        for x in (old, advantages, weights, ref))
+    loss, metrics = each_alone(logp, old, ref, advantages, weights, loss_config(**dials))
+    loss.backward()
+    return float(loss.detach()), logp.grad.tolist(), metrics
+
+
+def each_alone(logp, old, ref, advantages, weights, c: LossConfig):
+    """The loss of tokens that are a sequence each, and its metrics by name."""
+    loss, metrics = grpo_loss(logp, old, ref, advantages, weights, torch.arange(len(logp) + 1), c)
+    return loss, dict(zip(GRPO_METRICS, metrics, strict=True))
+
+
+def plain_loss(logp, old, ref, advantages, weights, low, high, kl_coef) -> float:
+    """The formula of the paper, a token at a time, in Python's floats."""
+    total = 0.0
+    for lp, o, r, a, w in zip(logp, old, ref, advantages, weights, strict=True):
+        ratio = math.exp(lp - o)
+        clipped = min(max(ratio, 1 - low), 1 + high)
+        k3 = math.exp(r - lp) - (r - lp) - 1
+        total += w * (-min(ratio * a, clipped * a) + kl_coef * k3)
+    return total
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+def test_gradient_on_a_toy_policy_equals_finite_differences_of_the_plain_formula(kl_coef):
+    states, actions, n = 3, 5, 40
+    theta = torch.randn(states, actions, dtype=torch.float64)
+    state, action = torch.randint(states, (n,)), torch.randint(actions, (n,))
+    old = (theta + 0.5 * torch.randn_like(theta)).log_softmax(-1)[state, action]
+    ref = (theta + 0.5 * torch.randn_like(theta)).log_softmax(-1)[state, action]
+    advantages, weights = torch.randn(n, dtype=torch.float64), torch.rand(n, dtype=torch.float64)
+    dials = dict(clip_low=0.2, clip_high=0.28, kl_coef=kl_coef)
+
+    def plain(values) -> float:
+        logp = values.log_softmax(-1)[state, action]
+        return plain_loss(logp.tolist(), old.tolist(), ref.tolist(), advantages.tolist(), weights.tolist(),
+                          0.2, 0.28, kl_coef)
+
+    leaf = theta.clone().requires_grad_()
+    logp = leaf.log_softmax(-1)[state, action]
+    loss, metrics = each_alone(logp, old, ref, advantages, weights, loss_config(**dials))
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(plain(theta), rel=1e-12)
+    assert metrics["clipped_low"] > 0 and metrics["clipped_high"] > 0  # the case has what it is meant to test
+    for i in range(states):
+        for j in range(actions):
+            step = torch.zeros_like(theta)
+            step[i, j] = 1e-6
+            slope = (plain(theta + step) - plain(theta - step)) / 2e-6
+            assert float(leaf.grad[i, j]) == pytest.approx(slope, abs=1e-7)
+
+
+@pytest.mark.parametrize("ratio, advantage, loss, gradient", [
+    (1.0, 1.0, -1.0, -1.0),   # on-policy: the whole gradient, not the half that a tie in min() could leave
+    (1.0, -2.0, 2.0, 2.0),
+    (1.1, 1.0, -1.1, -1.1),   # inside the region
+    (1.5, 1.0, -1.28, 0.0),   # good and already likelier: nothing more to earn
+    (0.5, 1.0, -0.5, -0.5),   # good, but less likely than before: the gradient stays
+    (1.5, -1.0, 1.5, 1.5),    # bad and likelier: the gradient stays (mistake 5 has it reversed)
+    (0.5, -1.0, 0.8, 0.0),    # bad and already less likely
+    (1.5, 0.0, 0.0, 0.0),
+])
+def test_clipping_by_hand(ratio, advantage, loss, gradient):
+    found, grad, _ = loss_and_grad([math.log(ratio)], 0.0, advantage, clip_low=0.2, clip_high=0.28)
+    assert found == pytest.approx(loss, abs=1e-12) and grad == pytest.approx([gradient], abs=1e-12)
+
+
+def test_reinforce_by_hand():
+    """No ratio in it, so neither clip nor cut touch the gradient; the metrics see the ratio, cut off."""
+    loss, grad, metrics = loss_and_grad([25.0, 1.0, -2.0], 0.0, column(2, -1, 3), objective="reinforce")
+    assert loss == -(50 - 1 - 6) and grad == [-2, 1, -3]
+    assert metrics["clipped_low"] == metrics["clipped_high"] == 0 and metrics["cut_off"] == 1
+    assert metrics["k1"] == -19 and float(metrics["ratio_max"]) == pytest.approx(math.exp(20))
+
+
+def test_gspo_takes_one_advantage_a_sequence():
+    logp, ones = torch.zeros(3), torch.ones(3)
+    with pytest.raises(ValueError, match="gspo has one ratio a sequence, so it takes one advantage a seq"):
+        kernel.grpo_loss(logp, logp, ones, ones[:2], torch.tensor([0, 1, 3]), objective="gspo")
+    kernel.grpo_loss(logp, logp, ones, ones, torch.tensor([0, 0, 1, 3]), objective="gspo")  # R = N
+
+
+def test_metrics_by_hand():
+    ratios, advantages = (1.5, 1.5, 1.4, 0.5, 0.5, 1.0, 7.0), column(1, -1, 2, 1, -1, 1, 0)
+    logp = [math.log(r) for r in ratios]
+    _, _, metrics = loss_and_grad([*logp, 30.0], 0.0, column(*advantages, 1), weights=column(*[0.1] * 8))
+    ratios, logp = [*ratios[:-1], math.exp(20.0)], [*logp[:-1], 20.0]  # the one with advantage 0 is not live
+    assert metrics["tokens"] == 7 and metrics["clipped_high"] == 3 and metrics["clipped_low"] == 1
+    assert float(metrics["ratio"]) == pytest.approx(sum(ratios))
+    assert float(metrics["ratio_max"]) == pytest.approx(math.exp(20)) and metrics["cut_off"] == 1
+    assert float(metrics["k1"]) == pytest.approx(-sum(logp))
+    assert float(metrics["k3"]) == pytest.approx(sum(r - 1 - x for r, x in zip(ratios, logp, strict=True)))
+
+
+def test_mean_metrics_over_micro_batches_and_updates():
+    def part(loss, tokens, low, largest, cut):
+        found = dict.fromkeys(GRPO_METRICS, 0.0) | {"loss": loss, "tokens": tokens, "clipped_low": low,
+                                                    "ratio_max": largest, "cut_off": cut}
+        return torch.tensor(list(found.values()))
+
+    found = mean_metrics([part(1.0, 3, 2, 1.5, 1), part(3.0, 5, 0, 1.25, 2)], n_updates=2)
+    assert found == dict.fromkeys(found, 0.0) | {"loss": 2.0, "clipped_low": 2 / 8, "ratio_max": 1.5,
+                                                 "cut_off": 3.0}
+    assert set(found) == {*GRPO_METRICS} - {"tokens"} and not any(mean_metrics([], 1).values())
+
+
+def test_k3_by_hand_and_its_direction():
+    loss, grad, metrics = loss_and_grad([math.log(0.5)], math.log(0.5), 0.0, ref=math.log(0.25), kl_coef=2.0)
+    assert float(metrics["kl_loss"]) == pytest.approx(0.5 + math.log(2) - 1)
+    assert loss == pytest.approx(2 * (0.5 + math.log(2) - 1))
+    assert grad == pytest.approx([2 * (1 - 0.5)])  # likelier than for the reference: descent lowers it
+    _, grad, _ = loss_and_grad([math.log(0.25)], math.log(0.25), 0.0, ref=math.log(0.5), kl_coef=2.0)
+    assert grad == pytest.approx([2 * (1 - 2.0)])  # less likely than for the reference: descent raises it
+
+
+def test_k3_expects_to_the_kl_and_leads_to_the_reference():
+    """Over the policy's own actions k3 has the KL as its mean, and following it ends at the reference."""
+    theta = column(1.0, -0.5, 0.3, 0.0).requires_grad_()
+    ref = column(-1.0, 0.5, 0.0, 1.0).log_softmax(-1)
+    kls = []
+    for _ in range(200):
+        logp = theta.log_softmax(-1)
+        kls.append(float((logp.exp() * (logp - ref)).sum().detach()))
+        weights, c = logp.exp().detach(), loss_config(kl_coef=1.0)
+        loss, metrics = each_alone(logp, logp.detach(), ref, torch.zeros(4), weights, c)
+        assert float(metrics["kl_loss"]) == pytest.approx(kls[-1], abs=1e-12)
+        theta.grad = None
+        loss.backward()
+        with torch.no_grad():
+            theta -= 0.5 * theta.grad
+    assert kls[0] > 0.5 and kls[-1] < 1e-4 and kls == sorted(kls, reverse=True)
+
+
+@pytest.mark.parametrize("kl_estimator, kl", [
+    ("k1", lambda logp, ref: 0 * logp.sum()),
+    ("k2", lambda logp, ref: (logp.exp() * (logp - ref)).sum()),  # KL(policy || reference)
+    ("k3", lambda logp, ref: (ref.exp() * (ref - logp)).sum()),  # KL(reference || policy)
+])
+def test_which_divergence_each_estimator_descends(kl_estimator, kl):
+    """In expectation over the policy's own actions, each of which is a token of that weight."""
+    theta, ref = torch.randn(7, dtype=torch.float64).requires_grad_(), torch.randn(7).double().log_softmax(-1)
+    expected, = torch.autograd.grad(kl(theta.log_softmax(-1), ref), theta)
+    logp = theta.log_softmax(-1)
+    loss, _ = kernel.grpo_loss(logp, logp.detach(), torch.zeros(7).double(), logp.detach().exp(),
+                               torch.arange(8), ref, kl_coef=1.0, kl_estimator=kl_estimator)
+    found, = torch.autograd.grad(loss, theta)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0])
+@pytest.mark.parametrize("gap", [200.0, -200.0, 1e4, -1e4])
+def test_extreme_log_ratios_are_finite_and_without_gradient(gap, advantage, dtype):
+    logp = torch.tensor([gap, 0.0], dtype=dtype, requires_grad=True)
+    zeros, a = torch.zeros(2, dtype=dtype), torch.tensor([advantage, 1.0], dtype=dtype)
+    loss, metrics = each_alone(logp, zeros, zeros, a, torch.ones(2, dtype=dtype), loss_config(kl_coef=0.1))
+    loss.backward()
+    assert torch.isfinite(loss) and all(torch.isfinite(m) for m in metrics.values())
+    assert metrics["cut_off"] == 1
+    assert logp.grad[0] == 0 and logp.grad[1] == -1  # the token beside it learns as ever
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_the_gradient_ends_just_beyond_the_bound_and_not_before(side):
+    """A < 0 keeps its gradient above the clip; k3 keeps its own on both sides; both end at the bound."""
+    inside, beyond = side * (MAX_LOG_RATIO - 0.01), side * (MAX_LOG_RATIO + 0.01)
+    _, grad, _ = loss_and_grad([inside, beyond], 0.0, -1.0)
+    expected = math.exp(inside) if side > 0 else 0.0
+    assert grad == pytest.approx([expected, 0.0])
+    _, grad, _ = loss_and_grad([-inside, -beyond], [-inside, -beyond], 0.0, ref=0.0, kl_coef=1.0)
+    assert grad == pytest.approx([1 - math.exp(inside), 0.0])
+
+
+def test_the_three_means_against_loops():
+    rng = np.random.default_rng(0)
+    lengths, longest = [4, 1, 7, 2], 10
+    answers = [rng.normal(size=n) for n in lengths]  # the loss of each token of each answer
+    total = 0.0
+    for answer in answers:
+        for value in answer:
+            total += value
+    expected = {
+        "token": total / sum(lengths),
+        "sequence": sum(sum(answer) / len(answer) for answer in answers) / len(answers),
+        "constant": sum(sum(answer) / longest for answer in answers) / len(answers),
+    }
+    for mean, value in expected.items():
+        weights = token_weights(np.array(lengths), mean, longest)
+        assert weights.shape == (4,)
+        found = sum(w * answer.sum() for w, answer in zip(weights, answers, strict=True))
+        assert found == pytest.approx(value, rel=1e-12), mean
+
+
+def test_without_kl_the_reference_is_not_looked_at():
+    with_ref = loss_and_grad([0.1], 0.0, 1.0, ref=float("nan"), kl_coef=0.0)
+    assert with_ref[:2] == loss_and_grad([0.1], 0.0, 1.0)[:2] and with_ref[2]["kl_loss"] == 0

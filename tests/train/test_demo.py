@@ -1,0 +1,65 @@
+"""The whole demo, end to end, at toy size: text -> base model -> R1-Zero -> control -> report."""
+import json
+
+import pytest
+
+from r1zero.train.cli.main import main
+from r1zero.train.recipes.demo import DemoConfig
+
+SMALL = ["--model", "tiny", "--pretrain-steps", "12", "--documents", "400", "--rl-steps", "2",
+         "--control-steps", "1", "--eval-problems", "6", "--eval-samples", "2", "--max-new-tokens", "24",
+         "--high", "9"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    assert main(["demo", "--run", str(folder), "--seeds", "3", *SMALL]) == 0
+    return folder
+
+
+def test_every_part_leaves_its_results_and_the_report_shows_them(finished):
+    seed = finished / "seed3"
+    results = json.loads((seed / "results.json").read_text())
+    assert {"base", "rl", "control", "seconds", "tokens", "parameters"} <= results.keys()
+    for part in ("base", "rl", "control"):
+        assert len((seed / f"eval_{part}.jsonl").read_text().splitlines()) == 6 * 2
+        assert results[part]["eval"]["n_problems"] == 6
+    assert len((seed / "rl" / "metrics.jsonl").read_text().splitlines()) == 2
+    page = (finished / "report.html").read_text()
+    assert "R1-Zero" in page and "http" not in page.split("<body")[0]
+    assert (finished / "curves.png").stat().st_size > 10_000
+
+
+def test_all_parts_are_measured_on_the_same_problems(finished):
+    problems = [[json.loads(line)["prompt"] for line in (finished / "seed3" / f"eval_{part}.jsonl").open()]
+                for part in ("base", "rl", "control")]
+    assert problems[0] == problems[1] == problems[2]
+
+
+def test_a_finished_demo_is_neither_overwritten_nor_done_again(finished, capsys):
+    weights = finished / "seed3" / "rl" / "checkpoints" / "step_00000002" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert main(["demo", "--run", str(finished), "--seeds", "3", *SMALL]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main(["demo", "--run", str(finished), "--seeds", "3", "--resume", *SMALL]) == 0
+    assert weights.stat().st_mtime_ns == before
+
+
+def test_a_demo_that_lost_its_later_parts_does_only_those_again(finished):
+    """As after a kill between R1-Zero and the control: the base stays, what comes after is made anew, the
+    same."""
+    seed = finished / "seed3"
+    results = json.loads((seed / "results.json").read_text())
+    lost = {"control": results.pop("control")}
+    (seed / "results.json").write_text(json.dumps(results))
+    assert main(["demo", "--run", str(finished), "--seeds", "3", "--resume", *SMALL]) == 0
+    again = json.loads((seed / "results.json").read_text())
+    assert again["control"]["eval"] == lost["control"]["eval"]
+
+
+@pytest.mark.parametrize("flags", [{"seeds": "0,0"}, {"seeds": "a"}, {"seeds": ""}, {"control_steps": -1},
+                                   {"rl_steps": 0}, {"eval_samples": 0}])
+def test_flags_out_of_range_are_refused(flags):
+    with pytest.raises(ValueError, match=next(iter(flags)).replace("_", "-")):
+        DemoConfig(**flags)

@@ -1,0 +1,292 @@
+"""What goes wrong in a run: NaN, a full disk, foreign folders, bad data and flags. One line, nothing lost."""
+import json
+import resource
+
+import pytest
+import torch
+
+from r1zero.eval.tasks.base import Grade
+from r1zero.model.checkpoint import (
+    CheckpointError,
+    checkpoint_steps,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+)
+from r1zero.model.engine.sampling import NonFiniteError
+from r1zero.model.optimizer import OptimConfig
+from r1zero.model.tokenizer import Tokenizer
+from r1zero.rl.family import Pieces
+from r1zero.rl.losses import LossConfig, grpo_loss
+from r1zero.rl.rewards import RewardConfig
+from r1zero.train import grpo as grpo_module
+from r1zero.train import pretrain as pretrain_module
+from r1zero.train.grpo import GRPOConfig, grpo
+from r1zero.train.pretrain import PretrainConfig, pretrain
+from r1zero.train.recipes import demo as demo_module
+from r1zero.train.recipes.demo import DemoConfig
+from r1zero.train.recipes.demo_corpus import CorpusConfig
+from r1zero.train.run import Run, RunConfig, pick_device, read_metrics
+from r1zero.train.sft import SFTConfig, sft
+
+from .loop_cases import QUICK, Bandit, grpo_config, pretrain_config, save_base, text_file
+from .test_resume import outcome
+
+NAN = float("nan")
+
+
+def fails(kind: type, match: str):
+    """The next lines raise `kind`, in one line, with a message like `match`."""
+    return pytest.raises(kind, match=rf"\A(?=.*{match})[^\n]+\Z")
+
+
+def finite(folder) -> bool:
+    groups = load_checkpoint(folder).tensors.values()
+    return all(torch.isfinite(tensor).all() for group in groups for tensor in group.values())
+
+
+# ---- NaN ----
+
+def test_a_poisoned_weight_stops_pretraining_and_is_named(tmp_path, monkeypatch):
+    step_of = pretrain_module.train_step
+    steps = iter(range(100))
+
+    def poisoned(model, *rest):
+        if next(steps) == 5:
+            model.blocks[1].mlp.down.data[3, 4] = NAN
+        return step_of(model, *rest)
+
+    monkeypatch.setattr(pretrain_module, "train_step", poisoned)
+    c = pretrain_config(tmp_path / "run", text_file(tmp_path))
+    with fails(FloatingPointError, "loss is nan at step 6 .*weight blocks.1.mlp.down.*checkpoint of step 3"):
+        pretrain(c)
+    assert checkpoint_steps(c.run) == [3] and finite(c.run)
+    assert [row["step"] for row in read_metrics(c.run)] == [1, 2, 3, 4, 5]
+
+
+def test_a_gradient_that_is_not_finite_stops_pretraining_before_it_is_used(tmp_path, monkeypatch):
+    c = pretrain_config(tmp_path / "run", text_file(tmp_path), save_every=1)
+    step_of = pretrain_module.train_step
+
+    def overflowing(model, optimizer, batch, lr, optim, micro_tokens):
+        if float(lr) == 1e-2:  # the warm-up's second step and all later ones
+            handle = model.norm.register_hook(lambda grad: grad * float("inf"))
+        try:
+            return step_of(model, optimizer, batch, lr, optim, micro_tokens)
+        finally:
+            if float(lr) == 1e-2:
+                handle.remove()
+
+    monkeypatch.setattr(pretrain_module, "train_step", overflowing)
+    with fails(FloatingPointError, r"gradient_norm is (nan|inf) at step 2 .*gradient of norm\b.*step 1 is"):
+        pretrain(c)
+    assert checkpoint_steps(c.run) == [1] and finite(c.run)
+
+
+def test_nan_logits_while_sampling_name_the_step(tmp_path, monkeypatch):
+    def poisoned(policy, *rest):
+        figures = update(policy, *rest)
+        if rest[-2] == 2:  # after the third step's update
+            policy.norm.data[0] = NAN
+        return figures
+
+    update = grpo_module.update_policy
+    monkeypatch.setattr(grpo_module, "update_policy", poisoned)
+    c = grpo_config(tmp_path / "run", save_base(tmp_path / "base"))
+    with fails(NonFiniteError, "logits .*are NaN .*step 4.*checkpoint of step 2"):
+        grpo(c)
+    assert checkpoint_steps(c.run) == [2] and finite(c.run)
+
+
+@pytest.mark.parametrize("updates_per_step", [1, 2])
+def test_a_nan_gradient_under_a_finite_loss_stops_grpo(tmp_path, monkeypatch, updates_per_step):
+    def sharp(logp, *rest):
+        loss, metrics = grpo_loss(logp, *rest)
+        return loss + (0 * logp).sum().abs().sqrt(), metrics  # adds 0, with a gradient of inf * 0
+
+    monkeypatch.setattr(grpo_module, "PIECES", Pieces(loss=sharp))
+    base = save_base(tmp_path / "base")
+    c = grpo_config(tmp_path / "run", base, updates_per_step=updates_per_step)
+    with fails(FloatingPointError, "gradient_norm is nan at step 1 .*gradient of .*no checkpoint is kept"):
+        grpo(c)
+    assert checkpoint_steps(c.run) == [] and read_metrics(c.run) == []
+
+
+class BrokenGrader(Bandit):
+    def grade(self, problem, response):
+        return Grade(NAN if problem == 1 else 0.0, None, "")
+
+
+def test_a_nan_reward_is_named(tmp_path):
+    c = grpo_config(tmp_path / "run", save_base(tmp_path / "base"), task=BrokenGrader())
+    with fails(ValueError, "reward 4 is nan \\(4 such in all\\)"):
+        grpo(c)
+    assert checkpoint_steps(c.run) == []
+
+
+# ---- the disk ----
+
+def test_a_full_disk_while_saving_loses_nothing(tmp_path, monkeypatch):
+    save = Run.save
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_a_full_disk(run, step, *rest):
+        if step + 1 > 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        try:
+            save(run, step, *rest)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    data = text_file(tmp_path)
+    pretrain(pretrain_config(tmp_path / "whole", data))
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "save", on_a_full_disk)
+        with fails(CheckpointError, "cannot save the checkpoint of step 6 .*checkpoint of step 3 is intact"):
+            pretrain(pretrain_config(tmp_path / "run", data))
+    assert checkpoint_steps(tmp_path / "run") == [3]
+    pretrain(pretrain_config(tmp_path / "run", data, resume=True))  # there is room again
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_a_run_folder_that_cannot_be(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for folder in [file, file / "below"]:
+        with fails(ValueError, "cannot use the run folder .*give another one"):
+            Run(RunConfig(run=str(folder)), "test")
+    assert file.read_text() == "mine"
+
+
+def test_a_foreign_checkpoint_is_refused_and_left_alone(tmp_path):
+    folder = tmp_path / "checkpoints/step_00000005"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text('{"format": "other"}')
+    with fails(CheckpointError, "state.json was not written by r1zero.*another folder"):
+        Run(RunConfig(run=str(tmp_path), resume=True), "test")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"] and (folder / "state.json").exists()
+
+
+def test_a_base_that_is_none(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    for base, reason in [("missing", "does not exist"), (".", "is not the folder of a run"),
+                         ("notes.txt", "is a file")]:
+        with fails(CheckpointError, reason):
+            grpo(grpo_config(tmp_path / "run", tmp_path / base))
+        assert not (tmp_path / "run").exists()
+    save_checkpoint(tmp_path / "other", 1, {"weights": {"w": torch.zeros(2)}}, {})
+    with fails(ValueError, "holds no model; give a folder that pretrain, sft, grpo or demo wrote"):
+        load_model(str(tmp_path / "other"), torch.device("cpu"))
+
+
+def test_a_checkpoint_of_another_model_is_not_loaded_into_this_one(tmp_path):
+    c = pretrain_config(tmp_path / "run", text_file(tmp_path), steps=2)
+    model = pretrain(c)
+    run = Run(pretrain_config(c.run, c.data[0], steps=2, resume=True), "pretrain")
+    model.config = type(model.config)(**{**model.config.to_dict(), "rope_theta": 500.0})
+    with fails(CheckpointError, "rope_theta is 10000.0 there and 500.0 here"):
+        run.restore(model, Tokenizer.bytes(), None)
+
+
+# ---- data ----
+
+@pytest.mark.parametrize("content, match", [
+    (b"", "is empty; fill it or leave it out"),
+    (b" \n\n", "is empty"),
+    (b"abc\0def" * 100, "is binary: byte 3 is 0"),
+    (b"ab\xff\xfe" * 100, "is not UTF-8 at byte 2"),
+    (b"too short", "give more text or a smaller --seq-len"),
+    (b"ab", "give more text or a smaller s"),
+    (None, "cannot be read"),
+])
+def test_bad_data_for_pretraining(tmp_path, content, match):
+    path = tmp_path / "data.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with fails(ValueError, match):
+        pretrain(pretrain_config(tmp_path / "run", str(path)))
+    assert not (tmp_path / "run").exists()  # so that the next try needs no --resume
+
+
+@pytest.mark.parametrize("content, match", [
+    ("", "is empty"),
+    ("not json\n", "line 1 is not JSON"),
+    ('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n', "line 2 has no text in a field `response`"),
+    ('{"prompt": "a", "response": " "}\n', "line 1: `response` is empty"),
+    (json.dumps({"prompt": "a" * 300, "response": "b"}), "max_seq_len 256 has room"),
+])
+def test_bad_data_for_sft(tmp_path, content, match):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(content)
+    base = save_base(tmp_path / "base")
+    with fails(ValueError, match):
+        sft(SFTConfig(run=str(tmp_path / "run"), base=str(base), data=str(path), device="cpu"))
+    assert not (tmp_path / "run").exists()
+
+
+# ---- flags ----
+
+PRETRAIN = dict(run="r", data=("d",), task=QUICK)
+GRPO = dict(run="r", base="b")
+SFT = dict(run="r", base="b", data="d")
+
+
+@pytest.mark.parametrize("kind, common, bad", [
+    (RunConfig, dict(run="r"), dict(steps=0, save_every=0, keep_last=-1)),
+    (PretrainConfig, PRETRAIN, dict(steps=-1, seq_len=0, batch_tokens=0, micro_tokens=0, documents=0, seed=-1,
+                                    tail_share=[0.0, 1.0, -0.1, NAN], model=["huge", "depth=0", "depth=x"],
+                                    vocab_size=-5)),
+    (SFTConfig, SFT, dict(steps=0, batch_tokens=0, micro_tokens=-1, seed=-1)),
+    (GRPOConfig, GRPO, dict(keep_last=0, prompts_per_step=0, group_size=1, max_new_tokens=0, micro_tokens=0,
+                            updates_per_step=0, kl_samples=-1, seed=-1, temperature=[0.0, -1.0, NAN])),
+    (OptimConfig, {}, dict(lr=[0.0, -1.0, NAN], warmup=-1, schedule="linear", final_lr=[-0.1, 1.1, NAN],
+                           weight_decay=[-1.0, NAN], beta1=[1.0, -0.1, NAN], beta2=[1.0, NAN],
+                           eps=[-1.0, NAN], clip_grad=[0.0, NAN])),
+    (LossConfig, {}, dict(mean="max", clip_low=[0.0, 1.1, NAN], clip_high=[0.0, NAN], kl_coef=[-0.1, NAN])),
+    (RewardConfig, {}, dict(accuracy_weight=[-1.0, NAN, float("inf")], format_weight=[-0.1, NAN])),
+    (CorpusConfig, {}, dict(persistent_share=[-1, 2, NAN], broken_share=1.1, max_careless_attempts=[0, 13])),
+    (DemoConfig, {}, dict(documents=0, pretrain_steps=0, rl_steps=0, eval_problems=0, eval_samples=0,
+                          control_steps=-1, seeds=["", "0,0", "a", "-1", "1,"], rl_lr=[0.0, NAN], model="x",
+                          max_new_tokens=[0, 256], numbers=9, ops="%")),
+])
+def test_flags_out_of_range_are_refused_by_name(kind, common, bad):
+    kind(**common)  # sound without them
+    for name, values in bad.items():
+        for value in values if isinstance(values, list) else [values]:
+            with pytest.raises(ValueError) as error:
+                kind(**{**common, name: value})
+            message = str(error.value)
+            word = {"rl_lr": "lr", "accuracy_weight": "accuracy", "format_weight": "format"}.get(name, name)
+            assert word in message or word.replace("_", "-") in message, (name, value, message)
+            assert "\n" not in message
+            assert any(w in message for w in ("expected", "must be", "known", "needs")), message
+    if kind is RewardConfig:
+        with fails(ValueError, "not both 0"):
+            RewardConfig(accuracy_weight=0, format_weight=0)
+
+
+def test_an_unknown_preset_or_device_is_told_at_once_and_names_what_is_known(tmp_path):
+    with fails(ValueError, "unknown model preset 'gpt'; known are demo, .*depth=N"):
+        PretrainConfig(run="r", data=("countdown",), model="gpt", task=QUICK)
+    with fails(ValueError, "--device is 'tpu', expected auto, cpu or cuda"):
+        pick_device("tpu")
+    with fails(ValueError, "ranks file none cannot be read"):
+        pretrain(pretrain_config(tmp_path / "run", text_file(tmp_path), tokenizer="none"))
+
+
+def test_a_prompt_that_leaves_no_room_is_told_before_anything_is_sampled(tmp_path):
+    c = grpo_config(tmp_path / "run", save_base(tmp_path / "base"), max_new_tokens=255)
+    with fails(ValueError, "max_seq_len 256; ask for fewer new tokens"):
+        grpo(c)
+
+
+def test_a_part_of_the_demo_counts_as_done_when_its_last_step_is_saved_not_logged(tmp_path):
+    """Killed between the two, it has the last line in its log and an older checkpoint."""
+    c = pretrain_config(tmp_path / "run", text_file(tmp_path), steps=4, save_every=100)
+    with Run(c, "pretrain") as run:
+        for step in run.steps():
+            run.log(step, {"loss": 1.0})
+    assert read_metrics(c.run)[-1]["step"] == 4 and not demo_module.part_done(tmp_path / "run", 4)
+    pretrain(pretrain_config(c.run, c.data[0], steps=4, resume=True))
+    assert demo_module.part_done(tmp_path / "run", 4) and not demo_module.part_done(tmp_path / "none", 4)
+    assert load_checkpoint(c.run).state["tokenizer"] == Tokenizer.bytes().to_dict()

@@ -1,0 +1,181 @@
+"""The command line: `r1zero <command> [--flags]`, each command also as `python -m r1zero.train.<command>`.
+
+A command is a module here with a frozen dataclass, whose fields are its flags (tyro reads them), and a
+function that takes it. The module is imported when its command is called, so that `r1zero --help` and
+`r1zero grade` do not wait for torch.
+
+    exit code   what happened
+    0           done, or stopped by Ctrl-C after saving
+    1           the computation failed (NaN, out of memory), or a fault of r1zero itself
+    2           flags, files or data that the user can mend; one line says how
+    130         broken off by Ctrl-C
+
+`--traceback`, anywhere, shows where an error came from instead. Left out: shell completion beyond tyro's
+own, config files (a shell script with flags is one), an alias for every flag.
+"""
+import difflib
+import io
+import os
+import sys
+import traceback
+import warnings
+from contextlib import contextmanager, redirect_stderr
+from importlib import import_module
+
+COMMANDS = {  # command: (its module, its config class, its function, what it does)
+    "demo": ("recipes.demo", "DemoConfig", "demo", "R1-Zero from nothing: a base model, GRPO, control, report"),
+    "pretrain": ("pretrain", "PretrainConfig", "pretrain", "train a base model from random weights"),
+    "sft": ("sft", "SFTConfig", "sft", "fine-tune a model on prompt/response pairs"),
+    "grpo": ("grpo", "GRPOConfig", "grpo", "R1-Zero: GRPO straight on a base model, with rule rewards"),
+    "compare": ("lab.compare", "CompareConfig", "compare", "a classic mistake of GRPO beside the right run"),
+    "diagnose": ("cli.diagnose", "DiagnoseConfig", "diagnose", "say in plain words what a GRPO run's log means"),
+    "eval": ("cli.eval", "EvalConfig", "run_eval", "measure a model on held-out problems, with intervals"),
+    "grade": ("cli.grade", "GradeConfig", "grade", "say what reward a response earns, and why"),
+    "chat": ("cli.chat", "ChatConfig", "chat", "type problems, see what the model thinks and answers"),
+}
+MEMORY_FLAGS = ("micro_tokens", "batch", "samples", "prompts_per_step", "group_size", "max_new_tokens",
+                "seq_len", "model")
+
+
+def usage() -> str:
+    """The text of `r1zero --help`."""
+    lines = [f"  {name:<10} {what}" for name, (*_, what) in COMMANDS.items()]
+    return "\n".join(["usage: r1zero <command> [--flags]", "", "commands:", *lines, "",
+                      "r1zero <command> --help lists the flags of a command;",
+                      "--traceback shows where an error came from. Start with: r1zero demo"])
+
+
+def printable(text: str) -> str:
+    """Text that a terminal shows and does not obey: control characters are spelled, line breaks and tabs
+    stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def one_line(text: str) -> str:
+    """Text for a message."""
+    return printable(" ".join(text.split()))
+
+
+def refusal_behind(error: BaseException | None) -> ValueError | None:
+    """The ValueError of a config's __post_init__ that `error` came from, if it did; tyro frames it over
+    several lines."""
+    while error is not None:
+        names = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if isinstance(error, ValueError) and "__post_init__" in names:
+            return error
+        error = error.__context__
+    return None
+
+
+def parse_flags(command: str, config_class: type, flags: list[str]):
+    """The command's config from its flags. Raises SystemExit as tyro does, with tyro's own text, for --help
+    and flags that are not there; ValueError for a value that the config refuses."""
+    import tyro  # a quarter of a second, not needed for the list of commands
+    text = io.StringIO()
+    try:
+        with redirect_stderr(text):
+            return tyro.cli(config_class, args=flags, prog=f"r1zero {command}")
+    except SystemExit as stop:
+        if refusal := refusal_behind(stop):
+            raise refusal from None
+        sys.stderr.write(text.getvalue())
+        raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's and NumPy's MemoryError, and what torch raises on a GPU and on a CPU."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError)
+                                              and any(word in str(error).lower() for word in words))
+
+
+def is_non_finite(error: BaseException) -> bool:
+    """A NaN or infinity that stopped the computation."""
+    if isinstance(error, RuntimeError):
+        from ...model.engine.sampling import (
+            NonFiniteError,  # imports torch, which a RuntimeError mostly comes from
+        )
+        return isinstance(error, NonFiniteError)
+    return isinstance(error, FloatingPointError)
+
+
+def explain(error: BaseException, config) -> tuple[int, str | None]:
+    """(exit code, what to tell the user); None for a fault of ours, which nobody can explain yet."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "broken off"
+    if is_out_of_memory(error):
+        dials = [f"--{name.replace('_', '-')}" for name in MEMORY_FLAGS if hasattr(config, name)]
+        advice = f"lower {', '.join(dials)}" if dials else "close other programs, or give it less data"
+        return 1, f"out of memory; {advice} ({str(error)[:200] or type(error).__name__})"
+    if is_non_finite(error):
+        return 1, str(error)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return 2, f"{where}{error.strerror or error}"
+    if isinstance(error, ValueError):  # a CheckpointError is one
+        return 2, str(error)
+    return 1, None
+
+
+@contextmanager
+def short_warnings(command: str):
+    """Warnings in one line, like errors, without the line of code that they came from."""
+    with warnings.catch_warnings():
+        def show(message, category, filename, lineno, file=None, line=None):
+            print(f"r1zero {command}: warning: {one_line(str(message))}", file=sys.stderr)
+        warnings.showwarning = show  # what the module offers for this
+        yield
+
+
+def run(command: str, flags: list[str], show_traceback: bool) -> int:
+    """Parse the flags, call the command, and turn what it raises into an exit code and a line on stderr."""
+    config = None
+    try:
+        with short_warnings(command):
+            where, config_class, function, _ = COMMANDS[command]
+            module = import_module(f"r1zero.train.{where}")
+            config = parse_flags(command, getattr(module, config_class), flags)
+            getattr(module, function)(config)
+            sys.stdout.flush()  # so that a reader who went away is noticed here
+        return 0
+    except SystemExit as stop:  # tyro's
+        return stop.code if isinstance(stop.code, int) else 2
+    except BrokenPipeError:  # whoever read our output has gone, as in `r1zero grade ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it ends
+        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        if show_traceback:
+            raise
+        code, message = explain(error, config)
+        if message is None:
+            traceback.print_exception(error)
+            message = ("this is a fault of r1zero, not of yours; please report it with the lines above and "
+                       "the command that you gave")
+        print(f"r1zero {command}: {one_line(message) or type(error).__name__}", file=sys.stderr)
+        return code
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console script `r1zero`; returns the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    show_traceback = "--traceback" in argv
+    argv = [word for word in argv if word != "--traceback"]
+    # A model can write what a terminal has no letters for, and a pipe can bring bytes that are no text.
+    for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "replace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    command, *flags = argv
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        print(f"r1zero: there is no command {one_line(command)!r}{hint}; the commands are "
+              f"{', '.join(COMMANDS)}, and r1zero --help says what they do", file=sys.stderr)
+        return 2
+    return run(command, flags, show_traceback)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
