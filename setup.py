@@ -3,6 +3,7 @@
 They are namespace packages (no __init__.py), so that a package of the same name in another project can never
 take their place; each of them, and each sub-folder to come, is listed here by name.
 """
+
 from setuptools import setup
 
 PACKAGES = {

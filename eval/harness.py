@@ -12,6 +12,7 @@ more problems.
 Left out: significance tests between two runs (on the same problems, compare them problem by problem, from the
 JSON lines), and anything that knows a model: a sampler is any callable.
 """
+
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -26,7 +27,12 @@ from .response import parse_response
 from .tasks.base import Task
 
 Z95 = 1.959964  # 97.5 % quantile of the normal distribution
-SUMMED = ("accuracy", "format", "n_tokens", "finish_reason")  # what is kept of each response for the summary
+SUMMED = (
+    "accuracy",
+    "format",
+    "n_tokens",
+    "finish_reason",
+)  # what is kept of each response for the summary
 
 
 class Sampled(NamedTuple):
@@ -75,7 +81,9 @@ class EvalResult:
             "accuracy": self.accuracy.mean,
             "accuracy_95": [self.accuracy.low, self.accuracy.high],
             "pass_at": {str(k): estimate.mean for k, estimate in self.pass_at.items()},
-            "pass_at_95": {str(k): [estimate.low, estimate.high] for k, estimate in self.pass_at.items()},
+            "pass_at_95": {
+                str(k): [estimate.low, estimate.high] for k, estimate in self.pass_at.items()
+            },
             "format_rate": self.format_rate.mean,
             "format_rate_95": [self.format_rate.low, self.format_rate.high],
             "mean_tokens": self.mean_tokens,
@@ -85,7 +93,9 @@ class EvalResult:
     def table(self) -> str:
         """A few lines for people."""
         shares = [("pass@1", self.accuracy)]
-        shares += [(f"pass@{k}", estimate) for k, estimate in sorted(self.pass_at.items()) if k != 1]
+        shares += [
+            (f"pass@{k}", estimate) for k, estimate in sorted(self.pass_at.items()) if k != 1
+        ]
         shares += [("well formed", self.format_rate)]
         counts = f"{self.n_problems:,} problems x {self.n_samples} samples"
         lines = [f"{self.task}: {counts}, 95 % intervals over problems"]
@@ -154,7 +164,9 @@ def _row(index: int, problem: Any, prompt: str, sampled: Sampled, task: Task) ->
     }
 
 
-def _summary(name: str, rows: list[dict[str, Any]], n_samples: int, ks: Sequence[int]) -> EvalResult:
+def _summary(
+    name: str, rows: list[dict[str, Any]], n_samples: int, ks: Sequence[int]
+) -> EvalResult:
     """The figures of all responses; those of one problem lie next to each other."""
     groups = [rows[i : i + n_samples] for i in range(0, len(rows), n_samples)]
     n_right = [sum(row["accuracy"] == 1.0 for row in group) for group in groups]
@@ -164,7 +176,10 @@ def _summary(name: str, rows: list[dict[str, Any]], n_samples: int, ks: Sequence
         n_problems=len(groups),
         n_samples=n_samples,
         accuracy=interval([right / n_samples for right in n_right], n_samples),
-        pass_at={k: interval([pass_at_k(n_samples, right, k) for right in n_right], n_samples) for k in ks},
+        pass_at={
+            k: interval([pass_at_k(n_samples, right, k) for right in n_right], n_samples)
+            for k in ks
+        },
         format_rate=interval([formed / n_samples for formed in n_formed], n_samples),
         mean_tokens=sum(row["n_tokens"] for row in rows) / len(rows),
         truncated=sum(row["finish_reason"] == "length" for row in rows) / len(rows),
@@ -194,22 +209,33 @@ def evaluate(
     if not problems:
         raise ValueError("evaluate got no problems; give at least one")
     if n_samples < 1 or batch < 1:
-        raise ValueError(f"evaluate: n_samples is {n_samples} and batch {batch}; both must be 1 or more")
+        raise ValueError(
+            f"evaluate: n_samples is {n_samples} and batch {batch}; both must be 1 or more"
+        )
     for k in ks:
         if not 1 <= k <= n_samples:
-            raise ValueError(f"pass@{k} needs 1 <= k <= n_samples, but n_samples is {n_samples}; raise it")
+            raise ValueError(
+                f"pass@{k} needs 1 <= k <= n_samples, but n_samples is {n_samples}; raise it"
+            )
 
     rows: list[dict[str, Any]] = []
-    with _open_lines(out) as file, tqdm(total=len(problems), disable=not progress, unit="problem") as bar:
+    with (
+        _open_lines(out) as file,
+        tqdm(total=len(problems), disable=not progress, unit="problem") as bar,
+    ):
         for start in range(0, len(problems), batch):
             chunk = problems[start : start + batch]
             prompts = [task.prompt(problem) for problem in chunk]
             groups = sampler(prompts, n_samples)
             if [len(group) for group in groups] != [n_samples] * len(chunk):
-                raise ValueError(f"the sampler must give each of {len(chunk)} prompts {n_samples} responses")
+                raise ValueError(
+                    f"the sampler must give each of {len(chunk)} prompts {n_samples} responses"
+                )
             new = [
                 _row(start + i, problem, prompt, sampled, task)
-                for i, (problem, prompt, group) in enumerate(zip(chunk, prompts, groups, strict=True))
+                for i, (problem, prompt, group) in enumerate(
+                    zip(chunk, prompts, groups, strict=True)
+                )
                 for sampled in group
             ]
             if file is not None:

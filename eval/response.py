@@ -8,6 +8,7 @@ plain text. Only fixed strings are searched for, so each character is looked at 
 
 Left out: mending of broken tags, because the format reward is there to teach them.
 """
+
 from dataclasses import dataclass
 
 FRAME = ("<think>", "</think>", "<answer>", "</answer>")

@@ -9,6 +9,7 @@ A prompt that leaves no room for the response in the model's max_seq_len is an e
 beginning and is counted: then a small model can be put to a whole test set, long questions included, and
 what it was not shown is known.
 """
+
 from collections.abc import Iterator
 
 import torch
@@ -29,15 +30,24 @@ class ModelSampler:
     does.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, max_new_tokens: int,
-                 temperature: float = 1.0, seed: int = 0, cut_prompts: bool = False,
-                 engine: Engine | None = None):
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        seed: int = 0,
+        cut_prompts: bool = False,
+        engine: Engine | None = None,
+    ):
         """cut_prompts: take off the beginning of a prompt that is too long, and count it, instead of raising.
         engine: one that the model has already, since each holds a cache; None makes one."""
         limit = model.config.max_seq_len
         if not 1 <= max_new_tokens < limit:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}, but the model's max_seq_len is {limit}, "
-                             f"prompt and response together; expected 1 to {limit - 1}")
+            raise ValueError(
+                f"max_new_tokens is {max_new_tokens}, but the model's max_seq_len is {limit}, "
+                f"prompt and response together; expected 1 to {limit - 1}"
+            )
         self.engine = engine or Engine(model, tokenizer)
         self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
         self.temperature, self.seed, self.cut_prompts = temperature, seed, cut_prompts
@@ -53,29 +63,40 @@ class ModelSampler:
         [request] = self._requests([prompt], 1)
         for event in self.engine.stream([request]):
             c = event.completion
-            done = Sampled(self.tokenizer.decode(c.tokens), len(c.tokens), c.finish_reason) if c else None
+            done = (
+                Sampled(self.tokenizer.decode(c.tokens), len(c.tokens), c.finish_reason)
+                if c
+                else None
+            )
             yield event.text, done
 
     def __call__(self, prompts: list[str], n_samples: int) -> list[list[Sampled]]:
-        responses = [Sampled(self.tokenizer.decode(c.tokens), len(c.tokens), c.finish_reason)
-                     for c in self.engine.generate(self._requests(prompts, n_samples))]
+        responses = [
+            Sampled(self.tokenizer.decode(c.tokens), len(c.tokens), c.finish_reason)
+            for c in self.engine.generate(self._requests(prompts, n_samples))
+        ]
         return [responses[i : i + n_samples] for i in range(0, len(responses), n_samples)]
 
     def _requests(self, prompts: list[str], n_samples: int) -> list[Request]:
         ids = self.tokenizer.encode_batch(prompts)
         if self.cut_prompts:
             self.n_cut += sum(len(prompt) > self.room for prompt in ids)
-            ids = [prompt[-self.room:] for prompt in ids]
-        seeds = torch.cat([sample_seeds(n_samples, self.seed, self.n_prompts + i) for i in range(len(ids))])
+            ids = [prompt[-self.room :] for prompt in ids]
+        seeds = torch.cat(
+            [sample_seeds(n_samples, self.seed, self.n_prompts + i) for i in range(len(ids))]
+        )
         self.n_prompts += len(ids)
-        return group_requests(ids, n_samples, self.max_new_tokens, self.temperature, seeds,
-                              self.tokenizer.eos_id)
+        return group_requests(
+            ids, n_samples, self.max_new_tokens, self.temperature, seeds, self.tokenizer.eos_id
+        )
 
     def cut_message(self) -> str | None:
         """What to tell the user about prompts that were cut; None if none was."""
         if not self.n_cut:
             return None
         limit = self.engine.model.config.max_seq_len
-        return (f"{self.n_cut:,} of {self.n_prompts:,} prompts are longer than the {self.room} tokens that a "
-                f"max_seq_len of {limit} leaves beside {self.max_new_tokens} new ones; the model was shown "
-                "their ends only")
+        return (
+            f"{self.n_cut:,} of {self.n_prompts:,} prompts are longer than the {self.room} tokens that a "
+            f"max_seq_len of {limit} leaves beside {self.max_new_tokens} new ones; the model was shown "
+            "their ends only"
+        )

@@ -17,6 +17,7 @@ that owns blocks of queries (dq), so nothing is added up by atomics and every ru
 
 Shapes: T tokens, H query heads, G kv heads, D head_dim, N sequences.
 """
+
 import torch
 
 from . import dispatch, reference
@@ -52,8 +53,18 @@ def _tanh(x):
 
 
 @triton.jit
-def _scores(q, k_t, scale, softcap, rows, keys, window,
-            SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr):
+def _scores(
+    q,
+    k_t,
+    scale,
+    softcap,
+    rows,
+    keys,
+    window,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """Scores in base 2 [rows, keys], -inf where a row does not see a key; `rows` are places in the keys."""
     s = tl.dot(q, k_t, input_precision="ieee") * scale
     if SOFTCAP:
@@ -68,37 +79,96 @@ def _scores(q, k_t, scale, softcap, rows, keys, window,
 
 
 @triton.jit
-def _fwd_blocks(acc, peak, total, q, k_GD, v_GD, stride_kt, stride_vt, k_len, lo, hi, rows, d, scale, softcap,
-                window, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr,
-                WINDOW: tl.constexpr, MASKED: tl.constexpr):
+def _fwd_blocks(
+    acc,
+    peak,
+    total,
+    q,
+    k_GD,
+    v_GD,
+    stride_kt,
+    stride_vt,
+    k_len,
+    lo,
+    hi,
+    rows,
+    d,
+    scale,
+    softcap,
+    window,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """Take in the keys from lo to hi, in blocks; MASKED where a row may not see all of a block."""
     in_block = tl.arange(0, BLOCK_N)
     k_places = in_block[None, :] * stride_kt + d[:, None]
     v_places = in_block[:, None] * stride_vt + d[None, :]
     for start in range(lo, hi, BLOCK_N):
         n, start_64 = start + in_block, tl.cast(start, tl.int64)
-        k_t = _load(k_GD + start_64 * stride_kt, k_places, (n < k_len)[None, :], (d < D)[:, None], MASKED,
-                    D < BLOCK_D)
-        s = _scores(q, k_t, scale, softcap, rows[:, None], n[None, :], window, SOFTCAP, WINDOW, MASKED)
+        k_t = _load(
+            k_GD + start_64 * stride_kt,
+            k_places,
+            (n < k_len)[None, :],
+            (d < D)[:, None],
+            MASKED,
+            D < BLOCK_D,
+        )
+        s = _scores(
+            q, k_t, scale, softcap, rows[:, None], n[None, :], window, SOFTCAP, WINDOW, MASKED
+        )
         new_peak = tl.maximum(peak, tl.max(s, 1))
         # a row that has seen nothing yet: exp2(-inf - 0) is 0, exp2(-inf - -inf) would be NaN
         finite_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
         p = tl.exp2(s - finite_peak[:, None])
         rescale = tl.exp2(peak - finite_peak)
         total = total * rescale + tl.sum(p, 1)
-        v = _load(v_GD + start_64 * stride_vt, v_places, (n < k_len)[:, None], (d < D)[None, :], MASKED,
-                  D < BLOCK_D)
+        v = _load(
+            v_GD + start_64 * stride_vt,
+            v_places,
+            (n < k_len)[:, None],
+            (d < D)[None, :],
+            MASKED,
+            D < BLOCK_D,
+        )
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
         peak = new_peak
     return acc, peak, total
 
 
 @triton.jit(do_not_specialize=["m_blocks", "Tq", "window"])
-def attention_fwd_kernel(q_THD, k_TGD, v_TGD, out_THD, lse_HT, cu_q, cu_k,
-                         stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot,
-                         stride_oh, m_blocks, Tq, scale, softcap, window, GROUP: tl.constexpr,
-                         D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                         SOFTCAP: tl.constexpr, WINDOW: tl.constexpr):
+def attention_fwd_kernel(
+    q_THD,
+    k_TGD,
+    v_TGD,
+    out_THD,
+    lse_HT,
+    cu_q,
+    cu_k,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_ot,
+    stride_oh,
+    m_blocks,
+    Tq,
+    scale,
+    softcap,
+    window,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
     n, h = tl.program_id(0) // m_blocks, tl.program_id(1).to(tl.int64)
     first = (m_blocks - 1 - tl.program_id(0) % m_blocks) * BLOCK_M  # the longest rows first
     q_start, q_len = _sequence(cu_q, n)
@@ -121,28 +191,87 @@ def attention_fwd_kernel(q_THD, k_TGD, v_TGD, out_THD, lse_HT, cu_q, cu_k,
         peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         if not WINDOW:
-            acc, peak, total = _fwd_blocks(acc, peak, total, q, k_GD, v_GD, stride_kt, stride_vt, k_len, 0,
-                                           seen_by_all, rows, d, scale, softcap, window, D, BLOCK_N, BLOCK_D,
-                                           SOFTCAP, WINDOW, False)
-        acc, peak, total = _fwd_blocks(acc, peak, total, q, k_GD, v_GD, stride_kt, stride_vt, k_len,
-                                       seen_by_all, seen_by_any, rows, d, scale, softcap, window, D, BLOCK_N,
-                                       BLOCK_D, SOFTCAP, WINDOW, True)
+            acc, peak, total = _fwd_blocks(
+                acc,
+                peak,
+                total,
+                q,
+                k_GD,
+                v_GD,
+                stride_kt,
+                stride_vt,
+                k_len,
+                0,
+                seen_by_all,
+                rows,
+                d,
+                scale,
+                softcap,
+                window,
+                D,
+                BLOCK_N,
+                BLOCK_D,
+                SOFTCAP,
+                WINDOW,
+                False,
+            )
+        acc, peak, total = _fwd_blocks(
+            acc,
+            peak,
+            total,
+            q,
+            k_GD,
+            v_GD,
+            stride_kt,
+            stride_vt,
+            k_len,
+            seen_by_all,
+            seen_by_any,
+            rows,
+            d,
+            scale,
+            softcap,
+            window,
+            D,
+            BLOCK_N,
+            BLOCK_D,
+            SOFTCAP,
+            WINDOW,
+            True,
+        )
         out = acc / tl.where(total > 0, total, 1.0)[:, None]
-        tl.store(out_THD + tokens * stride_ot + h * stride_oh + d[None, :], out.to(out_THD.dtype.element_ty),
-                 in_q)
+        tl.store(
+            out_THD + tokens * stride_ot + h * stride_oh + d[None, :],
+            out.to(out_THD.dtype.element_ty),
+            in_q,
+        )
         lse = (peak + tl.log2(total)) * 0.6931471805599453
         tl.store(lse_HT + h * Tq + q_start + m, tl.where(total > 0, lse, float("-inf")), m < q_len)
 
 
 @triton.jit(do_not_specialize=["Tq"])
-def attention_bwd_delta_kernel(dout_THD, out_THD, dlse_HT, delta_HT, Tq, stride_dot, stride_doh, stride_ot,
-                               stride_oh, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-                               DLSE: tl.constexpr):
+def attention_bwd_delta_kernel(
+    dout_THD,
+    out_THD,
+    dlse_HT,
+    delta_HT,
+    Tq,
+    stride_dot,
+    stride_doh,
+    stride_ot,
+    stride_oh,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DLSE: tl.constexpr,
+):
     """delta = rowsum(do * o) - dL"""
     t = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     h, d = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_D)
     inside = (t < Tq)[:, None] & (d < D)[None, :]
-    dout = tl.load(dout_THD + t[:, None] * stride_dot + h * stride_doh + d[None, :], inside, other=0.0)
+    dout = tl.load(
+        dout_THD + t[:, None] * stride_dot + h * stride_doh + d[None, :], inside, other=0.0
+    )
     out = tl.load(out_THD + t[:, None] * stride_ot + h * stride_oh + d[None, :], inside, other=0.0)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     if DLSE:
@@ -164,12 +293,40 @@ def _p_and_ds(s, dp, lse, delta, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n_blocks", "Tq", "window"])
-def attention_bwd_dkdv_kernel(q_THD, k_TGD, v_TGD, dout_THD, lse_HT, delta_HT, dk_TGD, dv_TGD, cu_q, cu_k,
-                              stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot,
-                              stride_doh, stride_dkt, stride_dkh, n_blocks, Tq, scale, softcap, window,
-                              GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-                              BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr,
-                              WINDOW: tl.constexpr):
+def attention_bwd_dkdv_kernel(
+    q_THD,
+    k_TGD,
+    v_TGD,
+    dout_THD,
+    lse_HT,
+    delta_HT,
+    dk_TGD,
+    dv_TGD,
+    cu_q,
+    cu_k,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_dot,
+    stride_doh,
+    stride_dkt,
+    stride_dkh,
+    n_blocks,
+    Tq,
+    scale,
+    softcap,
+    window,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
     n, g = tl.program_id(0) // n_blocks, tl.program_id(1).to(tl.int64)
     first = (tl.program_id(0) % n_blocks) * BLOCK_N  # the first keys have the most queries
     q_start, q_len = _sequence(cu_q, n)
@@ -183,7 +340,9 @@ def attention_bwd_dkdv_kernel(q_THD, k_TGD, v_TGD, dout_THD, lse_HT, delta_HT, d
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         shift = k_len - q_len
-        lo = tl.maximum(first - shift, 0) // BLOCK_M * BLOCK_M  # the first row that sees any of these keys
+        lo = (
+            tl.maximum(first - shift, 0) // BLOCK_M * BLOCK_M
+        )  # the first row that sees any of these keys
         hi = tl.minimum(q_len, first + BLOCK_N - 1 + window - shift) if WINDOW else q_len
         in_block, in_d = tl.arange(0, BLOCK_M), (d < D)[None, :]
         q_places = in_block[:, None] * stride_qt + d[None, :]
@@ -197,13 +356,31 @@ def attention_bwd_dkdv_kernel(q_THD, k_TGD, v_TGD, dout_THD, lse_HT, delta_HT, d
                 m, start_64 = start + in_block, tl.cast(start, tl.int64)
                 in_m, rows = m < q_len, m + shift
                 # rows behind the end are zeros, with do = delta = 0: P is finite, and they add nothing
-                q = _load(q_HD + start_64 * stride_qt, q_places, in_m[:, None], in_d, True, D < BLOCK_D)
-                dout = _load(dout_HD + start_64 * stride_dot, dout_places, in_m[:, None], in_d, True,
-                             D < BLOCK_D)
+                q = _load(
+                    q_HD + start_64 * stride_qt, q_places, in_m[:, None], in_d, True, D < BLOCK_D
+                )
+                dout = _load(
+                    dout_HD + start_64 * stride_dot,
+                    dout_places,
+                    in_m[:, None],
+                    in_d,
+                    True,
+                    D < BLOCK_D,
+                )
                 lse = tl.load(lse_T + m, in_m, other=0.0)
                 delta = tl.load(delta_T + m, in_m, other=0.0)
-                s_t = _scores(k, tl.trans(q), scale, softcap, rows[None, :], keys[:, None], window, SOFTCAP,
-                              WINDOW, True)
+                s_t = _scores(
+                    k,
+                    tl.trans(q),
+                    scale,
+                    softcap,
+                    rows[None, :],
+                    keys[:, None],
+                    window,
+                    SOFTCAP,
+                    WINDOW,
+                    True,
+                )
                 dp_t = tl.dot(v, tl.trans(dout), input_precision="ieee")
                 p_t, ds_t = _p_and_ds(s_t, dp_t, lse[None, :], delta[None, :], softcap, SOFTCAP)
                 dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision="ieee")
@@ -214,12 +391,39 @@ def attention_bwd_dkdv_kernel(q_THD, k_TGD, v_TGD, dout_THD, lse_HT, delta_HT, d
 
 
 @triton.jit(do_not_specialize=["m_blocks", "Tq", "window"])
-def attention_bwd_dq_kernel(q_THD, k_TGD, v_TGD, dout_THD, lse_HT, delta_HT, dq_THD, cu_q, cu_k,
-                            stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot,
-                            stride_doh, stride_dqt, stride_dqh, m_blocks, Tq, scale, softcap, window,
-                            GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-                            BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SOFTCAP: tl.constexpr,
-                            WINDOW: tl.constexpr):
+def attention_bwd_dq_kernel(
+    q_THD,
+    k_TGD,
+    v_TGD,
+    dout_THD,
+    lse_HT,
+    delta_HT,
+    dq_THD,
+    cu_q,
+    cu_k,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_dot,
+    stride_doh,
+    stride_dqt,
+    stride_dqh,
+    m_blocks,
+    Tq,
+    scale,
+    softcap,
+    window,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
     n, h = tl.program_id(0) // m_blocks, tl.program_id(1).to(tl.int64)
     first = (m_blocks - 1 - tl.program_id(0) % m_blocks) * BLOCK_M
     q_start, q_len = _sequence(cu_q, n)
@@ -230,7 +434,9 @@ def attention_bwd_dq_kernel(q_THD, k_TGD, v_TGD, dout_THD, lse_HT, delta_HT, dq_
         inside = in_m[:, None] & (d < D)[None, :]
         tokens = (q_start + m)[:, None]
         q = tl.load(q_THD + tokens * stride_qt + h * stride_qh + d[None, :], inside, other=0.0)
-        dout = tl.load(dout_THD + tokens * stride_dot + h * stride_doh + d[None, :], inside, other=0.0)
+        dout = tl.load(
+            dout_THD + tokens * stride_dot + h * stride_doh + d[None, :], inside, other=0.0
+        )
         lse = tl.load(lse_HT + h * Tq + q_start + m, in_m, other=0.0)
         delta = tl.load(delta_HT + h * Tq + q_start + m, in_m, other=0.0)
         k_GD = k_TGD + k_start * stride_kt + (h // GROUP) * stride_kh
@@ -248,12 +454,17 @@ def attention_bwd_dq_kernel(q_THD, k_TGD, v_TGD, dout_THD, lse_HT, delta_HT, dq_
             in_n = (keys < k_len)[None, :]
             k_t = _load(k_GD + start_64 * stride_kt, k_places, in_n, in_d, True, D < BLOCK_D)
             v_t = _load(v_GD + start_64 * stride_vt, v_places, in_n, in_d, True, D < BLOCK_D)
-            s = _scores(q, k_t, scale, softcap, rows[:, None], keys[None, :], window, SOFTCAP, WINDOW, True)
+            s = _scores(
+                q, k_t, scale, softcap, rows[:, None], keys[None, :], window, SOFTCAP, WINDOW, True
+            )
             dp = tl.dot(dout, v_t, input_precision="ieee")
             _, ds = _p_and_ds(s, dp, lse[:, None], delta[:, None], softcap, SOFTCAP)
             dq = tl.dot(ds.to(k_t.dtype), tl.trans(k_t), dq, input_precision="ieee")
-        tl.store(dq_THD + tokens * stride_dqt + h * stride_dqh + d[None, :],
-                 (dq * scale).to(dq_THD.dtype.element_ty), inside)
+        tl.store(
+            dq_THD + tokens * stride_dqt + h * stride_dqh + d[None, :],
+            (dq * scale).to(dq_THD.dtype.element_ty),
+            inside,
+        )
 
 
 # (rows of queries, keys, warps, stages) by kernel and architecture, then by head_dim up to 32, 64, 128, 256:
@@ -292,13 +503,27 @@ def attention_config(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, 
 
 def _constants(q: torch.Tensor, k: torch.Tensor, window: int, softcap: float) -> dict:
     D = q.shape[2]
-    return {"GROUP": q.shape[1] // k.shape[1], "D": D, "BLOCK_D": max(16, triton.next_power_of_2(D)),
-            "SOFTCAP": softcap > 0, "WINDOW": window >= 0}
+    return {
+        "GROUP": q.shape[1] // k.shape[1],
+        "D": D,
+        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "SOFTCAP": softcap > 0,
+        "WINDOW": window >= 0,
+    }
 
 
-def attention_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch.Tensor, cu_k: torch.Tensor,
-                  max_q: int, max_k: int, scale: float, window: int,
-                  softcap: float) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the forward pass: (out [Tq, H, D], lse [H, Tq] fp32). No window is -1, no softcap 0."""
     (Tq, H, D), N = q.shape, cu_q.shape[0] - 1
     out = torch.empty((Tq, H, D), dtype=q.dtype, device=q.device)
@@ -307,40 +532,128 @@ def attention_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_q: torch
     m_blocks = triton.cdiv(max_q, config["BLOCK_M"])
     if Tq > 0 and m_blocks > 0:
         attention_fwd_kernel[(N * m_blocks, H)](
-            q, k, v, out, lse, cu_q, cu_k, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0),
-            v.stride(1), out.stride(0), out.stride(1), m_blocks, Tq, scale, softcap, window,
-            **_constants(q, k, window, softcap), **config)
+            q,
+            k,
+            v,
+            out,
+            lse,
+            cu_q,
+            cu_k,
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            v.stride(0),
+            v.stride(1),
+            out.stride(0),
+            out.stride(1),
+            m_blocks,
+            Tq,
+            scale,
+            softcap,
+            window,
+            **_constants(q, k, window, softcap),
+            **config,
+        )
     return out, lse
 
 
-def attention_bwd(dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
-                  lse: torch.Tensor, dlse: torch.Tensor | None, cu_q: torch.Tensor, cu_k: torch.Tensor,
-                  max_q: int, max_k: int, scale: float, window: int,
-                  softcap: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def attention_bwd(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    cu_q: torch.Tensor,
+    cu_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the backward pass: (dq, dk, dv), contiguous."""
     (Tq, H, D), (Tk, G, _), N = q.shape, k.shape, cu_q.shape[0] - 1
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     arch, constants = dispatch.arch_of(q.device), _constants(q, k, window, softcap)
-    strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), dout.stride(0),
-               dout.stride(1))
+    strides = (
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        dout.stride(0),
+        dout.stride(1),
+    )
     delta = torch.empty_like(lse)
     if Tq > 0:
         attention_bwd_delta_kernel[(triton.cdiv(Tq, 32), H)](
-            dout, out, lse if dlse is None else dlse, delta, Tq, dout.stride(0), dout.stride(1),
-            out.stride(0), out.stride(1), D=D, BLOCK_M=32, BLOCK_D=constants["BLOCK_D"],
-            DLSE=dlse is not None)
+            dout,
+            out,
+            lse if dlse is None else dlse,
+            delta,
+            Tq,
+            dout.stride(0),
+            dout.stride(1),
+            out.stride(0),
+            out.stride(1),
+            D=D,
+            BLOCK_M=32,
+            BLOCK_D=constants["BLOCK_D"],
+            DLSE=dlse is not None,
+        )
     config = attention_config("dkdv", D, q.dtype, arch, max_q)
     n_blocks = triton.cdiv(max_k, config["BLOCK_N"])
     if Tk > 0 and n_blocks > 0:
         attention_bwd_dkdv_kernel[(N * n_blocks, G)](
-            q, k, v, dout, lse, delta, dk, dv, cu_q, cu_k, *strides, dk.stride(0), dk.stride(1), n_blocks, Tq,
-            scale, softcap, window, **constants, **config)
+            q,
+            k,
+            v,
+            dout,
+            lse,
+            delta,
+            dk,
+            dv,
+            cu_q,
+            cu_k,
+            *strides,
+            dk.stride(0),
+            dk.stride(1),
+            n_blocks,
+            Tq,
+            scale,
+            softcap,
+            window,
+            **constants,
+            **config,
+        )
     config = attention_config("dq", D, q.dtype, arch, max_q)
     m_blocks = triton.cdiv(max_q, config["BLOCK_M"])
     if Tq > 0 and m_blocks > 0:
         attention_bwd_dq_kernel[(N * m_blocks, H)](
-            q, k, v, dout, lse, delta, dq, cu_q, cu_k, *strides, dq.stride(0), dq.stride(1), m_blocks, Tq,
-            scale, softcap, window, **constants, **config)
+            q,
+            k,
+            v,
+            dout,
+            lse,
+            delta,
+            dq,
+            cu_q,
+            cu_k,
+            *strides,
+            dq.stride(0),
+            dq.stride(1),
+            m_blocks,
+            Tq,
+            scale,
+            softcap,
+            window,
+            **constants,
+            **config,
+        )
     return dq, dk, dv
 
 
@@ -350,8 +663,9 @@ _bwd_op = torch.library.custom_op("r1zero::attention_bwd", attention_bwd, mutate
 
 @_fwd_op.register_fake
 def _(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap):
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[1::-1],
-                                                                             dtype=torch.float32)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(
+        q.shape[1::-1], dtype=torch.float32
+    )
 
 
 @_bwd_op.register_fake
@@ -375,10 +689,21 @@ def _backward(ctx, dout, dlse):
 _fwd_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int,
-              scale: float | None = None, *, cu_seqlens_k: torch.Tensor | None = None,
-              max_seqlen_k: int | None = None, window: int | None = None, softcap: float | None = None,
-              return_lse: bool = False, impl: str | None = None):
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+    *,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_k: int | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    impl: str | None = None,
+):
     """Each token attends to the tokens of its own sequence up to and including itself.
 
     q: [Tq, H, D]; k, v: [Tk, G, D] with H a multiple of G, D up to 256; cu_seqlens: [N + 1] int32 offsets
@@ -397,19 +722,41 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: tor
         cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen
     if not use_triton(impl, q, loops=True):
         if cpu_packed_attention.fits(impl, q, k, v, window, softcap):
-            return cpu_packed_attention.attention(q, k, v, cu_seqlens, cu_seqlens_k, scale, return_lse)
-        return reference.attention(q, k, v, cu_seqlens, cu_seqlens_k, scale, window, softcap, return_lse)
-    out, lse = _fwd_op(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k, scale,
-                       -1 if window is None else window, softcap or 0.0)
+            return cpu_packed_attention.attention(
+                q, k, v, cu_seqlens, cu_seqlens_k, scale, return_lse
+            )
+        return reference.attention(
+            q, k, v, cu_seqlens, cu_seqlens_k, scale, window, softcap, return_lse
+        )
+    out, lse = _fwd_op(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens_k,
+        max_seqlen,
+        max_seqlen_k,
+        scale,
+        -1 if window is None else window,
+        softcap or 0.0,
+    )
     return (out, lse.T) if return_lse else out
 
 
 def _check(q, k, v, cu_q, max_q, cu_k, max_k, scale, window, softcap):
     check_tensors("attention", q=q, k=k, v=v)
-    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or k.shape[2] != q.shape[2] \
-            or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected "
-                         "[Tq, H, D] and twice [Tk, G, D] with H a multiple of G")
+    if (
+        q.ndim != 3
+        or k.ndim != 3
+        or k.shape != v.shape
+        or k.shape[2] != q.shape[2]
+        or k.shape[1] == 0
+        or q.shape[1] % k.shape[1]
+    ):
+        raise ValueError(
+            f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected "
+            "[Tq, H, D] and twice [Tk, G, D] with H a multiple of G"
+        )
     if not 1 <= q.shape[2] <= MAX_HEAD_DIM:
         raise ValueError(f"attention: head_dim is {q.shape[2]}, expected 1 to {MAX_HEAD_DIM}")
     if not q.dtype == k.dtype == v.dtype:
@@ -423,17 +770,23 @@ def _check(q, k, v, cu_q, max_q, cu_k, max_k, scale, window, softcap):
         offsets.append(("cu_seqlens_k", cu_q, max_q, k))
     for name, cu, max_len, x in offsets:
         if cu.ndim != 1 or cu.shape[0] < 2 or cu.dtype != torch.int32 or cu.shape != cu_q.shape:
-            raise ValueError(f"attention: {name} is {cu.dtype} {tuple(cu.shape)}; expected int32 [N + 1] for "
-                             "N >= 1 sequences, as many for k as for q (is the batch empty?)")
+            raise ValueError(
+                f"attention: {name} is {cu.dtype} {tuple(cu.shape)}; expected int32 [N + 1] for "
+                "N >= 1 sequences, as many for k as for q (is the batch empty?)"
+            )
         if cu.device != q.device:
-            raise ValueError(f"attention: {name} is on {cu.device}, but q is on {q.device}; move it there")
+            raise ValueError(
+                f"attention: {name} is on {cu.device}, but q is on {q.device}; move it there"
+            )
         # a GPU would have to be waited for: there it was checked where it was built
         if cu.device.type == "cpu" and not torch.compiler.is_compiling():
             ends, lengths = cu[[0, -1]].tolist(), cu.diff()
             if ends != [0, x.shape[0]] or lengths.min() < 0 or lengths.max() > max_len:
-                raise ValueError(f"attention: {name} is {cu.tolist()[:20]}; expected offsets that begin at "
-                                 f"0, never decrease, end at {x.shape[0]} and are at most {max_len} "
-                                 "(max_seqlen) apart")
+                raise ValueError(
+                    f"attention: {name} is {cu.tolist()[:20]}; expected offsets that begin at "
+                    f"0, never decrease, end at {x.shape[0]} and are at most {max_len} "
+                    "(max_seqlen) apart"
+                )
     for name, value in (("scale", scale), ("window", window), ("softcap", softcap)):
         if value is not None and not value > 0:
             raise ValueError(f"attention: {name} is {value}, expected a positive number or None")

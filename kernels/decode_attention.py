@@ -14,6 +14,7 @@ split behind a row's end leaves at once, and is never read.
 
 Shapes: B rows, H query heads, G kv heads, R = H / G, D head_dim, P pages, W pages a row may have.
 """
+
 import torch
 
 from . import reference
@@ -24,11 +25,34 @@ SPLIT = 256  # places a program takes
 
 
 @triton.jit(do_not_specialize=["n_splits", "stride_tb"])
-def decode_attention_kernel(q_BHD, k_pages, v_pages, table_BW, lengths_B, out_BSHD, lse_BSH, stride_qb,
-                            stride_qh, stride_kp, stride_kg, stride_ks, stride_vp, stride_vg, stride_vs,
-                            stride_tb, n_splits, scale, H: tl.constexpr, R: tl.constexpr,
-                            PAGE: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_R: tl.constexpr,
-                            BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+def decode_attention_kernel(
+    q_BHD,
+    k_pages,
+    v_pages,
+    table_BW,
+    lengths_B,
+    out_BSHD,
+    lse_BSH,
+    stride_qb,
+    stride_qh,
+    stride_kp,
+    stride_kg,
+    stride_ks,
+    stride_vp,
+    stride_vg,
+    stride_vs,
+    stride_tb,
+    n_splits,
+    scale,
+    H: tl.constexpr,
+    R: tl.constexpr,
+    PAGE: tl.constexpr,
+    D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     b, g, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths_B + b)
     first = split * SPLIT
@@ -36,7 +60,9 @@ def decode_attention_kernel(q_BHD, k_pages, v_pages, table_BW, lengths_B, out_BS
         r, d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
         heads = g * R + r
         inside = (r < R)[:, None] & (d < D)[None, :]
-        q = tl.load(q_BHD + b * stride_qb + heads[:, None] * stride_qh + d[None, :], inside, other=0.0)
+        q = tl.load(
+            q_BHD + b * stride_qb + heads[:, None] * stride_qh + d[None, :], inside, other=0.0
+        )
         end = tl.minimum(first + SPLIT, length)
         acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         peak = tl.full((BLOCK_R,), float("-inf"), tl.float32)
@@ -47,16 +73,24 @@ def decode_attention_kernel(q_BHD, k_pages, v_pages, table_BW, lengths_B, out_BS
             page = tl.load(table_BW + b * stride_tb + n // PAGE, seen, other=0).to(tl.int64)
             k_places = page * stride_kp + g * stride_kg + (n % PAGE) * stride_ks
             v_places = page * stride_vp + g * stride_vg + (n % PAGE) * stride_vs
-            k_t = tl.load(k_pages + k_places[None, :] + d[:, None], seen[None, :] & (d < D)[:, None],
-                          other=0.0)
+            k_t = tl.load(
+                k_pages + k_places[None, :] + d[:, None],
+                seen[None, :] & (d < D)[:, None],
+                other=0.0,
+            )
             s = tl.dot(q, k_t, input_precision="ieee") * (scale * 1.4426950408889634)
             s = tl.where(seen[None, :], s, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(s, 1))  # finite: each block holds a place that is seen
+            new_peak = tl.maximum(
+                peak, tl.max(s, 1)
+            )  # finite: each block holds a place that is seen
             p = tl.exp2(s - new_peak[:, None])
             rescale = tl.exp2(peak - new_peak)
             total = total * rescale + tl.sum(p, 1)
-            v = tl.load(v_pages + v_places[:, None] + d[None, :], seen[:, None] & (d < D)[None, :],
-                        other=0.0)
+            v = tl.load(
+                v_pages + v_places[:, None] + d[None, :],
+                seen[:, None] & (d < D)[None, :],
+                other=0.0,
+            )
             acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
             peak = new_peak
         part = (b * n_splits + split) * H + heads
@@ -65,8 +99,17 @@ def decode_attention_kernel(q_BHD, k_pages, v_pages, table_BW, lengths_B, out_BS
 
 
 @triton.jit(do_not_specialize=["n_splits"])
-def decode_attention_combine_kernel(part_BSHD, lse_BSH, lengths_B, out_BHD, n_splits, H: tl.constexpr,
-                                    D: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr):
+def decode_attention_combine_kernel(
+    part_BSHD,
+    lse_BSH,
+    lengths_B,
+    out_BHD,
+    n_splits,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """o = sum of parts, weighed by exp(L of the part - L), in the order of the splits."""
     b, h, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK_D)
     length = tl.load(lengths_B + b)
@@ -86,14 +129,26 @@ def decode_attention_combine_kernel(part_BSHD, lse_BSH, lengths_B, out_BHD, n_sp
 def decode_attention_config(head_dim: int, dtype: torch.dtype, per_group: int) -> dict:
     """Block sizes: the keys of a block fit the registers beside the queries' rows."""
     large = head_dim > 128 or per_group > 16
-    if dtype == torch.float32:  # or else the assembler spills some registers, to run more programs at a time
-        return {"BLOCK_N": 16 if large else 32, "num_warps": 8 if per_group > 16 else 4, "num_stages": 1,
-                "maxnreg": 255}
+    if (
+        dtype == torch.float32
+    ):  # or else the assembler spills some registers, to run more programs at a time
+        return {
+            "BLOCK_N": 16 if large else 32,
+            "num_warps": 8 if per_group > 16 else 4,
+            "num_stages": 1,
+            "maxnreg": 255,
+        }
     return {"BLOCK_N": 32 if large else 64, "num_warps": 4, "num_stages": 2}
 
 
-def decode_attention_fwd(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, table: torch.Tensor,
-                         lengths: torch.Tensor, scale: float) -> torch.Tensor:
+def decode_attention_fwd(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
     """Launch both kernels; the grid knows the width of the table only, so a CUDA graph may replay it."""
     (B, H, D), (_, G, page, _) = q.shape, k_pages.shape
     n_splits = max(1, triton.cdiv(table.shape[1] * page, SPLIT))
@@ -104,18 +159,44 @@ def decode_attention_fwd(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.
         return out
     block_d, per_group = max(16, triton.next_power_of_2(D)), H // G
     decode_attention_kernel[(B, G, n_splits)](
-        q, k_pages, v_pages, table, lengths, parts, lse, q.stride(0), q.stride(1), *k_pages.stride()[:3],
-        *v_pages.stride()[:3], table.stride(0), n_splits, scale, H=H, R=per_group, PAGE=page, D=D,
-        SPLIT=SPLIT, BLOCK_R=max(16, triton.next_power_of_2(per_group)), BLOCK_D=block_d,
-        **decode_attention_config(D, q.dtype, per_group))
-    decode_attention_combine_kernel[(B, H)](parts, lse, lengths, out, n_splits, H=H, D=D, SPLIT=SPLIT,
-                                            BLOCK_D=block_d, num_warps=1)
+        q,
+        k_pages,
+        v_pages,
+        table,
+        lengths,
+        parts,
+        lse,
+        q.stride(0),
+        q.stride(1),
+        *k_pages.stride()[:3],
+        *v_pages.stride()[:3],
+        table.stride(0),
+        n_splits,
+        scale,
+        H=H,
+        R=per_group,
+        PAGE=page,
+        D=D,
+        SPLIT=SPLIT,
+        BLOCK_R=max(16, triton.next_power_of_2(per_group)),
+        BLOCK_D=block_d,
+        **decode_attention_config(D, q.dtype, per_group),
+    )
+    decode_attention_combine_kernel[(B, H)](
+        parts, lse, lengths, out, n_splits, H=H, D=D, SPLIT=SPLIT, BLOCK_D=block_d, num_warps=1
+    )
     return out
 
 
-def decode_attention(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, table: torch.Tensor,
-                     lengths: torch.Tensor, scale: float | None = None,
-                     impl: str | None = None) -> torch.Tensor:
+def decode_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
     """Row b attends to the first lengths[b] places of its pages, the new token's own included.
 
     q: [B, H, D]; k_pages, v_pages: [P, G, page, D] with H a multiple of G, D up to 256; table: [B, W] int32
@@ -124,19 +205,35 @@ def decode_attention(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tens
     Raises ValueError for shapes, dtypes or devices that do not fit together, and for a scale not above 0.
     """
     check_tensors("decode_attention", q=q, k_pages=k_pages, v_pages=v_pages)
-    if q.ndim != 3 or k_pages.ndim != 4 or k_pages.shape != v_pages.shape or \
-            q.shape[2] != k_pages.shape[3] or q.shape[1] % k_pages.shape[1] or \
-            not 1 <= q.shape[2] <= MAX_HEAD_DIM:
-        raise ValueError(f"decode_attention: q {tuple(q.shape)}, pages {tuple(k_pages.shape)} and "
-                         f"{tuple(v_pages.shape)}; expected [B, H, D] and twice [P, G, page, D] with H a "
-                         f"multiple of G and D at most {MAX_HEAD_DIM}")
+    if (
+        q.ndim != 3
+        or k_pages.ndim != 4
+        or k_pages.shape != v_pages.shape
+        or q.shape[2] != k_pages.shape[3]
+        or q.shape[1] % k_pages.shape[1]
+        or not 1 <= q.shape[2] <= MAX_HEAD_DIM
+    ):
+        raise ValueError(
+            f"decode_attention: q {tuple(q.shape)}, pages {tuple(k_pages.shape)} and "
+            f"{tuple(v_pages.shape)}; expected [B, H, D] and twice [P, G, page, D] with H a "
+            f"multiple of G and D at most {MAX_HEAD_DIM}"
+        )
     if not q.dtype == k_pages.dtype == v_pages.dtype:
-        raise ValueError(f"decode_attention: q is {q.dtype}, the pages {k_pages.dtype} and {v_pages.dtype}; "
-                         "expected one dtype")
+        raise ValueError(
+            f"decode_attention: q is {q.dtype}, the pages {k_pages.dtype} and {v_pages.dtype}; "
+            "expected one dtype"
+        )
     for name, x, ndim in (("table", table, 2), ("lengths", lengths, 1)):
-        if x.ndim != ndim or x.shape[0] != q.shape[0] or x.dtype != torch.int32 or x.device != q.device:
-            raise ValueError(f"decode_attention: {name} is {x.dtype} {tuple(x.shape)} on {x.device}; "
-                             f"expected int32 with {q.shape[0]} rows on {q.device}")
+        if (
+            x.ndim != ndim
+            or x.shape[0] != q.shape[0]
+            or x.dtype != torch.int32
+            or x.device != q.device
+        ):
+            raise ValueError(
+                f"decode_attention: {name} is {x.dtype} {tuple(x.shape)} on {x.device}; "
+                f"expected int32 with {q.shape[0]} rows on {q.device}"
+            )
     if scale is not None and not scale > 0:
         raise ValueError(f"decode_attention: scale is {scale}, expected a positive number or None")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)

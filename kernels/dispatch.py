@@ -5,6 +5,7 @@ the reference all others; `impl="triton"`, "cpu" or "reference" forces one. With
 own variable, Triton serves CPU tensors too. Where Triton is not installed, the op files still import, with
 stand-ins for `triton` and `tl`.
 """
+
 import os
 import warnings
 from functools import cache
@@ -15,6 +16,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # no wheel for this platform
+
     class _StandIn:
         """Enough of Triton for its decorators and annotations to be read."""
 
@@ -24,7 +26,9 @@ except ImportError:  # no wheel for this platform
             return self.jit if fn is None else fn
 
         def __getattr__(self, name):
-            raise ImportError(f"triton.{name} is needed, but Triton is not installed: pip install triton")
+            raise ImportError(
+                f"triton.{name} is needed, but Triton is not installed: pip install triton"
+            )
 
     triton = tl = _StandIn()
     HAS_TRITON = False
@@ -79,13 +83,17 @@ def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
             continue
         first = first or (name, x.device)
         if x.device != first[1]:
-            raise ValueError(f"{op}: {name} is on {x.device}, but {first[0]} is on {first[1]}; "
-                             "move them to one device")
+            raise ValueError(
+                f"{op}: {name} is on {x.device}, but {first[0]} is on {first[1]}; "
+                "move them to one device"
+            )
         if not x.is_floating_point():
             raise ValueError(f"{op}: {name} is {x.dtype}; expected a floating dtype")
         if x.ndim and x.shape[-1] > 1 and x.stride(-1) != 1:
-            raise ValueError(f"{op}: the last dimension of {name} has stride {x.stride(-1)}, expected 1; "
-                             f"pass {name}.contiguous()")
+            raise ValueError(
+                f"{op}: the last dimension of {name} has stride {x.stride(-1)}, expected 1; "
+                f"pass {name}.contiguous()"
+            )
 
 
 def arch_of(device: torch.device) -> int:

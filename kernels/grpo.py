@@ -32,6 +32,7 @@ walks one sequence, and one more adds up the sums of all. No atomics: the same b
 
 Shapes: N samples (sequences), G groups, R response tokens of all sequences.
 """
+
 import torch
 
 from . import reference as reference_grpo
@@ -49,18 +50,33 @@ COLUMNS = 16  # of the table of sums: a power of 2 that holds GRPO_METRICS
 
 
 @triton.jit
-def grpo_advantages_fwd_kernel(rewards_N, offsets_G, advantages_N, dead_G, tolerance, NORMALISE: tl.constexpr,
-                               BLOCK: tl.constexpr):
+def grpo_advantages_fwd_kernel(
+    rewards_N,
+    offsets_G,
+    advantages_N,
+    dead_G,
+    tolerance,
+    NORMALISE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     g, i = tl.program_id(0), tl.arange(0, BLOCK)
     first, end = tl.load(offsets_G + g).to(tl.int64), tl.load(offsets_G + g + 1).to(tl.int64)
-    base = tl.load(rewards_N + first, first < end, other=0.0).to(tl.float32)  # differences to it are exact
+    base = tl.load(rewards_N + first, first < end, other=0.0).to(
+        tl.float32
+    )  # differences to it are exact
     total = tl.zeros((BLOCK,), tl.float32)
-    low, high = tl.full((BLOCK,), float("inf"), tl.float32), tl.full((BLOCK,), -float("inf"), tl.float32)
+    low, high = (
+        tl.full((BLOCK,), float("inf"), tl.float32),
+        tl.full((BLOCK,), -float("inf"), tl.float32),
+    )
     for start in range(first, end, BLOCK):
         inside = start + i < end
         r = tl.load(rewards_N + start + i, inside, other=0.0).to(tl.float32) - base
         total += tl.where(inside, r, 0.0)
-        low, high = tl.minimum(low, tl.where(inside, r, low)), tl.maximum(high, tl.where(inside, r, high))
+        low, high = (
+            tl.minimum(low, tl.where(inside, r, low)),
+            tl.maximum(high, tl.where(inside, r, high)),
+        )
     n = tl.maximum(end - first, 1).to(tl.float32)
     mean, lowest, highest = tl.sum(total, 0) / n, tl.min(low, 0), tl.max(high, 0)
     largest = tl.maximum(tl.abs(lowest + base), tl.abs(highest + base))
@@ -70,7 +86,9 @@ def grpo_advantages_fwd_kernel(rewards_N, offsets_G, advantages_N, dead_G, toler
         r = tl.load(rewards_N + start + i, inside, other=0.0).to(tl.float32) - base
         squares += tl.where(inside, (r - mean) * (r - mean), 0.0)
     # a NaN is not hidden; a group of none is dead
-    dead = (first == end) | ((highest - lowest < tolerance * tl.maximum(largest, 1.0)) & (mean == mean))
+    dead = (first == end) | (
+        (highest - lowest < tolerance * tl.maximum(largest, 1.0)) & (mean == mean)
+    )
     per_std = 1.0
     if NORMALISE:
         per_std = 1 / tl.sqrt_rn(tl.where(dead, 1.0, tl.sum(squares, 0) / n))
@@ -88,10 +106,26 @@ def _cut(x, bound):
 
 
 @triton.jit(do_not_specialize=["R"])
-def grpo_loss_fwd_kernel(logp_R, old_R, ref_R, advantages, weights_N, offsets_N, dlogp_R, sums_NC, R,
-                         clip_low, clip_high, kl_coef, bound, OBJECTIVE: tl.constexpr,
-                         ESTIMATOR: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr,
-                         COLUMNS: tl.constexpr):
+def grpo_loss_fwd_kernel(
+    logp_R,
+    old_R,
+    ref_R,
+    advantages,
+    weights_N,
+    offsets_N,
+    dlogp_R,
+    sums_NC,
+    R,
+    clip_low,
+    clip_high,
+    kl_coef,
+    bound,
+    OBJECTIVE: tl.constexpr,
+    ESTIMATOR: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """Sequence n: the gradient of its tokens, and a row of sums, in the order of GRPO_METRICS.
 
     advantages: [R] where PER_TOKEN, else [N]. ESTIMATOR: of the KL; None without a reference.
@@ -112,10 +146,17 @@ def grpo_loss_fwd_kernel(logp_R, old_R, ref_R, advantages, weights_N, offsets_N,
             x_sum += tl.load(logp_R + r, r < end, other=0.0).to(tl.float32)
             x_sum -= tl.load(old_R + r, r < end, other=0.0).to(tl.float32)
         x_sequence = tl.sum(x_sum, 0) / tl.maximum(end - first, 1).to(tl.float32)
-    loss, kl, k1, k3 = (tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32),
-                        tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32))
-    low, high, cut = (tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32),
-                      tl.zeros((BLOCK,), tl.float32))
+    loss, kl, k1, k3 = (
+        tl.zeros((BLOCK,), tl.float32),
+        tl.zeros((BLOCK,), tl.float32),
+        tl.zeros((BLOCK,), tl.float32),
+        tl.zeros((BLOCK,), tl.float32),
+    )
+    low, high, cut = (
+        tl.zeros((BLOCK,), tl.float32),
+        tl.zeros((BLOCK,), tl.float32),
+        tl.zeros((BLOCK,), tl.float32),
+    )
     ratios, largest = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(first, end_live, BLOCK):
         r = start + i
@@ -128,16 +169,26 @@ def grpo_loss_fwd_kernel(logp_R, old_R, ref_R, advantages, weights_N, offsets_N,
         ratio = tl.exp(x)
         if PER_TOKEN:
             a = tl.load(advantages + r, here, other=0.0)
-        clipped = tl.where(ratio > 1 + clip_high, 1 + clip_high, tl.where(ratio < 1 - clip_low, 1 - clip_low,
-                                                                          ratio))
-        if OBJECTIVE == "reinforce":  # no ratio in it: nothing to clip, and no gradient to lose to the cut
+        clipped = tl.where(
+            ratio > 1 + clip_high,
+            1 + clip_high,
+            tl.where(ratio < 1 - clip_low, 1 - clip_low, ratio),
+        )
+        if (
+            OBJECTIVE == "reinforce"
+        ):  # no ratio in it: nothing to clip, and no gradient to lose to the cut
             gain, slope = a * logp, tl.where(here, a, 0.0)
         elif OBJECTIVE == "cispo":
             gain, slope = clipped * a * logp, clipped * a
             is_low, is_high = ratio < 1 - clip_low, ratio > 1 + clip_high
         else:
-            bound_wins = ratio * a > clipped * a  # the minimum is the pessimist's choice for either sign of A
-            gain, slope = tl.where(bound_wins, clipped * a, ratio * a), tl.where(bound_wins, 0.0, ratio * a)
+            bound_wins = (
+                ratio * a > clipped * a
+            )  # the minimum is the pessimist's choice for either sign of A
+            gain, slope = (
+                tl.where(bound_wins, clipped * a, ratio * a),
+                tl.where(bound_wins, 0.0, ratio * a),
+            )
             is_low = (ratio < 1 - clip_low) & (ratio * a < 0)
             is_high = (ratio > 1 + clip_high) & (ratio * a > 0)
         grad = -slope if OBJECTIVE == "reinforce" else tl.where(is_cut, 0.0, -slope)
@@ -176,69 +227,138 @@ def grpo_loss_fwd_kernel(logp_R, old_R, ref_R, advantages, weights_N, offsets_N,
     row = tl.where(column == 4, tl.sum(k1, 0), row)
     row = tl.where(column == 5, tl.sum(k3, 0), row)
     row = tl.where(column == 6, ratio_total, row)
-    row = tl.where(column == 7, tl.where(ratio_total == ratio_total, tl.max(largest, 0), ratio_total), row)
+    row = tl.where(
+        column == 7, tl.where(ratio_total == ratio_total, tl.max(largest, 0), ratio_total), row
+    )
     row = tl.where(column == 8, tl.sum(cut, 0), row)
     row = tl.where(column == 9, kl_total, row)
     tl.store(sums_NC + n.to(tl.int64) * COLUMNS + column, row)
 
 
 @triton.jit(do_not_specialize=["N"])
-def grpo_sum_fwd_kernel(sums_NC, out_C, N, USED: tl.constexpr, MAX: tl.constexpr, BLOCK: tl.constexpr,
-                        COLUMNS: tl.constexpr):
+def grpo_sum_fwd_kernel(
+    sums_NC,
+    out_C,
+    N,
+    USED: tl.constexpr,
+    MAX: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """Add up the rows, in fixed order; of column MAX the largest."""
     row, column = tl.arange(0, BLOCK)[:, None], tl.arange(0, COLUMNS)[None, :]
     total, largest = tl.zeros((BLOCK, COLUMNS), tl.float32), tl.zeros((BLOCK, COLUMNS), tl.float32)
     for start in range(0, N, BLOCK):
-        rows = tl.load(sums_NC + (start + row).to(tl.int64) * COLUMNS + column, start + row < N, other=0.0)
+        rows = tl.load(
+            sums_NC + (start + row).to(tl.int64) * COLUMNS + column, start + row < N, other=0.0
+        )
         total += rows
         largest = tl.maximum(largest, rows)
     sums, most = tl.sum(total, 0)[None, :], tl.max(largest, 0)[None, :]
-    result = tl.where((column == MAX) & (sums == sums), most, sums)  # a maximum would pass over a NaN
+    result = tl.where(
+        (column == MAX) & (sums == sums), most, sums
+    )  # a maximum would pass over a NaN
     tl.store(out_C + column, result, column < USED)
 
 
-def grpo_advantages_fwd(rewards: torch.Tensor, offsets: torch.Tensor, normalise: bool
-                        ) -> tuple[torch.Tensor, torch.Tensor]:
+def grpo_advantages_fwd(
+    rewards: torch.Tensor, offsets: torch.Tensor, normalise: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(advantages [N], dead [G] 0 or 1), fp32."""
     advantages = rewards.new_empty(rewards.shape, dtype=torch.float32)
     dead = rewards.new_empty(len(offsets) - 1, dtype=torch.float32)
     if len(dead):
-        grpo_advantages_fwd_kernel[(len(dead),)](rewards, offsets, advantages, dead, EQUAL_REWARDS,
-                                                 NORMALISE=normalise, BLOCK=128, num_warps=4)
+        grpo_advantages_fwd_kernel[(len(dead),)](
+            rewards,
+            offsets,
+            advantages,
+            dead,
+            EQUAL_REWARDS,
+            NORMALISE=normalise,
+            BLOCK=128,
+            num_warps=4,
+        )
     return advantages, dead
 
 
-def grpo_loss_fwd(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor,
-                  offsets: torch.Tensor, ref_logp: torch.Tensor | None, clip_low: float, clip_high: float,
-                  kl_coef: float, objective: str, kl_estimator: str) -> tuple[torch.Tensor, torch.Tensor]:
+def grpo_loss_fwd(
+    logp: torch.Tensor,
+    old_logp: torch.Tensor,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    offsets: torch.Tensor,
+    ref_logp: torch.Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    kl_coef: float,
+    objective: str,
+    kl_estimator: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(sums [len(GRPO_METRICS)], d loss / d logp [R]), fp32."""
     N, dlogp = len(weights), logp.new_empty(logp.shape, dtype=torch.float32)
-    sums, out = (logp.new_empty(shape, dtype=torch.float32) for shape in ((N, COLUMNS), len(GRPO_METRICS)))
+    sums, out = (
+        logp.new_empty(shape, dtype=torch.float32) for shape in ((N, COLUMNS), len(GRPO_METRICS))
+    )
     if N:
-        grpo_loss_fwd_kernel[(N,)](logp, old_logp, ref_logp, advantages, weights, offsets, dlogp, sums,
-                                   len(logp), clip_low, clip_high, kl_coef, MAX_LOG_RATIO,
-                                   OBJECTIVE=objective, ESTIMATOR=None if ref_logp is None else kl_estimator,
-                                   PER_TOKEN=len(advantages) != N, BLOCK=1024, COLUMNS=COLUMNS, num_warps=8)
-    grpo_sum_fwd_kernel[(1,)](sums, out, N, USED=len(GRPO_METRICS), MAX=RATIO_MAX, BLOCK=128,
-                              COLUMNS=COLUMNS, num_warps=4)
+        grpo_loss_fwd_kernel[(N,)](
+            logp,
+            old_logp,
+            ref_logp,
+            advantages,
+            weights,
+            offsets,
+            dlogp,
+            sums,
+            len(logp),
+            clip_low,
+            clip_high,
+            kl_coef,
+            MAX_LOG_RATIO,
+            OBJECTIVE=objective,
+            ESTIMATOR=None if ref_logp is None else kl_estimator,
+            PER_TOKEN=len(advantages) != N,
+            BLOCK=1024,
+            COLUMNS=COLUMNS,
+            num_warps=8,
+        )
+    grpo_sum_fwd_kernel[(1,)](
+        sums, out, N, USED=len(GRPO_METRICS), MAX=RATIO_MAX, BLOCK=128, COLUMNS=COLUMNS, num_warps=4
+    )
     return out, dlogp
 
 
-grpo_advantages_op = torch.library.custom_op("r1zero::grpo_advantages", grpo_advantages_fwd, mutates_args=())
+grpo_advantages_op = torch.library.custom_op(
+    "r1zero::grpo_advantages", grpo_advantages_fwd, mutates_args=()
+)
 grpo_loss_op = torch.library.custom_op("r1zero::grpo_loss", grpo_loss_fwd, mutates_args=())
 
 
 @grpo_advantages_op.register_fake
 def grpo_advantages_fake(rewards, offsets, normalise):
-    return (rewards.new_empty(rewards.shape, dtype=torch.float32),
-            rewards.new_empty(len(offsets) - 1, dtype=torch.float32))
+    return (
+        rewards.new_empty(rewards.shape, dtype=torch.float32),
+        rewards.new_empty(len(offsets) - 1, dtype=torch.float32),
+    )
 
 
 @grpo_loss_op.register_fake
-def grpo_loss_fake(logp, old_logp, advantages, weights, offsets, ref_logp, clip_low, clip_high, kl_coef,
-                   objective, kl_estimator):
-    return (logp.new_empty(len(GRPO_METRICS), dtype=torch.float32),
-            logp.new_empty(logp.shape, dtype=torch.float32))
+def grpo_loss_fake(
+    logp,
+    old_logp,
+    advantages,
+    weights,
+    offsets,
+    ref_logp,
+    clip_low,
+    clip_high,
+    kl_coef,
+    objective,
+    kl_estimator,
+):
+    return (
+        logp.new_empty(len(GRPO_METRICS), dtype=torch.float32),
+        logp.new_empty(logp.shape, dtype=torch.float32),
+    )
 
 
 def keep_for_backward(ctx, inputs, output):
@@ -266,8 +386,12 @@ def backward(ctx, dsums, _):
 grpo_loss_op.register_autograd(backward, setup_context=keep_for_backward)
 
 
-def grpo_advantages(rewards: torch.Tensor, group_offsets: torch.Tensor, normalise_std: bool = True,
-                    impl: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def grpo_advantages(
+    rewards: torch.Tensor,
+    group_offsets: torch.Tensor,
+    normalise_std: bool = True,
+    impl: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """How much better than the rest of its group was each sample?
 
     rewards: [N], samples sorted by group, finite; group_offsets: [G + 1] int32 or int64, contiguous, from 0
@@ -280,15 +404,28 @@ def grpo_advantages(rewards: torch.Tensor, group_offsets: torch.Tensor, normalis
     check_tensors("grpo_advantages", rewards=rewards)
     check_offsets("grpo_advantages", "group_offsets", group_offsets, rewards)
     if rewards.ndim != 1:
-        raise ValueError(f"grpo_advantages: rewards are {tuple(rewards.shape)}; expected one dimension, [N]")
+        raise ValueError(
+            f"grpo_advantages: rewards are {tuple(rewards.shape)}; expected one dimension, [N]"
+        )
     op = grpo_advantages_op if use_triton(impl, rewards) else reference_grpo.grpo_advantages
     return op(rewards, group_offsets, normalise_std)
 
 
-def grpo_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, weights: torch.Tensor,
-              offsets: torch.Tensor, ref_logp: torch.Tensor | None = None, *, clip_low: float = 0.2,
-              clip_high: float = 0.2, kl_coef: float = 0.0, objective: str = "clip",
-              kl_estimator: str = "k3", impl: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def grpo_loss(
+    logp: torch.Tensor,
+    old_logp: torch.Tensor,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    offsets: torch.Tensor,
+    ref_logp: torch.Tensor | None = None,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    kl_coef: float = 0.0,
+    objective: str = "clip",
+    kl_estimator: str = "k3",
+    impl: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (loss [], differentiable in logp; metrics [len(GRPO_METRICS)], detached).
 
     logp, old_logp, ref_logp: [R], one a response token, at the temperature that they were sampled at;
@@ -303,35 +440,82 @@ def grpo_loss(logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tens
     Raises ValueError for shapes, dtypes or devices that do not fit together, an unknown objective or
     estimator, or advantages [R] with "gspo".
     """
-    check_tensors("grpo_loss", logp=logp, old_logp=old_logp, advantages=advantages, weights=weights,
-                  ref_logp=ref_logp)
+    check_tensors(
+        "grpo_loss",
+        logp=logp,
+        old_logp=old_logp,
+        advantages=advantages,
+        weights=weights,
+        ref_logp=ref_logp,
+    )
     check_offsets("grpo_loss", "offsets", offsets, logp)
     N = len(offsets) - 1
-    if logp.ndim != 1 or any(x is not None and x.shape != logp.shape for x in (old_logp, ref_logp)) or \
-            advantages.shape not in ((N,), logp.shape) or weights.shape != (N,):
-        raise ValueError(f"grpo_loss: logp {tuple(logp.shape)}, old_logp {tuple(old_logp.shape)}, ref_logp "
-                         f"{None if ref_logp is None else tuple(ref_logp.shape)}, advantages "
-                         f"{tuple(advantages.shape)}, weights {tuple(weights.shape)}, offsets "
-                         f"{tuple(offsets.shape)}; expected [R], [R], [R] or None, [N] or [R], [N], [N + 1]")
+    if (
+        logp.ndim != 1
+        or any(x is not None and x.shape != logp.shape for x in (old_logp, ref_logp))
+        or advantages.shape not in ((N,), logp.shape)
+        or weights.shape != (N,)
+    ):
+        raise ValueError(
+            f"grpo_loss: logp {tuple(logp.shape)}, old_logp {tuple(old_logp.shape)}, ref_logp "
+            f"{None if ref_logp is None else tuple(ref_logp.shape)}, advantages "
+            f"{tuple(advantages.shape)}, weights {tuple(weights.shape)}, offsets "
+            f"{tuple(offsets.shape)}; expected [R], [R], [R] or None, [N] or [R], [N], [N + 1]"
+        )
     if objective not in GRPO_OBJECTIVES:
-        raise ValueError(f"grpo_loss: objective is {objective!r}; expected one of {GRPO_OBJECTIVES}")
+        raise ValueError(
+            f"grpo_loss: objective is {objective!r}; expected one of {GRPO_OBJECTIVES}"
+        )
     if kl_estimator not in GRPO_KL_ESTIMATORS:
-        raise ValueError(f"grpo_loss: kl_estimator is {kl_estimator!r}; expected one of {GRPO_KL_ESTIMATORS}")
+        raise ValueError(
+            f"grpo_loss: kl_estimator is {kl_estimator!r}; expected one of {GRPO_KL_ESTIMATORS}"
+        )
     if objective == "gspo" and advantages.shape != (N,):
-        raise ValueError("grpo_loss: gspo has one ratio a sequence, so it takes one advantage a sequence; "
-                         f"advantages are {tuple(advantages.shape)}, expected ({N},)")
+        raise ValueError(
+            "grpo_loss: gspo has one ratio a sequence, so it takes one advantage a sequence; "
+            f"advantages are {tuple(advantages.shape)}, expected ({N},)"
+        )
     if not use_triton(impl, logp):
-        return reference_grpo.grpo_loss(logp, old_logp, advantages, weights, offsets, ref_logp, clip_low,
-                                        clip_high, kl_coef, objective, kl_estimator)
+        return reference_grpo.grpo_loss(
+            logp,
+            old_logp,
+            advantages,
+            weights,
+            offsets,
+            ref_logp,
+            clip_low,
+            clip_high,
+            kl_coef,
+            objective,
+            kl_estimator,
+        )
     advantages, weights = advantages.float().contiguous(), weights.float().contiguous()
-    sums, _ = grpo_loss_op(logp, old_logp, advantages, weights, offsets, ref_logp, clip_low, clip_high,
-                           kl_coef, objective, kl_estimator)
+    sums, _ = grpo_loss_op(
+        logp,
+        old_logp,
+        advantages,
+        weights,
+        offsets,
+        ref_logp,
+        clip_low,
+        clip_high,
+        kl_coef,
+        objective,
+        kl_estimator,
+    )
     return sums[LOSS], sums.detach()
 
 
 def check_offsets(op: str, name: str, offsets: torch.Tensor, like: torch.Tensor) -> None:
-    if offsets.ndim != 1 or len(offsets) < 1 or offsets.dtype not in (torch.int32, torch.int64) or \
-            offsets.device != like.device or not offsets.is_contiguous():
-        raise ValueError(f"{op}: {name} is {tuple(offsets.shape)} in {offsets.dtype} on {offsets.device}, "
-                         f"stride {offsets.stride()}; expected one dimension, contiguous, int32 or int64, on "
-                         f"{like.device} like the rest")
+    if (
+        offsets.ndim != 1
+        or len(offsets) < 1
+        or offsets.dtype not in (torch.int32, torch.int64)
+        or offsets.device != like.device
+        or not offsets.is_contiguous()
+    ):
+        raise ValueError(
+            f"{op}: {name} is {tuple(offsets.shape)} in {offsets.dtype} on {offsets.device}, "
+            f"stride {offsets.stride()}; expected one dimension, contiguous, int32 or int64, on "
+            f"{like.device} like the rest"
+        )

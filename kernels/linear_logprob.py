@@ -23,6 +23,7 @@ tiles there are.
 
 Shapes: T rows of h that count (tokens), M d_model, V vocabulary, C tiles of the vocabulary.
 """
+
 import math
 
 import numpy as np
@@ -48,8 +49,22 @@ def _tile_of(tiles_0, tiles_1, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _logits(h_TM, w_VM, t, v, T, V, M, scale, cap, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
-            BLOCK_K: tl.constexpr, EVEN: tl.constexpr, SOFTCAP: tl.constexpr):
+def _logits(
+    h_TM,
+    w_VM,
+    t,
+    v,
+    T,
+    V,
+    M,
+    scale,
+    cap,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
     """The tile of logits of rows t and columns v, divided by the temperature, in base 2.
 
     Rows and columns that there are not repeat the last one.
@@ -67,20 +82,42 @@ def _logits(h_TM, w_VM, t, v, T, V, M, scale, cap, BLOCK_T: tl.constexpr, BLOCK_
         acc = tl.dot(h_tile, w_tile, acc, input_precision="ieee")
     x = acc * scale
     if SOFTCAP:
-        y = x / cap  # tanh: 1 - 2 / (e^2y + 1) is right where that overflows, its series where that cancels
+        y = (
+            x / cap
+        )  # tanh: 1 - 2 / (e^2y + 1) is right where that overflows, its series where that cancels
         series = y * (1 - y * y * (1 / 3 - y * y * (2 / 15 - y * y * (17 / 315))))
         x = cap * tl.where(tl.abs(y) < 0.2, series, 1 - 2 / (tl.exp2(y * 2.8853900817779268) + 1))
     return x
 
 
 @triton.jit(do_not_specialize=["T", "V", "first_v", "first_tile", "C"])
-def logprob_tiles_fwd_kernel(h_TM, w_VM, targets_T, stats_3CT, chosen_T, T, V, M, first_v, first_tile, C,
-                             scale, cap, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr,
-                             GROUP: tl.constexpr, EVEN: tl.constexpr, SOFTCAP: tl.constexpr):
+def logprob_tiles_fwd_kernel(
+    h_TM,
+    w_VM,
+    targets_T,
+    stats_3CT,
+    chosen_T,
+    T,
+    V,
+    M,
+    first_v,
+    first_tile,
+    C,
+    scale,
+    cap,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
     tile_t, tile_v = _tile_of(tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V), GROUP)
     t, v = tile_t * BLOCK_T + tl.arange(0, BLOCK_T), tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
     x = _logits(h_TM, w_VM, t, v, T, V, M, scale, cap, BLOCK_T, BLOCK_V, BLOCK_K, EVEN, SOFTCAP)
-    target = (tl.load(targets_T + t, t < T, other=-1) - first_v).to(tl.int32)  # its column in this slice
+    target = (tl.load(targets_T + t, t < T, other=-1) - first_v).to(
+        tl.int32
+    )  # its column in this slice
     chosen = tl.sum(tl.where(v[None, :] == target[:, None], x, 0.0), 1)
     here = (target >= tile_v * BLOCK_V) & (target < tl.minimum(V, (tile_v + 1) * BLOCK_V))
     tl.store(chosen_T + t, chosen, here & (t < T))
@@ -95,8 +132,17 @@ def logprob_tiles_fwd_kernel(h_TM, w_VM, targets_T, stats_3CT, chosen_T, T, V, M
 
 
 @triton.jit(do_not_specialize=["T", "C"])
-def logprob_rows_fwd_kernel(stats_3CT, chosen_T, logp_T, entropy_T, lse_T, T, C, BLOCK_T: tl.constexpr,
-                            BLOCK_C: tl.constexpr):
+def logprob_rows_fwd_kernel(
+    stats_3CT,
+    chosen_T,
+    logp_T,
+    entropy_T,
+    lse_T,
+    T,
+    C,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Put the tiles of each row together: a running maximum, and sums relative to it."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     peak = tl.full((BLOCK_T,), -1e30, tl.float32)
@@ -111,7 +157,8 @@ def logprob_rows_fwd_kernel(stats_3CT, chosen_T, logp_T, entropy_T, lse_T, T, C,
         new_peak = tl.maximum(peak, tl.max(tile_peak, 0))
         fall, tile_fall = peak - new_peak, tile_peak - new_peak[None, :]
         weighted = (weighted + total * fall) * tl.exp2(fall) + tl.sum(
-            (tile_weighted + tile_total * tile_fall) * tl.exp2(tile_fall), 0)
+            (tile_weighted + tile_total * tile_fall) * tl.exp2(tile_fall), 0
+        )
         total = total * tl.exp2(fall) + tl.sum(tile_total * tl.exp2(tile_fall), 0)
         peak = new_peak
     total = tl.where(t < T, total, 1.0)
@@ -124,10 +171,31 @@ def logprob_rows_fwd_kernel(stats_3CT, chosen_T, logp_T, entropy_T, lse_T, T, C,
 
 
 @triton.jit(do_not_specialize=["T", "V", "first_v"])
-def dlogits_bwd_kernel(h_TM, w_VM, targets_T, lse_T, entropy_T, dlogp_T, dentropy_T, dl_TV, T, V, M, first_v,
-                       scale, cap, per_t, STRIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
-                       BLOCK_K: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr,
-                       SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr):
+def dlogits_bwd_kernel(
+    h_TM,
+    w_VM,
+    targets_T,
+    lse_T,
+    entropy_T,
+    dlogp_T,
+    dentropy_T,
+    dl_TV,
+    T,
+    V,
+    M,
+    first_v,
+    scale,
+    cap,
+    per_t,
+    STRIDE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):
     """A tile of the gradient of one slice's logits, before temperature and cap."""
     tile_t, tile_v = _tile_of(tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V), GROUP)
     t, v = tile_t * BLOCK_T + tl.arange(0, BLOCK_T), tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -145,15 +213,29 @@ def dlogits_bwd_kernel(h_TM, w_VM, targets_T, lse_T, entropy_T, dlogp_T, dentrop
     if SOFTCAP:
         bend = x / cap
         dl *= 1 - bend * bend
-    dl = tl.where((v < V)[None, :], dl * per_t, 0.0)  # to the end of the tile: the workspace has room
+    dl = tl.where(
+        (v < V)[None, :], dl * per_t, 0.0
+    )  # to the end of the tile: the workspace has room
     place = dl_TV + t.to(tl.int64)[:, None] * STRIDE + v[None, :]
     tl.store(place, dl.to(dl_TV.dtype.element_ty), (t < T)[:, None])
 
 
 @triton.jit(do_not_specialize=["rows", "K"])
-def product_bwd_kernel(dl_TV, b_KJ, c_IJ, rows, J, K, STRIDE: tl.constexpr, BLOCK_T: tl.constexpr,
-                       BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-                       TRANSPOSED: tl.constexpr, ADD: tl.constexpr):
+def product_bwd_kernel(
+    dl_TV,
+    b_KJ,
+    c_IJ,
+    rows,
+    J,
+    K,
+    STRIDE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ADD: tl.constexpr,
+):
     """c = dl b, or dl^T b, or with c added; tiles of BLOCK_T x BLOCK_V."""
     tile_i, tile_j = _tile_of(tl.cdiv(rows, BLOCK_T), tl.cdiv(J, BLOCK_V), GROUP)
     i, j = tile_i * BLOCK_T + tl.arange(0, BLOCK_T), tile_j * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -184,20 +266,43 @@ def product_bwd_kernel(dl_TV, b_KJ, c_IJ, rows, J, K, STRIDE: tl.constexpr, BLOC
     tl.store(place, acc.to(c_IJ.dtype.element_ty), inside)
 
 
-def logprob_config(kernel: str, dtype: torch.dtype, arch: int, M: int, softcap: float = 0.0
-                   ) -> dict[str, int]:
+def logprob_config(
+    kernel: str, dtype: torch.dtype, arch: int, M: int, softcap: float = 0.0
+) -> dict[str, int]:
     """Tiles of T x V in steps of K for "tiles", "dlogits" or "product", so far alike. GROUP tiles of rows run
     side by side, so that they share the weight."""
     if dtype == torch.float32 or M % 16:  # without matrix units, or without wide loads
-        return {"BLOCK_T": 32 if M % 16 else 64, "BLOCK_V": 64, "BLOCK_K": 32, "GROUP": 16, "num_warps": 4,
-                "num_stages": 2}
-    if arch != 90 or softcap:  # sm_100 has not the registers for more, nor has the gradient of the cap
-        return {"BLOCK_T": 128, "BLOCK_V": 128, "BLOCK_K": 64, "GROUP": 16, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_T": 128, "BLOCK_V": 256, "BLOCK_K": 64, "GROUP": 16, "num_warps": 8, "num_stages": 4}
+        return {
+            "BLOCK_T": 32 if M % 16 else 64,
+            "BLOCK_V": 64,
+            "BLOCK_K": 32,
+            "GROUP": 16,
+            "num_warps": 4,
+            "num_stages": 2,
+        }
+    if (
+        arch != 90 or softcap
+    ):  # sm_100 has not the registers for more, nor has the gradient of the cap
+        return {
+            "BLOCK_T": 128,
+            "BLOCK_V": 128,
+            "BLOCK_K": 64,
+            "GROUP": 16,
+            "num_warps": 8,
+            "num_stages": 3,
+        }
+    return {
+        "BLOCK_T": 128,
+        "BLOCK_V": 256,
+        "BLOCK_K": 64,
+        "GROUP": 16,
+        "num_warps": 8,
+        "num_stages": 4,
+    }
 
 
 def tiles(config: dict[str, int], rows: int, columns: int) -> tuple[int]:
-    return triton.cdiv(rows, config["BLOCK_T"]) * triton.cdiv(columns, config["BLOCK_V"]),
+    return (triton.cdiv(rows, config["BLOCK_T"]) * triton.cdiv(columns, config["BLOCK_V"]),)
 
 
 def slices(weight: torch.Tensor, dtype: torch.dtype, size: int):
@@ -215,49 +320,121 @@ def live_rows(h: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
     return h.contiguous() if rows is None else h.index_select(0, rows)
 
 
-def logprob_fwd(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor | None,
-                temperature: float, softcap: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def logprob_fwd(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    rows: torch.Tensor | None,
+    temperature: float,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logp [T], entropy [T], log-sum-exp [T] in base 2), fp32. softcap 0: none."""
-    h, config = live_rows(h, rows), logprob_config("tiles", h.dtype, dispatch.arch_of(h.device),
-                                                      h.shape[1], softcap)
+    h, config = (
+        live_rows(h, rows),
+        logprob_config("tiles", h.dtype, dispatch.arch_of(h.device), h.shape[1], softcap),
+    )
     (T, M), V, C = h.shape, len(weight), triton.cdiv(len(weight), config["BLOCK_V"])
-    stats, chosen, logp, entropy, lse = (h.new_empty(shape, dtype=torch.float32)
-                                         for shape in ((3, C, T), (T,), (T,), (T,), (T,)))
+    stats, chosen, logp, entropy, lse = (
+        h.new_empty(shape, dtype=torch.float32) for shape in ((3, C, T), (T,), (T,), (T,), (T,))
+    )
     if T == 0:
         return logp, entropy, lse
     scale, cap = units(temperature, softcap)
     for first, w in slices(weight, h.dtype, V if weight.dtype == h.dtype else SLICE):
         logprob_tiles_fwd_kernel[tiles(config, T, len(w))](
-            h, w.contiguous(), targets, stats, chosen, T, len(w), M, first, first // config["BLOCK_V"], C,
-            scale, cap, EVEN=M % config["BLOCK_K"] == 0, SOFTCAP=softcap > 0, **config)
-    logprob_rows_fwd_kernel[(triton.cdiv(T, 32),)](stats, chosen, logp, entropy, lse, T, C, BLOCK_T=32,
-                                                   BLOCK_C=32, num_warps=4)
+            h,
+            w.contiguous(),
+            targets,
+            stats,
+            chosen,
+            T,
+            len(w),
+            M,
+            first,
+            first // config["BLOCK_V"],
+            C,
+            scale,
+            cap,
+            EVEN=M % config["BLOCK_K"] == 0,
+            SOFTCAP=softcap > 0,
+            **config,
+        )
+    logprob_rows_fwd_kernel[(triton.cdiv(T, 32),)](
+        stats, chosen, logp, entropy, lse, T, C, BLOCK_T=32, BLOCK_C=32, num_warps=4
+    )
     return logp, entropy, lse
 
 
-def logprob_bwd(dlogp: torch.Tensor, dentropy: torch.Tensor | None, h: torch.Tensor, weight: torch.Tensor,
-                targets: torch.Tensor, rows: torch.Tensor | None, lse: torch.Tensor, entropy: torch.Tensor,
-                temperature: float, softcap: float, needs_h: bool, needs_w: bool
-                ) -> tuple[torch.Tensor, torch.Tensor]:
+def logprob_bwd(
+    dlogp: torch.Tensor,
+    dentropy: torch.Tensor | None,
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    rows: torch.Tensor | None,
+    lse: torch.Tensor,
+    entropy: torch.Tensor,
+    temperature: float,
+    softcap: float,
+    needs_h: bool,
+    needs_w: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(dh, dw); an empty tensor where it is not needed."""
     h_live, scale_cap = live_rows(h, rows), units(temperature, softcap)
     (T, M), arch = h_live.shape, dispatch.arch_of(h.device)
-    config, product = (logprob_config(kernel, h.dtype, arch, M, softcap) for kernel in ("dlogits", "product"))
-    dw = torch.zeros_like(weight) if T == 0 and needs_w else weight.new_empty(weight.shape if needs_w else 0)
+    config, product = (
+        logprob_config(kernel, h.dtype, arch, M, softcap) for kernel in ("dlogits", "product")
+    )
+    dw = (
+        torch.zeros_like(weight)
+        if T == 0 and needs_w
+        else weight.new_empty(weight.shape if needs_w else 0)
+    )
     dh = h.new_empty((T, M) if needs_h else 0, dtype=torch.float32)
     dl = h.new_empty(T, SLICE)
-    constants = {"EVEN": M % config["BLOCK_K"] == 0, "SOFTCAP": softcap > 0, "ENTROPY": dentropy is not None}
+    constants = {
+        "EVEN": M % config["BLOCK_K"] == 0,
+        "SOFTCAP": softcap > 0,
+        "ENTROPY": dentropy is not None,
+    }
     for first, w in slices(weight, h.dtype, SLICE) if T else ():
         w, width = w.contiguous(), len(w)
         dlogits_bwd_kernel[tiles(config, T, width)](
-            h_live, w, targets, lse, entropy, dlogp, dentropy, dl, T, width, M, first, *scale_cap,
-            1 / temperature, STRIDE=SLICE, **constants, **config)
+            h_live,
+            w,
+            targets,
+            lse,
+            entropy,
+            dlogp,
+            dentropy,
+            dl,
+            T,
+            width,
+            M,
+            first,
+            *scale_cap,
+            1 / temperature,
+            STRIDE=SLICE,
+            **constants,
+            **config,
+        )
         if needs_h:
-            product_bwd_kernel[tiles(product, T, M)](dl, w, dh, T, M, width, STRIDE=SLICE, TRANSPOSED=False,
-                                                     ADD=first > 0, **product)
+            product_bwd_kernel[tiles(product, T, M)](
+                dl, w, dh, T, M, width, STRIDE=SLICE, TRANSPOSED=False, ADD=first > 0, **product
+            )
         if needs_w:
-            product_bwd_kernel[tiles(product, width, M)](dl, h_live, dw[first : first + width], width, M, T,
-                                                         STRIDE=SLICE, TRANSPOSED=True, ADD=False, **product)
+            product_bwd_kernel[tiles(product, width, M)](
+                dl,
+                h_live,
+                dw[first : first + width],
+                width,
+                M,
+                T,
+                STRIDE=SLICE,
+                TRANSPOSED=True,
+                ADD=False,
+                **product,
+            )
     del dl, h_live
     if needs_h:
         dh = dh.to(h.dtype)
@@ -275,10 +452,13 @@ def logprob_fwd_fake(h, weight, targets, rows, temperature, softcap):
 
 
 @logprob_bwd_op.register_fake
-def logprob_bwd_fake(dlogp, dentropy, h, weight, targets, rows, lse, entropy, temperature, softcap, needs_h,
-                     needs_w):
-    return (h.new_empty(h.shape if needs_h else 0, dtype=h.dtype if needs_h else torch.float32),
-            weight.new_empty(weight.shape if needs_w else 0))
+def logprob_bwd_fake(
+    dlogp, dentropy, h, weight, targets, rows, lse, entropy, temperature, softcap, needs_h, needs_w
+):
+    return (
+        h.new_empty(h.shape if needs_h else 0, dtype=h.dtype if needs_h else torch.float32),
+        weight.new_empty(weight.shape if needs_w else 0),
+    )
 
 
 def keep_for_backward(ctx, inputs, output):
@@ -294,8 +474,20 @@ def backward(ctx, dlogp, dentropy, _):
         return (None,) * 6
     dlogp = torch.zeros_like(lse) if dlogp is None else dlogp.contiguous()
     needs_h, needs_w = ctx.needs_input_grad[:2]
-    dh, dw = logprob_bwd_op(dlogp, None if dentropy is None else dentropy.contiguous(), h, weight, targets,
-                            rows, lse, entropy, ctx.temperature, ctx.softcap, needs_h, needs_w)
+    dh, dw = logprob_bwd_op(
+        dlogp,
+        None if dentropy is None else dentropy.contiguous(),
+        h,
+        weight,
+        targets,
+        rows,
+        lse,
+        entropy,
+        ctx.temperature,
+        ctx.softcap,
+        needs_h,
+        needs_w,
+    )
     return dh if needs_h else None, dw if needs_w else None, None, None, None, None
 
 
@@ -308,14 +500,22 @@ def check_targets(targets: torch.Tensor | np.ndarray, vocab_size: int) -> None:
     targets = np.asarray(targets)
     wrong = np.flatnonzero((targets < 0) | (targets >= vocab_size))
     if len(wrong):
-        raise ValueError(f"target {wrong[0]} is token id {targets[wrong[0]]} ({len(wrong)} such in all), but "
-                         f"the model's vocabulary has ids from 0 to {vocab_size - 1}; is this the tokenizer "
-                         "that it was made with?")
+        raise ValueError(
+            f"target {wrong[0]} is token id {targets[wrong[0]]} ({len(wrong)} such in all), but "
+            f"the model's vocabulary has ids from 0 to {vocab_size - 1}; is this the tokenizer "
+            "that it was made with?"
+        )
 
 
-def linear_logprob(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0,
-                   rows: torch.Tensor | None = None, softcap: float | None = None,
-                   impl: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def linear_logprob(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float = 1.0,
+    rows: torch.Tensor | None = None,
+    softcap: float | None = None,
+    impl: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (logp, entropy in nats), fp32 at least, one of each a target; differentiable in h and weight.
 
     h: [T, M]; weight: [V, M], of any float dtype, cast to h's slice by slice, its gradient in its own dtype;
@@ -330,19 +530,34 @@ def linear_logprob(h: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
     check_tensors("linear_logprob", h=h, weight=weight)
     for name, x in (("targets", targets), ("rows", rows)):
         if x is not None and (x.dtype != torch.int64 or x.device != h.device or x.ndim != 1):
-            raise ValueError(f"linear_logprob: {name} is {tuple(x.shape)} in {x.dtype} on {x.device}; "
-                             f"expected one dimension, int64, on {h.device} like h")
-    if h.ndim != 2 or weight.ndim != 2 or h.shape[1] != weight.shape[1] or not len(weight) or \
-            len(targets) != (len(h) if rows is None else len(rows)):
-        raise ValueError(f"linear_logprob: h {tuple(h.shape)}, weight {tuple(weight.shape)}, targets "
-                         f"{tuple(targets.shape)}, rows {None if rows is None else tuple(rows.shape)}; "
-                         "expected [T, M], [V, M] and one target for each row of h, or for each of `rows`")
+            raise ValueError(
+                f"linear_logprob: {name} is {tuple(x.shape)} in {x.dtype} on {x.device}; "
+                f"expected one dimension, int64, on {h.device} like h"
+            )
+    if (
+        h.ndim != 2
+        or weight.ndim != 2
+        or h.shape[1] != weight.shape[1]
+        or not len(weight)
+        or len(targets) != (len(h) if rows is None else len(rows))
+    ):
+        raise ValueError(
+            f"linear_logprob: h {tuple(h.shape)}, weight {tuple(weight.shape)}, targets "
+            f"{tuple(targets.shape)}, rows {None if rows is None else tuple(rows.shape)}; "
+            "expected [T, M], [V, M] and one target for each row of h, or for each of `rows`"
+        )
     if not 0 < temperature < math.inf:
-        raise ValueError(f"linear_logprob: temperature is {temperature}, expected a number above 0 (a greedy "
-                         "choice has no log-prob)")
+        raise ValueError(
+            f"linear_logprob: temperature is {temperature}, expected a number above 0 (a greedy "
+            "choice has no log-prob)"
+        )
     if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"linear_logprob: softcap is {softcap}, expected a number above 0, or None")
+        raise ValueError(
+            f"linear_logprob: softcap is {softcap}, expected a number above 0, or None"
+        )
     if use_triton(impl, h, loops=True):
-        return logprob_fwd_op(h, weight, targets.contiguous(), rows, float(temperature), softcap or 0.0)[:2]
+        return logprob_fwd_op(
+            h, weight, targets.contiguous(), rows, float(temperature), softcap or 0.0
+        )[:2]
     served_by = cpu if serves(impl, h, weight) else reference
     return served_by.linear_logprob(h, weight, targets, temperature, rows, softcap)

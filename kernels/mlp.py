@@ -8,6 +8,7 @@ computes the sigmoid anew, so nothing but the input is kept.
 
 Shapes: R rows (tokens), F features.
 """
+
 import torch
 
 from . import reference
@@ -19,7 +20,9 @@ from .dispatch import check_tensors, tl, triton, use_triton
 @triton.jit
 def _read(gate_up, R, stride, F: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr):
     """This program's rows and features, which of them there are, and its tiles of gate and up in fp32."""
-    blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F  # of a row; all on axis 0, the one without a limit
+    blocks: tl.constexpr = (
+        F + BLOCK_F - 1
+    ) // BLOCK_F  # of a row; all on axis 0, the one without a limit
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     f = pid % blocks * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
@@ -30,15 +33,18 @@ def _read(gate_up, R, stride, F: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.c
 
 
 @triton.jit(do_not_specialize=["R"])
-def swiglu_fwd_kernel(gate_up, y_RF, R, stride, F: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr):
+def swiglu_fwd_kernel(
+    gate_up, y_RF, R, stride, F: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr
+):
     row, f, inside, gate, up = _read(gate_up, R, stride, F, ROWS, BLOCK_F)
     y = gate * tl.sigmoid(gate) * up
     tl.store(y_RF + row * F + f, y.to(y_RF.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=["R"])
-def swiglu_bwd_kernel(dy_RF, gate_up, grad, R, stride, F: tl.constexpr, ROWS: tl.constexpr,
-                      BLOCK_F: tl.constexpr):
+def swiglu_bwd_kernel(
+    dy_RF, gate_up, grad, R, stride, F: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr
+):
     row, f, inside, gate, up = _read(gate_up, R, stride, F, ROWS, BLOCK_F)
     dy = tl.load(dy_RF + row * F + f, inside, other=0.0).to(tl.float32)
     s = tl.sigmoid(gate)
@@ -49,12 +55,14 @@ def swiglu_bwd_kernel(dy_RF, gate_up, grad, R, stride, F: tl.constexpr, ROWS: tl
 
 def swiglu_config(F: int) -> dict[str, int]:
     """Block sizes, forward and backward: 16 elements of gate a thread; short rows share a program."""
-    block = min(triton.next_power_of_2(F), 1024)  # more would leave many threads idle at F = 4864, say
+    block = min(
+        triton.next_power_of_2(F), 1024
+    )  # more would leave many threads idle at F = 4864, say
     return {"BLOCK_F": block, "ROWS": 2048 // block, "num_warps": 4}
 
 
 def swiglu_grid(R: int, F: int, config: dict[str, int]) -> tuple[int]:
-    return triton.cdiv(R, config["ROWS"]) * triton.cdiv(F, config["BLOCK_F"]),
+    return (triton.cdiv(R, config["ROWS"]) * triton.cdiv(F, config["BLOCK_F"]),)
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -66,7 +74,9 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 def swiglu_fwd(gate_up: torch.Tensor) -> torch.Tensor:
     rows, F = as_rows(gate_up), gate_up.shape[-1] // 2
     y, config = gate_up.new_empty(*gate_up.shape[:-1], F), swiglu_config(F)
-    swiglu_fwd_kernel[swiglu_grid(len(rows), F, config)](rows, y, len(rows), rows.stride(0), F=F, **config)
+    swiglu_fwd_kernel[swiglu_grid(len(rows), F, config)](
+        rows, y, len(rows), rows.stride(0), F=F, **config
+    )
     return y
 
 
@@ -74,7 +84,8 @@ def swiglu_bwd(dy: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     rows, F = as_rows(gate_up), dy.shape[-1]
     grad, config = gate_up.new_empty(gate_up.shape), swiglu_config(F)
     swiglu_bwd_kernel[swiglu_grid(len(rows), F, config)](
-        dy.contiguous(), rows, grad, len(rows), rows.stride(0), F=F, **config)
+        dy.contiguous(), rows, grad, len(rows), rows.stride(0), F=F, **config
+    )
     return grad
 
 
@@ -112,8 +123,10 @@ def swiglu(gate_up: torch.Tensor, impl: str | None = None) -> torch.Tensor:
     """
     check_tensors("swiglu", gate_up=gate_up)
     if gate_up.ndim == 0 or gate_up.shape[-1] % 2:
-        raise ValueError(f"swiglu: gate_up is {tuple(gate_up.shape)}; its last dimension holds gate and up "
-                         "side by side, so it must be even")
+        raise ValueError(
+            f"swiglu: gate_up is {tuple(gate_up.shape)}; its last dimension holds gate and up "
+            "side by side, so it must be even"
+        )
     if use_triton(impl, gate_up, loops=True):
         return swiglu_fwd_op(gate_up)
     return (cpu if serves(impl, gate_up) else reference).swiglu(gate_up)

@@ -5,6 +5,7 @@ Maths is done in `promote_types(dtype, float32)`, so 16-bit inputs accumulate in
 Shapes: N sequences, T flat tokens, S padded length, H query heads, G kv heads, D head_dim, M d_model, F d_ff,
 V vocabulary.
 """
+
 import sys
 from collections.abc import Iterable
 
@@ -20,7 +21,9 @@ def wide(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None):
+def rmsnorm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension. With a residual: the pair (that of
     x + residual, x + residual)."""
     if residual is not None:
@@ -49,6 +52,7 @@ def put_rows(x: torch.Tensor, rows: torch.Tensor, n: int) -> torch.Tensor:
 
 class PutRows(torch.autograd.Function):
     """put_rows and its gradient, a plain copy."""
+
     @staticmethod
     def forward(ctx, x, rows, n):
         ctx.save_for_backward(rows)
@@ -62,6 +66,7 @@ class PutRows(torch.autograd.Function):
 
 class TakeRows(torch.autograd.Function):
     """x[rows] for distinct rows: the gradient is a plain copy back, where autograd's own has to add up."""
+
     @staticmethod
     def forward(ctx, x, rows):
         ctx.save_for_backward(rows)
@@ -89,7 +94,9 @@ def length_runs(lengths: list[int], ends: Iterable[int] = ()) -> list[tuple[int,
     return [*runs, (first, len(lengths))]
 
 
-def causal_mask(rows: range, n_keys: int, shift, window: int | None, like: torch.Tensor) -> torch.Tensor:
+def causal_mask(
+    rows: range, n_keys: int, shift, window: int | None, like: torch.Tensor
+) -> torch.Tensor:
     """0 where query i may see key j, -inf elsewhere: 0 <= i + shift - j, and < window where there is one.
 
     shift: how many more keys than queries a sequence has, a number or a tensor [n, 1, 1, 1].
@@ -97,10 +104,14 @@ def causal_mask(rows: range, n_keys: int, shift, window: int | None, like: torch
     i = torch.arange(rows.start, rows.stop, device=like.device)[:, None] + shift
     j = torch.arange(n_keys, device=like.device)
     hidden = (j > i) if window is None else (j > i) | (j <= i - window)
-    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
+    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(
+        hidden, float("-inf")
+    )
 
 
-def attention_scores(q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+def attention_scores(
+    q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float | None
+) -> torch.Tensor:
     """scale q k^T, bent by softcap tanh(. / softcap) where asked. [n, R, B, D], [n, S, D] -> [n, R, B, S]."""
     scores = (q.flatten(1, 2) @ k.transpose(1, 2)).mul_(scale).view(*q.shape[:3], k.shape[1])
     return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
@@ -118,6 +129,7 @@ class Attention(torch.autograd.Function):
     causal_mask, max_shift its largest value. Returns O [n, R, Sq, D] and L [n, R, Sq], None unless asked for.
     A row that sees no key gives 0 and -inf.
     """
+
     @staticmethod
     def probs(q, k, rows, scale, shift, max_shift, window, softcap, with_lse):
         n_keys = min(max(rows.stop + max_shift, 1), k.shape[1])
@@ -131,8 +143,10 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, scale, shift, max_shift, window, softcap, with_lse):
-        blocks = [range(start, min(start + QUERY_BLOCK, q.shape[2]))
-                  for start in range(0, q.shape[2], QUERY_BLOCK)]
+        blocks = [
+            range(start, min(start + QUERY_BLOCK, q.shape[2]))
+            for start in range(0, q.shape[2], QUERY_BLOCK)
+        ]
         ctx.args, ctx.blocks = (scale, shift, max_shift, window, softcap), blocks
         outs, lses, kept = [], [], None
         for rows in blocks:
@@ -153,16 +167,25 @@ class Attention(torch.autograd.Function):
         dout = torch.zeros_like(out) if dout is None else dout
         for rows in ctx.blocks:
             here = slice(rows.start, rows.stop)
-            p, _, bend = (kept, None, None) if kept is not None else Attention.probs(q, k, rows, *ctx.args,
-                                                                                     False)
+            p, _, bend = (
+                (kept, None, None)
+                if kept is not None
+                else Attention.probs(q, k, rows, *ctx.args, False)
+            )
             n_keys = p.shape[-1]
             row_sum = (dout[:, :, here] * out[:, :, here]).sum(-1, keepdim=True)
             if dlse is not None:
                 row_sum = row_sum - dlse[:, :, here, None]
-            q_rows, p_rows, do_rows = (x.flatten(1, 2) for x in (q[:, :, here], p, dout[:, :, here]))
+            q_rows, p_rows, do_rows = (
+                x.flatten(1, 2) for x in (q[:, :, here], p, dout[:, :, here])
+            )
             dv[:, :n_keys].baddbmm_(p_rows.transpose(1, 2), do_rows)
             ds = (do_rows @ v[:, :n_keys].transpose(1, 2)).sub_(row_sum.flatten(1, 2)).mul_(p_rows)
-            ds = ds.mul_(ctx.args[0]) if bend is None else ds.mul_(bend.flatten(1, 2)).mul_(ctx.args[0])
+            ds = (
+                ds.mul_(ctx.args[0])
+                if bend is None
+                else ds.mul_(bend.flatten(1, 2)).mul_(ctx.args[0])
+            )
             dqs.append((ds @ k[:, :n_keys]).view(q.shape[0], q.shape[1], len(rows), -1))
             dk[:, :n_keys].baddbmm_(ds.transpose(1, 2), q_rows)
         return torch.cat(dqs, 2) if len(dqs) > 1 else dqs[0], dk, dv, *[None] * 6
@@ -180,9 +203,17 @@ def padded_places(lengths: list[int], runs: list[tuple[int, int]], device) -> to
     return (torch.arange(sum(lengths)) + shift.repeat_interleave(lengths_N)).to(device)
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor,
-              cu_seqlens_k: torch.Tensor, scale: float, window: int | None = None,
-              softcap: float | None = None, return_lse: bool = False):
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+):
     """Causal attention within each sequence, the last query at the last key. q: [Tq, H, D]; k, v: [Tk, G, D].
 
     Runs of sequences alike in length are padded to their longest. Returns out, and lse [Tq, H] if asked for.
@@ -193,10 +224,14 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: tor
     lengths_k = lengths_q if alone else cu_seqlens_k.diff().tolist()
     more = [b - a for a, b in zip(lengths_q, lengths_k, strict=True)]  # keys than queries
     # sequences with keys from elsewhere follow those without in a batch of shared prefixes
-    runs = length_runs([max(pair) for pair in zip(lengths_q, lengths_k, strict=True)],
-                       [i for i in range(1, len(more)) if (more[i] > 0) != (more[i - 1] > 0)])
+    runs = length_runs(
+        [max(pair) for pair in zip(lengths_q, lengths_k, strict=True)],
+        [i for i in range(1, len(more)) if (more[i] > 0) != (more[i - 1] > 0)],
+    )
 
-    def layout_of(lengths):  # (sequences, padded length) of each run, and each token's place if any is padded
+    def layout_of(
+        lengths,
+    ):  # (sequences, padded length) of each run, and each token's place if any is padded
         shapes = [(end - first, max(lengths[first:end])) for first, end in runs]
         padded = sum(n * longest for n, longest in shapes) > sum(lengths)
         return shapes, padded_places(lengths, runs, device) if padded else None
@@ -205,8 +240,10 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: tor
         x, R, sizes = wide(x), x.shape[1] // G, [n * longest for n, longest in shapes]
         if places is not None:
             x = PutRows.apply(x, places, sum(sizes))
-        return [part.view(n, longest, G, R, D).permute(0, 2, 3, 1, 4).reshape(n * G, R, longest, D)
-                for part, (n, longest) in zip(x.split(sizes), shapes, strict=True)]
+        return [
+            part.view(n, longest, G, R, D).permute(0, 2, 3, 1, 4).reshape(n * G, R, longest, D)
+            for part, (n, longest) in zip(x.split(sizes), shapes, strict=True)
+        ]
 
     layout_q = layout_of(lengths_q)
     layout_k = layout_q if alone else layout_of(lengths_k)
@@ -223,8 +260,17 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: tor
         if k_run.shape[2] == 0:  # one key that nobody sees
             k_run, v_run = (F.pad(x, (0, 0, 0, 1)) for x in (k_run, v_run))
         if longest:
-            out, lse = Attention.apply(q_run, k_run.squeeze(1), v_run.squeeze(1), scale, shift, max(shifts),
-                                       window, softcap, return_lse)
+            out, lse = Attention.apply(
+                q_run,
+                k_run.squeeze(1),
+                v_run.squeeze(1),
+                scale,
+                shift,
+                max(shifts),
+                window,
+                softcap,
+                return_lse,
+            )
             outs.append(out.view(n, G, -1, longest, D).permute(0, 3, 1, 2, 4).reshape(-1, H, D))
             if return_lse:
                 lses.append(lse.view(n, G, -1, longest).permute(0, 3, 1, 2).reshape(-1, H))
@@ -239,8 +285,14 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: tor
     return (out, collect(lses)) if return_lse else out
 
 
-def decode_attention(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, table: torch.Tensor,
-                     lengths: torch.Tensor, scale: float) -> torch.Tensor:
+def decode_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
     """One new token a row against that row's pages. q: [B, H, D]; pages: [P, G, page, D]; table: [B, W]."""
     (B, H, D), (_, G, page, _) = q.shape, k_pages.shape
     used = table[:, : max(1, -(-int(lengths.max()) // page)) if B else 1].long()
@@ -252,8 +304,9 @@ def decode_attention(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tens
     return out.masked_fill((lengths == 0)[:, None, None, None], 0.0).reshape(B, H, D).to(q.dtype)
 
 
-def take_in(logits: torch.Tensor, peak: torch.Tensor, total: torch.Tensor, weighted: torch.Tensor
-            ) -> torch.Tensor:
+def take_in(
+    logits: torch.Tensor, peak: torch.Tensor, total: torch.Tensor, weighted: torch.Tensor
+) -> torch.Tensor:
     """One more slice of logits [T, slice] into a row's running maximum, sum exp(x) and sum exp(x) x, each
     [T], with x = l - maximum. Returns exp(x), in the memory of the logits or not."""
     new_peak = torch.maximum(peak, logits.amax(-1))
@@ -280,13 +333,17 @@ def dlogits_of_logits(logits, lse, entropy, dlogp, dentropy, targets, start: int
         dlogits = log_p.exp_().mul_(-dlogp[:, None])
     else:
         p = log_p.exp()
-        dlogits = log_p.add_(entropy[:, None]).mul_(dentropy[:, None]).add_(dlogp[:, None]).mul_(p).neg_()
+        dlogits = (
+            log_p.add_(entropy[:, None]).mul_(dentropy[:, None]).add_(dlogp[:, None]).mul_(p).neg_()
+        )
     return add_at_targets(dlogits, dlogp, targets, start)
 
 
 def add_at_targets(dlogits, dlogp, targets, start: int) -> torch.Tensor:
     here = (targets >= start) & (targets < start + dlogits.shape[1])
-    dlogits[torch.arange(len(targets), device=dlogits.device)[here], targets[here] - start] += dlogp[here]
+    dlogits[torch.arange(len(targets), device=dlogits.device)[here], targets[here] - start] += (
+        dlogp[here]
+    )
     return dlogits
 
 
@@ -294,6 +351,7 @@ class LinearLogprob(torch.autograd.Function):
     """kernels/linear_logprob.py has the maths; here one slice of V at a time. Backward computes each slice of
     logits anew but the last, whose exponentials are kept: at most two exist at one time, and a vocabulary of
     one slice is computed only once. `steps` has the three functions above, or the loops that do the same."""
+
     @staticmethod
     def logits(h, w, cap):
         logits = h @ w.to(h.dtype).T
@@ -308,16 +366,24 @@ class LinearLogprob(torch.autograd.Function):
         total, weighted = h.new_zeros(T), h.new_zeros(T)
         exps = None
         for start in range(0, w_VM.shape[0], VOCAB_SLICE):
-            exps = steps.take_in(LinearLogprob.logits(h, w_VM[start : start + VOCAB_SLICE], cap), peak, total,
-                                 weighted)
+            exps = steps.take_in(
+                LinearLogprob.logits(h, w_VM[start : start + VOCAB_SLICE], cap),
+                peak,
+                total,
+                weighted,
+            )
         lse = peak + total.log()
-        entropy = total.log() - weighted / total  # no difference of large numbers, and never below 0
+        entropy = (
+            total.log() - weighted / total
+        )  # no difference of large numbers, and never below 0
         chosen = torch.linalg.vecdot(h, w_VM[targets_T].to(h.dtype))
         chosen = chosen if cap is None else cap * torch.tanh(chosen / cap)
         ctx.save_for_backward(h_TM, w_VM, targets_T, rows, lse, entropy, total)
         ctx.temperature, ctx.cap, ctx.steps = temperature, cap, steps
         ctx.exps = exps if cap is None else None  # the first backward uses their memory up
-        ctx.set_materialize_grads(False)  # a gradient that nobody asked for is None, and costs nothing
+        ctx.set_materialize_grads(
+            False
+        )  # a gradient that nobody asked for is None, and costs nothing
         return chosen - lse, entropy
 
     @staticmethod
@@ -336,7 +402,9 @@ class LinearLogprob(torch.autograd.Function):
             else:
                 logits = LinearLogprob.logits(h, w, ctx.cap)
                 bend = None if ctx.cap is None else 1 - (logits / ctx.cap).square()
-                dlogits = ctx.steps.dlogits_of_logits(logits, lse, entropy, dlogp, dentropy, targets_T, start)
+                dlogits = ctx.steps.dlogits_of_logits(
+                    logits, lse, entropy, dlogp, dentropy, targets_T, start
+                )
             if bend is not None:
                 dlogits.mul_(bend)
             if dh is not None:
@@ -350,14 +418,19 @@ class LinearLogprob(torch.autograd.Function):
 
 def linear_logprob(h, weight, targets, temperature: float, rows=None, softcap: float | None = None):
     """(logp, entropy); see kernels/linear_logprob.py."""
-    return LinearLogprob.apply(h, weight, targets, temperature, rows, softcap, sys.modules[__name__])
+    return LinearLogprob.apply(
+        h, weight, targets, temperature, rows, softcap, sys.modules[__name__]
+    )
 
 
+EQUAL_REWARDS = (
+    1e-6  # a group that spans less, or this share, has no signal: 0.1 * 3 and 0.3 are the same
+)
 
-EQUAL_REWARDS = 1e-6  # a group that spans less, or this share, has no signal: 0.1 * 3 and 0.3 are the same
 
-
-MAX_LOG_RATIO = 20.0  # log-ratios are cut off here, gradient 0 beyond: exp() of them can not overflow
+MAX_LOG_RATIO = (
+    20.0  # log-ratios are cut off here, gradient 0 beyond: exp() of them can not overflow
+)
 
 
 GRPO_OBJECTIVES = ("clip", "cispo", "gspo", "reinforce")
@@ -367,8 +440,18 @@ GRPO_KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 # loss and kl_loss are weighted; the others are sums over the live tokens, how many there are is "tokens"
-GRPO_METRICS = ("loss", "tokens", "clipped_low", "clipped_high", "k1", "k3", "ratio", "ratio_max", "cut_off",
-                "kl_loss")
+GRPO_METRICS = (
+    "loss",
+    "tokens",
+    "clipped_low",
+    "clipped_high",
+    "k1",
+    "k3",
+    "ratio",
+    "ratio_max",
+    "cut_off",
+    "kl_loss",
+)
 
 
 def segment_sum(x: torch.Tensor, segment: torch.Tensor, n: int) -> torch.Tensor:
@@ -378,9 +461,14 @@ def segment_sum(x: torch.Tensor, segment: torch.Tensor, n: int) -> torch.Tensor:
 def grpo_advantages(rewards_N: torch.Tensor, offsets_G: torch.Tensor, normalise_std: bool = True):
     """(advantages [N], dead [G]); kernels/grpo.py has the maths."""
     r, sizes = wide(rewards_N), offsets_G.diff().long()
-    group, n = torch.arange(len(sizes), device=r.device).repeat_interleave(sizes), sizes.clamp(min=1)
-    low, high = (r.new_zeros(len(sizes)).scatter_reduce(0, group, r, which, include_self=False)
-                 for which in ("amin", "amax"))
+    group, n = (
+        torch.arange(len(sizes), device=r.device).repeat_interleave(sizes),
+        sizes.clamp(min=1),
+    )
+    low, high = (
+        r.new_zeros(len(sizes)).scatter_reduce(0, group, r, which, include_self=False)
+        for which in ("amin", "amax")
+    )
     dead = high - low < EQUAL_REWARDS * torch.maximum(low.abs(), high.abs()).clamp(min=1)
     r = r - low[group]  # differences do not cancel
     centred = r - (segment_sum(r, group, len(sizes)) / n)[group]
@@ -389,8 +477,19 @@ def grpo_advantages(rewards_N: torch.Tensor, offsets_G: torch.Tensor, normalise_
     return advantages.masked_fill(dead[group], 0.0), dead.to(r.dtype)
 
 
-def grpo_loss(logp, old_logp, advantages, weights, offsets, ref_logp, clip_low, clip_high, kl_coef,
-              objective, kl_estimator):
+def grpo_loss(
+    logp,
+    old_logp,
+    advantages,
+    weights,
+    offsets,
+    ref_logp,
+    clip_low,
+    clip_high,
+    kl_coef,
+    objective,
+    kl_estimator,
+):
     """(loss, metrics); kernels/grpo.py has the maths, kernels.grpo.grpo_loss the shapes."""
     sizes = offsets.diff().long()
     sequence = torch.arange(len(sizes), device=logp.device).repeat_interleave(sizes)
@@ -404,10 +503,14 @@ def grpo_loss(logp, old_logp, advantages, weights, offsets, ref_logp, clip_low, 
     if objective == "gspo":  # the sequence's mean; each token has the gradient of the whole
         x = (segment_sum(x, sequence, len(sizes)) / sizes.clamp(min=1))[sequence]
     cut = x.detach().abs() > MAX_LOG_RATIO
-    x = torch.where(cut, x.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), x)  # a NaN keeps its gradient, NaN
+    x = torch.where(
+        cut, x.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), x
+    )  # a NaN keeps its gradient, NaN
     ratio = x.exp()
     clipped = ratio.detach().clamp(1 - clip_low, 1 + clip_high)
-    if objective == "reinforce":  # no ratio in it: nothing to clip, and no gradient to lose to the cut
+    if (
+        objective == "reinforce"
+    ):  # no ratio in it: nothing to clip, and no gradient to lose to the cut
         gain, low, high = a * logp, torch.zeros_like(cut), torch.zeros_like(cut)
     elif objective == "cispo":
         gain = clipped * a * torch.where(cut, logp.detach(), logp)
@@ -426,6 +529,18 @@ def grpo_loss(logp, old_logp, advantages, weights, offsets, ref_logp, clip_low, 
         loss = loss + kl_coef * kl
     with torch.no_grad():
         n, largest = logp.new_tensor(len(tokens)), ratio.amax() if len(tokens) else loss
-        metrics = torch.stack([loss, n, low.sum(), high.sum(), -x.sum(), (ratio - 1 - x).sum(), ratio.sum(),
-                               largest, cut.sum(), kl])
+        metrics = torch.stack(
+            [
+                loss,
+                n,
+                low.sum(),
+                high.sum(),
+                -x.sum(),
+                (ratio - 1 - x).sum(),
+                ratio.sum(),
+                largest,
+                cut.sum(),
+                kl,
+            ]
+        )
     return loss, metrics

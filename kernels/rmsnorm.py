@@ -13,6 +13,7 @@ every time: each program keeps a sum over the many rows that it walks, then the 
 
 Shapes: T tokens, H heads (1 without), R = T H rows, M features of a row, P programs of backward.
 """
+
 import torch
 
 from . import dispatch, reference
@@ -25,8 +26,22 @@ MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # of A100, H100 and H200, B200
 
 
 @triton.jit(do_not_specialize=["R"])
-def rmsnorm_fwd_kernel(x_THM, residual_RM, w_M, y_RM, sum_RM, r_R, R, H, x_stride_t, x_stride_h, eps,
-                       M: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr):
+def rmsnorm_fwd_kernel(
+    x_THM,
+    residual_RM,
+    w_M,
+    y_RM,
+    sum_RM,
+    r_R,
+    R,
+    H,
+    x_stride_t,
+    x_stride_h,
+    eps,
+    M: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m = tl.arange(0, BLOCK_M)[None, :]
     inside = (row < R)[:, None] & (m < M)
@@ -37,7 +52,9 @@ def rmsnorm_fwd_kernel(x_THM, residual_RM, w_M, y_RM, sum_RM, r_R, R, H, x_strid
     x = tl.load(x_THM + x_row[:, None] + m, inside, other=0.0)
     if residual_RM is not None:
         residual = tl.load(residual_RM + place, inside, other=0.0).to(tl.float32)
-        x = (x.to(tl.float32) + residual).to(y_RM.dtype.element_ty)  # the norm is of the sum as it is stored
+        x = (x.to(tl.float32) + residual).to(
+            y_RM.dtype.element_ty
+        )  # the norm is of the sum as it is stored
         tl.store(sum_RM + place, x, inside)
     x = x.to(tl.float32)
     r = tl.rsqrt(tl.sum(x * x, 1) / M + eps)
@@ -47,12 +64,32 @@ def rmsnorm_fwd_kernel(x_THM, residual_RM, w_M, y_RM, sum_RM, r_R, R, H, x_strid
 
 
 @triton.jit(do_not_specialize=["R"])
-def rmsnorm_bwd_kernel(dy_THM, dsum_RM, x_THM, w_M, r_R, dx_RM, dw_PM, R, H, dy_stride_t, dy_stride_h,
-                       x_stride_t, x_stride_h, M: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
-                       STAGES: tl.constexpr):
+def rmsnorm_bwd_kernel(
+    dy_THM,
+    dsum_RM,
+    x_THM,
+    w_M,
+    r_R,
+    dx_RM,
+    dw_PM,
+    R,
+    H,
+    dy_stride_t,
+    dy_stride_h,
+    x_stride_t,
+    x_stride_h,
+    M: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     # a row with its dw fits the registers of one program, or is worked on in parts by as many
     parts: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
-    part, p, programs = tl.program_id(0) % parts, tl.program_id(0) // parts, tl.num_programs(0) // parts
+    part, p, programs = (
+        tl.program_id(0) % parts,
+        tl.program_id(0) // parts,
+        tl.num_programs(0) // parts,
+    )
     block = tl.arange(0, BLOCK_M)[None, :]
     m = part * BLOCK_M + block
     w = tl.load(w_M + m, m < M, other=0.0).to(tl.float32)
@@ -100,7 +137,11 @@ def rmsnorm_bwd_config(M: int, R: int, arch: int) -> tuple[int, dict[str, int]]:
     rows = max(1024 // block, 1)
     at_one_time = MULTIPROCESSORS.get(arch, 132) * ((32 if block <= 1024 else 16) // warps)
     return min(triton.cdiv(R, max(rows, 8)), at_one_time // triton.cdiv(M, block)), {
-        "BLOCK_M": block, "ROWS": rows, "STAGES": 2 if M <= 8192 else 1, "num_warps": warps}
+        "BLOCK_M": block,
+        "ROWS": rows,
+        "STAGES": 2 if M <= 8192 else 1,
+        "num_warps": warps,
+    }
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -109,8 +150,9 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def rmsnorm_fwd(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
-                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def rmsnorm_fwd(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, x + residual or an empty tensor, r). r: [R] fp32."""
     x_THM, M = as_rows(x), x.shape[-1]
     R = x_THM.shape[0] * x_THM.shape[1]
@@ -118,22 +160,52 @@ def rmsnorm_fwd(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: tor
     total = x.new_empty(0 if residual is None else x.shape)
     config = rmsnorm_config(M)
     rmsnorm_fwd_kernel[(triton.cdiv(R, config["ROWS"]),)](
-        x_THM, None if residual is None else residual.contiguous(), weight, y,
-        None if residual is None else total, r, R, x_THM.shape[1], x_THM.stride(0), x_THM.stride(1), eps, M=M,
-        **config)
+        x_THM,
+        None if residual is None else residual.contiguous(),
+        weight,
+        y,
+        None if residual is None else total,
+        r,
+        R,
+        x_THM.shape[1],
+        x_THM.stride(0),
+        x_THM.stride(1),
+        eps,
+        M=M,
+        **config,
+    )
     return y, total, r
 
 
-def rmsnorm_bwd(dy: torch.Tensor, dsum: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor,
-                r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def rmsnorm_bwd(
+    dy: torch.Tensor,
+    dsum: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    r: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(dx, dw) from the gradients of y and, if it was used, of the sum; x is what was normed."""
     dy_THM, x_THM, M = as_rows(dy), as_rows(x), x.shape[-1]
     R = x_THM.shape[0] * x_THM.shape[1]
     P, config = rmsnorm_bwd_config(M, R, dispatch.arch_of(x.device))
     dx, dw_PM = x.new_empty(x.shape), x.new_empty(P, M, dtype=torch.float32)
     rmsnorm_bwd_kernel[(P * triton.cdiv(M, config["BLOCK_M"]),)](
-        dy_THM, None if dsum is None else dsum.contiguous(), x_THM, weight, r, dx, dw_PM, R, x_THM.shape[1],
-        dy_THM.stride(0), dy_THM.stride(1), x_THM.stride(0), x_THM.stride(1), M=M, **config)
+        dy_THM,
+        None if dsum is None else dsum.contiguous(),
+        x_THM,
+        weight,
+        r,
+        dx,
+        dw_PM,
+        R,
+        x_THM.shape[1],
+        dy_THM.stride(0),
+        dy_THM.stride(1),
+        x_THM.stride(0),
+        x_THM.stride(1),
+        M=M,
+        **config,
+    )
     return dx, dw_PM.sum(0).to(weight.dtype)
 
 
@@ -144,8 +216,11 @@ rmsnorm_bwd_op = torch.library.custom_op("r1zero::rmsnorm_bwd", rmsnorm_bwd, mut
 @rmsnorm_fwd_op.register_fake
 def rmsnorm_fwd_fake(x, weight, eps, residual):
     R = x.numel() // x.shape[-1]
-    return (x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape),
-            x.new_empty(R, dtype=torch.float32))
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(0 if residual is None else x.shape),
+        x.new_empty(R, dtype=torch.float32),
+    )
 
 
 @rmsnorm_bwd_op.register_fake
@@ -172,8 +247,13 @@ def backward(ctx, dy, dsum, _):
 rmsnorm_fwd_op.register_autograd(backward, setup_context=keep_for_backward)
 
 
-def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, residual: torch.Tensor | None = None,
-            impl: str | None = None) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+def rmsnorm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    residual: torch.Tensor | None = None,
+    impl: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Normalise the last dimension of `x` or `x + residual` by its root mean square; scale it by `weight`.
 
     x: [..., M], any float dtype; weight: [M], any float dtype; residual: as x.
@@ -183,15 +263,21 @@ def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, residual: 
     """
     check_tensors("rmsnorm", x=x, weight=weight, residual=residual)
     if x.ndim == 0 or weight.shape != x.shape[-1:]:
-        raise ValueError(f"rmsnorm: weight has shape {tuple(weight.shape)}, but the last dimension of x is "
-                         f"{x.shape[-1] if x.ndim else 'missing'}; give one weight a feature")
+        raise ValueError(
+            f"rmsnorm: weight has shape {tuple(weight.shape)}, but the last dimension of x is "
+            f"{x.shape[-1] if x.ndim else 'missing'}; give one weight a feature"
+        )
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(f"rmsnorm: residual is {tuple(residual.shape)} in {residual.dtype}, but x is "
-                         f"{tuple(x.shape)} in {x.dtype}; expected the same")
+        raise ValueError(
+            f"rmsnorm: residual is {tuple(residual.shape)} in {residual.dtype}, but x is "
+            f"{tuple(x.shape)} in {x.dtype}; expected the same"
+        )
     if not use_triton(impl, x, loops=True):
         return (cpu if serves(impl, x, weight) else reference).rmsnorm(x, weight, eps, residual)
     if x.shape[-1] > LARGEST_M:
-        raise ValueError(f"rmsnorm: the last dimension of x is {x.shape[-1]}, the Triton kernel takes up to "
-                         f'{LARGEST_M}; give impl="reference"')
+        raise ValueError(
+            f"rmsnorm: the last dimension of x is {x.shape[-1]}, the Triton kernel takes up to "
+            f'{LARGEST_M}; give impl="reference"'
+        )
     y, total, _ = rmsnorm_fwd_op(x, weight, eps, residual)
     return y if residual is None else (y, total)

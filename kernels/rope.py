@@ -8,6 +8,7 @@ Memory-bound. Least bytes in 16 bit: 4 T H D for H query and key heads together,
 
 Shapes: T tokens, H heads, R = T H rows, D head_dim, C = D / 2 pairs.
 """
+
 import torch
 
 from . import reference
@@ -17,8 +18,20 @@ from .dispatch import check_tensors, tl, triton, use_triton
 
 
 @triton.jit(do_not_specialize=["R"])
-def rope_kernel(x_THD, cos_TC, sin_TC, y_THD, R, H, x_stride_t, x_stride_h, direction,
-                C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+def rope_kernel(
+    x_THD,
+    cos_TC,
+    sin_TC,
+    y_THD,
+    R,
+    H,
+    x_stride_t,
+    x_stride_h,
+    direction,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """direction: 1.0 for a turn, -1.0 for the turn back."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, BLOCK_C)[None, :]
@@ -42,14 +55,26 @@ def rope_config(D: int) -> dict[str, int]:
     return {"BLOCK_C": block, "ROWS": max(1024 // block, 1), "num_warps": 4}
 
 
-def rope_turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool) -> torch.Tensor:
+def rope_turn(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool
+) -> torch.Tensor:
     """Every head of x [T, H, D] turned by its token's angles, or turned back."""
     x = x if x.stride(2) == 1 else x.contiguous()
     T, H, D = x.shape
     y, config = x.new_empty(x.shape), rope_config(D)
     rope_kernel[(triton.cdiv(T * H, config["ROWS"]),)](
-        x, cos.contiguous(), sin.contiguous(), y, T * H, H, x.stride(0), x.stride(1),
-        -1.0 if backward else 1.0, C=D // 2, **config)
+        x,
+        cos.contiguous(),
+        sin.contiguous(),
+        y,
+        T * H,
+        H,
+        x.stride(0),
+        x.stride(1),
+        -1.0 if backward else 1.0,
+        C=D // 2,
+        **config,
+    )
     return y
 
 
@@ -73,15 +98,21 @@ def backward(ctx, dy):
 rope_turn_op.register_autograd(backward, setup_context=keep_for_backward)
 
 
-def rope_table(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_table(
+    positions: torch.Tensor, head_dim: int, theta: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of each token's angles: two tensors [T, head_dim / 2], fp32. positions: [T] ints."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
+    exponents = (
+        torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
+    )
     # in fp64, so that position 100,000 keeps its angle
     angles = positions.to(torch.float64)[:, None] * theta**-exponents
     return angles.cos().float(), angles.sin().float()
 
 
-def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, impl: str | None = None) -> torch.Tensor:
+def rope(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, impl: str | None = None
+) -> torch.Tensor:
     """Turn every head of `x`; give q and k side by side in one tensor, so that one launch serves both.
 
     x: [T, H, D], any float dtype, a view of wider rows too; cos, sin: [T, D / 2], which get no gradient.
@@ -89,9 +120,16 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, impl: str | None
     Raises ValueError if the table does not fit x.
     """
     check_tensors("rope", x=x, cos=cos, sin=sin)
-    if x.ndim != 3 or x.shape[2] % 2 or cos.shape != (x.shape[0], x.shape[2] // 2) or sin.shape != cos.shape:
-        raise ValueError(f"rope: x is {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}; "
-                         "expected [T, H, D] and twice [T, D / 2] (see rope_table)")
+    if (
+        x.ndim != 3
+        or x.shape[2] % 2
+        or cos.shape != (x.shape[0], x.shape[2] // 2)
+        or sin.shape != cos.shape
+    ):
+        raise ValueError(
+            f"rope: x is {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}; "
+            "expected [T, H, D] and twice [T, D / 2] (see rope_table)"
+        )
     if use_triton(impl, x, loops=True):
         return rope_turn_op(x, cos, sin, False)
     return (cpu if serves(impl, x, cos, sin) else reference).rope(x, cos, sin)

@@ -13,6 +13,7 @@ optimizer_state.py makes named tensors of an optimizer's state.
 Left out: pickles (they run code when read), saving in the background, sharded files, signatures (a CRC finds
 damage, not malice). Only one process may write to a run folder.
 """
+
 import json
 import math
 import os
@@ -32,7 +33,9 @@ from .tokenizer import Tokenizer
 from .transformer import Transformer
 
 FORMAT, VERSION = "r1zero checkpoint", 1
-FOLDER_NAME = re.compile(r"step_(\d{8,})(\.old)?")  # .old: the one being replaced, between two renames
+FOLDER_NAME = re.compile(
+    r"step_(\d{8,})(\.old)?"
+)  # .old: the one being replaced, between two renames
 ASIDE = ".tmp-"  # what begins with this is unfinished; the next save removes it
 
 
@@ -51,6 +54,7 @@ class Checkpoint:
 
 
 # ---- files that appear whole or not at all ----
+
 
 def _flush(path: Path) -> None:
     """Wait until a file, or the list of names in a folder, is on the disk."""
@@ -93,7 +97,10 @@ def _crc32(path: Path) -> int:
 
 # ---- tensors in one file ----
 
-def _split_repeats(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+
+def _split_repeats(
+    tensors: dict[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """(tensors to store, {name: the earlier name that holds the very same tensor}), as with a tied head."""
     stored, same, first_name = {}, {}, {}
     for name, tensor in tensors.items():
@@ -135,6 +142,7 @@ def _read_tensors(path: Path, expected: dict) -> dict[str, torch.Tensor]:
 
 # ---- one checkpoint folder ----
 
+
 def _write_folder(folder: Path, step: int, groups: dict, state: dict) -> None:
     """Write and flush all files of a checkpoint. groups: {name: what `_split_repeats` gave}."""
     folder.mkdir()
@@ -146,7 +154,9 @@ def _write_folder(folder: Path, step: int, groups: dict, state: dict) -> None:
     # There and back once, so that what is summed is what a reader will have: string keys, lists for tuples.
     content = json.loads(json.dumps({"step": step, "files": files, "state": state}))
     check = zlib.crc32(json.dumps(content).encode())
-    text = json.dumps({"format": FORMAT, "version": VERSION, "crc32": check, "content": content}, indent=1)
+    text = json.dumps(
+        {"format": FORMAT, "version": VERSION, "crc32": check, "content": content}, indent=1
+    )
     (folder / "state.json").write_text(text + "\n", encoding="utf-8")
     mode = (folder / "state.json").stat().st_mode & 0o777
     for path in folder.iterdir():
@@ -167,7 +177,9 @@ def _read_content(path: Path) -> dict:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise CheckpointError("state.json was not written by r1zero")
     if document.get("version") != VERSION:
-        raise CheckpointError(f"its format is version {document.get('version')}, this r1zero reads {VERSION}")
+        raise CheckpointError(
+            f"its format is version {document.get('version')}, this r1zero reads {VERSION}"
+        )
     content = document.get("content")
     if zlib.crc32(json.dumps(content).encode()) != document.get("crc32"):
         raise CheckpointError("state.json does not match its checksum")
@@ -177,12 +189,15 @@ def _read_content(path: Path) -> dict:
 def _read_folder(folder: Path) -> Checkpoint:
     """Read and check one checkpoint. Raises CheckpointError with the bare reason; the caller completes it."""
     content = _read_content(folder / "state.json")
-    tensors = {name.removesuffix(".safetensors"): _read_tensors(folder / name, expected)
-               for name, expected in content["files"].items()}
+    tensors = {
+        name.removesuffix(".safetensors"): _read_tensors(folder / name, expected)
+        for name, expected in content["files"].items()
+    }
     return Checkpoint(content["step"], tensors, content["state"], folder)
 
 
 # ---- the folder of all checkpoints of a run ----
+
 
 def _folders(root: Path) -> dict[int, list[Path]]:
     """{step: its folders}, newest step first. A folder that is being replaced (.old) is its step's second."""
@@ -217,7 +232,9 @@ def _tidy(root: Path) -> None:
 def _put_in_place(aside: Path, final: Path) -> None:
     former = final.with_name(f"{final.name}.old")
     if final.exists():
-        final.rename(former)  # no call replaces a whole folder; until the next rename readers take .old
+        final.rename(
+            former
+        )  # no call replaces a whole folder; until the next rename readers take .old
     aside.rename(final)
     _flush(final.parent)
     if former.exists():
@@ -258,8 +275,16 @@ def _prune(root: Path, step: int, keep_last: int) -> None:
 
 # ---- the whole ----
 
-def save_checkpoint(run: str | Path, step: int, tensors: dict[str, dict[str, torch.Tensor]], state: dict, *,
-                    keep_last: int = 2, score: float | None = None) -> Path:
+
+def save_checkpoint(
+    run: str | Path,
+    step: int,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    state: dict,
+    *,
+    keep_last: int = 2,
+    score: float | None = None,
+) -> Path:
     """Save a checkpoint of `step` in the run folder, remove those that are too old, and return its path.
 
     tensors: groups of named tensors of any device and dtype; each group becomes a file. A tensor with several
@@ -271,9 +296,13 @@ def save_checkpoint(run: str | Path, step: int, tensors: dict[str, dict[str, tor
     Raises CheckpointError if it cannot be written (disk full, no permission); earlier ones are then intact.
     """
     if keep_last < 1:
-        raise ValueError(f"keep_last is {keep_last}, expected 1 or more: what is not kept cannot be resumed")
+        raise ValueError(
+            f"keep_last is {keep_last}, expected 1 or more: what is not kept cannot be resumed"
+        )
     assert step >= 0, step
-    assert all(group.isidentifier() for group in tensors), f"groups become file names: {list(tensors)}"
+    assert all(group.isidentifier() for group in tensors), (
+        f"groups become file names: {list(tensors)}"
+    )
     groups = {group: _split_repeats(named) for group, named in tensors.items()}
     root = Path(run) / "checkpoints"
     final = root / f"step_{step:08d}"
@@ -286,10 +315,14 @@ def save_checkpoint(run: str | Path, step: int, tensors: dict[str, dict[str, tor
         if score is not None:
             _mark_best(root, step, score)
         _prune(root, step, keep_last)
-    except BaseException as error:  # also Ctrl-C, or a state that is no JSON: leave nothing half-done
+    except (
+        BaseException
+    ) as error:  # also Ctrl-C, or a state that is no JSON: leave nothing half-done
         _tidy(root)
         if isinstance(error, (OSError, SafetensorError)):
-            needed = sum(tensor.nbytes for stored, _ in groups.values() for tensor in stored.values())
+            needed = sum(
+                tensor.nbytes for stored, _ in groups.values() for tensor in stored.values()
+            )
             raise CheckpointError(_cannot_save(root, step, needed, error)) from error
         raise
     return final
@@ -302,9 +335,15 @@ def _cannot_save(root: Path, step: int, needed: int, error: Exception) -> str:
     except OSError:
         free = "the folder cannot be read"
     steps = checkpoint_steps(root.parent)
-    former = f"The checkpoint of step {steps[-1]} is intact" if steps else "There is no earlier checkpoint"
-    return (f"cannot save the checkpoint of step {step} in {root}: {reason}. It needs "
-            f"{needed / 1e6:,.1f} MB, {free}. {former}; make room, or the folder writable, and resume")
+    former = (
+        f"The checkpoint of step {steps[-1]} is intact"
+        if steps
+        else "There is no earlier checkpoint"
+    )
+    return (
+        f"cannot save the checkpoint of step {step} in {root}: {reason}. It needs "
+        f"{needed / 1e6:,.1f} MB, {free}. {former}; make room, or the folder writable, and resume"
+    )
 
 
 def checkpoint_steps(run: str | Path) -> list[int]:
@@ -319,32 +358,46 @@ def _choose(folder: Path, which: str | int) -> list[Path]:
     """The checkpoints to try, in order. Raises CheckpointError where there is nothing to try."""
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
-        raise CheckpointError(f"{folder} {found}; expected the folder of a run, which holds checkpoints/")
+        raise CheckpointError(
+            f"{folder} {found}; expected the folder of a run, which holds checkpoints/"
+        )
     if (folder / "state.json").exists() or FOLDER_NAME.fullmatch(folder.name):
         return [folder]
     root = folder if folder.name == "checkpoints" else folder / "checkpoints"
     if not root.is_dir():
         names = sorted(path.name for path in folder.iterdir())
         holds = ", ".join(names[:5] + ["…"] * (len(names) > 5)) or "nothing"
-        raise CheckpointError(f"{folder} is not the folder of a run: it holds {holds}, and no checkpoints/. "
-                              "Give the folder that training wrote to")
+        raise CheckpointError(
+            f"{folder} is not the folder of a run: it holds {holds}, and no checkpoints/. "
+            "Give the folder that training wrote to"
+        )
     folders = _folders(root)
     if not folders:
-        raise CheckpointError(f"{root} holds no checkpoint yet; start the run afresh or give another folder")
+        raise CheckpointError(
+            f"{root} holds no checkpoint yet; start the run afresh or give another folder"
+        )
     steps = list(folders)
     if which == "best":
         best = _read_best(root)
         if best is None and not (root / "best.json").exists():
-            raise CheckpointError(f"{root} marks no checkpoint as the best; ask for the last, or for one of "
-                                  f"the steps {steps[::-1]}")
+            raise CheckpointError(
+                f"{root} marks no checkpoint as the best; ask for the last, or for one of "
+                f"the steps {steps[::-1]}"
+            )
         if best is None or best["step"] not in folders:
-            warnings.warn(f"{root / 'best.json'} names no checkpoint; using the last one", stacklevel=3)
+            warnings.warn(
+                f"{root / 'best.json'} names no checkpoint; using the last one", stacklevel=3
+            )
         else:
-            steps = sorted(steps, key=lambda step: step != best["step"])  # stable: the best, then the newest
+            steps = sorted(
+                steps, key=lambda step: step != best["step"]
+            )  # stable: the best, then the newest
     elif which != "last":
         if which not in folders:
-            raise CheckpointError(f"{root} has no checkpoint {which!r}; expected 'last', 'best' or one of "
-                                  f"the steps {steps[::-1]}")
+            raise CheckpointError(
+                f"{root} has no checkpoint {which!r}; expected 'last', 'best' or one of "
+                f"the steps {steps[::-1]}"
+            )
         steps = [which]
     return [path for step in steps for path in folders[step]]
 
@@ -360,7 +413,9 @@ def load_checkpoint(folder: str | Path, which: str | int = "last") -> Checkpoint
     try:
         paths = _choose(folder, which)
     except OSError as error:
-        raise CheckpointError(f"cannot read {folder}: {error.strerror}; give one you may read") from error
+        raise CheckpointError(
+            f"cannot read {folder}: {error.strerror}; give one you may read"
+        ) from error
     reasons = []
     for path in paths:
         try:
@@ -369,10 +424,14 @@ def load_checkpoint(folder: str | Path, which: str | int = "last") -> Checkpoint
             reasons.append(f"{path.name}: {error}")
             continue
         if reasons:
-            warnings.warn(f"using {path} in place of what cannot be used: {'; '.join(reasons)}", stacklevel=2)
+            warnings.warn(
+                f"using {path} in place of what cannot be used: {'; '.join(reasons)}", stacklevel=2
+            )
         return checkpoint
-    raise CheckpointError(f"no usable checkpoint in {folder} ({'; '.join(reasons)}). Restore it from a copy, "
-                          "name another step, or start the run afresh in another folder")
+    raise CheckpointError(
+        f"no usable checkpoint in {folder} ({'; '.join(reasons)}). Restore it from a copy, "
+        "name another step, or start the run afresh in another folder"
+    )
 
 
 def check_config(found: dict, expected: dict, where: str | Path) -> None:
@@ -387,22 +446,35 @@ def check_config(found: dict, expected: dict, where: str | Path) -> None:
         if there != here:
             differ.append(f"{key} is {there} there and {here} here")
     if differ:
-        raise CheckpointError(f"{where} was made with another config: {'; '.join(differ)}. Use the settings "
-                              "that it was made with, or another run folder")
+        raise CheckpointError(
+            f"{where} was made with another config: {'; '.join(differ)}. Use the settings "
+            "that it was made with, or another run folder"
+        )
 
 
-def build_model(config: dict, weights: dict[str, torch.Tensor], device: torch.device) -> Transformer:
+def build_model(
+    config: dict, weights: dict[str, torch.Tensor], device: torch.device
+) -> Transformer:
     """A model of a checkpoint's config and weights, in bf16 compute on a GPU and fp32 on a CPU."""
-    model = Transformer(ModelConfig(**config), torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model = Transformer(
+        ModelConfig(**config), torch.bfloat16 if device.type == "cuda" else torch.float32
+    )
     model.load_state_dict(weights)
     return model.to(device)
 
 
-def load_model(folder: str, device: torch.device, which="last") -> tuple[Transformer, Tokenizer, Checkpoint]:
+def load_model(
+    folder: str, device: torch.device, which="last"
+) -> tuple[Transformer, Tokenizer, Checkpoint]:
     """The model and tokenizer of a run's checkpoint. Raises CheckpointError if there is none to use."""
     checkpoint = load_checkpoint(folder, which)
-    if not {"model_config", "tokenizer"} <= checkpoint.state.keys() or "model" not in checkpoint.tensors:
-        raise ValueError(f"{checkpoint.path} holds no model; give a folder that pretrain, sft, grpo or demo "
-                         "wrote")
+    if (
+        not {"model_config", "tokenizer"} <= checkpoint.state.keys()
+        or "model" not in checkpoint.tensors
+    ):
+        raise ValueError(
+            f"{checkpoint.path} holds no model; give a folder that pretrain, sft, grpo or demo "
+            "wrote"
+        )
     model = build_model(checkpoint.state["model_config"], checkpoint.tensors["model"], device)
     return model, Tokenizer.from_dict(checkpoint.state["tokenizer"]), checkpoint

@@ -3,6 +3,7 @@
 Left out: dropout, biases other than on q, k, v, learned positions; the R1 family's bases (Llama, Qwen) have
 none of them.
 """
+
 import math
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
@@ -37,10 +38,14 @@ class ModelConfig:
             if f.type is float and not (isinstance(value, Real) and 0 < value < math.inf):
                 raise ValueError(f"model: {f.name} is {value!r}, expected a number above 0")
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"model: n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}; "
-                             "each key/value head serves the same number of query heads")
+            raise ValueError(
+                f"model: n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}; "
+                "each key/value head serves the same number of query heads"
+            )
         if self.head_dim % 2:
-            raise ValueError(f"model: head_dim {self.head_dim} is odd; RoPE turns pairs, so it must be even")
+            raise ValueError(
+                f"model: head_dim {self.head_dim} is odd; RoPE turns pairs, so it must be even"
+            )
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -48,14 +53,48 @@ class ModelConfig:
 
 # d_model, heads and so on of open models whose weights fit this architecture, and of the toys.
 PRESETS: dict[str, dict] = {
-    "demo": dict(n_layers=4, d_model=128, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=384, max_seq_len=256),
-    "tiny": dict(n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=64, max_seq_len=256),
-    "qwen2.5-0.5b": dict(n_layers=24, d_model=896, n_heads=14, n_kv_heads=2, head_dim=64, d_ff=4864,
-                         rope_theta=1e6, qkv_bias=True, tie_embeddings=True, max_seq_len=32_768),
-    "qwen2.5-1.5b": dict(n_layers=28, d_model=1536, n_heads=12, n_kv_heads=2, head_dim=128, d_ff=8960,
-                         rope_theta=1e6, qkv_bias=True, tie_embeddings=True, max_seq_len=131_072),
-    "qwen3-0.6b": dict(n_layers=28, d_model=1024, n_heads=16, n_kv_heads=8, head_dim=128, d_ff=3072,
-                       rope_theta=1e6, qk_norm=True, tie_embeddings=True, max_seq_len=32_768),
+    "demo": dict(
+        n_layers=4, d_model=128, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=384, max_seq_len=256
+    ),
+    "tiny": dict(
+        n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=64, max_seq_len=256
+    ),
+    "qwen2.5-0.5b": dict(
+        n_layers=24,
+        d_model=896,
+        n_heads=14,
+        n_kv_heads=2,
+        head_dim=64,
+        d_ff=4864,
+        rope_theta=1e6,
+        qkv_bias=True,
+        tie_embeddings=True,
+        max_seq_len=32_768,
+    ),
+    "qwen2.5-1.5b": dict(
+        n_layers=28,
+        d_model=1536,
+        n_heads=12,
+        n_kv_heads=2,
+        head_dim=128,
+        d_ff=8960,
+        rope_theta=1e6,
+        qkv_bias=True,
+        tie_embeddings=True,
+        max_seq_len=131_072,
+    ),
+    "qwen3-0.6b": dict(
+        n_layers=28,
+        d_model=1024,
+        n_heads=16,
+        n_kv_heads=8,
+        head_dim=128,
+        d_ff=3072,
+        rope_theta=1e6,
+        qk_norm=True,
+        tie_embeddings=True,
+        max_seq_len=32_768,
+    ),
 }
 
 
@@ -64,8 +103,9 @@ def preset(name: str, vocab_size: int, **overrides) -> ModelConfig:
     if name.startswith("depth="):
         digits = name.removeprefix("depth=")
         if not digits.isdecimal() or int(digits) < 1:
-            raise ValueError(f"model preset {name!r}: the depth must be a whole number of layers, "
-                             "as in depth=6")
+            raise ValueError(
+                f"model preset {name!r}: the depth must be a whole number of layers, as in depth=6"
+            )
         return from_depth(int(digits), vocab_size, **overrides)
     if name not in PRESETS:
         known = ", ".join(sorted(PRESETS))
@@ -80,6 +120,12 @@ def from_depth(depth: int, vocab_size: int, **overrides) -> ModelConfig:
     head_dim = 32 if depth <= 8 else 64
     n_heads = max(1, d_model // head_dim)
     n_kv_heads = n_heads // 2 if n_heads % 2 == 0 else n_heads
-    shape = dict(n_layers=depth, d_model=d_model, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim,
-                 d_ff=3 * d_model)
+    shape = dict(
+        n_layers=depth,
+        d_model=d_model,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        d_ff=3 * d_model,
+    )
     return ModelConfig(vocab_size=vocab_size, **{**shape, **overrides})

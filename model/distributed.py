@@ -3,6 +3,7 @@
 Each process samples and computes its own share of the answers; denominators are those of all (rl/losses.py),
 so gradients are added, not averaged, and one process with everything has the same gradient.
 """
+
 import numpy as np
 import torch
 import torch.distributed as dist

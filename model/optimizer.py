@@ -1,4 +1,5 @@
 """AdamW (torch's own, fused) on the fp32 masters, its learning-rate schedule, and one guarded step."""
+
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -38,18 +39,25 @@ class OptimConfig:
         # NaN is not >= 0, but min() may pass over it
         at_least_zero = all(dial >= 0 for dial in (self.warmup, self.weight_decay, self.eps))
         if not (self.lr > 0 and self.clip_grad > 0 and at_least_zero):
-            raise ValueError(f"optim: lr {self.lr}, clip_grad {self.clip_grad}, warmup {self.warmup}, "
-                             f"weight_decay {self.weight_decay}, eps {self.eps}; expected lr and clip_grad "
-                             "above 0 and the others 0 or more")
+            raise ValueError(
+                f"optim: lr {self.lr}, clip_grad {self.clip_grad}, warmup {self.warmup}, "
+                f"weight_decay {self.weight_decay}, eps {self.eps}; expected lr and clip_grad "
+                "above 0 and the others 0 or more"
+            )
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1 and 0 <= self.final_lr <= 1):
-            raise ValueError(f"optim: beta1 {self.beta1}, beta2 {self.beta2}, final_lr {self.final_lr}; "
-                             "expected betas in [0, 1) and final_lr in [0, 1]")
+            raise ValueError(
+                f"optim: beta1 {self.beta1}, beta2 {self.beta2}, final_lr {self.final_lr}; "
+                "expected betas in [0, 1) and final_lr in [0, 1]"
+            )
 
 
 def make_optimizer(model: torch.nn.Module, c: OptimConfig) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": c.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
 
 
@@ -81,10 +89,9 @@ def optimizer_step(model, optimizer, lr: float, c: OptimConfig) -> float:
     return float(norm)
 
 
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer,
-                      named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
-                      ) -> tuple[dict[str, torch.Tensor], dict]:
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
+) -> tuple[dict[str, torch.Tensor], dict]:
     """The whole state of `optimizer`: (tensors named "<parameter>/<field>", the rest as JSON).
 
     By name, not by torch's running numbers, so that another order of parameters cannot swap moments unseen.
@@ -94,8 +101,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer,
     tensors, numbers, groups = {}, {}, []
     for group in optimizer.param_groups:
         if nameless := [tuple(p.shape) for p in group["params"] if id(p) not in names]:
-            raise ValueError(f"the optimizer steps parameters of shapes {nameless} that are not named here; "
-                             "give the names of all modules that it trains")
+            raise ValueError(
+                f"the optimizer steps parameters of shapes {nameless} that are not named here; "
+                "give the names of all modules that it trains"
+            )
         groups.append(group | {"params": [names[id(p)] for p in group["params"]]})
         for parameter in group["params"]:
             for field, value in optimizer.state.get(parameter, {}).items():
@@ -104,9 +113,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer,
     return tensors, {"groups": groups, "numbers": numbers}
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer,
-                           named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
-                           tensors: dict[str, torch.Tensor], rest: dict) -> None:
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    tensors: dict[str, torch.Tensor],
+    rest: dict,
+) -> None:
     """Give `optimizer` the state that `optimizer_tensors` took; learning rate and the like too.
 
     The tensors are taken over, not copied. Raises CheckpointError, and changes nothing, if the parameters or
@@ -114,22 +126,30 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer,
     """
     parameters = dict(named_parameters)
     _, own = optimizer_tensors(optimizer, parameters.items())
-    there, here = ([group["params"] for group in groups] for groups in (rest["groups"], own["groups"]))
+    there, here = (
+        [group["params"] for group in groups] for groups in (rest["groups"], own["groups"])
+    )
     if there != here:
         names_there, names_here = (set(sum(groups, [])) for groups in (there, here))
         only_there, only_here = sorted(names_there - names_here), sorted(names_here - names_there)
-        raise CheckpointError("the checkpoint's optimizer steps other parameters, or in other groups: only "
-                              f"there {only_there}, only here {only_here}. Use the model it was made with")
+        raise CheckpointError(
+            "the checkpoint's optimizer steps other parameters, or in other groups: only "
+            f"there {only_there}, only here {only_here}. Use the model it was made with"
+        )
     index = {name: i for i, name in enumerate(sum(here, []))}  # torch's running numbers
     state: dict[int, dict] = {}
     for key, value in (tensors | rest["numbers"]).items():
         name, _, field = key.rpartition("/")
         if name not in index:
-            raise CheckpointError(f"the checkpoint's optimizer holds {key}, but no parameter is {name!r}")
+            raise CheckpointError(
+                f"the checkpoint's optimizer holds {key}, but no parameter is {name!r}"
+            )
         shape = parameters[name].shape
         if isinstance(value, torch.Tensor) and value.dim() and value.shape != shape:
-            raise CheckpointError(f"the checkpoint's optimizer holds {key} of shape {tuple(value.shape)}, "
-                                  f"but the parameter has {tuple(shape)}. Use the model it was made with")
+            raise CheckpointError(
+                f"the checkpoint's optimizer holds {key} of shape {tuple(value.shape)}, "
+                f"but the parameter has {tuple(shape)}. Use the model it was made with"
+            )
         state.setdefault(index[name], {})[field] = value
     groups = []
     for now, saved in zip(own["groups"], rest["groups"], strict=True):

@@ -7,6 +7,7 @@ mask, no pad token and no left or right padding to get wrong. The batch is check
 Sequences that begin alike, as the samples of a group do, may share that prefix (Liu et al. 2025, arXiv
 2506.05433): it is one sequence, computed once, and the others go on after it, reading its keys and values.
 """
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +35,9 @@ class Packed:
     """The most keys of a sequence."""
 
     def to(self, device) -> "Packed":
-        return Packed(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in vars(self).values()))
+        return Packed(
+            *(x.to(device) if isinstance(x, torch.Tensor) else x for x in vars(self).values())
+        )
 
 
 def offsets(lengths) -> np.ndarray:
@@ -59,22 +62,38 @@ def pack(sequences, device="cpu", after: np.ndarray | None = None) -> Packed:
         raise ValueError("pack: got no sequences; a batch needs at least one")
     lengths = np.fromiter((len(s) for s in sequences), np.int64, len(sequences))
     if lengths.sum() == 0:
-        raise ValueError(f"pack: all {len(sequences)} sequences are empty; a batch needs at least one token")
+        raise ValueError(
+            f"pack: all {len(sequences)} sequences are empty; a batch needs at least one token"
+        )
     tokens = np.concatenate([np.asarray(s, np.int64) for s in sequences])
     if tokens.min() < 0:
-        raise ValueError(f"pack: token id {tokens.min()} is negative; ids run from 0 to vocab_size - 1")
+        raise ValueError(
+            f"pack: token id {tokens.min()} is negative; ids run from 0 to vocab_size - 1"
+        )
     positions, shared = positions_of(lengths), ()
     if after is not None:
-        if len(after) != len(lengths) or after.min() < -1 or (after >= len(lengths)).any() \
-                or (after[after[after >= 0]] >= 0).any():
-            raise ValueError(f"pack: after is {after.tolist()[:20]} for {len(lengths)} sequences; expected "
-                             "for each the index of one that goes on after none itself, or -1")
+        if (
+            len(after) != len(lengths)
+            or after.min() < -1
+            or (after >= len(lengths)).any()
+            or (after[after[after >= 0]] >= 0).any()
+        ):
+            raise ValueError(
+                f"pack: after is {after.tolist()[:20]} for {len(lengths)} sequences; expected "
+                "for each the index of one that goes on after none itself, or -1"
+            )
         starts, before = np.cumsum(lengths) - lengths, np.where(after >= 0, lengths[after], 0)
         n_keys = before + lengths
         place, left = positions_of(n_keys), np.repeat(before, n_keys)
-        keys = place + np.where(place < left, np.repeat(starts[after], n_keys),
-                                np.repeat(starts - before, n_keys))
+        keys = place + np.where(
+            place < left, np.repeat(starts[after], n_keys), np.repeat(starts - before, n_keys)
+        )
         positions = positions + np.repeat(before, lengths)
         shared = torch.from_numpy(keys), torch.from_numpy(offsets(n_keys)), int(n_keys.max())
-    return Packed(torch.from_numpy(tokens), torch.from_numpy(positions), torch.from_numpy(offsets(lengths)),
-                  int(lengths.max()), *shared).to(device)
+    return Packed(
+        torch.from_numpy(tokens),
+        torch.from_numpy(positions),
+        torch.from_numpy(offsets(lengths)),
+        int(lengths.max()),
+        *shared,
+    ).to(device)

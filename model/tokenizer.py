@@ -14,6 +14,7 @@ there for models that want one. No text makes a special token: what spells `<|eo
 Left out: chat templates (a task writes its own prompt), normalisation (it would break the round trip),
 padding of the vocabulary, a pad or unknown token (batches are flat and every byte is a token).
 """
+
 import base64
 import binascii
 import hashlib
@@ -39,8 +40,8 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 ANY_CHARACTER = r"[\s\S]"
 
 MAX_TRAINED_VOCAB = 1_000_000  # more is a typing mistake
-MAX_WORD_BYTES = 50_000        # of all words; from about 80,000 on the regex engine is 1,000 x slower
-LONG_TEXT = 10_000             # characters; handing a shorter text to a thread costs more than encoding it
+MAX_WORD_BYTES = 50_000  # of all words; from about 80,000 on the regex engine is 1,000 x slower
+LONG_TEXT = 10_000  # characters; handing a shorter text to a thread costs more than encoding it
 
 # GPT-2's `\s+(?!\S)` overflows the regex engine's stack at 1,000,000 white-space characters in a row;
 # tiktoken then panics, past any `except Exception`. Such a run is cut into parts; the look-behind keeps the
@@ -51,11 +52,12 @@ LONG_SPACE = re.compile(rf"(?<!\s)\s{{{LONGEST_SPACE}}}")
 
 # ---- helpers ---------------------------------------------------------------------------------------------
 
+
 def safe_parts(text: str) -> Iterator[str]:
     """Cut `text` so that no part holds more than LONGEST_SPACE white-space characters in a row."""
     while len(text) > LONGEST_SPACE and (found := LONG_SPACE.search(text)):
-        yield text[:found.end()]
-        text = text[found.end():]
+        yield text[: found.end()]
+        text = text[found.end() :]
     yield text
 
 
@@ -81,7 +83,9 @@ def read_ranks(path: str | Path) -> list[bytes]:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(f"ranks file {path} cannot be read ({error.strerror}); check the path") from None
+        raise ValueError(
+            f"ranks file {path} cannot be read ({error.strerror}); check the path"
+        ) from None
     if not data.strip():
         raise ValueError(f"ranks file {path} is empty; {wanted}")
     if not data.isascii() or b"\0" in data:
@@ -98,24 +102,33 @@ def read_ranks(path: str | Path) -> list[bytes]:
         except binascii.Error:
             well_formed = False
         if not well_formed:
-            raise ValueError(f"ranks file {path}, line {number}: got {line[:60].decode()!r}; {wanted}")
+            raise ValueError(
+                f"ranks file {path}, line {number}: got {line[:60].decode()!r}; {wanted}"
+            )
         rank = int(fields[1])
         if rank in token_of_rank:
-            raise ValueError(f"ranks file {path}, line {number}: rank {rank} was given before, on line "
-                             f"{line_of_token[token_of_rank[rank]]}; each rank stands once")
+            raise ValueError(
+                f"ranks file {path}, line {number}: rank {rank} was given before, on line "
+                f"{line_of_token[token_of_rank[rank]]}; each rank stands once"
+            )
         if token in line_of_token:
-            raise ValueError(f"ranks file {path}, line {number}: token {token!r} was given before, on line "
-                             f"{line_of_token[token]}; each token stands once")
+            raise ValueError(
+                f"ranks file {path}, line {number}: token {token!r} was given before, on line "
+                f"{line_of_token[token]}; each token stands once"
+            )
         token_of_rank[rank], line_of_token[token] = token, number
 
     for rank in range(len(token_of_rank)):
         if rank not in token_of_rank:
-            raise ValueError(f"ranks file {path}: it has {len(token_of_rank)} ranks but rank {rank} is "
-                             "missing; they must run from 0 without a gap (leave out special tokens)")
+            raise ValueError(
+                f"ranks file {path}: it has {len(token_of_rank)} ranks but rank {rank} is "
+                "missing; they must run from 0 without a gap (leave out special tokens)"
+            )
     return [token_of_rank[rank] for rank in range(len(token_of_rank))]
 
 
 # ---- the tokenizer ---------------------------------------------------------------------------------------
+
 
 class Tokenizer:
     """Ranks, a pattern and two special tokens. Build one by a class method (see the head of this file).
@@ -130,16 +143,23 @@ class Tokenizer:
         rank_of_token = {token: rank for rank, token in enumerate(ranks)}
         missing = [b for b in range(256) if SINGLE_BYTES[b] not in rank_of_token]
         if missing:
-            raise ValueError(f"tokenizer: {len(missing)} of the 256 single bytes have no rank (the first is "
-                             f"byte {missing[0]}), so some text would have no tokens; add a rank for each")
+            raise ValueError(
+                f"tokenizer: {len(missing)} of the 256 single bytes have no rank (the first is "
+                f"byte {missing[0]}), so some text would have no tokens; add a rank for each"
+            )
         if b"" in rank_of_token or len(rank_of_token) < len(ranks):
-            raise ValueError(f"tokenizer: of {len(ranks)} ranks some are empty or double; each token "
-                             "stands once")
+            raise ValueError(
+                f"tokenizer: of {len(ranks)} ranks some are empty or double; each token stands once"
+            )
         self.kind, self.pattern, self.ranks = kind, pattern, ranks
         self.bos_id, self.eos_id = len(ranks), len(ranks) + 1
         self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
-        self.encoding = tiktoken.Encoding(f"r1zero-{kind}", pat_str=pattern, mergeable_ranks=rank_of_token,
-                                          special_tokens={"<|bos|>": self.bos_id, "<|eos|>": self.eos_id})
+        self.encoding = tiktoken.Encoding(
+            f"r1zero-{kind}",
+            pat_str=pattern,
+            mergeable_ranks=rank_of_token,
+            special_tokens={"<|bos|>": self.bos_id, "<|eos|>": self.eos_id},
+        )
         self.n_bytes_V = np.array([len(token) for token in ranks] + [0] * len(SPECIAL_TOKENS))
 
     def __repr__(self) -> str:
@@ -163,21 +183,34 @@ class Tokenizer:
             raise ValueError(f"from_words: got one string {words[:40]!r}; give a list of words")
         words = list(words)
         for i, word in enumerate(words):
-            if not isinstance(word, str) or word in ("", *SPECIAL_TOKENS) or word != without_surrogates(word):
-                raise ValueError(f"from_words: word {i} is {word!r}; a word is text, not empty, and none of "
-                                 f"{', '.join(SPECIAL_TOKENS)}")
+            if (
+                not isinstance(word, str)
+                or word in ("", *SPECIAL_TOKENS)
+                or word != without_surrogates(word)
+            ):
+                raise ValueError(
+                    f"from_words: word {i} is {word!r}; a word is text, not empty, and none of "
+                    f"{', '.join(SPECIAL_TOKENS)}"
+                )
         for word, count in Counter(words).most_common(1):
             if count > 1:
-                raise ValueError(f"from_words: {word!r} is given {count} times; give each word once")
+                raise ValueError(
+                    f"from_words: {word!r} is given {count} times; give each word once"
+                )
         longer = [word for word in words if len(word.encode()) > 1]
         size = sum(len(word.encode()) for word in longer)
         if size > MAX_WORD_BYTES:
-            raise ValueError(f"from_words: the words have {size} bytes in all, over {MAX_WORD_BYTES}, and "
-                             "encoding would crawl; use fewer words or Tokenizer.train")
+            raise ValueError(
+                f"from_words: the words have {size} bytes in all, over {MAX_WORD_BYTES}, and "
+                "encoding would crawl; use fewer words or Tokenizer.train"
+            )
         # A piece is a word or one character, and no part of a character is a word: nothing else merges.
         choices = [re.escape(word) for word in sorted(longer, key=len, reverse=True)]
-        return cls("words", "|".join([*choices, ANY_CHARACTER]),
-                   SINGLE_BYTES + [word.encode() for word in longer])
+        return cls(
+            "words",
+            "|".join([*choices, ANY_CHARACTER]),
+            SINGLE_BYTES + [word.encode() for word in longer],
+        )
 
     @classmethod
     def from_ranks_file(cls, path: str | Path, pattern: str = GPT2_PATTERN) -> "Tokenizer":
@@ -198,29 +231,50 @@ class Tokenizer:
         Raises ValueError without the optional library `tokenizers`, without text, for a size out of range."""
         least = 256 + len(SPECIAL_TOKENS)
         if not least <= vocab_size <= MAX_TRAINED_VOCAB:
-            raise ValueError(f"train: vocab_size is {vocab_size}, expected {least} (bytes and specials) to "
-                             f"{MAX_TRAINED_VOCAB}; 1024 to 8192 suit a few MB of text")
+            raise ValueError(
+                f"train: vocab_size is {vocab_size}, expected {least} (bytes and specials) to "
+                f"{MAX_TRAINED_VOCAB}; 1024 to 8192 suit a few MB of text"
+            )
         if isinstance(texts, str):
             raise ValueError(f"train: got one string {texts[:40]!r}; give a list of texts")
         texts = [without_surrogates(text) for text in texts]
         if not any(texts):
-            raise ValueError(f"train: {len(texts)} texts, none with any text; give at least one that "
-                             "is not empty")
+            raise ValueError(
+                f"train: {len(texts)} texts, none with any text; give at least one that "
+                "is not empty"
+            )
         try:
             from tokenizers import Tokenizer as Library
             from tokenizers import models, pre_tokenizers, trainers
         except ImportError:
-            raise ValueError("training a BPE needs the library `tokenizers`: `pip install r1zero[bpe]`, or "
-                             "use `--tokenizer bytes` or a .tiktoken ranks file") from None
+            raise ValueError(
+                "training a BPE needs the library `tokenizers`: `pip install r1zero[bpe]`, or "
+                "use `--tokenizer bytes` or a .tiktoken ranks file"
+            ) from None
         library = Library(models.BPE())
-        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # splits as GPT2_PATTERN
-        library.train_from_iterator(texts, trainers.BpeTrainer(
-            vocab_size=vocab_size - len(SPECIAL_TOKENS), show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-        id_of_token = library.get_vocab()  # ids: first the 256 letters, then the merges in order, as ranks
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(
+            add_prefix_space=False
+        )  # splits as GPT2_PATTERN
+        library.train_from_iterator(
+            texts,
+            trainers.BpeTrainer(
+                vocab_size=vocab_size - len(SPECIAL_TOKENS),
+                show_progress=False,
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            ),
+        )
+        id_of_token = (
+            library.get_vocab()
+        )  # ids: first the 256 letters, then the merges in order, as ranks
         byte_of = byte_of_letter()
-        return cls("bpe", GPT2_PATTERN, [bytes(byte_of[letter] for letter in token)
-                                         for token in sorted(id_of_token, key=id_of_token.__getitem__)])
+        return cls(
+            "bpe",
+            GPT2_PATTERN,
+            [
+                bytes(byte_of[letter] for letter in token)
+                for token in sorted(id_of_token, key=id_of_token.__getitem__)
+            ],
+        )
 
     # Text to ids
 
@@ -247,8 +301,10 @@ class Tokenizer:
         ids = [as_int(i) for i in ids]
         if ids and not (0 <= min(ids) and max(ids) < self.vocab_size):
             wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
-            raise ValueError(f"token id {wrong} is not in this vocabulary, whose ids run from 0 to "
-                             f"{self.vocab_size - 1}; decode with the tokenizer that the ids were made with")
+            raise ValueError(
+                f"token id {wrong} is not in this vocabulary, whose ids run from 0 to "
+                f"{self.vocab_size - 1}; decode with the tokenizer that the ids were made with"
+            )
         return ids
 
     def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
@@ -256,12 +312,16 @@ class Tokenizer:
         tokens are left out, or spelled like `<|eos|>` with keep_special. Raises ValueError for an id out of
         range."""
         ids = self.checked(ids.tolist() if hasattr(ids, "tolist") else ids)
-        return self.encoding.decode([i for i in ids if keep_special or i < self.bos_id], errors="replace")
+        return self.encoding.decode(
+            [i for i in ids if keep_special or i < self.bos_id], errors="replace"
+        )
 
     def token_text(self, token_id: int) -> str:
         """One token as a reader should see it: a special token spelled, a part of a character as `\\xe2`."""
         [token_id] = self.checked([token_id])
-        return self.encoding.decode_single_token_bytes(token_id).decode("utf-8", errors="backslashreplace")
+        return self.encoding.decode_single_token_bytes(token_id).decode(
+            "utf-8", errors="backslashreplace"
+        )
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for, none for a special one; they may be a part of a character."""
@@ -279,27 +339,43 @@ class Tokenizer:
 
     def to_dict(self) -> dict:
         """All that makes this tokenizer, fit for JSON; `from_dict` gives the same tokenizer back."""
-        return {"format": FORMAT, "kind": self.kind, "pattern": self.pattern,
-                "special_tokens": list(SPECIAL_TOKENS),
-                "ranks": [base64.b64encode(token).decode() for token in self.ranks]}
+        return {
+            "format": FORMAT,
+            "kind": self.kind,
+            "pattern": self.pattern,
+            "special_tokens": list(SPECIAL_TOKENS),
+            "ranks": [base64.b64encode(token).decode() for token in self.ranks],
+        }
 
     @classmethod
     def from_dict(cls, data: dict) -> "Tokenizer":
         """The tokenizer that `to_dict` wrote. Raises ValueError for another format or damaged data."""
         version = data.get("format") if isinstance(data, dict) else None
         if version != FORMAT:
-            raise ValueError(f"tokenizer data has format {version!r}, expected {FORMAT}; it was written by "
-                             "another version of r1zero, or it is no tokenizer")
+            raise ValueError(
+                f"tokenizer data has format {version!r}, expected {FORMAT}; it was written by "
+                "another version of r1zero, or it is no tokenizer"
+            )
         kind, pattern, special = data.get("kind"), data.get("pattern"), data.get("special_tokens")
-        if not isinstance(kind, str) or not isinstance(pattern, str) or special != list(SPECIAL_TOKENS):
-            raise ValueError(f"tokenizer data is damaged: kind {kind!r}, pattern {pattern!r}, special tokens "
-                             f"{special!r}, expected two texts and {list(SPECIAL_TOKENS)}; use another "
-                             "checkpoint")
+        if (
+            not isinstance(kind, str)
+            or not isinstance(pattern, str)
+            or special != list(SPECIAL_TOKENS)
+        ):
+            raise ValueError(
+                f"tokenizer data is damaged: kind {kind!r}, pattern {pattern!r}, special tokens "
+                f"{special!r}, expected two texts and {list(SPECIAL_TOKENS)}; use another "
+                "checkpoint"
+            )
         try:
-            return cls(kind, pattern, [base64.b64decode(token, validate=True) for token in data["ranks"]])
+            return cls(
+                kind, pattern, [base64.b64decode(token, validate=True) for token in data["ranks"]]
+            )
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"tokenizer data is damaged ({error!r}); its ranks must be base64 texts with "
-                             "all 256 single bytes; use another checkpoint") from None
+            raise ValueError(
+                f"tokenizer data is damaged ({error!r}); its ranks must be base64 texts with "
+                "all 256 single bytes; use another checkpoint"
+            ) from None
 
     def fingerprint(self) -> str:
         """16 hex digits that differ when pattern or ranks do: compare them before mixing data and models."""

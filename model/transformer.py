@@ -10,6 +10,7 @@ matrix, and so do gate and up: fewer, larger matrix products.
 Shapes: T tokens, M d_model, H query heads, G kv heads, D head_dim, F d_ff, V vocabulary, B rows,
 S cache length.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -36,7 +37,9 @@ def add_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tenso
     return (rmsnorm(x, weight, eps), x) if residual is None else rmsnorm(x, weight, eps, residual)
 
 
-def turn(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, c: ModelConfig) -> list[torch.Tensor]:
+def turn(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, c: ModelConfig
+) -> list[torch.Tensor]:
     """All heads [T, H + 2 G, D] -> q [T, H, D], k and v [T, G, D], q and k turned by RoPE."""
     qk, v = qkv.split([c.n_heads + c.n_kv_heads, c.n_kv_heads], dim=1)
     return [*rope(qk, cos, sin).split([c.n_heads, c.n_kv_heads], dim=1), v]
@@ -50,18 +53,29 @@ def read(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Te
     return F.embedding(keys, kv.flatten(1)).view(-1, *kv.shape[1:]).chunk(2, dim=1)
 
 
-def attend_packed(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, packed: Packed, c: ModelConfig
-                  ) -> torch.Tensor:
+def attend_packed(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, packed: Packed, c: ModelConfig
+) -> torch.Tensor:
     """Attention [T, H, D] within each sequence of the batch, and over its shared prefix."""
     cu_keys = packed.cu_seqlens if packed.keys is None else packed.cu_keys
-    if not use_triton(None, qkv, loops=True) and cpu_packed_attention.fits(None, qkv, cos, sin, None, None):
-        return cpu_packed_attention.attention_of_heads(qkv, cos, sin, packed.cu_seqlens, cu_keys, packed.keys,
-                                                       c.n_kv_heads)
+    if not use_triton(None, qkv, loops=True) and cpu_packed_attention.fits(
+        None, qkv, cos, sin, None, None
+    ):
+        return cpu_packed_attention.attention_of_heads(
+            qkv, cos, sin, packed.cu_seqlens, cu_keys, packed.keys, c.n_kv_heads
+        )
     q, k, v = turn(qkv, cos, sin, c)
     if packed.keys is not None:
         k, v = read(k, v, packed.keys)
-    return attention(q, k, v, packed.cu_seqlens, packed.max_seqlen, cu_seqlens_k=packed.cu_keys,
-                     max_seqlen_k=packed.max_keys)
+    return attention(
+        q,
+        k,
+        v,
+        packed.cu_seqlens,
+        packed.max_seqlen,
+        cu_seqlens_k=packed.cu_keys,
+        max_seqlen_k=packed.max_keys,
+    )
 
 
 class Attention(nn.Module):
@@ -78,11 +92,15 @@ class Attention(nn.Module):
     def project(self, x_TM):
         """[T, M] -> all heads [T, H + 2 G, D], those of q and k normed if asked."""
         c = self.c
-        qkv = linear(x_TM, self.qkv, self.qkv_bias).view(-1, c.n_heads + 2 * c.n_kv_heads, c.head_dim)
+        qkv = linear(x_TM, self.qkv, self.qkv_bias).view(
+            -1, c.n_heads + 2 * c.n_kv_heads, c.head_dim
+        )
         if not c.qk_norm:
             return qkv
         q, k, v = qkv.split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=1)
-        return torch.cat([rmsnorm(q, self.q_norm, c.norm_eps), rmsnorm(k, self.k_norm, c.norm_eps), v], dim=1)
+        return torch.cat(
+            [rmsnorm(q, self.q_norm, c.norm_eps), rmsnorm(k, self.k_norm, c.norm_eps), v], dim=1
+        )
 
 
 class MLP(nn.Module):
@@ -154,12 +172,15 @@ class Transformer(nn.Module):
 
     def forward(self, packed: Packed) -> torch.Tensor:
         """Hidden states [T, M] after the final norm, in the compute dtype."""
+
         def attend(qkv, cos, sin):
             return attend_packed(qkv, cos, sin, packed, self.config)
 
         return self._run(packed.tokens, packed.positions, [attend] * self.config.n_layers)
 
-    def prefill(self, packed: Packed) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    def prefill(
+        self, packed: Packed
+    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
         """As forward, and each layer's keys and values ([T, G, D] each) to fill a cache with."""
         assert packed.keys is None, "prefill: a cache has no shared prefixes"
         kept = []
@@ -171,8 +192,9 @@ class Transformer(nn.Module):
 
         return self._run(packed.tokens, packed.positions, [attend] * self.config.n_layers), kept
 
-    def decode(self, tokens: torch.Tensor, lengths: torch.Tensor, caches,
-               table: torch.Tensor) -> torch.Tensor:
+    def decode(
+        self, tokens: torch.Tensor, lengths: torch.Tensor, caches, table: torch.Tensor
+    ) -> torch.Tensor:
         """One new token a row: tokens [B], lengths [B] int32 of what the cache holds so far. Returns hidden
         [B, M].
 
@@ -203,8 +225,13 @@ class Transformer(nn.Module):
             x_TM, residual_TM = block(x_TM, residual_TM, cos, sin, attend)
         return add_norm(x_TM, residual_TM, self.norm, c.norm_eps)[0]
 
-    def logprobs(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0,
-                 rows: torch.Tensor | None = None):
+    def logprobs(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float = 1.0,
+        rows: torch.Tensor | None = None,
+    ):
         """(logp, entropy) of the targets [T] after `hidden` [T, M], or after those of its rows that `rows`
         names, at the temperature they were sampled at."""
         return linear_logprob(hidden, self.head, targets, temperature, rows)
@@ -219,9 +246,13 @@ class Transformer(nn.Module):
 
 def param_count(c: ModelConfig) -> int:
     """Number of parameters, a tied head counted once."""
-    qkv = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim * (c.d_model + c.qkv_bias) + 2 * c.head_dim * c.qk_norm
+    qkv = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim * (
+        c.d_model + c.qkv_bias
+    ) + 2 * c.head_dim * c.qk_norm
     block = qkv + c.d_model * c.n_heads * c.head_dim + 3 * c.d_model * c.d_ff + 2 * c.d_model
-    return c.n_layers * block + c.d_model + c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
+    return (
+        c.n_layers * block + c.d_model + c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
+    )
 
 
 def flops_per_token(c: ModelConfig, seqlen: float, training: bool) -> float:
@@ -233,5 +264,7 @@ def flops_per_token(c: ModelConfig, seqlen: float, training: bool) -> float:
     """
     block = (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim * c.d_model + 3 * c.d_model * c.d_ff
     matmuls = 2 * (c.n_layers * block + c.vocab_size * c.d_model)
-    scores = 2 * c.n_layers * c.n_heads * c.head_dim * seqlen  # q k^T, p v: 4 S / 2 a token, head, feature
+    scores = (
+        2 * c.n_layers * c.n_heads * c.head_dim * seqlen
+    )  # q k^T, p v: 4 S / 2 a token, head, feature
     return (matmuls + scores) * (3 if training else 1)

@@ -19,6 +19,7 @@ groups of n and batch times 1 - 1/N for N answers, for an answer's own reward is
 solved up (not in groups of 2 or 3; the larger the group, the more). Scale `batch` turns it in either case.
 tests/test_exact.py enumerates all of it.
 """
+
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -51,18 +52,23 @@ class AdvantageConfig:
 
     def __post_init__(self):
         if self.baseline not in (None, *BASELINES) or self.scale not in (None, *SCALES):
-            raise ValueError(f"advantage: baseline is {self.baseline!r} and scale {self.scale!r}; expected a "
-                             f"baseline of {BASELINES} and a scale of {SCALES}")
+            raise ValueError(
+                f"advantage: baseline is {self.baseline!r} and scale {self.scale!r}; expected a "
+                f"baseline of {BASELINES} and a scale of {SCALES}"
+            )
         if self.baseline in ("critic", "none") and self.scale == "std":
-            raise ValueError(f"advantage: scale std with baseline {self.baseline}, which is no mean of "
-                             "rewards that could have a standard deviation; expected scale batch or none")
+            raise ValueError(
+                f"advantage: scale std with baseline {self.baseline}, which is no mean of "
+                "rewards that could have a standard deviation; expected scale batch or none"
+            )
         for name in ("gamma", "lam"):
             if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
                 raise ValueError(f"advantage: {name} is {value}; expected 0 to 1")
 
 
-def group_advantages(rewards_N: np.ndarray, group_offsets: np.ndarray,
-                     normalise_std: bool = True) -> tuple[np.ndarray, np.ndarray]:
+def group_advantages(
+    rewards_N: np.ndarray, group_offsets: np.ndarray, normalise_std: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
     """(A [N] float64, dead [G] bool): A = (r - mean of group) / (std of group), eq. 3 of DeepSeekMath (arXiv
     2402.03300).
 
@@ -74,30 +80,48 @@ def group_advantages(rewards_N: np.ndarray, group_offsets: np.ndarray,
     Raises ValueError for offsets that do not cover the rewards, or a reward that is not finite, by its index.
     """
     rewards_N, group_offsets = np.asarray(rewards_N, np.float64), np.asarray(group_offsets)
-    if group_offsets[0] != 0 or group_offsets[-1] != len(rewards_N) or (np.diff(group_offsets) < 0).any():
-        raise ValueError(f"group_advantages: offsets {group_offsets[0]}…{group_offsets[-1]} for "
-                         f"{len(rewards_N)} rewards; expected rising offsets from 0 to the number of rewards")
+    if (
+        group_offsets[0] != 0
+        or group_offsets[-1] != len(rewards_N)
+        or (np.diff(group_offsets) < 0).any()
+    ):
+        raise ValueError(
+            f"group_advantages: offsets {group_offsets[0]}…{group_offsets[-1]} for "
+            f"{len(rewards_N)} rewards; expected rising offsets from 0 to the number of rewards"
+        )
     bad = np.flatnonzero(~np.isfinite(rewards_N))
     if len(bad):
-        raise ValueError(f"group_advantages: reward {bad[0]} is {rewards_N[bad[0]]} ({len(bad)} such in "
-                         "all); rewards must be finite, so look at the reward function")
-    advantages, dead = grpo_advantages(torch.from_numpy(rewards_N), torch.from_numpy(group_offsets),
-                                       normalise_std, impl="reference")
+        raise ValueError(
+            f"group_advantages: reward {bad[0]} is {rewards_N[bad[0]]} ({len(bad)} such in "
+            "all); rewards must be finite, so look at the reward function"
+        )
+    advantages, dead = grpo_advantages(
+        torch.from_numpy(rewards_N),
+        torch.from_numpy(group_offsets),
+        normalise_std,
+        impl="reference",
+    )
     return advantages.numpy(), dead.numpy() > 0
 
 
-def leave_one_out(rewards_N: np.ndarray, group_offsets: np.ndarray,
-                  normalise_std: bool = False) -> np.ndarray:
+def leave_one_out(
+    rewards_N: np.ndarray, group_offsets: np.ndarray, normalise_std: bool = False
+) -> np.ndarray:
     """[N]: A = r - mean of the others in the group, RLOO (Kool et al. 2019; arXiv 2402.14740, section 3).
 
     That is n / (n - 1) times r - mean of all n. A group of one has nobody to be compared with, and gets 0.
     """
     sizes = np.repeat(np.diff(group_offsets), np.diff(group_offsets))
-    return group_advantages(rewards_N, group_offsets, normalise_std)[0] * sizes / np.maximum(sizes - 1, 1)
+    return (
+        group_advantages(rewards_N, group_offsets, normalise_std)[0]
+        * sizes
+        / np.maximum(sizes - 1, 1)
+    )
 
 
-def gae(rewards_R: np.ndarray, values_R: np.ndarray, offsets: np.ndarray, gamma: float,
-        lam: float) -> tuple[np.ndarray, np.ndarray]:
+def gae(
+    rewards_R: np.ndarray, values_R: np.ndarray, offsets: np.ndarray, gamma: float, lam: float
+) -> tuple[np.ndarray, np.ndarray]:
     """(A [R], returns [R]) by generalised advantage estimation (arXiv 1506.02438, eq. 16).
 
         delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}      return = A + V
@@ -115,7 +139,9 @@ def gae(rewards_R: np.ndarray, values_R: np.ndarray, offsets: np.ndarray, gamma:
     return advantages, advantages + values_R
 
 
-def standardise(x: np.ndarray, counts: np.ndarray, divide: bool, total: Callable = np.asarray) -> np.ndarray:
+def standardise(
+    x: np.ndarray, counts: np.ndarray, divide: bool, total: Callable = np.asarray
+) -> np.ndarray:
     """x - mean, over the population's standard deviation if `divide`; zeros where all x are alike.
 
     counts: how often each entry counts; total: adds an array up over processes. (As whitening over tokens:
@@ -130,9 +156,15 @@ def standardise(x: np.ndarray, counts: np.ndarray, divide: bool, total: Callable
     return (x - mean) / (std if divide else 1.0)
 
 
-def advantages(rewards_N: np.ndarray, group_offsets: np.ndarray, response_offsets: np.ndarray,
-               c: AdvantageConfig, kl_R: np.ndarray | None = None, values_R: np.ndarray | None = None,
-               total: Callable = np.asarray) -> tuple[np.ndarray, np.ndarray | None]:
+def advantages(
+    rewards_N: np.ndarray,
+    group_offsets: np.ndarray,
+    response_offsets: np.ndarray,
+    c: AdvantageConfig,
+    kl_R: np.ndarray | None = None,
+    values_R: np.ndarray | None = None,
+    total: Callable = np.asarray,
+) -> tuple[np.ndarray, np.ndarray | None]:
     """(A, returns): the advantage of each answer [N], or of each token [R]; returns [R] for a critic, or
     None.
 
@@ -142,8 +174,10 @@ def advantages(rewards_N: np.ndarray, group_offsets: np.ndarray, response_offset
     eq. 3). values_R: [R], the critic's. total: adds an array up over processes.
     """
     if None in (c.baseline, c.scale, c.gamma, c.lam):
-        raise ValueError(f"advantages: {c} has dials that are not given; expected all of them, as "
-                         "rl.algorithms.from_preset(algo, \"advantage\", config) fills them in")
+        raise ValueError(
+            f"advantages: {c} has dials that are not given; expected all of them, as "
+            'rl.algorithms.from_preset(algo, "advantage", config) fills them in'
+        )
     rewards_N, normalise = np.asarray(rewards_N, np.float64), c.scale == "std"
     counts, returns_R = np.diff(response_offsets), None
     if kl_R is not None and c.baseline in ("group", "leave_one_out", "batch"):
@@ -161,7 +195,9 @@ def advantages(rewards_N: np.ndarray, group_offsets: np.ndarray, response_offset
         said = counts > 0  # an answer of no token has no last one
         rewards_R[np.asarray(response_offsets[1:])[said] - 1] += rewards_N[said]
         values_R = np.zeros_like(rewards_R) if values_R is None else values_R
-        lam = c.lam if c.baseline == "critic" else 1.0  # without a critic it would be another discount
+        lam = (
+            c.lam if c.baseline == "critic" else 1.0
+        )  # without a critic it would be another discount
         found, returns_R = gae(rewards_R, values_R, response_offsets, c.gamma, lam)
         counts, returns_R = np.ones_like(found), None if c.baseline == "none" else returns_R
     return standardise(found, counts, True, total) if c.scale == "batch" else found, returns_R

@@ -29,6 +29,7 @@ reinforce are several times smaller. Adam with a small eps does not see that; wi
 keeps noise still, their first step is 3.5 times smaller than r1_zero's (the demo's base, 8 x 8 answers): to
 compare presets, take --optim.eps 1e-8 and a lower --optim.lr, as benchmarks/ablation.py does.
 """
+
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -38,8 +39,18 @@ from .losses import grpo_loss, token_weights
 
 BASE: dict[str, dict[str, Any]] = {
     "advantage": dict(baseline="group", scale="std", gamma=1.0, lam=1.0),
-    "loss": dict(objective="clip", clip_low=0.2, clip_high=0.2, mean="token", kl_coef=0.0, kl_in="loss",
-                 kl_estimator="k3", entropy_coef=0.0, max_importance=0.0, overlong_filter=False),
+    "loss": dict(
+        objective="clip",
+        clip_low=0.2,
+        clip_high=0.2,
+        mean="token",
+        kl_coef=0.0,
+        kl_in="loss",
+        kl_estimator="k3",
+        entropy_coef=0.0,
+        max_importance=0.0,
+        overlong_filter=False,
+    ),
     "loop": dict(dynamic_sampling=1, overlong_buffer=0.0),
 }
 KL_IN_REWARD = dict(kl_coef=0.001, kl_in="reward", kl_estimator="k1")
@@ -50,11 +61,15 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "dapo": {"loss": dict(clip_high=0.28), "loop": dict(dynamic_sampling=3, overlong_buffer=0.2)},
     "gspo": {"loss": dict(objective="gspo", clip_low=3e-4, clip_high=4e-4, mean="sequence")},
     "cispo": {"loss": dict(objective="cispo", clip_low=1.0, clip_high=5.0)},
-    "rloo": {"advantage": dict(baseline="leave_one_out", scale="none"),
-             "loss": dict(objective="reinforce", mean="constant", **KL_IN_REWARD)},
+    "rloo": {
+        "advantage": dict(baseline="leave_one_out", scale="none"),
+        "loss": dict(objective="reinforce", mean="constant", **KL_IN_REWARD),
+    },
     "reinforce_pp": {"advantage": dict(baseline="none", scale="batch"), "loss": KL_IN_REWARD},
-    "reinforce": {"advantage": dict(baseline="batch", scale="none"),
-                  "loss": dict(objective="reinforce", mean="constant")},
+    "reinforce": {
+        "advantage": dict(baseline="batch", scale="none"),
+        "loss": dict(objective="reinforce", mean="constant"),
+    },
     "ppo": {"advantage": dict(baseline="critic", scale="batch"), "loss": KL_IN_REWARD},
 }
 

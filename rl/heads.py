@@ -4,6 +4,7 @@ It is a network of its own, begun from the base (as in TinyZero), so it costs th
 second policy. The value head begins at 0: the first step's advantages are the rewards alone.
 Left out: a head on the policy's own trunk (cheaper, but the two losses then pull at the same weights).
 """
+
 import torch
 from torch import nn
 

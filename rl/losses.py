@@ -18,6 +18,7 @@ In the reward it is a number like any other, and the policy gradient does the re
 the later ones too; in the loss it is differentiated, token by token, and that effect is left out. What k3 has
 in the loss it lacks in the reward: for answers of one token nothing is left there to first order.
 """
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,27 +62,40 @@ class LossConfig:
     """Leave answers that were cut off out of the loss and its mean; they still count in the baseline."""
 
     def __post_init__(self):
-        for name, known in (("objective", GRPO_OBJECTIVES), ("mean", MEANS), ("kl_in", ("loss", "reward")),
-                            ("kl_estimator", GRPO_KL_ESTIMATORS)):
+        for name, known in (
+            ("objective", GRPO_OBJECTIVES),
+            ("mean", MEANS),
+            ("kl_in", ("loss", "reward")),
+            ("kl_estimator", GRPO_KL_ESTIMATORS),
+        ):
             if getattr(self, name) not in (None, *known):
-                raise ValueError(f"loss: {name} is {getattr(self, name)!r}, expected one of {known}")
-        for name, least, most in (("clip_low", 1e-9, 1), ("clip_high", 1e-9, math.inf),
-                                  *((name, 0, math.inf) for name in ("kl_coef", "entropy_coef",
-                                                                     "max_importance"))):
+                raise ValueError(
+                    f"loss: {name} is {getattr(self, name)!r}, expected one of {known}"
+                )
+        for name, least, most in (
+            ("clip_low", 1e-9, 1),
+            ("clip_high", 1e-9, math.inf),
+            *((name, 0, math.inf) for name in ("kl_coef", "entropy_coef", "max_importance")),
+        ):
             if (value := getattr(self, name)) is not None and not least <= value <= most:
-                raise ValueError(f"loss: {name} is {value}; expected {'above 0' if least else '0 or more'}"
-                                 + (f", and at most {most}" if most < math.inf else ""))
+                raise ValueError(
+                    f"loss: {name} is {value}; expected {'above 0' if least else '0 or more'}"
+                    + (f", and at most {most}" if most < math.inf else "")
+                )
 
 
-def token_weights(lengths_N: np.ndarray, mean: str, max_new_tokens: int,
-                  total: Callable = np.asarray) -> np.ndarray:
+def token_weights(
+    lengths_N: np.ndarray, mean: str, max_new_tokens: int, total: Callable = np.asarray
+) -> np.ndarray:
     """[N] weight of each token of answer n in the loss, for the whole global batch, dead groups included.
 
     lengths_N: response tokens of each answer, 0 for one that is left out. See LossConfig.mean. total: adds an
     array up over processes, so that all share one denominator.
     """
     lengths_N = np.asarray(lengths_N, np.float64)
-    n_tokens, n_answers = np.maximum(1, total(np.array([lengths_N.sum(), (lengths_N > 0).sum()], np.float64)))
+    n_tokens, n_answers = np.maximum(
+        1, total(np.array([lengths_N.sum(), (lengths_N > 0).sum()], np.float64))
+    )
     if mean == "token":
         weights = np.full(len(lengths_N), 1 / n_tokens)
     elif mean == "sequence":
@@ -91,18 +105,34 @@ def token_weights(lengths_N: np.ndarray, mean: str, max_new_tokens: int,
     return weights * (lengths_N > 0)
 
 
-def grpo_loss(logp: torch.Tensor, old_logp: torch.Tensor, ref_logp: torch.Tensor | None,
-              advantages: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor,
-              c: LossConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def grpo_loss(
+    logp: torch.Tensor,
+    old_logp: torch.Tensor,
+    ref_logp: torch.Tensor | None,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    offsets: torch.Tensor,
+    c: LossConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of a batch, and its metrics; kernels/grpo.py has the maths, the shapes and the errors.
 
     On-policy the ratio is 1 and the loss hovers about 0, for advantages sum to 0: its gradient is what
     counts. ref_logp is not looked at where there is no KL in the loss.
     """
     ref_logp = ref_logp if c.kl_coef and c.kl_in == "loss" else None
-    return kernel.grpo_loss(logp, old_logp, advantages, weights, offsets, ref_logp, clip_low=c.clip_low,
-                            clip_high=c.clip_high, kl_coef=c.kl_coef, objective=c.objective,
-                            kl_estimator=c.kl_estimator)
+    return kernel.grpo_loss(
+        logp,
+        old_logp,
+        advantages,
+        weights,
+        offsets,
+        ref_logp,
+        clip_low=c.clip_low,
+        clip_high=c.clip_high,
+        kl_coef=c.kl_coef,
+        objective=c.objective,
+        kl_estimator=c.kl_estimator,
+    )
 
 
 def kl_estimate(logp_R: np.ndarray, ref_logp_R: np.ndarray, estimator: str) -> np.ndarray:
@@ -117,8 +147,12 @@ def entropy_bonus(entropy_R: torch.Tensor, weights_R: torch.Tensor, coef: float)
     return -coef * (weights_R * entropy_R).sum()
 
 
-def importance_weights(old_logp: torch.Tensor, sampler_logp: torch.Tensor, bound: float,
-                       offsets: torch.Tensor | None = None) -> torch.Tensor:
+def importance_weights(
+    old_logp: torch.Tensor,
+    sampler_logp: torch.Tensor,
+    bound: float,
+    offsets: torch.Tensor | None = None,
+) -> torch.Tensor:
     """min(p_trainer / p_sampler, bound), a constant, for each token [R]; for each sequence [N], of the
     geometric mean of its tokens' ratios, if `offsets` [N + 1] are given (GSPO).
 
@@ -134,8 +168,13 @@ def importance_weights(old_logp: torch.Tensor, sampler_logp: torch.Tensor, bound
     return x.exp().clamp(max=bound).to(old_logp.dtype)
 
 
-def value_loss(values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, weights: torch.Tensor,
-               clip: float) -> torch.Tensor:
+def value_loss(
+    values: torch.Tensor,
+    old_values: torch.Tensor,
+    returns: torch.Tensor,
+    weights: torch.Tensor,
+    clip: float,
+) -> torch.Tensor:
     """PPO's loss of a critic: sum w max((V - R)^2, (V' - R)^2) / 2 with V' = V kept within +-clip of the old
     value (the PPO code of Schulman et al. 2017, not its paper); clip 0 leaves V' out. All [R]."""
     error = (values - returns).square()

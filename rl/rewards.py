@@ -5,6 +5,7 @@ Accuracy is the task's grader's word on the last answer block. Format is 1 for e
 followed by exactly one answer block and nothing else. No model judges anything, so there is nothing to hack
 but the rules.
 """
+
 import math
 from dataclasses import dataclass
 
@@ -26,8 +27,10 @@ class RewardConfig:
     def __post_init__(self):
         parts = (self.accuracy_weight, self.format_weight)
         if not all(0 <= weight < math.inf for weight in parts) or sum(parts) == 0:
-            raise ValueError(f"rewards: weights are accuracy {self.accuracy_weight} and format "
-                             f"{self.format_weight}; expected numbers of 0 or more, not both 0")
+            raise ValueError(
+                f"rewards: weights are accuracy {self.accuracy_weight} and format "
+                f"{self.format_weight}; expected numbers of 0 or more, not both 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,13 @@ def reward_one(task, problem, response: str, config: RewardConfig) -> dict:
     grade, parsed = task.grade(problem, response), parse_response(response)
     well_formed = float(parsed.well_formed)
     why = grade.why if parsed.well_formed else f"{grade.why} Format: {parsed.why}"
-    return {"accuracy": grade.accuracy, "format": well_formed,
-            "reward": config.accuracy_weight * grade.accuracy + config.format_weight * well_formed,
-            "answer": grade.answer, "why": why}
+    return {
+        "accuracy": grade.accuracy,
+        "format": well_formed,
+        "reward": config.accuracy_weight * grade.accuracy + config.format_weight * well_formed,
+        "answer": grade.answer,
+        "why": why,
+    }
 
 
 def score(task, problems, responses: list[str], config: RewardConfig) -> Rewards:
@@ -56,7 +63,9 @@ def score(task, problems, responses: list[str], config: RewardConfig) -> Rewards
     parts = [reward_one(task, p, r, config) for p, r in zip(problems, responses, strict=True)]
     names = ("accuracy", "format", "reward")
     column = {name: np.array([part[name] for part in parts], np.float64) for name in names}
-    return Rewards(column["accuracy"], column["format"], column["reward"], [part["why"] for part in parts])
+    return Rewards(
+        column["accuracy"], column["format"], column["reward"], [part["why"] for part in parts]
+    )
 
 
 def overlong_penalty(lengths_N: np.ndarray, max_new_tokens: int, buffer: float) -> np.ndarray:
@@ -68,8 +77,9 @@ def overlong_penalty(lengths_N: np.ndarray, max_new_tokens: int, buffer: float) 
     return np.clip((max_new_tokens - tokens - np.asarray(lengths_N)) / tokens, -1.0, 0.0)
 
 
-def permute_within_groups(rewards_N: np.ndarray, group_offsets: np.ndarray,
-                          seed: tuple[int, ...]) -> np.ndarray:
+def permute_within_groups(
+    rewards_N: np.ndarray, group_offsets: np.ndarray, seed: tuple[int, ...]
+) -> np.ndarray:
     """The control: the same rewards, dealt out at random within each group.
 
     Every group keeps its mean and its spread, so the updates are as large as in the real run, but a reward

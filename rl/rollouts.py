@@ -4,6 +4,7 @@ Samples are stored sorted by group and a group is a slice given by offsets, neve
 two equal problems in a batch stay two groups. Reward and advantage are no fields of this; nothing here is
 overwritten.
 """
+
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -69,19 +70,28 @@ class MicroBatch:
     """[R] float32: log-prob of each response token as it was sampled."""
 
 
-def sample_groups(engine: Engine, prompts: list[str], group_size: int, max_new_tokens: int,
-                  temperature: float, seeds: torch.Tensor) -> Rollouts:
+def sample_groups(
+    engine: Engine,
+    prompts: list[str],
+    group_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    seeds: torch.Tensor,
+) -> Rollouts:
     """Sample `group_size` answers to each prompt; the samples of one prompt are one group.
 
     seeds: [len(prompts) * group_size] int64. Raises ValueError as the engine does.
     """
     tokenizer = engine.tokenizer
     ids = tokenizer.encode_batch(prompts)
-    completions = engine.generate(group_requests(ids, group_size, max_new_tokens, temperature, seeds,
-                                                 tokenizer.eos_id))
+    completions = engine.generate(
+        group_requests(ids, group_size, max_new_tokens, temperature, seeds, tokenizer.eos_id)
+    )
     repeated = [ids[n // group_size] for n in range(len(completions))]
     return Rollouts(
-        sequences=[np.concatenate([p, c.tokens]) for p, c in zip(repeated, completions, strict=True)],
+        sequences=[
+            np.concatenate([p, c.tokens]) for p, c in zip(repeated, completions, strict=True)
+        ],
         prompt_lengths=np.array([len(p) for p in repeated]),
         group_offsets=np.arange(len(prompts) + 1) * group_size,
         sampler_logp=[c.logp for c in completions],
@@ -102,25 +112,55 @@ def micro_batch(rollouts: Rollouts, samples: np.ndarray, device) -> MicroBatch:
     if len(places) == len(samples):
         prefixes, skipped, after = [], 0 * prompts, None
     else:
-        prefixes, skipped = [begins[i] for i in np.unique(prefix_of, return_index=True)[1]], prompts - 1
+        prefixes, skipped = (
+            [begins[i] for i in np.unique(prefix_of, return_index=True)[1]],
+            prompts - 1,
+        )
         after = np.append(np.full(len(prefixes), -1), prefix_of)
-    packed = pack([*prefixes, *(rollouts.sequences[n][skip:-1] for n, skip in
-                                zip(samples, skipped, strict=True))], device, after)
+    packed = pack(
+        [
+            *prefixes,
+            *(rollouts.sequences[n][skip:-1] for n, skip in zip(samples, skipped, strict=True)),
+        ],
+        device,
+        after,
+    )
     starts = packed.cu_seqlens[len(prefixes) : -1].cpu().numpy().astype(np.int64)
-    predictors = np.concatenate([start + p - 1 + np.arange(r)
-                                 for start, p, r in zip(starts, prompts - skipped, responses, strict=True)])
-    places = np.concatenate([start + np.arange(r) for start, r in
-                             zip(rollouts.response_offsets[samples], responses, strict=True)])
+    predictors = np.concatenate(
+        [
+            start + p - 1 + np.arange(r)
+            for start, p, r in zip(starts, prompts - skipped, responses, strict=True)
+        ]
+    )
+    places = np.concatenate(
+        [
+            start + np.arange(r)
+            for start, r in zip(rollouts.response_offsets[samples], responses, strict=True)
+        ]
+    )
     predictors, places = (torch.from_numpy(x).to(device) for x in (predictors, places))
     response_offsets = torch.from_numpy(offsets(responses)).to(device)
-    sampler_logp = torch.from_numpy(np.concatenate([rollouts.sampler_logp[n] for n in samples])).to(device)
-    targets = np.concatenate([rollouts.sequences[n][p:] for n, p in zip(samples, prompts, strict=True)])
+    sampler_logp = torch.from_numpy(np.concatenate([rollouts.sampler_logp[n] for n in samples])).to(
+        device
+    )
+    targets = np.concatenate(
+        [rollouts.sequences[n][p:] for n, p in zip(samples, prompts, strict=True)]
+    )
     targets = torch.from_numpy(targets).to(device)
-    return MicroBatch(packed, predictors, targets, torch.from_numpy(samples).to(device), response_offsets,
-                      places, sampler_logp)
+    return MicroBatch(
+        packed,
+        predictors,
+        targets,
+        torch.from_numpy(samples).to(device),
+        response_offsets,
+        places,
+        sampler_logp,
+    )
 
 
-def micro_batches(rollouts: Rollouts, samples: np.ndarray, tokens_per_batch: int, device) -> list[MicroBatch]:
+def micro_batches(
+    rollouts: Rollouts, samples: np.ndarray, tokens_per_batch: int, device
+) -> list[MicroBatch]:
     """Cut samples into batches of at most `tokens_per_batch` tokens (but at least one sample), alike in
     length; a prompt counts for each of its samples.
 
@@ -140,7 +180,9 @@ def micro_batches(rollouts: Rollouts, samples: np.ndarray, tokens_per_batch: int
     return [micro_batch(rollouts, np.array(batch), device) for batch in batches]
 
 
-def response_logprobs(model, batch: MicroBatch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def response_logprobs(
+    model, batch: MicroBatch, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(logp [R], entropy [R]) of the response tokens under the model, at the temperature that they were
     sampled at."""
     return model.logprobs(model(batch.packed), batch.targets, temperature, rows=batch.predictors)
@@ -148,7 +190,9 @@ def response_logprobs(model, batch: MicroBatch, temperature: float) -> tuple[tor
 
 def samples_of(rollouts: Rollouts, groups: np.ndarray) -> np.ndarray:
     """The samples of the named groups, in their order."""
-    return np.concatenate([np.arange(0), *(np.arange(*rollouts.group_offsets[g : g + 2]) for g in groups)])
+    return np.concatenate(
+        [np.arange(0), *(np.arange(*rollouts.group_offsets[g : g + 2]) for g in groups)]
+    )
 
 
 def merge(parts: list[Rollouts], groups: list[np.ndarray]) -> Rollouts:
@@ -159,6 +203,13 @@ def merge(parts: list[Rollouts], groups: list[np.ndarray]) -> Rollouts:
     def picked(name: str) -> list:
         return [getattr(p, name)[n] for p, some in zip(parts, samples, strict=True) for n in some]
 
-    return Rollouts(picked("sequences"), np.array(picked("prompt_lengths")),
-                    np.append(0, np.cumsum(np.concatenate(sizes))), picked("sampler_logp"),
-                    picked("finish_reasons"), picked("texts"), parts[0].temperature, parts[0].weights_version)
+    return Rollouts(
+        picked("sequences"),
+        np.array(picked("prompt_lengths")),
+        np.append(0, np.cumsum(np.concatenate(sizes))),
+        picked("sampler_logp"),
+        picked("finish_reasons"),
+        picked("texts"),
+        parts[0].temperature,
+        parts[0].weights_version,
+    )

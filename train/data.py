@@ -15,6 +15,7 @@ in GPT-2's pretraining), truncation (a document too long is an error: half an an
 
 Shapes: T tokens of a batch (flat), N sequences, V vocabulary.
 """
+
 import json
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
@@ -49,12 +50,15 @@ class Batch(NamedTuple):
 
 # ---- files to text ---------------------------------------------------------------------------------------
 
+
 def read_text(path: Path) -> str:
     """The file's text, without a byte-order mark. Raises ValueError if it is missing, empty or binary."""
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"data file {path} cannot be read ({error.strerror}); check the path") from None
+        raise ValueError(
+            f"data file {path} cannot be read ({error.strerror}); check the path"
+        ) from None
     mend = "expected UTF-8 text (.txt, .md or .jsonl); convert the file or leave it out"
     if (nul := data.find(b"\0")) >= 0:
         raise ValueError(f"data file {path} is binary: byte {nul} is 0; {mend}")
@@ -71,21 +75,29 @@ def read_jsonl(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, list[st
     """Yield (number of the line, texts of `fields`) of each line that is not blank.
     Raises ValueError, with the line's number, for what is no JSON object or lacks a field as text."""
     example = "{" + ", ".join(f'"{field}": "..."' for field in fields) + "}"
-    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines() would cut at U+2028 too
+    for number, line in enumerate(
+        read_text(path).split("\n"), 1
+    ):  # splitlines() would cut at U+2028 too
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"data file {path}, line {number} is not JSON ({error}); each line must be "
-                             f"{example}") from None
+            raise ValueError(
+                f"data file {path}, line {number} is not JSON ({error}); each line must be "
+                f"{example}"
+            ) from None
         if not isinstance(record, dict):
-            raise ValueError(f"data file {path}, line {number} is a JSON {type(record).__name__}; each line "
-                             f"must be {example}")
+            raise ValueError(
+                f"data file {path}, line {number} is a JSON {type(record).__name__}; each line "
+                f"must be {example}"
+            )
         for field in fields:
             if not isinstance(record.get(field), str):
-                raise ValueError(f"data file {path}, line {number} has no text in a field `{field}` (its "
-                                 f"fields: {list(record)[:8]}); each line must be {example}")
+                raise ValueError(
+                    f"data file {path}, line {number} has no text in a field `{field}` (its "
+                    f"fields: {list(record)[:8]}); each line must be {example}"
+                )
         yield number, [record[field] for field in fields]
 
 
@@ -93,11 +105,17 @@ def files_of(path: Path) -> list[Path]:
     """The file itself, or the text files below a directory, sorted; hidden files and folders are left out."""
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in TEXT_SUFFIXES and file.is_file()
-                   and not any(part.startswith(".") for part in file.relative_to(path).parts))
+    found = sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix.lower() in TEXT_SUFFIXES
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
     if not found:
-        raise ValueError(f"data directory {path} holds no {', '.join(TEXT_SUFFIXES)} file; give one "
-                         "that does")
+        raise ValueError(
+            f"data directory {path} holds no {', '.join(TEXT_SUFFIXES)} file; give one that does"
+        )
     return found
 
 
@@ -116,8 +134,10 @@ def read_documents(paths: str | Path | Sequence[str | Path]) -> list[str]:
         else:
             documents.append(read_text(file))
     if not documents:
-        raise ValueError(f"no documents in {', '.join(map(str, paths)) or 'an empty list of files'}; give a "
-                         '.txt file, a .jsonl file with lines {"text": "..."}, or a directory of them')
+        raise ValueError(
+            f"no documents in {', '.join(map(str, paths)) or 'an empty list of files'}; give a "
+            '.txt file, a .jsonl file with lines {"text": "..."}, or a directory of them'
+        )
     return documents
 
 
@@ -128,17 +148,21 @@ def read_pairs(path: str | Path) -> list[Pair]:
     for number, texts in read_jsonl(Path(path), Pair._fields):
         for field, text in zip(Pair._fields, texts, strict=True):
             if not text.strip():
-                raise ValueError(f"data file {path}, line {number}: `{field}` is empty; fill it or drop the "
-                                 "line")
+                raise ValueError(
+                    f"data file {path}, line {number}: `{field}` is empty; fill it or drop the line"
+                )
         pairs.append(Pair(*texts))
     return pairs
 
 
 # ---- text to tokens --------------------------------------------------------------------------------------
 
+
 def encode_documents(tokenizer: Tokenizer, documents: Sequence[str]) -> list[np.ndarray]:
     """Tokens of each document, then eos: int32 arrays. A TokenStream takes them joined, `np.concatenate`."""
-    return [np.array(ids + [tokenizer.eos_id], np.int32) for ids in tokenizer.encode_batch(documents)]
+    return [
+        np.array(ids + [tokenizer.eos_id], np.int32) for ids in tokenizer.encode_batch(documents)
+    ]
 
 
 def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> tuple[list[np.ndarray], list[int]]:
@@ -147,8 +171,10 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> tuple[list[np.n
     the response exists."""
     prompts = tokenizer.encode_batch([prompt for prompt, _ in pairs])
     responses = tokenizer.encode_batch([response for _, response in pairs])
-    documents = [np.array(prompt + response + [tokenizer.eos_id], np.int32)
-                 for prompt, response in zip(prompts, responses, strict=True)]
+    documents = [
+        np.array(prompt + response + [tokenizer.eos_id], np.int32)
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
     return documents, [len(prompt) for prompt in prompts]
 
 
@@ -156,45 +182,66 @@ def split_tail(tokens: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray
     """Cut off the last `share` of the tokens as a held-out tail: (train, tail), at least 2 tokens each.
     Raises ValueError for a share outside (0, 1) or a text too short."""
     if not 0 < share < 1:
-        raise ValueError(f"the held-out share is {share}, expected more than 0 and less than 1, such as 0.1")
+        raise ValueError(
+            f"the held-out share is {share}, expected more than 0 and less than 1, such as 0.1"
+        )
     n_tail = max(2, round(len(tokens) * share))
     if len(tokens) - n_tail < 2:
-        raise ValueError(f"the text has {len(tokens)} tokens, of which {n_tail} would be held out (share "
-                         f"{share}) and at least 2 must be left; give more text or a smaller share")
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, of which {n_tail} would be held out (share "
+            f"{share}) and at least 2 must be left; give more text or a smaller share"
+        )
     return tokens[:-n_tail], tokens[-n_tail:]
 
 
-def unigram_bits_per_byte(train: np.ndarray, tail: np.ndarray, n_bytes: int, vocab_size: int) -> float:
+def unigram_bits_per_byte(
+    train: np.ndarray, tail: np.ndarray, n_bytes: int, vocab_size: int
+) -> float:
     """Bits per byte if each token of `tail` is predicted by its frequency in `train`, with one added to each
     count. To compare with a model, give the tokens that it predicts, tail[1:], and `tokenizer.count_bytes`
     of those."""
     if n_bytes < 1:
-        raise ValueError(f"the held-out tail has {n_bytes} bytes of text; give more text or hold out a "
-                         "larger share")
+        raise ValueError(
+            f"the held-out tail has {n_bytes} bytes of text; give more text or hold out a "
+            "larger share"
+        )
     counts_V = np.bincount(train, minlength=vocab_size) + 1.0
-    assert len(counts_V) == vocab_size and tail.max(initial=0) < vocab_size, "tokens of another vocabulary"
+    assert len(counts_V) == vocab_size and tail.max(initial=0) < vocab_size, (
+        "tokens of another vocabulary"
+    )
     return float(-np.log2(counts_V / counts_V.sum())[tail].sum() / n_bytes)
 
 
 # ---- tokens to batches -----------------------------------------------------------------------------------
 
+
 def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
     """[n] int64: 0 .. n-1 in the order of this seed and epoch. It sorts raw Philox output, which numpy
     promises to keep from version to version, as it does not promise for `Generator.permutation` (NEP 19)."""
-    return np.argsort(np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(n), kind="stable")
+    return np.argsort(
+        np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(n), kind="stable"
+    )
 
 
-def next_token_batch(tokens: np.ndarray, starts_N: np.ndarray, lengths_N: np.ndarray, prompts_N=0) -> Batch:
+def next_token_batch(
+    tokens: np.ndarray, starts_N: np.ndarray, lengths_N: np.ndarray, prompts_N=0
+) -> Batch:
     """Inputs tokens[start : start + length] of each sequence, and as targets what stands one further.
     prompts_N: how many tokens of each sequence are prompt; a target among them has weight 0."""
     positions_T = positions_of(lengths_N)
     where_T = np.repeat(starts_N, lengths_N) + positions_T
     learn_T = positions_T + 1 >= np.repeat(np.broadcast_to(prompts_N, len(lengths_N)), lengths_N)
-    inputs = Packed(tokens=torch.from_numpy(tokens[where_T].astype(np.int64)),
-                    positions=torch.from_numpy(positions_T),
-                    cu_seqlens=torch.from_numpy(offsets(lengths_N)), max_seqlen=int(lengths_N.max()))
-    return Batch(inputs, torch.from_numpy(tokens[where_T + 1].astype(np.int64)),
-                 torch.from_numpy(learn_T.astype(np.float32)))
+    inputs = Packed(
+        tokens=torch.from_numpy(tokens[where_T].astype(np.int64)),
+        positions=torch.from_numpy(positions_T),
+        cu_seqlens=torch.from_numpy(offsets(lengths_N)),
+        max_seqlen=int(lengths_N.max()),
+    )
+    return Batch(
+        inputs,
+        torch.from_numpy(tokens[where_T + 1].astype(np.int64)),
+        torch.from_numpy(learn_T.astype(np.float32)),
+    )
 
 
 def check_sizes(tokens: np.ndarray, seed: int, **sizes: int) -> None:
@@ -204,7 +251,9 @@ def check_sizes(tokens: np.ndarray, seed: int, **sizes: int) -> None:
             raise ValueError(f"{name} is {value}, expected at least 1")
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed}, expected 0 or more, and less than 2^64")
-    assert tokens.ndim == 1 and np.issubdtype(tokens.dtype, np.integer) and tokens.min(initial=0) >= 0
+    assert (
+        tokens.ndim == 1 and np.issubdtype(tokens.dtype, np.integer) and tokens.min(initial=0) >= 0
+    )
 
 
 def tail_batches(tokens: np.ndarray, seq_len: int, batch_size: int) -> Iterator[Batch]:
@@ -212,11 +261,13 @@ def tail_batches(tokens: np.ndarray, seq_len: int, batch_size: int) -> Iterator[
     may be shorter. Raises ValueError for sizes below 1 or fewer than 2 tokens."""
     check_sizes(tokens, 0, seq_len=seq_len, batch_size=batch_size)
     if len(tokens) < 2:
-        raise ValueError(f"the held-out tail has {len(tokens)} tokens, at least 2 are needed; give more text")
+        raise ValueError(
+            f"the held-out tail has {len(tokens)} tokens, at least 2 are needed; give more text"
+        )
     starts = np.arange(0, len(tokens) - 1, seq_len)
     lengths = np.minimum(seq_len, len(tokens) - 1 - starts)
     for i in range(0, len(starts), batch_size):
-        yield next_token_batch(tokens, starts[i:i + batch_size], lengths[i:i + batch_size])
+        yield next_token_batch(tokens, starts[i : i + batch_size], lengths[i : i + batch_size])
 
 
 class TokenStream:
@@ -231,8 +282,10 @@ class TokenStream:
         text of fewer than seq_len + 1 tokens (a window and its last target)."""
         check_sizes(tokens, seed, seq_len=seq_len, batch_size=batch_size)
         if len(tokens) < seq_len + 1:
-            raise ValueError(f"the text has {len(tokens)} tokens, but one sequence of --seq-len {seq_len} "
-                             f"needs {seq_len + 1}; give more text or a smaller --seq-len")
+            raise ValueError(
+                f"the text has {len(tokens)} tokens, but one sequence of --seq-len {seq_len} "
+                f"needs {seq_len + 1}; give more text or a smaller --seq-len"
+            )
         self.tokens, self.seq_len, self.batch_size = tokens, seq_len, batch_size
         self.n_windows = (len(tokens) - 1) // seq_len
         self.order_of = lru_cache(maxsize=2)(partial(shuffled, self.n_windows, seed))
@@ -245,8 +298,12 @@ class TokenStream:
         """Batch `index` (0, 1, ...): batch_size sequences of seq_len tokens, all of weight 1."""
         assert index >= 0
         places = range(index * self.batch_size, (index + 1) * self.batch_size)
-        windows_N = np.array([self.order_of(p // self.n_windows)[p % self.n_windows] for p in places])
-        return next_token_batch(self.tokens, windows_N * self.seq_len, np.full(self.batch_size, self.seq_len))
+        windows_N = np.array(
+            [self.order_of(p // self.n_windows)[p % self.n_windows] for p in places]
+        )
+        return next_token_batch(
+            self.tokens, windows_N * self.seq_len, np.full(self.batch_size, self.seq_len)
+        )
 
 
 def cuts(ends: list[int], budget: int) -> list[int]:
@@ -266,8 +323,14 @@ class DocumentBatches:
     every document exactly once, in as few batches as its order and the budget allow; then the budget is
     lowered as far as that number of batches stands, so that the last one is not a small, noisy rest."""
 
-    def __init__(self, documents: Sequence[Sequence[int]], batch_tokens: int, max_seq_len: int,
-                 seed: int = 0, prompt_lengths: Sequence[int] | None = None):
+    def __init__(
+        self,
+        documents: Sequence[Sequence[int]],
+        batch_tokens: int,
+        max_seq_len: int,
+        seed: int = 0,
+        prompt_lengths: Sequence[int] | None = None,
+    ):
         """documents: lists or arrays of token ids; batch_tokens and max_seq_len: most input tokens in a
         batch and in a document; prompt_lengths: how many tokens of each document are prompt and not trained
         on. Raises ValueError without documents, for one too long or too short (with its place), for sizes
@@ -284,22 +347,36 @@ class DocumentBatches:
             return f"but {what} {most} has room for {most + 1} (the last is only a target)"
 
         for wrong_N, why in [
-                (lengths < 2, "needs at least 2, so that one predicts the other; drop it"),
-                (prompts >= lengths, "all of them prompt, so nothing is left to learn; give it a response"),
-                (lengths - 1 > max_seq_len, too_long("the model's max_seq_len", max_seq_len)
-                 + "; split or drop it, or take a model for longer sequences"),
-                (lengths - 1 > batch_tokens, too_long("--batch-tokens", batch_tokens)
-                 + "; split or drop it, or raise --batch-tokens")]:
+            (lengths < 2, "needs at least 2, so that one predicts the other; drop it"),
+            (
+                prompts >= lengths,
+                "all of them prompt, so nothing is left to learn; give it a response",
+            ),
+            (
+                lengths - 1 > max_seq_len,
+                too_long("the model's max_seq_len", max_seq_len)
+                + "; split or drop it, or take a model for longer sequences",
+            ),
+            (
+                lengths - 1 > batch_tokens,
+                too_long("--batch-tokens", batch_tokens)
+                + "; split or drop it, or raise --batch-tokens",
+            ),
+        ]:
             if wrong_N.any():
                 i = int(wrong_N.argmax())
-                raise ValueError(f"document {i} (the first is 0) has {lengths[i]} tokens, {why}. "
-                                 f"{wrong_N.sum()} of {len(wrong_N)} documents are like this")
+                raise ValueError(
+                    f"document {i} (the first is 0) has {lengths[i]} tokens, {why}. "
+                    f"{wrong_N.sum()} of {len(wrong_N)} documents are like this"
+                )
 
         self.starts, self.lengths, self.prompts = np.cumsum(lengths) - lengths, lengths - 1, prompts
         self.batch_tokens = batch_tokens
         self.order_of = lru_cache(maxsize=2)(partial(shuffled, len(lengths), seed))
         self.plan_of = lru_cache(maxsize=2)(self.plan)
-        self.first_batch = [0]  # of each epoch, as far as it was needed: a memo that decides nothing
+        self.first_batch = [
+            0
+        ]  # of each epoch, as far as it was needed: a memo that decides nothing
 
     def plan(self, epoch: int) -> list[np.ndarray]:
         """The documents of each batch of an epoch."""
@@ -325,5 +402,9 @@ class DocumentBatches:
         documents_N = self.plan_of(epoch)[index - self.first_batch[epoch]]
         # Sorted by length, so that attention that pads inside itself pads least.
         documents_N = documents_N[np.argsort(self.lengths[documents_N], kind="stable")]
-        return next_token_batch(self.tokens, self.starts[documents_N], self.lengths[documents_N],
-                                self.prompts[documents_N])
+        return next_token_batch(
+            self.tokens,
+            self.starts[documents_N],
+            self.lengths[documents_N],
+            self.prompts[documents_N],
+        )

@@ -11,6 +11,7 @@ Left out: a reward model, and a separate sampler: the engine samples with the tr
 rollouts are never stale. On a GPU it does so in 16 bit and with other kernels: `logp_gap_mean` and `logp_gap`
 in the log are how far its log-probs are from the trainer's, and a run stops where they part.
 """
+
 import sys
 import time
 from dataclasses import dataclass, field
@@ -50,7 +51,12 @@ from .lab.mistakes import MISTAKES, warn_of
 from .run import Run, RunConfig, peak_memory, pick_device, read_metrics, reuse_memory
 from .task_flags import TaskFlags
 
-CHECKED = ("loss", "gradient_norm", "value_loss", "critic_gradient_norm")  # NaN in one of them ends the run
+CHECKED = (
+    "loss",
+    "gradient_norm",
+    "value_loss",
+    "critic_gradient_norm",
+)  # NaN in one of them ends the run
 
 
 def rl_optim(lr: float = 4e-4) -> OptimConfig:
@@ -124,18 +130,31 @@ class GRPOConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("prompts_per_step", "max_new_tokens", "updates_per_step", "micro_tokens",
-                     "eval_problems"):
+        for name in (
+            "prompts_per_step",
+            "max_new_tokens",
+            "updates_per_step",
+            "micro_tokens",
+            "eval_problems",
+        ):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 1 or more")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 1 or more"
+                )
         if self.group_size < 2:
-            raise ValueError(f"--group-size is {self.group_size}; an answer is compared with others of "
-                             "its group, so it must be 2 or more")
+            raise ValueError(
+                f"--group-size is {self.group_size}; an answer is compared with others of "
+                "its group, so it must be 2 or more"
+            )
         for name in ("kl_samples", "seed", "ref_refresh", "eval_every", "value_clip"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 0 or more")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 0 or more"
+                )
         if not self.temperature > 0:
-            raise ValueError(f"--temperature is {self.temperature}; exploration needs a temperature above 0")
+            raise ValueError(
+                f"--temperature is {self.temperature}; exploration needs a temperature above 0"
+            )
         if self.max_logp_gap is not None and not self.max_logp_gap > 0:
             raise ValueError(f"--max-logp-gap is {self.max_logp_gap}, expected a number above 0")
         if self.mistake is not None and self.mistake not in MISTAKES:
@@ -147,16 +166,22 @@ class GRPOConfig(RunConfig):
         for name, value in missing_dials(self.algo, "loop", self).items():
             object.__setattr__(self, name, value)
         if self.dynamic_sampling < 1 or not 0 <= self.overlong_buffer <= 1:
-            raise ValueError(f"--dynamic-sampling is {self.dynamic_sampling} and --overlong-buffer "
-                             f"{self.overlong_buffer}; expected 1 or more, and a share from 0 to 1")
+            raise ValueError(
+                f"--dynamic-sampling is {self.dynamic_sampling} and --overlong-buffer "
+                f"{self.overlong_buffer}; expected 1 or more, and a share from 0 to 1"
+            )
         if self.kl_in_reward and self.advantage.scale == "std":
-            raise ValueError("--loss.kl-in reward with --advantage.scale std: in a group of equal rewards "
-                             "the KL alone would differ, and be divided by its own spread; expected the KL "
-                             "in the loss, or another scale")
+            raise ValueError(
+                "--loss.kl-in reward with --advantage.scale std: in a group of equal rewards "
+                "the KL alone would differ, and be divided by its own spread; expected the KL "
+                "in the loss, or another scale"
+            )
         if self.loss.objective == "gspo" and self.per_token:
-            raise ValueError(f"--loss.objective gspo with --advantage.baseline {self.advantage.baseline}: "
-                             "one ratio a sequence takes one advantage a sequence; expected the objective "
-                             "clip, cispo or reinforce, or another baseline")
+            raise ValueError(
+                f"--loss.objective gspo with --advantage.baseline {self.advantage.baseline}: "
+                "one ratio a sequence takes one advantage a sequence; expected the objective "
+                "clip, cispo or reinforce, or another baseline"
+            )
 
     @property
     def kl_in_loss(self) -> bool:
@@ -169,7 +194,11 @@ class GRPOConfig(RunConfig):
     @property
     def per_token(self) -> bool:
         """Whether each token has an advantage of its own."""
-        return self.advantage.baseline == "critic" or self.advantage.baseline == "none" and self.kl_in_reward
+        return (
+            self.advantage.baseline == "critic"
+            or self.advantage.baseline == "none"
+            and self.kl_in_reward
+        )
 
 
 def grpo_step(s: Learner, task: Task, c: GRPOConfig, step: int) -> dict:
@@ -184,43 +213,70 @@ def grpo_step(s: Learner, task: Task, c: GRPOConfig, step: int) -> dict:
     # 3. How much better than the rest of its group was each answer?            (DeepSeekMath, eq. 3)
     if c.ref_offload and (c.kl_samples or c.loss.kl_coef):
         s.reference.to(device)
-    kl_to_ref, kl_R, values_R, batches = kl_to_reference(s.reference, rollouts, c, step), None, None, []
+    kl_to_ref, kl_R, values_R, batches = (
+        kl_to_reference(s.reference, rollouts, c, step),
+        None,
+        None,
+        [],
+    )
     if c.per_token or c.kl_in_reward:
         batches = micro_batches(rollouts, np.arange(len(rollouts.texts)), c.micro_tokens, device)
     if c.kl_in_reward:
         ref_logp_R = each_token(logp_of(s.reference, c.temperature), rollouts, batches, device)
-        kl_R = c.loss.kl_coef * kl_estimate(np.concatenate(rollouts.sampler_logp).astype(np.float64),
-                                            ref_logp_R.double().cpu().numpy(), c.loss.kl_estimator)
+        kl_R = c.loss.kl_coef * kl_estimate(
+            np.concatenate(rollouts.sampler_logp).astype(np.float64),
+            ref_logp_R.double().cpu().numpy(),
+            c.loss.kl_estimator,
+        )
     if c.ref_offload and not c.kl_in_loss:
         s.reference.to("cpu")
     if s.critic is not None:
         values_R = each_token(s.critic, rollouts, batches, device).double().cpu().numpy()
-    advantages, returns_R = s.pieces.advantages(rewards_N, rollouts.group_offsets, rollouts.response_offsets,
-                                                c.advantage, kl_R, values_R, all_sum)
+    advantages, returns_R = s.pieces.advantages(
+        rewards_N,
+        rollouts.group_offsets,
+        rollouts.response_offsets,
+        c.advantage,
+        kl_R,
+        values_R,
+        all_sum,
+    )
 
     # 4. Make the better ones more likely, within the trust region.             (DeepSeekMath, eq. 1)
-    figures = update_policy(s.policy, s.reference, rollouts, advantages, s.optimizer, c, step, s.pieces)
+    figures = update_policy(
+        s.policy, s.reference, rollouts, advantages, s.optimizer, c, step, s.pieces
+    )
     if s.critic is not None:
-        figures |= update_critic(s.critic, rollouts, values_R, returns_R, s.critic_optimizer, c, step)
+        figures |= update_critic(
+            s.critic, rollouts, values_R, returns_R, s.critic_optimizer, c, step
+        )
     if c.ref_offload:
         s.reference.to("cpu")
     if kl_R is not None:
         figures["kl_in_reward"] = kl_R.mean()
     lengths = rollouts.response_lengths
-    return {**figures_of(drawn, lengths, sampled - started), **figures, "kl_to_reference": kl_to_ref,
-            "position": s.position,
-            "step_s": time.perf_counter() - started, "update_s": time.perf_counter() - sampled,
-            "update_tokens_per_s": lengths.sum() / (time.perf_counter() - sampled),
-            "memory_gb": peak_memory(device) / 1e9}
+    return {
+        **figures_of(drawn, lengths, sampled - started),
+        **figures,
+        "kl_to_reference": kl_to_ref,
+        "position": s.position,
+        "step_s": time.perf_counter() - started,
+        "update_s": time.perf_counter() - sampled,
+        "update_tokens_per_s": lengths.sum() / (time.perf_counter() - sampled),
+        "memory_gb": peak_memory(device) / 1e9,
+    }
 
 
 def held_out_accuracy(s: Learner, task: Task, c: GRPOConfig) -> float:
     """pass@1 on the first --eval-problems test problems, at the temperature of training."""
     s.engine.refresh()
-    sampler = ModelSampler(s.policy, s.engine.tokenizer, c.max_new_tokens, c.temperature, c.seed,
-                           engine=s.engine)
+    sampler = ModelSampler(
+        s.policy, s.engine.tokenizer, c.max_new_tokens, c.temperature, c.seed, engine=s.engine
+    )
     size = task.size("test")
-    problems = task.problems("test", c.eval_problems if size is None else min(size, c.eval_problems))
+    problems = task.problems(
+        "test", c.eval_problems if size is None else min(size, c.eval_problems)
+    )
     return evaluate(sampler, task, problems, progress=False).accuracy.mean
 
 
@@ -230,17 +286,31 @@ def make_learner(c: GRPOConfig, task: Task, device: torch.device) -> Learner:
     reference = build_model(config, weights, device)  # on the device: that sets what it computes in
     if c.ref_offload:
         reference.to("cpu")
-    critic = Critic(build_model(config, weights, device)) if c.advantage.baseline == "critic" else None
+    critic = (
+        Critic(build_model(config, weights, device)) if c.advantage.baseline == "critic" else None
+    )
     # The cache is for what a step samples, as far as a few prompts tell (longer ones: fewer rows),
     # and leaves room for what the first update makes: gradients and two moments, all in fp32.
-    prompts = tokenizer.encode_batch([task.prompt(p) for p in task.problems("train", c.prompts_per_step)])
-    engine = Engine(policy, tokenizer, max_rows=min(1024, c.prompts_per_step * c.group_size),
-                    longest=max(map(len, prompts)) + c.max_new_tokens,
-                    reserve=(12 + 12 * (critic is not None) + 4 * c.ref_offload)
-                    * sum(p.numel() for p in policy.parameters()))
-    return Learner(policy, reference.requires_grad_(False), engine, make_optimizer(policy, c.optim), critic,
-                   make_optimizer(critic, c.critic_optim) if critic else None,
-                   MISTAKES[c.mistake].pieces if c.mistake else PIECES)
+    prompts = tokenizer.encode_batch(
+        [task.prompt(p) for p in task.problems("train", c.prompts_per_step)]
+    )
+    engine = Engine(
+        policy,
+        tokenizer,
+        max_rows=min(1024, c.prompts_per_step * c.group_size),
+        longest=max(map(len, prompts)) + c.max_new_tokens,
+        reserve=(12 + 12 * (critic is not None) + 4 * c.ref_offload)
+        * sum(p.numel() for p in policy.parameters()),
+    )
+    return Learner(
+        policy,
+        reference.requires_grad_(False),
+        engine,
+        make_optimizer(policy, c.optim),
+        critic,
+        make_optimizer(critic, c.critic_optim) if critic else None,
+        MISTAKES[c.mistake].pieces if c.mistake else PIECES,
+    )
 
 
 def grpo(c: GRPOConfig) -> Transformer:
@@ -255,7 +325,9 @@ def grpo(c: GRPOConfig) -> Transformer:
     trained = s.policy
     if s.critic is not None:
         more["critic"] = (s.critic, s.critic_optimizer)
-        trained = torch.nn.ModuleDict({"critic": s.critic, "policy": s.policy})  # whose NaN comes first
+        trained = torch.nn.ModuleDict(
+            {"critic": s.critic, "policy": s.policy}
+        )  # whose NaN comes first
     with Run(c, "control" if c.control else c.algo) as run:
         s.position = run.restore(s.policy, s.engine.tokenizer, s.optimizer, more).get("position", 0)
         tqdm.write(s.engine.plan(), file=sys.stderr)
@@ -267,10 +339,14 @@ def grpo(c: GRPOConfig) -> Transformer:
             except NonFiniteError as error:
                 raise NonFiniteError(f"{error}, at step {step + 1}; {run.last_good()}") from error
             except LogpGapError as error:
-                raise LogpGapError(f"{error}, at step {step + 1}; {run.last_good()}. If this is "
-                                   "rounding alone, raise --max-logp-gap; if not, sampler and trainer "
-                                   "compute two different things") from error
-            run.check_finite(step, trained, **{name: figures[name] for name in CHECKED if name in figures})
+                raise LogpGapError(
+                    f"{error}, at step {step + 1}; {run.last_good()}. If this is "
+                    "rounding alone, raise --max-logp-gap; if not, sampler and trainer "
+                    "compute two different things"
+                ) from error
+            run.check_finite(
+                step, trained, **{name: figures[name] for name in CHECKED if name in figures}
+            )
             if c.ref_refresh and (step + 1) % c.ref_refresh == 0:
                 s.reference.load_state_dict(s.policy.state_dict())
             score = None
@@ -281,7 +357,13 @@ def grpo(c: GRPOConfig) -> Transformer:
             for advice in diagnosis.look(figures):
                 tqdm.write(advice, file=sys.stderr)
             if run.due(step, c.save_every) or score is not None:
-                run.save(step, s.policy, s.engine.tokenizer, s.optimizer, score, more,
-                         {"position": s.position})
+                run.save(
+                    step,
+                    s.policy,
+                    s.engine.tokenizer,
+                    s.optimizer,
+                    score,
+                    more,
+                    {"position": s.position},
+                )
     return s.policy
-

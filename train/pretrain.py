@@ -9,6 +9,7 @@ on the tokenizer, beside what a model that knows only how often each token occur
 
 Left out: data too large for memory, mixing of sources, sharding.
 """
+
 import math
 import time
 from dataclasses import dataclass, field
@@ -70,13 +71,19 @@ class PretrainConfig(RunConfig):
         super().__post_init__()
         for name in ("seq_len", "batch_tokens", "micro_tokens", "documents", "vocab_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 1 or more")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 1 or more"
+                )
         if self.seed < 0:
             raise ValueError(f"--seed is {self.seed}, expected 0 or more")
         if not 0 < self.tail_share < 1:
-            raise ValueError(f"--tail-share is {self.tail_share}, expected more than 0 and "
-                             "less than 1, such as 0.1")
-        preset(self.model, self.vocab_size)  # an unknown name is told now, not after the data is made
+            raise ValueError(
+                f"--tail-share is {self.tail_share}, expected more than 0 and "
+                "less than 1, such as 0.1"
+            )
+        preset(
+            self.model, self.vocab_size
+        )  # an unknown name is told now, not after the data is made
 
 
 def split_batch(batch: Batch, micro_tokens: int):
@@ -92,7 +99,9 @@ def split_batch(batch: Batch, micro_tokens: int):
         last = max(last, first + 1)
         a, b = int(ends[first]), int(ends[last])
         cu = batch.inputs.cu_seqlens[first : last + 1] - a
-        packed = Packed(batch.inputs.tokens[a:b], batch.inputs.positions[a:b], cu, int(cu.diff().max()))
+        packed = Packed(
+            batch.inputs.tokens[a:b], batch.inputs.positions[a:b], cu, int(cu.diff().max())
+        )
         yield Batch(packed, batch.targets[a:b], batch.weight[a:b])
         first = last
 
@@ -107,10 +116,14 @@ def train_step(model, optimizer, batch: Batch, lr: float, optim: OptimConfig, mi
     for part in split_batch(batch, micro_tokens):
         # what predicts a token of a prompt is left out before the head's matrix products
         rows = None if part.weight.all() else part.weight.nonzero().flatten()
-        targets, weight = (part.targets, part.weight) if rows is None else (part.targets[rows],
-                                                                            part.weight[rows])
-        logp, _ = model.logprobs(model(part.inputs.to(device)), targets.to(device),
-                                 rows=None if rows is None else rows.to(device))
+        targets, weight = (
+            (part.targets, part.weight) if rows is None else (part.targets[rows], part.weight[rows])
+        )
+        logp, _ = model.logprobs(
+            model(part.inputs.to(device)),
+            targets.to(device),
+            rows=None if rows is None else rows.to(device),
+        )
         loss = -(logp * weight.to(device)).sum() / denominator
         loss.backward()
         total += float(loss.detach())
@@ -132,8 +145,17 @@ def fit(run: Run, model: Transformer, tokenizer: Tokenizer, batches, c) -> None:
         run.check_finite(step, model, loss=loss, gradient_norm=norm)
         tokens += len(batch.targets)
         speed = tokens / (time.perf_counter() - started)
-        run.log(step, {"loss": loss, "gradient_norm": norm, "lr": lr, "tokens": len(batch.targets),
-                       "tokens_per_s": speed}, show=("loss", "tokens_per_s"))
+        run.log(
+            step,
+            {
+                "loss": loss,
+                "gradient_norm": norm,
+                "lr": lr,
+                "tokens": len(batch.targets),
+                "tokens_per_s": speed,
+            },
+            show=("loss", "tokens_per_s"),
+        )
         if run.due(step, c.save_every):
             run.save(step, model, tokenizer, optimizer)
 
@@ -181,7 +203,11 @@ def text_batches(c: PretrainConfig) -> tuple[Tokenizer, TokenStream, np.ndarray]
     texts = read_documents(c.data)
     tokenizer = make_tokenizer(c.tokenizer, first_share(texts, 1 - c.tail_share), c.vocab_size)
     train, tail = split_tail(np.concatenate(encode_documents(tokenizer, texts)), c.tail_share)
-    return tokenizer, TokenStream(train, c.seq_len, max(1, c.batch_tokens // c.seq_len), c.seed), tail
+    return (
+        tokenizer,
+        TokenStream(train, c.seq_len, max(1, c.batch_tokens // c.seq_len), c.seed),
+        tail,
+    )
 
 
 def pretrain(c: PretrainConfig) -> Transformer:
@@ -196,15 +222,18 @@ def pretrain(c: PretrainConfig) -> Transformer:
     config = preset(c.model, tokenizer.vocab_size)
     model = Transformer(config, torch.bfloat16 if device.type == "cuda" else torch.float32)
     model.init_weights(c.seed).to(device)
-    print(f"model {c.model}: {param_count(config):,} parameters, vocabulary {tokenizer.vocab_size:,}, "
-          f"{flops_per_token(config, c.seq_len, True) / 1e6:.1f} MFLOPs a training token")
+    print(
+        f"model {c.model}: {param_count(config):,} parameters, vocabulary {tokenizer.vocab_size:,}, "
+        f"{flops_per_token(config, c.seq_len, True) / 1e6:.1f} MFLOPs a training token"
+    )
     with Run(c, "pretrain") as run:
         fit(run, model, tokenizer, batches, c)
     if tail is not None:
         n_bytes = tokenizer.count_bytes(tail[1:])
         unigram = unigram_bits_per_byte(batches.tokens, tail[1:], n_bytes, tokenizer.vocab_size)
         bits = bits_per_byte(model, tail, n_bytes, c.seq_len)
-        print(f"held-out tail of {n_bytes:,} bytes: {bits:.3f} bits per byte; a unigram "
-              f"model reaches {unigram:.3f}")
+        print(
+            f"held-out tail of {n_bytes:,} bytes: {bits:.3f} bits per byte; a unigram "
+            f"model reaches {unigram:.3f}"
+        )
     return model
-

@@ -8,6 +8,7 @@ Ctrl-C asks the loop to stop: it finishes its step, saves, and leaves; a second 
 wandb gets the same figures as metrics.jsonl when asked (`WANDB_MODE=offline` works; it is wandb's own
 variable).
 """
+
 import ctypes
 import json
 import math
@@ -65,7 +66,9 @@ class RunConfig:
     def __post_init__(self):
         for name in ("steps", "save_every", "keep_last"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 1 or more")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 1 or more"
+                )
 
 
 def reuse_memory() -> None:
@@ -85,21 +88,25 @@ def reuse_memory() -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is the GPU if there is one. Raises ValueError for a device that is not there."""
+    """ "auto" is the GPU if there is one. Raises ValueError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):
         raise ValueError(f"--device is {name!r}, expected auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda was given, but PyTorch sees no CUDA device; use --device cpu, or "
-                         "install a CUDA build of PyTorch")
+        raise ValueError(
+            "--device cuda was given, but PyTorch sees no CUDA device; use --device cpu, or "
+            "install a CUDA build of PyTorch"
+        )
     return torch.device(name)
 
 
 def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -120,23 +127,34 @@ def machine() -> dict:
         except PackageNotFoundError:
             versions[name] = "missing"
     try:
-        commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-                                capture_output=True, text=True, timeout=5).stdout.strip() or None
+        commit = (
+            subprocess.run(
+                ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+                capture_output=True,
+                text=True,
+                timeout=5,
+            ).stdout.strip()
+            or None
+        )
     except (OSError, subprocess.TimeoutExpired):
         commit = None
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"gpu": gpu, "cpu": cpu_name(), "threads": torch.get_num_threads(),
-            "python": platform.python_version(), "versions": versions, "commit": commit}
-
-
-
-
+    return {
+        "gpu": gpu,
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit,
+    }
 
 
 def first_bad_tensor(model: torch.nn.Module) -> str:
     """Where NaN or infinity shows first: in a weight, else in a gradient, in words."""
-    for what, tensors in (("weight", {n: p.data for n, p in model.named_parameters()}),
-                          ("gradient of", {n: p.grad for n, p in model.named_parameters()})):
+    for what, tensors in (
+        ("weight", {n: p.data for n, p in model.named_parameters()}),
+        ("gradient of", {n: p.grad for n, p in model.named_parameters()}),
+    ):
         for name, tensor in tensors.items():
             if tensor is not None and not torch.isfinite(tensor).all():
                 return f"first bad tensor: {what} {name}"
@@ -153,7 +171,9 @@ class Run:
     def __init__(self, config: RunConfig, title: str):
         self.config, self.title, self.folder = config, title, Path(config.run)
         free = {f.name for f in fields(RunConfig)} | set(getattr(config, "FREE", ()))
-        self.settings = json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in free}))
+        self.settings = json.loads(
+            json.dumps({k: v for k, v in asdict(config).items() if k not in free})
+        )
         self.stop_requested = False
         self.resumed: Checkpoint | None = None
         record = self.folder / "run.json"
@@ -161,31 +181,52 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             steps = checkpoint_steps(self.folder)
             if (steps or record.exists()) and not config.resume:
-                raise ValueError(f"{self.folder} holds a run already; add --resume to go on with it, or give "
-                                 "another folder")
+                raise ValueError(
+                    f"{self.folder} holds a run already; add --resume to go on with it, or give "
+                    "another folder"
+                )
             if steps:
                 self.resumed = load_checkpoint(self.folder)
-                check_config(self.resumed.state.get("settings", {}), self.settings, self.resumed.path)
+                check_config(
+                    self.resumed.state.get("settings", {}), self.settings, self.resumed.path
+                )
                 if (score := self.resumed.state.get("score")) is not None:
                     mark_best(self.folder, self.resumed.step, score)
-            atomic_write_json(record, {"title": title, "config": asdict(config), "machine": machine(),
-                                       "started": time.strftime("%Y-%m-%d %H:%M:%S")})
+            atomic_write_json(
+                record,
+                {
+                    "title": title,
+                    "config": asdict(config),
+                    "machine": machine(),
+                    "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+                },
+            )
         except OSError as error:
-            raise ValueError(f"cannot use the run folder {self.folder}: {error.strerror}; give another one, "
-                             "or make it writable") from error
+            raise ValueError(
+                f"cannot use the run folder {self.folder}: {error.strerror}; give another one, "
+                "or make it writable"
+            ) from error
         self.first_step = self.resumed.step if self.resumed else 0
         self._saved = self.first_step - 1
 
     def __enter__(self):
         self._cut_log()
         self._file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")
-        self._bar = tqdm(total=self.config.steps, initial=self.first_step, desc=self.title, unit="step",
-                         dynamic_ncols=True, smoothing=0.1)
+        self._bar = tqdm(
+            total=self.config.steps,
+            initial=self.first_step,
+            desc=self.title,
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.1,
+        )
         self._wandb = None
         if self.config.wandb:
             import wandb  # takes a second to import, so only when asked
-            self._wandb = wandb.init(project="r1zero", name=self.folder.name, config=self.settings,
-                                     dir=str(self.folder))
+
+            self._wandb = wandb.init(
+                project="r1zero", name=self.folder.name, config=self.settings, dir=str(self.folder)
+            )
         try:
             self._former_handler = signal.signal(signal.SIGINT, self._on_interrupt)
         except ValueError:  # not the main thread: then Ctrl-C is not ours to catch
@@ -205,7 +246,9 @@ class Run:
     def _on_interrupt(self, signum, frame):
         self.stop_requested = True
         signal.signal(signal.SIGINT, self._former_handler)
-        print("\nfinishing this step, then saving; Ctrl-C again breaks off at once", file=sys.stderr)
+        print(
+            "\nfinishing this step, then saving; Ctrl-C again breaks off at once", file=sys.stderr
+        )
 
     def _cut_log(self):
         """Drop what was logged after the checkpoint: those steps are done again."""
@@ -220,7 +263,9 @@ class Run:
         for step in range(self.first_step, self.config.steps):
             yield step
             self._bar.update(1)
-            if self.stop_requested and self._saved == step:  # pressed after `due` said no, the next saves
+            if (
+                self.stop_requested and self._saved == step
+            ):  # pressed after `due` said no, the next saves
                 return
 
     def due(self, step: int, every: int) -> bool:
@@ -245,12 +290,22 @@ class Run:
         """Raise FloatingPointError when a figure is NaN or infinite; the last good checkpoint stays."""
         for name, value in figures.items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"{name} is {value} at step {step + 1} ({first_bad_tensor(model)}); "
-                                         f"nothing was updated or saved with it; {self.last_good()}. Lower "
-                                         "the learning rate, or look at the data of that step")
+                raise FloatingPointError(
+                    f"{name} is {value} at step {step + 1} ({first_bad_tensor(model)}); "
+                    f"nothing was updated or saved with it; {self.last_good()}. Lower "
+                    "the learning rate, or look at the data of that step"
+                )
 
-    def save(self, step: int, model: Transformer, tokenizer: Tokenizer, optimizer, score: float | None = None,
-             more: dict | None = None, figures: dict | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        optimizer,
+        score: float | None = None,
+        more: dict | None = None,
+        figures: dict | None = None,
+    ) -> None:
         """Checkpoint what changes, after 0-based `step`: weights, optimizer, and the step, from which data
         and random numbers follow. The log goes to the disk first, so that no checkpoint is ahead of it.
 
@@ -258,17 +313,27 @@ class Run:
         """
         os.fsync(self._file.fileno())
         tensors = {}
-        state = {"settings": self.settings, "model_config": model.config.to_dict(),
-                 "tokenizer": tokenizer.to_dict(), "figures": figures or {}, "score": score}
+        state = {
+            "settings": self.settings,
+            "model_config": model.config.to_dict(),
+            "tokenizer": tokenizer.to_dict(),
+            "figures": figures or {},
+            "score": score,
+        }
         for name, (module, its_optimizer) in {"model": (model, optimizer), **(more or {})}.items():
             tensors[name] = dict(module.named_parameters())
             if its_optimizer is not None:
-                tensors[moments(name)], state[moments(name)] = optimizer_tensors(its_optimizer,
-                                                                                 module.named_parameters())
-        save_checkpoint(self.folder, step + 1, tensors, state, keep_last=self.config.keep_last, score=score)
+                tensors[moments(name)], state[moments(name)] = optimizer_tensors(
+                    its_optimizer, module.named_parameters()
+                )
+        save_checkpoint(
+            self.folder, step + 1, tensors, state, keep_last=self.config.keep_last, score=score
+        )
         self._saved = step
 
-    def restore(self, model: Transformer, tokenizer: Tokenizer, optimizer, more: dict | None = None) -> dict:
+    def restore(
+        self, model: Transformer, tokenizer: Tokenizer, optimizer, more: dict | None = None
+    ) -> dict:
         """Give a model, its optimizer and what `save` calls `more` the state of the checkpoint that the run
         goes on from, if any. Returns the figures saved there, or nothing.
 
@@ -278,14 +343,23 @@ class Run:
         if not self.resumed:
             return {}
         check_config(self.resumed.state["model_config"], model.config.to_dict(), self.resumed.path)
-        if Tokenizer.from_dict(self.resumed.state["tokenizer"]).fingerprint() != tokenizer.fingerprint():
-            raise CheckpointError(f"{self.resumed.path} was made with another tokenizer: the data or the "
-                                  "base has changed since. Restore it, or give another run folder")
+        if (
+            Tokenizer.from_dict(self.resumed.state["tokenizer"]).fingerprint()
+            != tokenizer.fingerprint()
+        ):
+            raise CheckpointError(
+                f"{self.resumed.path} was made with another tokenizer: the data or the "
+                "base has changed since. Restore it, or give another run folder"
+            )
         for name, (module, its_optimizer) in {"model": (model, optimizer), **(more or {})}.items():
             module.load_state_dict(self.resumed.tensors[name])
             if its_optimizer is not None:
-                load_optimizer_tensors(its_optimizer, module.named_parameters(),
-                                       self.resumed.tensors[moments(name)], self.resumed.state[moments(name)])
+                load_optimizer_tensors(
+                    its_optimizer,
+                    module.named_parameters(),
+                    self.resumed.tensors[moments(name)],
+                    self.resumed.state[moments(name)],
+                )
         return self.resumed.state.get("figures", {})
 
 

@@ -5,6 +5,7 @@ the prompt.
 
 Left out: chat templates and multi-turn conversations; a pair is trained as it stands, prompt then response.
 """
+
 from dataclasses import dataclass, field
 
 from ..model.checkpoint import load_model
@@ -26,7 +27,9 @@ class SFTConfig(RunConfig):
     """Most tokens in one optimizer step; whole pairs only."""
     micro_tokens: int = 2048
     """Tokens in one forward and backward pass; changes memory and speed, not the result."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3, warmup=5, weight_decay=0.0))
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=1e-3, warmup=5, weight_decay=0.0)
+    )
     seed: int = 0
     """Of the order of the pairs."""
 
@@ -35,8 +38,10 @@ class SFTConfig(RunConfig):
         if self.seed < 0:
             raise ValueError(f"--seed is {self.seed}, expected 0 or more")
         if self.batch_tokens < 1 or self.micro_tokens < 1:
-            raise ValueError(f"--batch-tokens is {self.batch_tokens} and --micro-tokens {self.micro_tokens}, "
-                             "expected 1 or more")
+            raise ValueError(
+                f"--batch-tokens is {self.batch_tokens} and --micro-tokens {self.micro_tokens}, "
+                "expected 1 or more"
+            )
 
 
 def sft(c: SFTConfig):
@@ -48,4 +53,3 @@ def sft(c: SFTConfig):
     with Run(c, "sft") as run:
         fit(run, model, tokenizer, batches, c)
     return model
-

@@ -1,4 +1,5 @@
 """The flags that choose a task, for every command that needs one: --task, --dials and --data."""
+
 from dataclasses import dataclass, fields
 from typing import Annotated
 
@@ -42,10 +43,14 @@ class TaskFlags:
                     raise ValueError(f"--dials {name} is {text!r}, expected a number") from None
         if self.data is not None:
             if types and "path" not in types:
-                raise ValueError(f"--data is for a task that reads its problems from a file, and {self.name} "
-                                 "makes its own; leave it out, or choose --task gsm8k")
+                raise ValueError(
+                    f"--data is for a task that reads its problems from a file, and {self.name} "
+                    "makes its own; leave it out, or choose --task gsm8k"
+                )
             values["path"] = self.data
         if "path" in types and "path" not in values:
-            raise ValueError(f"--task {self.name} needs --data FILE: JSON lines with the fields question and "
-                             "answer")
+            raise ValueError(
+                f"--task {self.name} needs --data FILE: JSON lines with the fields question and "
+                "answer"
+            )
         return make_task(self.name, **values)

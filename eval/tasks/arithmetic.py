@@ -9,6 +9,7 @@ from, not listed; 17+25 and 25+17 have the same numbers and operators, so they a
 
 Left out: division (quotients that are no integers need a rule of their own) and brackets.
 """
+
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,13 +47,23 @@ class Arithmetic(Task):
 
     def __post_init__(self):
         if not 2 <= self.n_operands <= MAX_OPERANDS:
-            raise ValueError(f"arithmetic: n_operands is {self.n_operands}; it must be 2 to {MAX_OPERANDS}")
+            raise ValueError(
+                f"arithmetic: n_operands is {self.n_operands}; it must be 2 to {MAX_OPERANDS}"
+            )
         if not 1 <= self.digits <= MAX_DIGITS:
             raise ValueError(f"arithmetic: digits is {self.digits}; it must be 1 to {MAX_DIGITS}")
-        if not self.ops or not set(self.ops) <= set(OPERATIONS) or len(set(self.ops)) < len(self.ops):
-            raise ValueError(f"arithmetic: ops is {self.ops!r}; it must be some of {OPERATIONS}, each once")
+        if (
+            not self.ops
+            or not set(self.ops) <= set(OPERATIONS)
+            or len(set(self.ops)) < len(self.ops)
+        ):
+            raise ValueError(
+                f"arithmetic: ops is {self.ops!r}; it must be some of {OPERATIONS}, each once"
+            )
         if not 0 < self.test_share < 1:
-            raise ValueError(f"arithmetic: test_share is {self.test_share}; it must lie between 0 and 1")
+            raise ValueError(
+                f"arithmetic: test_share is {self.test_share}; it must lie between 0 and 1"
+            )
 
     def size(self, split: str) -> None:
         """None: problems are drawn with replacement from a space that is not listed."""
@@ -63,12 +74,16 @@ class Arithmetic(Task):
         check_position(split, index)
         seed = self.seed if split == "train" else "test"
         for attempt in range(MAX_DRAWS):
-            hashes = (stable_hash("draw", seed, index, attempt, i) for i in range(2 * self.n_operands))
+            hashes = (
+                stable_hash("draw", seed, index, attempt, i) for i in range(2 * self.n_operands)
+            )
             numbers = [next(hashes) % 10**self.digits for _ in range(self.n_operands)]
             ops = [self.ops[next(hashes) % len(self.ops)] for _ in numbers[1:]]
             key = tuple(sorted(numbers)), "".join(sorted(ops))
             if is_held_out(key, self.test_share) == (split == "test"):
-                text = str(numbers[0]) + "".join(f"{op}{n}" for op, n in zip(ops, numbers[1:], strict=True))
+                text = str(numbers[0]) + "".join(
+                    f"{op}{n}" for op, n in zip(ops, numbers[1:], strict=True)
+                )
                 return ArithmeticProblem(text, int(parse_expression(text)[0]))
         raise ValueError(f"arithmetic: {MAX_DRAWS:,} draws gave no {split} problem; raise digits")
 

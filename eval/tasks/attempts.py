@@ -12,13 +12,12 @@ from .expression import MAX_LENGTH
 TAG = re.compile("|".join(FRAME))
 
 
-
 TAGS_BEFORE = re.compile(rf"(?:\s*({TAG.pattern}))*")
 
 
-
-STEP = re.compile(r"(-?[0-9]{1,9})([-+*/])([0-9]{1,9})=(-?[0-9]{1,9})")  # 9 digits: values stay small
-
+STEP = re.compile(
+    r"(-?[0-9]{1,9})([-+*/])([0-9]{1,9})=(-?[0-9]{1,9})"
+)  # 9 digits: values stay small
 
 
 class Step(NamedTuple):
@@ -35,7 +34,6 @@ class Step(NamedTuple):
         if self.op == "/":
             return self.b != 0 and self.a == self.b * self.c
         return {"+": self.a + self.b, "-": self.a - self.b, "*": self.a * self.b}[self.op] == self.c
-
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,6 @@ class Attempt:
         return last if self.verdict and last and last.op == "-" else None
 
 
-
 def thoughts(response: str) -> tuple[str, bool]:
     """(what was thought, whether a tag ended it): the text from the first <think> to the next tag.
 
@@ -65,14 +62,13 @@ def thoughts(response: str) -> tuple[str, bool]:
     _, opening, text = response.partition("<think>")
     if not opening:
         start = TAGS_BEFORE.match(response)
-        opening, text = start[1], response[start.end():]
+        opening, text = start[1], response[start.end() :]
     ending = TAG.search(text)
     if ending is None:
         return text, False
     if opening == "<answer>" and ending[0] == "</answer>":
         return "", True
     return text[: ending.start()], True
-
 
 
 def parse_attempts(response: str) -> list[Attempt]:
@@ -93,14 +89,17 @@ def parse_attempts(response: str) -> list[Attempt]:
     return attempts
 
 
-
 def is_valid(attempt: Attempt, problem: CountdownProblem) -> bool:
     """Whether an attempt is one of corpus.all_attempts with all four operations; none of them is made.
 
     Each step takes two numbers out of the pool, the larger first (but 0/7), and puts its true result back;
     the check comes when one number is left; and there is one way to spell it.
     """
-    if None in attempt.steps or attempt.check is None or not all(step.true for step in attempt.steps):
+    if (
+        None in attempt.steps
+        or attempt.check is None
+        or not all(step.true for step in attempt.steps)
+    ):
         return False
     pool = Counter(problem.numbers)
     for step in attempt.steps[:-1]:
@@ -111,9 +110,11 @@ def is_valid(attempt: Attempt, problem: CountdownProblem) -> bool:
         pool = pool - taken + Counter((step.c,))
     spelled = ",".join(f"{step.a}{step.op}{step.b}={step.c}" for step in attempt.steps)
     word = "no" if attempt.check.c else "ok"
-    return (list(pool.elements()) == [attempt.check.a] and attempt.check.b == problem.target
-            and attempt.text == f"{spelled} {word}")
-
+    return (
+        list(pool.elements()) == [attempt.check.a]
+        and attempt.check.b == problem.target
+        and attempt.text == f"{spelled} {word}"
+    )
 
 
 def follows(answer: str, attempt: Attempt) -> bool:
@@ -134,4 +135,3 @@ def follows(answer: str, attempt: Attempt) -> bool:
             return False
         text = f"{before}{step.c}{after}"
     return text == f"{last.a}{last.op}{last.b}"
-

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 SPLITS = ("train", "test")
 
 
-
 @dataclass(frozen=True)
 class Grade:
     accuracy: float
@@ -22,7 +21,6 @@ class Grade:
     """What was read as the answer, None if nothing was."""
     why: str
     """One plain sentence: what made it right or wrong."""
-
 
 
 class Task(Protocol):
@@ -51,7 +49,6 @@ class Task(Protocol):
         return [self.problem(split, index) for index in range(start, start + n)]
 
 
-
 def check_position(split: str, index: int) -> None:
     """ValueError unless `split` is a known one and `index` is not negative."""
     if split not in SPLITS:
@@ -60,11 +57,9 @@ def check_position(split: str, index: int) -> None:
         raise ValueError(f"problem index is {index}; it must be 0 or more")
 
 
-
 def stable_hash(*key: Any) -> int:
     """64 bits of `key` (strings, integers, tuples of them), the same on every machine and in every run."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
-
 
 
 def is_held_out(key: Any, test_share: float) -> bool:
@@ -72,9 +67,7 @@ def is_held_out(key: Any, test_share: float) -> bool:
     return stable_hash("split", key) < test_share * 2**64
 
 
-
 @lru_cache(maxsize=8)
 def permutation(n: int, *key: Any) -> tuple[int, ...]:
     """The numbers 0 .. n - 1 in an order that is a function of `key`; the last few are kept."""
     return tuple(sorted(range(n), key=lambda i: stable_hash("order", key, i)))
-

@@ -20,6 +20,7 @@ def make_task(name: str, **dials: Any) -> Task:
         if dial not in names:
             raise ValueError(f"task {name} has no dial {dial!r}; it has: {', '.join(names)}")
     if name == "gsm8k" and "path" not in dials:
-        raise ValueError("task gsm8k needs path=FILE: JSON lines with the fields question and answer")
+        raise ValueError(
+            "task gsm8k needs path=FILE: JSON lines with the fields question and answer"
+        )
     return task(**dials)
-

@@ -14,6 +14,7 @@ exact target.
 
 Left out: near misses and partial credit (they teach short wrong answers), and using only some of the numbers.
 """
+
 import csv
 import math
 from collections import Counter
@@ -30,7 +31,11 @@ from .base import Grade, Task, check_position, is_held_out, permutation, stable_
 from .expression import DIGITS, MAX_DIGITS, WHITE_SPACE, ExpressionError, parse_expression
 from .solver import MAX_NUMBERS, OPERATIONS, apply, reachable, solutions
 
-MAX_LISTED = {2: 5_000, 3: 5_000, 4: 1_000}  # multisets by n_numbers, so that listing takes a second or two
+MAX_LISTED = {
+    2: 5_000,
+    3: 5_000,
+    4: 1_000,
+}  # multisets by n_numbers, so that listing takes a second or two
 MAX_DRAWS = 10_000  # draws before giving up on dials that leave no problem
 
 
@@ -49,7 +54,9 @@ class CountdownProblem:
         for value in (*self.numbers, self.target):
             if type(value) is not int or not 0 <= value < 10**MAX_DIGITS:
                 given = quoted(repr(value))
-                raise ValueError(f"Countdown takes whole numbers of up to {MAX_DIGITS} digits, got {given}")
+                raise ValueError(
+                    f"Countdown takes whole numbers of up to {MAX_DIGITS} digits, got {given}"
+                )
 
     @property
     def key(self) -> tuple[tuple[int, ...], int]:
@@ -71,7 +78,9 @@ def parse_prompt(text: str) -> CountdownProblem:
         raise ValueError(expected)
     for word in words + targets:
         if len(word) > MAX_DIGITS or not set(word) <= set(DIGITS):
-            raise ValueError(f"{expected}: {quoted(word)} is no whole number of at most {MAX_DIGITS} digits")
+            raise ValueError(
+                f"{expected}: {quoted(word)} is no whole number of at most {MAX_DIGITS} digits"
+            )
     return CountdownProblem(tuple(int(word) for word in words), int(targets[0]))
 
 
@@ -85,7 +94,9 @@ def load_game24(path: str | Path) -> list[CountdownProblem]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file)
             if "Puzzles" not in (rows.fieldnames or ()):
-                raise ValueError(f"{path} has no column Puzzles in its first line; is it a Game-of-24 file?")
+                raise ValueError(
+                    f"{path} has no column Puzzles in its first line; is it a Game-of-24 file?"
+                )
             for row in rows:
                 try:
                     problems.append(parse_prompt(f"{row['Puzzles'] or ''} -> 24"))
@@ -165,17 +176,33 @@ class Countdown(Task):
 
     def __post_init__(self):
         if not 2 <= self.n_numbers <= MAX_NUMBERS:
-            raise ValueError(f"countdown: n_numbers is {self.n_numbers}; it must be 2 to {MAX_NUMBERS}")
+            raise ValueError(
+                f"countdown: n_numbers is {self.n_numbers}; it must be 2 to {MAX_NUMBERS}"
+            )
         if not 1 <= self.low <= self.high <= 999:
-            raise ValueError(f"countdown: low is {self.low}, high {self.high}; need 1 <= low <= high <= 999")
-        if not self.ops or not set(self.ops) <= set(OPERATIONS) or len(set(self.ops)) < len(self.ops):
-            raise ValueError(f"countdown: ops is {self.ops!r}; it must be some of {OPERATIONS}, each once")
+            raise ValueError(
+                f"countdown: low is {self.low}, high {self.high}; need 1 <= low <= high <= 999"
+            )
+        if (
+            not self.ops
+            or not set(self.ops) <= set(OPERATIONS)
+            or len(set(self.ops)) < len(self.ops)
+        ):
+            raise ValueError(
+                f"countdown: ops is {self.ops!r}; it must be some of {OPERATIONS}, each once"
+            )
         if not 1 <= self.max_target < 10**MAX_DIGITS:
-            raise ValueError(f"countdown: max_target is {self.max_target}; it must be 1 to 999,999,999")
+            raise ValueError(
+                f"countdown: max_target is {self.max_target}; it must be 1 to 999,999,999"
+            )
         if not 0 < self.test_share < 1:
-            raise ValueError(f"countdown: test_share is {self.test_share}; it must lie between 0 and 1")
+            raise ValueError(
+                f"countdown: test_share is {self.test_share}; it must lie between 0 and 1"
+            )
         if self._listed is not None and not all(self._listed.values()):
-            raise ValueError("countdown: a split is left without problems; widen low..high or max_target")
+            raise ValueError(
+                "countdown: a split is left without problems; widen low..high or max_target"
+            )
 
     @cached_property
     def _listed(self) -> dict[str, list[CountdownProblem]] | None:
@@ -184,7 +211,9 @@ class Countdown(Task):
         if multisets > MAX_LISTED.get(self.n_numbers, 0):
             return None
         splits = {"train": [], "test": []}
-        for numbers in combinations_with_replacement(range(self.low, self.high + 1), self.n_numbers):
+        for numbers in combinations_with_replacement(
+            range(self.low, self.high + 1), self.n_numbers
+        ):
             for target in reachable(numbers, self.ops):
                 if 1 <= target <= self.max_target:
                     split = "test" if is_held_out((numbers, target), self.test_share) else "train"
@@ -196,11 +225,18 @@ class Countdown(Task):
     def _draw(self, split: str, seed: int | str, index: int) -> CountdownProblem:
         """Random numbers combined by random steps, drawn again until target and split fit."""
         for attempt in range(MAX_DRAWS):
-            hashes = (stable_hash("draw", seed, index, attempt, i) for i in range(4 * self.n_numbers))
-            values = [self.low + next(hashes) % (self.high - self.low + 1) for _ in range(self.n_numbers)]
+            hashes = (
+                stable_hash("draw", seed, index, attempt, i) for i in range(4 * self.n_numbers)
+            )
+            values = [
+                self.low + next(hashes) % (self.high - self.low + 1) for _ in range(self.n_numbers)
+            ]
             numbers = tuple(sorted(values))
             while len(values) > 1:
-                a, b = values.pop(next(hashes) % len(values)), values.pop(next(hashes) % len(values))
+                a, b = (
+                    values.pop(next(hashes) % len(values)),
+                    values.pop(next(hashes) % len(values)),
+                )
                 results = [apply(op, max(a, b), min(a, b), whole=True) for op in self.ops]
                 allowed = [result for result in results if result is not None]
                 if not allowed:
@@ -234,7 +270,9 @@ class Countdown(Task):
         elif index < len(self._listed["test"]):
             problem = self._listed["test"][index]
         else:
-            raise ValueError(f"countdown: test problem {index} asked for, but there are {self.size('test')}")
+            raise ValueError(
+                f"countdown: test problem {index} asked for, but there are {self.size('test')}"
+            )
         order = sorted(range(self.n_numbers), key=lambda i: stable_hash("numbers", seed, index, i))
         return CountdownProblem(tuple(problem.numbers[i] for i in order), problem.target)
 

@@ -12,6 +12,7 @@ Left out on purpose: signs (`-3`, `+3`: numbers are given without a sign, and `3
 powers, `//`, decimals, underscores, digits of other scripts, comments, implied multiplication (`2(3)`, `3
 4`), and Python's own evaluator, which knows all of these and can be made to hang or to crash.
 """
+
 from collections.abc import Iterator
 from fractions import Fraction
 
@@ -21,7 +22,17 @@ MAX_DIGITS = 9  # digits of one integer
 
 WHITE_SPACE = " \t\r\n"
 DIGITS = "0123456789"
-OPERATOR = {"+": "+", "-": "-", "*": "*", "/": "/", "×": "*", "÷": "/", "−": "-", "(": "(", ")": ")"}
+OPERATOR = {
+    "+": "+",
+    "-": "-",
+    "*": "*",
+    "/": "/",
+    "×": "*",
+    "÷": "/",
+    "−": "-",
+    "(": "(",
+    ")": ")",
+}
 
 
 class ExpressionError(ValueError):
@@ -43,12 +54,16 @@ def _pieces(text: str) -> Iterator[tuple[str, int, int]]:
                 i += 1
             digits = text[start:i]
             if len(digits) > MAX_DIGITS:
-                raise ExpressionError(f"more than {MAX_DIGITS} digits in the number at character {start + 1}")
+                raise ExpressionError(
+                    f"more than {MAX_DIGITS} digits in the number at character {start + 1}"
+                )
             if digits[0] == "0" and len(digits) > 1:
                 raise ExpressionError(f"the number at character {start + 1} begins with a zero")
             yield "number", int(digits), start + 1
         else:
-            raise ExpressionError(f"{char!a} at character {start + 1} is not a digit, + - * / or a bracket")
+            raise ExpressionError(
+                f"{char!a} at character {start + 1} is not a digit, + - * / or a bracket"
+            )
     yield "end", 0, len(text) + 1
 
 
@@ -64,7 +79,9 @@ class _Parser:
         self.kind, self.value, self.position = next(self.pieces)
 
     def unexpected(self, expected: str) -> ExpressionError:
-        found = {"end": "it ends", "number": "there is a number"}.get(self.kind, f"there is a {self.kind!r}")
+        found = {"end": "it ends", "number": "there is a number"}.get(
+            self.kind, f"there is a {self.kind!r}"
+        )
         return ExpressionError(f"{found} at character {self.position} where {expected} should be")
 
     def sum(self, depth: int) -> Fraction:
@@ -96,7 +113,9 @@ class _Parser:
         if self.kind != "(":
             raise self.unexpected("a number or an opening bracket")
         if depth == MAX_DEPTH:
-            raise ExpressionError(f"more than {MAX_DEPTH} nested brackets at character {self.position}")
+            raise ExpressionError(
+                f"more than {MAX_DEPTH} nested brackets at character {self.position}"
+            )
         self.advance()
         value = self.sum(depth + 1)
         if self.kind != ")":

@@ -9,6 +9,7 @@ nothing else: an optional minus, `$` and `%`, commas between thousands, one trai
 Left out: taking the last number of a text without a mark, which pays for numbers that were never given as the
 answer.
 """
+
 import json
 import re
 from dataclasses import dataclass
@@ -49,7 +50,9 @@ def gold_number(answer: str) -> str:
     """What follows the last `####`, or all of `answer` without one; ValueError if that is not a number."""
     gold = answer.rpartition(MARK)[2].strip(WHITE_SPACE)
     if read_number(gold) is None:
-        raise ValueError(f"expected a number after {MARK}, like '... {MARK} 18'; got {quoted(gold)}")
+        raise ValueError(
+            f"expected a number after {MARK}, like '... {MARK} 18'; got {quoted(gold)}"
+        )
     return gold
 
 
@@ -57,7 +60,10 @@ def load_gsm8k(path: str | Path) -> list[GSM8KProblem]:
     """All problems of a file; ValueError for a file or line that cannot be used, with the line's number."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:  # ValueError: bytes that are not text, or a null byte in the path
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # ValueError: bytes that are not text, or a null byte in the path
         raise ValueError(f"cannot read GSM8K problems from {path}: {error}") from None
     problems = []
     for number, line in enumerate(lines, start=1):
@@ -68,7 +74,9 @@ def load_gsm8k(path: str | Path) -> list[GSM8KProblem]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
     if not problems:
-        raise ValueError(f"{path} is empty; expected JSON lines with the fields question and answer")
+        raise ValueError(
+            f"{path} is empty; expected JSON lines with the fields question and answer"
+        )
     return problems
 
 
@@ -79,7 +87,9 @@ def _problem_of(line: str) -> GSM8KProblem:
         raise ValueError(f"not JSON: {error}") from None
     for field in ("question", "answer"):
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            raise ValueError(f'expected an object with "question" and "answer" as text; "{field}" is missing')
+            raise ValueError(
+                f'expected an object with "question" and "answer" as text; "{field}" is missing'
+            )
     return GSM8KProblem(record["question"], gold_number(record["answer"]))
 
 
@@ -92,7 +102,9 @@ class GSM8K(Task):
     """A file of JSON lines with `question` and `answer`."""
 
     def __post_init__(self):
-        assert self._test  # reads the file, so that a bad one is named now and not in the middle of a run
+        assert (
+            self._test
+        )  # reads the file, so that a bad one is named now and not in the middle of a run
 
     @cached_property
     def _test(self) -> list[GSM8KProblem]:
@@ -109,7 +121,9 @@ class GSM8K(Task):
         if split == "train":
             raise ValueError("gsm8k: the file is a test set; there are no training problems")
         if index >= len(self._test):
-            raise ValueError(f"gsm8k: test problem {index} asked for, but there are {len(self._test)}")
+            raise ValueError(
+                f"gsm8k: test problem {index} asked for, but there are {len(self._test)}"
+            )
         return self._test[index]
 
     def prompt(self, problem: GSM8KProblem) -> str:
@@ -123,10 +137,14 @@ class GSM8K(Task):
         if answer is None and MARK in response:
             answer = response.rpartition(MARK)[2].partition("\n")[0]
         if answer is None:
-            return Grade(0.0, None, f"There is neither a complete answer block nor a number after {MARK}.")
+            return Grade(
+                0.0, None, f"There is neither a complete answer block nor a number after {MARK}."
+            )
         value = read_number(answer)
         if value is None:
             return Grade(0.0, answer, f"The answer {quoted(answer)} is not a number.")
         if value != read_number(problem.gold):
-            return Grade(0.0, answer, f"The answer is {answer.strip(WHITE_SPACE)}, not {problem.gold}.")
+            return Grade(
+                0.0, answer, f"The answer is {answer.strip(WHITE_SPACE)}, not {problem.gold}."
+            )
         return Grade(1.0, answer, f"The answer is {problem.gold}.")

@@ -8,6 +8,7 @@ table of six numbers gets very large.
 
 Expressions have brackets around every inner step: `(9-3)+7`.
 """
+
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
@@ -61,7 +62,9 @@ def _reach_table(numbers: Sequence[int], ops: str, whole: bool) -> list[dict[int
     return table
 
 
-def reachable(numbers: Sequence[int], ops: str = OPERATIONS, whole: bool = True) -> dict[int | Fraction, str]:
+def reachable(
+    numbers: Sequence[int], ops: str = OPERATIONS, whole: bool = True
+) -> dict[int | Fraction, str]:
     """Every value of all the numbers together, with one expression each. ValueError for more than 6."""
     return _reach_table(numbers, ops, whole)[-1]
 

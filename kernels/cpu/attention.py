@@ -7,6 +7,7 @@ depends neither on the others nor on the number of threads.
 Arrays are flat; x_row and x_head lead to the next token and head.
 Shapes: N sequences, T tokens, K keys, H query heads, G kv heads, R = H / G, D head_dim.
 """
+
 import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
@@ -19,8 +20,28 @@ if HAS_NUMBA:
 
 
 @loop
-def attention_fwd_loop(q, q_row, q_head, k, k_row, k_head, v, v_row, v_head, cos, sin, cu_q, cu_k, keys_K,
-                       order_N, G, scale, out_THD, peaks, shares):
+def attention_fwd_loop(
+    q,
+    q_row,
+    q_head,
+    k,
+    k_row,
+    k_head,
+    v,
+    v_row,
+    v_head,
+    cos,
+    sin,
+    cu_q,
+    cu_k,
+    keys_K,
+    order_N,
+    G,
+    scale,
+    out_THD,
+    peaks,
+    shares,
+):
     """cu_q, cu_k: int64 offsets [N + 1]; keys_K: which token each key is; order_N: the sequences as threads
     get them. All but out are flat."""
     (_, H, D), out = out_THD.shape, out_THD.reshape(-1)
@@ -28,31 +49,124 @@ def attention_fwd_loop(q, q_row, q_head, k, k_row, k_head, v, v_row, v_head, cos
     for m in numba.prange(len(order_N) * G):
         n, g = order_N[m // G], m % G
         a, to = cu_q[n], cu_q[n] * H + g * R
-        attend(q, a * q_row + g * R * q_head, q_row, q_head, a, cu_q[n + 1] - a, k, g * k_head, k_row, v,
-               g * v_head, v_row, keys_K[cu_k[n] : cu_k[n + 1]], R, D, cos, sin, scale, out[to * D :],
-               peaks[to:], shares[to:], H)
+        attend(
+            q,
+            a * q_row + g * R * q_head,
+            q_row,
+            q_head,
+            a,
+            cu_q[n + 1] - a,
+            k,
+            g * k_head,
+            k_row,
+            v,
+            g * v_head,
+            v_row,
+            keys_K[cu_k[n] : cu_k[n + 1]],
+            R,
+            D,
+            cos,
+            sin,
+            scale,
+            out[to * D :],
+            peaks[to:],
+            shares[to:],
+            H,
+        )
 
 
 @loop
-def attention_bwd_loop(q, q_row, q_head, k, k_row, k_head, v, v_row, v_head, cos, sin, cu_q, cu_k, keys_K,
-                       order_N, G, scale, out_THD, peaks, shares, dout, dout_row, dout_head, dlse, dq, dq_row,
-                       dq_head, dk, dk_row, dk_head, dv, dv_row, dv_head, slots_K, spare):
+def attention_bwd_loop(
+    q,
+    q_row,
+    q_head,
+    k,
+    k_row,
+    k_head,
+    v,
+    v_row,
+    v_head,
+    cos,
+    sin,
+    cu_q,
+    cu_k,
+    keys_K,
+    order_N,
+    G,
+    scale,
+    out_THD,
+    peaks,
+    shares,
+    dout,
+    dout_row,
+    dout_head,
+    dlse,
+    dq,
+    dq_row,
+    dq_head,
+    dk,
+    dk_row,
+    dk_head,
+    dv,
+    dv_row,
+    dv_head,
+    slots_K,
+    spare,
+):
     """dlse is empty where nobody used lse. slots_K: where in spare [slots, G, 2, D] the gradients go of a key
     that others read, too, and of its value; or -1."""
     (_, H, D), out = out_THD.shape, out_THD.reshape(-1)
     R = H // G
     for m in numba.prange(len(order_N) * G):
         n, g = order_N[m // G], m % G
-        a, to, keys, slots = cu_q[n], cu_q[n] * H + g * R, keys_K[cu_k[n] : cu_k[n + 1]], slots_K[cu_k[n] :]
+        a, to, keys, slots = (
+            cu_q[n],
+            cu_q[n] * H + g * R,
+            keys_K[cu_k[n] : cu_k[n + 1]],
+            slots_K[cu_k[n] :],
+        )
         dk_rows, dv_rows = np.empty(len(keys) * D, f32), np.empty(len(keys) * D, f32)
-        attend_back(q, a * q_row + g * R * q_head, q_row, q_head, a, cu_q[n + 1] - a, k, g * k_head, k_row, v,
-                    g * v_head, v_row, keys, R, D, cos, sin, scale, out[to * D :], peaks[to:],
-                    shares[to:], H, dout[a * dout_row + g * R * dout_head :], dout_row, dout_head, dlse[to:],
-                    dq[a * dq_row + g * R * dq_head :], dq_row, dq_head, dk_rows, dv_rows)
+        attend_back(
+            q,
+            a * q_row + g * R * q_head,
+            q_row,
+            q_head,
+            a,
+            cu_q[n + 1] - a,
+            k,
+            g * k_head,
+            k_row,
+            v,
+            g * v_head,
+            v_row,
+            keys,
+            R,
+            D,
+            cos,
+            sin,
+            scale,
+            out[to * D :],
+            peaks[to:],
+            shares[to:],
+            H,
+            dout[a * dout_row + g * R * dout_head :],
+            dout_row,
+            dout_head,
+            dlse[to:],
+            dq[a * dq_row + g * R * dq_head :],
+            dq_row,
+            dq_head,
+            dk_rows,
+            dv_rows,
+        )
         for j in range(len(keys)):
             if slots[j] < 0:
-                turn_row(dk_rows, j * D, D, cos, sin, keys[j], True, dk, keys[j] * dk_row + g * dk_head)
-                turn_row(dv_rows, j * D, D, cos[:0], sin[:0], 0, True, dv, keys[j] * dv_row + g * dv_head)
+                turn_row(
+                    dk_rows, j * D, D, cos, sin, keys[j], True, dk, keys[j] * dk_row + g * dk_head
+                )
+                turn_row(
+                    dv_rows, j * D, D, cos[:0], sin[:0], 0, True, dv, keys[j] * dv_row + g * dv_head
+                )
             else:
                 at = (slots[j] * G + g) * 2 * D
                 turn_row(dk_rows, j * D, D, cos, sin, keys[j], True, spare, at)
@@ -93,7 +207,9 @@ def attention_fwd(*inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     q = inputs[0]
     out, peaks, shares = q.new_empty(q.shape), q.new_empty(q.shape[:2]), q.new_empty(q.shape[:2])
     threads()
-    attention_fwd_loop(*arguments(*inputs), out.numpy(), *(x.numpy().reshape(-1) for x in (peaks, shares)))
+    attention_fwd_loop(
+        *arguments(*inputs), out.numpy(), *(x.numpy().reshape(-1) for x in (peaks, shares))
+    )
     return out, peaks, shares
 
 
@@ -109,8 +225,17 @@ def attention_bwd(inputs, out, peaks, shares, dout, dlse, dq, dk, dv) -> None:
     slots, spare = np.full(len(keys), -1), np.empty(len(shared) * G * 2 * D, f32)
     slots[shared] = np.arange(len(shared))
     threads()
-    attention_bwd_loop(*begin, out.numpy(), peaks.numpy().reshape(-1), shares.numpy().reshape(-1),
-                       *behind(dout), dlse, *behind(dq, dk, dv), slots, spare)
+    attention_bwd_loop(
+        *begin,
+        out.numpy(),
+        peaks.numpy().reshape(-1),
+        shares.numpy().reshape(-1),
+        *behind(dout),
+        dlse,
+        *behind(dq, dk, dv),
+        slots,
+        spare,
+    )
     if len(shared):
         add_shared_loop(spare, keys[shared], G, D, *behind(dk, dv))
 
@@ -129,12 +254,15 @@ class Attention(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         q, k, v, cu_q, cu_k, *kept = ctx.saved_tensors
         gradients = [x.new_empty(x.shape) for x in (q, k, v)]
-        attention_bwd((q, k, v, None, None, cu_q, cu_k, None, ctx.scale), *kept, dout, dlse, *gradients)
+        attention_bwd(
+            (q, k, v, None, None, cu_q, cu_k, None, ctx.scale), *kept, dout, dlse, *gradients
+        )
         return *gradients, None, None, None
 
 
 class AttentionOfHeads(torch.autograd.Function):
     """RoPE and attention, from all heads side by side and to their gradient, without a copy between."""
+
     @staticmethod
     def inputs(qkv, cos, sin, cu_q, cu_k, keys, G):
         H, D = qkv.shape[1] - 2 * G, qkv.shape[2]
@@ -152,8 +280,15 @@ class AttentionOfHeads(torch.autograd.Function):
     def backward(ctx, dout):
         *args, out, peaks, shares = ctx.saved_tensors
         dqkv, H = torch.empty_like(args[0]), out.shape[1]
-        attention_bwd(AttentionOfHeads.inputs(*args, ctx.G), out, peaks, shares, dout, None,
-                      *dqkv.split([H, ctx.G, ctx.G], dim=1))
+        attention_bwd(
+            AttentionOfHeads.inputs(*args, ctx.G),
+            out,
+            peaks,
+            shares,
+            dout,
+            None,
+            *dqkv.split([H, ctx.G, ctx.G], dim=1),
+        )
         return dqkv, *[None] * 6
 
 
@@ -163,9 +298,11 @@ def fits(impl: str | None, q, k, v, window: int | None, softcap: float | None) -
         return False
     able = q.shape[2] % TILE_COLUMNS == 0 and window is None and softcap is None
     if impl == "cpu" and not able:
-        raise ValueError(f'attention: impl is "cpu", but head_dim is {q.shape[2]}, window {window}, softcap '
-                         f"{softcap}; the compiled loops take a head_dim that is a multiple of 16, no window "
-                         'and no softcap; expected impl=None or "reference" here')
+        raise ValueError(
+            f'attention: impl is "cpu", but head_dim is {q.shape[2]}, window {window}, softcap '
+            f"{softcap}; the compiled loops take a head_dim that is a multiple of 16, no window "
+            'and no softcap; expected impl=None or "reference" here'
+        )
     return able
 
 
@@ -180,13 +317,21 @@ def check_places(qkv, cos, sin, cu_q, cu_k, keys) -> None:
     T, D = len(qkv), qkv.shape[2]
     for name, cu, n in (("cu_q", cu_q, T), ("cu_k", cu_k, T if keys is None else len(keys))):
         if cu[0] != 0 or cu[-1] != n or cu.diff().min() < 0:
-            raise ValueError(f"attention: {name} is {cu.tolist()[:20]}; expected offsets that begin at 0, "
-                             f"never decrease, and end at {n}")
-    if keys is not None and (keys.min() < 0 or keys.max() >= T or not np.bincount(keys, minlength=T).all()):
-        raise ValueError(f"attention: keys are {int(keys.min())} to {int(keys.max())}; expected indices of "
-                         f"the {T} tokens, each at least once, for a token reads itself")
+            raise ValueError(
+                f"attention: {name} is {cu.tolist()[:20]}; expected offsets that begin at 0, "
+                f"never decrease, and end at {n}"
+            )
+    if keys is not None and (
+        keys.min() < 0 or keys.max() >= T or not np.bincount(keys, minlength=T).all()
+    ):
+        raise ValueError(
+            f"attention: keys are {int(keys.min())} to {int(keys.max())}; expected indices of "
+            f"the {T} tokens, each at least once, for a token reads itself"
+        )
     if not cos.shape == sin.shape == (T, D // 2):
-        raise ValueError(f"attention: cos {tuple(cos.shape)}, sin {tuple(sin.shape)}; expected {(T, D // 2)}")
+        raise ValueError(
+            f"attention: cos {tuple(cos.shape)}, sin {tuple(sin.shape)}; expected {(T, D // 2)}"
+        )
 
 
 def attention_of_heads(qkv, cos, sin, cu_q, cu_k, keys, n_kv_heads: int) -> torch.Tensor:

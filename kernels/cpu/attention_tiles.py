@@ -12,6 +12,7 @@ reads up to 5 weights behind the last one seen: those are made 0.
 Arrays are flat; x_at is where x begins, x_row and x_head lead to the next token and head.
 Shapes: H query heads, R of one kv head, D head_dim, W the x_row of scores.
 """
+
 import numpy as np
 
 from .compile import HAS_NUMBA, LANES, TILE_COLUMNS, TILE_ROWS, f32, part, small_part
@@ -37,8 +38,8 @@ if HAS_NUMBA:
     from .tiles import product
 
 QUERIES = 96  # of a block
-AHEAD = 8     # rows that are asked for before they are read: they lie too far apart to be guessed
-KEYS = 128    # that a product sums over at a time: they stay in the nearest cache for all rows
+AHEAD = 8  # rows that are asked for before they are read: they lie too far apart to be guessed
+KEYS = 128  # that a product sums over at a time: they stay in the nearest cache for all rows
 LOWEST, UNSEEN = f32(-3e38), f32(-np.inf)
 
 
@@ -78,8 +79,26 @@ def times_columns(x, x_row, rows, D, columns, place, zeros, out, W):
     """out[i, j] = x[i] . column j for all j that row i sees, and some more."""
     for j in range(0, place + rows, TILE_COLUMNS):
         i = max(j - place, 0) // TILE_ROWS * TILE_ROWS
-        product(x, i * x_row, x_row, 1, rows - i, D, columns, j * D, TILE_COLUMNS, LANES, zeros, 0, 0, 0,
-                out, i * W + j, W, LANES)
+        product(
+            x,
+            i * x_row,
+            x_row,
+            1,
+            rows - i,
+            D,
+            columns,
+            j * D,
+            TILE_COLUMNS,
+            LANES,
+            zeros,
+            0,
+            0,
+            0,
+            out,
+            i * W + j,
+            W,
+            LANES,
+        )
 
 
 @part
@@ -92,8 +111,26 @@ def times_rows(weights, W, rows, place, x, x_row, D, out, out_row):
             depth = min(place + i + n - j, KEYS)
             for d in range(0, D, TILE_COLUMNS):
                 to = i * out_row + d
-                product(weights, i * W + j, W, 1, n, depth, x, j * x_row + d, x_row, LANES, out, to,
-                        out_row, LANES, out, to, out_row, LANES)
+                product(
+                    weights,
+                    i * W + j,
+                    W,
+                    1,
+                    n,
+                    depth,
+                    x,
+                    j * x_row + d,
+                    x_row,
+                    LANES,
+                    out,
+                    to,
+                    out_row,
+                    LANES,
+                    out,
+                    to,
+                    out_row,
+                    LANES,
+                )
 
 
 @part
@@ -103,8 +140,26 @@ def add_to_keys(weights, W, rows, place, x, x_row, D, out, out_row):
         n, i = min(TILE_ROWS, place + rows - j), max(j - place, 0)
         for d in range(0, D, TILE_COLUMNS):
             to = j * out_row + d
-            product(weights, i * W + j, 1, W, n, rows - i, x, i * x_row + d, x_row, LANES, out, to,
-                    out_row, LANES, out, to, out_row, LANES)
+            product(
+                weights,
+                i * W + j,
+                1,
+                W,
+                n,
+                rows - i,
+                x,
+                i * x_row + d,
+                x_row,
+                LANES,
+                out,
+                to,
+                out_row,
+                LANES,
+                out,
+                to,
+                out_row,
+                LANES,
+            )
 
 
 @small_part
@@ -186,7 +241,9 @@ def take_queries(q, q_at, q_row, first, n, D, cos, sin, token, q_rows):
     for i in range(n):
         if i + AHEAD < n:
             ask_for_row(q, q_at + (first + i + AHEAD) * q_row, D)
-        turn_row(q, q_at + (first + i) * q_row, D, cos, sin, token + first + i, False, q_rows, i * D)
+        turn_row(
+            q, q_at + (first + i) * q_row, D, cos, sin, token + first + i, False, q_rows, i * D
+        )
 
 
 @part
@@ -201,8 +258,30 @@ def take_keys(k, k_at, k_row, v, v_at, v_row, keys, D, cos, sin, k_rows, v_rows)
 
 
 @part
-def attend(q, q_at, q_row, q_head, first_token, n_q, k, k_at, k_row, v, v_at, v_row, keys, R, D, cos, sin,
-           scale, out, peaks, shares, H):
+def attend(
+    q,
+    q_at,
+    q_row,
+    q_head,
+    first_token,
+    n_q,
+    k,
+    k_at,
+    k_row,
+    v,
+    v_at,
+    v_row,
+    keys,
+    R,
+    D,
+    cos,
+    sin,
+    scale,
+    out,
+    peaks,
+    shares,
+    H,
+):
     """n_q queries of R heads, from q[q_at] on, against the keys and values of one head."""
     n_k = len(keys)
     W, turned = width_of(n_k), (n_k + TILE_COLUMNS - 1) // TILE_COLUMNS * TILE_COLUMNS * D
@@ -233,16 +312,48 @@ def attend(q, q_at, q_row, q_head, first_token, n_q, k, k_at, k_row, v, v_at, v_
 
 
 @part
-def attend_back(q, q_at, q_row, q_head, first_token, n_q, k, k_at, k_row, v, v_at, v_row, keys, R, D, cos,
-                sin, scale, out, peaks, shares, H, dout, dout_row, dout_head, dlse, dq, dq_row, dq_head,
-                dk_rows, dv_rows):
+def attend_back(
+    q,
+    q_at,
+    q_row,
+    q_head,
+    first_token,
+    n_q,
+    k,
+    k_at,
+    k_row,
+    v,
+    v_at,
+    v_row,
+    keys,
+    R,
+    D,
+    cos,
+    sin,
+    scale,
+    out,
+    peaks,
+    shares,
+    H,
+    dout,
+    dout_row,
+    dout_head,
+    dlse,
+    dq,
+    dq_row,
+    dq_head,
+    dk_rows,
+    dv_rows,
+):
     """The gradients of what `attend` gives: dq as q lies, those of turned keys and of values [n_k, D]. dlse
     may be empty."""
     n_k = len(keys)
     W, turned = width_of(n_k), (n_k + TILE_COLUMNS - 1) // TILE_COLUMNS * TILE_COLUMNS * D
     block = min(QUERIES, n_q)
     square, wide = block * W, block * D
-    own = np.empty(2 * turned + LANES * D + TILE_COLUMNS + block + 2 * (n_k * D + square + wide), f32)
+    own = np.empty(
+        2 * turned + LANES * D + TILE_COLUMNS + block + 2 * (n_k * D + square + wide), f32
+    )
     k_columns, v_columns, own = own[:turned], own[turned : 2 * turned], own[2 * turned :]
     probs, dprobs, own = own[:square], own[square : 2 * square], own[2 * square :]
     q_rows, dq_rows, own = own[:wide], own[wide : 2 * wide], own[2 * wide :]
@@ -270,10 +381,21 @@ def attend_back(q, q_at, q_row, q_head, first_token, n_q, k, k_at, k_row, v, v_a
                     deltas[i] -= dlse[at]
             for i in range(rows):
                 end, at = end_of(max(place + i + 1, 0)), to + i * H
-                dscores(probs[i * W :], dprobs[i * W :], end, peaks[at], shares[at], deltas[i], scale)
+                dscores(
+                    probs[i * W :], dprobs[i * W :], end, peaks[at], shares[at], deltas[i], scale
+                )
             times_rows(dprobs, W, rows, place, k_rows, D, D, dq_rows, D)
             for i in range(rows):
-                turn_row(dq_rows, i * D, D, cos, sin, first_token + first + i, True, dq,
-                         (first + i) * dq_row + r * dq_head)
+                turn_row(
+                    dq_rows,
+                    i * D,
+                    D,
+                    cos,
+                    sin,
+                    first_token + first + i,
+                    True,
+                    dq,
+                    (first + i) * dq_row + r * dq_head,
+                )
             add_to_keys(probs, W, rows, place, dout_rows, dout_row, D, dv_rows, D)
             add_to_keys(dprobs, W, rows, place, q_rows, D, D, dk_rows, D)

@@ -4,8 +4,7 @@ import numpy as np
 
 from .compile import f32, loop, numba, part
 
-COLUMNS = 64     # rows that are normed together
-
+COLUMNS = 64  # rows that are normed together
 
 
 @loop
@@ -19,19 +18,16 @@ def embed_loop(embed_VM, tokens_B, x_IMC):
             x_IMC[i, m, c] = embed_VM[tokens_B[b], m] if b < len(tokens_B) else f32(0)
 
 
-
 @part
 def add_squares(x, sums):
     for b in range(len(x)):
         sums[b] += x[b] * x[b]
 
 
-
 @part
 def scale_by(x, r, w, y):
     for b in range(len(x)):
         y[b] = x[b] * r[b] * w
-
 
 
 @loop
@@ -49,4 +45,3 @@ def rmsnorm_columns_loop(x_HMB, w_M, eps, y_HMB):
             sums[b] = f32(1) / np.sqrt(sums[b] / f32(M) + eps)
         for m in range(M):
             scale_by(x_HMB[h, m, first:end], sums, w_M[m], y_HMB[h, m, first:end])
-

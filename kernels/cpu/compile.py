@@ -25,6 +25,7 @@ try:
     import numba
     from numba.extending import register_jitable
 except ImportError:  # no wheel for this Python, or left out on purpose
+
     class _StandIn:
         """Enough of Numba for its decorators to be read."""
 
@@ -36,64 +37,64 @@ except ImportError:  # no wheel for this Python, or left out on purpose
     numba, register_jitable = _StandIn(), lambda **_: lambda fn: fn
     HAS_NUMBA = False
 else:
-    numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # PyTorch's own, where it has OpenMP
+    numba.config.THREADING_LAYER_PRIORITY = [
+        "omp",
+        "tbb",
+        "workqueue",
+    ]  # PyTorch's own, where it has OpenMP
     HAS_NUMBA = True
-
 
 
 # a product may be fused with a sum; NaN and infinity keep their meaning
 ORDERED = {"contract", "nsz"}
 
 
-
 EXACT_ENOUGH = ORDERED | {"reassoc"}  # sums and products may be reordered
-
 
 
 f32 = np.float32
 
 
-
-LANES = 8   # float32 in a vector
-
+LANES = 8  # float32 in a vector
 
 
 TILE_ROWS, TILE_COLUMNS = 6, 2 * LANES  # of a product that are computed in registers
-
 
 
 # Numba compiles anew when a function's own file has changed, but loops have parts of these files in them.
 HERE = Path(__file__).parent
 
 
-
 PARTS_OF_OTHERS = ("compile.py", "elementwise.py", "registers.py", "tiles.py", "attention_tiles.py")
 
 
-
 for kept in HERE.glob("__pycache__/*.nbi"):
-    with contextlib.suppress(OSError):  # another process may be at it, or it may not be ours to delete
+    with contextlib.suppress(
+        OSError
+    ):  # another process may be at it, or it may not be ours to delete
         if kept.stat().st_mtime < max((HERE / name).stat().st_mtime for name in PARTS_OF_OTHERS):
             kept.unlink()
-
 
 
 def loop(fn, fastmath=EXACT_ENOUGH):
     """Compile at the first call, for all threads."""
     compiled = numba.njit(fastmath=fastmath, error_model="numpy", parallel=True, nogil=True)(fn)
     if HAS_NUMBA:
-        with contextlib.suppress(RuntimeError):  # no folder to keep it in: compiled anew in each process
+        with contextlib.suppress(
+            RuntimeError
+        ):  # no folder to keep it in: compiled anew in each process
             compiled.enable_caching()
     return compiled
 
 
+part = register_jitable(
+    fastmath=EXACT_ENOUGH, error_model="numpy"
+)  # a function that loops can call
 
-part = register_jitable(fastmath=EXACT_ENOUGH, error_model="numpy")  # a function that loops can call
 
-
-
-small_part = register_jitable(fastmath=EXACT_ENOUGH, error_model="numpy", forceinline=True)  # without a call
-
+small_part = register_jitable(
+    fastmath=EXACT_ENOUGH, error_model="numpy", forceinline=True
+)  # without a call
 
 
 # For what must come out the same wherever in a vector or tile it is computed: elsewhere the compiler may take
@@ -101,13 +102,10 @@ small_part = register_jitable(fastmath=EXACT_ENOUGH, error_model="numpy", forcei
 ordered_loop = functools.partial(loop, fastmath=ORDERED)
 
 
-
 ordered_part = register_jitable(fastmath=ORDERED, error_model="numpy")
 
 
-
 small_ordered_part = register_jitable(fastmath=ORDERED, error_model="numpy", forceinline=True)
-
 
 
 def serves(impl: str | None, *tensors: torch.Tensor | None) -> bool:
@@ -115,23 +113,27 @@ def serves(impl: str | None, *tensors: torch.Tensor | None) -> bool:
     if impl == "reference":
         return False
     given = [x for x in tensors if x is not None]
-    able = HAS_NUMBA and all(x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() for x in given)
+    able = HAS_NUMBA and all(
+        x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() for x in given
+    )
     if impl == "cpu" and not able:
         kinds = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device.type}" for x in given)
-        raise ValueError(f'impl is "cpu", but the compiled loops take float32 tensors on a CPU, none of them '
-                         f"empty, and Numba ({'installed' if HAS_NUMBA else 'missing: pip install numba'}); "
-                         f'got {kinds}; expected impl=None or "reference" here')
+        raise ValueError(
+            f'impl is "cpu", but the compiled loops take float32 tensors on a CPU, none of them '
+            f"empty, and Numba ({'installed' if HAS_NUMBA else 'missing: pip install numba'}); "
+            f'got {kinds}; expected impl=None or "reference" here'
+        )
     return able
-
 
 
 def threads() -> None:
     """As many as PyTorch has."""
     n = torch.get_num_threads()
     numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))
-    if torch.get_num_threads() != n:  # Numba has just started its threads, and as many of them as it can
+    if (
+        torch.get_num_threads() != n
+    ):  # Numba has just started its threads, and as many of them as it can
         torch.set_num_threads(n)
-
 
 
 def array(x: torch.Tensor) -> np.ndarray:
@@ -139,12 +141,10 @@ def array(x: torch.Tensor) -> np.ndarray:
     return x.detach().contiguous().numpy()
 
 
-
 def flat(x: torch.Tensor) -> np.ndarray:
     """The memory behind a view, from its first number to its last, for a loop that knows its strides."""
     span = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1
     return x.detach().as_strided((span,), (1,)).numpy()
-
 
 
 @part
@@ -164,4 +164,3 @@ def exp(x):
     power = np.int32((np.int32(k) + np.int32(127)) << np.int32(23)).view(f32)
     result = f32(0) if x < f32(-87.0) else (p * r * r + r + f32(1)) * power
     return f32(np.inf) if x > f32(88.0) else result
-

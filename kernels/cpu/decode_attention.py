@@ -9,6 +9,7 @@ kv head; all they take is flat: q and out [R, D, W], k and v [S, D, W], scores [
 Shapes: B rows, W rows of a block, H query heads, G kv heads, R = H / G, D head_dim, N = H + 2 G, S places of
 the cache, C = D / 2 pairs of RoPE.
 """
+
 import numpy as np
 
 from .attention_tiles import LOWEST
@@ -30,7 +31,7 @@ if HAS_NUMBA:
     )
 
 ROW_BLOCK = LANES  # rows of the cache that lie, and are read, together
-PLACES = 4         # of the cache that are taken together
+PLACES = 4  # of the cache that are taken together
 
 
 @part
@@ -43,7 +44,12 @@ def scores_of_rows(q, k, R, D, scores):
                 prefetch_once(k, (s + PLACES) * step + i)
         for r in range(R):
             at, to = s * step, r * step
-            a, b, c, e = fill(f32(0)), fill(f32(0)), fill(f32(0)), fill(f32(0))  # one would be waited for
+            a, b, c, e = (
+                fill(f32(0)),
+                fill(f32(0)),
+                fill(f32(0)),
+                fill(f32(0)),
+            )  # one would be waited for
             for i in range(0, most, 4 * LANES):
                 a = add_product(a, load(q, to + i), load(k, at + i))
                 b = add_product(b, load(q, to + i + LANES), load(k, at + i + LANES))
@@ -153,8 +159,14 @@ def attend(qkv, at, B, g, H, G, cos_SC, sin_SC, scale, places, k_SDW, v_SDW, out
     D, W = k_SDW.shape[1:]
     C, R, head, rows = cos_SC.shape[1], H // G, D * W, len(places)
     k, v, S = k_SDW.reshape(-1), v_SDW.reshape(-1), places.max() // PLACES * PLACES + PLACES
-    own = np.empty((2 * R + 3) * head + R * S * W, f32)  # one piece, for each takes the time of some places
-    new, angles, own = own[: (R + 2) * head], own[(R + 2) * head : (R + 3) * head], own[(R + 3) * head :]
+    own = np.empty(
+        (2 * R + 3) * head + R * S * W, f32
+    )  # one piece, for each takes the time of some places
+    new, angles, own = (
+        own[: (R + 2) * head],
+        own[(R + 2) * head : (R + 3) * head],
+        own[(R + 3) * head :],
+    )
     cos, sin, mixed, scores = angles[: C * W], angles[C * W :], own[: R * head], own[R * head :]
     for i in range(rows):
         for c in range(C):
@@ -204,8 +216,22 @@ def decode_attention_loop(qkv_INDC, cos_SC, sin_SC, scale, lengths_B, k, v, out_
         i, g = n // G, n % G
         places = lengths_B[i * W : (i + 1) * W]
         tile, first = i * W // C, i * W % C
-        attend(qkv, tile * (H + 2 * G) * D * C + first, C, g, H, G, cos_SC, sin_SC, scale, places, k[i, g],
-               v[i, g], out, tile * H * D * C + first)
+        attend(
+            qkv,
+            tile * (H + 2 * G) * D * C + first,
+            C,
+            g,
+            H,
+            G,
+            cos_SC,
+            sin_SC,
+            scale,
+            places,
+            k[i, g],
+            v[i, g],
+            out,
+            tile * H * D * C + first,
+        )
 
 
 @loop

@@ -15,12 +15,10 @@ from .compile import array, exp, f32, flat, loop, numba, part, threads
 PARTS = 64  # of the rows: each has a sum of its own in a sum over all rows
 
 
-
 @part
 def swiglu_fwd_row(gate, up, y):
     for f in range(len(y)):
         y[f] = gate[f] / (f32(1) + exp(-gate[f])) * up[f]
-
 
 
 @loop
@@ -32,7 +30,6 @@ def swiglu_fwd_loop(gate_up, stride, to_up, y_RF):
         swiglu_fwd_row(gate_up[i * stride : i * stride + F], gate_up[up : up + F], y_RF[i])
 
 
-
 @part
 def swiglu_bwd_row(dy, gate, up, dgate, dup):
     for f in range(len(dy)):
@@ -41,13 +38,13 @@ def swiglu_bwd_row(dy, gate, up, dgate, dup):
         dup[f] = dy[f] * gate[f] * s
 
 
-
 @loop
 def swiglu_bwd_loop(dy_RF, gate_up_RF, grad_RF):
     R, F = dy_RF.shape
     for i in numba.prange(R):
-        swiglu_bwd_row(dy_RF[i], gate_up_RF[i, :F], gate_up_RF[i, F:], grad_RF[i, :F], grad_RF[i, F:])
-
+        swiglu_bwd_row(
+            dy_RF[i], gate_up_RF[i, :F], gate_up_RF[i, F:], grad_RF[i, :F], grad_RF[i, F:]
+        )
 
 
 def swiglu_fwd(gate_up: torch.Tensor) -> torch.Tensor:
@@ -58,14 +55,15 @@ def swiglu_fwd(gate_up: torch.Tensor) -> torch.Tensor:
     return y
 
 
-
 def swiglu_bwd(dy: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
     grad = gate_up.new_empty(gate_up.shape)
     threads()
-    swiglu_bwd_loop(array(dy).reshape(-1, dy.shape[-1]), array(gate_up).reshape(-1, gate_up.shape[-1]),
-                    grad.numpy().reshape(-1, grad.shape[-1]))
+    swiglu_bwd_loop(
+        array(dy).reshape(-1, dy.shape[-1]),
+        array(gate_up).reshape(-1, gate_up.shape[-1]),
+        grad.numpy().reshape(-1, grad.shape[-1]),
+    )
     return grad
-
 
 
 class SwiGLU(torch.autograd.Function):
@@ -80,18 +78,15 @@ class SwiGLU(torch.autograd.Function):
         return swiglu_bwd(dy, *ctx.saved_tensors)
 
 
-
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """As kernels/swiglu.py has it."""
     return SwiGLU.apply(gate_up) if torch.is_grad_enabled() else swiglu_fwd(gate_up)
-
 
 
 @part
 def add_row(x, residual, total):
     for m in range(len(x)):
         total[m] = x[m] + residual[m]
-
 
 
 @part
@@ -103,7 +98,6 @@ def rmsnorm_fwd_row(x, w, eps, y):
     for m in range(len(x)):
         y[m] = x[m] * r * w[m]
     return r
-
 
 
 @loop
@@ -118,7 +112,6 @@ def rmsnorm_fwd_loop(x_RM, residual_RM, w_M, eps, y_RM, sum_RM, r_R):
             r_R[i] = rmsnorm_fwd_row(x_RM[i], w_M, eps, y_RM[i])
 
 
-
 @part
 def rmsnorm_bwd_row(dy, x, w, r, dx, dw):
     total = f32(0)
@@ -128,7 +121,6 @@ def rmsnorm_bwd_row(dy, x, w, r, dx, dw):
     mean = total / f32(len(x))
     for m in range(len(x)):
         dx[m] = r * (dy[m] * w[m] - x[m] * r * mean)
-
 
 
 @loop
@@ -143,32 +135,49 @@ def rmsnorm_bwd_loop(dy_RM, dsum_RM, x_RM, w_M, r_R, dx_RM, dw_PM):
                 add_row(dx_RM[i], dsum_RM[i], dx_RM[i])
 
 
-
-def rmsnorm_fwd(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
-                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def rmsnorm_fwd(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, x + residual or an empty tensor, r [R])."""
     M = x.shape[-1]
     y, total = x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)
     r = x.new_empty(x.numel() // M)
     rows = np.empty((0, M), f32) if residual is None else array(residual).reshape(-1, M)
     threads()
-    rmsnorm_fwd_loop(array(x).reshape(-1, M), rows, array(weight), f32(eps), y.numpy().reshape(-1, M),
-                     total.numpy().reshape(-1, M), r.numpy())
+    rmsnorm_fwd_loop(
+        array(x).reshape(-1, M),
+        rows,
+        array(weight),
+        f32(eps),
+        y.numpy().reshape(-1, M),
+        total.numpy().reshape(-1, M),
+        r.numpy(),
+    )
     return y, total, r
 
 
-
-def rmsnorm_bwd(dy: torch.Tensor, dsum: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor,
-                r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def rmsnorm_bwd(
+    dy: torch.Tensor,
+    dsum: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    r: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(dx, dw) from the gradients of y and, if it was used, of the sum; x is what was normed."""
     M = x.shape[-1]
     dx, dw = x.new_empty(x.shape), x.new_empty(min(PARTS, len(r)), M)
     rows = np.empty((0, M), f32) if dsum is None else array(dsum).reshape(-1, M)
     threads()
-    rmsnorm_bwd_loop(array(dy).reshape(-1, M), rows, array(x).reshape(-1, M), array(weight), array(r),
-                     dx.numpy().reshape(-1, M), dw.numpy())
+    rmsnorm_bwd_loop(
+        array(dy).reshape(-1, M),
+        rows,
+        array(x).reshape(-1, M),
+        array(weight),
+        array(r),
+        dx.numpy().reshape(-1, M),
+        dw.numpy(),
+    )
     return dx, dw.sum(0)
-
 
 
 class RMSNorm(torch.autograd.Function):
@@ -177,7 +186,9 @@ class RMSNorm(torch.autograd.Function):
         y, total, r = rmsnorm_fwd(x, weight, eps, residual)
         ctx.save_for_backward(x if residual is None else total, weight, r)
         ctx.has_residual = residual is not None
-        ctx.set_materialize_grads(False)  # a gradient that nobody asked for is None, and costs nothing
+        ctx.set_materialize_grads(
+            False
+        )  # a gradient that nobody asked for is None, and costs nothing
         return (y, total) if ctx.has_residual else y
 
     @staticmethod
@@ -188,14 +199,14 @@ class RMSNorm(torch.autograd.Function):
         return dx, dw, None, dx if ctx.has_residual else None
 
 
-
-def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None):
+def rmsnorm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+):
     """As kernels/rmsnorm.py has it."""
     if torch.is_grad_enabled():
         return RMSNorm.apply(x, weight, eps, residual)
     y, total, _ = rmsnorm_fwd(x, weight, eps, residual)
     return y if residual is None else (y, total)
-
 
 
 @loop
@@ -213,15 +224,22 @@ def rope_loop(x, stride_t, stride_h, cos_TC, sin_TC, direction, y_THD):
                 y_THD[t, h, C + c] = second * cos + first * sin
 
 
-
-def rope_turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool) -> torch.Tensor:
+def rope_turn(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool
+) -> torch.Tensor:
     """Every head of x [T, H, D] turned by its token's angles, or turned back."""
     y = x.new_empty(x.shape)
     threads()
-    rope_loop(flat(x), x.stride(0), x.stride(1), array(cos), array(sin), f32(-1 if backward else 1),
-              y.numpy())
+    rope_loop(
+        flat(x),
+        x.stride(0),
+        x.stride(1),
+        array(cos),
+        array(sin),
+        f32(-1 if backward else 1),
+        y.numpy(),
+    )
     return y
-
 
 
 class RoPE(torch.autograd.Function):
@@ -233,14 +251,16 @@ class RoPE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return rope_turn(dy if dy.stride(2) == 1 else dy.contiguous(), *ctx.saved_tensors, True), None, None
-
+        return (
+            rope_turn(dy if dy.stride(2) == 1 else dy.contiguous(), *ctx.saved_tensors, True),
+            None,
+            None,
+        )
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """As kernels/rope.py has it."""
     return RoPE.apply(x, cos, sin) if torch.is_grad_enabled() else rope_turn(x, cos, sin, False)
-
 
 
 @part
@@ -259,7 +279,6 @@ def take_in_row(row, before):
     return peak, total, weighted
 
 
-
 @loop
 def take_in_loop(logits_RV, peak_R, total_R, weighted_R):
     for i in numba.prange(len(logits_RV)):
@@ -271,19 +290,16 @@ def take_in_loop(logits_RV, peak_R, total_R, weighted_R):
         total_R[i] = total_R[i] * rescale + total
 
 
-
 @part
 def scale_row(x, scale):
     for v in range(len(x)):
         x[v] *= scale
 
 
-
 @part
 def add_at(row, place, x):
     if 0 <= place < len(row):  # else the target is in another slice
         row[place] += x
-
 
 
 @loop
@@ -293,14 +309,12 @@ def dlogits_of_exps_loop(exps_RV, total_R, dlogp_R, targets_R, start):
         add_at(exps_RV[i], targets_R[i] - start, dlogp_R[i])
 
 
-
 @part
 def dlogits_row(row, lse, dlogp, dentropy, entropy):
     more = dlogp + dentropy * entropy
     for v in range(len(row)):
         log_p = row[v] - lse
         row[v] = -exp(log_p) * (more + dentropy * log_p)
-
 
 
 @loop
@@ -312,12 +326,10 @@ def dlogits_of_logits_loop(logits_RV, lse_R, entropy_R, dlogp_R, dentropy_R, tar
         add_at(logits_RV[i], targets_R[i] - start, dlogp_R[i])
 
 
-
 def take_in(logits, peak, total, weighted):
     threads()
     take_in_loop(logits.numpy(), peak.numpy(), total.numpy(), weighted.numpy())
     return logits
-
 
 
 def dlogits_of_exps(exps, total, dlogp, targets, start):
@@ -326,17 +338,21 @@ def dlogits_of_exps(exps, total, dlogp, targets, start):
     return exps
 
 
-
 def dlogits_of_logits(logits, lse, entropy, dlogp, dentropy, targets, start):
     threads()
-    dlogits_of_logits_loop(logits.numpy(), lse.numpy(), entropy.numpy(), array(dlogp),
-                           np.empty(0, f32) if dentropy is None else array(dentropy), array(targets), start)
+    dlogits_of_logits_loop(
+        logits.numpy(),
+        lse.numpy(),
+        entropy.numpy(),
+        array(dlogp),
+        np.empty(0, f32) if dentropy is None else array(dentropy),
+        array(targets),
+        start,
+    )
     return logits
-
 
 
 def linear_logprob(h, weight, targets, temperature: float, rows=None, softcap: float | None = None):
     """As kernels/linear_logprob.py has it: the reference, with these loops between its matrix products."""
     steps = sys.modules[__name__]
     return reference.LinearLogprob.apply(h, weight, targets, temperature, rows, softcap, steps)
-

@@ -10,6 +10,7 @@ What comes out for a row is the same to the last bit whatever the others are, an
 
 Shapes: M features, N of a product's result, A of the query heads, F d_ff. All arrays are flat.
 """
+
 import numpy as np
 import torch
 
@@ -20,9 +21,9 @@ if HAS_NUMBA:
     from .registers import LINE, add_product, fill, load, multiply, prefetch, store
     from .tiles import NARROW_ROWS, narrow_product, product
 
-BLOCKS = 8           # of a group at most: what they hold stays in the nearer caches of a core
-ROWS_A_THREAD = 16   # or more, or reading all weights for them takes longer than the arithmetic
-SMALL = 4_000_000    # weights that all cores' common cache holds: they may be read for a single block
+BLOCKS = 8  # of a group at most: what they hold stays in the nearer caches of a core
+ROWS_A_THREAD = 16  # or more, or reading all weights for them takes longer than the arithmetic
+SMALL = 4_000_000  # weights that all cores' common cache holds: they may be read for a single block
 
 
 def groups_of(n_rows: int, n_threads: int, n_weights: int) -> int:
@@ -58,14 +59,45 @@ def multiply_blocks(w, N, K, x, start, start_block, start_row, out, out_block, o
         for i in range((n + NARROW_ROWS) * K, min(n + 2 * NARROW_ROWS, N) * K, LINE):
             prefetch(w, i)
         while b + 2 <= end:
-            product(w, n * K, K, 1, rows, K, x, b * K * LANES, LANES, K * LANES, start,
-                    b * start_block + n * start_row, start_row, start_block, out, b * out_block + n * out_row,
-                    out_row, out_block)
+            product(
+                w,
+                n * K,
+                K,
+                1,
+                rows,
+                K,
+                x,
+                b * K * LANES,
+                LANES,
+                K * LANES,
+                start,
+                b * start_block + n * start_row,
+                start_row,
+                start_block,
+                out,
+                b * out_block + n * out_row,
+                out_row,
+                out_block,
+            )
             b += 2
         if b < end:
-            narrow_product(w, n * K, K, 1, rows, K, x, b * K * LANES, LANES, start,
-                           b * start_block + n * start_row, start_row, out, b * out_block + n * out_row,
-                           out_row)
+            narrow_product(
+                w,
+                n * K,
+                K,
+                1,
+                rows,
+                K,
+                x,
+                b * K * LANES,
+                LANES,
+                start,
+                b * start_block + n * start_row,
+                start_row,
+                out,
+                b * out_block + n * out_row,
+                out_row,
+            )
 
 
 @ordered_part
@@ -82,7 +114,9 @@ def project(x, eps, norm, w, bias, head_norms, D, first, end, y, out, out_block,
 
 
 @ordered_loop
-def project_loop(x, eps, norm, w, bias, head_norms, D, n_blocks, groups, y, out, out_block, out_row):
+def project_loop(
+    x, eps, norm, w, bias, head_norms, D, n_blocks, groups, y, out, out_block, out_row
+):
     """From the residual stream to the heads: out = w norm(x) + bias of each block, and the first heads are
     normed, with a row [D] of head_norms each. bias: [N, 8], 8 times the same number, or 8 zeros for all."""
     for g in numba.prange(groups):
@@ -91,8 +125,29 @@ def project_loop(x, eps, norm, w, bias, head_norms, D, n_blocks, groups, y, out,
 
 
 @ordered_loop
-def finish_layer_loop(x, mixed, eps, w_out, mlp_norm, w_up, w_down, zeros, n_blocks, groups, gate_up, act,
-                      norm, w, bias, head_norms, D, y, out, out_block, out_row):
+def finish_layer_loop(
+    x,
+    mixed,
+    eps,
+    w_out,
+    mlp_norm,
+    w_up,
+    w_down,
+    zeros,
+    n_blocks,
+    groups,
+    gate_up,
+    act,
+    norm,
+    w,
+    bias,
+    head_norms,
+    D,
+    y,
+    out,
+    out_block,
+    out_row,
+):
     """What follows attention, whose result is mixed: x += w_out mixed, and x += MLP(norm(x)); then what comes
     before the next, as in project_loop, or the model's last norm and logits."""
     M, C = len(norm), LANES
@@ -106,6 +161,8 @@ def finish_layer_loop(x, mixed, eps, w_out, mlp_norm, w_up, w_down, zeros, n_blo
         multiply_blocks(w_up, 2 * F, M, y, zeros, 0, 0, gate_up, 2 * wide, C, first, end)
         for b in range(first, end):
             up, after = (2 * b + 1) * wide, (2 * b + 2) * wide
-            swiglu_fwd_row(gate_up[up - wide : up], gate_up[up:after], act[b * wide : (b + 1) * wide])
+            swiglu_fwd_row(
+                gate_up[up - wide : up], gate_up[up:after], act[b * wide : (b + 1) * wide]
+            )
         multiply_blocks(w_down, M, F, act, x, step, C, x, step, C, first, end)
         project(x, eps, norm, w, bias, head_norms, D, first, end, y, out, out_block, out_row)

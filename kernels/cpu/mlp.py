@@ -15,6 +15,7 @@ of threads.
 
 Shapes: T tokens, M d_model, F d_ff, P parts; K and N of any product.
 """
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -38,10 +39,10 @@ if HAS_NUMBA:
     from .registers import load, store
     from .tiles import product
 
-TOKENS = 96       # that a thread takes through at one time
-DEPTH = 384       # of a product at one time: 16 columns so long lie in the nearest cache
-PARTS = 16      # of the tokens at most, each with gradients of the weights of its own
-FEWEST = 512    # tokens of a part: for fewer, adding these up takes too long
+TOKENS = 96  # that a thread takes through at one time
+DEPTH = 384  # of a product at one time: 16 columns so long lie in the nearest cache
+PARTS = 16  # of the tokens at most, each with gradients of the weights of its own
+FEWEST = 512  # tokens of a part: for fewer, adding these up takes too long
 MOST = 600_000  # weights: the gradients of more lie in no cache, and PyTorch's products are faster
 
 
@@ -54,11 +55,24 @@ def fits(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> bool:
     """Whether the loops run on these, and are faster: there are parts for all threads, few of which wait at
     the end, and PyTorch's products have neither longer vectors nor hardware of their own. (So which of the
     two it is, and the last bits, does depend on the number of threads.)"""
-    (M, F), n_weights, parts = down.shape, gate_up.numel() + down.numel(), parts_of(x.numel() // x.shape[-1])
-    shapes = x.shape[-1] == M and gate_up.shape == (2 * F, M) and not (M % TILE_COLUMNS or F % TILE_COLUMNS)
+    (M, F), n_weights, parts = (
+        down.shape,
+        gate_up.numel() + down.numel(),
+        parts_of(x.numel() // x.shape[-1]),
+    )
+    shapes = (
+        x.shape[-1] == M
+        and gate_up.shape == (2 * F, M)
+        and not (M % TILE_COLUMNS or F % TILE_COLUMNS)
+    )
     all_busy = parts >= 2 and 8 * (-parts % torch.get_num_threads()) <= parts
-    return shapes and all_busy and n_weights <= MOST and \
-        torch.backends.cpu.get_cpu_capability() == "AVX2" and serves(None, x, gate_up, down)
+    return (
+        shapes
+        and all_busy
+        and n_weights <= MOST
+        and torch.backends.cpu.get_cpu_capability() == "AVX2"
+        and serves(None, x, gate_up, down)
+    )
 
 
 def panels(weight_NK: torch.Tensor):
@@ -78,8 +92,26 @@ def multiply(x, at, row, T, K, w, N, zeros, out, to, out_row):
     for n in range(0, N, TILE_COLUMNS):
         for k in range(0, K, DEPTH):
             start, start_at, start_row = (out, to + n, out_row) if k else (zeros, 0, 0)
-            product(x, at + k, row, 1, T, min(DEPTH, K - k), w, n * K + k * TILE_COLUMNS, TILE_COLUMNS, LANES,
-                    start, start_at, start_row, LANES, out, to + n, out_row, LANES)
+            product(
+                x,
+                at + k,
+                row,
+                1,
+                T,
+                min(DEPTH, K - k),
+                w,
+                n * K + k * TILE_COLUMNS,
+                TILE_COLUMNS,
+                LANES,
+                start,
+                start_at,
+                start_row,
+                LANES,
+                out,
+                to + n,
+                out_row,
+                LANES,
+            )
 
 
 @part
@@ -88,8 +120,26 @@ def add_gradient(d, row, T, N, x, x_row, M, dw):
     for n in range(0, N, TILE_ROWS):
         for m in range(0, M, TILE_COLUMNS):
             to = n * M + m
-            product(d, n, 1, row, min(TILE_ROWS, N - n), T, x, m, x_row, LANES, dw, to, M, LANES, dw, to, M,
-                    LANES)
+            product(
+                d,
+                n,
+                1,
+                row,
+                min(TILE_ROWS, N - n),
+                T,
+                x,
+                m,
+                x_row,
+                LANES,
+                dw,
+                to,
+                M,
+                LANES,
+                dw,
+                to,
+                M,
+                LANES,
+            )
 
 
 @part
@@ -121,13 +171,29 @@ def mlp_fwd_loop(x, up_panels, down_panels, zeros, M, F, keep, gate_up, a_PTF, y
             multiply(x, t * M, M, n, M, up_panels, 2 * F, zeros, gate_up, at, 2 * F)
             for i in range(n):
                 up = at + (2 * i + 1) * F
-                swiglu_fwd_row(gate_up[up - F : up], gate_up[up : up + F], a[i * a_row : i * a_row + F])
+                swiglu_fwd_row(
+                    gate_up[up - F : up], gate_up[up : up + F], a[i * a_row : i * a_row + F]
+                )
             multiply(a, 0, a_row, n, F, down_panels, M, zeros, y, t * M, M)
 
 
 @loop
-def mlp_bwd_loop(dy, x, gate_up, down_panels, up_panels, zeros, F, a_PTF, d_PTF, xs_PTM, dys_PTM, dx, dup_P,
-                 ddown_P):
+def mlp_bwd_loop(
+    dy,
+    x,
+    gate_up,
+    down_panels,
+    up_panels,
+    zeros,
+    F,
+    a_PTF,
+    d_PTF,
+    xs_PTM,
+    dys_PTM,
+    dx,
+    dup_P,
+    ddown_P,
+):
     """All flat but for what each part has of its own: working memory, and dup [2 F, M] and ddown [F, M]."""
     P, M = len(a_PTF), ddown_P.shape[1] // F
     T, a_row, d_row, row = len(x) // M, a_PTF.shape[2], d_PTF.shape[2], xs_PTM.shape[2]
@@ -144,36 +210,63 @@ def mlp_bwd_loop(dy, x, gate_up, down_panels, up_panels, zeros, F, a_PTF, d_PTF,
             multiply(dys, 0, row, n, M, down_panels, F, zeros, a, 0, a_row)
             for i in range(n):
                 up, to = (2 * (t + i) + 1) * F, i * d_row + F
-                swiglu_back_row(a[i * a_row : i * a_row + F], gate_up[up - F : up], gate_up[up : up + F],
-                                d[to - F : to], d[to : to + F])
+                swiglu_back_row(
+                    a[i * a_row : i * a_row + F],
+                    gate_up[up - F : up],
+                    gate_up[up : up + F],
+                    d[to - F : to],
+                    d[to : to + F],
+                )
             multiply(d, 0, d_row, n, 2 * F, up_panels, M, zeros, dx, t * M, M)
             add_gradient(d, d_row, n, 2 * F, xs, row, M, dup)
             add_gradient(a, a_row, n, F, dys, row, M, ddown)
 
 
-def mlp_fwd(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, keep: bool
-            ) -> tuple[torch.Tensor, torch.Tensor]:
+def mlp_fwd(
+    x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, keep: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, [g u] [T, 2 F] if it is to be kept)"""
     (M, F), T = down.shape, x.numel() // down.shape[0]
     P = parts_of(T)
     kept = x.new_empty(T if keep else P * TOKENS, 2 * F)
     y, a = x.new_empty(x.shape), x.new_empty(P, TOKENS, apart(F))
     threads()
-    mlp_fwd_loop(array(x).reshape(-1), panels(gate_up), panels(down), x.new_zeros(TILE_COLUMNS).numpy(), M, F,
-                 keep, kept.numpy().reshape(-1), a.numpy(), y.numpy().reshape(-1))
+    mlp_fwd_loop(
+        array(x).reshape(-1),
+        panels(gate_up),
+        panels(down),
+        x.new_zeros(TILE_COLUMNS).numpy(),
+        M,
+        F,
+        keep,
+        kept.numpy().reshape(-1),
+        a.numpy(),
+        y.numpy().reshape(-1),
+    )
     return y, kept
 
 
-def mlp_bwd(dy: torch.Tensor, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, kept: torch.Tensor
-            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def mlp_bwd(
+    dy: torch.Tensor, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, kept: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, dgate_up, ddown)"""
     (M, F), P = down.shape, parts_of(x.numel() // down.shape[0])
     own = [x.new_empty(P, TOKENS, apart(n)).numpy() for n in (F, 2 * F, M, M)]
     dx, dup, ddown = x.new_empty(x.shape), x.new_empty(P, 2 * F * M), x.new_empty(P, F * M)
     threads()
-    mlp_bwd_loop(array(dy).reshape(-1), array(x).reshape(-1), kept.numpy().reshape(-1), panels(down.t()),
-                 panels(gate_up.t()), x.new_zeros(TILE_COLUMNS).numpy(), F, *own, dx.numpy().reshape(-1),
-                 dup.numpy(), ddown.numpy())
+    mlp_bwd_loop(
+        array(dy).reshape(-1),
+        array(x).reshape(-1),
+        kept.numpy().reshape(-1),
+        panels(down.t()),
+        panels(gate_up.t()),
+        x.new_zeros(TILE_COLUMNS).numpy(),
+        F,
+        *own,
+        dx.numpy().reshape(-1),
+        dup.numpy(),
+        ddown.numpy(),
+    )
     return dx, dup.sum(0).view(2 * F, M), ddown.sum(0).view(F, M).t()
 
 

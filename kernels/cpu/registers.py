@@ -4,6 +4,7 @@ which it unrolls before it looks for vectors.
 Where registers are shorter, one becomes two or four of them. Arrays are flat, float32 and contiguous, and
 nothing checks that all 8 places are inside. Needs Numba.
 """
+
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, models, register_model
@@ -40,27 +41,34 @@ def pick(builder, a, b, which):
 
 def in_all(builder, number):
     """A vector that holds a number 8 times."""
-    return pick(builder, builder.insert_element(F32x8(ir.Undefined), number, INT(0)), None, [0] * LANES)
+    return pick(
+        builder, builder.insert_element(F32x8(ir.Undefined), number, INT(0)), None, [0] * LANES
+    )
 
 
 @intrinsic
 def load(typing, x, i):
     """x[i : i + 8]"""
+
     def code(context, builder, signature, args):
         return builder.load(address(context, builder, signature, *args, F32x8), align=4)
+
     return vector(x, types.intp), code
 
 
 @intrinsic
 def store(typing, x, i, v):
     """x[i : i + 8] = v"""
+
     def code(context, builder, signature, args):
         builder.store(args[2], address(context, builder, signature, *args[:2], F32x8), align=4)
+
     return types.void(x, types.intp, v), code
 
 
 def asking(nearness: int):
     """A function for loops: ask for the 64 bytes around x[i], which may lie behind the end."""
+
     @intrinsic
     def ask(typing, x, i):
         def code(context, builder, signature, args):
@@ -69,26 +77,35 @@ def asking(nearness: int):
             to_read, data = INT(0), INT(1)
             place = address(context, builder, signature, *args, BYTE)
             builder.call(fetch, [place, to_read, INT(nearness), data])
+
         return types.void(x, types.intp), code
+
     return ask
 
 
-prefetch, prefetch_once = asking(3), asking(0)  # to stay in all caches, or to be read once and make room
+prefetch, prefetch_once = (
+    asking(3),
+    asking(0),
+)  # to stay in all caches, or to be read once and make room
 
 
 @intrinsic
 def fill(typing, x):
     """x in all 8."""
+
     def code(context, builder, signature, args):
         return in_all(builder, args[0])
+
     return vector(types.float32), code
 
 
 def operation(build):
     """build(builder, a, b) of two vectors as a function for loops."""
+
     @intrinsic
     def of_two(typing, a, b):
         return vector(a, b), lambda context, builder, signature, args: build(builder, *args)
+
     return of_two
 
 
@@ -102,58 +119,83 @@ larger = operation(lambda builder, a, b: builder.select(builder.fcmp_ordered("<"
 @intrinsic
 def add_product(typing, total, a, b):
     """total + a b, rounded once or twice."""
+
     def code(context, builder, signature, args):
-        return builder.fadd(args[0], builder.fmul(*args[1:], flags=["contract"]), flags=["contract"])
+        return builder.fadd(
+            args[0], builder.fmul(*args[1:], flags=["contract"]), flags=["contract"]
+        )
+
     return vector(total, a, b), code
 
 
 @intrinsic
 def transpose(typing, x, at, stride, to, to_at, to_stride):
     """8 x 8: to[to_at + i to_stride + j] = x[at + j stride + i]"""
+
     def places(context, builder, kind, array, first, step):
-        numbers = [builder.add(first, builder.mul(step, ir.Constant(step.type, i))) for i in range(LANES)]
-        return [address(context, builder, types.void(kind), array, number, F32x8) for number in numbers]
+        numbers = [
+            builder.add(first, builder.mul(step, ir.Constant(step.type, i))) for i in range(LANES)
+        ]
+        return [
+            address(context, builder, types.void(kind), array, number, F32x8) for number in numbers
+        ]
 
     def code(context, builder, signature, args):
-        v = [builder.load(p, align=4) for p in places(context, builder, signature.args[0], *args[:3])]
+        v = [
+            builder.load(p, align=4) for p in places(context, builder, signature.args[0], *args[:3])
+        ]
         halves = [[i // 2 + i % 2 * LANES for i in range(n, n + LANES)] for n in (0, LANES)]
-        for _ in range(3):  # a riffle of 64 cards, dealt in 8 heaps: the third one has rows for columns
+        for _ in range(
+            3
+        ):  # a riffle of 64 cards, dealt in 8 heaps: the third one has rows for columns
             v = [pick(builder, v[i // 2], v[i // 2 + 4], halves[i % 2]) for i in range(LANES)]
         for row, p in zip(v, places(context, builder, signature.args[3], *args[3:]), strict=True):
             builder.store(row, p, align=4)
+
     return types.void(x, *[types.intp] * 2, to, *[types.intp] * 2), code
 
 
 @intrinsic
 def nearest(typing, x):
     """Each rounded to a whole number."""
+
     def code(context, builder, signature, args):
-        rint = builder.module.declare_intrinsic("llvm.rint.v8f32", [], ir.FunctionType(F32x8, [F32x8]))
+        rint = builder.module.declare_intrinsic(
+            "llvm.rint.v8f32", [], ir.FunctionType(F32x8, [F32x8])
+        )
         return builder.call(rint, args)
+
     return vector(x), code
 
 
 @intrinsic
 def two_to_the(typing, k):
     """2^k for whole numbers from -126 to 127: they are put where a float32 has its exponent."""
+
     def code(context, builder, signature, args):
         kind = ir.VectorType(INT, LANES)
         bias, bits = (ir.Constant(kind, [n] * LANES) for n in (127, 23))
-        return builder.bitcast(builder.shl(builder.add(builder.fptosi(args[0], kind), bias), bits), F32x8)
+        return builder.bitcast(
+            builder.shl(builder.add(builder.fptosi(args[0], kind), bias), bits), F32x8
+        )
+
     return vector(k), code
 
 
 @intrinsic
 def zero_below(typing, x, limit, y):
     """y, but 0 where x < limit."""
+
     def code(context, builder, signature, args):
         below = builder.fcmp_ordered("<", *args[:2])
         return builder.select(below, ir.Constant(F32x8, [0.0] * LANES), args[2])
+
     return vector(x, limit, y), code
 
 
 def across(name, flag, *start):
     """A number of a vector as a function for loops, by an instruction of LLVM's."""
+
     @intrinsic
     def of_one(typing, x):
         def code(context, builder, signature, args):
@@ -161,7 +203,9 @@ def across(name, flag, *start):
             kind = ir.FunctionType(FLOAT, [FLOAT] * len(begin) + [F32x8])
             reduce = builder.module.declare_intrinsic(f"llvm.vector.reduce.{name}.v8f32", [], kind)
             return builder.call(reduce, [*begin, *args], fastmath=(flag,))
+
         return types.float32(x), code
+
     return of_one
 
 

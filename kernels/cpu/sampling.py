@@ -18,9 +18,7 @@ if HAS_NUMBA:
     from .registers import transpose
 
 
-
 DRAW_BLOCK = 32  # tokens that are added up before the cumulative sum, in fp64, is searched
-
 
 
 @part
@@ -35,7 +33,6 @@ def soften_and_sum(row, peak, exps, ends):
             block_sum += exps[v]
         total += block_sum
         ends[i] = total
-
 
 
 @part
@@ -59,7 +56,6 @@ def draw_row(row, uniform, exps, ends):
     return token if np.isfinite(check) else -1, np.log(exps[token] / ends[-1])
 
 
-
 @part
 def copy_columns(x, stride, first, rows, V, to, width):
     """Columns first .. first + rows of flat x to rows of flat `to`, `width` apart."""
@@ -71,11 +67,13 @@ def copy_columns(x, stride, first, rows, V, to, width):
             to[i * width + v] = x[v * stride + first + i]
 
 
-
 @loop
 def draw_loop(logits, stride, V, uniforms_B, tokens_B, logp_B):
     """logits: flat, `stride` from token to token, the rows side by side."""
-    B, width = len(tokens_B), V + 16  # 16: or the rows push each other out of the cache's few places for 2^n
+    B, width = (
+        len(tokens_B),
+        V + 16,
+    )  # 16: or the rows push each other out of the cache's few places for 2^n
     for n in numba.prange((B + LANES - 1) // LANES):
         first, rows = n * LANES, min(B - n * LANES, LANES)
         block, exps = np.empty(LANES * width, f32), np.empty(V, f32)
@@ -84,8 +82,9 @@ def draw_loop(logits, stride, V, uniforms_B, tokens_B, logp_B):
         for i in range(rows):
             row = block[i * width : i * width + V]
             block[i * width + V : i * width + V + LANES] = LOWEST
-            tokens_B[first + i], logp_B[first + i] = draw_row(row, uniforms_B[first + i], exps, ends)
-
+            tokens_B[first + i], logp_B[first + i] = draw_row(
+                row, uniforms_B[first + i], exps, ends
+            )
 
 
 def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,4 +96,3 @@ def draw(logits: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, to
     threads()
     draw_loop(flat(logits), stride, V, array(uniforms), tokens.numpy(), logp.numpy())
     return tokens, logp
-

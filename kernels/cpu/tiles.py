@@ -12,6 +12,7 @@ Matrices are pieces of flat arrays, given as (array, first place, places from ro
 and out have 8 columns side by side, and the other 8 `next` places after them, 8 where all 16 are neighbours;
 a has any number of places from column to column. Nothing checks that they are inside. Needs Numba.
 """
+
 from numba import types
 from numba.extending import intrinsic
 
@@ -23,10 +24,17 @@ NARROW_ROWS = 2 * TILE_ROWS
 
 def vectors(context, builder, kind, array, at, row, next, rows, panels):
     """Where the vectors of each row begin."""
+
     def place(i, j):
-        return builder.add(at, builder.add(builder.mul(row, row.type(i)), builder.mul(next, next.type(j))))
-    return [address(context, builder, types.void(kind), array, place(i, j), F32x8)
-            for i in range(rows) for j in range(panels)]
+        return builder.add(
+            at, builder.add(builder.mul(row, row.type(i)), builder.mul(next, next.type(j)))
+        )
+
+    return [
+        address(context, builder, types.void(kind), array, place(i, j), F32x8)
+        for i in range(rows)
+        for j in range(panels)
+    ]
 
 
 def take_tile(rows: int, panels: int):
@@ -38,6 +46,7 @@ def take_tile(rows: int, panels: int):
         def code(context, builder, signature, args):
             places = vectors(context, builder, x, *args, rows, panels)
             return context.make_tuple(builder, tile, [builder.load(p, align=4) for p in places])
+
         return tile(x, *[types.intp] * 3), code
 
     return take
@@ -45,12 +54,14 @@ def take_tile(rows: int, panels: int):
 
 def put_tile(panels: int):
     """A function for loops: the tile, to x[at]."""
+
     @intrinsic
     def put(typing, tile, x, at, row, next):
         def code(context, builder, signature, args):
             places = vectors(context, builder, x, *args[1:], tile.count // panels, panels)
             for i, place in enumerate(places):
                 builder.store(builder.extract_value(args[0], i), place, align=4)
+
         return types.void(tile, x, *[types.intp] * 3), code
 
     return put
@@ -58,6 +69,7 @@ def put_tile(panels: int):
 
 def add_outer(panels: int):
     """A function for loops: the tile + a column of a, at a[a_at], times a row of b."""
+
     @intrinsic
     def add(typing, tile, a, a_at, a_row, b, b_at, b_next):
         def code(context, builder, signature, args):
@@ -66,26 +78,51 @@ def add_outer(panels: int):
             row, new = [builder.load(p, align=4) for p in places], []
             for i in range(tile.count // panels):
                 place = builder.add(a_at, builder.mul(a_row, a_row.type(i)))
-                x = builder.load(address(context, builder, types.void(a), a_array, place, FLOAT), align=4)
+                x = builder.load(
+                    address(context, builder, types.void(a), a_array, place, FLOAT), align=4
+                )
                 x = in_all(builder, x)
                 for j in range(panels):
                     product = builder.fmul(x, row[j], flags=["contract"])
                     so_far = builder.extract_value(old, i * panels + j)
                     new.append(builder.fadd(so_far, product, flags=["contract"]))
             return context.make_tuple(builder, tile, new)
+
         return tile(tile, a, *[types.intp] * 2, b, *[types.intp] * 2), code
 
     return add
 
 
-take_6, take_2, take_1, put, add = *(take_tile(n, 2) for n in (TILE_ROWS, 2, 1)), put_tile(2), add_outer(2)
+take_6, take_2, take_1, put, add = (
+    *(take_tile(n, 2) for n in (TILE_ROWS, 2, 1)),
+    put_tile(2),
+    add_outer(2),
+)
 narrow_12, narrow_4, narrow_1 = (take_tile(n, 1) for n in (NARROW_ROWS, 4, 1))
 put_narrow, add_narrow = put_tile(1), add_outer(1)
 
 
 @small_ordered_part
-def product(a, a_at, a_row, a_step, rows, depth, b, b_at, b_row, b_next, start, start_at, start_row,
-            start_next, out, out_at, out_row, out_next):
+def product(
+    a,
+    a_at,
+    a_row,
+    a_step,
+    rows,
+    depth,
+    b,
+    b_at,
+    b_row,
+    b_next,
+    start,
+    start_at,
+    start_row,
+    start_next,
+    out,
+    out_at,
+    out_row,
+    out_next,
+):
     """16 columns of any number of rows, 6 at a time; start may be out."""
     i = 0
     while i + TILE_ROWS <= rows:
@@ -108,8 +145,23 @@ def product(a, a_at, a_row, a_step, rows, depth, b, b_at, b_row, b_next, start, 
 
 
 @small_ordered_part
-def narrow_product(a, a_at, a_row, a_step, rows, depth, b, b_at, b_row, start, start_at, start_row, out,
-                   out_at, out_row):
+def narrow_product(
+    a,
+    a_at,
+    a_row,
+    a_step,
+    rows,
+    depth,
+    b,
+    b_at,
+    b_row,
+    start,
+    start_at,
+    start_row,
+    out,
+    out_at,
+    out_row,
+):
     """8 columns of any number of rows, 12 at a time; start may be out."""
     i = 0
     while i + NARROW_ROWS <= rows:

@@ -19,20 +19,17 @@ copied for each. Its step is captured at a few fixed batch sizes, each as a CUDA
 Shapes: B rows, L layers, H query heads, G kv heads, R = H / G, D head_dim, S columns, T flat tokens.
 """
 
-
-PAGE = 16      # tokens in a page; slots grow by as many columns
-
+PAGE = 16  # tokens in a page; slots grow by as many columns
 
 
 def pages_for(n_tokens) -> int:
     return -(-n_tokens // PAGE)
 
 
-
-def places_within(n_bytes: float, token_bytes: int, n_rows: int, longest: int | None,
-                  max_seq_len: int) -> int:
+def places_within(
+    n_bytes: float, token_bytes: int, n_rows: int, longest: int | None, max_seq_len: int
+) -> int:
     """Places for n_rows sequences of `longest` tokens, and a page more, or as many as fit into n_bytes; but
     always enough for one sequence of max_seq_len."""
     row = PAGE * pages_for(min(longest or max_seq_len, max_seq_len) + PAGE)
     return max(PAGE * pages_for(max_seq_len), min(n_rows * row, int(n_bytes / token_bytes)))
-

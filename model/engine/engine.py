@@ -21,6 +21,7 @@ texts, or are streamed. Left out: chunked prefill, prefixes shared between group
 
 Columns: every step writes a column of the output, so a live row's tokens are its columns from its birth on.
 """
+
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,9 +39,9 @@ from .sampling import counter_uniform, sample_tokens, signed
 from .slots import Slots
 from .text import TextStream
 
-AHEAD = 32              # columns of random numbers that are made at one time
-CPU_CACHE = 1 << 30     # bytes, where no number is given
-NEVER = 1 << 62         # the column at which a hole is done
+AHEAD = 32  # columns of random numbers that are made at one time
+CPU_CACHE = 1 << 30  # bytes, where no number is given
+NEVER = 1 << 62  # the column at which a hole is done
 GPU_CACHE_SHARE = 0.85  # of the memory that is free
 
 
@@ -56,24 +57,37 @@ class _Sequence:
     """Prompt and what it has: what a prefill reads."""
 
 
-HOLE = _Sequence(object(), None, None, False)  # in a row whose sequence is done; nobody knows its id
+HOLE = _Sequence(
+    object(), None, None, False
+)  # in a row whose sequence is done; nobody knows its id
 
 
 class Engine:
     """Raises ValueError for requests that cannot be served, NonFiniteError for NaN logits, and RuntimeError
     in `generate` and `stream` where an error in another caller's step has ended their requests."""
 
-    def __init__(self, model: Transformer, tokenizer=None, *, max_rows: int = 256,
-                 tokens_per_step: int = 8192, cache_tokens: int | None = None, paged: bool | None = None,
-                 longest: int | None = None, reserve: int = 0):
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer=None,
+        *,
+        max_rows: int = 256,
+        tokens_per_step: int = 8192,
+        cache_tokens: int | None = None,
+        paged: bool | None = None,
+        longest: int | None = None,
+        reserve: int = 0,
+    ):
         """max_rows: sequences decoded at one time. tokens_per_step: decoded and prefilled together (but never
         less than one prompt). cache_tokens: places in the cache; None: enough for max_rows sequences of
         `longest` tokens (None: max_seq_len), as far as 1 GiB on a CPU, 85 % of the free memory less `reserve`
         bytes on a GPU go; but never less than one of max_seq_len. paged: None is pages but where the compiled
         loops of a CPU can serve."""
         if max_rows < 1 or tokens_per_step < 1:
-            raise ValueError(f"engine: max_rows is {max_rows}, tokens_per_step {tokens_per_step}; expected 1 "
-                             "or more")
+            raise ValueError(
+                f"engine: max_rows is {max_rows}, tokens_per_step {tokens_per_step}; expected 1 "
+                "or more"
+            )
         if cache_tokens is not None and cache_tokens < 1:
             raise ValueError(f"engine: cache_tokens is {cache_tokens}; expected 1 or more, or None")
         c, self.device = model.config, model.embed.device
@@ -87,8 +101,13 @@ class Engine:
             self.cache = (Pages if paged else Slots)(model, max_rows)
             if cache_tokens is None:  # free memory is read when the copy of the weights is there
                 free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else 0
-                cache_tokens = places_within(free * GPU_CACHE_SHARE - reserve if on_gpu else CPU_CACHE,
-                                             self.token_bytes, max_rows, longest, c.max_seq_len)
+                cache_tokens = places_within(
+                    free * GPU_CACHE_SHARE - reserve if on_gpu else CPU_CACHE,
+                    self.token_bytes,
+                    max_rows,
+                    longest,
+                    c.max_seq_len,
+                )
             self.cache.allocate(cache_tokens)
         self.cache_tokens, self.version, self.ids = cache_tokens, 0, count()
         self.lost_before, self.error = 0, ""  # requests with ids below are gone; what ended them
@@ -97,11 +116,16 @@ class Engine:
     def plan(self) -> str:
         """What the cache takes, for people."""
         kind = "pages" if isinstance(self.cache, Pages) else "slots, allocated as they are needed"
-        copy = f"; the copy of the weights takes {self.cache.copy_bytes / 2**20:,.0f} MiB" \
-            if self.cache.copy_bytes else ""
-        return (f"key/value cache: up to {self.cache_tokens:,} tokens x {self.token_bytes:,} bytes = "
-                f"{self.cache_tokens * self.token_bytes / 2**20:,.0f} MiB in {kind}; at most {self.max_rows} "
-                f"sequences at a time, {self.tokens_per_step:,} tokens a step{copy}")
+        copy = (
+            f"; the copy of the weights takes {self.cache.copy_bytes / 2**20:,.0f} MiB"
+            if self.cache.copy_bytes
+            else ""
+        )
+        return (
+            f"key/value cache: up to {self.cache_tokens:,} tokens x {self.token_bytes:,} bytes = "
+            f"{self.cache_tokens * self.token_bytes / 2**20:,.0f} MiB in {kind}; at most {self.max_rows} "
+            f"sequences at a time, {self.tokens_per_step:,} tokens a step{copy}"
+        )
 
     def _reset(self) -> None:
         """Forget all requests."""
@@ -114,9 +138,18 @@ class Engine:
         self.events: dict[int, tuple[list[int], str]] = {}  # of streamed requests: new tokens, text
         self.t = 0
         # in the order in which `_admit` fills them
-        kinds = {"seed": np.int64, "birth": np.int64, "origin": np.int64, "limit": np.int64,
-                 "order": np.int64, "temperature": np.float32, "top_k": np.int64, "top_p": np.float32,
-                 "min_p": np.float32, "top_n": np.int64}
+        kinds = {
+            "seed": np.int64,
+            "birth": np.int64,
+            "origin": np.int64,
+            "limit": np.int64,
+            "order": np.int64,
+            "temperature": np.float32,
+            "top_k": np.int64,
+            "top_p": np.float32,
+            "min_p": np.float32,
+            "top_n": np.int64,
+        }
         self.rows = {name: np.zeros(n, kind) for name, kind in kinds.items()}
         self.rows["stop_ids"] = np.full((n, 1), -1, np.int64)
         self.tokens = torch.zeros(n, dtype=torch.int64, device=self.device)
@@ -130,8 +163,10 @@ class Engine:
         """
         n = len(self.live) - self.n_holes + len(self.waiting)
         if n:
-            raise ValueError(f"engine: refresh() while {n} requests are being served; let them end, or "
-                             "cancel them")
+            raise ValueError(
+                f"engine: refresh() while {n} requests are being served; let them end, or "
+                "cancel them"
+            )
         if self.device.type != "cpu":  # there `submit` takes them
             with torch.inference_mode():
                 self.cache.refresh()
@@ -145,15 +180,21 @@ class Engine:
         longest = max(requests, key=lambda r: len(r.prompt) + r.max_new_tokens)
         needed = self.cache.needed(len(longest.prompt) + longest.max_new_tokens)
         if needed > self.cache_tokens:
-            raise ValueError(f"engine: a prompt of {len(longest.prompt)} tokens and max_new_tokens "
-                             f"{longest.max_new_tokens} need {needed} places, but the cache has "
-                             f"{self.cache_tokens}; give it cache_tokens={needed} or more")
+            raise ValueError(
+                f"engine: a prompt of {len(longest.prompt)} tokens and max_new_tokens "
+                f"{longest.max_new_tokens} need {needed} places, but the cache has "
+                f"{self.cache_tokens}; give it cache_tokens={needed} or more"
+            )
         if not self.live and not self.waiting and self.device.type == "cpu":
             with torch.inference_mode():
                 self.cache.refresh()  # the trainer may have changed its weights in place, or replaced them
         new, prefixes = [], {}  # the samples of a group share theirs
         for r in requests:
-            text = TextStream(self.tokenizer, r.stop) if r.stop or streamed and self.tokenizer else None
+            text = (
+                TextStream(self.tokenizer, r.stop)
+                if r.stop or streamed and self.tokenizer
+                else None
+            )
             if id(r.prompt) not in prefixes:
                 prefixes[id(r.prompt)] = tuple(map(int, r.prompt))
             new.append(_Sequence(next(self.ids), r, text, streamed, prefix=prefixes[id(r.prompt)]))
@@ -191,8 +232,10 @@ class Engine:
 
     def _check_not_lost(self, ids) -> None:
         if min(ids) < self.lost_before:
-            raise RuntimeError("engine: these requests were ended by an error in a step that another caller "
-                               f"made ({self.error}); submit them again")
+            raise RuntimeError(
+                "engine: these requests were ended by an error in a step that another caller "
+                f"made ({self.error}); submit them again"
+            )
 
     def _abandon(self, ids: set[int]) -> None:
         """Cancel what is left of these requests, and keep nothing of them."""
@@ -240,9 +283,13 @@ class Engine:
             return
         self._make_columns()
         t = self.t
-        sampled = sample_tokens(logits, self.temperature, self._uniforms(), self.filters, self.top_n)
+        sampled = sample_tokens(
+            logits, self.temperature, self._uniforms(), self.filters, self.top_n
+        )
         for column, value in zip(self.out.values(), sampled, strict=False):
-            if column.ndim == 3:  # they may have been made for a row that wanted more of the likeliest
+            if (
+                column.ndim == 3
+            ):  # they may have been made for a row that wanted more of the likeliest
                 column = column[..., : self.top_n]
             column[:n, t] = value
         tokens = self.tokens[:n]
@@ -253,8 +300,9 @@ class Engine:
             self._speak(stopped)
         if self.next_limit == t or stopped.any():
             gone = np.flatnonzero(stopped | (self.rows["limit"][:n] == t))
-            for row, reason in zip(gone.tolist(), np.where(stopped[gone], "stop", "length").tolist(),
-                                   strict=True):
+            for row, reason in zip(
+                gone.tolist(), np.where(stopped[gone], "stop", "length").tolist(), strict=True
+            ):
                 self._finish(self.live[row], self._take_out(row), reason)
             self._leave(gone)
 
@@ -262,9 +310,14 @@ class Engine:
         """[B] random numbers of this column: functions of (seed, place in the sequence)."""
         if self.uniforms is None or self.t >= self.uniforms_end:
             columns = self.t + torch.arange(AHEAD, device=self.device)
-            seeds, origin = (torch.from_numpy(self.rows[name][: len(self.live)]).to(self.device)[:, None]
-                             for name in ("seed", "origin"))
-            self.uniforms, self.uniforms_end = counter_uniform(seeds, columns - origin), self.t + AHEAD
+            seeds, origin = (
+                torch.from_numpy(self.rows[name][: len(self.live)]).to(self.device)[:, None]
+                for name in ("seed", "origin")
+            )
+            self.uniforms, self.uniforms_end = (
+                counter_uniform(seeds, columns - origin),
+                self.t + AHEAD,
+            )
         return self.uniforms[:, AHEAD - (self.uniforms_end - self.t)]
 
     def _make_columns(self) -> None:
@@ -276,8 +329,10 @@ class Engine:
         n, first = len(self.live), int(self.rows["birth"][: len(self.live)].min())
         kept, old = self.t - first, self.out
         shape = (self.max_rows, max(128, 2 * kept))
-        self.out = {"tokens": torch.zeros(shape, dtype=torch.int64, device=self.device),
-                    "logp": torch.zeros(shape, device=self.device)}
+        self.out = {
+            "tokens": torch.zeros(shape, dtype=torch.int64, device=self.device),
+            "logp": torch.zeros(shape, device=self.device),
+        }
         if wanted:
             self.out["top_ids"] = torch.zeros(*shape, wanted, dtype=torch.int64, device=self.device)
             self.out["top_logp"] = torch.zeros(*shape, wanted, device=self.device)
@@ -331,13 +386,27 @@ class Engine:
         self.live += new
         width = max([self.rows["stop_ids"].shape[1], *(len(s.request.stop_ids) for s in new)])
         wider = width - self.rows["stop_ids"].shape[1]
-        self.rows["stop_ids"] = np.pad(self.rows["stop_ids"], ((0, 0), (0, wider)), constant_values=-1)
+        self.rows["stop_ids"] = np.pad(
+            self.rows["stop_ids"], ((0, 0), (0, wider)), constant_values=-1
+        )
         of_each = []
         for s in new:
             r, n_done = s.request, sum(len(part[0]) for part in s.parts)
-            of_each.append((signed(r.seed), self.t, self.t - len(s.prefix),
-                            self.t + r.max_new_tokens - n_done - 1, s.id, r.temperature, r.top_k, r.top_p,
-                            r.min_p, r.top_logprobs, [*r.stop_ids, *[-1] * (width - len(r.stop_ids))]))
+            of_each.append(
+                (
+                    signed(r.seed),
+                    self.t,
+                    self.t - len(s.prefix),
+                    self.t + r.max_new_tokens - n_done - 1,
+                    s.id,
+                    r.temperature,
+                    r.top_k,
+                    r.top_p,
+                    r.min_p,
+                    r.top_logprobs,
+                    [*r.stop_ids, *[-1] * (width - len(r.stop_ids))],
+                )
+            )
         for name, values in zip(self.rows, zip(*of_each, strict=True), strict=True):
             self.rows[name][n : n + len(new)] = values
         self.uniforms = None
@@ -365,7 +434,10 @@ class Engine:
 
     def _take_out(self, row: int) -> tuple:
         """(tokens, logp, top ids, top log-probs) of a live row since its birth."""
-        columns, n = slice(int(self.rows["birth"][row]), self.t), self.live[row].request.top_logprobs
+        columns, n = (
+            slice(int(self.rows["birth"][row]), self.t),
+            self.live[row].request.top_logprobs,
+        )
         # on a CPU the same memory: PyTorch's own indexing takes many times as long as NumPy's
         rows = [x.numpy()[row] if x.is_cpu else x[row].cpu().numpy() for x in self.out.values()]
         found = [x[columns] for x in rows[:2]] + [x[columns, :n] for x in rows[2:] if n]
@@ -377,13 +449,17 @@ class Engine:
         self.events[id] = before + tokens, so_far + text
 
     def _finish(self, s: _Sequence, last: tuple | None, reason: str) -> None:
-        parts = [*s.parts, *([last] if last else [])] or [(np.zeros(0, np.int64), np.zeros(0, np.float32))]
+        parts = [*s.parts, *([last] if last else [])] or [
+            (np.zeros(0, np.int64), np.zeros(0, np.float32))
+        ]
         joined = [np.concatenate(x) for x in zip(*parts, strict=True)]
         tail = s.text.feed(None) if s.text else ""
         if s.streamed:
             self._tell(s.id, [], tail)
         text = s.text.shown if s.request.stop else None
-        self.finished[s.id] = Completion(joined[0], joined[1], reason, self.version, text, *joined[2:])
+        self.finished[s.id] = Completion(
+            joined[0], joined[1], reason, self.version, text, *joined[2:]
+        )
 
     def _leave(self, gone: np.ndarray) -> None:
         """Free these rows. Where a plain draw for them is all that it costs the others, they are holes for a
@@ -391,7 +467,11 @@ class Engine:
         for row in gone.tolist():
             self.live[row] = HOLE
         n, self.n_holes = len(self.live), self.n_holes + len(gone)
-        plain = self.filters is None and not self.top_n and not isinstance(self.temperature, torch.Tensor)
+        plain = (
+            self.filters is None
+            and not self.top_n
+            and not isinstance(self.temperature, torch.Tensor)
+        )
         if self.waiting or not plain or self.cache.width(n - self.n_holes) < self.cache.width(n):
             return self._close_up()
         self.cache.empty(gone)
@@ -413,7 +493,11 @@ class Engine:
             for x in self.rows.values():
                 x[to] = x[by]
             to_d, by_d = torch.from_numpy(to).to(self.device), torch.from_numpy(by).to(self.device)
-            for x in (self.tokens, *self.out.values(), *([] if self.uniforms is None else [self.uniforms])):
+            for x in (
+                self.tokens,
+                *self.out.values(),
+                *([] if self.uniforms is None else [self.uniforms]),
+            ):
                 x[to_d] = x[by_d]
             self.cache.move(to, by)
         if self.uniforms is not None:

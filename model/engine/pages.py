@@ -17,19 +17,26 @@ class Pages:
         self.model, self.config, self.dtype = model, model.config, model.compute_dtype
         self.n_rows = n_rows
         self.device = model.embed.device
-        self.weights = model  # unless the trainer's are in another dtype: then one copy, rewritten in place
+        self.weights = (
+            model  # unless the trainer's are in another dtype: then one copy, rewritten in place
+        )
         if model.embed.dtype != self.dtype and self.device.type == "cuda":
             self.weights = type(model)(model.config, self.dtype).to(self.device, self.dtype)
-        self.copy_bytes = 0 if self.weights is model else \
-            sum(p.numel() * p.element_size() for p in self.weights.parameters())
+        self.copy_bytes = (
+            0
+            if self.weights is model
+            else sum(p.numel() * p.element_size() for p in self.weights.parameters())
+        )
         self.refresh()
 
     def allocate(self, n_tokens: int) -> None:
         c, n_rows, self.n_pages = self.config, self.n_rows, n_tokens // PAGE
         # page 0 belongs to no one: rows that only fill up a batch size read and write there
         shape = (self.n_pages + 1, c.n_kv_heads, PAGE, c.head_dim)
-        self.kv = [tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in "kv")
-                   for _ in range(c.n_layers)]
+        self.kv = [
+            tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in "kv")
+            for _ in range(c.n_layers)
+        ]
         width = pages_for(min(c.max_seq_len, self.n_pages * PAGE))
         self.table = torch.zeros(n_rows, width, dtype=torch.int32, device=self.device)
         self.lengths = torch.zeros(n_rows, dtype=torch.int32, device=self.device)
@@ -44,7 +51,9 @@ class Pages:
     def refresh(self) -> None:
         """Rewrite the copy in place: its addresses are in the graphs."""
         if self.weights is not self.model:
-            for mine, theirs in zip(self.weights.parameters(), self.model.parameters(), strict=True):
+            for mine, theirs in zip(
+                self.weights.parameters(), self.model.parameters(), strict=True
+            ):
                 mine.copy_(theirs)
 
     # ---- room ----
@@ -77,7 +86,9 @@ class Pages:
 
     # ---- rows ----
 
-    def admit(self, rows: np.ndarray, prompts: list[Sequence[int]], which: np.ndarray) -> torch.Tensor:
+    def admit(
+        self, rows: np.ndarray, prompts: list[Sequence[int]], which: np.ndarray
+    ) -> torch.Tensor:
         """Prefill the prompts, and give rows[i] the pages of prompts[which[i]]; logits of the prompts [P, V].
 
         Full pages are shared; the last, which a row goes on writing, is its own.
@@ -86,7 +97,10 @@ class Pages:
         hidden, kept = self.weights.prefill(packed)
         ends = np.cumsum([len(p) for p in prompts])
         shared = {}
-        place_T, token_T = [], []  # where each key is written, and which one: one more time for each copy
+        place_T, token_T = (
+            [],
+            [],
+        )  # where each key is written, and which one: one more time for each copy
 
         def write(page: int, first: int, end: int) -> None:
             token_T.append(np.arange(first, end))
@@ -107,7 +121,9 @@ class Pages:
             if length % PAGE:
                 self.table_h[row, full] = self._take(1)[0]
                 write(self.table_h[row, full], first + full * PAGE, first + length)
-        places, tokens = (torch.from_numpy(np.concatenate(x)).to(self.device) for x in (place_T, token_T))
+        places, tokens = (
+            torch.from_numpy(np.concatenate(x)).to(self.device) for x in (place_T, token_T)
+        )
         for caches, new in zip(self.kv, kept, strict=True):
             for cache, x in zip(caches, new, strict=True):
                 cache[places // PAGE, :, places % PAGE] = x.to(self.dtype)[tokens]
@@ -170,6 +186,7 @@ class Pages:
         def replay():
             graph.replay()
             return logits
+
         return replay
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -187,4 +204,3 @@ class Pages:
         self.lengths_h[:n] += 1
         self.lengths[:n] += 1
         return logits
-

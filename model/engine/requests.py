@@ -26,7 +26,6 @@ from ..transformer import Transformer
 INT64_MAX = 2**63 - 1
 
 
-
 @dataclass(frozen=True)
 class Request:
     """One continuation that is asked for."""
@@ -56,7 +55,6 @@ class Request:
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
-
 @dataclass(frozen=True)
 class Completion:
     """What came of it."""
@@ -77,7 +75,6 @@ class Completion:
     """[n, top_logprobs] float32."""
 
 
-
 @dataclass(frozen=True)
 class Event:
     """One more token of a streamed request."""
@@ -94,9 +91,14 @@ class Event:
     """The whole, with the last event."""
 
 
-
-def group_requests(prompts: Sequence[Sequence[int]], n_samples: int, max_new_tokens: int, temperature: float,
-                   seeds, eos_id: int) -> list[Request]:
+def group_requests(
+    prompts: Sequence[Sequence[int]],
+    n_samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    seeds,
+    eos_id: int,
+) -> list[Request]:
     """`n_samples` requests for each prompt, those of prompt p from p * n_samples on; seeds: one a request.
 
     Raises ValueError for seeds of another length.
@@ -104,18 +106,20 @@ def group_requests(prompts: Sequence[Sequence[int]], n_samples: int, max_new_tok
     if n_samples < 1:
         raise ValueError(f"generate: n_samples is {n_samples}; expected at least 1")
     if len(seeds) != len(prompts) * n_samples:
-        raise ValueError(f"generate: got {len(seeds)} seeds for {len(prompts)} prompts x {n_samples} "
-                         f"samples; expected {len(prompts) * n_samples}")
+        raise ValueError(
+            f"generate: got {len(seeds)} seeds for {len(prompts)} prompts x {n_samples} "
+            f"samples; expected {len(prompts) * n_samples}"
+        )
     seeds = seeds.tolist() if hasattr(seeds, "tolist") else seeds
-    return [Request(prompts[i // n_samples], max_new_tokens, seed, temperature, stop_ids=(eos_id,))
-            for i, seed in enumerate(seeds)]
-
+    return [
+        Request(prompts[i // n_samples], max_new_tokens, seed, temperature, stop_ids=(eos_id,))
+        for i, seed in enumerate(seeds)
+    ]
 
 
 def whole(x, least: int, most: int) -> bool:
     """Is it an integer (numpy's too) of that range?"""
     return isinstance(x, numbers.Integral) and least <= x <= most
-
 
 
 def check_requests(model: Transformer, requests: Sequence[Request], tokenizer=None) -> None:
@@ -129,43 +133,61 @@ def check_requests(model: Transformer, requests: Sequence[Request], tokenizer=No
             _check_prompt(r.prompt, c.vocab_size)
         numbers_given = (r.temperature, r.top_p, r.min_p)
         if not all(isinstance(x, numbers.Real) for x in numbers_given):
-            raise ValueError(f"generate: temperature, top_p, min_p are {numbers_given}; expected numbers")
+            raise ValueError(
+                f"generate: temperature, top_p, min_p are {numbers_given}; expected numbers"
+            )
         if not whole(r.max_new_tokens, 1, INT64_MAX) or not (
-                r.temperature == 0 or 1e-6 <= r.temperature < math.inf):
-            raise ValueError(f"generate: max_new_tokens is {r.max_new_tokens} and temperature {r.temperature}"
-                             "; expected a whole number of 1 or more, and 0 or a number of 1e-6 or more")
+            r.temperature == 0 or 1e-6 <= r.temperature < math.inf
+        ):
+            raise ValueError(
+                f"generate: max_new_tokens is {r.max_new_tokens} and temperature {r.temperature}"
+                "; expected a whole number of 1 or more, and 0 or a number of 1e-6 or more"
+            )
         if not whole(r.seed, -INT64_MAX - 1, 2 * INT64_MAX + 1):
             raise ValueError(f"generate: seed is {r.seed!r}; expected an integer of 64 bits")
         if not whole(r.top_k, 0, INT64_MAX) or not 0 < r.top_p <= 1 or not 0 <= r.min_p <= 1:
-            raise ValueError(f"generate: top_k is {r.top_k}, top_p {r.top_p}, min_p {r.min_p}; expected a "
-                             "whole number of 0 or more, above 0 to 1, 0 to 1")
+            raise ValueError(
+                f"generate: top_k is {r.top_k}, top_p {r.top_p}, min_p {r.min_p}; expected a "
+                "whole number of 0 or more, above 0 to 1, 0 to 1"
+            )
         if not whole(r.top_logprobs, 0, c.vocab_size):
-            raise ValueError(f"generate: top_logprobs is {r.top_logprobs}; expected a whole number from 0 to "
-                             f"the model's vocab_size {c.vocab_size}")
+            raise ValueError(
+                f"generate: top_logprobs is {r.top_logprobs}; expected a whole number from 0 to "
+                f"the model's vocab_size {c.vocab_size}"
+            )
         if not isinstance(r.stop_ids, list | tuple) or not all(
-                whole(x, -INT64_MAX - 1, INT64_MAX) for x in r.stop_ids):
-            raise ValueError(f"generate: stop_ids is {r.stop_ids}; expected a list or tuple of token ids")
+            whole(x, -INT64_MAX - 1, INT64_MAX) for x in r.stop_ids
+        ):
+            raise ValueError(
+                f"generate: stop_ids is {r.stop_ids}; expected a list or tuple of token ids"
+            )
         if len(r.prompt) + r.max_new_tokens > c.max_seq_len:
-            raise ValueError(f"generate: a prompt of {len(r.prompt)} tokens and max_new_tokens "
-                             f"{r.max_new_tokens} pass the model's max_seq_len {c.max_seq_len}; ask for "
-                             "fewer new tokens or shorten the prompt")
+            raise ValueError(
+                f"generate: a prompt of {len(r.prompt)} tokens and max_new_tokens "
+                f"{r.max_new_tokens} pass the model's max_seq_len {c.max_seq_len}; ask for "
+                "fewer new tokens or shorten the prompt"
+            )
         if not isinstance(r.stop, list | tuple) or not all(isinstance(x, str) for x in r.stop):
             raise ValueError(f"generate: stop is {r.stop!r}; expected a list or tuple of texts")
         if r.stop and (tokenizer is None or not all(r.stop)):
-            raise ValueError("generate: stop texts need a tokenizer, and none of them may be empty; give the "
-                             "engine one, or use stop_ids")
-
+            raise ValueError(
+                "generate: stop texts need a tokenizer, and none of them may be empty; give the "
+                "engine one, or use stop_ids"
+            )
 
 
 def _check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
     try:
         ids = [index(prompt[i]) for i in range(len(prompt))]
     except TypeError as error:
-        raise ValueError("generate: a prompt is no sequence of whole numbers; expected token ids") from error
+        raise ValueError(
+            "generate: a prompt is no sequence of whole numbers; expected token ids"
+        ) from error
     if len(ids) == 0:
         raise ValueError("generate: a prompt is empty; every prompt needs at least one token")
     if not 0 <= min(ids) <= max(ids) < vocab_size:
         wrong = max(ids) if max(ids) >= vocab_size else min(ids)
-        raise ValueError(f"generate: a prompt holds token id {wrong}, but the model's vocab_size is "
-                         f"{vocab_size}; is this the tokenizer that it was trained with?")
-
+        raise ValueError(
+            f"generate: a prompt holds token id {wrong}, but the model's vocab_size is "
+            f"{vocab_size}; is this the tokenizer that it was trained with?"
+        )

@@ -10,10 +10,8 @@ from ...kernels.cpu import sampling as cpu_decode
 BLOCK = 32  # tokens that are added up before the cumulative sum: it is then a 32nd as long
 
 
-
 class NonFiniteError(RuntimeError):
     """A NaN or infinity where a number was due; the message names the tensor and the place."""
-
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
@@ -23,7 +21,6 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ ((x >> 31) & 0x1_FFFF_FFFF)
 
 
-
 def counter_uniform(seeds: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
     """float64 in [0, 1): a fixed function of (seed, counter), both int64, of shapes that broadcast."""
     golden = -0x61C8864680B583EB
@@ -31,11 +28,9 @@ def counter_uniform(seeds: torch.Tensor, counters: torch.Tensor) -> torch.Tensor
     return ((bits >> 11) & 0x1F_FFFF_FFFF_FFFF).double() * 2.0**-53
 
 
-
 def signed(seed: int) -> int:
     """A 64-bit integer, with a sign or without, as the int64 of the same bits."""
     return (int(seed) + 2**63) % 2**64 - 2**63
-
 
 
 def sample_seeds(n: int, *keys: int) -> torch.Tensor:
@@ -46,9 +41,9 @@ def sample_seeds(n: int, *keys: int) -> torch.Tensor:
     return _mix(torch.arange(n) + int(state.view(np.int64)[0]))
 
 
-
-def keep_likeliest(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor,
-                   min_p: torch.Tensor) -> torch.Tensor:
+def keep_likeliest(
+    logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> torch.Tensor:
     """logits [B, V] with -inf for the tokens that a row's top_k, top_p and min_p (each [B]) leave out.
 
     top_p counts what top_k leaves; the likeliest token always stays, and of equal ones the lower id.
@@ -64,7 +59,6 @@ def keep_likeliest(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tenso
     return logits.masked_fill(torch.zeros_like(out).scatter_(1, ids, out), float("-inf"))
 
 
-
 def draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """The token of each row [B] at which the cumulative sum of probs [B, V] first passes uniforms [B].
 
@@ -76,7 +70,9 @@ def draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     blocks = probs.view(len(probs), -1, BLOCK)
     ends = blocks.sum(-1).cumsum(-1)
     # float32 rounding may lift the threshold to the total itself: then the last token of any probability
-    threshold = torch.minimum(uniforms.float() * ends[:, -1], torch.nextafter(ends[:, -1], zero))[:, None]
+    threshold = torch.minimum(uniforms.float() * ends[:, -1], torch.nextafter(ends[:, -1], zero))[
+        :, None
+    ]
     block = torch.searchsorted(ends, threshold, right=True)
     before = ends.gather(1, (block - 1).clamp_(min=0)).masked_fill_(block == 0, 0.0)
     inner = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1)
@@ -84,16 +80,21 @@ def draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     return (block * BLOCK + torch.searchsorted(inner, rest, right=True))[:, 0]
 
 
-
 def check_finite(finite: torch.Tensor, temperature) -> None:
     if not finite.all():
-        raise NonFiniteError(f"logits at temperature {temperature} are NaN or infinite in "
-                             f"{int((~finite).sum())} of {len(finite)} rows while sampling")
+        raise NonFiniteError(
+            f"logits at temperature {temperature} are NaN or infinite in "
+            f"{int((~finite).sum())} of {len(finite)} rows while sampling"
+        )
 
 
-
-def sample_tokens(logits: torch.Tensor, temperature: float | torch.Tensor, uniforms: torch.Tensor,
-                  filters: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None, top_n: int = 0):
+def sample_tokens(
+    logits: torch.Tensor,
+    temperature: float | torch.Tensor,
+    uniforms: torch.Tensor,
+    filters: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    top_n: int = 0,
+):
     """Draw one token a row: (tokens [B] int64, logp [B] float32). Temperature 0 takes the likeliest, logp 0.
 
     logits: [B, V]; temperature: one for all or [B]; uniforms: [B] in [0, 1), see counter_uniform; filters:
@@ -107,19 +108,30 @@ def sample_tokens(logits: torch.Tensor, temperature: float | torch.Tensor, unifo
         name = "given"
     elif temperature not in (0, 1):
         logits = logits / temperature
-    if greedy is None and temperature != 0 and filters is None and not top_n and cpu.serves(None, logits):
+    if (
+        greedy is None
+        and temperature != 0
+        and filters is None
+        and not top_n
+        and cpu.serves(None, logits)
+    ):
         tokens, logp = cpu_decode.draw(logits, uniforms)
         check_finite(tokens >= 0, name)
         return tokens, logp
     check_finite(torch.isfinite(logits.sum(-1)), name)
     if not isinstance(temperature, torch.Tensor) and temperature == 0:
         tokens, logp = logits.argmax(-1), logits.new_zeros(len(logits))
-        return (tokens, logp, *_likeliest(logits.log_softmax(-1), top_n)) if top_n else (tokens, logp)
+        return (
+            (tokens, logp, *_likeliest(logits.log_softmax(-1), top_n)) if top_n else (tokens, logp)
+        )
     if filters is not None:
         top_k, top_p, min_p = filters
         if greedy is not None:
-            top_k, top_p, min_p = (top_k.masked_fill(greedy, 0), top_p.masked_fill(greedy, 1),
-                                   min_p.masked_fill(greedy, 0))
+            top_k, top_p, min_p = (
+                top_k.masked_fill(greedy, 0),
+                top_p.masked_fill(greedy, 1),
+                min_p.masked_fill(greedy, 0),
+            )
         logits = keep_likeliest(logits, top_k, top_p, min_p)
     probs = torch.softmax(logits, -1)
     tokens = draw(probs, uniforms)
@@ -129,8 +141,6 @@ def sample_tokens(logits: torch.Tensor, temperature: float | torch.Tensor, unifo
     return (tokens, logp, *_likeliest(logits.log_softmax(-1), top_n)) if top_n else (tokens, logp)
 
 
-
 def _likeliest(logp: torch.Tensor, n: int):
     values, ids = logp.topk(min(n, logp.shape[-1]), -1)
     return ids, values
-

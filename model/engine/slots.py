@@ -23,9 +23,7 @@ from .cache import PAGE, pages_for
 ROW_STEP = 16  # a product for a few rows more, up to a multiple of this, takes half the time of an odd number
 
 
-
-SLACK = 64     # columns that slots have in hand, where they may, so that they seldom move
-
+SLACK = 64  # columns that slots have in hand, where they may, so that they seldom move
 
 
 class Slots:
@@ -43,7 +41,10 @@ class Slots:
         self.n = self.longest = 0  # rows in use, and the largest of their lengths
         # keys, values of layer 0, of layer 1, ...: [blocks, G, columns, D, block]
         self.kv: list[np.ndarray] = []
-        self.scale, self.eps = np.float32(self.config.head_dim ** -0.5), np.float32(self.config.norm_eps)
+        self.scale, self.eps = (
+            np.float32(self.config.head_dim**-0.5),
+            np.float32(self.config.norm_eps),
+        )
         self.t = {"x": torch.empty(0, 0, 0)}
         self.refresh()
 
@@ -55,20 +56,33 @@ class Slots:
         """Find the trainer's weights: they are read where they lie."""
         model = self.model
         if not self.serves(model):
-            raise ValueError("engine: paged is False, but slots are for float32 on a CPU with Numba; the "
-                             f"model is in {model.embed.dtype} and computes in {model.compute_dtype} on "
-                             f"{model.embed.device.type}; expected paged=True or None")
+            raise ValueError(
+                "engine: paged is False, but slots are for float32 on a CPU with Numba; the "
+                f"model is in {model.embed.dtype} and computes in {model.compute_dtype} on "
+                f"{model.embed.device.type}; expected paged=True or None"
+            )
         c, self.layers, self.befores, self.afters = self.config, [], [], []
         for block in self.model.blocks:
             attn, mlp = block.attn, block.mlp
             bias = None if attn.qkv_bias is None else attn.qkv_bias.detach()[:, None]
             head_norms = [w.detach() for w in (attn.q_norm, attn.k_norm) if w is not None]
-            self.layers.append((cpu.array(block.attn_norm), attn.qkv.detach(), bias,
-                                [cpu.array(w) for w in head_norms], attn.out.detach(),
-                                cpu.array(block.mlp_norm), mlp.gate_up.detach(), mlp.down.detach()))
+            self.layers.append(
+                (
+                    cpu.array(block.attn_norm),
+                    attn.qkv.detach(),
+                    bias,
+                    [cpu.array(w) for w in head_norms],
+                    attn.out.detach(),
+                    cpu.array(block.mlp_norm),
+                    mlp.gate_up.detach(),
+                    mlp.down.detach(),
+                )
+            )
             # as the loops take them: flat, a bias for each of the columns, a norm's weight for each head
             biases = (torch.zeros(1) if bias is None else bias).repeat(1, cpu.LANES)
-            norms = [w.expand(n, -1) for w, n in zip(head_norms, (c.n_heads, c.n_kv_heads), strict=False)]
+            norms = [
+                w.expand(n, -1) for w, n in zip(head_norms, (c.n_heads, c.n_kv_heads), strict=False)
+            ]
             before = (block.attn_norm, attn.qkv, biases, torch.cat(norms or [torch.empty(0)]))
             after = (attn.out, block.mlp_norm, mlp.gate_up, mlp.down)
             self.befores.append([cpu.array(w).reshape(-1) for w in before])
@@ -102,7 +116,9 @@ class Slots:
         """May n more rows begin, of prompts of at most `longest` tokens in `pages` pages, shared ones counted
         once? With some columns in hand for all to go on."""
         n += self.n
-        return n <= self.n_rows and n * self.places(max(self.longest, longest) + PAGE) <= self.n_tokens
+        return (
+            n <= self.n_rows and n * self.places(max(self.longest, longest) + PAGE) <= self.n_tokens
+        )
 
     def _make_room(self, n: int, longest: int) -> None:
         """For n rows of `longest` tokens."""
@@ -120,17 +136,23 @@ class Slots:
         c, live = self.config, self.longest
         shape = (-(-rows // self.block), c.n_kv_heads, columns, c.head_dim, self.block)
         self.kv = self.kv or [None] * (2 * c.n_layers)
-        for i, source in enumerate(self.kv):  # one by one: the old and the new are never there together
+        for i, source in enumerate(
+            self.kv
+        ):  # one by one: the old and the new are never there together
             # zeros: what a row has not written is read beside the others, with no weight, so must be finite
             self.kv[i] = np.zeros(shape, np.float32)
             if live:
                 blocks = min(len(source), shape[0])
                 self.kv[i][:blocks, :, :live] = source[:blocks, :, :live]
-        self.angles = [x.numpy() for x in rope_table(torch.arange(columns), c.head_dim, c.rope_theta)]
+        self.angles = [
+            x.numpy() for x in rope_table(torch.arange(columns), c.head_dim, c.rope_theta)
+        ]
 
     # ---- rows ----
 
-    def admit(self, rows: np.ndarray, prompts: list[Sequence[int]], which: np.ndarray) -> torch.Tensor:
+    def admit(
+        self, rows: np.ndarray, prompts: list[Sequence[int]], which: np.ndarray
+    ) -> torch.Tensor:
         """Prefill the prompts, and lay prompts[which[i]] into rows[i]; logits of the prompts [P, V]."""
         n = max(self.n, int(rows.max()) + 1)
         self._make_room(n, max([self.longest, *map(len, prompts)]))
@@ -175,9 +197,17 @@ class Slots:
         """What a step writes, rows in so many tiles: as tensors and as the same memory for the loops."""
         c = self.config
         n_qkv = c.n_heads + 2 * c.n_kv_heads
-        shapes = {"qkv": (n_qkv, c.head_dim), "out": (c.n_heads, c.head_dim), "x": (1, c.d_model),
-                  "y": (1, c.d_model), "gate_up": (2, c.d_ff), "act": (1, c.d_ff)}
-        self.a = {name: np.zeros((tiles, *shape, columns), np.float32) for name, shape in shapes.items()}
+        shapes = {
+            "qkv": (n_qkv, c.head_dim),
+            "out": (c.n_heads, c.head_dim),
+            "x": (1, c.d_model),
+            "y": (1, c.d_model),
+            "gate_up": (2, c.d_ff),
+            "act": (1, c.d_ff),
+        }
+        self.a = {
+            name: np.zeros((tiles, *shape, columns), np.float32) for name, shape in shapes.items()
+        }
         self.t = {name: torch.from_numpy(x).view(tiles, -1, columns) for name, x in self.a.items()}
         self.flat = {name: x.reshape(-1) for name, x in self.a.items()}
         self.logits = np.empty((c.vocab_size, tiles * columns), np.float32)
@@ -200,8 +230,15 @@ class Slots:
         return logits[:n]
 
     def _attend(self, k_cache: np.ndarray, v_cache: np.ndarray) -> None:
-        decode_attention_loop(self.a["qkv"], *self.angles, self.scale, self.lengths[: self.n], k_cache,
-                              v_cache, self.a["out"])
+        decode_attention_loop(
+            self.a["qkv"],
+            *self.angles,
+            self.scale,
+            self.lengths[: self.n],
+            k_cache,
+            v_cache,
+            self.a["out"],
+        )
 
     def _blocks(self, n: int, groups: int) -> torch.Tensor:
         """Each thread has some rows to itself, but for attention."""
@@ -213,8 +250,21 @@ class Slots:
         project_loop(a["x"], self.eps, *befores[0], D, n, groups, a["y"], *results[0])
         for i, after in enumerate(self.afters):
             self._attend(self.kv[2 * i], self.kv[2 * i + 1])
-            finish_layer_loop(a["x"], a["out"], self.eps, *after, self.zeros, n, groups, a["gate_up"],
-                              a["act"], *befores[i + 1], D, a["y"], *results[i + 1])
+            finish_layer_loop(
+                a["x"],
+                a["out"],
+                self.eps,
+                *after,
+                self.zeros,
+                n,
+                groups,
+                a["gate_up"],
+                a["act"],
+                *befores[i + 1],
+                D,
+                a["y"],
+                *results[i + 1],
+            )
         if len(head):
             return torch.from_numpy(self.logits).t()
         return self.model.logits(self.t["y"][:n].transpose(1, 2).flatten(0, 1))
@@ -225,11 +275,21 @@ class Slots:
 
     def _products(self) -> torch.Tensor:
         """All threads share each product, which is PyTorch's."""
-        x, qkv, out, gate_up, act = (self.t[name][0] for name in ("x", "qkv", "out", "gate_up", "act"))
+        x, qkv, out, gate_up, act = (
+            self.t[name][0] for name in ("x", "qkv", "out", "gate_up", "act")
+        )
         H, G, width = self.config.n_heads, self.config.n_kv_heads, x.shape[1]
         heads = [self.a["qkv"][0, :H], self.a["qkv"][0, H : H + G]]
-        for (attn_norm, w_qkv, bias, head_norms, w_out, mlp_norm, w_up, w_down), k_cache, v_cache in zip(
-                self.layers, self.kv[::2], self.kv[1::2], strict=True):
+        for (
+            attn_norm,
+            w_qkv,
+            bias,
+            head_norms,
+            w_out,
+            mlp_norm,
+            w_up,
+            w_down,
+        ), k_cache, v_cache in zip(self.layers, self.kv[::2], self.kv[1::2], strict=True):
             y = self._norm(attn_norm)
             if bias is None:
                 torch.mm(w_qkv, y, out=qkv)
@@ -243,4 +303,3 @@ class Slots:
             swiglu_fwd_loop(self.flat["gate_up"], width, len(act) * width, self.a["act"][0, 0])
             x.addmm_(w_down, act)
         return self._norm(self.norm).t()
-

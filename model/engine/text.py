@@ -22,9 +22,8 @@ class TextStream:
         if token is not None and not self.stopped:
             beginnings = (stop[:n] for stop in self.stop for n in range(1, len(stop)))
             waits = max((len(part) for part in beginnings if self.held.endswith(part)), default=0)
-        new, self.held = self.held[: len(self.held) - waits], self.held[len(self.held) - waits:]
+        new, self.held = self.held[: len(self.held) - waits], self.held[len(self.held) - waits :]
         self.shown += new
         if self.stopped:
             self.decoder.reset()
         return new
-

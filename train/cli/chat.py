@@ -11,6 +11,7 @@ In a terminal the response appears token by token, and Ctrl-C ends it and asks f
 
 Left out: memory of earlier lines (the models here answer one prompt), colours.
 """
+
 import math
 import sys
 from collections.abc import Iterator
@@ -76,8 +77,11 @@ def shown(problem: CountdownProblem | None, sampled: Sampled) -> str:
     if response.think is None and response.answer is None:
         parts.append(("text" if problem else "", sampled.text))
     else:
-        parts += [(name, part) for name, part in (("think", response.think), ("answer", response.answer))
-                  if part is not None]
+        parts += [
+            (name, part)
+            for name, part in (("think", response.think), ("answer", response.answer))
+            if part is not None
+        ]
     lines = [f"{name:<8}{printable(part)}" if name else printable(part) for name, part in parts]
     return "\n".join([*lines, *filter(None, [remarks(problem, sampled)])])
 
@@ -86,7 +90,10 @@ def remarks(problem: CountdownProblem | None, sampled: Sampled) -> str:
     """What there is to say about a response: the grader's word, its form, and whether it was cut off."""
     parts = []
     if problem:
-        grade, response = grader("countdown").grade(problem, sampled.text), parse_response(sampled.text)
+        grade, response = (
+            grader("countdown").grade(problem, sampled.text),
+            parse_response(sampled.text),
+        )
         parts.append(("grade", f"{'right' if grade.accuracy else 'wrong'}. {grade.why}"))
         if not response.well_formed:
             parts.append(("format", response.why))
@@ -144,7 +151,9 @@ def chat(c: ChatConfig) -> None:
             print(f"{printable(line)}\n{reply(line)}\n", flush=True)
         return
     if sys.stdin.isatty():
-        kind = "problems, like 3 7 9 -> 13" if countdown_only else "text for the model to go on with"
+        kind = (
+            "problems, like 3 7 9 -> 13" if countdown_only else "text for the model to go on with"
+        )
         print(f"{checkpoint.path}: type {kind}; quit or Ctrl-D ends")
     for line in typed_lines("> "):
         try:
@@ -158,4 +167,3 @@ def chat(c: ChatConfig) -> None:
             if not sys.stdin.isatty():
                 raise
             print()  # the answer was broken off; the next line is asked for
-

@@ -11,6 +11,7 @@ apart).
 A prompt that does not fit the model's max_seq_len beside the new tokens is cut at its beginning, and a
 warning counts how many were: a tiny model still gets its honest figure on a whole test set.
 """
+
 import math
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -61,24 +62,37 @@ class EvalConfig:
     def __post_init__(self):
         for name in ("samples", "batch", "max_new_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 1 or more")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 1 or more"
+                )
         if self.n is not None and self.n < 1:
             raise ValueError(f"--n is {self.n}, expected 1 or more")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"--temperature is {self.temperature}, expected a number of 0 or more")
         for k in self.ks:
             if not 1 <= k <= self.samples:
-                raise ValueError(f"--ks has {k}, expected 1 to --samples ({self.samples}); raise --samples")
-        if self.out and self.task.data and Path(self.out).resolve() == Path(self.task.data).resolve():
-            raise ValueError(f"--out {self.out} is the --data file, which would be lost; give another one")
+                raise ValueError(
+                    f"--ks has {k}, expected 1 to --samples ({self.samples}); raise --samples"
+                )
+        if (
+            self.out
+            and self.task.data
+            and Path(self.out).resolve() == Path(self.task.data).resolve()
+        ):
+            raise ValueError(
+                f"--out {self.out} is the --data file, which would be lost; give another one"
+            )
 
 
-def load_run(run: str, which: str, device: torch.device) -> tuple[Transformer, Tokenizer, Checkpoint]:
+def load_run(
+    run: str, which: str, device: torch.device
+) -> tuple[Transformer, Tokenizer, Checkpoint]:
     """`load_model`, with `which` as a flag gives it. Raises ValueError, naming the runs inside, for a folder
     of runs."""
     folder = Path(run)
-    inside = sorted(str(path.parent) for depth in ("*", "*/*")
-                    for path in folder.glob(f"{depth}/checkpoints"))
+    inside = sorted(
+        str(path.parent) for depth in ("*", "*/*") for path in folder.glob(f"{depth}/checkpoints")
+    )
     if inside and not (folder / "checkpoints").exists():
         raise ValueError(f"{run} holds several runs; give one of them: {', '.join(inside[:8])}")
     return load_model(run, device, int(which) if which.isdecimal() else which)
@@ -88,9 +102,17 @@ def choose_problems(task: Task, n: int | None) -> list:
     """The first n test problems. Raises ValueError for more than there are."""
     size = task.size("test")
     if n is not None and size is not None and n > size:
-        raise ValueError(f"--n is {n}, but {task.name} has {size} test problems; ask for at most that many")
+        raise ValueError(
+            f"--n is {n}, but {task.name} has {size} test problems; ask for at most that many"
+        )
     if n is None:
-        n = DRAWN_PROBLEMS if size is None else size if task.size("train") == 0 else min(size, DRAWN_PROBLEMS)
+        n = (
+            DRAWN_PROBLEMS
+            if size is None
+            else size
+            if task.size("train") == 0
+            else min(size, DRAWN_PROBLEMS)
+        )
     return task.problems("test", n)
 
 
@@ -107,11 +129,17 @@ def run_eval(c: EvalConfig) -> EvalResult:
     task = c.task.make()
     problems = choose_problems(task, c.n)
     model, tokenizer, checkpoint = load_run(c.run, c.which, pick_device(c.device))
-    sampler = ModelSampler(model, tokenizer, c.max_new_tokens, c.temperature, c.seed, cut_prompts=True)
+    sampler = ModelSampler(
+        model, tokenizer, c.max_new_tokens, c.temperature, c.seed, cut_prompts=True
+    )
     out = output_path(c, checkpoint)
     summary = out.with_suffix(".summary.json")
-    summary.unlink(missing_ok=True)  # else, if this is broken off, it would stand beside other responses
-    result = evaluate(sampler, task, problems, c.samples, c.ks or sorted({1, c.samples}), out, c.batch)
+    summary.unlink(
+        missing_ok=True
+    )  # else, if this is broken off, it would stand beside other responses
+    result = evaluate(
+        sampler, task, problems, c.samples, c.ks or sorted({1, c.samples}), out, c.batch
+    )
     print(f"{checkpoint.path}\n{result.table()}")
     if message := sampler.cut_message():
         warnings.warn(message, stacklevel=2)
@@ -119,4 +147,3 @@ def run_eval(c: EvalConfig) -> EvalResult:
     atomic_write_json(summary, {**origin, "prompts_cut": sampler.n_cut, **result.to_dict()})
     print(f"responses: {out}")
     return result
-

@@ -9,6 +9,7 @@ A line of the file is a JSON object with `response` and the problem: `numbers` a
 an object `problem`. For each response comes one JSON object with accuracy, format, reward, answer (what was
 read as one) and why. The file is read whole before anything is written, so that a bad line costs nothing.
 """
+
 import json
 import sys
 from collections.abc import Iterator
@@ -58,13 +59,19 @@ class GradeConfig:
             raise ValueError("expected either --input FILE.jsonl or --response TEXT")
         given = [f"--{name}" for name in ("problem", "answer") if getattr(self, name) is not None]
         if self.input is not None and given:
-            raise ValueError(f"{given[0]} goes with --response; in a file, each line brings its own problem")
+            raise ValueError(
+                f"{given[0]} goes with --response; in a file, each line brings its own problem"
+            )
         needed = "--answer" if self.task == "gsm8k" else "--problem"
         if self.response is not None and given != [needed]:
-            raise ValueError(f"--response for {self.task} needs {needed} beside it; got "
-                             f"{' and '.join(given) or 'neither'}")
+            raise ValueError(
+                f"--response for {self.task} needs {needed} beside it; got "
+                f"{' and '.join(given) or 'neither'}"
+            )
         if self.out and self.input and Path(self.out).resolve() == Path(self.input).resolve():
-            raise ValueError(f"--out {self.out} is the --input file, which would be lost; give another one")
+            raise ValueError(
+                f"--out {self.out} is the --input file, which would be lost; give another one"
+            )
 
 
 def grader(name: str) -> Task:
@@ -94,10 +101,15 @@ def problem_of_flags(c: GradeConfig):
 
 def problem_of_record(task: str, record: dict):
     """The problem of a line. Raises ValueError for a field that is missing or of the wrong kind."""
-    if isinstance(record.get("problem"), dict):  # a line that eval wrote; its `answer` is the model's
+    if isinstance(
+        record.get("problem"), dict
+    ):  # a line that eval wrote; its `answer` is the model's
         record = record["problem"]
-    names = {"countdown": ("numbers", "target"), "arithmetic": ("expression",),
-             "gsm8k": ("gold",) if "gold" in record else ("answer",)}[task]
+    names = {
+        "countdown": ("numbers", "target"),
+        "arithmetic": ("expression",),
+        "gsm8k": ("gold",) if "gold" in record else ("answer",),
+    }[task]
     values = [record.get(name) for name in names]
     for name, value in zip(names, values, strict=True):
         if value is None:
@@ -118,7 +130,9 @@ def read_responses(path: str, task: str) -> Iterator[tuple[int, object, str]]:
     Raises ValueError, with the line's number and an example, for a file or line that cannot be used.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at U+2028 too
+        lines = (
+            Path(path).read_text(encoding="utf-8-sig").split("\n")
+        )  # splitlines() would cut at U+2028 too
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:  # bytes that are not UTF-8, or a null byte in the path
@@ -134,8 +148,9 @@ def read_responses(path: str, task: str) -> Iterator[tuple[int, object, str]]:
                 raise ValueError('there is no text "response"')
             problem = problem_of_record(task, record)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: {error}; expected a line like "
-                             f"{EXAMPLES[task]}") from None
+            raise ValueError(
+                f"{path}, line {number}: {error}; expected a line like {EXAMPLES[task]}"
+            ) from None
         yield number, problem, record["response"]
     if empty:
         raise ValueError(f"{path} is empty; expected lines like {EXAMPLES[task]}")
@@ -143,9 +158,14 @@ def read_responses(path: str, task: str) -> Iterator[tuple[int, object, str]]:
 
 def summary(graded: list[dict]) -> str:
     """One line for people: how many responses there are, and the means of what they got."""
-    mean = {key: sum(row[key] for row in graded) / len(graded) for key in ("accuracy", "format", "reward")}
-    return (f"{len(graded):,} responses: accuracy {mean['accuracy']:.1%}, well formed {mean['format']:.1%}, "
-            f"mean reward {mean['reward']:.3f}")
+    mean = {
+        key: sum(row[key] for row in graded) / len(graded)
+        for key in ("accuracy", "format", "reward")
+    }
+    return (
+        f"{len(graded):,} responses: accuracy {mean['accuracy']:.1%}, well formed {mean['format']:.1%}, "
+        f"mean reward {mean['reward']:.3f}"
+    )
 
 
 def grade(c: GradeConfig) -> list[dict]:
@@ -155,12 +175,13 @@ def grade(c: GradeConfig) -> list[dict]:
     if c.input is None:
         graded = [reward_one(task, problem_of_flags(c), c.response, c.rewards)]
     else:
-        graded = [{"line": number, **reward_one(task, problem, response, c.rewards)}
-                  for number, problem, response in read_responses(c.input, c.task)]
+        graded = [
+            {"line": number, **reward_one(task, problem, response, c.rewards)}
+            for number, problem, response in read_responses(c.input, c.task)
+        ]
     with open(c.out, "w", encoding="utf-8") if c.out else nullcontext(sys.stdout) as file:
         for row in graded:
             file.write(json.dumps(row) + "\n")
     if c.input is not None:
         print(summary(graded), file=sys.stderr)
     return graded
-

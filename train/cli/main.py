@@ -13,6 +13,7 @@ function that takes it. The module is imported when its command is called, so th
 `--traceback`, anywhere, shows where an error came from instead. Left out: shell completion beyond tyro's
 own, config files (a shell script with flags is one), an alias for every flag.
 """
+
 import difflib
 import io
 import os
@@ -23,26 +24,77 @@ from contextlib import contextmanager, redirect_stderr
 from importlib import import_module
 
 COMMANDS = {  # command: (its module, its config class, its function, what it does)
-    "demo": ("recipes.demo", "DemoConfig", "demo", "R1-Zero from nothing: a base model, GRPO, control, report"),
-    "pretrain": ("pretrain", "PretrainConfig", "pretrain", "train a base model from random weights"),
+    "demo": (
+        "recipes.demo",
+        "DemoConfig",
+        "demo",
+        "R1-Zero from nothing: a base model, GRPO, control, report",
+    ),
+    "pretrain": (
+        "pretrain",
+        "PretrainConfig",
+        "pretrain",
+        "train a base model from random weights",
+    ),
     "sft": ("sft", "SFTConfig", "sft", "fine-tune a model on prompt/response pairs"),
-    "grpo": ("grpo", "GRPOConfig", "grpo", "R1-Zero: GRPO straight on a base model, with rule rewards"),
-    "compare": ("lab.compare", "CompareConfig", "compare", "a classic mistake of GRPO beside the right run"),
-    "diagnose": ("cli.diagnose", "DiagnoseConfig", "diagnose", "say in plain words what a GRPO run's log means"),
-    "eval": ("cli.eval", "EvalConfig", "run_eval", "measure a model on held-out problems, with intervals"),
+    "grpo": (
+        "grpo",
+        "GRPOConfig",
+        "grpo",
+        "R1-Zero: GRPO straight on a base model, with rule rewards",
+    ),
+    "compare": (
+        "lab.compare",
+        "CompareConfig",
+        "compare",
+        "a classic mistake of GRPO beside the right run",
+    ),
+    "diagnose": (
+        "cli.diagnose",
+        "DiagnoseConfig",
+        "diagnose",
+        "say in plain words what a GRPO run's log means",
+    ),
+    "eval": (
+        "cli.eval",
+        "EvalConfig",
+        "run_eval",
+        "measure a model on held-out problems, with intervals",
+    ),
     "grade": ("cli.grade", "GradeConfig", "grade", "say what reward a response earns, and why"),
-    "chat": ("cli.chat", "ChatConfig", "chat", "type problems, see what the model thinks and answers"),
+    "chat": (
+        "cli.chat",
+        "ChatConfig",
+        "chat",
+        "type problems, see what the model thinks and answers",
+    ),
 }
-MEMORY_FLAGS = ("micro_tokens", "batch", "samples", "prompts_per_step", "group_size", "max_new_tokens",
-                "seq_len", "model")
+MEMORY_FLAGS = (
+    "micro_tokens",
+    "batch",
+    "samples",
+    "prompts_per_step",
+    "group_size",
+    "max_new_tokens",
+    "seq_len",
+    "model",
+)
 
 
 def usage() -> str:
     """The text of `r1zero --help`."""
     lines = [f"  {name:<10} {what}" for name, (*_, what) in COMMANDS.items()]
-    return "\n".join(["usage: r1zero <command> [--flags]", "", "commands:", *lines, "",
-                      "r1zero <command> --help lists the flags of a command;",
-                      "--traceback shows where an error came from. Start with: r1zero demo"])
+    return "\n".join(
+        [
+            "usage: r1zero <command> [--flags]",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "r1zero <command> --help lists the flags of a command;",
+            "--traceback shows where an error came from. Start with: r1zero demo",
+        ]
+    )
 
 
 def printable(text: str) -> str:
@@ -71,6 +123,7 @@ def parse_flags(command: str, config_class: type, flags: list[str]):
     """The command's config from its flags. Raises SystemExit as tyro does, with tyro's own text, for --help
     and flags that are not there; ValueError for a value that the config refuses."""
     import tyro  # a quarter of a second, not needed for the list of commands
+
     text = io.StringIO()
     try:
         with redirect_stderr(text):
@@ -85,8 +138,9 @@ def parse_flags(command: str, config_class: type, flags: list[str]):
 def is_out_of_memory(error: BaseException) -> bool:
     """Python's and NumPy's MemoryError, and what torch raises on a GPU and on a CPU."""
     words = ("out of memory", "not enough memory", "can't allocate memory")
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError)
-                                              and any(word in str(error).lower() for word in words))
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    )
 
 
 def is_non_finite(error: BaseException) -> bool:
@@ -95,6 +149,7 @@ def is_non_finite(error: BaseException) -> bool:
         from ...model.engine.sampling import (
             NonFiniteError,  # imports torch, which a RuntimeError mostly comes from
         )
+
         return isinstance(error, NonFiniteError)
     return isinstance(error, FloatingPointError)
 
@@ -105,7 +160,9 @@ def explain(error: BaseException, config) -> tuple[int, str | None]:
         return 130, "broken off"
     if is_out_of_memory(error):
         dials = [f"--{name.replace('_', '-')}" for name in MEMORY_FLAGS if hasattr(config, name)]
-        advice = f"lower {', '.join(dials)}" if dials else "close other programs, or give it less data"
+        advice = (
+            f"lower {', '.join(dials)}" if dials else "close other programs, or give it less data"
+        )
         return 1, f"out of memory; {advice} ({str(error)[:200] or type(error).__name__})"
     if is_non_finite(error):
         return 1, str(error)
@@ -121,8 +178,10 @@ def explain(error: BaseException, config) -> tuple[int, str | None]:
 def short_warnings(command: str):
     """Warnings in one line, like errors, without the line of code that they came from."""
     with warnings.catch_warnings():
+
         def show(message, category, filename, lineno, file=None, line=None):
             print(f"r1zero {command}: warning: {one_line(str(message))}", file=sys.stderr)
+
         warnings.showwarning = show  # what the module offers for this
         yield
 
@@ -141,7 +200,9 @@ def run(command: str, flags: list[str], show_traceback: bool) -> int:
     except SystemExit as stop:  # tyro's
         return stop.code if isinstance(stop.code, int) else 2
     except BrokenPipeError:  # whoever read our output has gone, as in `r1zero grade ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it ends
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python complains as it ends
         return 1
     except (Exception, KeyboardInterrupt) as error:
         if show_traceback:
@@ -149,8 +210,10 @@ def run(command: str, flags: list[str], show_traceback: bool) -> int:
         code, message = explain(error, config)
         if message is None:
             traceback.print_exception(error)
-            message = ("this is a fault of r1zero, not of yours; please report it with the lines above and "
-                       "the command that you gave")
+            message = (
+                "this is a fault of r1zero, not of yours; please report it with the lines above and "
+                "the command that you gave"
+            )
         print(f"r1zero {command}: {one_line(message) or type(error).__name__}", file=sys.stderr)
         return code
 
@@ -171,8 +234,11 @@ def main(argv: list[str] | None = None) -> int:
     if command not in COMMANDS:
         close = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
-        print(f"r1zero: there is no command {one_line(command)!r}{hint}; the commands are "
-              f"{', '.join(COMMANDS)}, and r1zero --help says what they do", file=sys.stderr)
+        print(
+            f"r1zero: there is no command {one_line(command)!r}{hint}; the commands are "
+            f"{', '.join(COMMANDS)}, and r1zero --help says what they do",
+            file=sys.stderr,
+        )
         return 2
     return run(command, flags, show_traceback)
 

@@ -6,6 +6,7 @@ mistakes.py has the mistakes, and says of each what is done and where it shows. 
 problems, seeds and flags; some mistakes show only with flags that both runs then get (several updates a step
 for the clip, a KL for its estimators). Stopped with Ctrl-C it goes on with --resume, like any run.
 """
+
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -66,8 +67,11 @@ class CompareConfig:
 def grpo_config(c: CompareConfig, broken: bool) -> GRPOConfig:
     """One of the two runs; they differ in `mistake` and the folder alone."""
     common = {f.name: getattr(c, f.name) for f in fields(c) if f.name not in ("mistake", "run")}
-    config = GRPOConfig(run=str(Path(c.run) / ("broken" if broken else "right")),
-                        mistake=c.mistake if broken else None, **common)
+    config = GRPOConfig(
+        run=str(Path(c.run) / ("broken" if broken else "right")),
+        mistake=c.mistake if broken else None,
+        **common,
+    )
     for name, value in MISTAKES[c.mistake].shows_with.items():
         config = with_dial(config, name, value)
     return config
@@ -76,7 +80,9 @@ def grpo_config(c: CompareConfig, broken: bool) -> GRPOConfig:
 def with_dial(config: Any, name: str, value: Any) -> Any:
     """`config` with the dial "loss.kl_coef" or "updates_per_step" set."""
     outer, _, inner = name.partition(".")
-    return replace(config, **{outer: with_dial(getattr(config, outer), inner, value) if inner else value})
+    return replace(
+        config, **{outer: with_dial(getattr(config, outer), inner, value) if inner else value}
+    )
 
 
 def compare(c: CompareConfig) -> Path | None:
@@ -90,7 +96,9 @@ def compare(c: CompareConfig) -> Path | None:
             rows[broken] = read_metrics(config.run)
             if not broken or not rows[broken]:
                 raise
-            fell = f"the broken run ended after {rows[broken][-1]['step']} of {c.steps} steps: {error}"
+            fell = (
+                f"the broken run ended after {rows[broken][-1]['step']} of {c.steps} steps: {error}"
+            )
             continue
         rows[broken] = read_metrics(config.run)
         if rows[broken][-1]["step"] < c.steps:
@@ -114,10 +122,21 @@ def picture(c: CompareConfig, rows: dict[bool, list[dict]]) -> Path:
     panels = []
     for name in shown(c):
         title, unit, is_share = PANELS[name]
-        lines = [Line(label, colour, [row["step"] for row in rows[broken]],
-                      [row[name] for row in rows[broken]])
-                 for broken, label, colour in ((False, "right", RL), (True, f"broken: {c.mistake}", CONTROL))]
-        panels.append(Panel(title, unit, lines, percent=is_share, log_scale=name == "gradient_norm"))
+        lines = [
+            Line(
+                label,
+                colour,
+                [row["step"] for row in rows[broken]],
+                [row[name] for row in rows[broken]],
+            )
+            for broken, label, colour in (
+                (False, "right", RL),
+                (True, f"broken: {c.mistake}", CONTROL),
+            )
+        ]
+        panels.append(
+            Panel(title, unit, lines, percent=is_share, log_scale=name == "gradient_norm")
+        )
     return draw(panels, Path(c.run) / "compare.png", 5 * len(panels), 4.4, one_line(c))
 
 
@@ -128,13 +147,19 @@ def one_line(c: CompareConfig) -> str:
 def summary(c: CompareConfig, rows: dict[bool, list[dict]]) -> str:
     """Both runs' figures over their last quarter, and what is to be expected of the mistake."""
     last = max(1, c.steps // 4)
-    lines = [f"{one_line(c)}.", f"  {f'mean of the last {last} steps':<26} {'right':>9} {'broken':>9}"]
+    lines = [
+        f"{one_line(c)}.",
+        f"  {f'mean of the last {last} steps':<26} {'right':>9} {'broken':>9}",
+    ]
     for name in shown(c):
-        right, wrong = (sum(row[name] for row in rows[broken][-last:]) / len(rows[broken][-last:])
-                        for broken in (False, True))
+        right, wrong = (
+            sum(row[name] for row in rows[broken][-last:]) / len(rows[broken][-last:])
+            for broken in (False, True)
+        )
         lines.append(f"  {name:<26} {right:9.3f} {wrong:9.3f}")
     dials = MISTAKES[c.mistake].shows_with
     flags = [f"--{name.replace('_', '-')} {value:g}" for name, value in dials.items()]
     lines += [f"Both runs had {' '.join(flags)}, with which it shows."] if flags else []
-    return "\n".join([*lines, f"What 16 steps from the demo's base showed: {MISTAKES[c.mistake].seen}"])
-
+    return "\n".join(
+        [*lines, f"What 16 steps from the demo's base showed: {MISTAKES[c.mistake].seen}"]
+    )

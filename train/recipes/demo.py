@@ -14,6 +14,7 @@
 Every part is a run of its own (pretrain.py, grpo.py) in a folder of its own, so Ctrl-C and --resume work
 throughout.
 """
+
 import json
 import time
 from dataclasses import asdict, dataclass, field
@@ -84,19 +85,27 @@ class DemoConfig:
     def __post_init__(self):
         for name in ("documents", "pretrain_steps", "rl_steps", "eval_problems", "eval_samples"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 1 or more")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 1 or more"
+                )
         if self.control_steps < 0:
-            raise ValueError(f"--control-steps is {self.control_steps}, expected 0 (no control) or more")
+            raise ValueError(
+                f"--control-steps is {self.control_steps}, expected 0 (no control) or more"
+            )
         seeds = self.seeds.split(",")
         if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
-            raise ValueError(f"--seeds is {self.seeds!r}, expected different whole numbers with "
-                             "commas, as in 0,1,2")
+            raise ValueError(
+                f"--seeds is {self.seeds!r}, expected different whole numbers with "
+                "commas, as in 0,1,2"
+            )
         # What only a later part would refuse is told now, not after minutes of pretraining.
         # beside the longest prompt
         room = preset(self.model, vocab_size=1).max_seq_len - 2 * self.numbers - 3
         if self.max_new_tokens > room:
-            raise ValueError(f"--max-new-tokens is {self.max_new_tokens}, but --model {self.model} has "
-                             f"room for {room} beside a problem; expected no more")
+            raise ValueError(
+                f"--max-new-tokens is {self.max_new_tokens}, but --model {self.model} has "
+                f"room for {room} beside a problem; expected no more"
+            )
         grpo_config(self, Path(self.run), 0, control=False).task.make()
 
     @property
@@ -115,23 +124,46 @@ def task_of(c: DemoConfig, seed: int) -> TaskFlags:
 
 def part_done(folder: Path, steps: int) -> bool:
     """Whether a part's run has reached and saved its last step."""
-    saved = checkpoint_steps(folder)  # not the log: it has a step's line a moment before its checkpoint
+    saved = checkpoint_steps(
+        folder
+    )  # not the log: it has a step's line a moment before its checkpoint
     return bool(saved) and saved[-1] >= steps
 
 
 def grpo_config(c: DemoConfig, folder: Path, seed: int, control: bool) -> GRPOConfig:
     name, steps = ("control", c.control_steps) if control else ("rl", c.rl_steps)
-    return GRPOConfig(run=str(folder / name), resume=True, base=str(folder / "base"), task=task_of(c, seed),
-                      seed=seed, steps=steps, save_every=20, max_new_tokens=c.max_new_tokens,
-                      micro_tokens=8192, rewards=c.rewards, control=control, optim=rl_optim(c.rl_lr),
-                      device=c.device)
+    return GRPOConfig(
+        run=str(folder / name),
+        resume=True,
+        base=str(folder / "base"),
+        task=task_of(c, seed),
+        seed=seed,
+        steps=steps,
+        save_every=20,
+        max_new_tokens=c.max_new_tokens,
+        micro_tokens=8192,
+        rewards=c.rewards,
+        control=control,
+        optim=rl_optim(c.rl_lr),
+        device=c.device,
+    )
 
 
 def base_config(c: DemoConfig, folder: Path, seed: int) -> PretrainConfig:
-    return PretrainConfig(run=str(folder), resume=True, data=("countdown",), model=c.model, seed=seed,
-                          steps=c.pretrain_steps, save_every=200, corpus=c.corpus, documents=c.documents,
-                          optim=OptimConfig(lr=4e-3), device=c.device,
-                          task=Countdown(n_numbers=c.numbers, high=c.high, ops=c.ops, seed=seed))
+    return PretrainConfig(
+        run=str(folder),
+        resume=True,
+        data=("countdown",),
+        model=c.model,
+        seed=seed,
+        steps=c.pretrain_steps,
+        save_every=200,
+        corpus=c.corpus,
+        documents=c.documents,
+        optim=OptimConfig(lr=4e-3),
+        device=c.device,
+        task=Countdown(n_numbers=c.numbers, high=c.high, ops=c.ops, seed=seed),
+    )
 
 
 def run_part(folder: Path, steps: int, loop, config) -> float:
@@ -150,11 +182,17 @@ def measure_model(c: DemoConfig, folder: Path, name: str, seed: int) -> dict:
     model, tokenizer, _ = load_model(str(folder / name), pick_device(c.device))
     task = task_of(c, seed).make()
     size = task.size("test")
-    problems = task.problems("test", c.eval_problems if size is None else min(size, c.eval_problems))
+    problems = task.problems(
+        "test", c.eval_problems if size is None else min(size, c.eval_problems)
+    )
     sampler = ModelSampler(model, tokenizer, c.max_new_tokens, temperature=1.0, seed=seed)
     out = folder / f"eval_{name}.jsonl"
-    result = evaluate(sampler, task, problems, c.eval_samples, ks=(1, c.eval_samples), out=out, batch=128)
-    responses = [json.loads(line)["response"] for line in out.read_text(encoding="utf-8").splitlines()]
+    result = evaluate(
+        sampler, task, problems, c.eval_samples, ks=(1, c.eval_samples), out=out, batch=128
+    )
+    responses = [
+        json.loads(line)["response"] for line in out.read_text(encoding="utf-8").splitlines()
+    ]
     repeated = [p for p in problems for _ in range(c.eval_samples)]
     return {"eval": result.to_dict(), "behaviour": measure(repeated, responses).to_dict()}
 
@@ -165,19 +203,37 @@ def keep_group(c: DemoConfig, folder: Path, seed: int) -> None:
     task, g = task_of(c, seed).make(), grpo_config(c, folder, seed, control=False)
     engine = Engine(model, tokenizer)
     for index, problem in enumerate(task.problems("train", 50)):
-        rollouts = sample_groups(engine, [task.prompt(problem)], g.group_size, g.max_new_tokens,
-                                 g.temperature, sample_seeds(g.group_size, seed, index))
+        rollouts = sample_groups(
+            engine,
+            [task.prompt(problem)],
+            g.group_size,
+            g.max_new_tokens,
+            g.temperature,
+            sample_seeds(g.group_size, seed, index),
+        )
         rewards = score(task, [problem] * g.group_size, rollouts.texts, g.rewards)
         if 0.2 <= rewards.accuracy.mean() <= 0.6:  # one that has something to show
             break
-    advantages, _ = group_advantages(rewards.total, rollouts.group_offsets, g.advantage.scale == "std")
+    advantages, _ = group_advantages(
+        rewards.total, rollouts.group_offsets, g.advantage.scale == "std"
+    )
     samples = []
     for n, sequence in enumerate(rollouts.sequences):
-        tokens = [tokenizer.token_text(int(t)) for t in sequence[rollouts.prompt_lengths[n]:]]
-        samples.append({"tokens": tokens, "accuracy": rewards.accuracy[n], "format": rewards.format[n],
-                        "reward": rewards.total[n], "advantage": advantages[n], "why": rewards.why[n],
-                        "finish_reason": rollouts.finish_reasons[n]})
-    atomic_write_json(folder / "group.json", {"step": 0, "problem": task.prompt(problem), "samples": samples})
+        tokens = [tokenizer.token_text(int(t)) for t in sequence[rollouts.prompt_lengths[n] :]]
+        samples.append(
+            {
+                "tokens": tokens,
+                "accuracy": rewards.accuracy[n],
+                "format": rewards.format[n],
+                "reward": rewards.total[n],
+                "advantage": advantages[n],
+                "why": rewards.why[n],
+                "finish_reason": rollouts.finish_reasons[n],
+            }
+        )
+    atomic_write_json(
+        folder / "group.json", {"step": 0, "problem": task.prompt(problem), "samples": samples}
+    )
 
 
 def one_seed(c: DemoConfig, folder: Path, seed: int) -> dict:
@@ -195,15 +251,23 @@ def one_seed(c: DemoConfig, folder: Path, seed: int) -> dict:
             results[name] = {"steps": steps, **measure_model(c, folder, name, seed)}
             timed(f"eval_{name}", time.perf_counter() - started)
             share, (low, high) = (results[name]["eval"][key] for key in ("accuracy", "accuracy_95"))
-            print(f"{name}: {share:.1%} of held-out answers are right (95 % interval {low:.1%} to "
-                  f"{high:.1%}), {results[name]['eval']['mean_tokens']:.1f} tokens long")
+            print(
+                f"{name}: {share:.1%} of held-out answers are right (95 % interval {low:.1%} to "
+                f"{high:.1%}), {results[name]['eval']['mean_tokens']:.1f} tokens long"
+            )
 
-    timed("pretrain", run_part(folder / "base", c.pretrain_steps, pretrain,
-                               base_config(c, folder / "base", seed)))
+    timed(
+        "pretrain",
+        run_part(
+            folder / "base", c.pretrain_steps, pretrain, base_config(c, folder / "base", seed)
+        ),
+    )
     evaluate_part("base", c.pretrain_steps)
     if not (folder / "group.json").exists():
         keep_group(c, folder, seed)
-    timed("rl", run_part(folder / "rl", c.rl_steps, grpo, grpo_config(c, folder, seed, control=False)))
+    timed(
+        "rl", run_part(folder / "rl", c.rl_steps, grpo, grpo_config(c, folder, seed, control=False))
+    )
     evaluate_part("rl", c.rl_steps)
     if c.control_steps:
         control = grpo_config(c, folder, seed, control=True)
@@ -223,12 +287,18 @@ def demo(c: DemoConfig) -> Path | None:
     reuse_memory()
     folder = Path(c.run)
     if (folder / "demo.json").exists() and not c.resume:
-        raise ValueError(f"{folder} holds a demo already; add --resume to go on with it, or give "
-                         "another --run")
+        raise ValueError(
+            f"{folder} holds a demo already; add --resume to go on with it, or give another --run"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    record = {"config": asdict(c), "machine": machine(), "seeds": c.seed_list, "seconds": {},
-              "finished": None}
+    record = {
+        "config": asdict(c),
+        "machine": machine(),
+        "seeds": c.seed_list,
+        "seconds": {},
+        "finished": None,
+    }
     atomic_write_json(folder / "demo.json", record)
     try:
         for seed in c.seed_list:
@@ -243,4 +313,3 @@ def demo(c: DemoConfig) -> Path | None:
     print(seeds_table(folder))
     print(f"report: {report}   ({record['seconds']['all'] / 60:.1f} minutes)")
     return report
-

@@ -13,6 +13,7 @@ not. Attempts of one document never repeat. Three kinds of author write:
 So a base model trained on this text attempts, checks and answers, but stops without looking at its own
 checks. What reinforcement learning must add is the use of the verdict.
 """
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,10 +40,14 @@ class CorpusConfig:
     def __post_init__(self):
         for name in ("persistent_share", "broken_share"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"corpus: {name} is {getattr(self, name)}, expected a share from 0 to 1")
+                raise ValueError(
+                    f"corpus: {name} is {getattr(self, name)}, expected a share from 0 to 1"
+                )
         if not 1 <= self.max_careless_attempts <= self.max_attempts:
-            raise ValueError(f"corpus: max_careless_attempts is {self.max_careless_attempts}, expected 1 to "
-                             f"max_attempts ({self.max_attempts})")
+            raise ValueError(
+                f"corpus: max_careless_attempts is {self.max_careless_attempts}, expected 1 to "
+                f"max_attempts ({self.max_attempts})"
+            )
 
 
 def words(task: Countdown) -> list[str]:
@@ -66,20 +71,28 @@ def all_attempts(numbers, target: int, ops: str) -> list[tuple[str, str, bool]]:
         if len(pool) == 1:
             value, expression = pool[0]
             miss = value - target
-            found[f"{text}{value}-{target}={miss} {'no' if miss else 'ok'}"] = (expression, miss == 0)
+            found[f"{text}{value}-{target}={miss} {'no' if miss else 'ok'}"] = (
+                expression,
+                miss == 0,
+            )
             return
         for i in range(len(pool)):
             for j in range(i + 1, len(pool)):
                 larger, smaller = sorted((pool[i], pool[j]), key=lambda x: -x[0])
                 rest = pool[:i] + pool[i + 1 : j] + pool[j + 1 :]
                 for op in ops:
-                    turned = op == "/" and smaller[0] == 0  # 0 can be divided, nothing can be divided by it
+                    turned = (
+                        op == "/" and smaller[0] == 0
+                    )  # 0 can be divided, nothing can be divided by it
                     (a, a_text), (b, b_text) = (smaller, larger) if turned else (larger, smaller)
                     if op == "/" and (b == 0 or a % b):
                         continue
                     value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b else 0}[op]
                     whole = f"{a_text}{op}{b_text}"
-                    step([*rest, (value, f"({whole})" if rest else whole)], f"{text}{a}{op}{b}={value},")
+                    step(
+                        [*rest, (value, f"({whole})" if rest else whole)],
+                        f"{text}{a}{op}{b}={value},",
+                    )
 
     step([(n, str(n)) for n in numbers], "")
     return [(text, expression, ok) for text, (expression, ok) in found.items()]

@@ -62,31 +62,48 @@ class Behaviour:
         return asdict(self)
 
 
-
 def share(hits: Iterable[bool]) -> tuple[float | None, int]:
     """(share of True, how many in all); the share of nothing is None."""
     hits = list(hits)
     return (sum(hits) / len(hits) if hits else None), len(hits)
 
 
-
 def measure(problems: Sequence[CountdownProblem], responses: Sequence[str]) -> Behaviour:
     """The behaviour of responses[n] to problems[n]. Raises ValueError only if the two differ in length."""
-    grader = Countdown(n_numbers=2, high=9)  # judges by the problem given; these dials are quick to set up
+    grader = Countdown(
+        n_numbers=2, high=9
+    )  # judges by the problem given; these dials are quick to set up
     made = [parse_attempts(response) for response in responses]
-    attempts = [(problem, attempt)
-                for problem, group in zip(problems, made, strict=True) for attempt in group]
-    stops = {word: share(a.ends_thoughts for _, a in attempts
-                         if a.verdict == word and a.ends_thoughts is not None) for word in ("ok", "no")}
-    checks = share((a.verdict == "ok") == (a.check.a == a.check.b == problem.target)
-                   for problem, a in attempts if a.check)
+    attempts = [
+        (problem, attempt)
+        for problem, group in zip(problems, made, strict=True)
+        for attempt in group
+    ]
+    stops = {
+        word: share(
+            a.ends_thoughts
+            for _, a in attempts
+            if a.verdict == word and a.ends_thoughts is not None
+        )
+        for word in ("ok", "no")
+    }
+    checks = share(
+        (a.verdict == "ok") == (a.check.a == a.check.b == problem.target)
+        for problem, a in attempts
+        if a.check
+    )
     equations = share(step.true for _, a in attempts for step in a.steps if step)
-    answered = [(problem, response, answer, group[-1])
-                for problem, response, group in zip(problems, responses, made, strict=True)
-                if group and (answer := parse_response(response).answer) is not None]
+    answered = [
+        (problem, response, answer, group[-1])
+        for problem, response, group in zip(problems, responses, made, strict=True)
+        if group and (answer := parse_response(response).answer) is not None
+    ]
     follow = share(follows(answer, last) for _, _, answer, last in answered)
-    right_after_ok = share(grader.grade(problem, response).accuracy == 1.0
-                           for problem, response, _, last in answered if last.verdict == "ok")
+    right_after_ok = share(
+        grader.grade(problem, response).accuracy == 1.0
+        for problem, response, _, last in answered
+        if last.verdict == "ok"
+    )
     n_repeats = sum(len(group) - len({a.text for a in group}) for group in made)
     return Behaviour(
         n_answers=len(made),
@@ -107,4 +124,3 @@ def measure(problems: Sequence[CountdownProblem], responses: Sequence[str]) -> B
         right_after_ok=right_after_ok[0],
         n_last_ok=right_after_ok[1],
     )
-

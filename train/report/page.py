@@ -5,6 +5,7 @@ it is. The page follows the reader's light or dark mode, and columns become rows
 
 Left out: templates (an f-string is one already) and anything that is fetched when the page is opened.
 """
+
 import base64
 import html
 import re
@@ -62,9 +63,11 @@ def escape(text: object) -> str:
 def document(title: str, sections: Iterable[str]) -> str:
     """A whole page; empty sections are left out."""
     body = "\n".join(section for section in sections if section)
-    return (f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n")
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
 
 
 def section(title: str, *markup: str) -> str:
@@ -83,9 +86,11 @@ def limit(text: str) -> str:
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Cells are text, and are escaped; a line break in a cell is kept."""
+
     def line(kind: str, cells: Sequence[str]) -> str:
         shown = (escape(cell).replace("\n", "<br>") for cell in cells)
         return "<tr>" + "".join(f"<{kind}>{cell}</{kind}>" for cell in shown) + "</tr>"
+
     body = "\n".join(line("td", row) for row in rows)
     return f'<div class="wide"><table>\n{line("th", head)}\n{body}\n</table></div>'
 
@@ -105,19 +110,30 @@ def picture(path: Path | None, alternative: str, caption: str = "", full: bool =
 
 def cards(items: Iterable[tuple[str, str, str]]) -> str:
     """(what it is, the figure, what to know about it), side by side."""
-    each = (f'<div class="card">{escape(name)}<b>{escape(figure)}</b><span class="small soft">{escape(note)}'
-            "</span></div>" for name, figure, note in items)
+    each = (
+        f'<div class="card">{escape(name)}<b>{escape(figure)}</b><span class="small soft">{escape(note)}'
+        "</span></div>"
+        for name, figure, note in items
+    )
     return f'<div class="cards">{"".join(each)}</div>'
 
 
 def tokens(texts: Iterable[str], head: str, note: str, strength: float) -> str:
     """One answer, each token in a box; the colour is blue for strength up to 1, orange down to -1."""
-    boxes = "".join(f"<span{' class=end' if text.startswith('<|') else ''}>{escape(text)}</span>"
-                    for text in map(str, texts))
+    boxes = "".join(
+        f"<span{' class=end' if text.startswith('<|') else ''}>{escape(text)}</span>"
+        for text in map(str, texts)
+    )
     rgb, alpha = (GOOD_RGB if strength > 0 else BAD_RGB), min(abs(strength), 1.0)
-    colour = f"border-color: rgb({rgb}); background: rgba({rgb}, {0.06 + 0.3 * alpha:.3f})" if alpha else ""
-    return (f'<div class="sample" style="{colour}"><div class="small"><b>{escape(head)}</b> '
-            f'<span class="soft">{escape(note)}</span></div><div class="tokens mono">{boxes}</div></div>')
+    colour = (
+        f"border-color: rgb({rgb}); background: rgba({rgb}, {0.06 + 0.3 * alpha:.3f})"
+        if alpha
+        else ""
+    )
+    return (
+        f'<div class="sample" style="{colour}"><div class="small"><b>{escape(head)}</b> '
+        f'<span class="soft">{escape(note)}</span></div><div class="tokens mono">{boxes}</div></div>'
+    )
 
 
 def response(text: str, right: bool, head: str, note: str) -> str:
@@ -126,5 +142,7 @@ def response(text: str, right: bool, head: str, note: str) -> str:
     lines = re.sub(r" ok(?=&lt;/think|;\n)", ' <span class="good">ok</span>', lines)
     lines = re.sub(r" no(?=&lt;/think|;\n)", ' <span class="bad">no</span>', lines)
     mark = '<span class="good">✓ right</span>' if right else '<span class="bad">✗ wrong</span>'
-    return (f'<div><p class="small">{escape(head)}: {mark} <span class="soft">{escape(note)}</span></p>'
-            f'<div class="response mono">{lines}</div></div>')
+    return (
+        f'<div><p class="small">{escape(head)}: {mark} <span class="soft">{escape(note)}</span></p>'
+        f'<div class="response mono">{lines}</div></div>'
+    )

@@ -5,6 +5,7 @@ the user has set at home changes nothing. Colours are Okabe and Ito's, which col
 
 Left out: interactive plots; they need scripts.
 """
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,9 +66,13 @@ def smooth(steps: Sequence[float], values: Sequence[float], half: int) -> list[f
     result = []
     for i, step in enumerate(steps):
         start = max(0, min(i - half, len(values) - 2 * half - 1))
-        window = zip(steps[start : start + 2 * half + 1], values[start : start + 2 * half + 1], strict=True)
+        window = zip(
+            steps[start : start + 2 * half + 1], values[start : start + 2 * half + 1], strict=True
+        )
         near = [(x, y) for x, y in window if math.isfinite(y)]
-        x_mean, y_mean = (sum(pair[k] for pair in near) / len(near) if near else math.nan for k in (0, 1))
+        x_mean, y_mean = (
+            sum(pair[k] for pair in near) / len(near) if near else math.nan for k in (0, 1)
+        )
         spread = sum((x - x_mean) ** 2 for x, _ in near)
         slope = sum((x - x_mean) * (y - y_mean) for x, y in near) / spread if spread else 0.0
         result.append(y_mean + slope * (step - x_mean))
@@ -82,14 +87,32 @@ def draw_panel(axes, panel: Panel) -> None:
         if panel.log_scale:
             values = [math.log(value) if value > 0 else math.nan for value in values]
         thick = smooth(line.steps, values, half)
-        axes.plot(line.steps, [math.exp(y) for y in thick] if panel.log_scale else thick, color=line.colour,
-                  linewidth=2.2, label=line.label, solid_capstyle="round")
+        axes.plot(
+            line.steps,
+            [math.exp(y) for y in thick] if panel.log_scale else thick,
+            color=line.colour,
+            linewidth=2.2,
+            label=line.label,
+            solid_capstyle="round",
+        )
     for mark in panel.marks:
         low, high = mark.interval or (mark.value, mark.value)
         errors = [[max(0.0, mark.value - low)], [max(0.0, high - mark.value)]]
-        axes.errorbar([mark.step], [mark.value], yerr=errors if mark.interval else None, fmt="D",
-                      markersize=7, color=mark.colour, markeredgecolor="white", ecolor=mark.colour,
-                      elinewidth=1.8, capsize=4, label=mark.label, zorder=5, clip_on=False)
+        axes.errorbar(
+            [mark.step],
+            [mark.value],
+            yerr=errors if mark.interval else None,
+            fmt="D",
+            markersize=7,
+            color=mark.colour,
+            markeredgecolor="white",
+            ecolor=mark.colour,
+            elinewidth=1.8,
+            capsize=4,
+            label=mark.label,
+            zorder=5,
+            clip_on=False,
+        )
     axes.set_title(panel.title, loc="left", fontsize=13, fontweight="bold", color=INK, pad=10)
     axes.set_xlabel(panel.x_label, fontsize=10.5, color=INK)
     axes.set_ylabel(panel.y_label, fontsize=10.5, color=INK)
@@ -120,7 +143,9 @@ def draw(panels: Sequence[Panel], path: Path, width: float, height: float, title
     with style.context("default"):
         figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
         legend = {}
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for axes, panel in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
             draw_panel(axes, panel)
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 legend.setdefault(label, handle)
@@ -128,13 +153,26 @@ def draw(panels: Sequence[Panel], path: Path, width: float, height: float, title
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
         if len(legend) > 1:
-            figure.legend(legend.values(), legend.keys(), loc="outside lower center", fontsize=10,
-                          ncols=len(legend), frameon=False, labelcolor=INK)
+            figure.legend(
+                legend.values(),
+                legend.keys(),
+                loc="outside lower center",
+                fontsize=10,
+                ncols=len(legend),
+                frameon=False,
+                labelcolor=INK,
+            )
         return save(figure, path)
 
 
-def draw_bars(title: str, groups: Sequence[str], series: Sequence[tuple[str, str, Sequence[float | None]]],
-              path: Path, width: float, height: float) -> Path:
+def draw_bars(
+    title: str,
+    groups: Sequence[str],
+    series: Sequence[tuple[str, str, Sequence[float | None]]],
+    path: Path,
+    width: float,
+    height: float,
+) -> Path:
     """Shares as bars in groups, values on top; series: (label, colour, one value or None for each group)."""
     with style.context("default"):
         figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
@@ -142,7 +180,9 @@ def draw_bars(title: str, groups: Sequence[str], series: Sequence[tuple[str, str
         thick = 0.8 / len(series)
         for n, (label, colour, values) in enumerate(series):
             places = [group + (n - (len(series) - 1) / 2) * thick for group in range(len(groups))]
-            axes.bar(places, [value or 0.0 for value in values], 0.9 * thick, color=colour, label=label)
+            axes.bar(
+                places, [value or 0.0 for value in values], 0.9 * thick, color=colour, label=label
+            )
             for place, value in zip(places, values, strict=True):
                 shown = "–" if value is None else f"{100 * value:.0f} %"
                 axes.text(place, (value or 0.0) + 0.015, shown, ha="center", fontsize=11, color=INK)
@@ -150,8 +190,13 @@ def draw_bars(title: str, groups: Sequence[str], series: Sequence[tuple[str, str
         axes.set_ylim(0, 1.08)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
         axes.set_xticks(range(len(groups)), groups, fontsize=11)
-        figure.legend(loc="outside lower center", ncols=len(series), frameon=False, fontsize=10,
-                      labelcolor=INK)
+        figure.legend(
+            loc="outside lower center",
+            ncols=len(series),
+            frameon=False,
+            fontsize=10,
+            labelcolor=INK,
+        )
         return save(figure, path)
 
 
@@ -159,30 +204,73 @@ def draw_bars(title: str, groups: Sequence[str], series: Sequence[tuple[str, str
 
 COLOURS = {"base": BASE, "rl": RL, "control": CONTROL}
 SHORT = {"rl": "R1-Zero", "control": "control"}
-LONG = {"rl": "R1-Zero: rewards by rule", "control": "control: the same rewards, dealt out at random"}
+LONG = {
+    "rl": "R1-Zero: rewards by rule",
+    "control": "control: the same rewards, dealt out at random",
+}
 COLUMNS = {"base": "base model", "rl": "after R1-Zero", "control": "after the control"}
 HELD_OUT = "held-out problems"
 CURVES = [  # (name in metrics.jsonl, name in the evaluation, title, unit, is it a share, how to read it)
-    ("accuracy", "accuracy", "Right answers", "share of answers", True,
-     "Every number used once and the target met: worth the large reward."),
-    ("length", "mean_tokens", "Response length", "tokens", False,
-     "Nobody asks for long answers; checking takes room."),
-    ("format", "format_rate", "Well-formed answers", "share of answers", True,
-     "One think block, one answer block, nothing else: worth a small reward."),
-    ("dead_groups", None, "Dead groups", "share of groups", True,
-     "Groups whose answers all got the same reward; they teach nothing."),
-    ("entropy", None, "Entropy", "nats a token", False,
-     "How undecided the model is about its next token; near 0 it would have stopped exploring."),
-    ("kl_to_reference", None, "Distance to the base model", "KL, nats a token", False,
-     "How far the model has moved from where it began."),
+    (
+        "accuracy",
+        "accuracy",
+        "Right answers",
+        "share of answers",
+        True,
+        "Every number used once and the target met: worth the large reward.",
+    ),
+    (
+        "length",
+        "mean_tokens",
+        "Response length",
+        "tokens",
+        False,
+        "Nobody asks for long answers; checking takes room.",
+    ),
+    (
+        "format",
+        "format_rate",
+        "Well-formed answers",
+        "share of answers",
+        True,
+        "One think block, one answer block, nothing else: worth a small reward.",
+    ),
+    (
+        "dead_groups",
+        None,
+        "Dead groups",
+        "share of groups",
+        True,
+        "Groups whose answers all got the same reward; they teach nothing.",
+    ),
+    (
+        "entropy",
+        None,
+        "Entropy",
+        "nats a token",
+        False,
+        "How undecided the model is about its next token; near 0 it would have stopped exploring.",
+    ),
+    (
+        "kl_to_reference",
+        None,
+        "Distance to the base model",
+        "KL, nats a token",
+        False,
+        "How far the model has moved from where it began.",
+    ),
 ]
 
 
 def line(seed: Seed, part: str, name: str, label: str) -> Line:
     """A column of a part's log; a figure that is missing or not finite leaves a gap."""
     values = [finite(row.get(name)) for row in seed.logs[part]]
-    return Line(label, COLOURS[part], [row["step"] for row in seed.logs[part]],
-                [float("nan") if value is None else value for value in values])
+    return Line(
+        label,
+        COLOURS[part],
+        [row["step"] for row in seed.logs[part]],
+        [float("nan") if value is None else value for value in values],
+    )
 
 
 def marks(seed: Seed, name: str) -> list[Mark]:
@@ -199,8 +287,12 @@ def marks(seed: Seed, name: str) -> list[Mark]:
 def panel(seeds: list[Seed], curve: tuple, labels: dict[str, str]) -> Panel:
     """One of CURVES, of the parts that `labels` names."""
     name, measured, title, unit, is_share, _ = curve
-    lines = [line(seed, part, name, label)
-             for part, label in labels.items() for seed in seeds if seed.logs[part]]
+    lines = [
+        line(seed, part, name, label)
+        for part, label in labels.items()
+        for seed in seeds
+        if seed.logs[part]
+    ]
     points = [mark for seed in seeds for mark in marks(seed, measured)] if measured else []
     return Panel(title, unit, lines, points, is_share)
 
@@ -214,16 +306,29 @@ def draw_pictures(folder: Path, seeds: list[Seed]) -> dict[str, Path]:
     first = seeds[0]
     if first.logs["rl"]:
         for curve in CURVES:
-            drawn[curve[0]] = draw([panel([first], curve, SHORT)], folder / f"{curve[0]}.png", 5, 3.6)
+            drawn[curve[0]] = draw(
+                [panel([first], curve, SHORT)], folder / f"{curve[0]}.png", 5, 3.6
+            )
     if first.logs["base"]:
-        loss = Panel("Pretraining", "loss, nats a token", [line(first, "base", "loss", "base model")],
-                     x_label="pretraining step")
+        loss = Panel(
+            "Pretraining",
+            "loss, nats a token",
+            [line(first, "base", "loss", "base model")],
+            x_label="pretraining step",
+        )
         drawn["pretraining"] = draw([loss], folder / "pretraining.png", 8, 3.6)
-    stops = [(COLUMNS[part], COLOURS[part],
-              [first.figure(part, "behaviour", f"p_stop_after_{word}") for word in ("ok", "no")])
-             for part in PARTS if first.get(part, "behaviour")]
+    stops = [
+        (
+            COLUMNS[part],
+            COLOURS[part],
+            [first.figure(part, "behaviour", f"p_stop_after_{word}") for word in ("ok", "no")],
+        )
+        for part in PARTS
+        if first.get(part, "behaviour")
+    ]
     if stops:
         groups = ["after a verdict “ok”", "after a verdict “no”"]
-        drawn["behaviour"] = draw_bars("Does the thinking stop here?", groups, stops,
-                                       folder / "behaviour.png", 8, 4.2)
+        drawn["behaviour"] = draw_bars(
+            "Does the thinking stop here?", groups, stops, folder / "behaviour.png", 8, 4.2
+        )
     return drawn

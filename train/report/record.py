@@ -9,6 +9,7 @@
 A demo can be stopped at any moment, so all of it but demo.json may be missing or torn. What is not there is
 empty or None, and is shown as a dash.
 """
+
 import json
 import math
 from dataclasses import dataclass
@@ -78,7 +79,10 @@ def read_lines(path: Path, whole: bool = False) -> list[dict]:
 
 def read_seed(folder: Path, number: int) -> Seed:
     logs = {part: read_lines(folder / part / "metrics.jsonl") for part in PARTS}
-    logs = {part: [row for row in rows if finite(row.get("step")) is not None] for part, rows in logs.items()}
+    logs = {
+        part: [row for row in rows if finite(row.get("step")) is not None]
+        for part, rows in logs.items()
+    }
     answers = {part: read_lines(folder / f"eval_{part}.jsonl") for part in PARTS}
     results, group = (read_dict(folder / name) for name in ("results.json", "group.json"))
     return Seed(number, folder, results, logs, answers, group)
@@ -100,6 +104,7 @@ def read_demo(folder: str | Path) -> tuple[dict, list[Seed]]:
 
 
 # ---- figures as text ----
+
 
 def percent(share: Any) -> str:
     share = finite(share)
@@ -148,15 +153,34 @@ def seconds(seed: Seed) -> float:
 
 def seed_rows(seeds: list[Seed]) -> tuple[list[str], list[list[str]]]:
     """(head, a row a seed) of the table of all seeds."""
-    head = ["seed", "base pass@1 [95 %]", "after R1-Zero", "control", "length", "stops after ok",
-            "stops after no", "minutes"]
+    head = [
+        "seed",
+        "base pass@1 [95 %]",
+        "after R1-Zero",
+        "control",
+        "length",
+        "stops after ok",
+        "stops after no",
+        "minutes",
+    ]
     rows = []
     for seed in seeds:
         lengths = [seed.figure(part, "eval", "mean_tokens") for part in ("base", "rl")]
         grown = ratio(lengths[1], lengths[0])
-        stops = [[percent(seed.figure(part, "behaviour", f"p_stop_after_{word}")) for part in ("base", "rl")]
-                 for word in ("ok", "no")]
-        rows.append([str(seed.number), *(with_interval(seed, part) for part in PARTS),
-                     "–" if grown is None else f"× {grown:.2f}", *(" → ".join(pair) for pair in stops),
-                     number(seconds(seed) / 60)])
+        stops = [
+            [
+                percent(seed.figure(part, "behaviour", f"p_stop_after_{word}"))
+                for part in ("base", "rl")
+            ]
+            for word in ("ok", "no")
+        ]
+        rows.append(
+            [
+                str(seed.number),
+                *(with_interval(seed, part) for part in PARTS),
+                "–" if grown is None else f"× {grown:.2f}",
+                *(" → ".join(pair) for pair in stops),
+                number(seconds(seed) / 60),
+            ]
+        )
     return head, rows
