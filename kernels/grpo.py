@@ -519,3 +519,17 @@ def check_offsets(op: str, name: str, offsets: torch.Tensor, like: torch.Tensor)
             f"stride {offsets.stride()}; expected one dimension, contiguous, int32 or int64, on "
             f"{like.device} like the rest"
         )
+
+
+OBJECTIVES, KL_ESTIMATORS, POLICY_METRICS = GRPO_OBJECTIVES, GRPO_KL_ESTIMATORS, GRPO_METRICS
+
+
+def policy_loss(logp, old_logp, ref_logp, advantages, weights, offsets, **options):
+    """Stand-in until the kernel itself takes one number per token."""
+    if options.get("objective") == "gspo":
+        first = offsets[:-1].long().clamp(max=max(0, len(logp) - 1))
+        empty = offsets.diff() == 0
+        a, w = advantages[first].masked_fill(empty, 0), weights[first].masked_fill(empty, 0)
+        return grpo_loss(logp, old_logp, a, w, offsets, ref_logp, **options)
+    each = torch.arange(len(logp) + 1, dtype=torch.int32, device=logp.device)
+    return grpo_loss(logp, old_logp, advantages, weights, each, ref_logp, **options)

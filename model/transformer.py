@@ -178,6 +178,13 @@ class Transformer(nn.Module):
 
         return self._run(packed.tokens, packed.positions, [attend] * self.config.n_layers)
 
+    def hidden_states(self, packed: Packed) -> torch.Tensor:
+        return self(packed)
+
+    @property
+    def device(self):
+        return self.embed.device
+
     def prefill(
         self, packed: Packed
     ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:

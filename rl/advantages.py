@@ -1,33 +1,31 @@
-"""How much better was each answer than could be expected? One function a way to expect, and their
-composition.
+"""How much better was each answer than expected? One function per expectation, and a composition.
 
-    baseline        what is expected of an answer             A =                              source
-    group           the mean of its group                     r - mean(group)                  GRPO, Dr. GRPO
-    leave_one_out   the mean of the others in its group       r - mean(group without it)       RLOO
-    batch           the mean of all answers of the step       r - mean(batch)                  REINFORCE
-    critic          what a value head says, token by token    GAE                              PPO
-    none            nothing: the reward to go                 sum of rewards from here on      REINFORCE++
+    baseline        what is expected of an answer            A =                        source
+    group           the mean of its group                    r - mean(group)            GRPO
+    leave_one_out   the mean of the others in its group      r - mean(group without it) RLOO
+    batch           the mean of all answers of the step      r - mean(batch)            REINFORCE
+    critic          what a value head says of each token     GAE                        PPO
+    none            nothing                                  sum of rewards to go       REINFORCE++
 
-    scale           none, or
-    std             over the standard deviation of what the baseline is the mean of            GRPO
-    batch           (A - mean) / std of A over all response tokens of the step                REINFORCE++, PPO
+    scale           what the difference is divided by                                   source
+    none            nothing                                                             Dr. GRPO
+    std             the standard deviation of what the baseline is the mean of          GRPO
+    batch           (A - mean) / std of A over all response tokens of the step          PPO
 
-In expectation on-policy, summed over tokens and undiscounted: leave_one_out, critic with lam 1 (below 1 only
-if the critic is right), and none give the gradient of the expected reward; group gives it times 1 - 1/n for
-groups of n and batch times 1 - 1/N for N answers, for an answer's own reward is in its baseline. The group's
-`std` turns it, unless the rewards are 0 and 1: then it weighs problems anew, those nearly always or never
-solved up (not in groups of 2 or 3; the larger the group, the more). Scale `batch` turns it in either case.
-tests/test_exact.py enumerates all of it.
+Which of these are the gradient of the expected reward, and how far the others are from it, is
+enumerated in tests/rl/test_exact.py and told beside each function.
+
+Shapes: N answers, G groups, R response tokens of all answers.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from ..kernels.grpo import grpo_advantages
-from ..kernels.reference import EQUAL_REWARDS
+from ..kernels.grpo import EQUAL_REWARDS, grpo_advantages
+from ..model.distributed import all_sum
 
 BASELINES = ("group", "leave_one_out", "batch", "critic", "none")
 SCALES = ("std", "batch", "none")
@@ -35,23 +33,25 @@ SCALES = ("std", "batch", "none")
 
 @dataclass(frozen=True)
 class AdvantageConfig:
-    """What an answer's reward is compared with. A dial that is not given is as --algo has it."""
+    """What an answer's reward is compared with."""
 
-    baseline: str | None = None
-    """"group": the mean of its group (GRPO). "leave_one_out": the mean of the others of its group (RLOO).
-    "batch": the mean of the whole step (REINFORCE). "critic": a value head and GAE (PPO). "none": the reward
-    itself, or what is left of it where the KL is in the reward (REINFORCE++)."""
-    scale: str | None = None
-    """"std": divide by the standard deviation of what the baseline is the mean of (GRPO). "batch": whiten
-    over all tokens of the step (REINFORCE++, PPO). "none" (Dr. GRPO, RLOO)."""
-    gamma: float | None = None
-    """Discount of rewards that come a token later; of critic, and of none where the KL is in the reward."""
-    lam: float | None = None
-    """GAE's lambda, of critic alone: 1 trusts rewards alone (no bias), less trusts the critic (less
+    baseline: str = "group"
+    """What is subtracted from a reward. "group": the mean of its group (GRPO). "leave_one_out": the
+    mean of the others of its group (RLOO). "batch": the mean of the whole step (REINFORCE).
+    "critic": a value head and GAE (PPO). "none": nothing; with the KL in the reward, the reward to
+    go (REINFORCE++)."""
+    scale: str = "std"
+    """What the difference is divided by. "std": the standard deviation of what the baseline is the
+    mean of (GRPO). "batch": whiten over all tokens of the step (REINFORCE++, PPO). "none": nothing
+    (Dr. GRPO, RLOO)."""
+    gamma: float = 1.0
+    """Discount per token of later rewards, for the critic, and for the reward to go."""
+    lam: float = 1.0
+    """GAE's lambda, for the critic: 1 trusts rewards alone (no bias), less trusts the critic (less
     variance)."""
 
     def __post_init__(self):
-        if self.baseline not in (None, *BASELINES) or self.scale not in (None, *SCALES):
+        if self.baseline not in BASELINES or self.scale not in SCALES:
             raise ValueError(
                 f"advantage: baseline is {self.baseline!r} and scale {self.scale!r}; expected a "
                 f"baseline of {BASELINES} and a scale of {SCALES}"
@@ -62,29 +62,19 @@ class AdvantageConfig:
                 "rewards that could have a standard deviation; expected scale batch or none"
             )
         for name in ("gamma", "lam"):
-            if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
-                raise ValueError(f"advantage: {name} is {value}; expected 0 to 1")
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"advantage: {name} is {getattr(self, name)}; expected 0 to 1")
 
 
-def group_advantages(
-    rewards_N: np.ndarray, group_offsets: np.ndarray, normalise_std: bool = True
-) -> tuple[np.ndarray, np.ndarray]:
-    """(A [N] float64, dead [G] bool): A = (r - mean of group) / (std of group), eq. 3 of DeepSeekMath (arXiv
-    2402.03300).
+# ---- one number per answer ----
 
-    rewards_N: [N], samples sorted by group; group_offsets: [G + 1] from 0 to N. The std is the population's
-    (divide by the group size, not by one less). Without `normalise_std` it is r - mean, as in Dr. GRPO (arXiv
-    2503.20783). A group whose rewards span less than EQUAL_REWARDS of kernels/reference_grpo.py is dead: it
-    gets exactly 0 and teaches nothing. Rule rewards are made on the host, and what is dead must be known
-    there, to be left out of the batches: so this stays on the host.
-    Raises ValueError for offsets that do not cover the rewards, or a reward that is not finite, by its index.
-    """
+
+def checked_rewards(rewards_N: np.ndarray, group_offsets: np.ndarray) -> np.ndarray:
+    """The rewards as float64. Raises ValueError for offsets that do not cover them, or for a reward
+    that is not finite, by its index."""
     rewards_N, group_offsets = np.asarray(rewards_N, np.float64), np.asarray(group_offsets)
-    if (
-        group_offsets[0] != 0
-        or group_offsets[-1] != len(rewards_N)
-        or (np.diff(group_offsets) < 0).any()
-    ):
+    falls = (np.diff(group_offsets) < 0).any()
+    if group_offsets[0] != 0 or group_offsets[-1] != len(rewards_N) or falls:
         raise ValueError(
             f"group_advantages: offsets {group_offsets[0]}…{group_offsets[-1]} for "
             f"{len(rewards_N)} rewards; expected rising offsets from 0 to the number of rewards"
@@ -95,28 +85,95 @@ def group_advantages(
             f"group_advantages: reward {bad[0]} is {rewards_N[bad[0]]} ({len(bad)} such in "
             "all); rewards must be finite, so look at the reward function"
         )
-    advantages, dead = grpo_advantages(
-        torch.from_numpy(rewards_N),
-        torch.from_numpy(group_offsets),
-        normalise_std,
-        impl="reference",
-    )
-    return advantages.numpy(), dead.numpy() > 0
+    return rewards_N
+
+
+def dead_groups(rewards_N: np.ndarray, group_offsets: np.ndarray) -> np.ndarray:
+    """[G] bool: the groups whose rewards are all alike, and teach nothing.
+
+    Alike is what spans less than EQUAL_REWARDS, or than that share of the largest reward if it is
+    above 1: in floating point 0.1 * 3 and 0.3 differ. A group of no answer is dead.
+    """
+    rewards_N = checked_rewards(rewards_N, group_offsets)
+    dead_G = np.ones(len(group_offsets) - 1, bool)
+    for g, (start, end) in enumerate(zip(group_offsets[:-1], group_offsets[1:], strict=True)):
+        if end > start:
+            group = rewards_N[start:end]
+            largest = max(1.0, np.abs(group).max())
+            dead_G[g] = group.max() - group.min() < EQUAL_REWARDS * largest
+    return dead_G
+
+
+def group_advantages(
+    rewards_N: np.ndarray, group_offsets: np.ndarray, normalise_std: bool = True, device="cpu"
+) -> np.ndarray:
+    """[N] float64: A = (r - mean of group) / (std of group)        (DeepSeekMath, eq. 3)
+
+    rewards_N: [N], samples sorted by group; group_offsets: [G + 1] from 0 to N. The std is the
+    population's: divided by the group size, not by one less. Without `normalise_std` it is
+    r - mean, as in Dr. GRPO (arXiv 2503.20783). The answers of a dead group get exactly 0.
+    device: where it is computed; on a GPU in float32 by a kernel (kernels/grpo.py).
+
+    The expected gradient is that of the expected reward times 1 - 1/n for groups of n, for an
+    answer's own reward is in its baseline. Dividing by the std changes the gradient's direction,
+    except for rewards of 0 and 1, where it only weighs problems: those solved almost always or
+    almost never count more (from groups of 4 on).
+    """
+    rewards_N = checked_rewards(rewards_N, group_offsets)
+    on_cpu = torch.device(device).type == "cpu"
+    rewards = torch.from_numpy(rewards_N).to(device, torch.float64 if on_cpu else torch.float32)
+    offsets = torch.from_numpy(np.asarray(group_offsets)).to(device)
+    advantages, _ = grpo_advantages(rewards, offsets, normalise_std)
+    return advantages.double().cpu().numpy()
 
 
 def leave_one_out(
-    rewards_N: np.ndarray, group_offsets: np.ndarray, normalise_std: bool = False
+    rewards_N: np.ndarray, group_offsets: np.ndarray, normalise_std: bool = False, device="cpu"
 ) -> np.ndarray:
-    """[N]: A = r - mean of the others in the group, RLOO (Kool et al. 2019; arXiv 2402.14740, section 3).
+    """[N]: A = r - mean of the others in the group   (RLOO: Kool et al. 2019; arXiv 2402.14740)
 
-    That is n / (n - 1) times r - mean of all n. A group of one has nobody to be compared with, and gets 0.
+    That is n / (n - 1) times r - mean of all n. A group of one has nobody to be compared with, and
+    gets 0. The expected gradient is exactly that of the expected reward.
     """
-    sizes = np.repeat(np.diff(group_offsets), np.diff(group_offsets))
-    return (
-        group_advantages(rewards_N, group_offsets, normalise_std)[0]
-        * sizes
-        / np.maximum(sizes - 1, 1)
-    )
+    sizes_G = np.diff(group_offsets)
+    sizes_N = np.repeat(sizes_G, sizes_G)
+    advantages = group_advantages(rewards_N, group_offsets, normalise_std, device)
+    return advantages * sizes_N / np.maximum(sizes_N - 1, 1)
+
+
+def standardise(x: np.ndarray, counts: np.ndarray, divide: bool) -> np.ndarray:
+    """x - mean, over the population's standard deviation if `divide`; zeros where all x are alike.
+
+    counts: how often each entry counts. Mean and deviation are those of all processes together.
+    (Whitening over tokens: REINFORCE++, arXiv 2501.03262, section 3.)
+    """
+    n, weighted = all_sum(np.array([counts.sum(), (counts * x).sum()], np.float64))
+    mean = weighted / n
+    [squares] = all_sum(np.array([(counts * np.square(x - mean)).sum()]))
+    std = np.sqrt(squares / n)
+    if std < EQUAL_REWARDS * max(1.0, abs(mean)):  # before the division: 0 / 0 times 0 is NaN
+        return np.zeros(len(x))
+    return (x - mean) / (std if divide else 1.0)
+
+
+def batch_advantages(
+    rewards_N: np.ndarray, group_offsets: np.ndarray, normalise_std: bool = False, device="cpu"
+) -> np.ndarray:
+    """[N]: A = r - mean of all answers of the step   (REINFORCE, Williams 1992)
+
+    The expected gradient is that of the expected reward times 1 - 1/N for N answers.
+    """
+    return standardise(rewards_N, np.ones(len(rewards_N)), normalise_std)
+
+
+PER_ANSWER = {
+    "group": group_advantages,
+    "leave_one_out": leave_one_out,
+    "batch": batch_advantages,
+}
+
+
+# ---- one number per token ----
 
 
 def gae(
@@ -124,80 +181,137 @@ def gae(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(A [R], returns [R]) by generalised advantage estimation (arXiv 1506.02438, eq. 16).
 
-        delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}      return = A + V
+        delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}
+        return = A + V
 
-    rewards_R: what each token earned, an answer's reward at its last token; values_R: V of the state before
-    each token; V after the last token is 0. offsets: [N + 1], where each answer begins. With values of 0,
-    gamma 1 and lam 1, A is the reward to go.
+    rewards_R: what each token earned, an answer's reward at its last token; values_R: V of the
+    state before each token; V after the last token is 0. offsets: [N + 1], where each answer
+    begins. With values of 0, gamma 1 and lam 1, A is the reward to go.
+
+    With lam 1 the expected gradient is that of the expected reward; below 1 only if the critic is
+    right.
     """
-    advantages, lengths = np.zeros(len(rewards_R)), np.diff(offsets)
+    advantages = np.zeros(len(rewards_R))
+    lengths = np.diff(offsets)
     for back in range(1, int(lengths.max(initial=0)) + 1):  # from the end, all answers at a time
-        here = np.asarray(offsets[1:], np.int64)[lengths >= back] - back
-        advantages[here] = rewards_R[here] - values_R[here]
+        t = np.asarray(offsets[1:], np.int64)[lengths >= back] - back
+        advantages[t] = rewards_R[t] - values_R[t]
         if back > 1:
-            advantages[here] += gamma * (values_R[here + 1] + lam * advantages[here + 1])
+            advantages[t] += gamma * (values_R[t + 1] + lam * advantages[t + 1])
     return advantages, advantages + values_R
 
 
-def standardise(
-    x: np.ndarray, counts: np.ndarray, divide: bool, total: Callable = np.asarray
+def token_rewards(
+    rewards_N: np.ndarray, response_offsets: np.ndarray, kl_R: np.ndarray | None
 ) -> np.ndarray:
-    """x - mean, over the population's standard deviation if `divide`; zeros where all x are alike.
+    """[R]: each token pays its own KL, and an answer's reward is earned by its last token."""
+    rewards_R = np.zeros(response_offsets[-1]) if kl_R is None else -kl_R
+    has_tokens = np.diff(response_offsets) > 0  # an answer of no token has no last one
+    last_tokens = np.asarray(response_offsets[1:])[has_tokens] - 1
+    rewards_R[last_tokens] += rewards_N[has_tokens]
+    return rewards_R
 
-    counts: how often each entry counts; total: adds an array up over processes. (As whitening over tokens:
-    REINFORCE++, arXiv 2501.03262, section 3.)
-    """
-    n, weighted = total(np.array([counts.sum(), (counts * x).sum()], np.float64))
-    mean = weighted / n
-    [squares] = total(np.array([(counts * np.square(x - mean)).sum()]))
-    std = np.sqrt(squares / n)
-    if std < EQUAL_REWARDS * max(1.0, abs(mean)):  # before the division: 0 / 0 times 0 is NaN
-        return np.zeros(len(x))
-    return (x - mean) / (std if divide else 1.0)
+
+# ---- their composition ----
 
 
 def advantages(
     rewards_N: np.ndarray,
     group_offsets: np.ndarray,
     response_offsets: np.ndarray,
-    c: AdvantageConfig,
+    config: AdvantageConfig,
     kl_R: np.ndarray | None = None,
     values_R: np.ndarray | None = None,
-    total: Callable = np.asarray,
+    device="cpu",
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """(A, returns): the advantage of each answer [N], or of each token [R]; returns [R] for a critic, or
-    None.
+    """(A [R], returns [R] or None): the advantage of each response token, and a critic's targets.
 
-    response_offsets: [N + 1], where the tokens of each answer begin. kl_R: [R], the KL that each token costs,
-    in rewards. With a critic or no baseline it counts for the tokens before it, as the reward does; with a
-    mean for a baseline an answer's whole KL comes off its reward before the mean is taken (arXiv 2402.14740,
-    eq. 3). values_R: [R], the critic's. total: adds an array up over processes.
+    response_offsets: [N + 1], where the tokens of each answer begin. kl_R: [R], the KL that each
+    token costs, in rewards. With a critic or no baseline it counts for the tokens before it, as the
+    reward does; with a mean as the baseline, an answer's whole KL comes off its reward before the
+    mean is taken (arXiv 2402.14740, eq. 3). values_R: [R], the critic's.
     """
-    if None in (c.baseline, c.scale, c.gamma, c.lam):
-        raise ValueError(
-            f"advantages: {c} has dials that are not given; expected all of them, as "
-            'rl.algorithms.from_preset(algo, "advantage", config) fills them in'
-        )
-    rewards_N, normalise = np.asarray(rewards_N, np.float64), c.scale == "std"
-    counts, returns_R = np.diff(response_offsets), None
-    if kl_R is not None and c.baseline in ("group", "leave_one_out", "batch"):
-        rewards_N = rewards_N - np.diff(np.append(0.0, np.cumsum(kl_R))[response_offsets])
-    if c.baseline == "group":
-        found, _ = group_advantages(rewards_N, group_offsets, normalise)
-    elif c.baseline == "leave_one_out":
-        found = leave_one_out(rewards_N, group_offsets, normalise)
-    elif c.baseline == "batch":
-        found = standardise(rewards_N, np.ones(len(rewards_N)), normalise, total)
-    elif c.baseline == "none" and kl_R is None:
-        found = rewards_N
+    rewards_N = np.asarray(rewards_N, np.float64)
+    lengths = np.diff(response_offsets)
+    whiten = config.scale == "batch"
+    if config.baseline in PER_ANSWER:
+        if kl_R is not None:
+            rewards_N = rewards_N - np.diff(np.append(0.0, np.cumsum(kl_R))[response_offsets])
+        compare = PER_ANSWER[config.baseline]
+        found_N = compare(rewards_N, group_offsets, config.scale == "std", device)
+    elif config.baseline == "none" and kl_R is None:
+        found_N = rewards_N  # every token of an answer has the same reward to go
     else:
-        rewards_R = np.zeros(response_offsets[-1]) if kl_R is None else -kl_R
-        said = counts > 0  # an answer of no token has no last one
-        rewards_R[np.asarray(response_offsets[1:])[said] - 1] += rewards_N[said]
+        rewards_R = token_rewards(rewards_N, response_offsets, kl_R)
+        is_critic = config.baseline == "critic"
         values_R = np.zeros_like(rewards_R) if values_R is None else values_R
-        lam = (
-            c.lam if c.baseline == "critic" else 1.0
-        )  # without a critic it would be another discount
-        found, returns_R = gae(rewards_R, values_R, response_offsets, c.gamma, lam)
-        counts, returns_R = np.ones_like(found), None if c.baseline == "none" else returns_R
-    return standardise(found, counts, True, total) if c.scale == "batch" else found, returns_R
+        lam = config.lam if is_critic else 1.0  # without a critic it would be another discount
+        found_R, returns_R = gae(rewards_R, values_R, response_offsets, config.gamma, lam)
+        if whiten:
+            found_R = standardise(found_R, np.ones_like(found_R), divide=True)
+        return found_R, returns_R if is_critic else None
+    if whiten:
+        found_N = standardise(found_N, lengths, divide=True)
+    return np.repeat(found_N, lengths), None
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """What an update learns from, one number per response token of all rollouts."""
+
+    per_token: np.ndarray
+    """[R] float64."""
+    values: np.ndarray | None = None
+    """[R] float64: what the critic said before the update; None without a critic."""
+    returns: np.ndarray | None = None
+    """[R] float64: what the critic should have said."""
+    metrics: dict = field(default_factory=dict)
+    """For the log."""
+
+
+class NoCritic:
+    """In all members of the family but PPO: no values, and nothing to learn."""
+
+    def values(self, rollouts) -> None:
+        return None
+
+    def update(self, rollouts, advantages: Advantages, step: int) -> dict:
+        return {}
+
+
+def no_kl(rollouts) -> None:
+    """The reward is the grader's alone."""
+    return None
+
+
+class Credit:
+    """From rewards to advantages. Made once per run, of the pieces that the algorithm calls for."""
+
+    def __init__(
+        self,
+        config: AdvantageConfig,
+        device="cpu",
+        kl_cost: Callable = no_kl,
+        critic=None,
+    ):
+        """kl_cost: from rollouts to the KL that each token costs, [R], or None. critic: see
+        rl/heads.py."""
+        self.config, self.device = config, device
+        self.kl_cost = kl_cost
+        self.critic = critic or NoCritic()
+        self.advantages = advantages
+
+    def __call__(self, rewards, rollouts) -> Advantages:
+        kl_R = self.kl_cost(rollouts)
+        values_R = self.critic.values(rollouts)
+        found_R, returns_R = self.advantages(
+            rewards.training,
+            rollouts.group_offsets,
+            rollouts.response_offsets,
+            self.config,
+            kl_R,
+            values_R,
+            self.device,
+        )
+        metrics = {} if kl_R is None else {"kl_in_reward": kl_R.mean()}
+        return Advantages(found_R, values_R, returns_R, metrics)

@@ -1,115 +1,274 @@
-"""The family, each member as a composition of the pieces in advantages.py and losses.py.
+"""The family: each member is a complete set of options for the same four steps.
 
-A preset is what its paper has; `--algo NAME` takes it, and any dial that is given besides wins over it.
+A preset is what its paper has. `resolve("dapo", {"loss": {"clip_high": 0.3}})` gives the complete
+configuration, with the options that are given besides winning over the preset. `make_learner` turns
+a configuration into the objects that `grpo_step` uses.
 
-    name            source              baseline         scale   ratio, clip       mean       KL
-    r1_zero         the demo            group            std     token, 0.2        token      -
-    grpo            arXiv 2402.03300    group            std     token, 0.2        sequence   k3 in the loss
-    dr_grpo         arXiv 2503.20783    group            -       token, 0.2        constant   -
-    dapo            arXiv 2503.14476    group            std     token, 0.2|0.28   token      -
-    gspo            arXiv 2507.18071    group            std     sequence, 3-4e-4  sequence   -
-    cispo           arXiv 2506.13585    group            std     constant, to 6    token      -
-    rloo            arXiv 2402.14740    leave_one_out    -       none              constant   k1 in the reward
-    reinforce_pp    arXiv 2501.03262    none             batch   token, 0.2        token      k1 in the reward
-    reinforce       Williams 1992       batch            -       none              constant   -
-    ppo             arXiv 1707.06347    critic           batch   token, 0.2        token      k1 in the reward
-
-DAPO besides draws groups without signal anew and lowers the reward of answers that come near the limit.
-r1_zero is GRPO as most small reproductions run it today: token mean, no KL. R1-Zero itself is nearer to
-`grpo`.
-
-Where a preset is not its paper's: the weight of the KL is 0.001 for all that have one (R1-Zero's;
-DeepSeekMath took 0.04); dapo drops groups of equal reward, form and length included, where its paper looks at
-right and wrong alone; ppo has InstructGPT's KL in the reward, whitening, and TinyZero's lam of 1 (the paper
-of GAE: 0.95); cispo's bound is ours, since its paper leaves it open; a sum over an answer's tokens (rloo,
-reinforce) is over max_new_tokens here.
-
-The gradients are not of one size: without the std, and over max_new_tokens, those of dr_grpo, rloo and
-reinforce are several times smaller. Adam with a small eps does not see that; with the loop's own 1e-4, which
-keeps noise still, their first step is 3.5 times smaller than r1_zero's (the demo's base, 8 x 8 answers): to
-compare presets, take --optim.eps 1e-8 and a lower --optim.lr, as benchmarks/ablation.py does.
+    name           source             baseline        scale   ratio, clip      mean       KL
+    r1_zero        the demo           group           std     token, 0.2       token      -
+    grpo           arXiv 2402.03300   group           std     token, 0.2       sequence   k3, loss
+    dr_grpo        arXiv 2503.20783   group           -       token, 0.2       constant   -
+    dapo           arXiv 2503.14476   group           std     token, 0.2|0.28  token      -
+    gspo           arXiv 2507.18071   group           std     sequence, 3-4e-4 sequence   -
+    cispo          arXiv 2506.13585   group           std     constant, to 6   token      -
+    rloo           arXiv 2402.14740   leave_one_out   -       none             constant   k1, reward
+    reinforce_pp   arXiv 2501.03262   none            batch   token, 0.2       token      k1, reward
+    reinforce      Williams 1992      batch           -       none             constant   -
+    ppo            arXiv 1707.06347   critic          batch   token, 0.2       token      k1, reward
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .advantages import advantages
-from .losses import grpo_loss, token_weights
+from ..model.engine.engine import Engine
+from ..model.optimizer import OptimConfig, make_optimizer
+from ..model.transformer import Transformer
+from .advantages import AdvantageConfig, Credit, no_kl
+from .heads import Critic, CriticLearner
+from .losses import LossConfig
+from .rewards import Grader, RewardConfig
+from .rollouts import DynamicSampler, GroupSampler
+from .step import Learner
+from .update import Reference, kl_cost_to
 
-BASE: dict[str, dict[str, Any]] = {
-    "advantage": dict(baseline="group", scale="std", gamma=1.0, lam=1.0),
-    "loss": dict(
-        objective="clip",
-        clip_low=0.2,
-        clip_high=0.2,
-        mean="token",
-        kl_coef=0.0,
-        kl_in="loss",
-        kl_estimator="k3",
-        entropy_coef=0.0,
-        max_importance=0.0,
-        overlong_filter=False,
-    ),
-    "loop": dict(dynamic_sampling=1, overlong_buffer=0.0),
-}
-KL_IN_REWARD = dict(kl_coef=0.001, kl_in="reward", kl_estimator="k1")
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+# What each member has besides, or instead of, the defaults below, which are those of r1_zero: GRPO
+# as most small reproductions run it today, with the mean over tokens and no KL. (R1-Zero itself is
+# nearer to `grpo`.)
+#
+# Where a preset is not its paper's: the weight of the KL is R1-Zero's 0.001 in all that have one
+# (DeepSeekMath: 0.04). dapo replaces groups of equal reward, form and length included; its paper
+# looks at right and wrong alone. ppo has InstructGPT's KL in the reward, whitening, and TinyZero's
+# lam of 1 (the paper of GAE: 0.95). cispo's bound is ours, since its paper leaves it open. A sum
+# over an answer's tokens (rloo, reinforce) is divided by max_new_tokens here.
+KL_IN_REWARD = {"kl_coef": 0.001, "kl_in": "reward", "kl_estimator": "k1"}
+PRESETS: dict[str, dict[str, Any]] = {
     "r1_zero": {},
-    "grpo": {"loss": dict(mean="sequence", kl_coef=0.001)},
-    "dr_grpo": {"advantage": dict(scale="none"), "loss": dict(mean="constant")},
-    "dapo": {"loss": dict(clip_high=0.28), "loop": dict(dynamic_sampling=3, overlong_buffer=0.2)},
-    "gspo": {"loss": dict(objective="gspo", clip_low=3e-4, clip_high=4e-4, mean="sequence")},
-    "cispo": {"loss": dict(objective="cispo", clip_low=1.0, clip_high=5.0)},
+    "grpo": {"loss": {"mean": "sequence", "kl_coef": 0.001}},
+    "dr_grpo": {"advantage": {"scale": "none"}, "loss": {"mean": "constant"}},
+    "dapo": {"loss": {"clip_high": 0.28}, "dynamic_sampling": 3, "overlong_buffer": 0.2},
+    "gspo": {
+        "loss": {"objective": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "mean": "sequence"}
+    },
+    "cispo": {"loss": {"objective": "cispo", "clip_low": 1.0, "clip_high": 5.0}},
     "rloo": {
-        "advantage": dict(baseline="leave_one_out", scale="none"),
-        "loss": dict(objective="reinforce", mean="constant", **KL_IN_REWARD),
+        "advantage": {"baseline": "leave_one_out", "scale": "none"},
+        "loss": {"objective": "reinforce", "mean": "constant", **KL_IN_REWARD},
     },
-    "reinforce_pp": {"advantage": dict(baseline="none", scale="batch"), "loss": KL_IN_REWARD},
+    "reinforce_pp": {"advantage": {"baseline": "none", "scale": "batch"}, "loss": KL_IN_REWARD},
     "reinforce": {
-        "advantage": dict(baseline="batch", scale="none"),
-        "loss": dict(objective="reinforce", mean="constant"),
+        "advantage": {"baseline": "batch", "scale": "none"},
+        "loss": {"objective": "reinforce", "mean": "constant"},
     },
-    "ppo": {"advantage": dict(baseline="critic", scale="batch"), "loss": KL_IN_REWARD},
+    "ppo": {"advantage": {"baseline": "critic", "scale": "batch"}, "loss": KL_IN_REWARD},
 }
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """The three functions that an update is made of; train/mistakes.py swaps one for a wrong one."""
+def rl_optim(lr: float = 4e-4) -> OptimConfig:
+    """AdamW for reinforcement learning: its gradients are mostly noise, so eps is large.
 
-    advantages: Callable = advantages
-    weights: Callable = token_weights
-    loss: Callable = grpo_loss
+    With the usual 1e-8 every parameter moves by about lr per step, signal or not. On the demo's
+    control 20 such steps of noise took 12 points off the arithmetic; with 1e-4 it was 4.
+
+    The gradients of the presets are not of one size: without the std, and over max_new_tokens,
+    those of dr_grpo, rloo and reinforce are several times smaller, which this eps does not hide. To
+    compare presets, take eps 1e-8 and a lower rate, as benchmarks/ablation.py does.
+    """
+    return OptimConfig(lr=lr, warmup=5, final_lr=0.1, weight_decay=0.0, eps=1e-4)
 
 
-PIECES = Pieces()
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """Every option of a member of the family, complete: nothing is filled in later.
+
+    Make one with `resolve`. Raises ValueError for options that are out of range or do not go
+    together.
+    """
+
+    algo: str = "r1_zero"
+    """The preset: r1_zero, grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, reinforce or ppo.
+    Options that are given besides win over it; run.json records what was used."""
+    steps: int = 100
+    """Number of steps in all; the learning rate's schedule ends with the last."""
+    prompts_per_step: int = 16
+    """Number of problems per step."""
+    group_size: int = 16
+    """Number of answers sampled per problem."""
+    max_new_tokens: int = 128
+    """Maximum number of new tokens per answer; an answer that is cut off gets no format reward."""
+    temperature: float = 1.0
+    """Temperature of sampling, and of the log-probs in the loss."""
+    updates_per_step: int = 1
+    """Number of optimizer steps on each batch of rollouts; they share the samples out."""
+    dynamic_sampling: int = 1
+    """Dynamic sampling (DAPO): replace problems whose answers all got the same reward, until this
+    many times --prompts-per-step were sampled. 1 turns it off."""
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    overlong_buffer: float = 0.0
+    """Soft overlong penalty (DAPO): the share of --max-new-tokens, at its end, over which the
+    reward falls by up to 1. 0 turns it off."""
+    control: bool = False
+    """Deal the rewards out at random within each group: the control that shows what the machinery
+    does without information."""
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=rl_optim)
+    critic_optim: OptimConfig = field(default_factory=rl_optim)
+    """The critic's optimizer (PPO)."""
+    value_clip: float = 0.5
+    """The critic's value earns nothing more beyond this distance from the old one (PPO). 0 turns
+    the clip off."""
+    micro_tokens: int = 4096
+    """Maximum number of tokens per forward and backward pass; it changes memory and speed, not the
+    gradient."""
+    max_logp_gap: float = 0.0
+    """Stop when a sampled token's log-prob is further than this from the trainer's own. 0: 1e-3
+    where the model computes in fp32 (about 1e-6 is usual), 1.0 in 16 bit."""
+    ref_refresh: int = 0
+    """Number of steps after which the reference becomes a copy of the policy (R1-Zero: 400). 0:
+    never."""
+    ref_offload: bool = False
+    """Keep the reference in the CPU's memory between uses."""
+    kl_samples: int = 32
+    """Number of answers per step on which the KL to the reference is measured for the log."""
+    seed: int = 0
+    """Seed of sampling and of the order of samples. (The order of problems is the task's: --options
+    seed=1.)"""
+
+    def __post_init__(self):
+        check_ranges(self)
+        check_combinations(self)
+
+    @property
+    def kl_in_loss(self) -> bool:
+        return self.loss.kl_coef > 0 and self.loss.kl_in == "loss"
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return self.loss.kl_coef > 0 and self.loss.kl_in == "reward"
+
+    @property
+    def per_token(self) -> bool:
+        """Whether the tokens of an answer have advantages that differ."""
+        baseline = self.advantage.baseline
+        return baseline == "critic" or (baseline == "none" and self.kl_in_reward)
 
 
-def missing_dials(algo: str, part: str, given) -> dict[str, Any]:
-    """The dials of PRESETS' `part` that are None in `given`. Raises ValueError for an unknown preset."""
+def flag(name: str) -> str:
+    """The command line's name of an option."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_ranges(config: Algorithm) -> None:
+    if config.algo not in PRESETS:
+        raise ValueError(f"--algo is {config.algo!r}, expected one of {', '.join(PRESETS)}")
+    for name in ("steps", "prompts_per_step", "max_new_tokens", "updates_per_step", "micro_tokens"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{flag(name)} is {getattr(config, name)}, expected 1 or more")
+    for name in ("kl_samples", "seed", "ref_refresh", "value_clip", "max_logp_gap"):
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{flag(name)} is {getattr(config, name)}, expected 0 or more")
+    if config.group_size < 2:
+        raise ValueError(
+            f"--group-size is {config.group_size}; an answer is compared with others of its group, "
+            "so it must be 2 or more"
+        )
+    if not config.temperature > 0:
+        raise ValueError(
+            f"--temperature is {config.temperature}; exploration needs a temperature above 0"
+        )
+    if config.dynamic_sampling < 1 or not 0 <= config.overlong_buffer <= 1:
+        raise ValueError(
+            f"--dynamic-sampling is {config.dynamic_sampling} and --overlong-buffer "
+            f"{config.overlong_buffer}; expected 1 or more, and a share from 0 to 1"
+        )
+
+
+def check_combinations(config: Algorithm) -> None:
+    if config.kl_in_reward and config.advantage.scale == "std":
+        raise ValueError(
+            "--loss.kl-in reward with --advantage.scale std: in a group of equal rewards the KL "
+            "alone would differ, and be divided by its own spread; expected the KL in the loss, or "
+            "another scale"
+        )
+    if config.loss.objective == "gspo" and config.per_token:
+        raise ValueError(
+            f"--loss.objective gspo with --advantage.baseline {config.advantage.baseline}: one "
+            "ratio per sequence takes one advantage per sequence; expected the objective clip, "
+            "cispo or reinforce, or another baseline"
+        )
+
+
+PARTS = {"advantage": AdvantageConfig, "loss": LossConfig, "rewards": RewardConfig}
+
+
+def resolve(algo: str, overrides: dict[str, Any] | None = None, config_class: type = Algorithm):
+    """The complete configuration of a preset, with `overrides` winning over it.
+
+    overrides: option -> value; a part is a dict of its own options, {"loss": {"clip_high": 0.3}},
+    or a whole new part. config_class: Algorithm, or a class that adds fields to it. Raises
+    ValueError for an unknown preset and as Algorithm does.
+    """
     if algo not in PRESETS:
         raise ValueError(f"--algo is {algo!r}, expected one of {', '.join(PRESETS)}")
-    preset = BASE[part] | PRESETS[algo].get(part, {})
-    return {name: value for name, value in preset.items() if getattr(given, name) is None}
+    options: dict[str, Any] = {"algo": algo}
+    for given in (PRESETS[algo], overrides or {}):
+        for name, value in given.items():
+            extends = name in PARTS and isinstance(value, dict)
+            options[name] = options.get(name, {}) | value if extends else value
+    for name, part_class in PARTS.items():
+        if isinstance(options.get(name), dict):
+            options[name] = part_class(**options[name])
+    return config_class(**options)
 
 
-def from_preset(algo: str, part: str, given):
-    """An AdvantageConfig or LossConfig with the dials that are None taken from the preset. Raises ValueError,
-    too, for dials that do not go together."""
-    return replace(given, **missing_dials(algo, part, given))
-
-
-def in_words(c) -> str:
-    """What --algo and the flags of a GRPOConfig came to, on one line; dials that have no effect are left
-    out."""
-    advantage, loss = asdict(c.advantage), asdict(c.loss)
-    if not c.per_token:
+def in_words(config: Algorithm) -> str:
+    """A configuration on one line; options that have no effect are left out."""
+    advantage, loss = asdict(config.advantage), asdict(config.loss)
+    if not config.per_token:
         advantage = {name: advantage[name] for name in ("baseline", "scale")}
-    off = {name for name, value in loss.items() if value in (0.0, False)}
-    off |= {"kl_in", "kl_estimator"} if c.loss.kl_coef == 0 else set()
-    off |= {"clip_low", "clip_high"} if c.loss.objective == "reinforce" else set()
-    dials = advantage | {name: value for name, value in loss.items() if name not in off}
-    dials |= {"dynamic_sampling": c.dynamic_sampling} if c.dynamic_sampling > 1 else {}
-    dials |= {"overlong_buffer": c.overlong_buffer} if c.overlong_buffer else {}
-    return f"{c.algo}: " + ", ".join(f"{name} {value}" for name, value in dials.items())
+    without_effect = {name for name, value in loss.items() if value in (0.0, False)}
+    if config.loss.kl_coef == 0:
+        without_effect |= {"kl_in", "kl_estimator"}
+    if config.loss.objective == "reinforce":
+        without_effect |= {"clip_low", "clip_high"}
+    options = advantage
+    options |= {name: value for name, value in loss.items() if name not in without_effect}
+    if config.dynamic_sampling > 1:
+        options["dynamic_sampling"] = config.dynamic_sampling
+    if config.overlong_buffer:
+        options["overlong_buffer"] = config.overlong_buffer
+    return f"{config.algo}: " + ", ".join(f"{name} {value}" for name, value in options.items())
+
+
+def make_learner(
+    config: Algorithm,
+    policy: Transformer,
+    reference: Transformer,
+    engine: Engine,
+    critic_trunk: Transformer | None = None,
+) -> Learner:
+    """The objects that `grpo_step` uses, each chosen once, here.
+
+    critic_trunk: a transformer for the critic to begin from; needed by baseline "critic" alone.
+    """
+    device = policy.device
+    grader = Grader(config)
+    held_reference = Reference(reference, device, config.ref_offload)
+
+    dynamic = config.dynamic_sampling > 1
+    sampler = DynamicSampler(engine, grader) if dynamic else GroupSampler(engine)
+
+    kl_cost, critic = no_kl, None
+    if config.kl_in_reward:
+        kl_cost = kl_cost_to(held_reference, config)
+    if config.advantage.baseline == "critic":
+        network = Critic(critic_trunk)
+        critic = CriticLearner(network, make_optimizer(network, config.critic_optim), config)
+    return Learner(
+        policy=policy,
+        optimizer=make_optimizer(policy, config.optim),
+        reference=held_reference,
+        sampler=sampler,
+        grader=grader,
+        credit=Credit(config.advantage, device, kl_cost, critic),
+    )

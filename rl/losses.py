@@ -1,149 +1,161 @@
-"""The loss of the family: its dials, its one global mean, and what a log shows of it.
+"""The loss of the family: its options, its one global mean, and its metrics.
 
-The mean is a weight on each token, made once for the whole batch (`token_weights`); the loss of a micro-batch
-is a plain weighted sum, so the gradient depends neither on how the batch is cut nor on how many processes
-share it. kernels/grpo.py has the maths of the objectives.
+The mean is a weight on each token, made once for the whole batch (`loss_weights`). The loss of a
+micro-batch is a plain weighted sum, so the gradient depends neither on how the batch is cut nor on
+how many processes share it. kernels/grpo.py has the maths of the objectives.
 
-The KL to the reference, a token at a time with d = ref_logp - logp (Schulman 2020, "Approximating KL"):
+The KL to the reference, token by token with d = ref_logp - logp (Schulman 2020, "Approximating KL
+divergence"):
 
-    estimator   value           in the loss, its gradient is on-policy          in the reward
-    k1          -d              0 in expectation: it does nothing but noise    that of KL(policy||reference),
-                                                                               exactly: what PPO does
-    k2          d^2 / 2         that of KL(policy || reference) of each token, a price for what is unlikely in
-                                for the states as they are                     either direction
-    k3          e^d - d - 1     that of KL(reference || policy) of each token: biased: its gradient is not the
-                                the same to first order only                   KL's
+    estimator   value         its on-policy gradient in the loss     and in the reward
+    k1          -d            0 in expectation: nothing but noise    that of KL(policy || ref),
+                                                                     exactly: what PPO does
+    k2          d^2 / 2       that of KL(policy || ref) per token,   a price for what is unlikely
+                              for the states as they are             in either direction
+    k3          e^d - d - 1   that of KL(ref || policy) per token:   biased: not the KL's gradient
+                              the same to first order only
 
-In the reward it is a number like any other, and the policy gradient does the rest, the effect of a token on
-the later ones too; in the loss it is differentiated, token by token, and that effect is left out. What k3 has
-in the loss it lacks in the reward: for answers of one token nothing is left there to first order.
+In the reward the KL is a number like any other, and the policy gradient does the rest, the effect
+of a token on later ones included. In the loss it is differentiated token by token, without that
+effect. k3 works in the loss but not in the reward: for answers of one token its gradient there
+vanishes to first order.
+
+Shapes: N answers, R response tokens.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ..kernels import grpo as kernel
-from ..kernels.grpo import GRPO_KL_ESTIMATORS, GRPO_METRICS, GRPO_OBJECTIVES
+from ..kernels.grpo import KL_ESTIMATORS, OBJECTIVES, POLICY_METRICS
+from ..model.distributed import all_sum
 
 MEANS = ("token", "sequence", "constant")
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The dials of the loss. One that is not given is as --algo has it."""
+    """The options of the loss."""
 
-    objective: str | None = None
-    """"clip": each token's ratio within its bounds (PPO, GRPO, DAPO). "gspo": one ratio a sequence (arXiv
-    2507.18071). "cispo": the clipped ratio as a constant weight (arXiv 2506.13585). "reinforce": no ratio."""
-    clip_low: float | None = None
+    objective: str = "clip"
+    """What is maximised. "clip": each token's ratio within its bounds (PPO, GRPO, DAPO). "gspo":
+    one ratio per sequence (arXiv 2507.18071). "cispo": the clipped ratio as a constant weight
+    (arXiv 2506.13585). "reinforce": no ratio."""
+    clip_low: float = 0.2
     """The ratio to the old policy earns nothing more below 1 - clip_low."""
-    clip_high: float | None = None
-    """... nor above 1 + clip_high; 0.2, DAPO (arXiv 2503.14476) 0.28, GSPO 0.0004."""
-    mean: str | None = None
-    """"token": over all tokens of the batch (DAPO). "sequence": over the tokens of each answer, then over
-    answers (DeepSeekMath). "constant": over answers, tokens divided by `max_new_tokens` (Dr. GRPO), so length
-    has no weight."""
-    kl_coef: float | None = None
-    """Weight of the KL to the reference; 0 leaves it out (R1-Zero took 0.001)."""
-    kl_in: str | None = None
-    """"loss" (GRPO) or "reward" (PPO, RLOO, REINFORCE++)."""
-    kl_estimator: str | None = None
-    """k1, k2 or k3; rl/losses.py says what each one's gradient is. k1 in the loss does nothing."""
-    entropy_coef: float | None = None
-    """Weight of an entropy bonus in the loss; the entropy is that of each token's distribution."""
-    max_importance: float | None = None
-    """Weigh each token by (trainer's probability / sampler's), at most this: corrects for a sampler that
-    rounds otherwise (truncated importance sampling). 0 for none."""
-    overlong_filter: bool | None = None
-    """Leave answers that were cut off out of the loss and its mean; they still count in the baseline."""
+    clip_high: float = 0.2
+    """The ratio to the old policy earns nothing more above 1 + clip_high (DAPO, arXiv 2503.14476:
+    0.28; GSPO: 0.0004)."""
+    mean: str = "token"
+    """What the mean is taken over. "token": all tokens of the batch (DAPO). "sequence": the tokens
+    of each answer, then the answers (DeepSeekMath). "constant": the answers, with their tokens
+    divided by max_new_tokens, so that length has no weight (Dr. GRPO)."""
+    kl_coef: float = 0.0
+    """Weight of the KL to the reference; 0 leaves it out (R1-Zero: 0.001)."""
+    kl_in: str = "loss"
+    """Where the KL counts: in the "loss" (GRPO) or in the "reward" (PPO, RLOO, REINFORCE++)."""
+    kl_estimator: str = "k3"
+    """The estimator of the KL: k1, k2 or k3. k1 in the loss does nothing."""
+    entropy_coef: float = 0.0
+    """Weight of a bonus for the entropy of each token's distribution."""
+    max_importance: float = 0.0
+    """Weigh each token by (trainer's probability / sampler's), at most this: it corrects for a
+    sampler that rounds otherwise (truncated importance sampling). 0 turns it off."""
+    overlong_filter: bool = False
+    """Leave answers that were cut off out of the loss and its mean; they still count in the
+    baseline."""
 
     def __post_init__(self):
-        for name, known in (
-            ("objective", GRPO_OBJECTIVES),
-            ("mean", MEANS),
-            ("kl_in", ("loss", "reward")),
-            ("kl_estimator", GRPO_KL_ESTIMATORS),
-        ):
-            if getattr(self, name) not in (None, *known):
+        choices = {
+            "objective": OBJECTIVES,
+            "mean": MEANS,
+            "kl_in": ("loss", "reward"),
+            "kl_estimator": KL_ESTIMATORS,
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
                 raise ValueError(
                     f"loss: {name} is {getattr(self, name)!r}, expected one of {known}"
                 )
-        for name, least, most in (
-            ("clip_low", 1e-9, 1),
-            ("clip_high", 1e-9, math.inf),
-            *((name, 0, math.inf) for name in ("kl_coef", "entropy_coef", "max_importance")),
-        ):
-            if (value := getattr(self, name)) is not None and not least <= value <= most:
-                raise ValueError(
-                    f"loss: {name} is {value}; expected {'above 0' if least else '0 or more'}"
-                    + (f", and at most {most}" if most < math.inf else "")
-                )
+        above_zero, at_least_zero = 1e-9, 0
+        bounds = {
+            "clip_low": (above_zero, 1),
+            "clip_high": (above_zero, math.inf),
+            "kl_coef": (at_least_zero, math.inf),
+            "entropy_coef": (at_least_zero, math.inf),
+            "max_importance": (at_least_zero, math.inf),
+        }
+        for name, (least, most) in bounds.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                expected = "above 0" if least else "0 or more"
+                limit = f", and at most {most}" if most < math.inf else ""
+                raise ValueError(f"loss: {name} is {value}; expected {expected}{limit}")
 
 
-def token_weights(
-    lengths_N: np.ndarray, mean: str, max_new_tokens: int, total: Callable = np.asarray
-) -> np.ndarray:
-    """[N] weight of each token of answer n in the loss, for the whole global batch, dead groups included.
+def loss_weights(lengths_N: np.ndarray, mean: str, max_new_tokens: int) -> np.ndarray:
+    """[N]: the weight of each token of answer n in the loss, for the whole global batch.
 
-    lengths_N: response tokens of each answer, 0 for one that is left out. See LossConfig.mean. total: adds an
-    array up over processes, so that all share one denominator.
+    lengths_N: response tokens per answer, 0 for one that is left out; the answers of dead groups
+    count. mean: see LossConfig. The denominator is that of all processes together.
     """
     lengths_N = np.asarray(lengths_N, np.float64)
-    n_tokens, n_answers = np.maximum(
-        1, total(np.array([lengths_N.sum(), (lengths_N > 0).sum()], np.float64))
-    )
+    counts = np.array([lengths_N.sum(), (lengths_N > 0).sum()], np.float64)
+    n_tokens, n_answers = np.maximum(1, all_sum(counts))
     if mean == "token":
-        weights = np.full(len(lengths_N), 1 / n_tokens)
+        weights_N = np.full(len(lengths_N), 1 / n_tokens)
     elif mean == "sequence":
-        weights = 1 / (n_answers * np.maximum(lengths_N, 1))
+        weights_N = 1 / (n_answers * np.maximum(lengths_N, 1))
     else:
-        weights = np.full(len(lengths_N), 1 / (n_answers * max_new_tokens))
-    return weights * (lengths_N > 0)
+        weights_N = np.full(len(lengths_N), 1 / (n_answers * max_new_tokens))
+    return weights_N * (lengths_N > 0)
 
 
-def grpo_loss(
+def policy_loss(
     logp: torch.Tensor,
     old_logp: torch.Tensor,
     ref_logp: torch.Tensor | None,
     advantages: torch.Tensor,
     weights: torch.Tensor,
     offsets: torch.Tensor,
-    c: LossConfig,
+    config: LossConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of a batch, and its metrics; kernels/grpo.py has the maths, the shapes and the errors.
+    """(loss [], metrics) of a batch: [R] inputs, one number per response token; offsets [n + 1].
 
-    On-policy the ratio is 1 and the loss hovers about 0, for advantages sum to 0: its gradient is what
-    counts. ref_logp is not looked at where there is no KL in the loss.
+    kernels/grpo.py has the maths and the errors raised. On-policy the ratio is 1 and the loss is
+    about 0, for the advantages of a group sum to 0: its gradient is what counts.
     """
-    ref_logp = ref_logp if c.kl_coef and c.kl_in == "loss" else None
-    return kernel.grpo_loss(
+    return kernel.policy_loss(
         logp,
         old_logp,
+        ref_logp,
         advantages,
         weights,
         offsets,
-        ref_logp,
-        clip_low=c.clip_low,
-        clip_high=c.clip_high,
-        kl_coef=c.kl_coef,
-        objective=c.objective,
-        kl_estimator=c.kl_estimator,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        kl_coef=config.kl_coef,
+        objective=config.objective,
+        kl_estimator=config.kl_estimator,
     )
 
 
 def kl_estimate(logp_R: np.ndarray, ref_logp_R: np.ndarray, estimator: str) -> np.ndarray:
-    """[R] k1, k2 or k3 of each token, as numbers for the reward."""
+    """[R]: k1, k2 or k3 of each token, as numbers for the reward."""
     d = ref_logp_R - logp_R
-    return {"k1": lambda: -d, "k2": lambda: d * d / 2, "k3": lambda: np.expm1(d) - d}[estimator]()
+    if estimator == "k1":
+        return -d
+    if estimator == "k2":
+        return d * d / 2
+    return np.expm1(d) - d
 
 
 def entropy_bonus(entropy_R: torch.Tensor, weights_R: torch.Tensor, coef: float) -> torch.Tensor:
-    """The part of the loss that keeps the policy from settling too early (Williams & Peng 1991): -coef times
-    the mean entropy, in nats."""
+    """Minus coef times the mean entropy, in nats: the part of the loss that keeps the policy from
+    settling too early (Williams & Peng 1991)."""
     return -coef * (weights_R * entropy_R).sum()
 
 
@@ -153,19 +165,23 @@ def importance_weights(
     bound: float,
     offsets: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """min(p_trainer / p_sampler, bound), a constant, for each token [R]; for each sequence [N], of the
-    geometric mean of its tokens' ratios, if `offsets` [N + 1] are given (GSPO).
+    """[R]: min(p_trainer / p_sampler, bound) of each token: multiply the advantage by it.
 
-    The advantage is multiplied by it. One a token makes each choice as likely as the trainer's policy makes
-    it, but for what the bound cuts off (truncated importance sampling, Ionides 2008); the tokens before and
-    after stay the sampler's, as with PPO's ratio. So the gradient is exactly that of the trainer's own policy
-    for answers of one token only, and otherwise the nearer, the nearer the two policies are.
+    With `offsets` [n + 1] every token of a sequence has the geometric mean of that sequence's
+    ratios (GSPO).
+
+    Per-token weights correct each token's own probability but not the distribution of its prefix,
+    as PPO's ratio does (truncated importance sampling, Ionides 2008). The gradient is exact only
+    for one-token answers and unclipped weights; otherwise its bias shrinks as the two policies
+    agree.
     """
-    x = (old_logp - sampler_logp).detach().double()
+    log_ratio = (old_logp - sampler_logp).detach().double()
     if offsets is not None:
-        ends = torch.cat([x.new_zeros(1), x.cumsum(0)])[offsets.long()]
-        x = ends.diff() / offsets.diff().clamp(min=1)
-    return x.exp().clamp(max=bound).to(old_logp.dtype)
+        ends = torch.cat([log_ratio.new_zeros(1), log_ratio.cumsum(0)])[offsets.long()]
+        lengths = offsets.diff()
+        means = ends.diff() / lengths.clamp(min=1)
+        log_ratio = means.repeat_interleave(lengths, output_size=len(log_ratio))
+    return log_ratio.exp().clamp(max=bound).to(old_logp.dtype)
 
 
 def value_loss(
@@ -175,8 +191,11 @@ def value_loss(
     weights: torch.Tensor,
     clip: float,
 ) -> torch.Tensor:
-    """PPO's loss of a critic: sum w max((V - R)^2, (V' - R)^2) / 2 with V' = V kept within +-clip of the old
-    value (the PPO code of Schulman et al. 2017, not its paper); clip 0 leaves V' out. All [R]."""
+    """PPO's loss of a critic: sum w max((V - R)^2, (V' - R)^2) / 2; all inputs are [R].
+
+    V' is V kept within +-clip of the old value (from the PPO code of Schulman et al. 2017, not its
+    paper); clip 0 leaves V' out.
+    """
     error = (values - returns).square()
     if clip:
         kept = old_values + (values - old_values).clamp(-clip, clip)
@@ -185,12 +204,16 @@ def value_loss(
 
 
 def mean_metrics(parts: list[torch.Tensor], n_updates: int) -> dict[str, float]:
-    """What a log shows of the metrics of all micro-batches of a step: loss and kl_loss, whose weights are a
-    whole batch's in each update, as means over the updates; ratio_max, the largest; cut_off, a count; the
-    others as means over the tokens that teach something. Reads the device once."""
-    table = torch.stack(parts).double().cpu().numpy() if parts else np.zeros((1, len(GRPO_METRICS)))
-    sums = dict(zip(GRPO_METRICS, table.sum(0).tolist(), strict=True))
+    """What a log shows of the metrics of all micro-batches of a step. Reads the device once.
+
+    loss and kl_loss, whose weights are a whole batch's in each update, are means over the updates;
+    ratio_max is the largest; cut_off is a count; the others are means over the tokens that teach
+    something.
+    """
+    empty = np.zeros((1, len(POLICY_METRICS)))
+    table = torch.stack(parts).double().cpu().numpy() if parts else empty
+    sums = dict(zip(POLICY_METRICS, table.sum(0).tolist(), strict=True))
     tokens = max(1.0, sums.pop("tokens"))
+    sums["ratio_max"] = float(table[:, POLICY_METRICS.index("ratio_max")].max())
     divisors = {"loss": n_updates, "kl_loss": n_updates, "cut_off": 1, "ratio_max": 1}
-    sums["ratio_max"] = float(table[:, GRPO_METRICS.index("ratio_max")].max())
     return {name: value / divisors.get(name, tokens) for name, value in sums.items()}

@@ -1,13 +1,17 @@
-"""R1-Zero's two rule rewards (arXiv 2501.12948, section 2.2.2): is the answer right, and is the response well
-formed?
+"""R1-Zero's two rule rewards: is the answer right, and is the response well formed?
 
-Accuracy is the task's grader's word on the last answer block. Format is 1 for exactly one think block
-followed by exactly one answer block and nothing else. No model judges anything, so there is nothing to hack
-but the rules.
+Accuracy is the task's grader's verdict on the last answer block. Format is 1 for exactly one think
+block followed by exactly one answer block and nothing else. No model judges anything, so there is
+nothing to hack but the rules (arXiv 2501.12948, section 2.2.2).
+
+A `Grader` is made once per run. It may change what is trained on (DAPO's penalty for long answers,
+the control's shuffle), never what is logged.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -19,14 +23,14 @@ class RewardConfig:
     """How the two parts add up: reward = accuracy_weight * accuracy + format_weight * format."""
 
     accuracy_weight: float = 1.0
-    """Worth of a right answer."""
+    """Reward for a right answer."""
     format_weight: float = 0.2
-    """Worth of a well-formed response, right or wrong. A large one pulls everything to short, wrong, tidy
+    """Reward for a well-formed response, right or wrong. A large one favours short, tidy, wrong
     answers."""
 
     def __post_init__(self):
-        parts = (self.accuracy_weight, self.format_weight)
-        if not all(0 <= weight < math.inf for weight in parts) or sum(parts) == 0:
+        weights = (self.accuracy_weight, self.format_weight)
+        if not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
             raise ValueError(
                 f"rewards: weights are accuracy {self.accuracy_weight} and format "
                 f"{self.format_weight}; expected numbers of 0 or more, not both 0"
@@ -35,59 +39,91 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class Rewards:
-    """The parts and the sum, one a sample; all [N] float64."""
+    """What each of the N answers earned; all arrays are [N] float64."""
 
     accuracy: np.ndarray
+    """1 for a right answer, else 0."""
     format: np.ndarray
+    """1 for a well-formed response, else 0."""
     total: np.ndarray
+    """The weighted sum of the two."""
+    training: np.ndarray
+    """What the advantage is computed from: the total, less the penalty for long answers, or dealt
+    out at random in the control."""
     why: list[str]
-    """The grader's reason in plain words, one a sample."""
+    """The grader's reason in plain words, one per answer."""
 
 
 def reward_one(task, problem, response: str, config: RewardConfig) -> dict:
     """Grade a single response: a dict of accuracy, format, reward, answer and why."""
     grade, parsed = task.grade(problem, response), parse_response(response)
     well_formed = float(parsed.well_formed)
-    why = grade.why if parsed.well_formed else f"{grade.why} Format: {parsed.why}"
     return {
         "accuracy": grade.accuracy,
         "format": well_formed,
         "reward": config.accuracy_weight * grade.accuracy + config.format_weight * well_formed,
         "answer": grade.answer,
-        "why": why,
+        "why": grade.why if parsed.well_formed else f"{grade.why} Format: {parsed.why}",
     }
 
 
-def score(task, problems, responses: list[str], config: RewardConfig) -> Rewards:
-    """Grade sample n, the answer to problems[n]. Raises ValueError if the two lists differ in length."""
-    parts = [reward_one(task, p, r, config) for p, r in zip(problems, responses, strict=True)]
-    names = ("accuracy", "format", "reward")
-    column = {name: np.array([part[name] for part in parts], np.float64) for name in names}
-    return Rewards(
-        column["accuracy"], column["format"], column["reward"], [part["why"] for part in parts]
-    )
+class Grader:
+    """From answers to rewards. Made once per run from the run's Algorithm (rl/family.py)."""
+
+    def __init__(self, config):
+        self.config: RewardConfig = config.rewards
+        self.adjustments: list[Callable] = []
+        """Each takes (rewards_N, rollouts) and returns the rewards to train on."""
+        if config.overlong_buffer:
+            limit, buffer = config.max_new_tokens, config.overlong_buffer
+            self.adjustments.append(partial(lower_overlong, max_new_tokens=limit, buffer=buffer))
+        if config.control:
+            self.adjustments.append(partial(permute_within_groups, seed=config.seed))
+
+    def __call__(self, task, rollouts) -> Rewards:
+        """Grade all answers of the rollouts."""
+        problems = np.repeat(np.arange(len(rollouts.problems)), np.diff(rollouts.group_offsets))
+        graded = [
+            reward_one(task, rollouts.problems[group], text, self.config)
+            for group, text in zip(problems, rollouts.texts, strict=True)
+        ]
+
+        def column(name: str) -> np.ndarray:
+            return np.array([row[name] for row in graded], np.float64)
+
+        total = training = column("reward")
+        for adjust in self.adjustments:
+            training = adjust(training, rollouts)
+        why = [row["why"] for row in graded]
+        return Rewards(column("accuracy"), column("format"), total, training, why)
 
 
 def overlong_penalty(lengths_N: np.ndarray, max_new_tokens: int, buffer: float) -> np.ndarray:
-    """[N], 0 down to -1, over the last `buffer` share of max_new_tokens: DAPO's soft overlong punishment
-    (arXiv 2503.14476, eq. 13). lengths_N: tokens of each answer."""
+    """[N], from 0 down to -1 over the last `buffer` share of max_new_tokens.
+
+    DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13). lengths_N: tokens per answer.
+    """
     tokens = buffer * max_new_tokens
     if not tokens:
         return np.zeros(len(lengths_N))
     return np.clip((max_new_tokens - tokens - np.asarray(lengths_N)) / tokens, -1.0, 0.0)
 
 
-def permute_within_groups(
-    rewards_N: np.ndarray, group_offsets: np.ndarray, seed: tuple[int, ...]
-) -> np.ndarray:
-    """The control: the same rewards, dealt out at random within each group.
+def lower_overlong(rewards_N: np.ndarray, rollouts, max_new_tokens: int, buffer: float):
+    """[N]: the rewards, less the penalty of answers that come near the limit."""
+    return rewards_N + overlong_penalty(rollouts.response_lengths, max_new_tokens, buffer)
 
-    Every group keeps its mean and its spread, so the updates are as large as in the real run, but a reward
-    says nothing about the answer that it lands on. seed: the integers that the shuffle is a fixed function
-    of.
+
+def permute_within_groups(rewards_N: np.ndarray, rollouts, seed: int) -> np.ndarray:
+    """[N], the control: the same rewards, dealt out at random within each group.
+
+    Every group keeps its mean and its spread, so the updates are as large as in the real run, but
+    a reward says nothing about the answer that it lands on. The shuffle is a fixed function of the
+    seed and of the step that the rollouts were sampled in.
     """
-    rng = np.random.default_rng(np.random.SeedSequence([abs(s) for s in seed]))
+    keys = [abs(seed), abs(rollouts.weights_version)]
+    rng = np.random.default_rng(np.random.SeedSequence(keys))
     dealt = rewards_N.copy()
-    for start, end in zip(group_offsets[:-1], group_offsets[1:], strict=True):
+    for start, end in zip(rollouts.group_offsets[:-1], rollouts.group_offsets[1:], strict=True):
         dealt[start:end] = rng.permutation(dealt[start:end])
     return dealt

@@ -1,10 +1,17 @@
-"""Rollouts: groups of sampled answers, flat, with all that training needs to know of them.
+"""Rollouts: groups of sampled answers, flat, with everything that training needs to know of them.
 
-Samples are stored sorted by group and a group is a slice given by offsets, never found by comparing prompts:
-two equal problems in a batch stay two groups. Reward and advantage are no fields of this; nothing here is
-overwritten.
+Samples are stored sorted by group, and a group is a slice given by offsets, never found by
+comparing prompts: two equal problems in a batch stay two groups. Reward and advantage are no fields
+of it; nothing here is overwritten.
+
+A `MicroBatch` is some of the samples, laid out for one forward and backward pass. It carries
+everything that their loss needs, one number per response token.
+
+Shapes: N samples, G groups, R response tokens, T tokens of a batch.
 """
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,13 +20,17 @@ import torch
 
 from ..model.engine.engine import Engine
 from ..model.engine.requests import group_requests
+from ..model.engine.sampling import sample_seeds
 from ..model.packed import Packed, offsets, pack
+from .advantages import dead_groups
 
 
 @dataclass(frozen=True)
 class Rollouts:
     """N sampled answers in G groups."""
 
+    problems: list
+    """G problems, one per group."""
     sequences: list[np.ndarray]
     """N arrays of token ids: prompt, then response (its end token included)."""
     prompt_lengths: np.ndarray
@@ -27,47 +38,27 @@ class Rollouts:
     group_offsets: np.ndarray
     """[G + 1] int64: group g is the samples group_offsets[g] to group_offsets[g + 1]."""
     sampler_logp: list[np.ndarray]
-    """N float32 arrays, one log-prob a response token, as sampled."""
+    """N float32 arrays: one log-prob per response token, as it was sampled."""
     finish_reasons: list[str]
     """"stop" or "length"."""
     texts: list[str]
     """Decoded responses, without the end token."""
     temperature: float
-    """What they were sampled at, and what they must be scored at."""
+    """The temperature that they were sampled at, and must be scored at."""
     weights_version: int
-    """Optimizer steps behind the weights that made them."""
+    """The number of optimizer steps behind the weights that made them."""
+    replaced: "Rollouts | None" = None
+    """Groups that dynamic sampling has replaced: for the log alone, nothing trains on them."""
 
     @cached_property
     def response_lengths(self) -> np.ndarray:
-        """[N] int64 response tokens, the end token included."""
+        """[N] int64: response tokens per answer, the end token included."""
         return np.array([len(s) for s in self.sequences]) - self.prompt_lengths
 
     @cached_property
     def response_offsets(self) -> np.ndarray:
-        """[N + 1] int64, where the response tokens of each answer begin among those of all."""
+        """[N + 1] int64: where each answer's response tokens begin among those of all answers."""
         return np.append(0, np.cumsum(self.response_lengths))
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Some samples of the rollouts, laid out for one forward and backward pass."""
-
-    packed: Packed
-    """Prompts and responses, each without its last token. A prompt that several samples have comes once,
-    before all samples, up to its last token."""
-    predictors: torch.Tensor
-    """[R] int64: the flat index of the token before each response token, whose hidden state predicts it."""
-    targets: torch.Tensor
-    """[R] int64: the response tokens; the end token is one of them, or a model never learns to stop."""
-    samples: torch.Tensor
-    """[n] int64: which samples (index into the rollouts) these are, in the order they lie in the batch."""
-    response_offsets: torch.Tensor
-    """[n + 1] int32: where the response tokens of each sample begin; the last is R."""
-    places: torch.Tensor
-    """[R] int64: where each response token stands among those of all the rollouts, one answer after another;
-    so a figure of every token is one flat array, and `array[batch.places]` is this batch's."""
-    sampler_logp: torch.Tensor
-    """[R] float32: log-prob of each response token as it was sampled."""
 
 
 def sample_groups(
@@ -77,139 +68,259 @@ def sample_groups(
     max_new_tokens: int,
     temperature: float,
     seeds: torch.Tensor,
+    problems: list | None = None,
 ) -> Rollouts:
     """Sample `group_size` answers to each prompt; the samples of one prompt are one group.
 
-    seeds: [len(prompts) * group_size] int64. Raises ValueError as the engine does.
+    seeds: [len(prompts) * group_size] int64; problems: one per prompt. Raises ValueError as the
+    engine does.
     """
     tokenizer = engine.tokenizer
-    ids = tokenizer.encode_batch(prompts)
-    completions = engine.generate(
-        group_requests(ids, group_size, max_new_tokens, temperature, seeds, tokenizer.eos_id)
+    prompt_ids = tokenizer.encode_batch(prompts)
+    requests = group_requests(
+        prompt_ids, group_size, max_new_tokens, temperature, seeds, tokenizer.eos_id
     )
-    repeated = [ids[n // group_size] for n in range(len(completions))]
+    completions = engine.generate(requests)
+    prompt_of = [prompt_ids[n // group_size] for n in range(len(completions))]
     return Rollouts(
+        problems=list(problems or prompts),
         sequences=[
-            np.concatenate([p, c.tokens]) for p, c in zip(repeated, completions, strict=True)
+            np.concatenate([prompt, completion.tokens])
+            for prompt, completion in zip(prompt_of, completions, strict=True)
         ],
-        prompt_lengths=np.array([len(p) for p in repeated]),
+        prompt_lengths=np.array([len(prompt) for prompt in prompt_of]),
         group_offsets=np.arange(len(prompts) + 1) * group_size,
-        sampler_logp=[c.logp for c in completions],
-        finish_reasons=[c.finish_reason for c in completions],
-        texts=[tokenizer.decode(c.tokens.tolist()) for c in completions],
+        sampler_logp=[completion.logp for completion in completions],
+        finish_reasons=[completion.finish_reason for completion in completions],
+        texts=[tokenizer.decode(completion.tokens.tolist()) for completion in completions],
         temperature=temperature,
         weights_version=engine.version,
     )
 
 
+# ---- which problems are answered in a step ----
+
+
+class GroupSampler:
+    """Samples a group of answers to each of the next problems."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.position = 0
+        """The next problem's index; a checkpoint keeps it."""
+
+    def sample(self, task, config, step: int) -> Rollouts:
+        """The rollouts of a step, sampled from the trainer's weights as they are now."""
+        self.engine.refresh(version=step)
+        return self.sample_next(task, config, config.prompts_per_step, step)
+
+    def sample_next(self, task, config, n_prompts: int, *seed_keys: int) -> Rollouts:
+        """Groups of answers to the next n_prompts problems; seed_keys: what, beside the run's seed,
+        the random numbers are a function of."""
+        problems = task.problems("train", n_prompts, start=self.position)
+        self.position += n_prompts
+        return sample_groups(
+            self.engine,
+            [task.prompt(problem) for problem in problems],
+            config.group_size,
+            config.max_new_tokens,
+            config.temperature,
+            sample_seeds(n_prompts * config.group_size, config.seed, *seed_keys),
+            problems,
+        )
+
+
+class DynamicSampler(GroupSampler):
+    """Replaces groups without signal by groups of new problems (after DAPO, arXiv 2503.14476,
+    eq. 11), as long as the step has problems left: config.dynamic_sampling times prompts_per_step.
+    """
+
+    def __init__(self, engine: Engine, grader: Callable):
+        super().__init__(engine)
+        self.grader = grader
+
+    def sample(self, task, config, step: int) -> Rollouts:
+        rounds = [super().sample(task, config, step)]
+        live = [self.live_groups(task, rounds[0])]
+        left = (config.dynamic_sampling - 1) * config.prompts_per_step
+        while True:
+            missing = config.prompts_per_step - sum(map(len, live))
+            wanted = min(left, missing)
+            if wanted <= 0:
+                break
+            # Random numbers of its own for each round.
+            rounds.append(self.sample_next(task, config, wanted, step, len(rounds)))
+            live.append(self.live_groups(task, rounds[-1]))
+            left -= wanted
+        if not any(map(len, live)):  # no signal at all: a step like any other, that changes nothing
+            live[0] = np.arange(len(rounds[0].problems))
+        others = [
+            np.setdiff1d(np.arange(len(part.problems)), kept)
+            for part, kept in zip(rounds, live, strict=True)
+        ]
+        replaced = merge(rounds, others) if any(map(len, others)) else None
+        return dataclasses.replace(merge(rounds, live), replaced=replaced)
+
+    def live_groups(self, task, rollouts: Rollouts) -> np.ndarray:
+        """The indices of the groups whose rewards differ."""
+        rewards = self.grader(task, rollouts)
+        return np.flatnonzero(~dead_groups(rewards.training, rollouts.group_offsets))
+
+
+def samples_of(rollouts: Rollouts, groups: np.ndarray) -> np.ndarray:
+    """The indices of the samples of the given groups, in their order."""
+    ranges = [np.arange(*rollouts.group_offsets[g : g + 2]) for g in groups]
+    return np.concatenate([np.arange(0), *ranges])
+
+
+def merge(parts: list[Rollouts], groups: list[np.ndarray]) -> Rollouts:
+    """One Rollouts of the given groups of each part, in their order."""
+    samples = [samples_of(part, chosen) for part, chosen in zip(parts, groups, strict=True)]
+    sizes = [
+        np.diff(part.group_offsets)[chosen] for part, chosen in zip(parts, groups, strict=True)
+    ]
+
+    def picked(name: str, indices: list[np.ndarray]) -> list:
+        return [
+            getattr(part, name)[i]
+            for part, chosen in zip(parts, indices, strict=True)
+            for i in chosen
+        ]
+
+    return Rollouts(
+        problems=picked("problems", groups),
+        sequences=picked("sequences", samples),
+        prompt_lengths=np.array(picked("prompt_lengths", samples)),
+        group_offsets=np.append(0, np.cumsum(np.concatenate(sizes))),
+        sampler_logp=picked("sampler_logp", samples),
+        finish_reasons=picked("finish_reasons", samples),
+        texts=picked("texts", samples),
+        temperature=parts[0].temperature,
+        weights_version=parts[0].weights_version,
+    )
+
+
+# ---- what one forward and backward pass takes ----
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some samples of the rollouts, with everything that their loss needs."""
+
+    packed: Packed
+    """Prompts and responses, each without its last token. A prompt that several samples share comes
+    once, before all samples, up to its last token."""
+    predictors: torch.Tensor
+    """[R] int64: the flat index of the token before each response token; its hidden state predicts
+    that response token."""
+    targets: torch.Tensor
+    """[R] int64: the response tokens. The end token is one of them, or a model never learns to
+    stop."""
+    samples: torch.Tensor
+    """[n] int64: which samples of the rollouts these are, in the order of the batch."""
+    response_offsets: torch.Tensor
+    """[n + 1] int32: where the response tokens of each sample begin; the last is R."""
+    token_index: torch.Tensor
+    """[R] int64: the index of each response token among those of all rollouts, so that
+    `array[batch.token_index]` is this batch's part of an array of all response tokens."""
+    sampler_logp: torch.Tensor
+    """[R] float32: the log-prob of each response token as it was sampled."""
+    advantages: torch.Tensor | None = None
+    """[R] float32."""
+    weights: torch.Tensor | None = None
+    """[R] float32: the weight of each token in the mean over the whole global batch."""
+    old_logp: torch.Tensor | None = None
+    """[R]: log-probs under the policy before the first update. None with a single update per step:
+    they are then this pass's own, and the ratio is 1."""
+    ref_logp: torch.Tensor | None = None
+    """[R]: log-probs under the reference. None where the loss has no KL."""
+
+
 def micro_batch(rollouts: Rollouts, samples: np.ndarray, device) -> MicroBatch:
     """Lay out the given samples, without their last tokens, which predict nothing."""
-    prompts, responses = rollouts.prompt_lengths[samples], rollouts.response_lengths[samples]
-    # the last token of a prompt is each sample's own: it predicts the first of the response
-    begins = [rollouts.sequences[n][: p - 1] for n, p in zip(samples, prompts, strict=True)]
-    places = {}
-    prefix_of = np.array([places.setdefault(begin.tobytes(), len(places)) for begin in begins])
-    if len(places) == len(samples):
-        prefixes, skipped, after = [], 0 * prompts, None
+    prompt_lengths = rollouts.prompt_lengths[samples]
+    response_lengths = rollouts.response_lengths[samples]
+    sequences = [rollouts.sequences[n] for n in samples]
+
+    # The samples of a group share their prompt, up to its last token: that one is each sample's
+    # own, since it predicts the first token of the response.
+    prefixes = [seq[: p - 1] for seq, p in zip(sequences, prompt_lengths, strict=True)]
+    index_of: dict[bytes, int] = {}
+    prefix_of = np.array([index_of.setdefault(x.tobytes(), len(index_of)) for x in prefixes])
+    if len(index_of) == len(samples):  # nothing to share
+        shared, skipped, after = [], np.zeros_like(prompt_lengths), None
     else:
-        prefixes, skipped = (
-            [begins[i] for i in np.unique(prefix_of, return_index=True)[1]],
-            prompts - 1,
-        )
-        after = np.append(np.full(len(prefixes), -1), prefix_of)
-    packed = pack(
-        [
-            *prefixes,
-            *(rollouts.sequences[n][skip:-1] for n, skip in zip(samples, skipped, strict=True)),
-        ],
-        device,
-        after,
-    )
-    starts = packed.cu_seqlens[len(prefixes) : -1].cpu().numpy().astype(np.int64)
-    predictors = np.concatenate(
-        [
-            start + p - 1 + np.arange(r)
-            for start, p, r in zip(starts, prompts - skipped, responses, strict=True)
-        ]
-    )
-    places = np.concatenate(
-        [
-            start + np.arange(r)
-            for start, r in zip(rollouts.response_offsets[samples], responses, strict=True)
-        ]
-    )
-    predictors, places = (torch.from_numpy(x).to(device) for x in (predictors, places))
-    response_offsets = torch.from_numpy(offsets(responses)).to(device)
-    sampler_logp = torch.from_numpy(np.concatenate([rollouts.sampler_logp[n] for n in samples])).to(
-        device
-    )
-    targets = np.concatenate(
-        [rollouts.sequences[n][p:] for n, p in zip(samples, prompts, strict=True)]
-    )
-    targets = torch.from_numpy(targets).to(device)
+        first_with = np.unique(prefix_of, return_index=True)[1]
+        shared, skipped = [prefixes[i] for i in first_with], prompt_lengths - 1
+        after = np.append(np.full(len(shared), -1), prefix_of)
+    own = [seq[skip:-1] for seq, skip in zip(sequences, skipped, strict=True)]
+    packed = pack([*shared, *own], device, after)
+
+    # Response token t of a sample is predicted by the token before it.
+    starts = packed.cu_seqlens[len(shared) : -1].cpu().numpy().astype(np.int64)
+    first_predictors = starts + prompt_lengths - skipped - 1
+    predictors = ranges(first_predictors, response_lengths)
+    token_index = ranges(rollouts.response_offsets[samples], response_lengths)
+    targets = [seq[p:] for seq, p in zip(sequences, prompt_lengths, strict=True)]
+    sampler_logp = [rollouts.sampler_logp[n] for n in samples]
+
+    def on_device(x: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(x).to(device)
+
     return MicroBatch(
-        packed,
-        predictors,
-        targets,
-        torch.from_numpy(samples).to(device),
-        response_offsets,
-        places,
-        sampler_logp,
+        packed=packed,
+        predictors=on_device(predictors),
+        targets=on_device(np.concatenate(targets)),
+        samples=on_device(samples),
+        response_offsets=on_device(offsets(response_lengths)),
+        token_index=on_device(token_index),
+        sampler_logp=on_device(np.concatenate(sampler_logp)),
     )
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """[sum of lengths] int64: start, start + 1, ... for each pair of a start and a length."""
+    return np.concatenate([s + np.arange(n) for s, n in zip(starts, lengths, strict=True)])
 
 
 def micro_batches(
     rollouts: Rollouts, samples: np.ndarray, tokens_per_batch: int, device
 ) -> list[MicroBatch]:
-    """Cut samples into batches of at most `tokens_per_batch` tokens (but at least one sample), alike in
-    length; a prompt counts for each of its samples.
+    """Cut samples into batches of at most `tokens_per_batch` tokens (but at least one sample).
 
-    Sorted by length, since the plain PyTorch attention pads within a batch; the loss's weights make the cut
-    irrelevant.
+    A prompt counts for each of its samples. Samples are sorted by length, since the plain PyTorch
+    attention pads within a batch; the loss's weights make the cut irrelevant.
     """
     lengths = np.array([len(s) for s in rollouts.sequences])
-    batches, current, total = [], [], 0
+    cut, current, total = [], [], 0
     for n in samples[np.argsort(lengths[samples], kind="stable")]:
         if current and total + lengths[n] > tokens_per_batch:
-            batches.append(current)
+            cut.append(current)
             current, total = [], 0
         current.append(n)
         total += lengths[n]
     if current:
-        batches.append(current)
-    return [micro_batch(rollouts, np.array(batch), device) for batch in batches]
+        cut.append(current)
+    return [micro_batch(rollouts, np.array(chosen), device) for chosen in cut]
 
 
 def response_logprobs(
     model, batch: MicroBatch, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logp [R], entropy [R]) of the response tokens under the model, at the temperature that they were
-    sampled at."""
-    return model.logprobs(model(batch.packed), batch.targets, temperature, rows=batch.predictors)
+    """(logp [R], entropy [R]) of the response tokens under the model, at the temperature that they
+    were sampled at."""
+    hidden = model.hidden_states(batch.packed)
+    return model.logprobs(hidden, batch.targets, temperature, rows=batch.predictors)
 
 
-def samples_of(rollouts: Rollouts, groups: np.ndarray) -> np.ndarray:
-    """The samples of the named groups, in their order."""
-    return np.concatenate(
-        [np.arange(0), *(np.arange(*rollouts.group_offsets[g : g + 2]) for g in groups)]
-    )
-
-
-def merge(parts: list[Rollouts], groups: list[np.ndarray]) -> Rollouts:
-    """One Rollouts of the named groups of each part, in their order."""
-    samples = [samples_of(p, chosen) for p, chosen in zip(parts, groups, strict=True)]
-    sizes = [np.diff(p.group_offsets)[chosen] for p, chosen in zip(parts, groups, strict=True)]
-
-    def picked(name: str) -> list:
-        return [getattr(p, name)[n] for p, some in zip(parts, samples, strict=True) for n in some]
-
-    return Rollouts(
-        picked("sequences"),
-        np.array(picked("prompt_lengths")),
-        np.append(0, np.cumsum(np.concatenate(sizes))),
-        picked("sampler_logp"),
-        picked("finish_reasons"),
-        picked("texts"),
-        parts[0].temperature,
-        parts[0].weights_version,
-    )
+@torch.no_grad()
+def over_all_tokens(function: Callable, rollouts: Rollouts, batches: list[MicroBatch]):
+    """[R of all rollouts]: function(batch) [R of the batch] in the order of the rollouts, and 0 for
+    the tokens of no batch."""
+    n_tokens = int(rollouts.response_offsets[-1])
+    whole = torch.zeros(n_tokens)
+    for batch in batches:
+        values = function(batch)
+        whole = whole.to(values.device, values.dtype)
+        whole[batch.token_index] = values
+    return whole

@@ -1,223 +1,283 @@
-"""One update from rollouts and their advantages: the policy's, and the critic's where there is one.
+"""One update of the policy from rollouts and their advantages.
 
-Several optimizer steps on the same rollouts share the samples out among them, each process its own; the old
-policy is the one before the first. The weight of every token is fixed for the whole batch beforehand, so the
-gradient depends neither on the cut into micro-batches nor on leaving out the samples that have nothing to
-teach (they still count in the mean's denominator), nor on how many processes share the work.
+Several optimizer steps on the same rollouts share the samples out among them, and each process has
+its own; the old policy is the one before the first step. The weight of every token is fixed for the
+whole batch beforehand. So the gradient depends neither on the cut into micro-batches, nor on
+leaving out the samples that teach nothing (they still count in the mean's denominator), nor on how
+many processes share the work.
+
+Shapes: N answers, R response tokens of a batch or of all rollouts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from ..kernels.grpo import LOSS
+from ..kernels.grpo import POLICY_METRICS
 from ..kernels.linear_logprob import check_targets
 from ..model.distributed import all_sum, sum_gradients
 from ..model.optimizer import learning_rate, optimizer_step
-from .family import PIECES, Pieces
-from .heads import Critic
-from .losses import entropy_bonus, importance_weights, mean_metrics, token_weights, value_loss
-from .rollouts import MicroBatch, Rollouts, micro_batches, response_logprobs
+from .advantages import Advantages
+from .losses import entropy_bonus, importance_weights, kl_estimate, mean_metrics
+from .rollouts import (
+    MicroBatch,
+    Rollouts,
+    micro_batches,
+    over_all_tokens,
+    response_logprobs,
+)
+
+LOSS = POLICY_METRICS.index("loss")
 
 
 class LogpGapError(FloatingPointError):
     """Sampler and trainer disagree about the probability of a sampled token."""
 
 
-def gap_limit(policy, c) -> float:
-    """--max-logp-gap, or what rounding explains."""
-    return c.max_logp_gap or (1e-3 if policy.compute_dtype == torch.float32 else 1.0)
+def update_policy(learner, rollouts: Rollouts, advantages: Advantages, config, step: int) -> dict:
+    """One or more optimizer steps on the rollouts; returns the metrics to log.
+
+    learner: a Learner (rl/step.py); config: an Algorithm (rl/family.py). Raises LogpGapError before
+    anything is updated with a wrong log-prob.
+    """
+    policy = learner.policy
+    check_targets(np.concatenate(rollouts.sequences), policy.config.vocab_size)
+    updates = lay_out_updates(learner, rollouts, advantages, config, step)
+    rate = learning_rate(step, config.steps, config.optim)
+    log = UpdateLog(gap_limit(policy, config))
+    for batches in updates:
+        # Add up the gradient over micro-batches...
+        for batch in batches:
+            loss, metrics = batch_loss(learner, batch, rollouts.temperature, config)
+            loss.backward()
+            log.add(batch, *metrics)
+        # ... and over processes, after all of them have found their log-probs to be right.
+        if log.any_process_has_batches(batches):
+            sum_gradients(policy)
+            norm = optimizer_step(policy, learner.optimizer, rate, config.optim)
+            log.gradient_norms.append(norm)
+    critic_metrics = learner.credit.critic.update(rollouts, advantages, step)
+    return log.summary(config.updates_per_step) | advantages.metrics | critic_metrics
+
+
+def lay_out_updates(
+    learner, rollouts: Rollouts, advantages: Advantages, config, step: int
+) -> list[list[MicroBatch]]:
+    """The micro-batches of each optimizer step, with everything that their loss needs."""
+    device, lengths = learner.policy.device, rollouts.response_lengths
+    counted = lengths
+    if config.loss.overlong_filter:
+        was_cut = [reason == "length" for reason in rollouts.finish_reasons]
+        counted = np.where(was_cut, 0, lengths)
+    weights_N = learner.loss_weights(counted, config.loss.mean, config.max_new_tokens)
+    weights_N = weights_N * config.updates_per_step  # each update has a share of the samples
+
+    # Samples that teach nothing are left out: those whose advantages are all 0, if nothing else
+    # (the KL, the entropy bonus) has a gradient.
+    signal_R = advantages.per_token != 0
+    has_signal_N = np.diff(np.append(0, np.cumsum(signal_R))[rollouts.response_offsets]) > 0
+    all_teach = config.kl_in_loss or config.loss.entropy_coef > 0
+    live = np.flatnonzero(weights_N if all_teach else weights_N * has_signal_N)
+
+    def on_device(values_R: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values_R).float().to(device)
+
+    advantages_R = on_device(advantages.per_token)
+    weights_R = on_device(np.repeat(weights_N, lengths))
+    updates = [
+        micro_batches(rollouts, share, config.micro_tokens, device)
+        for share in deal_samples(live, config, step)
+    ]
+
+    # The old policy is the one before the first update. Its log-probs are computed in the same
+    # micro-batches as the update's, so that rounding cannot push the first ratio off 1.
+    every_batch = [batch for batches in updates for batch in batches]
+    old_logp = ref_logp = [None] * len(every_batch)
+    if config.updates_per_step > 1:
+        old_logp = logprobs_of(learner.policy, every_batch, rollouts.temperature)
+    if config.kl_in_loss:
+        ref_logp = learner.reference.logprobs(every_batch, rollouts.temperature)
+
+    complete = iter(
+        replace(
+            batch,
+            advantages=advantages_R[batch.token_index],
+            weights=weights_R[batch.token_index],
+            old_logp=old,
+            ref_logp=ref,
+        )
+        for batch, old, ref in zip(every_batch, old_logp, ref_logp, strict=True)
+    )
+    return [[next(complete) for _ in batches] for batches in updates]
+
+
+def deal_samples(samples: np.ndarray, config, step: int) -> list[np.ndarray]:
+    """The samples of each optimizer step of a batch of rollouts, dealt out at random."""
+    shuffled = np.random.default_rng([config.seed, step]).permutation(samples)
+    return np.array_split(shuffled, config.updates_per_step)
+
+
+def batch_loss(learner, batch: MicroBatch, temperature: float, config) -> tuple:
+    """(loss, (metrics, entropy [R], gap [R])) of one micro-batch."""
+    options = config.loss
+    logp, entropy = response_logprobs(learner.policy, batch, temperature)
+    old_logp = logp.detach() if batch.old_logp is None else batch.old_logp
+    advantages = batch.advantages
+    if options.max_importance > 0:
+        per_sequence = batch.response_offsets if options.objective == "gspo" else None
+        bound = options.max_importance
+        trust = importance_weights(old_logp, batch.sampler_logp, bound, per_sequence)
+        advantages = advantages * trust
+    loss, metrics = learner.policy_loss(
+        logp, old_logp, batch.ref_logp, advantages, batch.weights, batch.response_offsets, options
+    )
+    if options.entropy_coef > 0:
+        bonus = entropy_bonus(entropy, batch.weights, options.entropy_coef)
+        loss, metrics = loss + bonus, metrics.clone()
+        metrics[LOSS] += bonus.detach()
+    gap = (old_logp - batch.sampler_logp).abs()
+    return loss, (metrics, entropy.detach(), gap)
+
+
+def gap_limit(policy, config) -> float:
+    """The largest distance between the sampler's and the trainer's log-prob of a token:
+    --max-logp-gap, or what rounding explains."""
+    by_rounding = 1e-3 if policy.compute_dtype == torch.float32 else 1.0
+    return config.max_logp_gap or by_rounding
+
+
+@dataclass
+class UpdateLog:
+    """Collects what a log shows of an update, and stops it where the log-probs are wrong.
+
+    Numbers stay on the device until the micro-batches of an optimizer step are all done: one read
+    per optimizer step.
+    """
+
+    largest_gap: float
+    metrics: list = field(default_factory=list)
+    gradient_norms: list = field(default_factory=lambda: [0.0])
+    samples: int = 0
+    tokens: int = 0
+    entropy_sum: float = 0.0
+    gap_sum: float = 0.0
+    gap_max: float = 0.0
+    unread: list = field(default_factory=list)
+
+    def add(self, batch: MicroBatch, metrics: torch.Tensor, entropy, gap) -> None:
+        self.metrics.append(metrics)
+        self.samples += len(batch.samples)
+        self.tokens += len(gap)
+        self.unread.append(torch.stack([entropy.sum(), gap.sum(), gap.max()]))
+
+    def any_process_has_batches(self, batches: list[MicroBatch]) -> bool:
+        """Whether there is a gradient to step with, in this process or another.
+
+        Every process must call it. Raises LogpGapError in all processes if one has a gap that is
+        too large: one that left alone would leave the others waiting.
+        """
+        if self.unread:
+            entropies, gaps, maxima = torch.stack(self.unread).double().cpu().T
+            self.unread.clear()
+            self.entropy_sum += float(entropies.sum())
+            self.gap_sum += float(gaps.sum())
+            # A maximum would pass over NaN, which is the largest gap of all.
+            worst = float("nan") if maxima.isnan().any() else float(maxima.max())
+            self.gap_max = max(self.gap_max, worst) if worst == worst else worst
+        too_large = not self.gap_max <= self.largest_gap
+        n_batches, n_too_large = all_sum(np.array([len(batches), too_large]))
+        if n_too_large:
+            where = "" if too_large else " on another process"
+            raise LogpGapError(
+                f"the sampler's log-prob of a token is {self.gap_max:.3g} from the trainer's own, "
+                f"more than --max-logp-gap {self.largest_gap:g}{where}"
+            )
+        return n_batches > 0
+
+    def summary(self, n_updates: int) -> dict:
+        n_tokens = max(1, self.tokens)
+        return {
+            **mean_metrics(self.metrics, n_updates),
+            "entropy": self.entropy_sum / n_tokens,
+            "gradient_norm": np.max(self.gradient_norms),
+            "logp_gap": self.gap_max,
+            "logp_gap_mean": self.gap_sum / n_tokens,
+            "trained_samples": self.samples,
+        }
+
+
+# ---- log-probs under a model that is not trained here ----
 
 
 @torch.no_grad()
-def each_token(
-    figure: Callable[[MicroBatch], torch.Tensor],
-    rollouts: Rollouts,
-    batches: list[MicroBatch],
-    device,
-) -> torch.Tensor:
-    """[R] on the device: figure(batch) of each response token of all rollouts, 0 for those of no batch."""
-    whole = torch.zeros(int(rollouts.response_offsets[-1]), device=device)
-    for batch in batches:
-        found = figure(batch)
-        whole = whole.to(found.dtype)
-        whole[batch.places] = found
-    return whole
+def logprobs_of(model, batches: Iterable[MicroBatch], temperature: float) -> list[torch.Tensor]:
+    """[R] for each batch: the log-probs of its response tokens under the model."""
+    return [response_logprobs(model, batch, temperature)[0] for batch in batches]
 
 
-def logp_of(model, temperature: float) -> Callable[[MicroBatch], torch.Tensor]:
-    return lambda batch: response_logprobs(model, batch, temperature)[0]
+class Reference:
+    """The model that the KL is measured to: where it lives, and when it is refreshed."""
+
+    def __init__(self, model, device, offload: bool = False):
+        """offload: keep the model in the CPU's memory between uses."""
+        self.model = model.requires_grad_(False)
+        self.device, self.home = device, torch.device("cpu") if offload else device
+        self.model.to(self.home)
+
+    @contextmanager
+    def in_use(self):
+        """The model, on the device while the block runs."""
+        self.model.to(self.device)
+        try:
+            yield self.model
+        finally:
+            self.model.to(self.home)
+
+    def logprobs(self, batches: list[MicroBatch], temperature: float) -> list[torch.Tensor]:
+        """[R] for each batch: the log-probs of its response tokens."""
+        with self.in_use() as model:
+            return logprobs_of(model, batches, temperature)
+
+    def refresh(self, policy) -> None:
+        """Become a copy of the policy (R1-Zero: every 400 steps)."""
+        self.model.load_state_dict(policy.state_dict())
 
 
-def shares_of(samples: np.ndarray, c, step: int) -> list[np.ndarray]:
-    """The samples of each optimizer step of a batch of rollouts, dealt out at random."""
-    return np.array_split(
-        np.random.default_rng([c.seed, step]).permutation(samples), c.updates_per_step
-    )
+def kl_to_reference(reference: Reference, rollouts: Rollouts, config, step: int) -> float:
+    """The k3 estimate of KL(policy || reference), in nats per token, on a random few samples.
 
-
-def update_policy(
-    policy,
-    reference,
-    rollouts: Rollouts,
-    advantages: np.ndarray,
-    optimizer,
-    c,
-    step: int,
-    pieces: Pieces = PIECES,
-) -> dict:
-    """One or more optimizer steps on the rollouts; returns the figures to log. advantages: of each answer
-    [N], or of each response token [R]. Raises LogpGapError before anything is updated with a wrong
-    log-prob."""
-    device, n_answers = policy.embed.device, len(rollouts.texts)
-    check_targets(np.concatenate(rollouts.sequences), policy.config.vocab_size)
-    lengths = rollouts.response_lengths
-    if c.loss.overlong_filter:
-        lengths = np.where([reason == "length" for reason in rollouts.finish_reasons], 0, lengths)
-    weights_N = pieces.weights(lengths, c.loss.mean, c.max_new_tokens, all_sum) * c.updates_per_step
-    per_token = len(advantages) != n_answers
-    live = np.flatnonzero(
-        weights_N
-        if per_token or c.kl_in_loss or c.loss.entropy_coef > 0
-        else weights_N * advantages
-    )
-    advantages, weights = (torch.from_numpy(x).float().to(device) for x in (advantages, weights_N))
-    updates = [
-        micro_batches(rollouts, share, c.micro_tokens, device) for share in shares_of(live, c, step)
-    ]
-    old_logp = None  # under the policy before the first update; with a single update that is the update's own
-    if c.updates_per_step > 1:
-        # in the very batches of the update: where rounding depends on a batch's shape, the ratio begins at 1
-        old_logp = each_token(
-            logp_of(policy, rollouts.temperature), rollouts, sum(updates, []), device
-        )
-
-    parts, norms, entropies, gap, gap_sum, n_tokens = [], [0.0], 0.0, 0.0, 0.0, 0
-    largest_gap = gap_limit(policy, c)
-    for batches in updates:
-        found = []  # read from the device once an update
-        for batch in batches:
-            logp, entropy = response_logprobs(policy, batch, rollouts.temperature)
-            old = logp.detach() if old_logp is None else old_logp[batch.places]
-            ref_logp = None
-            if c.kl_in_loss:
-                with torch.no_grad():
-                    ref_logp, _ = response_logprobs(reference, batch, rollouts.temperature)
-            a, w, sizes = (
-                advantages[batch.places if per_token else batch.samples],
-                weights[batch.samples],
-                batch.response_offsets.diff(),
-            )
-            if c.loss.max_importance > 0:
-                per_answer = c.loss.objective == "gspo"
-                trust = importance_weights(
-                    old,
-                    batch.sampler_logp,
-                    c.loss.max_importance,
-                    batch.response_offsets if per_answer else None,
-                )
-                if not (per_token or per_answer):
-                    a = a.repeat_interleave(
-                        sizes, output_size=len(logp)
-                    )  # said, it need not be read back
-                a = a * trust
-            loss, metrics = pieces.loss(logp, old, ref_logp, a, w, batch.response_offsets, c.loss)
-            if c.loss.entropy_coef > 0:
-                w_R = w.repeat_interleave(sizes, output_size=len(logp))
-                bonus = entropy_bonus(entropy, w_R, c.loss.entropy_coef)
-                loss, metrics = loss + bonus, metrics.clone()
-                metrics[LOSS] += bonus.detach()
-            loss.backward()
-            parts.append(metrics)
-            gaps = (old - batch.sampler_logp).abs()
-            found.append(torch.stack([entropy.detach().sum(), gaps.sum(), gaps.max()]))
-            n_tokens += len(logp)
-        if batches:
-            entropy_sums, gap_sums, gap_maxima = torch.stack(found).double().cpu().T
-            # NaN, too, is the largest
-            gap = (
-                max(gap, float(gap_maxima.max())) if not gap_maxima.isnan().any() else float("nan")
-            )
-            gap_sum, entropies = (
-                gap_sum + float(gap_sums.sum()),
-                entropies + float(entropy_sums.sum()),
-            )
-        n_batches, n_off = all_sum(np.array([len(batches), not gap <= largest_gap]))
-        if n_off:  # on all processes, or the others would wait; before anything is updated with it
-            where = " on another process" * (gap <= largest_gap)
-            raise LogpGapError(
-                f"the sampler's log-prob of a token is {gap:.3g} from the trainer's own, more "
-                f"than --max-logp-gap {largest_gap:g}{where}"
-            )
-        if n_batches:
-            sum_gradients(policy)
-            norms.append(
-                optimizer_step(policy, optimizer, learning_rate(step, c.steps, c.optim), c.optim)
-            )
-    return {
-        **mean_metrics(parts, c.updates_per_step),
-        "entropy": entropies / max(1, n_tokens),
-        "gradient_norm": np.max(norms),
-        "logp_gap": gap,
-        "logp_gap_mean": gap_sum / max(1, n_tokens),
-        "trained_samples": len(live),
-    }
-
-
-def update_critic(
-    critic: Critic,
-    rollouts: Rollouts,
-    values_R: np.ndarray,
-    returns_R: np.ndarray,
-    optimizer,
-    c,
-    step: int,
-) -> dict:
-    """As many optimizer steps on the critic as on the policy; values_R: its own before the first."""
-    device = critic.value.device
-    values, returns = (
-        torch.from_numpy(x).to(device, critic.value.dtype) for x in (values_R, returns_R)
-    )
-    weights_N = token_weights(rollouts.response_lengths, "token", c.max_new_tokens, all_sum)
-    losses, norms = [], []
-    for share in shares_of(np.arange(len(rollouts.texts)), c, step):
-        for batch in micro_batches(rollouts, share, c.micro_tokens, device):
-            weights = torch.full_like(batch.sampler_logp, float(weights_N[0]) * c.updates_per_step)
-            loss = value_loss(
-                critic(batch), values[batch.places], returns[batch.places], weights, c.value_clip
-            )
-            loss.backward()
-            losses.append(loss.detach())
-        sum_gradients(critic)
-        norms.append(
-            optimizer_step(
-                critic, optimizer, learning_rate(step, c.steps, c.critic_optim), c.critic_optim
-            )
-        )
-    variance = float(np.var(returns_R))
-    explained = 1 - float(np.var(returns_R - values_R)) / variance if variance else 0.0
-    return {
-        "value_loss": float(torch.stack(losses).sum()) / c.updates_per_step,
-        "value_explained": explained,
-        "critic_gradient_norm": np.max(norms),
-    }
-
-
-def kl_to_reference(reference, rollouts: Rollouts, c, step: int) -> float:
-    """Mean over tokens of the k3 estimate of KL(policy || reference), on a random few of the samples.
-
-    The policy's log-probs are those that the samples came with, so only the reference has to be run.
+    The policy's log-probs are those that the samples came with, so only the reference has to run.
     """
-    n = min(c.kl_samples, len(rollouts.texts))
-    some = np.sort(
-        np.random.default_rng([c.seed, step, 1]).choice(len(rollouts.texts), n, replace=False)
-    )
+    n_samples = min(config.kl_samples, len(rollouts.texts))
+    rng = np.random.default_rng([config.seed, step, 1])
+    some = np.sort(rng.choice(len(rollouts.texts), n_samples, replace=False))
+    batches = micro_batches(rollouts, some, config.micro_tokens, reference.device)
     total, count = 0.0, 0
-    for batch in micro_batches(rollouts, some, c.micro_tokens, reference.embed.device):
-        with torch.no_grad():
-            ref_logp, _ = response_logprobs(reference, batch, rollouts.temperature)
-        d = ref_logp - batch.sampler_logp
+    ref_logp = reference.logprobs(batches, rollouts.temperature)
+    for batch, ref in zip(batches, ref_logp, strict=True):
+        d = ref - batch.sampler_logp
         total += float((d.exp() - d - 1).sum())
         count += len(d)
     return total / max(1, count)
+
+
+def kl_cost_to(reference: Reference, config) -> Callable[[Rollouts], np.ndarray]:
+    """For the KL in the reward: a function of rollouts that gives what each token costs, [R]."""
+
+    def kl_cost(rollouts: Rollouts) -> np.ndarray:
+        everyone = np.arange(len(rollouts.texts))
+        batches = micro_batches(rollouts, everyone, config.micro_tokens, reference.device)
+        with reference.in_use() as model:
+            ref_logp_R = over_all_tokens(
+                lambda batch: response_logprobs(model, batch, rollouts.temperature)[0],
+                rollouts,
+                batches,
+            )
+        logp_R = np.concatenate(rollouts.sampler_logp).astype(np.float64)
+        kl_R = kl_estimate(logp_R, ref_logp_R.double().cpu().numpy(), config.loss.kl_estimator)
+        return config.loss.kl_coef * kl_R
+
+    return kl_cost

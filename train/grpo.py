@@ -1,23 +1,24 @@
-"""R1-Zero: GRPO straight on a base model, with two rule rewards and nothing else   (DeepSeek-R1, arXiv
-2501.12948)
+"""R1-Zero: GRPO straight on a base model, with two rule rewards and nothing else.
 
     r1zero grpo --run runs/rl --base runs/base --steps 80
-    r1zero grpo --run runs/dapo --base runs/base --algo dapo        its family: rl/algorithms.py has the list
-    r1zero grpo --run runs/x --base runs/base --algo dr_grpo --loss.clip-high 0.28 --updates-per-step 4
+    r1zero grpo --run runs/dapo --base runs/base --algo dapo        # its family: rl/family.py
+    r1zero grpo --run runs/x --base runs/base --algo dr_grpo --loss.clip-high 0.28
 
-`grpo_step` is the algorithm: sample, grade, compare, update. Everything else here is around it.
+The algorithm is rl/step.py. This file is the loop around it: flags, run folder, checkpoints, time
+and memory.
 
-Left out: a reward model, and a separate sampler: the engine samples with the trainer's own weights, so
-rollouts are never stale. On a GPU it does so in 16 bit and with other kernels: `logp_gap_mean` and `logp_gap`
-in the log are how far its log-probs are from the trainer's, and a run stops where they part.
+Left out: a reward model, and a separate sampler. The engine samples with the trainer's own weights,
+so rollouts are never stale. On a GPU it does so in 16 bit and with other kernels: `logp_gap_mean`
+and `logp_gap` in the log tell how far its log-probs are from the trainer's, and a run stops where
+they part. Source: DeepSeek-R1, arXiv 2501.12948.
 """
 
 import sys
 import time
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Annotated, ClassVar
 
-import numpy as np
 import torch
 import tyro
 from tqdm import tqdm
@@ -26,344 +27,245 @@ from ..eval.harness import evaluate
 from ..eval.sampler import ModelSampler
 from ..eval.tasks.base import Task
 from ..model.checkpoint import build_model, load_model
-from ..model.distributed import all_sum
 from ..model.engine.engine import Engine
 from ..model.engine.sampling import NonFiniteError
-from ..model.optimizer import OptimConfig, make_optimizer
 from ..model.transformer import Transformer
-from ..rl.advantages import AdvantageConfig
-from ..rl.family import PIECES, from_preset, in_words, missing_dials
-from ..rl.heads import Critic
-from ..rl.losses import LossConfig, kl_estimate
-from ..rl.rewards import RewardConfig
-from ..rl.rollouts import micro_batches
-from ..rl.step import Learner, draw_with_signal, figures_of
-from ..rl.update import (
-    LogpGapError,
-    each_token,
-    kl_to_reference,
-    logp_of,
-    update_critic,
-    update_policy,
-)
+from ..rl import family
+from ..rl.family import Algorithm, in_words
+from ..rl.step import Learner, grpo_step
+from ..rl.update import LogpGapError
 from .lab.diagnosis import Diagnosis
 from .lab.mistakes import MISTAKES, warn_of
 from .run import Run, RunConfig, peak_memory, pick_device, read_metrics, reuse_memory
 from .task_flags import TaskFlags
 
-CHECKED = (
-    "loss",
-    "gradient_norm",
-    "value_loss",
-    "critic_gradient_norm",
-)  # NaN in one of them ends the run
-
-
-def rl_optim(lr: float = 4e-4) -> OptimConfig:
-    """AdamW for reinforcement learning: its gradients are mostly noise, so eps is large.
-
-    With the usual 1e-8 every parameter moves by about lr a step, signal or not; on the demo's control 20 such
-    steps of noise took 12 points off the arithmetic, with 1e-4 it was 4.
-    """
-    return OptimConfig(lr=lr, warmup=5, final_lr=0.1, weight_decay=0.0, eps=1e-4)
+# Metrics of which a NaN ends the run.
+CHECKED = ("loss", "gradient_norm", "value_loss", "critic_gradient_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOConfig(RunConfig):
+class GRPOConfig(Algorithm, RunConfig):
     """Reinforcement learning of a base model by rule rewards."""
 
-    # to change on resume, beside what all loops have
+    # Options that may change on resume, besides those of all loops.
     FREE: ClassVar[tuple[str, ...]] = ("max_logp_gap", "eval_every", "eval_problems", "ref_offload")
 
     base: str
-    """Folder of the run (or checkpoint) to start from; also the reference of the KL."""
-    algo: str = "r1_zero"
-    """r1_zero, grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, reinforce or ppo; any dial that is given
-    besides wins over it. What was used is in run.json."""
+    """Folder of the run (or checkpoint) to start from; it is also the reference of the KL."""
     task: TaskFlags = field(default_factory=TaskFlags)
-    prompts_per_step: int = 16
-    """Problems in a step."""
-    group_size: int = 16
-    """Answers sampled to each problem."""
-    max_new_tokens: int = 128
-    """Longest answer; one that is cut off gets no format reward."""
-    temperature: float = 1.0
-    """Of sampling, and of the log-probs in the loss."""
-    updates_per_step: int = 1
-    """Optimizer steps on each batch of rollouts; with more than 1 the samples are shared out among them."""
-    dynamic_sampling: int | None = None
-    """Replace groups of equal rewards by new problems (whose signal is nil with a group's baseline; with
-    another they teach, and go all the same), until this many times --prompts-per-step were drawn; 1
-    for never; if not given, as --algo has it (dapo: 3)."""
-    rewards: RewardConfig = field(default_factory=RewardConfig)
-    overlong_buffer: float | None = None
-    """Share of --max-new-tokens, at its end, over which the reward falls by up to 1 (DAPO's soft punishment);
-    0 for none; if not given, as --algo has it (dapo: 0.2)."""
-    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optim: OptimConfig = field(default_factory=lambda: rl_optim())
-    critic_optim: OptimConfig = field(default_factory=lambda: rl_optim())
-    """Of the critic (PPO)."""
-    value_clip: float = 0.5
-    """The critic's value earns nothing more beyond this distance from the old one; 0 for no clip (PPO)."""
-    micro_tokens: int = 4096
-    """Tokens in one forward and backward pass; changes memory and speed, not the gradient."""
-    max_logp_gap: float | None = None
-    """Stop when a sampled token's log-prob is further from the trainer's own; if not given, 1e-3 where the
-    model computes in fp32 (about 1e-6 is usual), 1.0 in 16 bit."""
-    ref_refresh: int = 0
-    """Steps after which the reference becomes a copy of the policy (R1-Zero: 400); 0 for never."""
-    ref_offload: bool = False
-    """Keep the reference in the CPU's memory between uses."""
-    kl_samples: int = 32
-    """Answers a step on which the KL to the reference is measured for the log; 0 for none."""
     eval_every: int = 0
-    """Steps between measurements on held-out problems; the best checkpoint is kept. 0 for none."""
+    """Number of steps between measurements on held-out problems; the best checkpoint is kept. 0
+    turns them off."""
     eval_problems: int = 64
-    """Held-out problems of each measurement, one answer each."""
-    control: bool = False
-    """Deal the rewards out at random within each group: what does the machinery do without information?"""
+    """Number of held-out problems per measurement, with one answer each."""
     mistake: Annotated[str | None, tyro.conf.arg(name="break")] = None
-    """Make a classic mistake on purpose, to see what it does; `r1zero compare --help` names them."""
-    seed: int = 0
-    """Of sampling and of the order of samples; the order of problems is the task's (--dials seed=1)."""
+    """Make a classic mistake on purpose, to see what it does; `r1zero compare --help` names
+    them."""
 
     def __post_init__(self):
-        super().__post_init__()
-        for name in (
-            "prompts_per_step",
-            "max_new_tokens",
-            "updates_per_step",
-            "micro_tokens",
-            "eval_problems",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 1 or more"
-                )
-        if self.group_size < 2:
-            raise ValueError(
-                f"--group-size is {self.group_size}; an answer is compared with others of "
-                "its group, so it must be 2 or more"
-            )
-        for name in ("kl_samples", "seed", "ref_refresh", "eval_every", "value_clip"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 0 or more"
-                )
-        if not self.temperature > 0:
-            raise ValueError(
-                f"--temperature is {self.temperature}; exploration needs a temperature above 0"
-            )
-        if self.max_logp_gap is not None and not self.max_logp_gap > 0:
-            raise ValueError(f"--max-logp-gap is {self.max_logp_gap}, expected a number above 0")
-        if self.mistake is not None and self.mistake not in MISTAKES:
+        RunConfig.__post_init__(self)
+        Algorithm.__post_init__(self)
+        for name, least in (("eval_problems", 1), ("eval_every", 0)):
+            if getattr(self, name) < least:
+                given = f"--{name.replace('_', '-')} is {getattr(self, name)}"
+                raise ValueError(f"{given}, expected {least} or more")
+        if isinstance(self.mistake, str) and self.mistake not in MISTAKES:
             raise ValueError(f"--break is {self.mistake!r}, expected one of {', '.join(MISTAKES)}")
-        # The object that is used is the one that is logged, so dials that were not given are filled in here;
-        # for another --algo make a new one: dataclasses.replace would keep the dials of the former.
-        for name in ("advantage", "loss"):
-            object.__setattr__(self, name, from_preset(self.algo, name, getattr(self, name)))
-        for name, value in missing_dials(self.algo, "loop", self).items():
-            object.__setattr__(self, name, value)
-        if self.dynamic_sampling < 1 or not 0 <= self.overlong_buffer <= 1:
-            raise ValueError(
-                f"--dynamic-sampling is {self.dynamic_sampling} and --overlong-buffer "
-                f"{self.overlong_buffer}; expected 1 or more, and a share from 0 to 1"
-            )
-        if self.kl_in_reward and self.advantage.scale == "std":
-            raise ValueError(
-                "--loss.kl-in reward with --advantage.scale std: in a group of equal rewards "
-                "the KL alone would differ, and be divided by its own spread; expected the KL "
-                "in the loss, or another scale"
-            )
-        if self.loss.objective == "gspo" and self.per_token:
-            raise ValueError(
-                f"--loss.objective gspo with --advantage.baseline {self.advantage.baseline}: "
-                "one ratio a sequence takes one advantage a sequence; expected the objective "
-                "clip, cispo or reinforce, or another baseline"
-            )
 
-    @property
-    def kl_in_loss(self) -> bool:
-        return self.loss.kl_coef > 0 and self.loss.kl_in == "loss"
+    @classmethod
+    def defaults_of(cls, flags: list[str]) -> "GRPOConfig":
+        """What options that are not given stand for on the command line: those of --algo's preset.
 
-    @property
-    def kl_in_reward(self) -> bool:
-        return self.loss.kl_coef > 0 and self.loss.kl_in == "reward"
-
-    @property
-    def per_token(self) -> bool:
-        """Whether each token has an advantage of its own."""
-        return (
-            self.advantage.baseline == "critic"
-            or self.advantage.baseline == "none"
-            and self.kl_in_reward
-        )
+        Raises ValueError for an unknown preset.
+        """
+        algo = "r1_zero"
+        for word, following in zip(flags, [*flags[1:], algo], strict=True):
+            name, equals, value = word.partition("=")
+            if name == "--algo":
+                algo = value if equals else following
+        required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
+        return family.resolve(algo, dict.fromkeys(required, tyro.MISSING), cls)
 
 
-def grpo_step(s: Learner, task: Task, c: GRPOConfig, step: int) -> dict:
-    """One step of GRPO; returns the figures to log."""
-    started, device = time.perf_counter(), s.policy.embed.device
+def grpo_config(algo: str = "r1_zero", **overrides) -> GRPOConfig:
+    """The complete configuration of a run: the preset's, with the overrides; see family.resolve."""
+    return family.resolve(algo, overrides, GRPOConfig)
 
-    # 1. and 2. Sample a group of answers to each problem, and grade each answer by rule.
-    s.engine.refresh(version=step)
-    rollouts, rewards_N, drawn = draw_with_signal(s, task, c, step)
-    sampled = time.perf_counter()
 
-    # 3. How much better than the rest of its group was each answer?            (DeepSeekMath, eq. 3)
-    if c.ref_offload and (c.kl_samples or c.loss.kl_coef):
-        s.reference.to(device)
-    kl_to_ref, kl_R, values_R, batches = (
-        kl_to_reference(s.reference, rollouts, c, step),
-        None,
-        None,
-        [],
-    )
-    if c.per_token or c.kl_in_reward:
-        batches = micro_batches(rollouts, np.arange(len(rollouts.texts)), c.micro_tokens, device)
-    if c.kl_in_reward:
-        ref_logp_R = each_token(logp_of(s.reference, c.temperature), rollouts, batches, device)
-        kl_R = c.loss.kl_coef * kl_estimate(
-            np.concatenate(rollouts.sampler_logp).astype(np.float64),
-            ref_logp_R.double().cpu().numpy(),
-            c.loss.kl_estimator,
-        )
-    if c.ref_offload and not c.kl_in_loss:
-        s.reference.to("cpu")
-    if s.critic is not None:
-        values_R = each_token(s.critic, rollouts, batches, device).double().cpu().numpy()
-    advantages, returns_R = s.pieces.advantages(
-        rewards_N,
-        rollouts.group_offsets,
-        rollouts.response_offsets,
-        c.advantage,
-        kl_R,
-        values_R,
-        all_sum,
+# ---- the learner ----
+
+
+def make_learner(config: GRPOConfig, task: Task, device: torch.device) -> Learner:
+    """Load the base model, and make everything that a step uses of it."""
+    policy, tokenizer, base = load_model(config.base, device)
+    model_config, weights = base.state["model_config"], base.tensors["model"]
+    reference = build_model(model_config, weights, device)
+    has_critic = config.advantage.baseline == "critic"
+    critic_trunk = build_model(model_config, weights, device) if has_critic else None
+    engine = make_engine(config, task, policy, tokenizer, has_critic)
+    learner = family.make_learner(config, policy, reference, engine, critic_trunk)
+    if config.mistake:
+        MISTAKES[config.mistake].make(learner)
+    return learner
+
+
+def make_engine(config: GRPOConfig, task: Task, policy, tokenizer, has_critic: bool) -> Engine:
+    """An engine whose cache is for what a step samples, and leaves room for the first update."""
+    # A few prompts tell how long they are; longer ones later mean fewer rows at a time.
+    problems = task.problems("train", config.prompts_per_step)
+    prompts = tokenizer.encode_batch([task.prompt(problem) for problem in problems])
+    longest = max(map(len, prompts)) + config.max_new_tokens
+    # Bytes per parameter that the first update makes: gradients and two moments, all in fp32, of
+    # the policy and of the critic, and the reference when it comes back from the CPU.
+    bytes_per_parameter = 12
+    if has_critic:
+        bytes_per_parameter += 12
+    if config.ref_offload:
+        bytes_per_parameter += 4
+    n_parameters = sum(p.numel() for p in policy.parameters())
+    return Engine(
+        policy,
+        tokenizer,
+        max_rows=min(1024, config.prompts_per_step * config.group_size),
+        longest=longest,
+        reserve=bytes_per_parameter * n_parameters,
     )
 
-    # 4. Make the better ones more likely, within the trust region.             (DeepSeekMath, eq. 1)
-    figures = update_policy(
-        s.policy, s.reference, rollouts, advantages, s.optimizer, c, step, s.pieces
-    )
-    if s.critic is not None:
-        figures |= update_critic(
-            s.critic, rollouts, values_R, returns_R, s.critic_optimizer, c, step
-        )
-    if c.ref_offload:
-        s.reference.to("cpu")
-    if kl_R is not None:
-        figures["kl_in_reward"] = kl_R.mean()
-    lengths = rollouts.response_lengths
-    return {
-        **figures_of(drawn, lengths, sampled - started),
-        **figures,
-        "kl_to_reference": kl_to_ref,
-        "position": s.position,
-        "step_s": time.perf_counter() - started,
-        "update_s": time.perf_counter() - sampled,
-        "update_tokens_per_s": lengths.sum() / (time.perf_counter() - sampled),
-        "memory_gb": peak_memory(device) / 1e9,
-    }
 
-
-def held_out_accuracy(s: Learner, task: Task, c: GRPOConfig) -> float:
+def held_out_accuracy(learner: Learner, task: Task, config: GRPOConfig) -> float:
     """pass@1 on the first --eval-problems test problems, at the temperature of training."""
-    s.engine.refresh()
+    engine = learner.sampler.engine
+    engine.refresh()
     sampler = ModelSampler(
-        s.policy, s.engine.tokenizer, c.max_new_tokens, c.temperature, c.seed, engine=s.engine
+        learner.policy,
+        engine.tokenizer,
+        config.max_new_tokens,
+        config.temperature,
+        config.seed,
+        engine=engine,
     )
     size = task.size("test")
-    problems = task.problems(
-        "test", c.eval_problems if size is None else min(size, c.eval_problems)
-    )
+    n_problems = config.eval_problems if size is None else min(size, config.eval_problems)
+    problems = task.problems("test", n_problems)
     return evaluate(sampler, task, problems, progress=False).accuracy.mean
 
 
-def make_learner(c: GRPOConfig, task: Task, device: torch.device) -> Learner:
-    policy, tokenizer, base = load_model(c.base, device)
-    config, weights = base.state["model_config"], base.tensors["model"]
-    reference = build_model(config, weights, device)  # on the device: that sets what it computes in
-    if c.ref_offload:
-        reference.to("cpu")
-    critic = (
-        Critic(build_model(config, weights, device)) if c.advantage.baseline == "critic" else None
-    )
-    # The cache is for what a step samples, as far as a few prompts tell (longer ones: fewer rows),
-    # and leaves room for what the first update makes: gradients and two moments, all in fp32.
-    prompts = tokenizer.encode_batch(
-        [task.prompt(p) for p in task.problems("train", c.prompts_per_step)]
-    )
-    engine = Engine(
-        policy,
-        tokenizer,
-        max_rows=min(1024, c.prompts_per_step * c.group_size),
-        longest=max(map(len, prompts)) + c.max_new_tokens,
-        reserve=(12 + 12 * (critic is not None) + 4 * c.ref_offload)
-        * sum(p.numel() for p in policy.parameters()),
-    )
-    return Learner(
-        policy,
-        reference.requires_grad_(False),
-        engine,
-        make_optimizer(policy, c.optim),
-        critic,
-        make_optimizer(critic, c.critic_optim) if critic else None,
-        MISTAKES[c.mistake].pieces if c.mistake else PIECES,
-    )
+# ---- time and memory ----
 
 
-def grpo(c: GRPOConfig) -> Transformer:
-    """Run the loop. Raises ValueError for bad flags, FloatingPointError or NonFiniteError for NaN, and
-    LogpGapError for a sampler that is not the trainer's equal."""
+class TimedSampler:
+    """A sampler that notes how long its last call took."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+        self.engine = sampler.engine
+        self.seconds = 0.0
+
+    @property
+    def position(self) -> int:
+        return self.sampler.position
+
+    @position.setter
+    def position(self, value: int) -> None:
+        self.sampler.position = value
+
+    def sample(self, task, config, step: int):
+        started = time.perf_counter()
+        rollouts = self.sampler.sample(task, config, step)
+        self.seconds = time.perf_counter() - started
+        return rollouts
+
+
+def timed_step(learner: Learner, task: Task, config: Algorithm, step: int) -> dict:
+    """A step's metrics, with seconds, tokens per second and peak memory beside them."""
+    if not isinstance(learner.sampler, TimedSampler):
+        learner.sampler = TimedSampler(learner.sampler)
+    started = time.perf_counter()
+    metrics = grpo_step(learner, task, config, step)
+    step_s = time.perf_counter() - started
+    rollout_s = learner.sampler.seconds
+    update_s = step_s - rollout_s
+    tokens, replaced = metrics["tokens"], metrics["replaced_tokens"]
+    return metrics | {
+        "step_s": step_s,
+        "rollout_s": rollout_s,
+        "rollout_tokens_per_s": tokens / rollout_s,
+        "replaced_s": rollout_s * replaced / tokens,
+        "update_s": update_s,
+        "update_tokens_per_s": (tokens - replaced) / update_s,
+        "memory_gb": peak_memory(learner.policy.device) / 1e9,
+    }
+
+
+# ---- the loop ----
+
+
+def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> Transformer:
+    """Run the loop; returns the trained model.
+
+    step_of, score_of: what does a step, and what measures on held-out problems. Raises ValueError
+    for bad flags, FloatingPointError or NonFiniteError for NaN, and LogpGapError for a sampler that
+    is not the trainer's equal.
+    """
     reuse_memory()
-    device, task = pick_device(c.device), c.task.make()
-    if c.mistake:
-        warn_of(c.mistake)
-    s = make_learner(c, task, device)
-    more = {"reference": (s.reference, None)} if c.ref_refresh else {}
-    trained = s.policy
-    if s.critic is not None:
-        more["critic"] = (s.critic, s.critic_optimizer)
-        trained = torch.nn.ModuleDict(
-            {"critic": s.critic, "policy": s.policy}
-        )  # whose NaN comes first
-    with Run(c, "control" if c.control else c.algo) as run:
-        s.position = run.restore(s.policy, s.engine.tokenizer, s.optimizer, more).get("position", 0)
-        tqdm.write(s.engine.plan(), file=sys.stderr)
-        tqdm.write(in_words(c), file=sys.stderr)
-        diagnosis = Diagnosis(c, read_metrics(run.folder))
+    device, task = pick_device(config.device), config.task.make()
+    if config.mistake:
+        warn_of(config.mistake)
+    learner = make_learner(config, task, device)
+    policy, engine = learner.policy, learner.sampler.engine
+    trained, more = trained_modules(learner, config)
+    with Run(config, "control" if config.control else config.algo) as run:
+        counters = run.restore(policy, engine.tokenizer, learner.optimizer, more)
+        learner.sampler.position = counters.get("position", 0)
+        tqdm.write(engine.plan(), file=sys.stderr)
+        tqdm.write(in_words(config), file=sys.stderr)
+        diagnosis = Diagnosis(config, read_metrics(run.folder))
         for step in run.steps():
-            try:
-                figures = grpo_step(s, task, c, step)
-            except NonFiniteError as error:
-                raise NonFiniteError(f"{error}, at step {step + 1}; {run.last_good()}") from error
-            except LogpGapError as error:
-                raise LogpGapError(
-                    f"{error}, at step {step + 1}; {run.last_good()}. If this is "
-                    "rounding alone, raise --max-logp-gap; if not, sampler and trainer "
-                    "compute two different things"
-                ) from error
-            run.check_finite(
-                step, trained, **{name: figures[name] for name in CHECKED if name in figures}
-            )
-            if c.ref_refresh and (step + 1) % c.ref_refresh == 0:
-                s.reference.load_state_dict(s.policy.state_dict())
+            with explained(run, step):
+                metrics = step_of(learner, task, config, step)
+            checked = {name: metrics[name] for name in CHECKED if name in metrics}
+            run.check_finite(step, trained, **checked)
+            if config.ref_refresh and (step + 1) % config.ref_refresh == 0:
+                learner.reference.refresh(policy)
+
+            # Now and then, measure on held-out problems: the best checkpoint is kept by it.
             score = None
-            if c.eval_every and ((step + 1) % c.eval_every == 0 or step + 1 == c.steps):
-                figures["eval_accuracy"] = score = held_out_accuracy(s, task, c)
-            figures = {name: float(value) for name, value in figures.items()}
-            run.log(step, figures, show=("accuracy", "format", "length", "kl_to_reference"))
-            for advice in diagnosis.look(figures):
+            is_last = step + 1 == config.steps
+            if config.eval_every and ((step + 1) % config.eval_every == 0 or is_last):
+                score = metrics["eval_accuracy"] = score_of(learner, task, config)
+
+            metrics = {name: float(value) for name, value in metrics.items()}
+            run.log(step, metrics, show=("accuracy", "format", "length", "kl_to_reference"))
+            for advice in diagnosis.look(metrics):
                 tqdm.write(advice, file=sys.stderr)
-            if run.due(step, c.save_every) or score is not None:
-                run.save(
-                    step,
-                    s.policy,
-                    s.engine.tokenizer,
-                    s.optimizer,
-                    score,
-                    more,
-                    {"position": s.position},
-                )
-    return s.policy
+            if run.due(step, config.save_every) or score is not None:
+                counters = {"position": learner.sampler.position}
+                run.save(step, policy, engine.tokenizer, learner.optimizer, score, more, counters)
+    return policy
+
+
+def trained_modules(learner: Learner, config: GRPOConfig) -> tuple[torch.nn.Module, dict]:
+    """(what is looked through for NaN, what a checkpoint holds beside the policy)."""
+    trained, more = learner.policy, {}
+    if config.ref_refresh:
+        more["reference"] = (learner.reference.model, None)
+    if config.advantage.baseline == "critic":
+        critic = learner.credit.critic
+        more["critic"] = (critic.critic, critic.optimizer)
+        # In this order: a critic's NaN comes before the policy's.
+        trained = torch.nn.ModuleDict({"critic": critic.critic, "policy": learner.policy})
+    return trained, more
+
+
+@contextmanager
+def explained(run: Run, step: int):
+    """What stops a step says which step it was, and which checkpoint is left."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{error}, at step {step + 1}; {run.last_good()}") from error
+    except LogpGapError as error:
+        raise LogpGapError(
+            f"{error}, at step {step + 1}; {run.last_good()}. If this is rounding alone, raise "
+            "--max-logp-gap; if not, sampler and trainer compute two different things"
+        ) from error

@@ -127,7 +127,10 @@ def parse_flags(command: str, config_class: type, flags: list[str]):
     text = io.StringIO()
     try:
         with redirect_stderr(text):
-            return tyro.cli(config_class, args=flags, prog=f"r1zero {command}")
+            # A preset's options are the defaults of the flags that are not given.
+            presets = getattr(config_class, "defaults_of", None)
+            default = {"default": presets(flags)} if presets else {}
+            return tyro.cli(config_class, args=flags, prog=f"r1zero {command}", **default)
     except SystemExit as stop:
         if refusal := refusal_behind(stop):
             raise refusal from None

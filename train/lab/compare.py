@@ -1,24 +1,23 @@
-"""A classic mistake beside the right thing: two GRPO runs that differ in it alone, and a picture of both.
+"""A classic mistake beside the right thing: two GRPO runs that differ in it alone, and a picture.
 
     r1zero compare --break flipped_clip --run runs/flipped --base runs/base --steps 20
 
-mistakes.py has the mistakes, and says of each what is done and where it shows. Both runs have the same base,
-problems, seeds and flags; some mistakes show only with flags that both runs then get (several updates a step
-for the clip, a KL for its estimators). Stopped with Ctrl-C it goes on with --resume, like any run.
+mistakes.py has the mistakes, and says of each what is done and where it shows. Both runs have the
+same base, problems, seeds and options. Some mistakes show only with options that both runs then get
+(several updates per step for the clip, a KL for its estimators). A comparison that was stopped with
+Ctrl-C goes on with --resume, like any run.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from ...model.engine.sampling import NonFiniteError
-from ...model.optimizer import OptimConfig
-from ..grpo import GRPOConfig, grpo, rl_optim
+from ..grpo import GRPOConfig, grpo
 from ..report.plots import CONTROL, CURVES, RL, Line, Panel, draw
 from ..run import read_metrics
-from ..task_flags import TaskFlags
 from .mistakes import MISTAKES
 
 SHOWN = ("accuracy", "length")  # beside the figure that the mistake shows in
@@ -30,59 +29,37 @@ PANELS = {name: (title, unit, is_share) for name, _, title, unit, is_share, _ in
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig:
+class CompareConfig(GRPOConfig):
     """Run a classic mistake and the right thing, and plot both."""
 
     mistake: Annotated[str, tyro.conf.arg(name="break")]
-    """k1_loss, flipped_k3, flipped_clip, length_bias, micro_batch_mean, sum_of_groups, no_end_token,
-    no_baseline, unguarded_std or wrong_group."""
-    base: str
-    """Folder of the run (or checkpoint) that both start from."""
+    """The mistake: k1_loss, flipped_k3, flipped_clip, length_bias, micro_batch_mean, sum_of_groups,
+    no_end_token, no_baseline, unguarded_std or wrong_group."""
     run: str
     """Folder for both runs, right/ and broken/, and the picture, compare.png."""
     resume: bool = False
     """Go on with a comparison that was stopped."""
-    task: TaskFlags = field(default_factory=TaskFlags)
     steps: int = 20
-    """Steps of each run."""
-    prompts_per_step: int = 16
-    """Problems in a step."""
-    group_size: int = 16
-    """Answers sampled to each problem."""
-    max_new_tokens: int = 128
-    """Longest answer."""
-    micro_tokens: int = 4096
-    """Tokens in one forward and backward pass."""
-    optim: OptimConfig = field(default_factory=lambda: rl_optim())
-    seed: int = 0
-    """Of both runs."""
-    device: str = "auto"
-    """auto (the GPU if there is one), cpu or cuda."""
-
-    def __post_init__(self):
-        if self.mistake not in MISTAKES:
-            raise ValueError(f"--break is {self.mistake!r}, expected one of {', '.join(MISTAKES)}")
+    """Number of steps of each run."""
 
 
 def grpo_config(c: CompareConfig, broken: bool) -> GRPOConfig:
     """One of the two runs; they differ in `mistake` and the folder alone."""
-    common = {f.name: getattr(c, f.name) for f in fields(c) if f.name not in ("mistake", "run")}
-    config = GRPOConfig(
-        run=str(Path(c.run) / ("broken" if broken else "right")),
-        mistake=c.mistake if broken else None,
-        **common,
-    )
+    options = {f.name: getattr(c, f.name) for f in fields(GRPOConfig)}
+    options["mistake"] = c.mistake if broken else None
+    options["run"] = str(Path(c.run) / ("broken" if broken else "right"))
+    config = GRPOConfig(**options)
     for name, value in MISTAKES[c.mistake].shows_with.items():
-        config = with_dial(config, name, value)
+        config = with_option(config, name, value)
     return config
 
 
-def with_dial(config: Any, name: str, value: Any) -> Any:
-    """`config` with the dial "loss.kl_coef" or "updates_per_step" set."""
+def with_option(config: Any, name: str, value: Any) -> Any:
+    """`config` with the option "loss.kl_coef" or "updates_per_step" set."""
     outer, _, inner = name.partition(".")
-    return replace(
-        config, **{outer: with_dial(getattr(config, outer), inner, value) if inner else value}
-    )
+    if inner:
+        value = with_option(getattr(config, outer), inner, value)
+    return replace(config, **{outer: value})
 
 
 def compare(c: CompareConfig) -> Path | None:

@@ -32,9 +32,10 @@ from ...model.engine.sampling import sample_seeds
 from ...model.optimizer import OptimConfig
 from ...model.transformer import param_count
 from ...rl.advantages import group_advantages
+from ...rl.family import rl_optim
 from ...rl.rewards import RewardConfig, score
 from ...rl.rollouts import sample_groups
-from ..grpo import GRPOConfig, grpo, rl_optim
+from ..grpo import GRPOConfig, grpo
 from ..pretrain import PretrainConfig, pretrain
 from ..report.behaviour import measure
 from ..report.report import seeds_table, write_report
