@@ -4,7 +4,7 @@ The toy: 3 tokens, one of which ends an answer, and at most 3 of them in one, so
 prefixes with three logits each, in fp64. The expectation of an update over all groups that could be sampled
 is then a sum of 225 terms, and no statistics are needed to hold it against what it should be.
 
-`expected_update` is the shipped code's, `expected_paper` that of a definition in tests/exact_papers.py. Both
+`expected_update` is the shipped code's, `expected_paper` that of a definition in exact_papers.py. Both
 are directions of ascent.
 
 Shapes: P prefixes, V vocabulary, R response tokens, N answers.
@@ -16,16 +16,16 @@ from math import prod
 import numpy as np
 import torch
 
-from r1zero.kernels.grpo import GRPO_METRICS
+from r1zero.kernels.grpo import POLICY_METRICS
 from r1zero.rl.advantages import AdvantageConfig, advantages
-from r1zero.rl.family import from_preset
+from r1zero.rl.family import PRESETS
 from r1zero.rl.losses import (
     LossConfig,
     entropy_bonus,
-    grpo_loss,
     importance_weights,
     kl_estimate,
-    token_weights,
+    loss_weights,
+    policy_loss,
 )
 
 
@@ -127,10 +127,11 @@ def make_case(rewards: str = "graded", off_policy: bool = False, toy: Toy | None
 
 
 def dials(algo: str = "r1_zero", **changes) -> tuple[AdvantageConfig, LossConfig]:
-    """A preset, some of its dials changed."""
+    """A preset, some of its options changed."""
     ours = {name: changes.pop(name) for name in ("baseline", "scale", "gamma", "lam") if name in changes}
-    return (from_preset(algo, "advantage", AdvantageConfig(**ours)),
-            from_preset(algo, "loss", LossConfig(**changes)))
+    preset = PRESETS[algo]
+    return (AdvantageConfig(**{**preset.get("advantage", {}), **ours}),
+            LossConfig(**{**preset.get("loss", {}), **changes}))
 
 
 def plain(**changes) -> tuple[AdvantageConfig, LossConfig]:
@@ -143,7 +144,7 @@ def plain(**changes) -> tuple[AdvantageConfig, LossConfig]:
 def expected_update(case: Case, config: tuple[AdvantageConfig, LossConfig], sizes=(2,),
                     shows: tuple[str, ...] = ()) -> torch.Tensor:
     """[P, V] minus the gradient of the loss, in expectation over all batches of groups of these sizes that
-    the sampler could draw. A batch is one update, put together as train/ does; shows: metrics that must not
+    the sampler could draw. A batch is one update, put together as rl/update.py does; shows: metrics that must not
     be 0."""
     (advantage, loss), toy = config, case.toy
     chances = dict(zip(toy.answers, toy.answer_logp(case.sampler).exp().tolist(), strict=True))
@@ -163,23 +164,22 @@ def expected_update(case: Case, config: tuple[AdvantageConfig, LossConfig], size
                                 np.concatenate([values[y] for y in batch])
                                 if advantage.baseline == "critic" else None)[0])
         counted = [len(y) * (y[-1] == toy.end or not loss.overlong_filter) for y in batch]
-        weights.append(token_weights(counted, loss.mean, toy.longest) * prod(chances[y] for y in batch))
+        w = loss_weights(counted, loss.mean, toy.longest) * prod(chances[y] for y in batch)
+        weights.append(np.repeat(w, lengths))
     answers = [y for batch in batches for y in batch]
     lengths = torch.tensor([len(y) for y in answers])
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     a, w = torch.from_numpy(np.concatenate(found)), torch.from_numpy(np.concatenate(weights))
     logp, old, ref_logp = (toy.logp(p, answers) for p in (case.theta, case.old, case.ref))
     if loss.max_importance:
-        per_answer = loss.objective == "gspo"
-        trust = importance_weights(old, toy.logp(case.sampler, answers), loss.max_importance,
-                                   offsets if per_answer else None)
-        a = (a if per_answer or len(a) == len(logp) else a.repeat_interleave(lengths)) * trust
-    total, metrics = grpo_loss(logp, old, ref_logp, a, w, offsets, loss)
+        a = a * importance_weights(old, toy.logp(case.sampler, answers), loss.max_importance,
+                                   offsets if loss.objective == "gspo" else None)
+    total, metrics = policy_loss(logp, old, ref_logp, a, w, offsets, loss)
     if loss.entropy_coef:
         p = case.theta.softmax(-1)
         entropy = -(p * p.log()).sum(-1)[toy.places(answers)[0]]
-        total = total + entropy_bonus(entropy, w.repeat_interleave(lengths), loss.entropy_coef)
-    assert all(metrics[GRPO_METRICS.index(name)] > 0 for name in shows), metrics
+        total = total + entropy_bonus(entropy, w, loss.entropy_coef)
+    assert all(metrics[POLICY_METRICS.index(name)] > 0 for name in shows), metrics
     return -case.gradient(total)
 
 

@@ -1,6 +1,6 @@
 """What each estimator of the family is, from its paper: loops over answers and tokens, apart from rl/.
 
-Each function takes a group (one update's whole batch) of tests/exact_cases.py's Answers, and returns the
+Each function takes a group (one update's whole batch) of exact_cases.py's Answers, and returns the
 number that its paper maximises; what the paper holds constant is a float here. Answers have 3 tokens at most.
 The weight of the KL is R1-Zero's, 0.001, in all.
 """

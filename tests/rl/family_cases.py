@@ -1,25 +1,23 @@
 """One update of a preset on rollouts by hand, whole or shared by two processes.
 
-    python -m tests.family_cases       two processes over gloo; prints each one's gradients as JSON
+    python -m tests.rl.family_cases       two processes over gloo; prints each one's gradients as JSON
 """
 import json
 import os
 import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from r1zero.model.distributed import all_sum
 from r1zero.model.optimizer import OptimConfig
-from r1zero.rl import update as updates
-from r1zero.rl.advantages import advantages
-from r1zero.rl.heads import Critic
-from r1zero.rl.losses import kl_estimate
-from r1zero.rl.rollouts import merge, micro_batches
+from r1zero.rl.heads import Critic, CriticLearner
+from r1zero.rl.rollouts import merge
+from r1zero.rl.update import LogpGapError, update_policy
 
-from ..train.loop_cases import Capture, grpo_config, rollouts_by_hand, tiny
+from .cases import Capture, algorithm, make_learner, per_token, rollouts_by_hand, tiny
 
 REWARDS = np.array([1.0, 0.0, 0.2, 1.0, 0.0, 1.2])
 GROUPS = (0, 2, 4, 6)
@@ -48,34 +46,26 @@ def whole_update(algo: str, micro_tokens: int, seed: int = 0, order=(0, 1, 2), r
     if rollouts.group_offsets.tolist() == list(GROUPS):
         rewards = np.concatenate([rewards[2 * g : 2 * g + 2] for g in chosen])
         rollouts = merge([rollouts], [chosen])
-    c = grpo_config("", "", algo=algo, optim=STILL, critic_optim=STILL, micro_tokens=micro_tokens, seed=seed,
-                    max_new_tokens=12, **{"max_logp_gap": 100.0, **changes})
-    batches = micro_batches(rollouts, np.arange(len(rollouts.texts)), 30, "cpu")
-    kl_R = values_R = None
-    if c.kl_in_reward:
-        ref = updates.each_token(updates.logp_of(reference, 1.0), rollouts, batches, "cpu").numpy()
-        logp = np.concatenate(rollouts.sampler_logp).astype(np.float64)
-        kl_R = 50 * c.loss.kl_coef * kl_estimate(logp, ref, c.loss.kl_estimator)
+    config = algorithm(algo, optim=STILL, critic_optim=STILL, micro_tokens=micro_tokens, seed=seed,
+                       max_new_tokens=12, **{"max_logp_gap": 100.0, **changes})
+    optimizer, of_critic = Capture(model), None
     if critic:
-        values_R = updates.each_token(critic, rollouts, batches, "cpu").numpy()
-    returns = None
+        of_critic = Capture(critic)
+        critic = CriticLearner(critic, of_critic, config)
+    learner = make_learner(config, model, optimizer, reference, critic)
+    if config.kl_in_reward:
+        kl_cost = learner.credit.kl_cost
+        learner.credit.kl_cost = lambda rollouts: 50 * kl_cost(rollouts)
     if advantages is None:
-        advantages, returns = compose(rewards, rollouts, c, kl_R, values_R)
-    optimizer = Capture(model)
-    updates.update_policy(model, reference, rollouts, advantages, optimizer, c, step=0)
+        found = learner.credit(SimpleNamespace(training=rewards), rollouts)
+    else:
+        found = per_token(advantages, rollouts)
+    update_policy(learner, rollouts, found, config, step=0)
     [gradient] = optimizer.grads
     if critic:
-        optimizer = Capture(critic)
-        updates.update_critic(critic, rollouts, values_R, returns, optimizer, c, step=0)
-        [of_critic] = optimizer.grads
-        gradient = gradient | {f"critic.{name}": g for name, g in of_critic.items()}
+        gradient = gradient | {f"critic.{name}": g for name, g in of_critic.grads[0].items()}
     return [f(g).item() for g in gradient.values() for f in (torch.sum, lambda x: x.abs().sum())] if sums \
         else gradient
-
-
-def compose(rewards, rollouts, c, kl_R, values_R):
-    return advantages(rewards, rollouts.group_offsets, rollouts.response_offsets, c.advantage, kl_R, values_R,
-                      all_sum)
 
 
 def rank_gradients(text: str) -> dict[str, list[list[float]]]:
@@ -90,7 +80,7 @@ def one_process(rank: int, folder: str) -> None:
     found = {algo: whole_update(algo, 25, share=mine, sums=True) for algo in SHARED}
     try:
         whole_update("r1_zero", 25, share=mine, max_logp_gap=0.1)  # only the first process has such a gap
-    except updates.LogpGapError as error:
+    except LogpGapError as error:
         found["gap"] = str(error)
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(found, file)

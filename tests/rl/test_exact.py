@@ -2,8 +2,8 @@
 
 First against the definition, on-policy and off; then, where theory knows it, against what it should be: the
 gradient of the expected reward, a share of it, or another vector, and how far that one is off. The numbers
-in the docstrings are those of the toy of tests/exact_cases.py: they show that a bias is there, not how large
-it is elsewhere. tests/test_exact_large.py goes beyond what can be enumerated.
+in the docstrings are those of the toy of exact_cases.py: they show that a bias is there, not how large
+it is elsewhere. test_exact_large.py goes beyond what can be enumerated.
 """
 from dataclasses import replace
 from itertools import cycle

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from r1zero.rl.advantages import advantages, gae
-from r1zero.rl.losses import grpo_loss, token_weights
+from r1zero.rl.losses import loss_weights, policy_loss
 from r1zero.train.lab.mistakes import flipped_clip
 
 from .exact_cases import Case, Toy, dials, make_case, naive_answers
@@ -47,7 +47,7 @@ def expected_grpo(case: Case) -> torch.Tensor:
     return case.gradient(total)
 
 
-def z_scores(case: Case, config, expected: torch.Tensor, loss_of=grpo_loss) -> torch.Tensor:
+def z_scores(case: Case, config, expected: torch.Tensor, loss_of=policy_loss) -> torch.Tensor:
     """[P * V] how many standard errors the shipped update is from `expected`, over GROUPS sampled groups."""
     (advantage, loss), toy = config, case.toy
     lengths_of = np.array([len(y) for y in toy.answers])
@@ -56,7 +56,7 @@ def z_scores(case: Case, config, expected: torch.Tensor, loss_of=grpo_loss) -> t
     lengths = lengths_of[drawn]
     offsets = np.append(0, lengths.cumsum())
     a, _ = advantages(case.rewards[drawn], np.arange(0, len(drawn) + 1, SIZE), offsets, advantage)
-    w = token_weights(lengths, loss.mean, toy.longest) * GROUPS
+    w = np.repeat(loss_weights(lengths, loss.mean, toy.longest) * GROUPS, lengths)
     row_R, token_R = (torch.tensor(x) for x in toy.places([toy.answers[i] for i in drawn]))
     logp, old, ref = (p.detach().log_softmax(-1)[row_R, token_R] for p in (case.theta, case.old, case.ref))
     total, _ = loss_of(logp.requires_grad_(), old, ref, torch.from_numpy(a), torch.from_numpy(w),

@@ -8,31 +8,46 @@ import numpy as np
 import pytest
 import torch
 
-from r1zero.rl import update as updates
-from r1zero.rl.advantages import AdvantageConfig, advantages
-from r1zero.rl.family import BASE, PRESETS, in_words
-from r1zero.rl.heads import Critic
-from r1zero.rl.losses import LossConfig, importance_weights, token_weights, value_loss
+from r1zero.model.optimizer import OptimConfig
+from r1zero.rl.advantages import AdvantageConfig, Advantages, advantages
+from r1zero.rl.family import PRESETS, Algorithm, in_words, resolve
+from r1zero.rl.heads import Critic, CriticLearner
+from r1zero.rl.losses import LossConfig, importance_weights, loss_weights, value_loss
 from r1zero.rl.rewards import overlong_penalty
 from r1zero.rl.rollouts import merge, micro_batches
+from r1zero.rl.update import update_policy
 from r1zero.train.grpo import grpo
 from r1zero.train.run import read_metrics
 
-from ..train.loop_cases import Capture, assert_same_gradient, grpo_config, rollouts_by_hand, save_base, tiny
+from ..train.loop_cases import grpo_config, save_base
+from .cases import (
+    Capture,
+    algorithm,
+    assert_same_gradient,
+    make_learner,
+    per_token,
+    rollouts_by_hand,
+    tiny,
+)
 from .family_cases import REWARDS, rank_gradients, whole_update
 
 # ---- presets ----
 
-def test_every_dial_of_a_preset_is_filled_in_and_what_is_given_wins():
-    for algo in PRESETS:
-        c = grpo_config("", "", algo=algo, loss=LossConfig(clip_high=0.3), dynamic_sampling=2)
-        for part, given in (("advantage", c.advantage), ("loss", c.loss), ("loop", c)):
-            expected = BASE[part] | PRESETS[algo].get(part, {}) | {"clip_high": 0.3, "dynamic_sampling": 2}
-            assert {name: getattr(given, name) for name in BASE[part]} == \
-                {name: expected[name] for name in BASE[part]}, algo
-        assert set(BASE["loss"]) == {f.name for f in dataclasses.fields(LossConfig)}
-        assert set(BASE["advantage"]) == {f.name for f in dataclasses.fields(AdvantageConfig)}
-        assert not set().union(*(preset.keys() for preset in PRESETS.values())) - BASE.keys()
+def test_a_preset_is_complete_and_what_is_given_wins():
+    defaults = dataclasses.asdict(Algorithm())
+    for algo, preset in PRESETS.items():
+        config = dataclasses.asdict(resolve(algo, {"loss": {"clip_high": 0.3}, "dynamic_sampling": 2}))
+        assert None not in config.values() and None not in {**config["loss"], **config["advantage"]}.values()
+        expected = defaults | {"algo": algo, "dynamic_sampling": 2}
+        expected |= {name: value for name, value in preset.items()
+                     if name not in ("loss", "advantage", "dynamic_sampling")}
+        expected["advantage"] = defaults["advantage"] | preset.get("advantage", {})
+        expected["loss"] = defaults["loss"] | preset.get("loss", {}) | {"clip_high": 0.3}
+        assert config == expected, algo
+    whole = LossConfig(objective="cispo")
+    assert resolve("dapo", {"loss": whole}).loss is whole  # a part that is given whole replaces the preset's
+    with pytest.raises(TypeError, match="clip_hihg"):
+        resolve("grpo", {"loss": {"clip_hihg": 0.3}})
 
 
 def test_what_was_used_is_what_is_recorded_and_said(tmp_path, capsys):
@@ -53,11 +68,11 @@ def test_what_was_used_is_what_is_recorded_and_said(tmp_path, capsys):
 
 @pytest.mark.parametrize("changes, message", [
     (dict(algo="grop"), "--algo is 'grop', expected one of r1_zero, grpo"),
-    (dict(algo="ppo", advantage=AdvantageConfig(scale="std")), "scale std with baseline critic"),
-    (dict(advantage=AdvantageConfig(baseline="critic")), "scale std with baseline critic"),
-    (dict(algo="ppo", loss=LossConfig(objective="gspo")), "gspo with --advantage.baseline critic"),
-    (dict(algo="reinforce_pp", loss=LossConfig(objective="gspo")), "gspo with --advantage.baseline none"),
-    (dict(loss=LossConfig(kl_in="reward", kl_coef=0.1)), "--loss.kl-in reward with --advantage.scale std"),
+    (dict(algo="ppo", advantage=dict(scale="std")), "scale std with baseline critic"),
+    (dict(advantage=dict(baseline="critic")), "scale std with baseline critic"),
+    (dict(algo="ppo", loss=dict(objective="gspo")), "gspo with --advantage.baseline critic"),
+    (dict(algo="reinforce_pp", loss=dict(objective="gspo")), "gspo with --advantage.baseline none"),
+    (dict(loss=dict(kl_in="reward", kl_coef=0.1)), "--loss.kl-in reward with --advantage.scale std"),
     (dict(dynamic_sampling=0), "--dynamic-sampling is 0"),
     (dict(overlong_buffer=1.5), "--overlong-buffer 1.5"),
     (dict(mistake="typo"), "--break is 'typo', expected one of k1_loss"),
@@ -65,7 +80,7 @@ def test_what_was_used_is_what_is_recorded_and_said(tmp_path, capsys):
 def test_dials_that_do_not_go_together_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         grpo_config("", "", **changes)
-    grpo_config("", "", algo="reinforce_pp", loss=LossConfig(objective="gspo", kl_coef=0.0))  # no KL: one a
+    grpo_config("", "", algo="reinforce_pp", loss=dict(objective="gspo", kl_coef=0.0))  # no KL: one a
     # sequence, so this goes
 
 
@@ -84,8 +99,8 @@ def test_every_preset_learns_the_bandit(algo, tmp_path):
 CUTS = [  # (preset, changes): every kind of advantage, ratio, mean and KL
     ("r1_zero", {}), ("grpo", {}), ("gspo", {}), ("cispo", {}), ("dr_grpo", {}), ("reinforce", {}),
     ("rloo", {}), ("reinforce_pp", {}), ("ppo", {}),
-    ("dapo", dict(loss=LossConfig(entropy_coef=0.1, max_importance=1.05, overlong_filter=True))),
-    ("gspo", dict(loss=LossConfig(max_importance=1.05))),
+    ("dapo", dict(loss=dict(entropy_coef=0.1, max_importance=1.05, overlong_filter=True))),
+    ("gspo", dict(loss=dict(max_importance=1.05))),
 ]
 
 
@@ -105,7 +120,7 @@ def test_gradient_does_not_depend_on_the_order_of_groups(algo):
 
 def test_two_processes_with_one_denominator_have_the_gradient_of_one():
     """Over gloo: each process has some of the groups, and one of them none that teaches anything."""
-    done = subprocess.run([sys.executable, "-m", "tests.family_cases"], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "tests.rl.family_cases"], capture_output=True, text=True,
                           timeout=300)
     assert done.returncode == 0, done.stderr
     found = rank_gradients(done.stdout)
@@ -126,13 +141,13 @@ def test_answers_that_were_cut_off_are_left_out_of_loss_and_mean():
     model = tiny(dtype=torch.float64)
     rollouts = rollouts_by_hand(model)
     cut = dataclasses.replace(rollouts, finish_reasons=["stop", "length", "stop", "length", "stop", "stop"])
-    weights = token_weights(np.array([5, 0, 9, 0, 4, 6]), "token", 12)
+    weights = loss_weights(np.array([5, 0, 9, 0, 4, 6]), "token", 12)
     assert weights.tolist() == pytest.approx([1 / 24, 0, 1 / 24, 0, 1 / 24, 1 / 24])
-    assert token_weights(np.array([5, 0]), "sequence", 12).tolist() == [1 / 5, 0]
-    assert token_weights(np.array([5, 0]), "constant", 12).tolist() == [1 / 12, 0]
+    assert loss_weights(np.array([5, 0]), "sequence", 12).tolist() == [1 / 5, 0]
+    assert loss_weights(np.array([5, 0]), "constant", 12).tolist() == [1 / 12, 0]
     advantages = np.array([1.5, -0.5, 1.0, -1.0, 0.5, 2.0])
     found = whole_update("r1_zero", 25, rollouts=cut, advantages=advantages,
-                         loss=LossConfig(overlong_filter=True))
+                         loss=dict(overlong_filter=True))
     # by hand: those two have advantage 0, and the mean is over 24 tokens and not over 28
     expected = whole_update("r1_zero", 25, rollouts=rollouts, advantages=advantages * [1, 0, 1, 0, 1, 1])
     assert_same_gradient(found, {name: g * 28 / 24 for name, g in expected.items()}, 1e-6)
@@ -149,14 +164,14 @@ def test_truncated_importance_weights_by_hand_and_in_the_gradient():
     found = importance_weights(old, sampler, 1.2)
     assert found.tolist() == pytest.approx([1.2, np.exp(-1), 1.0])
     found = importance_weights(old, sampler, 9.0, torch.tensor([0, 2, 3]))
-    assert found.tolist() == pytest.approx([np.exp(-0.25), 1.0])
+    assert found.tolist() == pytest.approx([np.exp(-0.25), np.exp(-0.25), 1.0])
     model = tiny(dtype=torch.float64)
     rollouts = rollouts_by_hand(model)
     for logp in rollouts.sampler_logp:
         logp -= 0.5  # the sampler thought all of it e^0.5 times less likely
     plain = whole_update("r1_zero", 25, rollouts=rollouts)
     for bound, factor in ((5.0, np.exp(0.5)), (1.25, 1.25), (0.0, 1.0)):
-        found = whole_update("r1_zero", 25, rollouts=rollouts, loss=LossConfig(max_importance=bound))
+        found = whole_update("r1_zero", 25, rollouts=rollouts, loss=dict(max_importance=bound))
         assert_same_gradient(found, {name: g * factor for name, g in plain.items()}, 1e-6)
 
 
@@ -188,33 +203,32 @@ def test_the_critic_sees_what_stands_before_each_token_and_learns_returns():
                                         sampler_logp=[np.zeros(1, np.float32)])
             [alone] = micro_batches(short, np.arange(1), 10**6, "cpu")
             assert float((values[first + t] - critic(alone)[0]).detach()) == pytest.approx(0, abs=1e-4)
-    c = grpo_config("", "", algo="ppo", steps=100, value_clip=0.0)
-    optimizer = torch.optim.AdamW(critic.parameters(), lr=1e-2)
+    optim = OptimConfig(lr=1e-2, warmup=0, schedule="constant", weight_decay=0.0, clip_grad=1e9)
+    config = algorithm("ppo", steps=100, value_clip=0.0, critic_optim=optim)
+    learner = CriticLearner(critic, torch.optim.AdamW(critic.parameters(), lr=1e-2), config)
     returns = np.random.default_rng(0).normal(size=int(rollouts.response_offsets[-1]))
     for step in range(60):
-        with torch.no_grad():
-            old = updates.each_token(critic, rollouts, [batch], "cpu").double().numpy()
-        figures = updates.update_critic(critic, rollouts, old, returns, optimizer, c, step)
-    assert figures["value_explained"] > 0.8
+        found = Advantages(returns, learner.values(rollouts), returns)
+        metrics = learner.update(rollouts, found, step)
+    assert metrics["value_explained"] > 0.8
 
 
 def test_an_answer_of_no_token_takes_no_reward_and_gives_none():
     c = AdvantageConfig("critic", "none", 1.0, 1.0)
     found, returns = advantages(np.array([5.0, 1.0, 7.0]), np.array([0, 3]), np.array([0, 0, 2, 2]), c)
     assert found.tolist() == returns.tolist() == [1.0, 1.0]
-    with pytest.raises(ValueError, match="dials that are not given.*from_preset"):
-        advantages(np.zeros(2), np.array([0, 2]), np.arange(3), AdvantageConfig())
 
 
 def test_the_logged_loss_has_the_entropy_bonus():
-    model, figures = tiny(), {}
+    model, metrics = tiny(), {}
     rollouts = rollouts_by_hand(model)
     for coef in (0.0, 0.5):
-        c = grpo_config("", "", loss=LossConfig(entropy_coef=coef), micro_tokens=25, max_logp_gap=1.0)
-        figures[coef] = updates.update_policy(model, None, rollouts, np.array([1.0, -1, 0, 1, -1, 0]),
-                                              Capture(model), c, 0)
-    expected = figures[0.0]["loss"] - 0.5 * figures[0.5]["entropy"]
-    assert figures[0.5]["loss"] == pytest.approx(expected, rel=1e-5)
+        config = algorithm(loss=dict(entropy_coef=coef), micro_tokens=25, max_logp_gap=1.0)
+        found = per_token([1.0, -1, 0, 1, -1, 0], rollouts)
+        learner = make_learner(config, model, Capture(model))
+        metrics[coef] = update_policy(learner, rollouts, found, config, 0)
+    expected = metrics[0.0]["loss"] - 0.5 * metrics[0.5]["entropy"]
+    assert metrics[0.5]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_merge_keeps_groups_whole():

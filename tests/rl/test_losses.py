@@ -1,46 +1,54 @@
 """Rewards, advantages and the GRPO loss: against slow and plain oracles, by hand, and at their edges."""
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from r1zero.kernels import grpo as kernel
-from r1zero.kernels.grpo import GRPO_METRICS, MAX_LOG_RATIO
-from r1zero.rl.advantages import group_advantages
-from r1zero.rl.losses import LossConfig, grpo_loss, mean_metrics, token_weights
-from r1zero.rl.rewards import RewardConfig, permute_within_groups, score
+from r1zero.kernels.grpo import MAX_LOG_RATIO, POLICY_METRICS
+from r1zero.rl.advantages import dead_groups, group_advantages
+from r1zero.rl.losses import LossConfig, loss_weights, mean_metrics, policy_loss
+from r1zero.rl.rewards import Grader, permute_within_groups
 
-from ..train.loop_cases import Bandit, loss_config
+from .cases import Bandit, algorithm, loss_config
 
 # ---- rewards ----
 
 def test_rewards_are_the_weighted_sum_of_two_parts_that_stay_apart():
     responses = ["<think>x</think><answer>1</answer>", "<think>x</think>",
                  "é<think></think><answer></answer>"]
-    found = score(Bandit(), [0, 0, 0], responses, RewardConfig(accuracy_weight=2.0, format_weight=0.5))
+    grader = Grader(algorithm(rewards=dict(accuracy_weight=2.0, format_weight=0.5)))
+    groups = dict(problems=[0, 1], group_offsets=np.array([0, 2, 3]))
+    found = grader(Bandit(), SimpleNamespace(texts=responses, **groups))
+    assert found.training is found.total
     assert found.accuracy.tolist() == [1, 1, 0] and found.format.tolist() == [1, 0, 0]
     assert found.total.tolist() == [2.5, 2.0, 0.0]
     assert "Format" not in found.why[0] and "Format: There is no <answer> tag." in found.why[1]
     with pytest.raises(ValueError):
-        score(Bandit(), [0, 0], responses, RewardConfig())
+        grader(Bandit(), SimpleNamespace(problems=[0], group_offsets=np.array([0, 2]), texts=responses))
+
+
+def shuffled(rewards, offsets, seed, step):
+    return permute_within_groups(rewards, SimpleNamespace(group_offsets=offsets, weights_version=step), seed)
 
 
 def test_the_controls_shuffle_keeps_each_group_and_is_a_function_of_the_seed():
     rewards, offsets = np.arange(40.0), np.array([0, 1, 3, 20, 40])
-    dealt = permute_within_groups(rewards, offsets, (7, 3))
+    dealt = shuffled(rewards, offsets, 7, 3)
     assert (rewards == np.arange(40)).all()  # the real ones are not overwritten
     for start, end in zip(offsets[:-1], offsets[1:], strict=True):
         assert sorted(dealt[start:end]) == list(rewards[start:end])
     assert (dealt[20:] != rewards[20:]).any() and (dealt[3:20] != rewards[3:20]).any()
-    assert (permute_within_groups(rewards, offsets, (7, 3)) == dealt).all()
+    assert (shuffled(rewards, offsets, 7, 3) == dealt).all()
     for other in [(7, 4), (8, 3)]:
-        assert (permute_within_groups(rewards, offsets, other) != dealt).any()
+        assert (shuffled(rewards, offsets, *other) != dealt).any()
 
 
 def test_the_controls_shuffle_deals_every_order_alike():
-    orders = [tuple(permute_within_groups(np.arange(4), np.array([0, 4]), (0, step))) for step in range(2400)]
+    orders = [tuple(shuffled(np.arange(4), np.array([0, 4]), 0, step)) for step in range(2400)]
     counts = Counter(orders)
     assert len(counts) == 24 and all(abs(n - 100) < 5 * np.sqrt(100) for n in counts.values())
 
@@ -49,12 +57,12 @@ def test_the_controls_shuffle_deals_every_order_alike():
 
 def test_advantages_of_groups_of_mixed_sizes():
     rewards = np.array([5.0, 0.0, 1.0, 1, 0, 0, 0, 0, 0, 1.1])
-    found, dead = group_advantages(rewards, np.array([0, 1, 3, 10]))
-    assert dead.tolist() == [True, False, False]
+    found = group_advantages(rewards, np.array([0, 1, 3, 10]))
+    assert dead_groups(rewards, np.array([0, 1, 3, 10])).tolist() == [True, False, False]
     last = rewards[3:]
     std = np.sqrt(((last - last.mean()) ** 2).sum() / 7)  # the population's: divided by 7, not by 6
     np.testing.assert_allclose(found, [0, -1, 1, *((last - last.mean()) / std)], rtol=1e-12)
-    centred, _ = group_advantages(rewards, np.array([0, 1, 3, 10]), normalise_std=False)
+    centred = group_advantages(rewards, np.array([0, 1, 3, 10]), normalise_std=False)
     np.testing.assert_allclose(centred, [0, -0.5, 0.5, *(last - last.mean())], rtol=1e-12)
 
 
@@ -62,15 +70,16 @@ def test_advantages_of_groups_of_mixed_sizes():
 def test_rewards_that_differ_by_rounding_teach_nothing(normalise_std):
     rewards = np.array([0.1 * 3, 0.3, 1.1, 1.0 + 0.1, 0.0, 1.0])
     assert rewards[0] != rewards[1]
-    found, dead = group_advantages(rewards, np.array([0, 2, 4, 6]), normalise_std)
+    found, dead = (f(rewards, np.array([0, 2, 4, 6])) for f in (group_advantages, dead_groups))
+    assert (group_advantages(rewards, np.array([0, 2, 4, 6]), normalise_std)[:4] == 0).all()
     assert (found[:4] == 0).all() and (found[4:] != 0).all() and dead.tolist() == [True, True, False]
     # one alone has nothing to be compared with, nor has none at all
-    assert group_advantages(rewards, np.array([0, 1, 6]))[1].tolist() == [True, False]
-    assert group_advantages(rewards, np.array([0, 0, 6]))[1].tolist() == [True, False]
+    assert dead_groups(rewards, np.array([0, 1, 6])).tolist() == [True, False]
+    assert dead_groups(rewards, np.array([0, 0, 6])).tolist() == [True, False]
 
 
 def test_small_but_real_differences_count():
-    found, _ = group_advantages(np.array([0.0, 1e-3]), np.array([0, 2]))
+    found = group_advantages(np.array([0.0, 1e-3]), np.array([0, 2]))
     np.testing.assert_allclose(found, [-1, 1])
 
 
@@ -105,8 +114,8 @@ def loss_and_grad(logp, old, advantages, ref=None, weights=1.0, **dials):
 
 def each_alone(logp, old, ref, advantages, weights, c: LossConfig):
     """The loss of tokens that are a sequence each, and its metrics by name."""
-    loss, metrics = grpo_loss(logp, old, ref, advantages, weights, torch.arange(len(logp) + 1), c)
-    return loss, dict(zip(GRPO_METRICS, metrics, strict=True))
+    loss, metrics = policy_loss(logp, old, ref, advantages, weights, torch.arange(len(logp) + 1), c)
+    return loss, dict(zip(POLICY_METRICS, metrics, strict=True))
 
 
 def plain_loss(logp, old, ref, advantages, weights, low, high, kl_coef) -> float:
@@ -172,11 +181,13 @@ def test_reinforce_by_hand():
     assert metrics["k1"] == -19 and float(metrics["ratio_max"]) == pytest.approx(math.exp(20))
 
 
-def test_gspo_takes_one_advantage_a_sequence():
-    logp, ones = torch.zeros(3), torch.ones(3)
-    with pytest.raises(ValueError, match="gspo has one ratio a sequence, so it takes one advantage a seq"):
-        kernel.grpo_loss(logp, logp, ones, ones[:2], torch.tensor([0, 1, 3]), objective="gspo")
-    kernel.grpo_loss(logp, logp, ones, ones, torch.tensor([0, 0, 1, 3]), objective="gspo")  # R = N
+def test_gspo_has_one_ratio_per_sequence():
+    """Two tokens whose log-ratios cancel: the ratio is 1 for both, where clip would have 1.5 and 2/3."""
+    logp, old = column(0.0, math.log(1.5), -math.log(1.5)), torch.zeros(3).double()
+    ones, offsets = torch.ones(3).double(), torch.tensor([0, 1, 3])
+    for objective, largest in (("gspo", 1.0), ("clip", 1.5)):
+        _, metrics = policy_loss(logp, old, None, ones, ones, offsets, loss_config(objective=objective))
+        assert float(metrics[POLICY_METRICS.index("ratio_max")]) == pytest.approx(largest)
 
 
 def test_metrics_by_hand():
@@ -193,14 +204,14 @@ def test_metrics_by_hand():
 
 def test_mean_metrics_over_micro_batches_and_updates():
     def part(loss, tokens, low, largest, cut):
-        found = dict.fromkeys(GRPO_METRICS, 0.0) | {"loss": loss, "tokens": tokens, "clipped_low": low,
+        found = dict.fromkeys(POLICY_METRICS, 0.0) | {"loss": loss, "tokens": tokens, "clipped_low": low,
                                                     "ratio_max": largest, "cut_off": cut}
         return torch.tensor(list(found.values()))
 
     found = mean_metrics([part(1.0, 3, 2, 1.5, 1), part(3.0, 5, 0, 1.25, 2)], n_updates=2)
     assert found == dict.fromkeys(found, 0.0) | {"loss": 2.0, "clipped_low": 2 / 8, "ratio_max": 1.5,
                                                  "cut_off": 3.0}
-    assert set(found) == {*GRPO_METRICS} - {"tokens"} and not any(mean_metrics([], 1).values())
+    assert set(found) == {*POLICY_METRICS} - {"tokens"} and not any(mean_metrics([], 1).values())
 
 
 def test_k3_by_hand_and_its_direction():
@@ -240,8 +251,8 @@ def test_which_divergence_each_estimator_descends(kl_estimator, kl):
     theta, ref = torch.randn(7, dtype=torch.float64).requires_grad_(), torch.randn(7).double().log_softmax(-1)
     expected, = torch.autograd.grad(kl(theta.log_softmax(-1), ref), theta)
     logp = theta.log_softmax(-1)
-    loss, _ = kernel.grpo_loss(logp, logp.detach(), torch.zeros(7).double(), logp.detach().exp(),
-                               torch.arange(8), ref, kl_coef=1.0, kl_estimator=kl_estimator)
+    loss, _ = kernel.policy_loss(logp, logp.detach(), ref, torch.zeros(7).double(), logp.detach().exp(),
+                                 torch.arange(8), kl_coef=1.0, kl_estimator=kl_estimator)
     found, = torch.autograd.grad(loss, theta)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
 
@@ -284,7 +295,7 @@ def test_the_three_means_against_loops():
         "constant": sum(sum(answer) / longest for answer in answers) / len(answers),
     }
     for mean, value in expected.items():
-        weights = token_weights(np.array(lengths), mean, longest)
+        weights = loss_weights(np.array(lengths), mean, longest)
         assert weights.shape == (4,)
         found = sum(w * answer.sum() for w, answer in zip(weights, answers, strict=True))
         assert found == pytest.approx(value, rel=1e-12), mean

@@ -1,4 +1,4 @@
-"""Rollouts into groups, and the gradient of a whole GRPO update."""
+"""Rollouts into groups and micro-batches, and the gradient of a whole update."""
 import dataclasses
 from types import SimpleNamespace
 
@@ -10,13 +10,21 @@ from r1zero.model.engine.engine import Engine
 from r1zero.model.engine.sampling import sample_seeds
 from r1zero.model.optimizer import OptimConfig, make_optimizer
 from r1zero.model.tokenizer import Tokenizer
-from r1zero.rl import update as updates
 from r1zero.rl.advantages import group_advantages
-from r1zero.rl.family import Pieces
-from r1zero.rl.losses import LossConfig, grpo_loss, token_weights
+from r1zero.rl.losses import loss_weights, policy_loss
 from r1zero.rl.rollouts import micro_batch, micro_batches, response_logprobs, sample_groups
+from r1zero.rl.update import Reference, kl_to_reference, update_policy
 
-from ..train.loop_cases import Capture, assert_same_gradient, grpo_config, naive_logp, rollouts_by_hand, tiny
+from .cases import (
+    Capture,
+    algorithm,
+    assert_same_gradient,
+    make_learner,
+    naive_logp,
+    per_token,
+    rollouts_by_hand,
+    tiny,
+)
 
 STILL = OptimConfig(lr=1.0, warmup=0, schedule="constant", clip_grad=1e9)  # nothing is clipped
 ADVANTAGES = np.array([1.5, -0.5, 0.0, 0.0, 0.0, 2.0])  # of the six samples of rollouts_by_hand
@@ -33,7 +41,7 @@ def test_equal_prompts_stay_two_groups():
         [[97, 98, 99]] * 3 + [[100]] * 3 + [[97, 98, 99]] * 3
     assert len(set(rollouts.texts)) > 3  # samples of equal prompts differ
     rewards = np.array([0, 0, 1, 0, 0, 0, 1, 1, 0.0])
-    found, _ = group_advantages(rewards, rollouts.group_offsets)
+    found = group_advantages(rewards, rollouts.group_offsets)
     np.testing.assert_allclose(found[:3], (rewards[:3] - 1 / 3) / np.sqrt(2 / 9))  # not the mean of all six
 
 
@@ -88,17 +96,21 @@ def test_a_prompt_of_several_samples_is_computed_once():
 
 # ---- the whole update ----
 
-def update(model, rollouts, advantages, reference=None, **changes):
+def update(learner, rollouts, advantages_N, config, step: int = 0) -> dict:
+    return update_policy(learner, rollouts, per_token(advantages_N, rollouts), config, step)
+
+
+def update_once(model, rollouts, advantages, reference=None, **changes):
     """(the gradient of each optimizer step, what is logged) of update_policy."""
     optimizer = Capture(model)
-    c = grpo_config("", "", **{"optim": STILL, "micro_tokens": 10**6, "max_new_tokens": 12, **changes})
-    figures = updates.update_policy(model, reference, rollouts, advantages, optimizer, c, step=0)
-    return optimizer.grads, figures
+    config = algorithm(**{"optim": STILL, "micro_tokens": 10**6, "max_new_tokens": 12, **changes})
+    metrics = update(make_learner(config, model, optimizer, reference), rollouts, advantages, config)
+    return optimizer.grads, metrics
 
 
 def plain_gradient(model, rollouts, advantages, mean="token", kl_coef=0.0, reference=None) -> dict:
     """The oracle: every sample by itself through all logits, none left out; on-policy, so the ratio is 1."""
-    weights, total = token_weights(rollouts.response_lengths, mean, 12), 0.0
+    weights, total = loss_weights(rollouts.response_lengths, mean, 12), 0.0
     for n, sequence in enumerate(rollouts.sequences):
         logp, _ = naive_logp(model, sequence, int(rollouts.prompt_lengths[n]), rollouts.temperature)
         total = total - weights[n] * advantages[n] * (logp - logp.detach()).exp().sum()
@@ -118,16 +130,16 @@ def test_gradient_does_not_depend_on_the_cut_and_equals_the_oracle(mean, kl_coef
     rollouts = rollouts_by_hand(model, temperature=0.8)
     expected = plain_gradient(model, rollouts, ADVANTAGES, mean, kl_coef, reference)
     for micro_tokens in [1, 15, 10**6]:  # a sample at a time, several, all
-        [found], figures = update(model, rollouts, ADVANTAGES, reference, micro_tokens=micro_tokens,
-                                  loss=LossConfig(mean=mean, kl_coef=kl_coef))
+        [found], metrics = update_once(model, rollouts, ADVANTAGES, reference, micro_tokens=micro_tokens,
+                                  loss=dict(mean=mean, kl_coef=kl_coef))
         assert_same_gradient(found, expected, 1e-6)
-        assert figures["trained_samples"] == (6 if kl_coef else 3)  # those with advantage 0 are left out
+        assert metrics["trained_samples"] == (6 if kl_coef else 3)  # those with advantage 0 are left out
 
 
 def test_gradient_does_not_depend_on_the_order_of_samples_or_groups():
     model = tiny(dtype=torch.float64)
     rollouts = rollouts_by_hand(model)
-    [expected], _ = update(model, rollouts, ADVANTAGES)
+    [expected], _ = update_once(model, rollouts, ADVANTAGES)
     order = [5, 4, 2, 3, 1, 0]  # groups the other way round, and samples within them
     turned = dataclasses.replace(rollouts)
     for name in ("sequences", "sampler_logp", "texts"):
@@ -135,24 +147,24 @@ def test_gradient_does_not_depend_on_the_order_of_samples_or_groups():
     object.__setattr__(turned, "prompt_lengths", rollouts.prompt_lengths[order])
     object.__setattr__(turned, "group_offsets", np.array([0, 1, 4, 6]))
     for seed in [0, 1]:
-        [found], _ = update(model, turned, ADVANTAGES[order], micro_tokens=20, seed=seed)
+        [found], _ = update_once(model, turned, ADVANTAGES[order], micro_tokens=20, seed=seed)
         assert_same_gradient(found, expected, 1e-6)
 
 
 def test_training_on_a_stopped_answer_makes_the_end_token_likelier():
     model, eos = tiny(), Tokenizer.bytes().eos_id
     rollouts = rollouts_by_hand(model, lengths=(4, 4), group_offsets=(0, 2))
-    c = grpo_config("", "", optim=STILL)
+    config = algorithm(optim=STILL)
     prompt = int(rollouts.prompt_lengths[0])
     before = naive_logp(model, rollouts.sequences[0], prompt, 1.0)[0][-1].item()
     assert rollouts.sequences[0][-1] == eos
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    updates.update_policy(model, None, rollouts, np.array([1.0, 0.0]), optimizer, c, 0)
+    update(make_learner(config, model, optimizer), rollouts, np.array([1.0, 0.0]), config)
     after = naive_logp(model, rollouts.sequences[0], prompt, 1.0)[0][-1].item()
     assert after > before + 0.05
 
 
-def test_with_two_updates_the_old_policy_is_the_one_before_the_first(monkeypatch):
+def test_with_two_updates_the_old_policy_is_the_one_before_the_first():
     model = tiny()
     rollouts = rollouts_by_hand(model)
     advantages = np.array([1.5, -0.5, 1.0, -1.0, 0.5, 2.0])
@@ -161,19 +173,18 @@ def test_with_two_updates_the_old_policy_is_the_one_before_the_first(monkeypatch
     calls = []
 
     def spy(logp, old_logp, ref_logp, advantages, *rest):
-        calls.append((logp.detach().clone(), old_logp.clone()))
-        return grpo_loss(logp, old_logp, ref_logp, advantages, *rest)
+        calls.append((logp.detach().clone(), old_logp.clone(), float(advantages[0])))
+        return policy_loss(logp, old_logp, ref_logp, advantages, *rest)
 
-    batches = []
-    monkeypatch.setattr(updates, "micro_batches", lambda *a: batches.append(micro_batches(*a)) or batches[-1])
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    c = grpo_config("", "", optim=STILL, updates_per_step=2, micro_tokens=1)
-    updates.update_policy(model, None, rollouts, advantages, optimizer, c, 0, Pieces(loss=spy))
-    flat = [batch for update in batches for batch in update]
-    assert len(batches) == 2 and sorted(int(b.samples[0]) for b in flat) == [0, 1, 2, 3, 4, 5]
-    for batch, (_, old) in zip(flat, calls, strict=True):
-        assert torch.allclose(old, expected[int(batch.samples[0])], atol=1e-5)
-    first, second = calls[: len(batches[0])], calls[len(batches[0]):]
+    config = algorithm(optim=STILL, updates_per_step=2, micro_tokens=1, max_logp_gap=100.0)
+    learner = make_learner(config, model, torch.optim.SGD(model.parameters(), lr=1.0))
+    learner.policy_loss = spy
+    update(learner, rollouts, advantages, config)
+    seen = [advantages.tolist().index(a) for _, _, a in calls]  # each sample has its own advantage
+    assert sorted(seen) == [0, 1, 2, 3, 4, 5]
+    for n, (_, old, _) in zip(seen, calls, strict=True):
+        assert torch.allclose(old, expected[n], atol=1e-5)
+    first, second = ([call[:2] for call in part] for part in (calls[:3], calls[3:]))
     assert all(torch.allclose(logp, old, atol=1e-6) for logp, old in first)
     assert max(float((logp - old).abs().max()) for logp, old in second) > 0.01  # the policy has moved on
 
@@ -182,40 +193,40 @@ def test_two_updates_share_the_samples_out_with_the_weight_of_a_whole_batch():
     model = tiny(dtype=torch.float64)
     rollouts = rollouts_by_hand(model)
     advantages = np.array([1.5, -0.5, 1.0, -1.0, 0.5, 2.0])
-    [whole], one = update(model, rollouts, advantages)
-    halves, two = update(model, rollouts, advantages, updates_per_step=2)
+    [whole], one = update_once(model, rollouts, advantages)
+    halves, two = update_once(model, rollouts, advantages, updates_per_step=2)
     assert len(halves) == 2
     assert_same_gradient({name: (halves[0][name] + halves[1][name]) / 2 for name in whole}, whole, 1e-6)
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)  # logged on the same scale
-    updates, _ = update(model, rollouts, ADVANTAGES, updates_per_step=5)
+    updates, _ = update_once(model, rollouts, ADVANTAGES, updates_per_step=5)
     assert len(updates) == 3  # three samples have something to teach, so two shares are empty
 
 
 def test_logged_entropy_is_the_distributions_and_loss_and_gap_are_true():
     model = tiny()
     rollouts = rollouts_by_hand(model, temperature=0.7)
-    _, figures = update(model, rollouts, ADVANTAGES, micro_tokens=12)
+    _, metrics = update_once(model, rollouts, ADVANTAGES, micro_tokens=12)
     live = [naive_logp(model, rollouts.sequences[n], int(rollouts.prompt_lengths[n]), 0.7) for n in (0, 1, 5)]
     entropy = torch.cat([e for _, e in live]).mean().item()
     minus_logp = -torch.cat([logp for logp, _ in live]).mean().item()
-    assert figures["entropy"] == pytest.approx(entropy, abs=1e-4) and abs(entropy - minus_logp) > 0.1
-    weights = token_weights(rollouts.response_lengths, "token", 12)
+    assert metrics["entropy"] == pytest.approx(entropy, abs=1e-4) and abs(entropy - minus_logp) > 0.1
+    weights = loss_weights(rollouts.response_lengths, "token", 12)
     loss = -(weights * ADVANTAGES * rollouts.response_lengths).sum()
-    assert figures["loss"] == pytest.approx(loss, abs=1e-5)
-    assert 0 <= figures["logp_gap"] < 1e-4 and figures["gradient_norm"] > 0
+    assert metrics["loss"] == pytest.approx(loss, abs=1e-5)
+    assert 0 <= metrics["logp_gap"] < 1e-4 and metrics["gradient_norm"] > 0
     rollouts.sampler_logp[1][0] -= 0.5  # a sampler that disagrees with the trainer in one token
-    figures = update(model, rollouts, ADVANTAGES, max_logp_gap=0.6)[1]
-    assert figures["logp_gap"] == pytest.approx(0.5, abs=1e-4)
+    metrics = update_once(model, rollouts, ADVANTAGES, max_logp_gap=0.6)[1]
+    assert metrics["logp_gap"] == pytest.approx(0.5, abs=1e-4)
     live_tokens = rollouts.response_lengths[[0, 1, 5]].sum()
-    assert figures["logp_gap_mean"] == pytest.approx(0.5 / live_tokens, abs=1e-4)
+    assert metrics["logp_gap_mean"] == pytest.approx(0.5 / live_tokens, abs=1e-4)
     for limit in ({}, {"max_logp_gap": 0.4}):  # before anything is updated
         before = {name: p.clone() for name, p in model.named_parameters()}
         with pytest.raises(FloatingPointError, match="0.5 from the trainer's own, more than --max-logp-gap"):
-            update(model, rollouts, ADVANTAGES, **limit)
+            update_once(model, rollouts, ADVANTAGES, **limit)
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     rollouts.sampler_logp[1][0] = float("nan")
     with pytest.raises(FloatingPointError, match="nan from the trainer's own"):
-        update(model, rollouts, ADVANTAGES, max_logp_gap=100.0)
+        update_once(model, rollouts, ADVANTAGES, max_logp_gap=100.0)
 
 
 def test_kl_in_the_loss_pulls_towards_the_reference_and_without_it_nothing_moves():
@@ -223,10 +234,11 @@ def test_kl_in_the_loss_pulls_towards_the_reference_and_without_it_nothing_moves
     distance = {}
     for kl_coef in [0.0, 0.1]:
         model, reference = tiny(), tiny(seed=1)
-        c = grpo_config("", "", loss=LossConfig(kl_coef=kl_coef), kl_samples=6, max_logp_gap=100.0)
-        optimizer = make_optimizer(model, c.optim)
+        optim = OptimConfig(lr=3e-3, warmup=0, schedule="constant", weight_decay=0.0)
+        config = algorithm(loss=dict(kl_coef=kl_coef), kl_samples=6, max_logp_gap=100.0, optim=optim)
+        learner = make_learner(config, model, make_optimizer(model, config.optim), reference)
         for step in range(10):
-            updates.update_policy(model, reference, rollouts, np.zeros(6), optimizer, c, step)
+            update(learner, rollouts, np.zeros(6), config, step)
         with torch.no_grad():
             gaps = [naive_logp(model, s, int(p), 1.0)[0] - naive_logp(reference, s, int(p), 1.0)[0]
                     for s, p in zip(rollouts.sequences, rollouts.prompt_lengths, strict=True)]
@@ -238,12 +250,13 @@ def test_kl_to_the_base_is_logged_over_the_asked_samples():
     model, other = tiny(), tiny(seed=1)
     rollouts = rollouts_by_hand(model)
     c = SimpleNamespace(kl_samples=100, micro_tokens=20, seed=0)
-    assert updates.kl_to_reference(model, rollouts, c, 0) == pytest.approx(0, abs=1e-6)
+    same, another = (Reference(reference, "cpu") for reference in (tiny(), other))
+    assert kl_to_reference(same, rollouts, c, 0) == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         d = torch.cat([naive_logp(other, s, int(p), 1.0)[0] - torch.from_numpy(mine) for s, p, mine in
                        zip(rollouts.sequences, rollouts.prompt_lengths, rollouts.sampler_logp, strict=True)])
     expected = float((d.exp() - d - 1).mean())
-    assert updates.kl_to_reference(other, rollouts, c, 0) == pytest.approx(expected, rel=1e-4)
+    assert kl_to_reference(another, rollouts, c, 0) == pytest.approx(expected, rel=1e-4)
     assert expected > 0.1
     c.kl_samples = 0
-    assert updates.kl_to_reference(other, rollouts, c, 0) == 0
+    assert kl_to_reference(another, rollouts, c, 0) == 0
