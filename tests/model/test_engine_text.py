@@ -16,7 +16,8 @@ from r1zero.rl import step as draw_file
 from r1zero.train.grpo import grpo
 from r1zero.train.run import read_metrics
 
-from ..train.loop_cases import grpo_config, save_base, tiny
+from ..rl.cases import tiny
+from ..train.loop_cases import grpo_config, save_base
 from .engine_cases import EOS, PROMPTS, Watched, both_caches
 
 BYTES = Tokenizer.bytes()

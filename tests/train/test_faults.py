@@ -16,12 +16,10 @@ from r1zero.model.checkpoint import (
 from r1zero.model.engine.sampling import NonFiniteError
 from r1zero.model.optimizer import OptimConfig
 from r1zero.model.tokenizer import Tokenizer
-from r1zero.rl.family import Pieces
-from r1zero.rl.losses import LossConfig, grpo_loss
+from r1zero.rl.losses import LossConfig, policy_loss
 from r1zero.rl.rewards import RewardConfig
-from r1zero.train import grpo as grpo_module
 from r1zero.train import pretrain as pretrain_module
-from r1zero.train.grpo import GRPOConfig, grpo
+from r1zero.train.grpo import GRPOConfig, grpo, timed_step
 from r1zero.train.pretrain import PretrainConfig, pretrain
 from r1zero.train.recipes import demo as demo_module
 from r1zero.train.recipes.demo import DemoConfig
@@ -29,7 +27,8 @@ from r1zero.train.recipes.demo_corpus import CorpusConfig
 from r1zero.train.run import Run, RunConfig, pick_device, read_metrics
 from r1zero.train.sft import SFTConfig, sft
 
-from .loop_cases import QUICK, Bandit, grpo_config, pretrain_config, save_base, text_file
+from ..rl.cases import Bandit
+from .loop_cases import QUICK, grpo_config, pretrain_config, save_base, text_file
 from .test_resume import outcome
 
 NAN = float("nan")
@@ -83,32 +82,33 @@ def test_a_gradient_that_is_not_finite_stops_pretraining_before_it_is_used(tmp_p
     assert checkpoint_steps(c.run) == [1] and finite(c.run)
 
 
-def test_nan_logits_while_sampling_name_the_step(tmp_path, monkeypatch):
-    def poisoned(policy, *rest):
-        figures = update(policy, *rest)
-        if rest[-2] == 2:  # after the third step's update
-            policy.norm.data[0] = NAN
-        return figures
+def test_nan_logits_while_sampling_name_the_step(tmp_path):
+    def poisoned(learner, task, config, step):
+        metrics = timed_step(learner, task, config, step)
+        if step == 2:  # after the third step's update
+            learner.policy.norm.data[0] = NAN
+        return metrics
 
-    update = grpo_module.update_policy
-    monkeypatch.setattr(grpo_module, "update_policy", poisoned)
     c = grpo_config(tmp_path / "run", save_base(tmp_path / "base"))
     with fails(NonFiniteError, "logits .*are NaN .*step 4.*checkpoint of step 2"):
-        grpo(c)
+        grpo(c, step_of=poisoned)
     assert checkpoint_steps(c.run) == [2] and finite(c.run)
 
 
 @pytest.mark.parametrize("updates_per_step", [1, 2])
-def test_a_nan_gradient_under_a_finite_loss_stops_grpo(tmp_path, monkeypatch, updates_per_step):
+def test_a_nan_gradient_under_a_finite_loss_stops_grpo(tmp_path, updates_per_step):
     def sharp(logp, *rest):
-        loss, metrics = grpo_loss(logp, *rest)
+        loss, metrics = policy_loss(logp, *rest)
         return loss + (0 * logp).sum().abs().sqrt(), metrics  # adds 0, with a gradient of inf * 0
 
-    monkeypatch.setattr(grpo_module, "PIECES", Pieces(loss=sharp))
+    def sharp_step(learner, *rest):
+        learner.policy_loss = sharp
+        return timed_step(learner, *rest)
+
     base = save_base(tmp_path / "base")
     c = grpo_config(tmp_path / "run", base, updates_per_step=updates_per_step)
     with fails(FloatingPointError, "gradient_norm is nan at step 1 .*gradient of .*no checkpoint is kept"):
-        grpo(c)
+        grpo(c, step_of=sharp_step)
     assert checkpoint_steps(c.run) == [] and read_metrics(c.run) == []
 
 

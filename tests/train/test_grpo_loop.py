@@ -10,18 +10,16 @@ import torch
 from r1zero.model import checkpoint as checkpoint_module
 from r1zero.model.checkpoint import checkpoint_steps, load_checkpoint
 from r1zero.model.optimizer import OptimConfig, make_optimizer, optimizer_step
-from r1zero.rl import step as draw_module
-from r1zero.rl.losses import LossConfig
-from r1zero.train import grpo as grpo_module
-from r1zero.train.grpo import PIECES, draw_with_signal, grpo, grpo_step, make_learner
+from r1zero.rl.advantages import dead_groups
+from r1zero.rl.step import grpo_step
+from r1zero.train.grpo import grpo, held_out_accuracy, make_learner, timed_step
 from r1zero.train.run import read_metrics
 
+from ..rl.cases import Bandit, tiny
 from .kill_runs import assert_same, outcome
-from .loop_cases import Bandit, grpo_config, save_base, tiny
+from .loop_cases import grpo_config, save_base
 from .test_faults import fails, finite
 from .test_resume import broken_at
-
-ADVANTAGES = PIECES.advantages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,43 +40,54 @@ def learner(c):
     return make_learner(c, c.task.make(), torch.device("cpu"))
 
 
+def sampled_by(s, c, step: int = 0):
+    """(the rollouts that are trained on, their rewards)"""
+    rollouts = s.sampler.sample(c.task, c, step)
+    return rollouts, s.grader(c.task, rollouts)
+
+
 # ---- dynamic sampling ----
 
-def test_groups_without_signal_are_replaced_by_new_ones(base, monkeypatch):
+def test_groups_without_signal_are_replaced_by_new_ones(base):
     c = grpo_config("", base, task=Patchy(), dynamic_sampling=6, group_size=8)
-    s, seeds, sample = learner(c), [], draw_module.sample_groups
-    monkeypatch.setattr(draw_module, "sample_groups", lambda *rest: seeds.append(rest[-1]) or sample(*rest))
-    rollouts, rewards_N, drawn = draw_with_signal(s, c.task, c, 0)
-    assert len(drawn) > 1 and len(rollouts.group_offsets) == 5 and len(rewards_N) == 32
-    groups = rewards_N.reshape(4, 8)
+    s, requests = learner(c), []
+    generate = s.sampler.engine.generate
+    s.sampler.engine.generate = lambda new: requests.extend(new) or generate(new)
+    rollouts, rewards = sampled_by(s, c)
+    assert len(rollouts.group_offsets) == 5 and len(rewards.training) == 32
+    groups = rewards.training.reshape(4, 8)
     assert ((groups.min(1) == 0) & (groups.max(1) == 1)).all()  # every group has a signal
-    assert s.position == sum(len(d.dead_G) for d in drawn)  # no problem is drawn twice
-    kept = [n for d in drawn for n in np.flatnonzero(~np.repeat(d.dead_G, 8))]
-    texts = [d.rollouts.texts[n] for d in drawn for n in np.flatnonzero(~np.repeat(d.dead_G, 8))]
-    assert rollouts.texts == texts and len(kept) == 32
-    everyone = torch.cat(seeds).tolist()
-    assert len(set(everyone)) == len(everyone) > 32  # a later draw has random numbers of its own
+    replaced = rollouts.replaced
+    assert len(replaced.problems) > 0  # and those that were replaced have none
+    assert dead_groups(s.grader(c.task, replaced).training, replaced.group_offsets).all()
+    everyone = sorted(rollouts.problems + replaced.problems)
+    assert everyone == list(range(s.sampler.position))  # no problem is sampled twice, none is lost
+    assert len({request.seed for request in requests}) == len(requests) == 8 * len(everyone) > 32
+    for part in (rollouts, replaced):  # each answer stays with its own problem
+        prompts = [chr(token) for sequence in part.sequences for token in sequence[:1]]
+        assert prompts == [str(problem % 10) for problem in part.problems for _ in range(8)]
 
 
-def test_figures_are_of_all_that_was_drawn_and_not_of_the_kept(base):
+def test_metrics_are_of_all_that_was_sampled_and_not_of_the_kept(base):
     c = grpo_config("", base, task=Patchy(), dynamic_sampling=6, group_size=8)
     s = learner(c)
-    figures = grpo_step(s, c.task, c, 0)
-    _, _, parts = draw_with_signal(learner(c), c.task, c, 0)
-    accuracy = np.concatenate([d.rewards.accuracy for d in parts])
-    assert figures["accuracy"] == accuracy.mean() != accuracy[~np.concatenate(
-        [np.repeat(d.dead_G, 8) for d in parts])].mean()
-    drawn = figures["groups_drawn"]
-    assert drawn == figures["position"] > 8 and figures["trained_samples"] == 32
-    assert figures["dead_groups"] == pytest.approx(1 - 4 / drawn)
-    assert figures["all_right"] + figures["all_wrong"] == pytest.approx(figures["dead_groups"])
-    assert figures["all_right"] > 0 and figures["all_wrong"] > 0
-    assert 0 < figures["replaced_tokens"] < figures["tokens"]
-    assert 0 < figures["replaced_s"] < figures["rollout_s"]
+    metrics = timed_step(s, c.task, c, 0)
+    other = learner(c)
+    rollouts, rewards = sampled_by(other, c)
+    replaced = other.grader(c.task, rollouts.replaced)
+    accuracy = np.concatenate([rewards.accuracy, replaced.accuracy])
+    assert metrics["accuracy"] == pytest.approx(accuracy.mean()) != pytest.approx(rewards.accuracy.mean())
+    sampled = metrics["groups_sampled"]
+    assert sampled == metrics["position"] > 8 and metrics["trained_samples"] == 32
+    assert metrics["dead_groups"] == pytest.approx(1 - 4 / sampled)
+    assert metrics["all_right"] + metrics["all_wrong"] == pytest.approx(metrics["dead_groups"])
+    assert metrics["all_right"] > 0 and metrics["all_wrong"] > 0
+    assert 0 < metrics["replaced_tokens"] < metrics["tokens"]
+    assert 0 < metrics["replaced_s"] < metrics["rollout_s"]
 
 
 @pytest.mark.parametrize("limit", [1, 2])
-def test_draws_are_limited_and_a_step_without_any_signal_changes_nothing(base, limit):
+def test_rounds_are_limited_and_a_step_without_any_signal_changes_nothing(base, limit):
     class Hopeless(Bandit):
         def grade(self, problem, response):
             return super().grade(problem, "é")
@@ -86,9 +95,9 @@ def test_draws_are_limited_and_a_step_without_any_signal_changes_nothing(base, l
     c = grpo_config("", base, task=Hopeless(), dynamic_sampling=limit)
     s = learner(c)
     before = {name: p.clone() for name, p in s.policy.named_parameters()}
-    figures = grpo_step(s, c.task, c, 0)
-    assert s.position == 4 * limit and figures["dead_groups"] == figures["all_wrong"] == 1
-    assert figures["gradient_norm"] == figures["loss"] == figures["trained_samples"] == 0
+    metrics = grpo_step(s, c.task, c, 0)
+    assert s.sampler.position == 4 * limit and metrics["dead_groups"] == metrics["all_wrong"] == 1
+    assert metrics["gradient_norm"] == metrics["loss"] == metrics["trained_samples"] == 0
     assert all(torch.equal(p, before[name]) for name, p in s.policy.named_parameters())
 
 
@@ -96,9 +105,9 @@ def test_without_it_the_problems_are_those_of_the_step(base):
     c = grpo_config("", base)
     s = learner(c)
     for step in range(3):
-        assert s.position == 4 * step
-        figures = grpo_step(s, c.task, c, step)
-        assert figures["groups_drawn"] == 4 and figures["replaced_tokens"] == 0
+        assert s.sampler.position == 4 * step
+        metrics = grpo_step(s, c.task, c, step)
+        assert metrics["groups_sampled"] == 4 and metrics["replaced_tokens"] == 0
 
 
 # ---- the reference ----
@@ -117,14 +126,14 @@ def test_the_reference_becomes_the_policy_every_n_steps(base, tmp_path):
 
 
 def test_a_reference_kept_elsewhere_between_uses_is_the_same(base):
-    figures = {}
+    metrics = {}
     for offload in (False, True):
-        c = grpo_config("", base, loss=LossConfig(kl_coef=0.1), ref_offload=offload)
+        c = grpo_config("", base, loss=dict(kl_coef=0.1), ref_offload=offload)
         s = learner(c)
         for step in range(2):
-            figures[offload] = {name: value for name, value in grpo_step(s, c.task, c, step).items()
+            metrics[offload] = {name: value for name, value in grpo_step(s, c.task, c, step).items()
                                 if name in ("loss", "kl_loss", "kl_to_reference", "gradient_norm")}
-    assert figures[False] == figures[True] and figures[True]["kl_loss"] > 0
+    assert metrics[False] == metrics[True] and metrics[True]["kl_loss"] > 0
 
 
 @pytest.mark.parametrize("algo", ["grpo", "rloo", "reinforce_pp", "ppo"])
@@ -132,7 +141,7 @@ def test_a_large_kl_coef_keeps_the_policy_at_its_reference(base, tmp_path, algo)
     """In the loss and in the reward alike."""
     kl = {}
     for coef in (0.0, 2.0):
-        c = grpo_config(tmp_path / f"run{coef}", base, algo=algo, loss=LossConfig(kl_coef=coef), steps=12,
+        c = grpo_config(tmp_path / f"run{coef}", base, algo=algo, loss=dict(kl_coef=coef), steps=12,
                         prompts_per_step=8, group_size=8, kl_samples=64, save_every=100)
         grpo(c)
         kl[coef] = np.mean([row["kl_to_reference"] for row in read_metrics(c.run)[-3:]])
@@ -145,12 +154,12 @@ def test_a_large_kl_coef_keeps_the_policy_at_its_reference(base, tmp_path, algo)
 @pytest.mark.parametrize("temperature", [0.6, 1.3])
 def test_all_log_probs_are_at_the_temperature_of_sampling(base, algo, temperature):
     c = grpo_config("", base, algo=algo, temperature=temperature, updates_per_step=2, kl_samples=99,
-                    loss=LossConfig(kl_coef=1.0))
+                    loss=dict(kl_coef=1.0))
     s = learner(c)
-    seen = []
-    s.pieces = dataclasses.replace(s.pieces, advantages=lambda *rest: seen.append(rest) or ADVANTAGES(*rest))
-    figures = grpo_step(s, c.task, c, 0)
-    assert figures["logp_gap"] < 1e-4 and abs(figures["kl_to_reference"]) < 1e-5  # it is the policy still
+    compare, seen = s.credit.advantages, []
+    s.credit.advantages = lambda *rest: seen.append(rest) or compare(*rest)
+    metrics = grpo_step(s, c.task, c, 0)
+    assert metrics["logp_gap"] < 1e-4 and abs(metrics["kl_to_reference"]) < 1e-5  # it is the policy still
     if algo == "ppo":
         assert np.abs(seen[0][4]).max() < 1e-4  # and the KL in the reward is 0
 
@@ -160,10 +169,9 @@ def test_rollouts_never_lag_behind_the_trainer(base):
     s, task = learner(c), c.task.make()
     before = {name: p.clone() for name, p in s.policy.named_parameters()}
     for step in range(4):
-        rollouts, _, _ = draw_with_signal(s, task, c, step)
-        assert rollouts.weights_version == (step - 1 if step else 0)  # told by the refresh of each step
-        figures = grpo_step(s, task, c, step)
-        assert figures["logp_gap"] < 1e-3
+        assert s.sampler.sample(task, c, step).weights_version == step
+        metrics = grpo_step(s, task, c, step)
+        assert metrics["logp_gap"] < 1e-3
     assert max(float((p.data - before[name]).abs().max()) for name, p in s.policy.named_parameters()) > 0.1
 
 
@@ -183,11 +191,10 @@ def test_small_steps_are_not_lost_in_16_bit(base):
 
 # ---- the best checkpoint, and what is logged ----
 
-def test_held_out_accuracy_marks_the_best_checkpoint(base, tmp_path, monkeypatch):
+def test_held_out_accuracy_marks_the_best_checkpoint(base, tmp_path):
     found = iter([0.3, 0.9, 0.5])
-    monkeypatch.setattr(grpo_module, "held_out_accuracy", lambda *rest: next(found))
     c = grpo_config(tmp_path / "run", base, steps=5, eval_every=2, save_every=100, keep_last=1)
-    grpo(c)
+    grpo(c, score_of=lambda *rest: next(found))
     assert load_checkpoint(c.run, "best").step == 4 and checkpoint_steps(c.run) == [4, 5]
     assert [row.get("eval_accuracy") for row in read_metrics(c.run)] == [None, 0.3, None, 0.9, 0.5]
 
@@ -195,7 +202,6 @@ def test_held_out_accuracy_marks_the_best_checkpoint(base, tmp_path, monkeypatch
 def test_a_run_that_died_between_its_best_checkpoint_and_the_mark_marks_it_on_resume(base, tmp_path,
                                                                                      monkeypatch):
     found, mark = iter([0.3, 0.9, 0.5]), checkpoint_module._mark_best
-    monkeypatch.setattr(grpo_module, "held_out_accuracy", lambda *rest: next(found))
 
     def dying(root, step, score):
         if step == 4:
@@ -205,9 +211,9 @@ def test_a_run_that_died_between_its_best_checkpoint_and_the_mark_marks_it_on_re
     common = dict(steps=5, eval_every=2, save_every=100, keep_last=1)
     with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
         patch.setattr(checkpoint_module, "_mark_best", dying)
-        grpo(grpo_config(tmp_path / "run", base, **common))
+        grpo(grpo_config(tmp_path / "run", base, **common), score_of=lambda *rest: next(found))
     assert load_checkpoint(tmp_path / "run", "best").step == 2
-    grpo(grpo_config(tmp_path / "run", base, resume=True, **common))
+    grpo(grpo_config(tmp_path / "run", base, resume=True, **common), score_of=lambda *rest: next(found))
     assert load_checkpoint(tmp_path / "run", "best").step == 4
 
 
@@ -221,19 +227,19 @@ def test_held_out_accuracy_is_measured_on_problems_of_the_test_split(base):
 
     c = grpo_config("", base, task=Watching(), eval_problems=40)
     s = learner(c)
-    accuracy = grpo_module.held_out_accuracy(s, c.task, c)
+    accuracy = held_out_accuracy(s, c.task, c)
     assert asked[-1] == ("test", 40) and 0.2 < accuracy < 0.8
-    assert accuracy == grpo_module.held_out_accuracy(s, c.task, c)
+    assert accuracy == held_out_accuracy(s, c.task, c)
 
 
 NAMES = """
-    reward accuracy format penalty length length_max truncated dead_groups all_right all_wrong groups_drawn
+    reward accuracy format penalty length length_max truncated dead_groups all_right all_wrong groups_sampled
     replaced_tokens replaced_s tokens rollout_s rollout_tokens_per_s loss clipped_low clipped_high k1 k3
     ratio ratio_max cut_off kl_loss entropy gradient_norm logp_gap logp_gap_mean trained_samples
     kl_to_reference position step_s update_s update_tokens_per_s memory_gb step""".split()
 
 
-def test_every_step_logs_every_figure(base, tmp_path):
+def test_every_step_logs_every_metric(base, tmp_path):
     c = grpo_config(tmp_path / "run", base, algo="ppo", steps=2)
     grpo(c)
     for row in read_metrics(c.run):
@@ -245,20 +251,19 @@ def test_every_step_logs_every_figure(base, tmp_path):
 
 
 def test_the_control_and_the_penalty_change_what_is_trained_on_and_not_what_is_logged(base):
-    figures = {}
+    found = {}
     for name, changes in (("plain", {}), ("control", dict(control=True)),
                           ("penalty", dict(overlong_buffer=1.0))):
         c = grpo_config("", base, **changes)
-        s = learner(c)
-        rollouts, rewards_N, drawn = draw_with_signal(s, c.task, c, 0)
-        figures[name] = (drawn[0].rewards.total, rewards_N)
+        rollouts, rewards = sampled_by(learner(c), c)
+        found[name] = rewards
         lengths = rollouts.response_lengths
-    assert all(np.array_equal(logged, figures["plain"][0]) for logged, _ in figures.values())
-    assert not np.array_equal(figures["control"][1], figures["plain"][1])
-    np.testing.assert_allclose(figures["penalty"][1], figures["plain"][1] - lengths / 3)
+    assert all(np.array_equal(rewards.total, found["plain"].total) for rewards in found.values())
+    assert not np.array_equal(found["control"].training, found["plain"].training)
+    np.testing.assert_allclose(found["penalty"].training, found["plain"].training - lengths / 3)
     c = grpo_config("", base, overlong_buffer=1.0)
     logged = grpo_step(learner(c), c.task.make(), c, 0)
-    assert logged["reward"] == pytest.approx(figures["plain"][0].mean())
+    assert logged["reward"] == pytest.approx(found["plain"].total.mean())
     assert logged["penalty"] == pytest.approx(lengths.mean() / 3)
 
 
@@ -284,15 +289,13 @@ def test_everything_at_once_resumes_to_the_same_bits(base, tmp_path, monkeypatch
     (lambda critic: critic.value.data.fill_(math.nan), "loss is nan at step 2 .*weight critic.value"),
     (lambda critic: critic.trunk.norm.register_hook(lambda grad: grad * math.nan),
      "critic_gradient_norm is nan at step 2 .*gradient of critic.trunk.norm")])
-def test_a_critic_that_is_not_finite_stops_ppo_and_is_named(spoil, match, tmp_path, monkeypatch):
+def test_a_critic_that_is_not_finite_stops_ppo_and_is_named(spoil, match, tmp_path):
     def spoiled(s, task, c, step):
         if step == 1:
-            spoil(s.critic)
-        return step_of(s, task, c, step)
+            spoil(s.credit.critic.critic)
+        return timed_step(s, task, c, step)
 
-    step_of = grpo_module.grpo_step
-    monkeypatch.setattr(grpo_module, "grpo_step", spoiled)
     c = grpo_config(tmp_path / "run", save_base(tmp_path / "base"), algo="ppo", save_every=1)
     with fails(FloatingPointError, f"{match}.*checkpoint of step 1"):
-        grpo(c)
+        grpo(c, step_of=spoiled)
     assert checkpoint_steps(c.run) == [1] and finite(c.run) and len(read_metrics(c.run)) == 1

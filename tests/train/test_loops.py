@@ -18,18 +18,8 @@ from r1zero.train.pretrain import bits_per_byte, first_share, pretrain, split_ba
 from r1zero.train.run import read_metrics
 from r1zero.train.sft import SFTConfig, sft
 
-from .loop_cases import (
-    SENTENCE,
-    Bandit,
-    Capture,
-    assert_same_gradient,
-    grpo_config,
-    naive_logp,
-    pretrain_config,
-    save_base,
-    text_file,
-    tiny,
-)
+from ..rl.cases import Bandit, Capture, assert_same_gradient, naive_logp, tiny
+from .loop_cases import SENTENCE, grpo_config, pretrain_config, save_base, text_file
 
 QUESTIONS = ["What is the capital of France?", "What is the capital of Italy?", "Who wrote Hamlet?",
              "What is the colour of snow?", "Who painted the Mona Lisa?"]

@@ -10,14 +10,14 @@ import torch
 
 from r1zero.model.checkpoint import CheckpointError, checkpoint_steps, load_checkpoint
 from r1zero.model.optimizer import OptimConfig
-from r1zero.rl.losses import LossConfig
 from r1zero.train.grpo import grpo
 from r1zero.train.pretrain import pretrain
 from r1zero.train.run import Run, RunConfig, read_metrics
 from r1zero.train.sft import SFTConfig, sft
 
+from ..rl.cases import Bandit
 from .kill_runs import assert_same, outcome
-from .loop_cases import Bandit, grpo_config, pretrain_config, save_base, text_file
+from .loop_cases import grpo_config, pretrain_config, save_base, text_file
 
 FINISHING = "finishing this step, then saving; Ctrl-C again breaks off at once"
 
@@ -190,7 +190,7 @@ def test_to_resume_with_other_settings_is_refused_by_their_names(finished, chang
 
 @pytest.mark.parametrize("changes, named", [
     (dict(control=True), "control is False there and True here"),
-    (dict(loss=LossConfig(kl_coef=0.1)), "loss is .* there and"),
+    (dict(loss=dict(kl_coef=0.1)), "loss is .* there and"),
     (dict(task=Bandit("other")), "task is .* there and"),
 ])
 def test_to_resume_grpo_with_other_settings_is_refused(finished, changes, named):

@@ -33,7 +33,7 @@ from ...model.optimizer import OptimConfig
 from ...model.transformer import param_count
 from ...rl.advantages import group_advantages
 from ...rl.family import rl_optim
-from ...rl.rewards import RewardConfig, score
+from ...rl.rewards import Grader, RewardConfig
 from ...rl.rollouts import sample_groups
 from ..grpo import GRPOConfig, grpo
 from ..pretrain import PretrainConfig, pretrain
@@ -202,7 +202,7 @@ def keep_group(c: DemoConfig, folder: Path, seed: int) -> None:
     """Sample one group from the base, as a step of GRPO does, and keep it token by token for the report."""
     model, tokenizer, _ = load_model(str(folder / "base"), pick_device(c.device))
     task, g = task_of(c, seed).make(), grpo_config(c, folder, seed, control=False)
-    engine = Engine(model, tokenizer)
+    engine, grader = Engine(model, tokenizer), Grader(g)
     for index, problem in enumerate(task.problems("train", 50)):
         rollouts = sample_groups(
             engine,
@@ -211,11 +211,12 @@ def keep_group(c: DemoConfig, folder: Path, seed: int) -> None:
             g.max_new_tokens,
             g.temperature,
             sample_seeds(g.group_size, seed, index),
+            [problem],
         )
-        rewards = score(task, [problem] * g.group_size, rollouts.texts, g.rewards)
+        rewards = grader(task, rollouts)
         if 0.2 <= rewards.accuracy.mean() <= 0.6:  # one that has something to show
             break
-    advantages, _ = group_advantages(
+    advantages = group_advantages(
         rewards.total, rollouts.group_offsets, g.advantage.scale == "std"
     )
     samples = []
