@@ -35,7 +35,7 @@ from r1zero.eval.sampler import ModelSampler
 from r1zero.model.checkpoint import atomic_write_json, load_model
 from r1zero.model.optimizer import OptimConfig
 from r1zero.rl.family import PRESETS
-from r1zero.train.grpo import GRPOConfig, grpo_step, make_learner
+from r1zero.train.grpo import GRPOConfig, grpo_config, make_learner, timed_step
 from r1zero.train.pretrain import pretrain
 from r1zero.train.recipes.demo import DemoConfig, base_config, task_of
 from r1zero.train.report.plots import BASE, CONTROL, save, smooth
@@ -88,10 +88,10 @@ def config_of(preset: str, seed: int, f: Flags) -> GRPOConfig:
     algo, _, updates = preset.partition("@")
     optim = OptimConfig(lr=f.lr, warmup=5, schedule="constant", weight_decay=0.0, eps=1e-8)
     demo = DemoConfig()
-    return GRPOConfig(run="", base=f.base, algo="r1_zero" if algo == "control" else algo, seed=seed,
-                      task=task_of(demo, 0), max_new_tokens=demo.max_new_tokens,
-                      micro_tokens=2048, updates_per_step=int(updates or f.updates_per_step),
-                      control=algo == "control", optim=optim, critic_optim=replace(optim, lr=3 * f.lr))
+    return grpo_config("r1_zero" if algo == "control" else algo, run="", base=f.base, seed=seed,
+                       task=task_of(demo, 0), max_new_tokens=demo.max_new_tokens,
+                       micro_tokens=2048, updates_per_step=int(updates or f.updates_per_step),
+                       control=algo == "control", optim=optim, critic_optim=replace(optim, lr=3 * f.lr))
 
 
 def measure(model, tokenizer, task, c: GRPOConfig, f: Flags) -> dict:
@@ -113,7 +113,7 @@ def one_run(preset: str, seed: int, f: Flags) -> dict:
     rows, started = [], time.perf_counter()
     with tqdm(total=f.budget, desc=f"{preset} {seed}", unit="token", leave=False) as bar:
         while preset != "base" and sum(row["tokens"] for row in rows) < f.budget:
-            row = grpo_step(s, task, c, len(rows))
+            row = timed_step(s, task, c, len(rows))
             assert math.isfinite(row["loss"]) and math.isfinite(row["gradient_norm"]), row
             rows.append({name: float(f"{row[name]:.4g}") if name != "tokens" else row[name]
                          for name in KEPT if name in row})
@@ -121,7 +121,7 @@ def one_run(preset: str, seed: int, f: Flags) -> dict:
             bar.set_postfix(accuracy=f"{row['accuracy']:.2f}", length=f"{row['length']:.0f}")
     seconds = time.perf_counter() - started
     return {"preset": preset, "seed": seed, "seconds": seconds, "rows": rows,
-            **measure(s.policy, s.engine.tokenizer, task, c, f)}
+            **measure(s.policy, s.sampler.engine.tokenizer, task, c, f)}
 
 
 def mean_and_interval(values: list[float]) -> tuple[float, float]:

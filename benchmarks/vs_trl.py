@@ -29,10 +29,11 @@ import tyro
 from r1zero.eval.tasks.base import Grade
 from r1zero.model.config import ModelConfig
 from r1zero.model.engine.engine import Engine
-from r1zero.model.optimizer import OptimConfig, make_optimizer
+from r1zero.model.optimizer import OptimConfig
 from r1zero.model.packed import pack
 from r1zero.model.transformer import Transformer, flops_per_token, param_count
-from r1zero.train.grpo import GRPOConfig, Learner, grpo_step
+from r1zero.rl.family import make_learner, resolve
+from r1zero.train.grpo import timed_step
 from r1zero.train.run import reuse_memory
 
 from .common import finish, show, spread, table
@@ -115,24 +116,23 @@ class TokenIdTokenizer:
 
 def our_step(f: Flags):
     """A function that does the next step and returns (seconds of the step, seconds of the rollout)."""
-    c = GRPOConfig(run="", base="", steps=1, prompts_per_step=f.prompts, group_size=f.group_size,
-                   max_new_tokens=f.new_tokens, kl_samples=0,
-                   micro_tokens=f.prompts * f.group_size * (f.prompt_tokens + f.new_tokens),
-                   optim=OptimConfig(lr=LEARNING_RATE, warmup=0, schedule="constant", weight_decay=0.0))
-    model = Transformer(f.model).init_weights(0)
-    optimizer = make_optimizer(model, c.optim)
+    optim = OptimConfig(lr=LEARNING_RATE, warmup=0, schedule="constant", weight_decay=0.0)
+    config = resolve("r1_zero", dict(
+        steps=1, prompts_per_step=f.prompts, group_size=f.group_size, max_new_tokens=f.new_tokens, kl_samples=0,
+        micro_tokens=f.prompts * f.group_size * (f.prompt_tokens + f.new_tokens), optim=optim))
+    model, reference = (Transformer(f.model).init_weights(0) for _ in range(2))
     task, tokenizer = TokenIdTask(f.model.vocab_size, f.prompt_tokens), TokenIdTokenizer(f.model.vocab_size)
-    learner, n_done = Learner(model, model, Engine(model, tokenizer), optimizer), 0
+    learner, n_done = make_learner(config, model, reference, Engine(model, tokenizer)), 0
 
     def step() -> tuple[float, float]:
         nonlocal n_done
-        # the reference, here the model itself, is never asked: no KL in the loss, and none for the log
-        figures = grpo_step(learner, task, c, n_done)
+        # the reference is never asked: no KL in the loss, and none for the log
+        metrics = timed_step(learner, task, config, n_done)
         n_done += 1
         n = f.prompts * f.group_size
-        assert figures["tokens"] == n * f.new_tokens, "ours generated another number of tokens"
-        assert figures["trained_samples"] >= 0.99 * n, "ours left samples out of the update"
-        return figures["step_s"], figures["rollout_s"]
+        assert metrics["tokens"] == n * f.new_tokens, "ours generated another number of tokens"
+        assert metrics["trained_samples"] >= 0.99 * n, "ours left samples out of the update"
+        return metrics["step_s"], metrics["rollout_s"]
 
     return step
 
