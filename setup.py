@@ -33,7 +33,6 @@ DEPENDENCIES = [
     "tyro>=0.9",
     "tqdm>=4.66",
     "matplotlib>=3.9",
-    "math-verify>=0.8",
 ]
 
 EXTRAS = {

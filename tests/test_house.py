@@ -71,9 +71,63 @@ def bad_code(path: Path, source: str) -> list[str]:
     return complaints
 
 
-def too_long(path: Path, source: str) -> list[str]:
-    limit, lines = 300 if path.parts[0] == "tests" else 450, source.count("\n")
-    return [f"{path}: {lines} lines, at most {limit}; is it two files?"] if lines > limit else []
+BACK_ENDS = ("triton", "numba")  # packages that only kernels/ may import
+
+
+def names_a_back_end(path: Path, source: str) -> list[str]:
+    """Outside kernels/ nobody imports a back end, or forces one with `impl=`."""
+    if path.parts[0] not in FLOORS[1:]:
+        return []
+    complaints = []
+    for line, name, _ in imported(path, source):
+        if name.split(".")[0] in BACK_ENDS or name.startswith("r1zero.kernels.cpu"):
+            complaints.append(f"{path}:{line}: imports {name}, which kernels/ hides behind its ops")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.keyword) and node.arg == "impl":
+            complaints.append(f"{path}:{node.lineno}: forces a back end with impl=")
+    return complaints
+
+
+def imports_a_test(path: Path, source: str) -> list[str]:
+    """What tests share lives in a cases module, not in a test module."""
+    if path.parts[0] != "tests":
+        return []
+    here = path.parts[:-1]
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            base = list(here[:len(here) - node.level + 1]) if node.level else []
+            modules = [*base, *(node.module or "").split(".")]
+            names = [modules[-1], *(alias.name for alias in node.names)]
+            if modules[0] == "tests" and any(name.startswith("test_") for name in names):
+                found.append(f"{path}:{node.lineno}: imports from a test module; move it to a cases module")
+    return found
+
+
+def branches(function: ast.FunctionDef) -> int:
+    """Conditionals and loops of a function."""
+    kinds = (ast.If, ast.IfExp, ast.For, ast.While, ast.Try, ast.Match, ast.comprehension, ast.BoolOp)
+    return sum(isinstance(node, kinds) for node in ast.walk(function))
+
+
+def function_of(source: str, name: str) -> ast.FunctionDef:
+    [found] = [node for node in ast.walk(ast.parse(source))
+               if isinstance(node, ast.FunctionDef) and node.name == name]
+    return found
+
+
+def code_lines(function: ast.FunctionDef) -> int:
+    """Lines of a function, without its docstring."""
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    return function.end_lineno - body[0].lineno + 1
+
+
+def never_imported(dependencies: list[str], sources: list[str]) -> list[str]:
+    """Dependencies that no file imports: one enters with its first import, and leaves with its last."""
+    words = {name.split(".")[0] for source in sources for _, name, relative in imported(Path("a.py"), source)
+             if not relative}
+    names = [Requirement(dependency).name for dependency in dependencies]
+    return [name for name in names if name.replace("-", "_") not in words]
 
 
 def forbidden_inits(paths: list[Path]) -> list[str]:
@@ -179,9 +233,39 @@ def test_code_rule(source, fine):
     assert bool(bad_code(Path("model/a.py"), source)) != fine
 
 
-def test_size_init_and_package_rules():
-    assert too_long(Path("model/a.py"), "\n" * 451) and not too_long(Path("model/a.py"), "\n" * 450)
-    assert too_long(Path("tests/a.py"), "\n" * 301) and not too_long(Path("tests/a.py"), "\n" * 300)
+@pytest.mark.parametrize("path, source, fine", [
+    ("model/a.py", "from ..kernels.mlp import swiglu_mlp\nswiglu_mlp(x, w, v)", True),
+    ("kernels/a.py", "from .cpu import mlp\nimport triton\nf(x, impl='cpu')", True),
+    ("tests/a.py", "f(x, impl='reference')", True),
+    ("model/a.py", "from ..kernels.cpu import mlp", False),
+    ("model/deep/a.py", "from ...kernels.cpu.mlp import mlp", False),
+    ("rl/a.py", "import numba", False),
+    ("train/a.py", "f(x, impl='reference')", False),
+])
+def test_back_end_rule(path, source, fine):
+    assert bool(names_a_back_end(Path(path), source)) != fine
+
+
+@pytest.mark.parametrize("path, source, fine", [
+    ("tests/rl/test_a.py", "from .cases import tiny", True),
+    ("tests/rl/test_a.py", "from ..train.loop_cases import tiny", True),
+    ("tests/rl/test_a.py", "from r1zero.rl import test_time", True),
+    ("tests/rl/test_a.py", "from .test_b import tiny", False),
+    ("tests/rl/test_a.py", "from ..train import test_b", False),
+    ("tests/rl/test_a.py", "from tests.train.test_b import tiny", False),
+])
+def test_rule_of_shared_test_code(path, source, fine):
+    assert bool(imports_a_test(Path(path), source)) != fine
+
+
+def test_counting_rules():
+    source = "def f(x):\n    \"\"\"Text.\"\"\"\n    if x and y:\n        pass\n    return [a for a in x]\n"
+    assert branches(function_of(source, "f")) == 3 and code_lines(function_of(source, "f")) == 3
+    assert never_imported(["torch>=2", "a-b; sys_platform == 'linux'"], ["import torch.nn", "import a"]) == ["a-b"]
+    assert never_imported(["a-b"], ["from a_b.c import d"]) == []
+
+
+def test_init_and_package_rules():
     assert forbidden_inits([Path("rl/__init__.py")]) and forbidden_inits([Path("rl/deep/__init__.py")])
     assert not forbidden_inits([Path("tests/__init__.py"), Path("rl/a.py")])
     files = [Path("model/a.py"), Path("model/deep/b.py")]
@@ -228,9 +312,24 @@ def test_the_library_is_not_empty():
     assert len(LIBRARY) > 10 and {path.parts[0] for path in LIBRARY} == set(FLOORS)
 
 
-@pytest.mark.parametrize("rule", [bad_imports, bad_code, too_long])
+@pytest.mark.parametrize("rule", [bad_imports, bad_code, names_a_back_end, imports_a_test])
 def test_every_file_keeps_the_rule(rule):
     assert [complaint for path in ALL for complaint in rule(path, (ROOT / path).read_text())] == []
+
+
+def test_a_step_of_grpo_is_four_calls_without_a_branch():
+    step = function_of((ROOT / "rl/step.py").read_text(), "grpo_step")
+    assert branches(step) == 0
+    called = [ast.unparse(node.func) for node in ast.walk(step) if isinstance(node, ast.Call)]
+    assert [name for name in called if name.startswith("learner.") or name == "update_policy"] == [
+        "learner.sampler.sample", "learner.grader", "learner.credit", "update_policy"]
+    update = function_of((ROOT / "rl/update.py").read_text(), "update_policy")
+    assert branches(update) <= 6 and code_lines(update) < 40
+
+
+def test_every_dependency_is_imported():
+    dependencies = constant((ROOT / "setup.py").read_text(), "DEPENDENCIES")
+    assert never_imported(dependencies, [(ROOT / path).read_text() for path in LIBRARY]) == []
 
 
 def test_no_init_in_the_five_folders_and_every_package_is_listed():
