@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from ..kernels import grpo as kernel
-from ..kernels.grpo import GRPO_KL_ESTIMATORS, GRPO_METRICS, GRPO_OBJECTIVES
+from ..kernels.grpo import KL_ESTIMATORS, OBJECTIVES, POLICY_METRICS
 
 MEANS = ("token", "sequence", "constant")
 
@@ -63,10 +63,10 @@ class LossConfig:
 
     def __post_init__(self):
         for name, known in (
-            ("objective", GRPO_OBJECTIVES),
+            ("objective", OBJECTIVES),
             ("mean", MEANS),
             ("kl_in", ("loss", "reward")),
-            ("kl_estimator", GRPO_KL_ESTIMATORS),
+            ("kl_estimator", KL_ESTIMATORS),
         ):
             if getattr(self, name) not in (None, *known):
                 raise ValueError(
@@ -120,13 +120,17 @@ def grpo_loss(
     counts. ref_logp is not looked at where there is no KL in the loss.
     """
     ref_logp = ref_logp if c.kl_coef and c.kl_in == "loss" else None
-    return kernel.grpo_loss(
+    sizes = offsets.diff().long()
+    if advantages.shape == weights.shape:  # one per sequence
+        advantages = advantages.repeat_interleave(sizes, output_size=len(logp))
+    weights = weights.repeat_interleave(sizes, output_size=len(logp))
+    return kernel.policy_loss(
         logp,
         old_logp,
+        ref_logp,
         advantages,
         weights,
         offsets,
-        ref_logp,
         clip_low=c.clip_low,
         clip_high=c.clip_high,
         kl_coef=c.kl_coef,
@@ -188,9 +192,11 @@ def mean_metrics(parts: list[torch.Tensor], n_updates: int) -> dict[str, float]:
     """What a log shows of the metrics of all micro-batches of a step: loss and kl_loss, whose weights are a
     whole batch's in each update, as means over the updates; ratio_max, the largest; cut_off, a count; the
     others as means over the tokens that teach something. Reads the device once."""
-    table = torch.stack(parts).double().cpu().numpy() if parts else np.zeros((1, len(GRPO_METRICS)))
-    sums = dict(zip(GRPO_METRICS, table.sum(0).tolist(), strict=True))
+    table = (
+        torch.stack(parts).double().cpu().numpy() if parts else np.zeros((1, len(POLICY_METRICS)))
+    )
+    sums = dict(zip(POLICY_METRICS, table.sum(0).tolist(), strict=True))
     tokens = max(1.0, sums.pop("tokens"))
     divisors = {"loss": n_updates, "kl_loss": n_updates, "cut_off": 1, "ratio_max": 1}
-    sums["ratio_max"] = float(table[:, GRPO_METRICS.index("ratio_max")].max())
+    sums["ratio_max"] = float(table[:, POLICY_METRICS.index("ratio_max")].max())
     return {name: value / divisors.get(name, tokens) for name, value in sums.items()}

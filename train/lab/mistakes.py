@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from ...kernels.grpo import GRPO_METRICS
+from ...kernels.grpo import POLICY_METRICS
 from ...rl.advantages import advantages
 from ...rl.family import Pieces
 from ...rl.losses import grpo_loss, token_weights
@@ -37,7 +37,7 @@ def with_kl(loss, metrics, kl, c):
     loss = loss + c.kl_coef * kl
     metrics = metrics.clone()
     for name, value in (("loss", loss), ("kl_loss", kl)):
-        metrics[GRPO_METRICS.index(name)] = value.detach()
+        metrics[POLICY_METRICS.index(name)] = value.detach()
     return loss, metrics
 
 
