@@ -98,7 +98,7 @@ def rope_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
     def launch(T, H, D, dtype):
         cos, sin = empty(T, D // 2, dtype=torch.float32), empty(T, D // 2, dtype=torch.float32)
         for backward in (False, True):
-            rope.rope_turn(empty(T, H, D, dtype=dtype), cos, sin, backward)
+            rope.rope_rotate(empty(T, H, D, dtype=dtype), cos, sin, backward)
 
     for name in dtypes:
         for D in head_dims:
@@ -107,12 +107,12 @@ def rope_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
 
 
 def swiglu_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
-    from r1zero.kernels import mlp as swiglu
+    from r1zero.kernels import mlp
 
     def launch(T, F, dtype):
         gate_up = empty(T, 2 * F, dtype=dtype)
-        swiglu.swiglu_fwd(gate_up)
-        swiglu.swiglu_bwd(empty(T, F, dtype=dtype), gate_up)
+        mlp.swiglu_fwd(gate_up)
+        mlp.swiglu_bwd(empty(T, F, dtype=dtype), gate_up)
 
     for name in dtypes:
         for F in (172, 2048, 4864, 8192, 14336):
@@ -182,24 +182,22 @@ def logprob_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
 def grpo_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
     from r1zero.kernels import grpo
 
-    def launch(N, objective, per_token, estimator):
-        offsets, samples, tokens = empty(N + 1, dtype=torch.int32), *(
-            empty(n, dtype=torch.float32) for n in (N, 7 * N))
+    def launch(N, objective, estimator):
+        offsets = empty(N + 1, dtype=torch.int32)
+        samples, tokens = (empty(n, dtype=torch.float32) for n in (N, 7 * N))
         for normalise in (False, True):
             grpo.grpo_advantages_fwd(samples, offsets, normalise)
-        grpo.grpo_loss_fwd(tokens, tokens, tokens if per_token else samples, samples, offsets,
-                           tokens if estimator else None, 0.2, 0.28, 0.1, objective, estimator)
+        grpo.policy_loss_fwd(tokens, tokens, tokens if estimator else None, tokens, tokens, offsets, 0.2, 0.28,
+                             0.1, objective, estimator)
 
     if "fp32" not in dtypes:  # log-probs are never less
         return
-    variants = [(objective, per_token, estimator) for objective in grpo.GRPO_OBJECTIVES
-                for per_token in ((False,) if objective == "gspo" else (False, True))
-                for estimator in ("", "k3")]
-    # objective and KL share no code: k1 and k2 with one advantage a sequence, and with one a token, will do
-    variants += [(*pair, k) for pair in (("clip", False), ("reinforce", True)) for k in ("k1", "k2")]
-    for objective, per_token, estimator in variants:
-        label = objective + " per token" * per_token + f" reference {estimator}" * bool(estimator)
-        yield Case("grpo", label, lambda N, a=(objective, per_token, estimator): launch(N, *a))
+    variants = [(objective, estimator) for objective in grpo.OBJECTIVES for estimator in ("", "k3")]
+    # objective and KL share no code: k1 and k2 with two of the objectives will do
+    variants += [(objective, k) for objective in ("clip", "reinforce") for k in ("k1", "k2")]
+    for objective, estimator in variants:
+        label = objective + f" reference {estimator}" * bool(estimator)
+        yield Case("grpo", label, lambda N, a=(objective, estimator): launch(N, *a))
 
 
 CASES = {"rmsnorm": rmsnorm_cases, "rope": rope_cases, "swiglu": swiglu_cases, "attention": attention_cases,
@@ -396,7 +394,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=min(8, len(os.sched_getaffinity(0))), help="processes")
     parser.add_argument("--out", help="a file for the line of JSON")
     flags = parser.parse_args(argv)
-    if not dispatch.HAS_TRITON or dispatch.interpreting():
+    if not dispatch.HAS_TRITON or dispatch.INTERPRETING:
         problem = "TRITON_INTERPRET is set: unset it" if dispatch.HAS_TRITON else "Triton is not installed"
         print(f"benchmarks.aot: {problem}; nothing can be compiled", file=sys.stderr)
         return 2

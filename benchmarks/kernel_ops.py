@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from r1zero.kernels.attention import attention
-from r1zero.kernels.grpo import grpo_loss
+from r1zero.kernels.grpo import policy_loss
 from r1zero.kernels.linear_logprob import linear_logprob
 from r1zero.kernels.mlp import swiglu
 from r1zero.kernels.rmsnorm import rmsnorm
@@ -298,33 +298,34 @@ def grpo_inputs(case: Case, new: Callable) -> list[torch.Tensor]:
 
 
 def grpo_batch(case: Case, device: torch.device):
-    """Sequences of S tokens: (old log-probs, advantages, weights, offsets)."""
+    """Sequences of S tokens: (old log-probs, advantages, weights, all of each token; offsets)."""
     T, S = case.shape["T"], case.shape["S"]
     rng = torch.Generator().manual_seed(0)
-    old, advantages = torch.randn(T, generator=rng), torch.randn(T // S, generator=rng)
-    rest = old, advantages, torch.full((T // S,), 1 / T), torch.arange(0, T + 1, S, dtype=torch.int32)
+    old, advantages = torch.randn(T, generator=rng), torch.randn(T // S, generator=rng).repeat_interleave(S)
+    rest = old, advantages, torch.full((T,), 1 / T), torch.arange(0, T + 1, S, dtype=torch.int32)
     return [x.to(device) for x in rest]
 
 
 def ours_grpo(case: Case, device: torch.device, impl: str | None) -> Callable:
-    batch = grpo_batch(case, device)
-    return lambda logp: grpo_loss(logp, *batch, impl=impl)[0][None]
+    old, advantages, weights, offsets = grpo_batch(case, device)
+    return lambda logp: policy_loss(logp, old, None, advantages, weights, offsets, impl=impl)[0][None]
 
 
 def grpo_peers(case: Case, device: torch.device) -> Peers:
-    old, advantages, weights, offsets = grpo_batch(case, device)
-    sequence = torch.arange(len(advantages), device=device).repeat_interleave(offsets.diff().long())
+    old, advantages, weights, _ = grpo_batch(case, device)
 
     def formula(logp):
-        a, ratio = advantages[sequence], (logp - old).exp()
-        return -(torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a) * weights[sequence]).sum(0, keepdim=True)
+        ratio = (logp - old).exp()
+        gain = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+        return -(gain * weights).sum(0, keepdim=True)
 
     peers = with_compiled({"eager": formula}, case, device)
     return peers | {"Liger": "left out: its GRPO loss starts from hidden states, see linear_logprob"}
 
 
 def grpo_cost(case: Case, mode: str) -> tuple[float, float]:
-    return 0, (12 if mode == "forward" else 8) * case.shape["T"]
+    """Forward reads logp, old, advantages and weights and writes the gradient; backward scales that."""
+    return 0, (20 if mode == "forward" else 8) * case.shape["T"]
 
 
 # ---- all of them ----

@@ -66,6 +66,11 @@ SWEEPS = {
 }
 
 
+def module_of(op: str):
+    """The file of an op's kernels, which has its functions of block sizes."""
+    return importlib.import_module(f"r1zero.kernels.{'mlp' if op == 'swiglu' else op}")
+
+
 def cases_of(op: str, head_dims: list[int]) -> tuple[Case, ...]:
     if op == "attention":
         return tuple(attention_case(TOKENS // 4096, 4096, 2048 // D, 2048 // D, D) for D in head_dims)
@@ -149,7 +154,7 @@ def words(config: Config) -> str:
 def tune(op_name: str, case: Case, sweep: Sweep, dtype: torch.dtype, timer: Timer, jobs: int) -> dict:
     """Sweep one case; prints its table."""
     op, arch = OPS[op_name], dispatch.arch_of(timer.device)
-    module = importlib.import_module(f"r1zero.kernels.{op_name}")
+    module = module_of(op_name)
     inputs, upstream, truth = posed(op, case, timer.device, dtype)
     ours = op.ours(case, timer.device, None)
 

@@ -1,35 +1,50 @@
 """Causal attention over flat tokens, each sequence for itself   (FlashAttention: Dao et al. 2022, arXiv
 2205.14135; Dao 2023, arXiv 2307.08691; the online softmax: Milakov & Gimelshein 2018, arXiv 1805.02867)
 
-    s = scale q k^T  (bent to softcap tanh(s / softcap) where asked)
+    s = scale q k^T          (softcapped, where asked: s = softcap tanh(s / softcap))
     P = exp(s - L),  L = log sum exp s,  o = P v
 Gradient, with delta = rowsum(do * o) - dL:
-    ds = P (do v^T - delta)  (times 1 - (s / softcap)^2 where bent)
+    ds = P (do v^T - delta)  (softcapped: times 1 - (s / softcap)^2)
     dq = scale ds k          dk = scale ds^T q          dv = P^T do
 
 Query i of a sequence with Sq queries and Sk keys sees the keys j with 0 <= i + Sk - Sq - j (< window): the
 last query stands at the last key, as in training (Sq = Sk) and against a cache (Sq < Sk).
 
 FLOPs: 2 H D S^2 forward (causal), 2.5 times that backward; least bytes in 16 bit: 2 T D (2 H + 2 G) + 4 T H.
-Forward walks over blocks of keys with a running maximum and sum in base 2, and skips what no row of the block
-sees. Backward is two kernels, one that owns blocks of keys (dk, dv, all query heads of the group) and one
-that owns blocks of queries (dq), so nothing is added up by atomics and every run gives the same bits.
+
+Who owns what, in one sequence and head (rows are queries, columns keys, # scores that are seen):
+
+              keys ->                           forward, dq: a program owns BLOCK_M queries (a row of
+    queries   # . . .   tiles right of the      tiles) and walks over the keys, left to right
+       |      # # . .   diagonal are skipped;   dk, dv: a program owns BLOCK_N keys (a column of tiles)
+       v      # # # .   those on it are         and walks over the queries, top to bottom, of all query
+              # # # #   masked                  heads of its kv head
+
+So nothing is added up by atomics, and every run gives the same bits. The price is that backward computes
+the scores twice, 7 products where 5 would do. Forward keeps a running maximum m_i, a running sum l_i and
+an accumulator acc per query, as the papers do, in base 2.
 
 Shapes: T tokens, H query heads, G kv heads, D head_dim, N sequences.
 """
 
 import torch
+from torch.nn.functional import embedding
 
 from . import dispatch, reference
-from .cpu import attention as cpu_packed_attention
-from .dispatch import check_tensors, tl, triton, use_triton
+from .cpu import attention as cpu_attention
+from .cpu import compile as loops
+from .dispatch import Backend, check_tensors, choose, serves_all, tl, triton, triton_refuses
+from .rope import rope
 
 MAX_HEAD_DIM = 256
 
 
+# ---- forward kernels
+
+
 @triton.jit
 def _load(base, offsets, rows_ok, d_ok, MASK_ROWS: tl.constexpr, MASK_D: tl.constexpr):
-    """A tile of 32-bit offsets from a 64-bit base, with no more masks than are needed; zeros outside."""
+    """A tile of 32-bit offsets from a 64-bit base, with no more masks than needed; zeros outside."""
     if MASK_ROWS and MASK_D:
         return tl.load(base + offsets, rows_ok & d_ok, other=0.0)
     elif MASK_ROWS:
@@ -48,7 +63,7 @@ def _sequence(cu_seqlens, n):
 
 @triton.jit
 def _tanh(x):
-    # e^2x in base 2; right at both ends, where it is 0 or inf
+    # from e^2x, in base 2; right at both ends too, where that is 0 or inf
     return 1 - 2 / (tl.exp2(x * 2.8853900817779268) + 1)
 
 
@@ -65,7 +80,7 @@ def _scores(
     WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Scores in base 2 [rows, keys], -inf where a row does not see a key; `rows` are places in the keys."""
+    """Scores in base 2, -inf where a row does not see a key. `rows`: each query's position in the keys."""
     s = tl.dot(q, k_t, input_precision="ieee") * scale
     if SOFTCAP:
         s = softcap * _tanh(s / softcap)
@@ -76,67 +91,6 @@ def _scores(
             seen = seen & (keys > rows - window)
         s = tl.where(seen, s, float("-inf"))
     return s
-
-
-@triton.jit
-def _fwd_blocks(
-    acc,
-    peak,
-    total,
-    q,
-    k_GD,
-    v_GD,
-    stride_kt,
-    stride_vt,
-    k_len,
-    lo,
-    hi,
-    rows,
-    d,
-    scale,
-    softcap,
-    window,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Take in the keys from lo to hi, in blocks; MASKED where a row may not see all of a block."""
-    in_block = tl.arange(0, BLOCK_N)
-    k_places = in_block[None, :] * stride_kt + d[:, None]
-    v_places = in_block[:, None] * stride_vt + d[None, :]
-    for start in range(lo, hi, BLOCK_N):
-        n, start_64 = start + in_block, tl.cast(start, tl.int64)
-        k_t = _load(
-            k_GD + start_64 * stride_kt,
-            k_places,
-            (n < k_len)[None, :],
-            (d < D)[:, None],
-            MASKED,
-            D < BLOCK_D,
-        )
-        s = _scores(
-            q, k_t, scale, softcap, rows[:, None], n[None, :], window, SOFTCAP, WINDOW, MASKED
-        )
-        new_peak = tl.maximum(peak, tl.max(s, 1))
-        # a row that has seen nothing yet: exp2(-inf - 0) is 0, exp2(-inf - -inf) would be NaN
-        finite_peak = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
-        p = tl.exp2(s - finite_peak[:, None])
-        rescale = tl.exp2(peak - finite_peak)
-        total = total * rescale + tl.sum(p, 1)
-        v = _load(
-            v_GD + start_64 * stride_vt,
-            v_places,
-            (n < k_len)[:, None],
-            (d < D)[None, :],
-            MASKED,
-            D < BLOCK_D,
-        )
-        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
-        peak = new_peak
-    return acc, peak, total
 
 
 @triton.jit(do_not_specialize=["m_blocks", "Tq", "window"])
@@ -169,84 +123,94 @@ def attention_fwd_kernel(
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    n, h = tl.program_id(0) // m_blocks, tl.program_id(1).to(tl.int64)
+    """Program (n m_blocks + block, h): BLOCK_M queries of sequence n and head h, against all their keys."""
+    n = tl.program_id(0) // m_blocks
+    h = tl.program_id(1).to(tl.int64)
     first = (m_blocks - 1 - tl.program_id(0) % m_blocks) * BLOCK_M  # the longest rows first
     q_start, q_len = _sequence(cu_q, n)
     k_start, k_len = _sequence(cu_k, n)
     if first < q_len:
-        m, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+        # -- load this program's queries; they stay on the chip --
+        m = first + tl.arange(0, BLOCK_M)
+        d = tl.arange(0, BLOCK_D)
         in_q = (m < q_len)[:, None] & (d < D)[None, :]
         tokens = (q_start + m)[:, None]
         q = tl.load(q_THD + tokens * stride_qt + h * stride_qh + d[None, :], in_q, other=0.0)
         k_GD = k_TGD + k_start * stride_kt + (h // GROUP) * stride_kh
         v_GD = v_TGD + k_start * stride_vt + (h // GROUP) * stride_vh
 
+        # -- which keys: those before seen_by_all need no mask, none behind seen_by_any counts --
         shift = k_len - q_len
         rows = m + shift
         seen_by_all = tl.maximum(first + shift + 1, 0) // BLOCK_N * BLOCK_N
         seen_by_any = tl.minimum(first + BLOCK_M + shift, k_len)
         if WINDOW:  # all blocks are masked
             seen_by_all = tl.maximum(first + shift - window + 1, 0) // BLOCK_N * BLOCK_N
+
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        if not WINDOW:
-            acc, peak, total = _fwd_blocks(
-                acc,
-                peak,
-                total,
-                q,
-                k_GD,
-                v_GD,
-                stride_kt,
-                stride_vt,
-                k_len,
-                0,
-                seen_by_all,
-                rows,
-                d,
-                scale,
-                softcap,
-                window,
-                D,
-                BLOCK_N,
-                BLOCK_D,
-                SOFTCAP,
-                WINDOW,
-                False,
-            )
-        acc, peak, total = _fwd_blocks(
-            acc,
-            peak,
-            total,
-            q,
-            k_GD,
-            v_GD,
-            stride_kt,
-            stride_vt,
-            k_len,
-            seen_by_all,
-            seen_by_any,
-            rows,
-            d,
-            scale,
-            softcap,
-            window,
-            D,
-            BLOCK_N,
-            BLOCK_D,
-            SOFTCAP,
-            WINDOW,
-            True,
-        )
-        out = acc / tl.where(total > 0, total, 1.0)[:, None]
-        tl.store(
-            out_THD + tokens * stride_ot + h * stride_oh + d[None, :],
-            out.to(out_THD.dtype.element_ty),
-            in_q,
-        )
-        lse = (peak + tl.log2(total)) * 0.6931471805599453
-        tl.store(lse_HT + h * Tq + q_start + m, tl.where(total > 0, lse, float("-inf")), m < q_len)
+        m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        l_i = tl.zeros((BLOCK_M,), tl.float32)
+        in_block = tl.arange(0, BLOCK_N)
+        k_offsets = in_block[None, :] * stride_kt + d[:, None]
+        v_offsets = in_block[:, None] * stride_vt + d[None, :]
+        d_ok = d < D
+        # the same loop twice: first over whole blocks without a mask, then over the rest with one
+        for MASKED in tl.static_range(1 if WINDOW else 0, 2):
+            lo = seen_by_all if MASKED else 0
+            hi = seen_by_any if MASKED else seen_by_all
+            for start in range(lo, hi, BLOCK_N):
+                keys = start + in_block
+                start_64 = tl.cast(start, tl.int64)
+                keys_ok = keys < k_len
+                # -- compute s = q k^T --
+                k_t = _load(
+                    k_GD + start_64 * stride_kt,
+                    k_offsets,
+                    keys_ok[None, :],
+                    d_ok[:, None],
+                    MASKED,
+                    D < BLOCK_D,
+                )
+                s = _scores(
+                    q,
+                    k_t,
+                    scale,
+                    softcap,
+                    rows[:, None],
+                    keys[None, :],
+                    window,
+                    SOFTCAP,
+                    WINDOW,
+                    MASKED,
+                )
+                # -- update the running maximum m_i and sum l_i --
+                m_new = tl.maximum(m_i, tl.max(s, 1))
+                # a row that saw nothing yet: exp2(-inf - 0) is 0, exp2(-inf - -inf) would be NaN
+                m_finite = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
+                p = tl.exp2(s - m_finite[:, None])
+                alpha = tl.exp2(m_i - m_finite)
+                l_i = l_i * alpha + tl.sum(p, 1)
+                # -- update the output: acc = acc alpha + p v --
+                v = _load(
+                    v_GD + start_64 * stride_vt,
+                    v_offsets,
+                    keys_ok[:, None],
+                    d_ok[None, :],
+                    MASKED,
+                    D < BLOCK_D,
+                )
+                acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+                m_i = m_new
+
+        # -- o = acc / l_i, and L = m_i + log l_i; a row that sees no key gives 0 and -inf --
+        out = acc / tl.where(l_i > 0, l_i, 1.0)[:, None]
+        out_ptrs = out_THD + tokens * stride_ot + h * stride_oh + d[None, :]
+        tl.store(out_ptrs, out.to(out_THD.dtype.element_ty), in_q)
+        lse = (m_i + tl.log2(l_i)) * 0.6931471805599453
+        tl.store(lse_HT + h * Tq + q_start + m, tl.where(l_i > 0, lse, float("-inf")), m < q_len)
+
+
+# ---- backward kernels
 
 
 @triton.jit(do_not_specialize=["Tq"])
@@ -265,14 +229,15 @@ def attention_bwd_delta_kernel(
     BLOCK_D: tl.constexpr,
     DLSE: tl.constexpr,
 ):
-    """delta = rowsum(do * o) - dL"""
+    """Program (block, h): delta = rowsum(do * o) - dL of BLOCK_M tokens, which dk, dv and dq all need."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    h, d = tl.program_id(1).to(tl.int64), tl.arange(0, BLOCK_D)
+    h = tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
     inside = (t < Tq)[:, None] & (d < D)[None, :]
-    dout = tl.load(
-        dout_THD + t[:, None] * stride_dot + h * stride_doh + d[None, :], inside, other=0.0
-    )
-    out = tl.load(out_THD + t[:, None] * stride_ot + h * stride_oh + d[None, :], inside, other=0.0)
+    dout_ptrs = dout_THD + t[:, None] * stride_dot + h * stride_doh + d[None, :]
+    out_ptrs = out_THD + t[:, None] * stride_ot + h * stride_oh + d[None, :]
+    dout = tl.load(dout_ptrs, inside, other=0.0)
+    out = tl.load(out_ptrs, inside, other=0.0)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     if DLSE:
         delta -= tl.load(dlse_HT + h * Tq + t, t < Tq, other=0.0)
@@ -287,8 +252,8 @@ def _p_and_ds(s, dp, lse, delta, softcap, SOFTCAP: tl.constexpr):
     p = tl.where(seen, tl.exp2(s - lse * 1.4426950408889634), 0.0)
     ds = p * (dp - delta)
     if SOFTCAP:
-        bent = tl.where(seen, s / (softcap * 1.4426950408889634), 0.0)
-        ds = ds * (1 - bent * bent)
+        tanh = tl.where(seen, s / (softcap * 1.4426950408889634), 0.0)
+        ds = ds * (1 - tanh * tanh)
     return p, ds
 
 
@@ -327,48 +292,54 @@ def attention_bwd_dkdv_kernel(
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    n, g = tl.program_id(0) // n_blocks, tl.program_id(1).to(tl.int64)
+    """Program (n n_blocks + block, g): dk and dv of BLOCK_N keys of sequence n and kv head g.
+
+    All products are transposed, keys by queries, so that none of their results is: compilers up to Triton
+    3.7 get a transposed result as an operand wrong on sm_90.
+    """
+    n = tl.program_id(0) // n_blocks
+    g = tl.program_id(1).to(tl.int64)
     first = (tl.program_id(0) % n_blocks) * BLOCK_N  # the first keys have the most queries
     q_start, q_len = _sequence(cu_q, n)
     k_start, k_len = _sequence(cu_k, n)
     if first < k_len:
-        keys, d = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+        # -- load this program's keys and values; they stay on the chip --
+        keys = first + tl.arange(0, BLOCK_N)
+        d = tl.arange(0, BLOCK_D)
         inside = (keys < k_len)[:, None] & (d < D)[None, :]
         tokens = (k_start + keys)[:, None]
         k = tl.load(k_TGD + tokens * stride_kt + g * stride_kh + d[None, :], inside, other=0.0)
         v = tl.load(v_TGD + tokens * stride_vt + g * stride_vh + d[None, :], inside, other=0.0)
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+
+        # -- which queries: from the first that sees any of these keys to the last --
         shift = k_len - q_len
-        lo = (
-            tl.maximum(first - shift, 0) // BLOCK_M * BLOCK_M
-        )  # the first row that sees any of these keys
+        lo = tl.maximum(first - shift, 0) // BLOCK_M * BLOCK_M
         hi = tl.minimum(q_len, first + BLOCK_N - 1 + window - shift) if WINDOW else q_len
-        in_block, in_d = tl.arange(0, BLOCK_M), (d < D)[None, :]
-        q_places = in_block[:, None] * stride_qt + d[None, :]
-        dout_places = in_block[:, None] * stride_dot + d[None, :]
+        in_block = tl.arange(0, BLOCK_M)
+        d_ok = (d < D)[None, :]
+        q_offsets = in_block[:, None] * stride_qt + d[None, :]
+        dout_offsets = in_block[:, None] * stride_dot + d[None, :]
         for r in range(GROUP):
             h = g * GROUP + r
             q_HD = q_THD + q_start * stride_qt + h * stride_qh
             dout_HD = dout_THD + q_start * stride_dot + h * stride_doh
-            lse_T, delta_T = lse_HT + h * Tq + q_start, delta_HT + h * Tq + q_start
+            lse_T = lse_HT + h * Tq + q_start
+            delta_T = delta_HT + h * Tq + q_start
             for start in range(lo, hi, BLOCK_M):
-                m, start_64 = start + in_block, tl.cast(start, tl.int64)
-                in_m, rows = m < q_len, m + shift
+                m = start + in_block
+                start_64 = tl.cast(start, tl.int64)
+                m_ok = m < q_len
+                rows = m + shift
                 # rows behind the end are zeros, with do = delta = 0: P is finite, and they add nothing
-                q = _load(
-                    q_HD + start_64 * stride_qt, q_places, in_m[:, None], in_d, True, D < BLOCK_D
-                )
-                dout = _load(
-                    dout_HD + start_64 * stride_dot,
-                    dout_places,
-                    in_m[:, None],
-                    in_d,
-                    True,
-                    D < BLOCK_D,
-                )
-                lse = tl.load(lse_T + m, in_m, other=0.0)
-                delta = tl.load(delta_T + m, in_m, other=0.0)
+                q_ptrs = q_HD + start_64 * stride_qt
+                dout_ptrs = dout_HD + start_64 * stride_dot
+                q = _load(q_ptrs, q_offsets, m_ok[:, None], d_ok, True, D < BLOCK_D)
+                dout = _load(dout_ptrs, dout_offsets, m_ok[:, None], d_ok, True, D < BLOCK_D)
+                lse = tl.load(lse_T + m, m_ok, other=0.0)
+                delta = tl.load(delta_T + m, m_ok, other=0.0)
+                # -- recompute s^T = k q^T and P^T; ds^T from dP^T = v do^T --
                 s_t = _scores(
                     k,
                     tl.trans(q),
@@ -383,11 +354,12 @@ def attention_bwd_dkdv_kernel(
                 )
                 dp_t = tl.dot(v, tl.trans(dout), input_precision="ieee")
                 p_t, ds_t = _p_and_ds(s_t, dp_t, lse[None, :], delta[None, :], softcap, SOFTCAP)
+                # -- dv += P^T do, dk += ds^T q --
                 dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision="ieee")
                 dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision="ieee")
-        place = tokens * stride_dkt + g * stride_dkh + d[None, :]
-        tl.store(dk_TGD + place, (dk * scale).to(dk_TGD.dtype.element_ty), inside)
-        tl.store(dv_TGD + place, dv.to(dv_TGD.dtype.element_ty), inside)
+        offsets = tokens * stride_dkt + g * stride_dkh + d[None, :]
+        tl.store(dk_TGD + offsets, (dk * scale).to(dk_TGD.dtype.element_ty), inside)
+        tl.store(dv_TGD + offsets, dv.to(dv_TGD.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=["m_blocks", "Tq", "window"])
@@ -424,47 +396,57 @@ def attention_bwd_dq_kernel(
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    n, h = tl.program_id(0) // m_blocks, tl.program_id(1).to(tl.int64)
+    """Program (n m_blocks + block, h): dq of BLOCK_M queries of sequence n and head h."""
+    n = tl.program_id(0) // m_blocks
+    h = tl.program_id(1).to(tl.int64)
     first = (m_blocks - 1 - tl.program_id(0) % m_blocks) * BLOCK_M
     q_start, q_len = _sequence(cu_q, n)
     k_start, k_len = _sequence(cu_k, n)
     if first < q_len:
-        m, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-        in_m = m < q_len
-        inside = in_m[:, None] & (d < D)[None, :]
+        # -- load this program's queries, do, L and delta; they stay on the chip --
+        m = first + tl.arange(0, BLOCK_M)
+        d = tl.arange(0, BLOCK_D)
+        m_ok = m < q_len
+        inside = m_ok[:, None] & (d < D)[None, :]
         tokens = (q_start + m)[:, None]
-        q = tl.load(q_THD + tokens * stride_qt + h * stride_qh + d[None, :], inside, other=0.0)
-        dout = tl.load(
-            dout_THD + tokens * stride_dot + h * stride_doh + d[None, :], inside, other=0.0
-        )
-        lse = tl.load(lse_HT + h * Tq + q_start + m, in_m, other=0.0)
-        delta = tl.load(delta_HT + h * Tq + q_start + m, in_m, other=0.0)
+        q_ptrs = q_THD + tokens * stride_qt + h * stride_qh + d[None, :]
+        dout_ptrs = dout_THD + tokens * stride_dot + h * stride_doh + d[None, :]
+        q = tl.load(q_ptrs, inside, other=0.0)
+        dout = tl.load(dout_ptrs, inside, other=0.0)
+        lse = tl.load(lse_HT + h * Tq + q_start + m, m_ok, other=0.0)
+        delta = tl.load(delta_HT + h * Tq + q_start + m, m_ok, other=0.0)
         k_GD = k_TGD + k_start * stride_kt + (h // GROUP) * stride_kh
         v_GD = v_TGD + k_start * stride_vt + (h // GROUP) * stride_vh
+
+        # -- which keys --
         shift = k_len - q_len
         rows = m + shift
         lo = tl.maximum(first + shift - window + 1, 0) // BLOCK_N * BLOCK_N if WINDOW else 0
         seen_by_any = tl.minimum(first + BLOCK_M + shift, k_len)
-        in_block, in_d = tl.arange(0, BLOCK_N), (d < D)[:, None]
-        k_places = in_block[None, :] * stride_kt + d[:, None]
-        v_places = in_block[None, :] * stride_vt + d[:, None]
+        in_block = tl.arange(0, BLOCK_N)
+        d_ok = (d < D)[:, None]
+        k_offsets = in_block[None, :] * stride_kt + d[:, None]
+        v_offsets = in_block[None, :] * stride_vt + d[:, None]
         dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for start in range(lo, seen_by_any, BLOCK_N):
-            keys, start_64 = start + in_block, tl.cast(start, tl.int64)
-            in_n = (keys < k_len)[None, :]
-            k_t = _load(k_GD + start_64 * stride_kt, k_places, in_n, in_d, True, D < BLOCK_D)
-            v_t = _load(v_GD + start_64 * stride_vt, v_places, in_n, in_d, True, D < BLOCK_D)
+            keys = start + in_block
+            start_64 = tl.cast(start, tl.int64)
+            keys_ok = (keys < k_len)[None, :]
+            k_t = _load(k_GD + start_64 * stride_kt, k_offsets, keys_ok, d_ok, True, D < BLOCK_D)
+            v_t = _load(v_GD + start_64 * stride_vt, v_offsets, keys_ok, d_ok, True, D < BLOCK_D)
+            # -- recompute s = q k^T and P; ds from dP = do v^T --
             s = _scores(
                 q, k_t, scale, softcap, rows[:, None], keys[None, :], window, SOFTCAP, WINDOW, True
             )
             dp = tl.dot(dout, v_t, input_precision="ieee")
             _, ds = _p_and_ds(s, dp, lse[:, None], delta[:, None], softcap, SOFTCAP)
+            # -- dq += ds k --
             dq = tl.dot(ds.to(k_t.dtype), tl.trans(k_t), dq, input_precision="ieee")
-        tl.store(
-            dq_THD + tokens * stride_dqt + h * stride_dqh + d[None, :],
-            (dq * scale).to(dq_THD.dtype.element_ty),
-            inside,
-        )
+        dq_ptrs = dq_THD + tokens * stride_dqt + h * stride_dqh + d[None, :]
+        tl.store(dq_ptrs, (dq * scale).to(dq_THD.dtype.element_ty), inside)
+
+
+# ---- block sizes
 
 
 # (rows of queries, keys, warps, stages) by kernel and architecture, then by head_dim up to 32, 64, 128, 256:
@@ -488,17 +470,22 @@ BLOCKS = {
 def attention_config(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, max_q: int) -> dict:
     """Block sizes of "fwd", "dkdv" or "dq".
 
-    Few queries, against a cache, take the fewest rows that the matrix units know; fp32 goes without them.
+    A few queries against a cache take the fewest rows that the matrix units know. fp32 does not use them.
     """
     family = {90: "hopper", 100: "blackwell", 103: "blackwell"}.get(arch, "ampere")
     size = 0 if head_dim <= 32 else 1 if head_dim <= 64 else 2 if head_dim <= 128 else 3
     m, n, warps, stages = BLOCKS[kernel, "fp32" if dtype == torch.float32 else family][size]
-    few = max_q <= 16 and kernel != "dkdv" and dtype != torch.float32
-    if few:
+    few_queries = max_q <= 16 and kernel != "dkdv" and dtype != torch.float32
+    if few_queries:
         m, n, warps, stages = 16, min(n, 32), 4, min(stages, 2)
     config = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-    # or else the assembler spills some registers of so small a program, to run more of them at a time
-    return {**config, "maxnreg": 255} if few or dtype == torch.float32 else config
+    if few_queries or dtype == torch.float32:
+        # without this the assembler spills registers, so as to run more of these small programs at once
+        config["maxnreg"] = 255
+    return config
+
+
+# ---- launchers
 
 
 def _constants(q: torch.Tensor, k: torch.Tensor, window: int, softcap: float) -> dict:
@@ -510,6 +497,11 @@ def _constants(q: torch.Tensor, k: torch.Tensor, window: int, softcap: float) ->
         "SOFTCAP": softcap > 0,
         "WINDOW": window >= 0,
     }
+
+
+def _strides(*tensors: torch.Tensor) -> list[int]:
+    """Of each [T, heads, D], the strides from token to token and from head to head."""
+    return [stride for x in tensors for stride in x.stride()[:2]]
 
 
 def attention_fwd(
@@ -525,7 +517,8 @@ def attention_fwd(
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the forward pass: (out [Tq, H, D], lse [H, Tq] fp32). No window is -1, no softcap 0."""
-    (Tq, H, D), N = q.shape, cu_q.shape[0] - 1
+    Tq, H, D = q.shape
+    N = cu_q.shape[0] - 1
     out = torch.empty((Tq, H, D), dtype=q.dtype, device=q.device)
     lse = q.new_empty((H, Tq), dtype=torch.float32)
     config = attention_config("fwd", D, q.dtype, dispatch.arch_of(q.device), max_q)
@@ -539,14 +532,7 @@ def attention_fwd(
             lse,
             cu_q,
             cu_k,
-            q.stride(0),
-            q.stride(1),
-            k.stride(0),
-            k.stride(1),
-            v.stride(0),
-            v.stride(1),
-            out.stride(0),
-            out.stride(1),
+            *_strides(q, k, v, out),
             m_blocks,
             Tq,
             scale,
@@ -575,19 +561,15 @@ def attention_bwd(
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the backward pass: (dq, dk, dv), contiguous."""
-    (Tq, H, D), (Tk, G, _), N = q.shape, k.shape, cu_q.shape[0] - 1
+    Tq, H, D = q.shape
+    Tk, G, _ = k.shape
+    N = cu_q.shape[0] - 1
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    arch, constants = dispatch.arch_of(q.device), _constants(q, k, window, softcap)
-    strides = (
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        dout.stride(0),
-        dout.stride(1),
-    )
+    arch = dispatch.arch_of(q.device)
+    constants = _constants(q, k, window, softcap)
+    strides = _strides(q, k, v, dout)
+
+    # 1. delta of each query
     delta = torch.empty_like(lse)
     if Tq > 0:
         attention_bwd_delta_kernel[(triton.cdiv(Tq, 32), H)](
@@ -596,15 +578,14 @@ def attention_bwd(
             lse if dlse is None else dlse,
             delta,
             Tq,
-            dout.stride(0),
-            dout.stride(1),
-            out.stride(0),
-            out.stride(1),
+            *_strides(dout, out),
             D=D,
             BLOCK_M=32,
             BLOCK_D=constants["BLOCK_D"],
             DLSE=dlse is not None,
         )
+
+    # 2. dk and dv, by programs that own keys
     config = attention_config("dkdv", D, q.dtype, arch, max_q)
     n_blocks = triton.cdiv(max_k, config["BLOCK_N"])
     if Tk > 0 and n_blocks > 0:
@@ -620,8 +601,7 @@ def attention_bwd(
             cu_q,
             cu_k,
             *strides,
-            dk.stride(0),
-            dk.stride(1),
+            *_strides(dk),
             n_blocks,
             Tq,
             scale,
@@ -630,6 +610,8 @@ def attention_bwd(
             **constants,
             **config,
         )
+
+    # 3. dq, by programs that own queries
     config = attention_config("dq", D, q.dtype, arch, max_q)
     m_blocks = triton.cdiv(max_q, config["BLOCK_M"])
     if Tq > 0 and m_blocks > 0:
@@ -644,8 +626,7 @@ def attention_bwd(
             cu_q,
             cu_k,
             *strides,
-            dq.stride(0),
-            dq.stride(1),
+            *_strides(dq),
             m_blocks,
             Tq,
             scale,
@@ -657,36 +638,77 @@ def attention_bwd(
     return dq, dk, dv
 
 
-_fwd_op = torch.library.custom_op("r1zero::attention_fwd", attention_fwd, mutates_args=())
-_bwd_op = torch.library.custom_op("r1zero::attention_bwd", attention_bwd, mutates_args=())
+# ---- PyTorch's operators
 
 
-@_fwd_op.register_fake
-def _(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap):
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(
-        q.shape[1::-1], dtype=torch.float32
-    )
+attention_fwd_op = torch.library.custom_op("r1zero::attention_fwd", attention_fwd, mutates_args=())
+attention_bwd_op = torch.library.custom_op("r1zero::attention_bwd", attention_bwd, mutates_args=())
 
 
-@_bwd_op.register_fake
-def _(dout, q, k, v, *_):
+@attention_fwd_op.register_fake
+def attention_fwd_fake(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap):
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return out, q.new_empty(q.shape[1::-1], dtype=torch.float32)
+
+
+@attention_bwd_op.register_fake
+def attention_bwd_fake(dout, q, k, v, *_):
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
 
 
-def _setup_context(ctx, inputs, output):
+def keep_for_backward(ctx, inputs, output):
     q, k, v, cu_q, cu_k, *ctx.args = inputs
     ctx.save_for_backward(q, k, v, *output, cu_q, cu_k)
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # a gradient that nobody asked for is None, and costs nothing
 
 
-def _backward(ctx, dout, dlse):
+def backward(ctx, dout, dlse):
     q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    return *_bwd_op(dout, q, k, v, out, lse, dlse, cu_q, cu_k, *ctx.args), *[None] * 7
+    gradients = attention_bwd_op(dout, q, k, v, out, lse, dlse, cu_q, cu_k, *ctx.args)
+    return *gradients, *[None] * 7
 
 
-_fwd_op.register_autograd(_backward, setup_context=_setup_context)
+attention_fwd_op.register_autograd(backward, setup_context=keep_for_backward)
+
+
+# ---- the public functions
+
+
+def triton_attention(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap, return_lse):
+    window = -1 if window is None else window
+    out, lse = attention_fwd_op(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap or 0.0)
+    return (out, lse.T) if return_lse else out
+
+
+def loops_attention(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap, return_lse):
+    return cpu_attention.attention(q, k, v, cu_q, cu_k, scale, return_lse)
+
+
+def loops_refuse(
+    q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap, return_lse
+) -> str | None:
+    reason = loops.refuses(q, k, v)
+    if reason is not None:
+        return reason
+    if q.shape[2] % loops.TILE_COLUMNS == 0 and window is None and softcap is None:
+        return None
+    return (
+        f"head_dim is {q.shape[2]}, window {window}, softcap {softcap}; the compiled loops take a head_dim "
+        "that is a multiple of 16, no window and no softcap"
+    )
+
+
+def reference_attention(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap, return_lse):
+    return reference.attention(q, k, v, cu_q, cu_k, scale, window, softcap, return_lse)
+
+
+ATTENTION = (
+    Backend("triton", triton_attention, triton_refuses),
+    Backend("cpu", loops_attention, loops_refuse),
+    Backend("reference", reference_attention, serves_all),
+)
 
 
 def attention(
@@ -720,27 +742,92 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if cu_seqlens_k is None:
         cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen
-    if not use_triton(impl, q, loops=True):
-        if cpu_packed_attention.fits(impl, q, k, v, window, softcap):
-            return cpu_packed_attention.attention(
-                q, k, v, cu_seqlens, cu_seqlens_k, scale, return_lse
-            )
-        return reference.attention(
-            q, k, v, cu_seqlens, cu_seqlens_k, scale, window, softcap, return_lse
-        )
-    out, lse = _fwd_op(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        cu_seqlens_k,
-        max_seqlen,
-        max_seqlen_k,
-        scale,
-        -1 if window is None else window,
-        softcap or 0.0,
+    lengths = (cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k)
+    args = (q, k, v, *lengths, scale, window, softcap, return_lse)
+    return choose("attention", ATTENTION, impl, *args)(*args)
+
+
+def rope_attention_in_steps(
+    qkv, cos, sin, cu_seqlens, max_seqlen, n_kv_heads, keys, cu_keys, max_keys, impl
+):
+    """RoPE, then attention; each of them is served by `impl`, or chooses for itself."""
+    H = qkv.shape[1] - 2 * n_kv_heads
+    qk, v = qkv.split([H + n_kv_heads, n_kv_heads], dim=1)
+    q, k = rope(qk, cos, sin, impl).split([H, n_kv_heads], dim=1)
+    if keys is not None:
+        k, v = gather_keys(k, v, keys)
+    return attention(
+        q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k=cu_keys, max_seqlen_k=max_keys, impl=impl
     )
-    return (out, lse.T) if return_lse else out
+
+
+def gather_keys(
+    k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [T, G, D] of the tokens `keys` [K], two of [K, G, D].
+
+    It is an embedding for the sake of its gradient: what several sequences read is added up in a fixed
+    order, and on a CPU not token by token, as index_select does.
+    """
+    kv = torch.cat([k, v], dim=1)
+    return embedding(keys, kv.flatten(1)).view(-1, *kv.shape[1:]).chunk(2, dim=1)
+
+
+def rope_attention_in_one_loop(
+    qkv, cos, sin, cu_seqlens, max_seqlen, n_kv_heads, keys, cu_keys, max_keys, impl
+):
+    cu_keys = cu_seqlens if keys is None else cu_keys
+    return cpu_attention.attention_of_heads(qkv, cos, sin, cu_seqlens, cu_keys, keys, n_kv_heads)
+
+
+def one_loop_refuses(qkv, cos, sin, *_) -> str | None:
+    reason = loops.refuses(qkv, cos, sin)
+    if reason is None and qkv.shape[2] % loops.TILE_COLUMNS:
+        reason = f"head_dim is {qkv.shape[2]}; the compiled loops take a multiple of 16"
+    return reason
+
+
+ROPE_ATTENTION = (
+    Backend("triton", rope_attention_in_steps, triton_refuses),
+    Backend("cpu", rope_attention_in_one_loop, one_loop_refuses),
+    Backend("reference", rope_attention_in_steps, serves_all),
+)
+
+
+def rope_attention(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    n_kv_heads: int,
+    *,
+    keys: torch.Tensor | None = None,
+    cu_keys: torch.Tensor | None = None,
+    max_keys: int | None = None,
+    impl: str | None = None,
+) -> torch.Tensor:
+    """RoPE of queries and keys, then causal attention within each sequence, from the projected heads.
+
+    qkv: [T, H + 2 G, D], the H query heads, then G = n_kv_heads heads of keys, then as many of values;
+    cos, sin: [T, D / 2], see rope_table; cu_seqlens, max_seqlen: as in `attention`.
+    Sequences may share a prefix, of which each key and value is computed once: keys [K] int64 then names,
+    sequence after sequence, the tokens that it reads, its own last; cu_keys [N + 1] int32 says where each
+    sequence's keys begin, and max_keys how many one has at most.
+    Returns [T, H, D] in qkv's dtype, differentiable in qkv. impl: "triton", "cpu" (one compiled loop),
+    "reference", or None to choose. Raises ValueError for shapes that do not fit together.
+    """
+    if qkv.ndim != 3 or n_kv_heads < 1 or (qkv.shape[1] - 2 * n_kv_heads) % n_kv_heads:
+        raise ValueError(
+            f"rope_attention: qkv is {tuple(qkv.shape)} with n_kv_heads {n_kv_heads}; expected "
+            "[T, H + 2 G, D] with H a multiple of G"
+        )
+    if not (keys is None) == (cu_keys is None) == (max_keys is None):
+        raise ValueError(
+            "rope_attention: give keys, cu_keys and max_keys together, or none of them"
+        )
+    args = (qkv, cos, sin, cu_seqlens, max_seqlen, n_kv_heads, keys, cu_keys, max_keys)
+    return choose("rope_attention", ROPE_ATTENTION, impl, *args)(*args, impl)
 
 
 def _check(q, k, v, cu_q, max_q, cu_k, max_k, scale, window, softcap):

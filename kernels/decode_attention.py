@@ -18,7 +18,7 @@ Shapes: B rows, H query heads, G kv heads, R = H / G, D head_dim, P pages, W pag
 import torch
 
 from . import reference
-from .dispatch import check_tensors, tl, triton, use_triton
+from .dispatch import Backend, check_tensors, choose, serves_all, tl, triton, triton_refuses
 
 MAX_HEAD_DIM = 256
 SPLIT = 256  # places a program takes
@@ -188,6 +188,12 @@ def decode_attention_fwd(
     return out
 
 
+DECODE_ATTENTION = (
+    Backend("triton", decode_attention_fwd, triton_refuses),
+    Backend("reference", reference.decode_attention, serves_all),
+)
+
+
 def decode_attention(
     q: torch.Tensor,
     k_pages: torch.Tensor,
@@ -237,6 +243,5 @@ def decode_attention(
     if scale is not None and not scale > 0:
         raise ValueError(f"decode_attention: scale is {scale}, expected a positive number or None")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not use_triton(impl, q):
-        return reference.decode_attention(q, k_pages, v_pages, table, lengths, scale)
-    return decode_attention_fwd(q, k_pages, v_pages, table, lengths, scale)
+    args = (q, k_pages, v_pages, table, lengths, scale)
+    return choose("decode_attention", DECODE_ATTENTION, impl, *args)(*args)

@@ -1,13 +1,18 @@
-"""Which implementation of an op runs, and the checks that every op makes of what it is given.
+"""Which back end runs an op, and the checks that every op makes of its input.
 
-Triton serves CUDA tensors, compiled loops fp32 tensors on a CPU (kernels/cpu.py, for the ops that have them),
-the reference all others; `impl="triton"`, "cpu" or "reference" forces one. With TRITON_INTERPRET=1, Triton's
-own variable, Triton serves CPU tensors too. Where Triton is not installed, the op files still import, with
-stand-ins for `triton` and `tl`.
+Each op file holds one table of back ends, in the order in which they are tried: Triton kernels for CUDA
+tensors, compiled loops for float32 tensors on a CPU, plain PyTorch for everything. `choose` takes the
+first one that serves the arguments, or the one that `impl=` names; each can say in words why it does not.
+
+With TRITON_INTERPRET=1, a variable that Triton itself reads when it is imported, the kernels run on CPU
+tensors, slowly, for tests. Where Triton is not installed the op files still import, with stand-ins for
+`triton` and `tl`.
 """
 
 import os
 import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -36,47 +41,107 @@ else:
     HAS_TRITON = True
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OLDEST_ARCH = 80  # the kernels are written for, and compiled ahead of time for, sm_80 and later
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+# ---- the choice
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an op. `run` and `refuses` take the op's arguments, in the order of its table."""
+
+    name: str  # "triton", "cpu" or "reference"
+    run: Callable
+    refuses: Callable[..., str | None]  # None: it serves these arguments; else why it does not
+
+
+def choose(op: str, backends: Sequence[Backend], impl: str | None, *args) -> Callable:
+    """The `run` of the first back end that serves `args`, or of the one that `impl` names.
+
+    args: the op's arguments, its main tensor first. Warns once where a CUDA tensor has to do without
+    Triton. Raises ValueError for an `impl` that does not exist, or with the reason why it cannot serve.
+    """
+    if impl is not None:
+        return _named(op, backends, impl, args).run
+    for backend in backends:
+        reason = backend.refuses(*args)
+        if reason is None:
+            return backend.run
+        if backend.name == "triton" and (args[0].is_cuda or INTERPRETING):
+            warn_once(f"{reason}: the slower plain torch reference runs instead")
+    raise ValueError(f"{op}: no back end serves these arguments; the last one says: {reason}")
+
+
+def _named(op: str, backends: Sequence[Backend], impl: str, args: tuple) -> Backend:
+    for backend in backends:
+        if backend.name == impl:
+            break
+    else:
+        known = ", ".join(f'"{backend.name}"' for backend in backends)
+        raise ValueError(f"{op}: impl is {impl!r}; expected {known} or None (choose by device)")
+    reason = backend.refuses(*args)
+    if reason is not None:
+        raise ValueError(
+            f'{op}: impl is "{impl}", but {reason}; expected impl=None or "reference" here'
+        )
+    return backend
+
+
+def serves_all(*_) -> None:
+    """What the reference says to any arguments: it refuses none."""
+
+
+def triton_refuses(x: torch.Tensor, *_) -> str | None:
+    """Why the Triton kernels do not serve `x`, or None."""
+    return why_not_triton(x.dtype, x.device.type, arch_of(x.device))
+
+
+def why_not_triton(
+    dtype: torch.dtype,
+    device: str,
+    arch: int,
+    installed: bool = HAS_TRITON,
+    interpreting: bool = INTERPRETING,
+) -> str | None:
+    """Why Triton does not serve tensors of `dtype` on a `device` of compute capability `arch`, or None.
+
+    installed, interpreting: whether Triton is there, and whether its interpreter runs the kernels.
+    """
+    if not installed:
+        return "Triton is not installed (pip install triton)"
+    if dtype not in TRITON_DTYPES:
+        return f"the Triton kernels take float32, float16 and bfloat16, not {dtype}"
+    if interpreting:
+        wrong = dtype == torch.bfloat16
+        return "Triton's interpreter is wrong for bfloat16" if wrong else None
+    if device != "cuda":
+        return f"Triton serves CUDA tensors (and CPU tensors with TRITON_INTERPRET=1), not {device}"
+    if arch < OLDEST_ARCH:
+        return f"the Triton kernels need sm_{OLDEST_ARCH} or later, and this GPU is sm_{arch}"
+    return None
 
 
 @cache
 def warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
+    warnings.warn(message, stacklevel=4)
 
 
-def use_triton(impl: str | None, x: torch.Tensor, loops: bool = False) -> bool:
-    """Whether Triton serves `x`. loops: the op has compiled loops, too (kernels/cpu.py). Raises ValueError
-    for an `impl` that does not exist or cannot serve it."""
-    names = ["triton", *["cpu"] * loops, "reference"]
-    if impl not in (None, *names):
-        listed = ", ".join(f'"{name}"' for name in names)
-        raise ValueError(f"impl is {impl!r}; expected {listed} or None (choose by device)")
-    if impl in ("cpu", "reference"):
-        return False
-    reason = None
-    if not HAS_TRITON:
-        reason = "Triton is not installed (pip install triton)"
-    elif x.dtype not in TRITON_DTYPES:
-        reason = f"the Triton kernels take float32, float16 and bfloat16, not {x.dtype}"
-    elif interpreting() and x.dtype == torch.bfloat16:
-        reason = "Triton's interpreter is wrong for bfloat16"
-    elif not x.is_cuda and not interpreting():
-        reason = f"Triton serves CUDA tensors (and CPU tensors with TRITON_INTERPRET=1), not {x.device.type}"
-    if reason is None:
-        return True
-    if impl == "triton":
-        raise ValueError(f'impl is "triton", but {reason}; expected impl=None or "reference" here')
-    if x.is_cuda or interpreting():
-        warn_once(f"{reason}: the slower plain torch reference runs instead")
-    return False
+def arch_of(device: torch.device) -> int:
+    """Compute capability as one number, 90 for an H100 or H200; 80 where the interpreter runs."""
+    if device.type != "cuda":
+        return 80
+    chip = torch.cuda.get_device_properties(device)
+    return 10 * chip.major + chip.minor
+
+
+# ---- what is checked of every op's input
 
 
 def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
     """Raise ValueError unless all tensors that are given lie on one device, in a floating dtype, with a
-    contiguous last dimension."""
+    contiguous last dimension. None is skipped."""
     first = None
     for name, x in tensors.items():
         if x is None:
@@ -94,11 +159,3 @@ def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
                 f"{op}: the last dimension of {name} has stride {x.stride(-1)}, expected 1; "
                 f"pass {name}.contiguous()"
             )
-
-
-def arch_of(device: torch.device) -> int:
-    """Compute capability as one number, 90 for an H100 or H200; 80 where the interpreter runs."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor

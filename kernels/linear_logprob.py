@@ -30,9 +30,9 @@ import numpy as np
 import torch
 
 from . import dispatch, reference
+from .cpu import compile as loops
 from .cpu import elementwise as cpu
-from .cpu.compile import serves
-from .dispatch import check_tensors, tl, triton, use_triton
+from .dispatch import Backend, check_tensors, choose, serves_all, tl, triton, triton_refuses
 
 SLICE = 4096  # columns of dlogits that exist at one time; all of BLOCK_V divide it
 LOG2_E = 1.4426950408889634
@@ -494,6 +494,23 @@ def backward(ctx, dlogp, dentropy, _):
 logprob_fwd_op.register_autograd(backward, setup_context=keep_for_backward)
 
 
+def triton_linear_logprob(h, weight, targets, temperature, rows, softcap):
+    targets = targets.contiguous()
+    logp, entropy, _ = logprob_fwd_op(h, weight, targets, rows, temperature, softcap or 0.0)
+    return logp, entropy
+
+
+def loops_refuse(h, weight, *_) -> str | None:
+    return loops.refuses(h, weight)
+
+
+LINEAR_LOGPROB = (
+    Backend("triton", triton_linear_logprob, triton_refuses),
+    Backend("cpu", cpu.linear_logprob, loops_refuse),
+    Backend("reference", reference.linear_logprob, serves_all),
+)
+
+
 def check_targets(targets: torch.Tensor | np.ndarray, vocab_size: int) -> None:
     """Raise ValueError, with the place, for a target outside [0, vocab_size). For the host, before a batch is
     sent to the device, where a wrong one would read another's memory."""
@@ -555,9 +572,5 @@ def linear_logprob(
         raise ValueError(
             f"linear_logprob: softcap is {softcap}, expected a number above 0, or None"
         )
-    if use_triton(impl, h, loops=True):
-        return logprob_fwd_op(
-            h, weight, targets.contiguous(), rows, float(temperature), softcap or 0.0
-        )[:2]
-    served_by = cpu if serves(impl, h, weight) else reference
-    return served_by.linear_logprob(h, weight, targets, temperature, rows, softcap)
+    args = (h, weight, targets, float(temperature), rows, softcap)
+    return choose("linear_logprob", LINEAR_LOGPROB, impl, *args)(*args)

@@ -6,8 +6,8 @@ Shapes: N sequences, T flat tokens, S padded length, H query heads, G kv heads, 
 V vocabulary.
 """
 
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -304,11 +304,25 @@ def decode_attention(
     return out.masked_fill((lengths == 0)[:, None, None, None], 0.0).reshape(B, H, D).to(q.dtype)
 
 
-def take_in(
+# ---- log-probs, one slice of the vocabulary at a time
+
+
+class LogprobSteps(NamedTuple):
+    """What LinearLogprob does with a slice of logits, between its matrix products."""
+
+    accumulate: Callable
+    dlogits_of_exps: Callable
+    dlogits_of_logits: Callable
+
+
+def accumulate(
     logits: torch.Tensor, peak: torch.Tensor, total: torch.Tensor, weighted: torch.Tensor
 ) -> torch.Tensor:
-    """One more slice of logits [T, slice] into a row's running maximum, sum exp(x) and sum exp(x) x, each
-    [T], with x = l - maximum. Returns exp(x), in the memory of the logits or not."""
+    """Accumulate one more slice of logits l [T, slice] into each row's statistics, in place.
+
+    These are, all [T], the maximum so far, and with x = l - maximum the sum of e^x and of e^x x. Returns
+    e^x [T, slice], in the memory of the logits or not.
+    """
     new_peak = torch.maximum(peak, logits.amax(-1))
     moved = peak - new_peak
     rescale = moved.exp()
@@ -319,38 +333,58 @@ def take_in(
     return exps
 
 
-def dlogits_of_exps(exps, total, dlogp, targets, start: int) -> torch.Tensor:
-    """dlogp (1 at the target - p) [T, slice] with p = exp(x) / total, in the memory of exp(x), for the slice
-    from column `start` on."""
-    return add_at_targets(exps.mul_((-dlogp / total)[:, None]), dlogp, targets, start)
+def dlogits_of_exps(
+    exps: torch.Tensor,
+    total: torch.Tensor,
+    dlogp: torch.Tensor,
+    targets: torch.Tensor,
+    start: int,
+) -> torch.Tensor:
+    """dlogp (1[target] - p) of the slice [T, slice] from column `start`, in the memory of exps = total p."""
+    dlogits = exps.mul_((-dlogp / total)[:, None])
+    return add_at_targets(dlogits, dlogp, targets, start)
 
 
-def dlogits_of_logits(logits, lse, entropy, dlogp, dentropy, targets, start: int) -> torch.Tensor:
-    """dlogp (1 at the target - p) - dentropy p (log p + H), in the memory of the logits; dentropy may be
-    None."""
+def dlogits_of_logits(
+    logits: torch.Tensor,
+    lse: torch.Tensor,
+    entropy: torch.Tensor,
+    dlogp: torch.Tensor,
+    dentropy: torch.Tensor | None,
+    targets: torch.Tensor,
+    start: int,
+) -> torch.Tensor:
+    """dlogp (1[target] - p) - dentropy p (log p + H) of a slice, in the memory of its logits."""
     log_p = logits.sub_(lse[:, None])
     if dentropy is None:
         dlogits = log_p.exp_().mul_(-dlogp[:, None])
     else:
         p = log_p.exp()
-        dlogits = (
-            log_p.add_(entropy[:, None]).mul_(dentropy[:, None]).add_(dlogp[:, None]).mul_(p).neg_()
-        )
+        dlogits = log_p.add_(entropy[:, None]).mul_(dentropy[:, None])
+        dlogits = dlogits.add_(dlogp[:, None]).mul_(p).neg_()
     return add_at_targets(dlogits, dlogp, targets, start)
 
 
-def add_at_targets(dlogits, dlogp, targets, start: int) -> torch.Tensor:
+def add_at_targets(
+    dlogits: torch.Tensor, dlogp: torch.Tensor, targets: torch.Tensor, start: int
+) -> torch.Tensor:
+    """Add dlogp [T] at each row's target, where that is in the slice from column `start`."""
     here = (targets >= start) & (targets < start + dlogits.shape[1])
-    dlogits[torch.arange(len(targets), device=dlogits.device)[here], targets[here] - start] += (
-        dlogp[here]
-    )
+    rows = torch.arange(len(targets), device=dlogits.device)[here]
+    dlogits[rows, targets[here] - start] += dlogp[here]
     return dlogits
 
 
+PLAIN_STEPS = LogprobSteps(accumulate, dlogits_of_exps, dlogits_of_logits)
+
+
 class LinearLogprob(torch.autograd.Function):
-    """kernels/linear_logprob.py has the maths; here one slice of V at a time. Backward computes each slice of
-    logits anew but the last, whose exponentials are kept: at most two exist at one time, and a vocabulary of
-    one slice is computed only once. `steps` has the three functions above, or the loops that do the same."""
+    """One slice of the vocabulary at a time; kernels/linear_logprob.py has the maths.
+
+    Backward computes each slice of logits again, but not the last, whose exponentials are kept. So at most
+    two slices exist at one time, and a vocabulary of one slice is computed only once. `steps`: the three
+    functions above, or compiled loops that do the same.
+    """
 
     @staticmethod
     def logits(h, w, cap):
@@ -361,29 +395,25 @@ class LinearLogprob(torch.autograd.Function):
     def forward(ctx, h_TM, w_VM, targets_T, temperature, rows, softcap, steps):
         h = wide(h_TM if rows is None else h_TM.index_select(0, rows)) / temperature
         cap = None if softcap is None else softcap / temperature
-        T = h.shape[0]
+        T, V = len(h), len(w_VM)
+
+        # statistics of each row, over all slices
         peak = h.new_full((T,), torch.finfo(h.dtype).min)
         total, weighted = h.new_zeros(T), h.new_zeros(T)
         exps = None
-        for start in range(0, w_VM.shape[0], VOCAB_SLICE):
-            exps = steps.take_in(
-                LinearLogprob.logits(h, w_VM[start : start + VOCAB_SLICE], cap),
-                peak,
-                total,
-                weighted,
-            )
+        for start in range(0, V, VOCAB_SLICE):
+            logits = LinearLogprob.logits(h, w_VM[start : start + VOCAB_SLICE], cap)
+            exps = steps.accumulate(logits, peak, total, weighted)
         lse = peak + total.log()
-        entropy = (
-            total.log() - weighted / total
-        )  # no difference of large numbers, and never below 0
+        entropy = total.log() - weighted / total  # no difference of large numbers, never below 0
+
         chosen = torch.linalg.vecdot(h, w_VM[targets_T].to(h.dtype))
-        chosen = chosen if cap is None else cap * torch.tanh(chosen / cap)
+        if cap is not None:
+            chosen = cap * torch.tanh(chosen / cap)
         ctx.save_for_backward(h_TM, w_VM, targets_T, rows, lse, entropy, total)
         ctx.temperature, ctx.cap, ctx.steps = temperature, cap, steps
         ctx.exps = exps if cap is None else None  # the first backward uses their memory up
-        ctx.set_materialize_grads(
-            False
-        )  # a gradient that nobody asked for is None, and costs nothing
+        ctx.set_materialize_grads(False)  # a gradient that nobody asked for is None
         return chosen - lse, entropy
 
     @staticmethod
@@ -393,54 +423,50 @@ class LinearLogprob(torch.autograd.Function):
         last_exps, ctx.exps = ctx.exps, None
         dlogp = torch.zeros_like(lse) if dlogp is None else dlogp
         h = wide(h_TM if rows is None else h_TM.index_select(0, rows)) / ctx.temperature
+        V = len(w_VM)
         dh = torch.zeros_like(h) if ctx.needs_input_grad[0] else None
         dw = torch.empty_like(w_VM) if ctx.needs_input_grad[1] else None
-        for start in range(0, w_VM.shape[0], VOCAB_SLICE):
-            w, bend = w_VM[start : start + VOCAB_SLICE].to(h.dtype), None
-            if dentropy is None and last_exps is not None and start + VOCAB_SLICE >= w_VM.shape[0]:
+        for start in range(0, V, VOCAB_SLICE):
+            w = w_VM[start : start + VOCAB_SLICE].to(h.dtype)
+            # dl, the gradient of this slice's logits
+            is_last = start + VOCAB_SLICE >= V
+            if is_last and last_exps is not None and dentropy is None:
                 dlogits = ctx.steps.dlogits_of_exps(last_exps, total, dlogp, targets_T, start)
             else:
                 logits = LinearLogprob.logits(h, w, ctx.cap)
-                bend = None if ctx.cap is None else 1 - (logits / ctx.cap).square()
+                slope = None if ctx.cap is None else 1 - (logits / ctx.cap).square()
                 dlogits = ctx.steps.dlogits_of_logits(
                     logits, lse, entropy, dlogp, dentropy, targets_T, start
                 )
-            if bend is not None:
-                dlogits.mul_(bend)
+                if slope is not None:
+                    dlogits.mul_(slope)
+            # dh += dl w, and this slice of dw = dl^T h
             if dh is not None:
                 dh.addmm_(dlogits, w)
             if dw is not None:
                 dw[start : start + VOCAB_SLICE] = (dlogits.T @ h).to(dw.dtype)
-        dh = None if dh is None else (dh / ctx.temperature).to(h_TM.dtype)
-        dh = dh if dh is None or rows is None else put_rows(dh, rows, len(h_TM))
+        if dh is not None:
+            dh = (dh / ctx.temperature).to(h_TM.dtype)
+            dh = dh if rows is None else put_rows(dh, rows, len(h_TM))
         return dh, dw, None, None, None, None, None
 
 
 def linear_logprob(h, weight, targets, temperature: float, rows=None, softcap: float | None = None):
-    """(logp, entropy); see kernels/linear_logprob.py."""
-    return LinearLogprob.apply(
-        h, weight, targets, temperature, rows, softcap, sys.modules[__name__]
-    )
+    """(logp [T], entropy [T]) of the targets; see kernels/linear_logprob.py."""
+    return LinearLogprob.apply(h, weight, targets, temperature, rows, softcap, PLAIN_STEPS)
 
 
-EQUAL_REWARDS = (
-    1e-6  # a group that spans less, or this share, has no signal: 0.1 * 3 and 0.3 are the same
-)
+# ---- GRPO and its family; kernels/grpo.py has the maths
 
 
-MAX_LOG_RATIO = (
-    20.0  # log-ratios are cut off here, gradient 0 beyond: exp() of them can not overflow
-)
-
-
-GRPO_OBJECTIVES = ("clip", "cispo", "gspo", "reinforce")
-
-
-GRPO_KL_ESTIMATORS = ("k1", "k2", "k3")
-
-
-# loss and kl_loss are weighted; the others are sums over the live tokens, how many there are is "tokens"
-GRPO_METRICS = (
+# a group whose rewards span less than this, or this share of the largest, has no signal: 0.1 * 3 is not 0.3
+EQUAL_REWARDS = 1e-6
+# log-ratios are cut off here, with gradient 0 beyond, so that exp() of them cannot overflow
+MAX_LOG_RATIO = 20.0
+OBJECTIVES = ("clip", "cispo", "gspo", "reinforce")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+# loss and kl_loss are weighted sums; the others are plain sums over the live tokens, counted by "tokens"
+POLICY_METRICS = (
     "loss",
     "tokens",
     "clipped_low",
@@ -455,92 +481,118 @@ GRPO_METRICS = (
 
 
 def segment_sum(x: torch.Tensor, segment: torch.Tensor, n: int) -> torch.Tensor:
+    """[n] the sum of the x of each segment; segment: [len(x)], which one each x belongs to."""
     return x.new_zeros(n).index_add_(0, segment, x)
 
 
 def grpo_advantages(rewards_N: torch.Tensor, offsets_G: torch.Tensor, normalise_std: bool = True):
-    """(advantages [N], dead [G]); kernels/grpo.py has the maths."""
-    r, sizes = wide(rewards_N), offsets_G.diff().long()
-    group, n = (
-        torch.arange(len(sizes), device=r.device).repeat_interleave(sizes),
-        sizes.clamp(min=1),
-    )
-    low, high = (
-        r.new_zeros(len(sizes)).scatter_reduce(0, group, r, which, include_self=False)
-        for which in ("amin", "amax")
-    )
-    dead = high - low < EQUAL_REWARDS * torch.maximum(low.abs(), high.abs()).clamp(min=1)
-    r = r - low[group]  # differences do not cancel
-    centred = r - (segment_sum(r, group, len(sizes)) / n)[group]
-    std = (segment_sum(centred.square(), group, len(sizes)) / n).sqrt()
-    advantages = centred / std.masked_fill(dead, 1.0)[group] if normalise_std else centred
+    """(advantages [N], dead [G]): A = (r - mean) / std of the group (DeepSeekMath, eq. 3)."""
+    r = wide(rewards_N)
+    sizes = offsets_G.diff().long()
+    G, n = len(sizes), sizes.clamp(min=1)
+    group = torch.arange(G, device=r.device).repeat_interleave(sizes)
+
+    # a group whose rewards are all the same, but for rounding, teaches nothing
+    low = r.new_zeros(G).scatter_reduce(0, group, r, "amin", include_self=False)
+    high = r.new_zeros(G).scatter_reduce(0, group, r, "amax", include_self=False)
+    largest = torch.maximum(low.abs(), high.abs())
+    dead = high - low < EQUAL_REWARDS * largest.clamp(min=1)
+
+    # r - mean, in differences to the lowest reward, so that nothing cancels
+    r = r - low[group]
+    mean = segment_sum(r, group, G) / n
+    advantages = r - mean[group]
+    if normalise_std:
+        std = (segment_sum(advantages.square(), group, G) / n).sqrt()
+        advantages = advantages / std.masked_fill(dead, 1.0)[group]
     return advantages.masked_fill(dead[group], 0.0), dead.to(r.dtype)
 
 
-def grpo_loss(
-    logp,
-    old_logp,
-    advantages,
-    weights,
-    offsets,
-    ref_logp,
-    clip_low,
-    clip_high,
-    kl_coef,
-    objective,
-    kl_estimator,
-):
-    """(loss, metrics); kernels/grpo.py has the maths, kernels.grpo.grpo_loss the shapes."""
+def cut_off(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x within +-MAX_LOG_RATIO, with gradient 0 beyond; which were outside). A NaN keeps its gradient."""
+    outside = x.detach().abs() > MAX_LOG_RATIO
+    clamped = x.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return torch.where(outside, clamped, x), outside
+
+
+def kl_of_tokens(d: torch.Tensor, estimator: str) -> torch.Tensor:
+    """k1, k2 or k3 of each token, from d = ref_logp - logp (Schulman 2020, "Approximating KL")."""
+    if estimator == "k1":
+        return -d
+    if estimator == "k2":
+        return d * d / 2
+    return d.exp() - d - 1
+
+
+def policy_loss(
+    logp: torch.Tensor,
+    old_logp: torch.Tensor,
+    ref_logp: torch.Tensor | None,
+    advantages: torch.Tensor,
+    weights: torch.Tensor,
+    offsets: torch.Tensor,
+    clip_low: float,
+    clip_high: float,
+    kl_coef: float,
+    objective: str,
+    kl_estimator: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss, metrics); kernels/grpo.py has the maths and the shapes, all [R] but offsets [N + 1]."""
+    # 1. Only live tokens count: the others may hold anything, NaN too, and never reach exp().
     sizes = offsets.diff().long()
-    sequence = torch.arange(len(sizes), device=logp.device).repeat_interleave(sizes)
-    per_token = advantages.shape != weights.shape
-    live = (weights != 0) & ((advantages != 0) if ref_logp is None and not per_token else True)
-    tokens = live[sequence].nonzero().flatten()  # the others never reach exp()
-    sequence, logp, old_logp = sequence[tokens], wide(logp[tokens]), wide(old_logp[tokens])
-    a = advantages.to(logp.dtype)[tokens if per_token else sequence]
-    w = weights.to(logp.dtype)[sequence]
+    N = len(sizes)
+    sequence = torch.arange(N, device=logp.device).repeat_interleave(sizes)
+    live = weights[: len(sequence)] != 0
+    if ref_logp is None:
+        live = live & (advantages[: len(sequence)] != 0)
+    tokens = live.nonzero().flatten()
+    logp, old_logp = wide(logp[tokens]), wide(old_logp[tokens])
+    a, w = advantages[tokens].to(logp.dtype), weights[tokens].to(logp.dtype)
+
+    # 2. How much likelier each token has become since it was sampled: r = e^x.
     x = logp - old_logp
-    if objective == "gspo":  # the sequence's mean; each token has the gradient of the whole
-        x = (segment_sum(x, sequence, len(sizes)) / sizes.clamp(min=1))[sequence]
-    cut = x.detach().abs() > MAX_LOG_RATIO
-    x = torch.where(
-        cut, x.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), x
-    )  # a NaN keeps its gradient, NaN
+    if objective == "gspo":  # the mean over the sequence; each token has the gradient of the whole
+        sequence = sequence[tokens]
+        n_live = torch.bincount(sequence, minlength=N)
+        x = (segment_sum(x, sequence, N) / n_live.clamp(min=1))[sequence]
+    x, outside = cut_off(x)
     ratio = x.exp()
     clipped = ratio.detach().clamp(1 - clip_low, 1 + clip_high)
+
+    # 3. The objective J of each token, and which tokens the clip holds back.
+    too_low, too_high = ratio < 1 - clip_low, ratio > 1 + clip_high
     if (
         objective == "reinforce"
     ):  # no ratio in it: nothing to clip, and no gradient to lose to the cut
-        gain, low, high = a * logp, torch.zeros_like(cut), torch.zeros_like(cut)
+        gain = a * logp
+        too_low, too_high = torch.zeros_like(outside), torch.zeros_like(outside)
     elif objective == "cispo":
-        gain = clipped * a * torch.where(cut, logp.detach(), logp)
-        low, high = ratio < 1 - clip_low, ratio > 1 + clip_high
-    else:
-        # the pessimist's choice for either sign of A: for A < 0 the gradient stays above 1 + clip_high
+        gain = clipped * a * torch.where(outside, logp.detach(), logp)
+    else:  # the smaller one for either sign of A: for A < 0 the gradient stays above 1 + clip_high
         gain = torch.where(ratio * a > clipped * a, clipped * a, ratio * a)
-        low, high = (ratio < 1 - clip_low) & (a < 0), (ratio > 1 + clip_high) & (a > 0)
-    loss, kl = -(gain * w).sum(), logp.new_zeros(())
+        too_low, too_high = too_low & (a < 0), too_high & (a > 0)
+    loss = -(gain * w).sum()
+
+    # 4. The KL to the reference.
+    kl = logp.new_zeros(())
     if ref_logp is not None:
-        d = wide(ref_logp[tokens]) - logp
-        d_cut = d.detach().abs() > MAX_LOG_RATIO
-        cut, d = cut | d_cut, torch.where(d_cut, d.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), d)
-        k = -d if kl_estimator == "k1" else d * d / 2 if kl_estimator == "k2" else d.exp() - d - 1
-        kl = (k * w).sum()
+        d, d_outside = cut_off(wide(ref_logp[tokens]) - logp)
+        outside = outside | d_outside
+        kl = (kl_of_tokens(d, kl_estimator) * w).sum()
         loss = loss + kl_coef * kl
+
+    # 5. What a log shows, in the order of POLICY_METRICS.
     with torch.no_grad():
-        n, largest = logp.new_tensor(len(tokens)), ratio.amax() if len(tokens) else loss
-        metrics = torch.stack(
-            [
-                loss,
-                n,
-                low.sum(),
-                high.sum(),
-                -x.sum(),
-                (ratio - 1 - x).sum(),
-                ratio.sum(),
-                largest,
-                cut.sum(),
-                kl,
-            ]
-        )
-    return loss, metrics
+        metrics = [
+            loss,
+            logp.new_tensor(len(tokens)),
+            too_low.sum(),
+            too_high.sum(),
+            -x.sum(),
+            (ratio - 1 - x).sum(),
+            ratio.sum(),
+            ratio.amax() if len(tokens) else loss,
+            outside.sum(),
+            kl,
+        ]
+        return loss, torch.stack(metrics)

@@ -17,9 +17,9 @@ Shapes: T tokens, H heads (1 without), R = T H rows, M features of a row, P prog
 import torch
 
 from . import dispatch, reference
+from .cpu import compile as loops
 from .cpu import elementwise as cpu
-from .cpu.compile import serves
-from .dispatch import check_tensors, tl, triton, use_triton
+from .dispatch import Backend, check_tensors, choose, serves_all, tl, triton, triton_refuses
 
 LARGEST_M = 16384  # a row lies in the registers of one program of forward
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # of A100, H100 and H200, B200
@@ -247,6 +247,29 @@ def backward(ctx, dy, dsum, _):
 rmsnorm_fwd_op.register_autograd(backward, setup_context=keep_for_backward)
 
 
+def triton_rmsnorm(x, weight, eps, residual):
+    y, total, _ = rmsnorm_fwd_op(x, weight, eps, residual)
+    return y if residual is None else (y, total)
+
+
+def kernel_refuses(x, weight, eps, residual) -> str | None:
+    reason = triton_refuses(x)
+    if reason is None and x.shape[-1] > LARGEST_M:
+        reason = f"the last dimension of x is {x.shape[-1]}, the Triton kernel takes {LARGEST_M}"
+    return reason
+
+
+def loops_refuse(x, weight, eps, residual) -> str | None:
+    return loops.refuses(x, weight)
+
+
+RMSNORM = (
+    Backend("triton", triton_rmsnorm, kernel_refuses),
+    Backend("cpu", cpu.rmsnorm, loops_refuse),
+    Backend("reference", reference.rmsnorm, serves_all),
+)
+
+
 def rmsnorm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -259,7 +282,7 @@ def rmsnorm(
     x: [..., M], any float dtype; weight: [M], any float dtype; residual: as x.
     Returns y [..., M] in x's dtype; with a residual the pair (y, x + residual). Sums are in fp32 at least.
     impl: "triton", "cpu", "reference", or None to choose by device.
-    Raises ValueError if weight or residual does not match x, and for M above 16,384 in Triton.
+    Raises ValueError if weight or residual does not match x. Triton takes M up to 16,384.
     """
     check_tensors("rmsnorm", x=x, weight=weight, residual=residual)
     if x.ndim == 0 or weight.shape != x.shape[-1:]:
@@ -272,12 +295,5 @@ def rmsnorm(
             f"rmsnorm: residual is {tuple(residual.shape)} in {residual.dtype}, but x is "
             f"{tuple(x.shape)} in {x.dtype}; expected the same"
         )
-    if not use_triton(impl, x, loops=True):
-        return (cpu if serves(impl, x, weight) else reference).rmsnorm(x, weight, eps, residual)
-    if x.shape[-1] > LARGEST_M:
-        raise ValueError(
-            f"rmsnorm: the last dimension of x is {x.shape[-1]}, the Triton kernel takes up to "
-            f'{LARGEST_M}; give impl="reference"'
-        )
-    y, total, _ = rmsnorm_fwd_op(x, weight, eps, residual)
-    return y if residual is None else (y, total)
+    args = (x, weight, eps, residual)
+    return choose("rmsnorm", RMSNORM, impl, *args)(*args)

@@ -15,13 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels.attention import attention
-from ..kernels.cpu import attention as cpu_packed_attention
-from ..kernels.cpu import mlp as cpu_mlp
+from ..kernels.attention import attention, rope_attention
 from ..kernels.decode_attention import decode_attention
-from ..kernels.dispatch import use_triton
 from ..kernels.linear_logprob import linear_logprob
-from ..kernels.mlp import swiglu
+from ..kernels.mlp import swiglu_mlp
 from ..kernels.rmsnorm import rmsnorm
 from ..kernels.rope import rope, rope_table
 from .config import ModelConfig
@@ -43,39 +40,6 @@ def turn(
     """All heads [T, H + 2 G, D] -> q [T, H, D], k and v [T, G, D], q and k turned by RoPE."""
     qk, v = qkv.split([c.n_heads + c.n_kv_heads, c.n_kv_heads], dim=1)
     return [*rope(qk, cos, sin).split([c.n_heads, c.n_kv_heads], dim=1), v]
-
-
-def read(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [T, G, D] of these tokens, [K, G, D]. An embedding, for its gradient: what many read is
-    added up in a fixed order (on a GPU in k's dtype where they are few), and on a CPU not token by token, as
-    that of index_select is."""
-    kv = torch.cat([k, v], dim=1)
-    return F.embedding(keys, kv.flatten(1)).view(-1, *kv.shape[1:]).chunk(2, dim=1)
-
-
-def attend_packed(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, packed: Packed, c: ModelConfig
-) -> torch.Tensor:
-    """Attention [T, H, D] within each sequence of the batch, and over its shared prefix."""
-    cu_keys = packed.cu_seqlens if packed.keys is None else packed.cu_keys
-    if not use_triton(None, qkv, loops=True) and cpu_packed_attention.fits(
-        None, qkv, cos, sin, None, None
-    ):
-        return cpu_packed_attention.attention_of_heads(
-            qkv, cos, sin, packed.cu_seqlens, cu_keys, packed.keys, c.n_kv_heads
-        )
-    q, k, v = turn(qkv, cos, sin, c)
-    if packed.keys is not None:
-        k, v = read(k, v, packed.keys)
-    return attention(
-        q,
-        k,
-        v,
-        packed.cu_seqlens,
-        packed.max_seqlen,
-        cu_seqlens_k=packed.cu_keys,
-        max_seqlen_k=packed.max_keys,
-    )
 
 
 class Attention(nn.Module):
@@ -110,9 +74,7 @@ class MLP(nn.Module):
         self.down = nn.Parameter(torch.empty(c.d_model, c.d_ff))
 
     def forward(self, x_TM):
-        if not use_triton(None, x_TM, loops=True) and cpu_mlp.fits(x_TM, self.gate_up, self.down):
-            return cpu_mlp.mlp(x_TM, self.gate_up, self.down)
-        return linear(swiglu(linear(x_TM, self.gate_up)), self.down)
+        return swiglu_mlp(x_TM, self.gate_up, self.down)
 
 
 class Block(nn.Module):
@@ -174,7 +136,17 @@ class Transformer(nn.Module):
         """Hidden states [T, M] after the final norm, in the compute dtype."""
 
         def attend(qkv, cos, sin):
-            return attend_packed(qkv, cos, sin, packed, self.config)
+            return rope_attention(
+                qkv,
+                cos,
+                sin,
+                packed.cu_seqlens,
+                packed.max_seqlen,
+                self.config.n_kv_heads,
+                keys=packed.keys,
+                cu_keys=packed.cu_keys,
+                max_keys=packed.max_keys,
+            )
 
         return self._run(packed.tokens, packed.positions, [attend] * self.config.n_layers)
 

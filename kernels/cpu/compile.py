@@ -108,22 +108,28 @@ ordered_part = register_jitable(fastmath=ORDERED, error_model="numpy")
 small_ordered_part = register_jitable(fastmath=ORDERED, error_model="numpy", forceinline=True)
 
 
+def refuses(*tensors: torch.Tensor | None) -> str | None:
+    """Why the loops do not run on these tensors, or None."""
+    if not HAS_NUMBA:
+        return "the compiled loops need float32 tensors on a CPU and Numba (missing: pip install numba)"
+    given = [x for x in tensors if x is not None]
+    if all(x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() for x in given):
+        return None
+    kinds = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device.type}" for x in given)
+    return (
+        "the compiled loops take float32 tensors on a CPU, none of them empty, and Numba (installed); "
+        f"got {kinds}"
+    )
+
+
 def serves(impl: str | None, *tensors: torch.Tensor | None) -> bool:
     """Whether the loops run on these tensors. Raises ValueError where `impl` says so and they cannot."""
     if impl == "reference":
         return False
-    given = [x for x in tensors if x is not None]
-    able = HAS_NUMBA and all(
-        x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() for x in given
-    )
-    if impl == "cpu" and not able:
-        kinds = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device.type}" for x in given)
-        raise ValueError(
-            f'impl is "cpu", but the compiled loops take float32 tensors on a CPU, none of them '
-            f"empty, and Numba ({'installed' if HAS_NUMBA else 'missing: pip install numba'}); "
-            f'got {kinds}; expected impl=None or "reference" here'
-        )
-    return able
+    reason = refuses(*tensors)
+    if impl == "cpu" and reason is not None:
+        raise ValueError(f'impl is "cpu", but {reason}; expected impl=None or "reference" here')
+    return reason is None
 
 
 def threads() -> None:

@@ -3,8 +3,6 @@
 Shapes: R rows, M features of a row, F d_ff, T tokens, H heads, D head_dim, V columns of logits.
 """
 
-import sys
-
 import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
@@ -352,7 +350,9 @@ def dlogits_of_logits(logits, lse, entropy, dlogp, dentropy, targets, start):
     return logits
 
 
+STEPS = reference.LogprobSteps(take_in, dlogits_of_exps, dlogits_of_logits)
+
+
 def linear_logprob(h, weight, targets, temperature: float, rows=None, softcap: float | None = None):
     """As kernels/linear_logprob.py has it: the reference, with these loops between its matrix products."""
-    steps = sys.modules[__name__]
-    return reference.LinearLogprob.apply(h, weight, targets, temperature, rows, softcap, steps)
+    return reference.LinearLogprob.apply(h, weight, targets, temperature, rows, softcap, STEPS)

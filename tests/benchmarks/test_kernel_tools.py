@@ -169,7 +169,7 @@ def test_tune_compiles_ahead_and_lists_what_cannot_run():
     def launch():
         with aot.chip(90):
             table = aot.empty(4, 32, dtype=torch.float32)
-            rope.rope_turn(aot.empty(4, 2, 64), table, table, False)
+            rope.rope_rotate(aot.empty(4, 2, 64), table, table, False)
 
     def under(config):
         return tune.overridden(rope, sweep, config)
@@ -177,15 +177,14 @@ def test_tune_compiles_ahead_and_lists_what_cannot_run():
     faults = tune.compile_ahead(90, sweep.configs(), under, launch, 1)
     found = {tune.words(config): fault for config, fault in faults.items()}
     assert set(found) == {"ROWS=4 num_warps=3", "ROWS=128 num_warps=1", "ROWS=128 num_warps=3"}
-    assert found["ROWS=128 num_warps=1"].startswith("rope_kernel: spills")
+    assert found["ROWS=128 num_warps=1"].startswith("rope_fwd_kernel: spills")
     assert found["ROWS=4 num_warps=3"].startswith("fails: AssertionError: num_warps must be a power of 2")
 
 
 def test_every_sweep_names_a_function_of_its_op_and_its_block_sizes():
     for op, sweeps in tune.SWEEPS.items():
-        module = __import__(f"r1zero.kernels.{op}", fromlist=[op])
         for sweep in sweeps:
-            assert callable(getattr(module, sweep.function))
+            assert callable(getattr(tune.module_of(op), sweep.function))
             assert {len(config) for config in sweep.configs()} == {len(sweep.grid)}
         assert tune.cases_of(op, [64, 128])
 

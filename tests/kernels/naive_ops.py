@@ -52,6 +52,16 @@ def naive_attention(q, k, v, lengths, scale=None, lengths_k=None, window=None, s
     return (torch.cat(outs), torch.cat(lses)) if lse else torch.cat(outs)
 
 
+def naive_decode_attention(q, keys, values, scale=None):
+    """[B, H, D] row by row, in the dtype of its inputs: one query of each row against its keys [n, G, D]."""
+    outs, R = [], q.shape[1] // keys[0].shape[1]
+    for q_row, k, v in zip(q, keys, values, strict=True):
+        k, v = k.repeat_interleave(R, 1), v.repeat_interleave(R, 1)
+        p = (torch.einsum("hd,nhd->hn", q_row, k) * (scale or q.shape[-1] ** -0.5)).softmax(-1)
+        outs.append(torch.einsum("hn,nhd->hd", p, v))
+    return torch.stack(outs)
+
+
 def naive_logprob(h, w, targets, temperature, softcap=None):
     logits = h @ w.T if softcap is None else softcap * torch.tanh(h @ w.T / softcap)
     log_p = (logits / temperature).log_softmax(-1)
@@ -93,23 +103,25 @@ def naive_advantages(rewards, sizes, normalise, tolerance=1e-6):
     return advantages, dead
 
 
-def naive_grpo(logp, old, ref, advantages, weights, sizes, objective, bound, clip_low, clip_high, kl_coef,
-               kl_estimator="k3"):
-    """One token at a time, in Python's floats: (gradient of each token's logp, metrics by name). advantages:
-    one a sequence, or where there are not as many as sequences, one a token."""
+def naive_policy_loss(logp, old, ref, advantages, weights, sizes, objective, bound, clip_low, clip_high, kl_coef,
+                      kl_estimator="k3"):
+    """One token at a time, in Python's floats, all of them lists with one number per token: (gradient of each
+    token's logp, metrics by name)."""
     grads, start = [], 0
     m = dict.fromkeys(("loss", "tokens", "clipped_low", "clipped_high", "k1", "k3", "ratio", "ratio_max",
                        "cut_off", "kl_loss"), 0.0)
-    per_token = len(advantages) != len(sizes)
-    for n, (w, size) in enumerate(zip(weights, sizes, strict=True)):
+    for size in sizes:
         tokens = range(start, start + size)
         start += size
-        if w == 0 or (not per_token and advantages[n] == 0 and ref is None):
-            grads += [0.0] * size
-            continue
+        live = [t for t in tokens if weights[t] != 0 and (advantages[t] != 0 or ref is not None)]
         for t in tokens:
-            a = advantages[t if per_token else n]
-            x = sum(logp[u] - old[u] for u in tokens) / size if objective == "gspo" else logp[t] - old[t]
+            if t not in live:
+                grads.append(0.0)
+                continue
+            a, w = advantages[t], weights[t]
+            x = logp[t] - old[t]
+            if objective == "gspo":
+                x = sum(logp[u] - old[u] for u in live) / len(live)
             d = 0.0 if ref is None else ref[t] - logp[t]
             x_cut, d_cut = abs(x) > bound, abs(d) > bound
             x, d = (min(max(y, -bound), bound) for y in (x, d))

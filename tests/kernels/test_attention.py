@@ -1,9 +1,12 @@
 """The reference of attention with all its options, and what the public function says of input that does not
 fit."""
+import numpy as np
 import pytest
 import torch
 
-from r1zero.kernels.attention import attention
+from r1zero.kernels.attention import attention, rope_attention
+from r1zero.kernels.rope import rope, rope_table
+from r1zero.model.packed import pack
 
 from .naive_ops import assert_close, cu, naive_attention, value_and_gradients
 
@@ -19,7 +22,7 @@ CASES = {
                                                                                            "softcap": 1.0},
                                      {"scale": 0.3}], ids=str)
 @pytest.mark.parametrize("lengths, lengths_k", CASES.values(), ids=CASES)
-def test_the_reference_with_all_its_options(lengths, lengths_k, options):
+def test_the_reference_is_the_formula_with_all_its_options(lengths, lengths_k, options):
     shapes = (sum(lengths), 6, 4), *[(sum(lengths_k or lengths), 2, 4)] * 2
     qkv = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     upstream = [torch.randn(sum(lengths), 6, 4).double(), torch.randn(sum(lengths), 6).double()]
@@ -86,6 +89,53 @@ def test_good_input_passes():
     ({"scale": -0.5}, "scale is -0.5"),
     ({"impl": "cuda"}, "impl is 'cuda'"),
 ], ids=str)
-def test_input_that_does_not_fit(wrong, message):
+def test_input_that_does_not_fit_is_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         call(**wrong)
+
+
+# ---- RoPE and attention in one call
+
+AFTER = [-1, -1, 0, 0, -1]  # the third and fourth sequences go on after the first
+STEPS = [9, 4, 3, 1, 12]
+
+
+def heads(H, G, D, dtype=torch.float64):
+    packed = pack([[1] * n for n in STEPS], after=np.array(AFTER))
+    return packed, torch.randn(sum(STEPS), H + 2 * G, D, dtype=dtype), rope_table(packed.positions, D, 1e3)
+
+
+def in_one_call(packed, cos, sin, G, **options):
+    shared = dict(keys=packed.keys, cu_keys=packed.cu_keys, max_keys=packed.max_keys)
+    return lambda qkv: rope_attention(qkv, cos, sin, packed.cu_seqlens, packed.max_seqlen, G, **shared, **options)
+
+
+@pytest.mark.parametrize("impl", [None, "reference"])
+@pytest.mark.parametrize("H, G, D", [(4, 2, 6), (3, 1, 16)])
+def test_rope_attention_is_rope_then_attention_over_shared_prefixes(H, G, D, impl):
+    packed, qkv, (cos, sin) = heads(H, G, D)
+    upstream = [torch.randn(len(qkv), H, D, dtype=torch.float64)]
+
+    def naive(qkv):
+        q, k = rope(qkv[:, : H + G], cos, sin).split([H, G], dim=1)
+        v = qkv[:, -G:]
+        return naive_attention(q, k[packed.keys], v[packed.keys], STEPS, lengths_k=packed.cu_keys.diff().tolist())
+
+    expected = value_and_gradients(naive, [qkv], upstream)
+    assert_close(value_and_gradients(in_one_call(packed, cos, sin, G, impl=impl), [qkv], upstream), expected, 1e-11)
+    got = value_and_gradients(in_one_call(packed, cos, sin, G, impl=impl), [qkv.float()], [upstream[0].float()])
+    assert got[0].dtype == torch.float32
+    assert_close(got, expected, 3e-6)
+
+
+def test_rope_attention_names_what_does_not_fit():
+    packed, qkv, (cos, sin) = heads(4, 2, 16, torch.float32)
+    assert in_one_call(packed, cos, sin, 2)(qkv).shape == (sum(STEPS), 4, 16)
+    for G, impl, message in ((3, None, "n_kv_heads 3; expected .*H a multiple of G"), (0, None, "n_kv_heads 0"),
+                             (2, "cuda", "rope_attention: impl is 'cuda'")):
+        with pytest.raises(ValueError, match=message):
+            in_one_call(packed, cos, sin, G, impl=impl)(qkv)
+    with pytest.raises(ValueError, match='impl is "cpu", but .*float32'):
+        in_one_call(packed, cos, sin, 2, impl="cpu")(qkv.double())
+    with pytest.raises(ValueError, match="give keys, cu_keys and max_keys together, or none of them"):
+        rope_attention(qkv, cos, sin, packed.cu_seqlens, 12, 2, keys=packed.keys)

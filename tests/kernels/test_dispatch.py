@@ -1,4 +1,4 @@
-"""Which implementation runs, what runs where Triton is missing, and what the element-wise ops refuse."""
+"""Which back end runs, what runs where Triton is missing, and what the element-wise ops refuse."""
 import os
 import re
 import subprocess
@@ -9,10 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from r1zero.kernels import dispatch
 from r1zero.kernels.cpu import compile as cpu
-from r1zero.kernels.dispatch import HAS_TRITON, arch_of, check_tensors, use_triton, warn_once
-from r1zero.kernels.mlp import swiglu
+from r1zero.kernels.dispatch import (
+    HAS_TRITON,
+    Backend,
+    arch_of,
+    check_tensors,
+    choose,
+    serves_all,
+    triton_refuses,
+    warn_once,
+    why_not_triton,
+)
+from r1zero.kernels.mlp import SWIGLU, swiglu, swiglu_mlp
 from r1zero.kernels.rmsnorm import rmsnorm
 from r1zero.kernels.rope import rope
 
@@ -29,13 +38,88 @@ def run_python(source: str, **env) -> str:
 
 # ---- the choice
 
-def test_a_cpu_tensor_is_served_by_the_reference_without_a_word(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+class OnCuda:
+    """Stands in for a CUDA tensor, of which only this much is asked."""
+
+    is_cuda = True
+
+
+def backends(triton=None, loops=None):
+    """A table of three, each of which says its name; the reasons why the first two refuse."""
+    return (Backend("triton", lambda *_: "triton", lambda *_: triton),
+            Backend("cpu", lambda *_: "cpu", lambda *_: loops),
+            Backend("reference", lambda *_: "reference", serves_all))
+
+
+def test_the_first_back_end_that_serves_is_taken():
+    x = torch.zeros(1)
+    assert choose("op", backends(), None, x)(x) == "triton"
+    assert choose("op", backends("not here"), None, x)(x) == "cpu"
+    assert choose("op", backends("not here", "nor here"), None, x)(x) == "reference"
+    with pytest.raises(ValueError, match="op: no back end serves these arguments; the last one says: no"):
+        choose("op", backends("not here")[:1] + backends(loops="nor here")[1:2], None, x)
+
+
+def test_impl_names_the_back_end_and_one_that_cannot_serve_says_why():
+    x, table = torch.zeros(1), backends(loops="it is no number")
+    assert [choose("op", table, name, x)(x) for name in ("triton", "reference")] == ["triton", "reference"]
+    with pytest.raises(ValueError, match='op: impl is "cpu", but it is no number; expected impl=None or "ref'):
+        choose("op", table, "cpu", x)
+    with pytest.raises(ValueError, match="op: impl is 'gpu'; expected \"triton\", \"cpu\", \"reference\" or None"):
+        choose("op", table, "gpu", x)
+    with pytest.raises(ValueError, match="impl is 'cpu'; expected \"triton\", \"reference\" or None"):
+        choose("op", table[::2], "cpu", x)  # an op without loops
+
+
+def test_back_ends_are_given_all_arguments():
+    seen = []
+    table = (Backend("reference", None, lambda *args: seen.append(args)),)
+    for impl in (None, "reference"):
+        choose("op", table, impl, torch.zeros(1), 2, "three")
+    assert [args[1:] for args in seen] == [(2, "three")] * 2
+
+
+def test_a_cpu_tensor_is_served_without_triton_and_without_a_word():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            assert not use_triton(None, torch.zeros(1, dtype=dtype))
-            assert not use_triton("reference", torch.zeros(1, dtype=dtype))
+            for impl in (None, "reference"):
+                run = choose("swiglu", SWIGLU, impl, torch.zeros(2, dtype=dtype))
+                assert run in [backend.run for backend in SWIGLU[1:]]
+            assert run is SWIGLU[-1].run
+
+
+def test_what_a_cuda_tensor_goes_without_is_said_once():
+    warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="^it is too old: the slower plain torch reference runs inst") as said:
+        for _ in range(3):
+            assert choose("op", backends("it is too old"), None, OnCuda())() == "cpu"
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose("op", backends("it is too old"), "reference", OnCuda())() == "reference"
+        assert choose("op", backends(), None, OnCuda())() == "triton"
+
+
+def reason(dtype=torch.bfloat16, device="cuda", arch=90, installed=True, interpreting=False):
+    return why_not_triton(dtype, device, arch, installed, interpreting)
+
+
+def test_triton_serves_floating_dtypes_on_chips_that_are_new_enough():
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert all(reason(dtype, arch=arch) is None for arch in (80, 86, 89, 90, 100, 120))
+    assert reason(torch.float64) == "the Triton kernels take float32, float16 and bfloat16, not torch.float64"
+    assert reason(arch=75) == "the Triton kernels need sm_80 or later, and this GPU is sm_75"
+    assert reason(device="cpu").endswith("(and CPU tensors with TRITON_INTERPRET=1), not cpu")
+    assert reason(installed=False) == "Triton is not installed (pip install triton)"
+
+
+def test_the_interpreter_serves_a_cpu_but_not_in_bfloat16():
+    for device in ("cpu", "cuda"):
+        assert reason(torch.float16, device, interpreting=True) is None
+        assert reason(torch.bfloat16, device, interpreting=True) == "Triton's interpreter is wrong for bfloat16"
+        assert "not torch.float64" in reason(torch.float64, device, interpreting=True)
 
 
 @needs_triton
@@ -43,56 +127,29 @@ def test_a_cpu_tensor_is_served_by_the_reference_without_a_word(monkeypatch):
     (torch.float32, "impl is \"triton\", but Triton serves CUDA tensors .*, not cpu; expected impl=None"),
     (torch.float64, "take float32, float16 and bfloat16, not torch.float64"),
 ])
-def test_triton_cannot_be_forced_where_it_cannot_serve(monkeypatch, dtype, message):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_triton_cannot_be_forced_where_it_cannot_serve(dtype, message):
     with pytest.raises(ValueError, match=message):
-        use_triton("triton", torch.zeros(1, dtype=dtype))
+        choose("swiglu", SWIGLU, "triton", torch.zeros(1, dtype=dtype))
 
 
-class OnCuda:
-    """Stands in for a CUDA tensor, of which only this much is asked."""
-
-    is_cuda, device = True, torch.device("cuda")
-
-    def __init__(self, dtype):
-        self.dtype = dtype
-
-
-def test_cuda_tensors_are_served_by_triton_and_a_slower_path_is_said_once(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(dispatch, "HAS_TRITON", True)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        assert use_triton(None, OnCuda(dtype)) and use_triton("triton", OnCuda(dtype))
-    assert not use_triton("reference", OnCuda(torch.float32))
-    warn_once.cache_clear()
-    with pytest.warns(UserWarning, match="not torch.float64: the slower plain torch reference runs") as said:
-        assert not any(use_triton(None, OnCuda(torch.float64)) for _ in range(3))
-    assert len(said) == 1
-    monkeypatch.setattr(dispatch, "HAS_TRITON", False)
-    with pytest.warns(UserWarning, match="Triton is not installed") as said:
-        assert not any(use_triton(None, OnCuda(torch.bfloat16)) for _ in range(3))
-    assert len(said) == 1
-    with pytest.raises(ValueError, match="Triton is not installed"):
-        use_triton("triton", OnCuda(torch.bfloat16))
-
-
-def test_arch_of():
+def test_tensors_without_a_chip_count_as_sm_80():
     assert arch_of(torch.device("cpu")) == arch_of(torch.device("meta")) == 80
+    assert triton_refuses(torch.zeros(1)) == triton_refuses(torch.zeros(1), "whatever", 3)
 
 
 def test_where_triton_cannot_be_imported_everything_runs_on_the_references(tmp_path):
     (tmp_path / "triton.py").write_text("raise ImportError('no wheel')\n", encoding="utf-8")
     out = run_python("""
 import torch
-from r1zero.kernels import decode_attention, linear_logprob, attention, dispatch, rmsnorm, rope, swiglu
+from r1zero.kernels import decode_attention, linear_logprob, attention, dispatch, grpo, mlp, rmsnorm, rope
 
 assert not dispatch.HAS_TRITON
 x = torch.randn(4, 2, 8, requires_grad=True)
 y = rope.rope(x, *rope.rope_table(torch.arange(4), 8, 1e4))
 y = rmsnorm.rmsnorm(attention.attention(y, y, y, torch.tensor([0, 4], dtype=torch.int32), 4), torch.ones(8))
-swiglu.swiglu(y).sum().backward()
+mlp.swiglu(y).sum().backward()
 assert x.grad.isfinite().all()
-for work in (lambda: swiglu.swiglu(x, impl="triton"), lambda: dispatch.triton.cdiv(1, 2),
+for work in (lambda: mlp.swiglu(x, impl="triton"), lambda: dispatch.triton.cdiv(1, 2),
              lambda: dispatch.tl.arange(0, 2)):
     try:
         work()
@@ -105,7 +162,7 @@ for work in (lambda: swiglu.swiglu(x, impl="triton"), lambda: dispatch.triton.cd
 
 # ---- what is checked of every op
 
-def test_check_tensors():
+def test_tensors_of_one_op_lie_on_one_device_in_floating_dtypes_with_contiguous_rows():
     x, y = torch.zeros(2, 3), torch.zeros(2, 1).expand(2, 3)
     check_tensors("op")
     check_tensors("op", x=x, y=None, z=torch.zeros(()), strided=torch.zeros(4, 5)[::2, 1:3],
@@ -132,8 +189,7 @@ X, TABLE, META = zeros(5, 4, 8), zeros(5, 4), torch.device("meta")
     lambda impl: rope(X, TABLE, TABLE, impl=impl),
     lambda impl: swiglu(X, impl=impl),
 ], ids=["rmsnorm", "rope", "swiglu"])
-def test_impl(call, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_impl_picks_the_back_end_of_an_op(call):
     if cpu.HAS_NUMBA:
         assert torch.equal(call(None), call("cpu"))
     torch.testing.assert_close(call(None), call("reference"))
@@ -167,3 +223,30 @@ def test_impl(call, monkeypatch):
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# ---- the whole MLP
+
+def mlp_inputs(T, M=32, F=48):
+    return [torch.randn(shape) for shape in ((T, M), (2 * F, M), (M, F))]
+
+
+def test_the_mlp_is_swiglu_between_two_products_and_casts_the_weights():
+    x, gate_up, down = mlp_inputs(6)
+    expected = swiglu(x @ gate_up.T, impl="reference") @ down.T
+    for impl in (None, "reference"):
+        torch.testing.assert_close(swiglu_mlp(x, gate_up, down, impl), expected, rtol=1e-5, atol=1e-4)
+    y = swiglu_mlp(x[None].bfloat16(), gate_up, down)
+    assert y.dtype == torch.bfloat16 and y.shape == (1, 6, 32)
+    torch.testing.assert_close(y[0].float(), expected, rtol=0.1, atol=1.0)
+
+
+def test_the_mlp_names_shapes_and_back_ends_that_do_not_fit():
+    x, gate_up, down = mlp_inputs(6)
+    for wrong in ((x, gate_up[1:], down), (x, gate_up, down[1:]), (x[:, 1:], gate_up, down), (x, down, gate_up)):
+        with pytest.raises(ValueError, match=r"swiglu_mlp: x is .*expected \[..., M\], \[2F, M\] and \[M, F\]"):
+            swiglu_mlp(*wrong)
+    with pytest.raises(ValueError, match='swiglu_mlp: impl is "cpu", but the compiled MLP takes .*tokens per th'):
+        swiglu_mlp(x, gate_up, down, "cpu")  # six tokens are too few
+    with pytest.raises(ValueError, match="swiglu_mlp: impl is 'gpu'"):
+        swiglu_mlp(x, gate_up, down, "gpu")

@@ -5,7 +5,7 @@ import torch
 from r1zero.kernels import reference
 from r1zero.kernels.attention import attention
 from r1zero.kernels.decode_attention import decode_attention
-from r1zero.kernels.grpo import grpo_advantages, grpo_loss
+from r1zero.kernels.grpo import grpo_advantages, policy_loss
 from r1zero.kernels.linear_logprob import linear_logprob
 from r1zero.kernels.mlp import swiglu
 from r1zero.kernels.rmsnorm import rmsnorm
@@ -62,7 +62,7 @@ def test_padding_runs_cover_the_batch_and_waste_little(lengths):
         assert b - a <= 8 or (b - a) * max(lengths[a:b]) <= 1.25 * sum(lengths[a:b])
 
 
-def test_attention_of_nothing():
+def test_attention_of_no_tokens_is_empty():
     q, k = torch.zeros(0, 4, 8), torch.zeros(0, 2, 8)
     assert attention(q, k, k, cu([0, 0]), 0).shape == (0, 4, 8)
 
@@ -93,7 +93,7 @@ def test_decode_attention_is_the_last_row_of_attention():
 
 # ---- rmsnorm, swiglu, rope
 
-def test_rmsnorm_by_hand():
+def test_rmsnorm_gives_what_it_gives_by_hand():
     x = torch.tensor([[3.0, 4.0]])
     assert torch.allclose(rmsnorm(x, torch.tensor([1.0, 2.0]), 0.0), torch.tensor([[3, 8]]) / 12.5**0.5)
     assert torch.allclose(rmsnorm(x, torch.ones(2), 12.5), x / 5)
@@ -181,7 +181,7 @@ def test_rope_scores_depend_on_the_distance_alone():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["attention", "rmsnorm", "swiglu", "rope"])
-def test_16_bit_ops(name, dtype):
+def test_16_bit_ops_round_once(name, dtype):
     lengths, positions = LENGTHS["ragged"], torch.arange(83)
     cos, sin = rope_table(positions, 16, 1e4)
 
@@ -246,15 +246,16 @@ TABLE_5, LENGTHS_5 = torch.zeros(5, 2, dtype=torch.int32), torch.ones(5, dtype=t
     lambda: grpo_advantages(zeros(5, 1), LONG_5),
     lambda: grpo_advantages(zeros(5), zeros(5)),
     lambda: grpo_advantages(zeros(5), LONG_5[:0]),
-    lambda: grpo_loss(zeros(5), zeros(5), zeros(2), zeros(2), LONG_5),
-    lambda: grpo_loss(zeros(5), zeros(4), zeros(4), zeros(4), LONG_5),
-    lambda: grpo_loss(zeros(5), zeros(5), zeros(4), zeros(5), LONG_5),
-    lambda: grpo_loss(zeros(5), zeros(5), zeros(4), zeros(4), LONG_5, zeros(6)),
-    lambda: grpo_loss(zeros(5), zeros(5), zeros(4), zeros(4), LONG_5, objective="ppo"),
-    lambda: grpo_loss(LONG_5, zeros(5), zeros(4), zeros(4), LONG_5),
-    lambda: grpo_loss(zeros(5), zeros(5), zeros(5, 1), zeros(4), LONG_5),
-    lambda: grpo_loss(zeros(5), zeros(5), zeros(5), zeros(5), LONG_5),
-    lambda: grpo_loss(zeros(5), zeros(5), zeros(4), zeros(4), LONG_5, kl_estimator="k4"),
+    lambda: policy_loss(zeros(5), zeros(4), None, zeros(5), zeros(5), LONG_5),
+    lambda: policy_loss(zeros(5), zeros(5), zeros(6), zeros(5), zeros(5), LONG_5),
+    lambda: policy_loss(zeros(5), zeros(5), None, zeros(4), zeros(5), LONG_5),
+    lambda: policy_loss(zeros(5), zeros(5), None, zeros(5), zeros(4), LONG_5),
+    lambda: policy_loss(zeros(5), zeros(5), None, zeros(5, 1), zeros(5), LONG_5),
+    lambda: policy_loss(zeros(5, 1), zeros(5, 1), None, zeros(5, 1), zeros(5, 1), LONG_5),
+    lambda: policy_loss(LONG_5, zeros(5), None, zeros(5), zeros(5), LONG_5),
+    lambda: policy_loss(zeros(5), zeros(5), None, zeros(5), zeros(5), zeros(5)),
+    lambda: policy_loss(zeros(5), zeros(5), None, zeros(5), zeros(5), LONG_5, objective="ppo"),
+    lambda: policy_loss(zeros(5), zeros(5), None, zeros(5), zeros(5), LONG_5, kl_estimator="k4"),
     lambda: rmsnorm(zeros(5, 4), zeros(3)),
     lambda: rmsnorm(zeros(5, 4), zeros(1)),
     lambda: rmsnorm(zeros(5, 4), zeros(5, 4)),
@@ -266,5 +267,5 @@ TABLE_5, LENGTHS_5 = torch.zeros(5, 2, dtype=torch.int32), torch.ones(5, dtype=t
     lambda: rope(zeros(5, 8), zeros(5, 4), zeros(5, 4)),
 ])
 def test_wrong_shapes_are_named(call):
-    with pytest.raises(ValueError, match="attention: |linear_logprob: |rmsnorm: |swiglu: |rope: |grpo_"):
+    with pytest.raises(ValueError, match="attention: |linear_logprob: |rmsnorm: |swiglu: |rope: |grpo_|policy_loss: "):
         call()

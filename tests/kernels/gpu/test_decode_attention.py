@@ -13,7 +13,7 @@ from r1zero.model.engine.sampling import sample_seeds
 from r1zero.model.packed import pack
 from r1zero.model.transformer import Transformer
 
-from ..interpreter.test_decode_attention import formula
+from ..naive_ops import naive_decode_attention
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -44,8 +44,8 @@ def test_every_head_dim_and_group(D, per_group, dtype):
     k, v, table, lengths, keys, values = in_pages(LENGTHS, 2, D, dtype)
     q = torch.randn(len(LENGTHS), 2 * per_group, D, device="cuda").to(dtype)
     got = decode_attention(q, k, v, table, lengths, impl="triton")
-    truth = formula(q.double(), [x.double() for x in keys], [x.double() for x in values])
-    limit = 2 * (formula(q, keys, values).double() - truth).abs().max() + 1e-5
+    truth = naive_decode_attention(q.double(), [x.double() for x in keys], [x.double() for x in values])
+    limit = 2 * (naive_decode_attention(q, keys, values).double() - truth).abs().max() + 1e-5
     assert (got.double() - truth).abs().max() <= limit
     for b in range(len(LENGTHS)):
         alone = decode_attention(q[b : b + 1], k, v, table[b : b + 1], lengths[b : b + 1], impl="triton")

@@ -37,7 +37,7 @@ def check(op, naive, inputs, upstream):
 
 @each_dtype
 @pytest.mark.parametrize("M", [1, 64, 128, 500, 896, 1536, 2048, 4096, 8192, 12_288, 16_384])
-def test_rmsnorm_sizes(M, dtype):
+def test_rmsnorm_and_its_gradients_at_each_size(M, dtype):
     for T in (1, 1000):
         x, w, dy = new(T, M, dtype=dtype), new(M, dtype=dtype), new(T, M, dtype=dtype)
         check(lambda x, w: rmsnorm(x, w, 1e-6, impl="triton"), lambda x, w: naive_rmsnorm(x, w, 1e-6),
@@ -70,20 +70,20 @@ def test_rmsnorm_of_views(dtype):
 
 # ---- rope
 
-def turned(x, cos, sin):
+def rotated(x, cos, sin):
     (first, second), cos, sin = x.chunk(2, -1), cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 @each_dtype
 @pytest.mark.parametrize("D", [2, 64, 80, 96, 128, 192, 256])
-def test_rope(D, dtype):
+def test_rope_and_its_gradient(D, dtype):
     for T, H in ((1, 18), (1000, 18), (1000, 3), (32_768, 2)):
         cos, sin = rope_table(torch.arange(T, device="cuda"), D, 1e6)
-        check(lambda x, c=cos, s=sin: rope(x, c, s, impl="triton"), lambda x, c=cos, s=sin: turned(x, c, s),
+        check(lambda x, c=cos, s=sin: rope(x, c, s, impl="triton"), lambda x, c=cos, s=sin: rotated(x, c, s),
               [new(T, H, D, dtype=dtype)], [new(T, H, D, dtype=dtype)])
     cos, sin = rope_table(torch.arange(1000, device="cuda"), D, 1e6)
-    check(lambda x: rope(x[:, 1:7], cos, sin, impl="triton"), lambda x: turned(x[:, 1:7], cos, sin),
+    check(lambda x: rope(x[:, 1:7], cos, sin, impl="triton"), lambda x: rotated(x[:, 1:7], cos, sin),
           [new(1000, 9, D, dtype=dtype)], [new(1000, 6, D, dtype=dtype)])
 
 
@@ -91,7 +91,7 @@ def test_rope(D, dtype):
 
 @each_dtype
 @pytest.mark.parametrize("F", [1, 128, 344, 896, 4864, 8192])
-def test_swiglu(F, dtype):
+def test_swiglu_and_its_gradient(F, dtype):
     for T in (1, 1000):
         check(lambda x: swiglu(x, impl="triton"), naive_swiglu, [new(T, 2 * F, dtype=dtype)],
               [new(T, F, dtype=dtype)])
@@ -105,7 +105,7 @@ def test_swiglu_of_a_long_batch(dtype):
           [new(32_768, 2048, dtype=dtype)])
 
 
-# ---- places beyond 2^31: the last rows are as if they stood alone
+# ---- offsets beyond 2^31: the last rows are as if they stood alone
 
 @pytest.mark.parametrize("name", ["rmsnorm", "rope", "swiglu"])
 def test_more_than_two_to_the_31_elements(name):

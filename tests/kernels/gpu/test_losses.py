@@ -3,8 +3,7 @@ import pytest
 import torch
 
 from r1zero.kernels import reference
-from r1zero.kernels import reference as reference_grpo
-from r1zero.kernels.grpo import GRPO_KL_ESTIMATORS, GRPO_OBJECTIVES, grpo_advantages, grpo_loss
+from r1zero.kernels.grpo import KL_ESTIMATORS, OBJECTIVES, grpo_advantages, policy_loss
 from r1zero.kernels.linear_logprob import linear_logprob
 
 from ..naive_ops import naive_logprob, value_and_gradients
@@ -24,7 +23,7 @@ def case(T, M, V, dtype, w_dtype=None):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("T,M,V", [(1, 64, 7), (300, 896, 5003), (1000, 100, 9000), (700, 2048, 50257)])
-def test_linear_logprob(T, M, V, softcap, dtype):
+def test_linear_logprob_and_its_gradients(T, M, V, softcap, dtype):
     h, w, targets = case(T, M, V, dtype)
     upstream = [torch.randn(T, device="cuda"), torch.randn(T, device="cuda")]
 
@@ -80,11 +79,11 @@ def test_sizes_that_pass_32_bits():
     torch.testing.assert_close(entropy, expected[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("objective,per_token", [(objective, per_token) for objective in GRPO_OBJECTIVES
-                                                 for per_token in (False, True)
-                                                 if not (per_token and objective == "gspo")])
-@pytest.mark.parametrize("kl_estimator", [None, *GRPO_KL_ESTIMATORS])
-def test_grpo(objective, per_token, kl_estimator):
+@pytest.mark.parametrize("objective,own_advantages", [(objective, own) for objective in OBJECTIVES
+                                                      for own in (False, True)
+                                                      if not (own and objective == "gspo")])
+@pytest.mark.parametrize("kl_estimator", [None, *KL_ESTIMATORS])
+def test_advantages_and_policy_loss_are_the_references_in_fp64(objective, own_advantages, kl_estimator):
     sizes = torch.tensor([0, 1, 5000, 64, 700, 0, 3, 1024])
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]).int().cuda()
     R, N = int(sizes.sum()), len(sizes)
@@ -95,19 +94,21 @@ def test_grpo(objective, per_token, kl_estimator):
     rewards[:2] = 1.0
     groups = torch.tensor([0, 2, 5, 8], device="cuda")
     advantages, dead = grpo_advantages(rewards, groups, impl="triton")
-    expected, expected_dead = reference_grpo.grpo_advantages(rewards.double(), groups)
+    expected, expected_dead = reference.grpo_advantages(rewards.double(), groups)
     torch.testing.assert_close(advantages.double(), expected, rtol=1e-5, atol=1e-5)
     assert dead.tolist() == expected_dead.tolist() == [1, 0, 0]
-    weights, found = torch.rand(N, device="cuda"), []
-    if per_token:
-        advantages = torch.randn(R, device="cuda")
-        advantages[::5] = 0.0
+    weights = torch.rand(N, device="cuda").repeat_interleave(sizes.cuda())
+    advantages = advantages.repeat_interleave(sizes.cuda())
+    if own_advantages:
+        advantages, weights = torch.randn(R, device="cuda"), torch.rand(R, device="cuda")
+        advantages[::5], weights[::7] = 0.0, 0.0
+    found = []
     for impl in ("triton", "triton", "reference"):
         parts = [x if x is None or impl == "triton" else x.double()
-                 for x in (logp, old, advantages, weights, ref if kl_estimator else None)]
+                 for x in (logp, old, ref if kl_estimator else None, advantages, weights)]
         leaf = parts[0].clone().requires_grad_()
-        loss, metrics = grpo_loss(leaf, *parts[1:4], offsets, parts[4], kl_coef=0.1, objective=objective,
-                                  kl_estimator=kl_estimator or "k3", impl=impl)
+        loss, metrics = policy_loss(leaf, *parts[1:], offsets, kl_coef=0.1, objective=objective,
+                                    kl_estimator=kl_estimator or "k3", impl=impl)
         loss.backward()
         found.append((metrics, leaf.grad))
     assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True)), "two runs differ"

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from r1zero.kernels.dispatch import HAS_TRITON, interpreting
+from r1zero.kernels.dispatch import HAS_TRITON, INTERPRETING
 
 
 def pytest_collection_modifyitems(items):
-    if HAS_TRITON and interpreting():
+    if HAS_TRITON and INTERPRETING:
         return
     for item in items:
         if item.path.parent == Path(__file__).parent:

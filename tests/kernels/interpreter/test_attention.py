@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from r1zero.kernels.attention import _bwd_op, _fwd_op, attention
+from r1zero.kernels.attention import attention, attention_bwd_op, attention_fwd_op
 
 from ..naive_ops import cu, naive_attention, value_and_gradients
 
@@ -138,9 +138,9 @@ def test_nothing_at_all():
 def test_the_ops_keep_torchs_rules():
     q, k, v = (x.requires_grad_() for x in inputs([3, 9], None, 2, 1, 16, torch.float32))
     args = (q, k, v, cu([3, 9]), cu([3, 9]), 9, 9, 0.25, -1, 0.0)
-    torch.library.opcheck(_fwd_op, args)
-    out, lse = _fwd_op(*args)
-    torch.library.opcheck(_bwd_op, tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in (
+    torch.library.opcheck(attention_fwd_op, args)
+    out, lse = attention_fwd_op(*args)
+    torch.library.opcheck(attention_bwd_op, tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in (
         torch.randn(12, 2, 16), q, k, v, out, lse, None, *args[3:])))
 
 

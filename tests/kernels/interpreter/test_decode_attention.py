@@ -5,6 +5,8 @@ import torch
 from r1zero.kernels import decode_attention as file
 from r1zero.kernels.decode_attention import decode_attention
 
+from ..naive_ops import naive_decode_attention
+
 PAGE = 16
 LENGTHS = [1, 2, 17, 63, 129, 16, 0, 32]
 
@@ -24,22 +26,12 @@ def in_pages(lengths, G, D, dtype, page=PAGE):
     return *rows, *pages, table, torch.tensor(lengths, dtype=torch.int32)
 
 
-def formula(q, keys, values, scale=None):
-    """[B, H, D] row by row, in the dtype of its inputs."""
-    outs, R = [], q.shape[1] // keys[0].shape[1]
-    for q_row, k, v in zip(q, keys, values, strict=True):
-        k, v = k.repeat_interleave(R, 1), v.repeat_interleave(R, 1)
-        p = (torch.einsum("hd,nhd->hn", q_row, k) * (scale or q.shape[-1] ** -0.5)).softmax(-1)
-        outs.append(torch.einsum("hn,nhd->hd", p, v))
-    return torch.stack(outs)
-
-
 def check(lengths, per_group, G, D, dtype, page=PAGE, scale=None):
     keys, values, k_pages, v_pages, table, lengths_B = in_pages(lengths, G, D, dtype, page)
     q = torch.randn(len(lengths), G * per_group, D).to(dtype)
     got = decode_attention(q, k_pages, v_pages, table, lengths_B, scale, impl="triton")
-    truth = formula(q.double(), [k.double() for k in keys], [v.double() for v in values], scale)
-    plain = formula(q, keys, values, scale)
+    truth = naive_decode_attention(q.double(), [k.double() for k in keys], [v.double() for v in values], scale)
+    plain = naive_decode_attention(q, keys, values, scale)
     assert got.dtype == dtype and got.shape == q.shape
     error, limit = (got.double() - truth).abs().max().item(), (plain.double() - truth).abs().max().item()
     assert error <= (3e-6 if dtype == torch.float32 else 2 * limit + 1e-5), (error, limit)

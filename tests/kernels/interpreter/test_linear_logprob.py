@@ -157,7 +157,7 @@ def test_every_config_that_can_be_chosen(arch, monkeypatch):
         assert file.SLICE % config["BLOCK_V"] == 0 == config["BLOCK_V"] % config["BLOCK_K"]
 
 
-def test_opcheck():
+def test_the_ops_keep_torchs_rules_and_compile_as_one_graph():
     h, w, targets = case(10, 48, 70, torch.float32)
     leaves = h.requires_grad_(), w.requires_grad_()
     for rows, n in ((None, 10), (torch.tensor([3, 1]), 2)):
