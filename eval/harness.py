@@ -5,12 +5,12 @@
                 (arXiv 2107.03374, eq. 1) from n >= k responses a problem
     format      share of well-formed responses (eval/response.py)
 
-Every figure has a 95 % interval over problems: what would have come out with other problems of the same kind.
-The responses to one problem are not independent of each other, so more samples a problem narrow it less than
-more problems.
+Every figure has a 95 % interval over problems: what would have come out with other problems of the
+same kind. The responses to one problem are not independent of each other, so more samples a problem
+narrow it less than more problems.
 
-Left out: significance tests between two runs (on the same problems, compare them problem by problem, from the
-JSON lines), and anything that knows a model: a sampler is any callable.
+Left out: significance tests between two runs (on the same problems, compare them problem by
+problem, from the JSON lines), and anything that knows a model: a sampler is any callable.
 """
 
 import json
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from .response import parse_response
+from .response import grade_response
 from .tasks.base import Task
 
 Z95 = 1.959964  # 97.5 % quantile of the normal distribution
@@ -53,8 +53,9 @@ class Estimate(NamedTuple):
 
 
 Sampler = Callable[[list[str], int], list[list[Sampled]]]
-"""sampler(prompts, n_samples) -> n_samples responses to each prompt. It is called once a batch, so one that
-seeds by the place in the batch would give all batches the same random numbers: seed by call or by prompt."""
+"""sampler(prompts, n_samples) -> n_samples responses to each prompt. It is called once a batch, so
+one that seeds by the place in the batch would give all batches the same random numbers: seed by
+call or by prompt."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,11 @@ class EvalResult:
 
 
 def pass_at_k(n: int, n_right: int, k: int) -> float:
-    """Chance that k of n responses, drawn without replacement, hold a right one: 1 - C(n - c, k) / C(n, k).
+    """Chance that k of n responses, drawn without replacement, hold a right one: 1 - C(n - c, k) /
+    C(n, k).
 
-    The quotient is a product of k factors from 0 to 1, so nothing overflows. (arXiv 2107.03374, eq. 1)
+    The quotient is a product of k factors from 0 to 1, so nothing overflows. (arXiv 2107.03374, eq.
+    1)
     """
     assert 1 <= k <= n and 0 <= n_right <= n
     return 1.0 - math.prod(max(n - n_right - i, 0) / (n - i) for i in range(k))
@@ -117,12 +120,12 @@ def pass_at_k(n: int, n_right: int, k: int) -> float:
 def interval(scores: Sequence[float], n_samples: int = 1) -> Estimate:
     """The mean of per-problem scores from 0 to 1, and its 95 % interval over problems.
 
-    Wilson's interval (1927), at the number of independent yes/no trials that would scatter as much as the
-    scores do: mean * (1 - mean) / variance of the mean. With one sample a problem that is plain Wilson; with
-    several it lies between the number of problems (samples of a problem all agree) and the number of
-    responses (they tell nothing of each other). So the interval never has zero width and never leaves 0..1.
-    If all scores are 0 or all are 1, or there is a single problem, nothing is known about the scatter and the
-    number of problems is taken.
+    Wilson's interval (1927), at the number of independent yes/no trials that would scatter as much
+    as the scores do: mean * (1 - mean) / variance of the mean. With one sample a problem that is
+    plain Wilson; with several it lies between the number of problems (samples of a problem all
+    agree) and the number of responses (they tell nothing of each other). So the interval never has
+    zero width and never leaves 0..1. If all scores are 0 or all are 1, or there is a single
+    problem, nothing is known about the scatter and the number of problems is taken.
     """
     n = len(scores)
     mean = math.fsum(scores) / n
@@ -149,16 +152,16 @@ def _open_lines(out: str | Path | None):
 
 
 def _row(index: int, problem: Any, prompt: str, sampled: Sampled, task: Task) -> dict[str, Any]:
-    grade = task.grade(problem, sampled.text)
+    graded = grade_response(task, problem, sampled.text)
     return {
         "index": index,
         "problem": asdict(problem) if is_dataclass(problem) else problem,
         "prompt": prompt,
         "response": sampled.text,
-        "accuracy": grade.accuracy,
-        "format": float(parse_response(sampled.text).well_formed),
-        "answer": grade.answer,
-        "why": grade.why,
+        "accuracy": graded.accuracy,
+        "format": graded.format,
+        "answer": graded.answer,
+        "why": graded.why,
         "n_tokens": int(sampled.n_tokens),
         "finish_reason": sampled.finish_reason,
     }
@@ -198,12 +201,12 @@ def evaluate(
 ) -> EvalResult:
     """Sample `n_samples` responses to each problem, grade them, and sum up.
 
-    ks: the k of each pass@k that is wanted. out: a file for one JSON line per response, written batch by
-    batch (what was there is overwritten). batch: problems in one call of the sampler. progress: show a bar on
-    stderr.
+    ks: the k of each pass@k that is wanted. out: a file for one JSON line per response, written
+    batch by batch (what was there is overwritten). batch: problems in one call of the sampler.
+    progress: show a bar on stderr.
 
-    Raises ValueError for no problems, a k above n_samples, counts below 1, a file that cannot be written, and
-    a sampler that returns the wrong number of responses.
+    Raises ValueError for no problems, a k above n_samples, counts below 1, a file that cannot be
+    written, and a sampler that returns the wrong number of responses.
     """
     problems = list(problems)
     if not problems:

@@ -1,13 +1,13 @@
 """A model as the harness wants it: a callable from prompts to responses.
 
-Random numbers are counter-based: the seed of a response is a function of (seed, running number of its
-problem, number of the sample), so it does not depend on how many problems are in a batch, nor on how many
-samples a problem has (up to rounding of the matrix products, which change with the batch's shape at the 1e-6
-level).
+Random numbers are counter-based: the seed of a response is a function of (seed, running number of
+its problem, number of the sample), so it does not depend on how many problems are in a batch, nor
+on how many samples a problem has (up to rounding of the matrix products, which change with the
+batch's shape at the 1e-6 level).
 
-A prompt that leaves no room for the response in the model's max_seq_len is an error, or, if asked, loses its
-beginning and is counted: then a small model can be put to a whole test set, long questions included, and
-what it was not shown is known.
+A prompt that leaves no room for the response in the model's max_seq_len is an error, or, if asked,
+loses its beginning and is counted: then a small model can be put to a whole test set, long
+questions included, and what it was not shown is known.
 """
 
 from collections.abc import Iterator
@@ -23,11 +23,11 @@ from .harness import Sampled
 
 
 class ModelSampler:
-    """`sampler(prompts, n_samples)` -> n_samples responses to each prompt, for `evaluate`. One evaluation,
-    one sampler.
+    """`sampler(prompts, n_samples)` -> n_samples responses to each prompt, for `evaluate`. One
+    evaluation, one sampler.
 
-    Raises ValueError for max_new_tokens that leave no room for a prompt, and, when called, as the engine
-    does.
+    Raises ValueError for max_new_tokens that leave no room for a prompt, and, when called, as the
+    engine does.
     """
 
     def __init__(
@@ -40,8 +40,9 @@ class ModelSampler:
         cut_prompts: bool = False,
         engine: Engine | None = None,
     ):
-        """cut_prompts: take off the beginning of a prompt that is too long, and count it, instead of raising.
-        engine: one that the model has already, since each holds a cache; None makes one."""
+        """cut_prompts: take off the beginning of a prompt that is too long, and count it, instead
+        of raising. engine: one that the model has already, since each holds a cache; None makes
+        one."""
         limit = model.config.max_seq_len
         if not 1 <= max_new_tokens < limit:
             raise ValueError(

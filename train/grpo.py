@@ -126,7 +126,7 @@ class GRPOConfig(RunConfig):
     mistake: Annotated[str | None, tyro.conf.arg(name="break")] = None
     """Make a classic mistake on purpose, to see what it does; `r1zero compare --help` names them."""
     seed: int = 0
-    """Of sampling and of the order of samples; the order of problems is the task's (--dials seed=1)."""
+    """Of sampling and of the order of samples; the order of problems is the task's (--options seed=1)."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -44,7 +44,8 @@ class Attempt:
     verdict: str | None
     """ "ok", "no", or None if it ends with neither."""
     ends_thoughts: bool | None
-    """Whether a tag follows (True) or another attempt (False); None where the response was cut off."""
+    """Whether a tag follows (True) or another attempt (False); None where the response was cut
+    off."""
 
     @property
     def check(self) -> Step | None:
@@ -56,8 +57,8 @@ class Attempt:
 def thoughts(response: str) -> tuple[str, bool]:
     """(what was thought, whether a tag ended it): the text from the first <think> to the next tag.
 
-    Broken tags are for the format reward to judge. Without a <think> the text counts from its start (after
-    tags that it begins with), unless it is an answer block.
+    Broken tags are for the format reward to judge. Without a <think> the text counts from its start
+    (after tags that it begins with), unless it is an answer block.
     """
     _, opening, text = response.partition("<think>")
     if not opening:
@@ -90,10 +91,11 @@ def parse_attempts(response: str) -> list[Attempt]:
 
 
 def is_valid(attempt: Attempt, problem: CountdownProblem) -> bool:
-    """Whether an attempt is one of corpus.all_attempts with all four operations; none of them is made.
+    """Whether an attempt is one of corpus.all_attempts with all four operations; none of them is
+    made.
 
-    Each step takes two numbers out of the pool, the larger first (but 0/7), and puts its true result back;
-    the check comes when one number is left; and there is one way to spell it.
+    Each step takes two numbers out of the pool, the larger first (but 0/7), and puts its true
+    result back; the check comes when one number is left; and there is one way to spell it.
     """
     if (
         None in attempt.steps
@@ -118,10 +120,11 @@ def is_valid(attempt: Attempt, problem: CountdownProblem) -> bool:
 
 
 def follows(answer: str, attempt: Attempt) -> bool:
-    """Whether an answer is the expression of an attempt: its steps, done inside the answer, use it up.
+    """Whether an answer is the expression of an attempt: its steps, done inside the answer, use it
+    up.
 
-    `(9-3)+7` follows 9-3=6,6+7=13: (9-3) becomes 6, and 6+7 is the last step. Steps that are false or use
-    numbers not given can be followed too.
+    `(9-3)+7` follows 9-3=6,6+7=13: (9-3) becomes 6, and 6+7 is the last step. Steps that are false
+    or use numbers not given can be followed too.
     """
     steps = attempt.steps[:-1]
     if attempt.check is None or not steps or None in steps:

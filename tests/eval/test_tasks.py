@@ -65,9 +65,9 @@ def test_all_solutions_of_small_problems():
     assert list(solve(CountdownProblem((3, 3, 8, 8), 24), whole=False)) == ["8/(3-(8/3))"]
 
 
-@pytest.mark.parametrize("dials", [{"high": 9}, {"high": 12, "ops": "+-*/", "max_target": 30}])
-def test_listed_splits_are_disjoint_and_complete(dials):
-    task = Countdown(**dials)
+@pytest.mark.parametrize("options", [{"high": 9}, {"high": 12, "ops": "+-*/", "max_target": 30}])
+def test_listed_splits_are_disjoint_and_complete(options):
+    task = Countdown(**options)
     n_train, n_test = task.size("train"), task.size("test")
     train = [problem.key for problem in task.problems("train", n_train)]
     test = [problem.key for problem in task.problems("test", n_test)]
@@ -102,12 +102,20 @@ def test_drawn_splits_are_disjoint(task):
 
 
 def test_drawn_problems_have_whole_solutions():
-    for dials in ({"n_numbers": 4, "high": 50, "ops": "+-*/"}, {"n_numbers": 5, "ops": "-/"}):
-        task = Countdown(**dials)
+    for options in ({"n_numbers": 4, "high": 50, "ops": "+-*/"}, {"n_numbers": 5, "ops": "-/"}):
+        task = Countdown(**options)
         for problem in task.problems("train", 20) + task.problems("test", 20):
             assert 1 <= problem.target <= task.max_target
             assert all(task.low <= number <= task.high for number in problem.numbers)
             assert problem.target in reachable(problem.numbers, task.ops)
+
+
+def test_a_sampled_problem_uses_all_of_its_numbers_where_an_operation_can_be_impossible():
+    """Divisions alone often get stuck with numbers left over; what is left then is no target."""
+    task = Countdown(ops="/", low=1, high=40, max_target=40)
+    assert task.size("train") is None
+    for problem in task.problems("train", 40) + task.problems("test", 40):
+        assert problem.target in reachable(problem.numbers, "/")
 
 
 def test_problems_are_a_function_of_seed_split_and_index():
@@ -203,10 +211,10 @@ def test_problems_check_their_fields(numbers, target):
 
 
 @pytest.mark.parametrize(
-    ("name", "dials", "why"),
+    ("name", "options", "why"),
     [
         ("sudoku", {}, "no task 'sudoku'; choose one of: arithmetic, countdown, gsm8k"),
-        ("countdown", {"digits": 3}, "no dial 'digits'; it has: n_numbers, low"),
+        ("countdown", {"digits": 3}, "no option 'digits'; it has: n_numbers, low"),
         ("countdown", {"n_numbers": 7}, "n_numbers is 7"),
         ("countdown", {"low": 5, "high": 4}, "low is 5, high 4"),
         ("countdown", {"ops": "+%"}, "ops is '\\+%'"),
@@ -220,9 +228,9 @@ def test_problems_check_their_fields(numbers, target):
         ("gsm8k", {}, "path=FILE"),
     ],
 )
-def test_unknown_tasks_and_dials(name, dials, why):
+def test_unknown_tasks_and_options(name, options, why):
     with pytest.raises(ValueError, match=why):
-        make_task(name, **dials)
+        make_task(name, **options)
 
 
 def test_positions_out_of_range():
@@ -233,9 +241,9 @@ def test_positions_out_of_range():
             task.problem("test", -1)
     with pytest.raises(ValueError, match=f"there are {Countdown().size('test')}"):
         Countdown().problems("test", 2000)
-    with pytest.raises(ValueError, match="draws gave no test"):
+    with pytest.raises(ValueError, match="tries gave no test"):
         Arithmetic(test_share=1e-9).problem("test", 0)
-    with pytest.raises(ValueError, match="no test problem in 10,000 draws"):
+    with pytest.raises(ValueError, match="no test problem in 10,000 tries"):
         Countdown(n_numbers=5, test_share=1e-9).problem("test", 0)
 
 

@@ -4,8 +4,8 @@
     r1zero chat --run runs/rl --problem "3 7 9 -> 13"  one answer, and out; the flag may be repeated
     r1zero chat --run runs/rl < problems.txt           one answer a line
 
-A model that was trained on Countdown is given Countdown problems and nothing else. Any other model (trained
-on text, or on pairs) is given the line as it stands, and goes on with it.
+A model that was trained on Countdown is given Countdown problems and nothing else. Any other model
+(trained on text, or on pairs) is given the line as it stands, and goes on with it.
 
 In a terminal the response appears token by token, and Ctrl-C ends it and asks for the next line.
 
@@ -22,10 +22,9 @@ import tyro
 from ...eval.harness import Sampled
 from ...eval.response import parse_response
 from ...eval.sampler import ModelSampler
-from ...eval.tasks.countdown import CountdownProblem, parse_prompt
+from ...eval.tasks.countdown import Countdown, CountdownProblem, parse_prompt
 from ..run import pick_device, reuse_memory
 from .eval import load_run
-from .grade import grader
 from .main import printable
 
 
@@ -56,7 +55,8 @@ class ChatConfig:
 
 
 def knows_countdown_only(settings: dict) -> bool:
-    """Whether a run with these settings was trained on Countdown, by GRPO or on the demo's corpus."""
+    """Whether a run with these settings was trained on Countdown, by GRPO or on the demo's
+    corpus."""
     task = settings.get("task")
     by_reward = isinstance(task, dict) and task.get("name") == "countdown"
     return by_reward or settings.get("data") == ["countdown"]
@@ -71,7 +71,8 @@ def as_problem(line: str) -> CountdownProblem | None:
 
 
 def shown(problem: CountdownProblem | None, sampled: Sampled) -> str:
-    """A response for people: its parts apart, and the grader's word if it answers a Countdown problem."""
+    """A response for people: its parts apart, and the grader's word if it answers a Countdown
+    problem."""
     response = parse_response(sampled.text)
     parts = []
     if response.think is None and response.answer is None:
@@ -87,11 +88,12 @@ def shown(problem: CountdownProblem | None, sampled: Sampled) -> str:
 
 
 def remarks(problem: CountdownProblem | None, sampled: Sampled) -> str:
-    """What there is to say about a response: the grader's word, its form, and whether it was cut off."""
+    """What there is to say about a response: the grader's word, its form, and whether it was cut
+    off."""
     parts = []
     if problem:
         grade, response = (
-            grader("countdown").grade(problem, sampled.text),
+            Countdown.grade(problem, sampled.text),
             parse_response(sampled.text),
         )
         parts.append(("grade", f"{'right' if grade.accuracy else 'wrong'}. {grade.why}"))
@@ -103,8 +105,8 @@ def remarks(problem: CountdownProblem | None, sampled: Sampled) -> str:
 
 
 def typed_lines(ask: str) -> Iterator[str]:
-    """The lines of stdin until its end or `quit`, blank ones left out; `ask` is shown to a person who
-    types."""
+    """The lines of stdin until its end or `quit`, blank ones left out; `ask` is shown to a person
+    who types."""
     person = sys.stdin.isatty()
     while True:
         if person:
@@ -119,8 +121,8 @@ def typed_lines(ask: str) -> Iterator[str]:
 
 
 def chat(c: ChatConfig) -> None:
-    """Answer until the lines end. Raises ValueError for bad flags or a bad --problem, NonFiniteError for
-    NaN."""
+    """Answer until the lines end. Raises ValueError for bad flags or a bad --problem,
+    NonFiniteError for NaN."""
     reuse_memory()
     model, tokenizer, checkpoint = load_run(c.run, c.which, pick_device(c.device))
     sampler = ModelSampler(model, tokenizer, c.max_new_tokens, c.temperature, c.seed)
@@ -128,7 +130,7 @@ def chat(c: ChatConfig) -> None:
 
     def asked(line: str) -> tuple[CountdownProblem | None, str]:
         problem = parse_prompt(line) if countdown_only else as_problem(line)
-        return problem, grader("countdown").prompt(problem) if countdown_only else line
+        return problem, Countdown.prompt(problem) if countdown_only else line
 
     def reply(line: str) -> str:
         problem, prompt = asked(line)

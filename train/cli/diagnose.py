@@ -20,8 +20,8 @@ class DiagnoseConfig:
 
 
 def as_config(logged: Any, known: Any) -> Any:
-    """What run.json has, to be read like a config; a dial that it lacks, or has another kind of value for, is
-    as in `known`, today's default."""
+    """What run.json has, to be read like a config; a dial that it lacks, or has another kind of
+    value for, is as in `known`, today's default."""
     if isinstance(known, int | float):
         return known if math.isnan(number(logged)) else logged
     if not isinstance(known, dict):
@@ -33,7 +33,8 @@ def as_config(logged: Any, known: Any) -> Any:
 
 
 def read_run(folder: Path):
-    """(config, rows) of a GRPO run. Raises ValueError for a folder that is no such run's, in plain words."""
+    """(config, rows) of a GRPO run. Raises ValueError for a folder that is no such run's, in plain
+    words."""
     if not folder.is_dir():
         raise ValueError(
             f"{folder} {'is a file' if folder.exists() else 'does not exist'}; give the folder "
@@ -66,7 +67,8 @@ def read_run(folder: Path):
 
 
 def diagnose(c: DiagnoseConfig) -> None:
-    """Print the advice of each rule that holds. Raises ValueError for a folder that is no GRPO run's."""
+    """Print the advice of each rule that holds. Raises ValueError for a folder that is no GRPO
+    run's."""
     config, rows = read_run(Path(c.run))
     look = Look(rows, config)
     wait = "" if look.enough else f"; most rules wait for {WINDOW} steps"

@@ -1,15 +1,15 @@
-"""Measure a model on held-out problems: pass@1, pass@k and format with 95 % intervals, and every response in
-a file.
+"""Measure a model on held-out problems: pass@1, pass@k and format with 95 % intervals, and every
+response in a file.
 
-    r1zero eval --run runs/rl --task countdown --dials high=20
+    r1zero eval --run runs/rl --task countdown --options high=20
     r1zero eval --run runs/rl --task gsm8k --data gsm8k_test.jsonl --samples 1
 
-Writes eval_<task>_step<n>.jsonl, one line a response, and eval_<task>_step<n>.summary.json, the figures with
-all flags, into the run's folder; the next evaluation of that task and step replaces them (`--out` keeps them
-apart).
+Writes eval_<task>_step<n>.jsonl, one line a response, and eval_<task>_step<n>.summary.json, the
+figures with all flags, into the run's folder; the next evaluation of that task and step replaces
+them (`--out` keeps them apart).
 
-A prompt that does not fit the model's max_seq_len beside the new tokens is cut at its beginning, and a
-warning counts how many were: a tiny model still gets its honest figure on a whole test set.
+A prompt that does not fit the model's max_seq_len beside the new tokens is cut at its beginning,
+and a warning counts how many were: a tiny model still gets its honest figure on a whole test set.
 """
 
 import math
@@ -87,8 +87,8 @@ class EvalConfig:
 def load_run(
     run: str, which: str, device: torch.device
 ) -> tuple[Transformer, Tokenizer, Checkpoint]:
-    """`load_model`, with `which` as a flag gives it. Raises ValueError, naming the runs inside, for a folder
-    of runs."""
+    """`load_model`, with `which` as a flag gives it. Raises ValueError, naming the runs inside, for
+    a folder of runs."""
     folder = Path(run)
     inside = sorted(
         str(path.parent) for depth in ("*", "*/*") for path in folder.glob(f"{depth}/checkpoints")
@@ -117,14 +117,16 @@ def choose_problems(task: Task, n: int | None) -> list:
 
 
 def output_path(c: EvalConfig, checkpoint: Checkpoint) -> Path:
-    """--out, or a name in the run's folder (which is that of the checkpoint if it lies in no run)."""
+    """--out, or a name in the run's folder (which is that of the checkpoint if it lies in no
+    run)."""
     root = checkpoint.path.parent
     folder = root.parent if root.name == "checkpoints" else checkpoint.path
     return Path(c.out) if c.out else folder / f"eval_{c.task.name}_step{checkpoint.step}.jsonl"
 
 
 def run_eval(c: EvalConfig) -> EvalResult:
-    """Load, sample, grade, print and write. Raises ValueError for bad flags, and NonFiniteError for NaN."""
+    """Load, sample, grade, print and write. Raises ValueError for bad flags, and NonFiniteError for
+    NaN."""
     reuse_memory()
     task = c.task.make()
     problems = choose_problems(task, c.n)

@@ -1,8 +1,9 @@
-"""The command line: `r1zero <command> [--flags]`, each command also as `python -m r1zero.train.<command>`.
+"""The command line: `r1zero <command> [--flags]`, each command also as `python -m
+r1zero.train.<command>`.
 
-A command is a module here with a frozen dataclass, whose fields are its flags (tyro reads them), and a
-function that takes it. The module is imported when its command is called, so that `r1zero --help` and
-`r1zero grade` do not wait for torch.
+A command is a module here with a frozen dataclass, whose fields are its flags (tyro reads them),
+and a function that takes it. The module is imported when its command is called, so that `r1zero
+--help` and `r1zero grade` do not wait for torch.
 
     exit code   what happened
     0           done, or stopped by Ctrl-C after saving
@@ -10,8 +11,8 @@ function that takes it. The module is imported when its command is called, so th
     2           flags, files or data that the user can mend; one line says how
     130         broken off by Ctrl-C
 
-`--traceback`, anywhere, shows where an error came from instead. Left out: shell completion beyond tyro's
-own, config files (a shell script with flags is one), an alias for every flag.
+`--traceback`, anywhere, shows where an error came from instead. Left out: shell completion beyond
+tyro's own, config files (a shell script with flags is one), an alias for every flag.
 """
 
 import difflib
@@ -98,8 +99,8 @@ def usage() -> str:
 
 
 def printable(text: str) -> str:
-    """Text that a terminal shows and does not obey: control characters are spelled, line breaks and tabs
-    stay."""
+    """Text that a terminal shows and does not obey: control characters are spelled, line breaks and
+    tabs stay."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
@@ -109,8 +110,8 @@ def one_line(text: str) -> str:
 
 
 def refusal_behind(error: BaseException | None) -> ValueError | None:
-    """The ValueError of a config's __post_init__ that `error` came from, if it did; tyro frames it over
-    several lines."""
+    """The ValueError of a config's __post_init__ that `error` came from, if it did; tyro frames it
+    over several lines."""
     while error is not None:
         names = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
         if isinstance(error, ValueError) and "__post_init__" in names:
@@ -120,8 +121,8 @@ def refusal_behind(error: BaseException | None) -> ValueError | None:
 
 
 def parse_flags(command: str, config_class: type, flags: list[str]):
-    """The command's config from its flags. Raises SystemExit as tyro does, with tyro's own text, for --help
-    and flags that are not there; ValueError for a value that the config refuses."""
+    """The command's config from its flags. Raises SystemExit as tyro does, with tyro's own text,
+    for --help and flags that are not there; ValueError for a value that the config refuses."""
     import tyro  # a quarter of a second, not needed for the list of commands
 
     text = io.StringIO()
@@ -155,7 +156,8 @@ def is_non_finite(error: BaseException) -> bool:
 
 
 def explain(error: BaseException, config) -> tuple[int, str | None]:
-    """(exit code, what to tell the user); None for a fault of ours, which nobody can explain yet."""
+    """(exit code, what to tell the user); None for a fault of ours, which nobody can explain
+    yet."""
     if isinstance(error, KeyboardInterrupt):
         return 130, "broken off"
     if is_out_of_memory(error):
@@ -187,7 +189,8 @@ def short_warnings(command: str):
 
 
 def run(command: str, flags: list[str], show_traceback: bool) -> int:
-    """Parse the flags, call the command, and turn what it raises into an exit code and a line on stderr."""
+    """Parse the flags, call the command, and turn what it raises into an exit code and a line on
+    stderr."""
     config = None
     try:
         with short_warnings(command):
@@ -223,7 +226,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in argv
     argv = [word for word in argv if word != "--traceback"]
-    # A model can write what a terminal has no letters for, and a pipe can bring bytes that are no text.
+    # A model can write what a terminal has no letters for, and a pipe can bring bytes that are no
+    # text.
     for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "replace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
