@@ -74,8 +74,8 @@ def test_each_command_is_where_the_table_says_and_has_help_for_every_flag(comman
 
 
 def test_grade_as_a_process_of_its_own_does_not_wait_for_torch():
-    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "r1zero.train.cli.main", "grade", *RIGHT],
-                          capture_output=True, text=True)
+    command = [sys.executable, "-X", "importtime", "-m", "r1zero.train.cli.main", "grade", *RIGHT]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and json.loads(done.stdout)["reward"] == 1.5
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "r1zero.rl.rewards" in imported and "torch" not in imported
