@@ -24,8 +24,7 @@ class TaskFlags:
         ),
     ] = "countdown"
     options: Annotated[tuple[str, ...], tyro.conf.arg(prefix_name=False)] = ()
-    """Options of the task as name=value, for example n_numbers=4 high=30 ops=+-*; a wrong name
-    prints the names that the task has."""
+    """Options of the task as name=value, such as high=30 ops=+-*; a wrong name lists them all."""
     data: Annotated[
         str | None,
         tyro.conf.arg(

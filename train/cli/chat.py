@@ -43,8 +43,7 @@ class ChatConfig:
     temperature: float = 1.0
     """Sampling temperature; 0 always takes the most likely token."""
     seed: int = 0
-    """Seed of the random numbers for sampling. The line's number counts too, so a repeated line
-    gets another answer."""
+    """Seed of the random numbers for sampling; a repeated line still gets another answer."""
     device: str = "auto"
     """Device to compute on: auto (the GPU if there is one), cpu or cuda."""
 
