@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from r1zero.eval.tasks.attempts import Attempt, Step, follows, is_valid, parse_attempts, thoughts
 from r1zero.eval.tasks.countdown import CountdownProblem
+from r1zero.eval.tasks.expression import MAX_LENGTH
 
 PROBLEM = CountdownProblem((3, 7, 9), 13)
 OK = "9+7=16,16-3=13,13-13=0 ok"
@@ -100,6 +101,16 @@ def test_answers_that_do_not_follow():
         assert not follows(answer, attempt)
     assert not follows("3+", only_attempt(NO))
     assert not follows("1", Attempt("13-13=0 ok", [Step(13, "-", 13, 0)], "ok", True))
+
+
+@pytest.mark.parametrize("n, is_read", [(3, True), (45, True), (60, False)])
+def test_an_answer_longer_than_the_grader_reads_follows_nothing(n, is_read):
+    steps, expression = [], "1"
+    for i in range(1, n):
+        steps.append(f"{i}+1={i + 1}")
+        expression = f"({expression})+1" if i > 1 else "1+1"
+    attempt = only_attempt(",".join([*steps, f"{n}-13={n - 13} no"]))
+    assert (len(expression) <= MAX_LENGTH) == is_read == follows(expression, attempt)
 
 
 PIECES = ["<think>", "</think>", "<answer>", "</answer>", ";", ",", " ok", " no", "=", "-", "+", "/", "*",
