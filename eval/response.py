@@ -1,6 +1,6 @@
 """What a response holds: its thoughts, its answer, and whether it keeps the format of R1-Zero.
 
-    <think> ... </think> <answer> ... </answer>          (DeepSeek-R1, arXiv 2501.12948, section 2.2)
+    <think> ... </think> <answer> ... </answer>      (DeepSeek-R1, arXiv 2501.12948, section 2.2)
 
 Format and answer are judged apart, because accuracy and format are two rewards: a right answer in a
 broken frame still counts as right. Tags are case-sensitive and have no attributes: `<Answer>` and

@@ -6,7 +6,7 @@ checked.
     factor  = integer | "(" sum ")"
 
 `×`, `÷` and `−` count as `*`, `/` and `-`. Integers have ASCII digits, at most nine, and no leading
-zero. Space, tab and line breaks may stand between the pieces. Values are exact fractions, so
+zero. Space, tab and line breaks may stand between the tokens. Values are exact fractions, so
 8/(3-8/3) is 24 and nothing is rounded.
 
 Left out on purpose: signs (`-3`, `+3`: numbers are given without a sign, and `3--4` invites
@@ -43,8 +43,8 @@ class ExpressionError(ValueError):
     from 1."""
 
 
-def _pieces(text: str) -> Iterator[tuple[str, int, int]]:
-    """(kind, value, position) of each piece: kind is "number", an operator or bracket, or "end"."""
+def _tokens(text: str) -> Iterator[tuple[str, int, int]]:
+    """(kind, value, position) of each token: kind is "number", an operator or bracket, or "end"."""
     i = 0
     while i < len(text):
         start, char = i, text[i]
@@ -76,12 +76,12 @@ class _Parser:
     used."""
 
     def __init__(self, text: str):
-        self.pieces = _pieces(text)
+        self.tokens = _tokens(text)
         self.numbers: list[int] = []
         self.advance()
 
     def advance(self) -> None:
-        self.kind, self.value, self.position = next(self.pieces)
+        self.kind, self.value, self.position = next(self.tokens)
 
     def unexpected(self, expected: str) -> ExpressionError:
         found = {"end": "it ends", "number": "there is a number"}.get(
