@@ -112,8 +112,7 @@ def parse_response(text: str) -> Response:
 
 
 def grade_response(task: Task | type[Task], problem: Any, text: str) -> Graded:
-    """Grade a response: is it right, and is it well formed? A task's class is enough. Never
-    raises."""
+    """Grade a response: is it right, and is it well formed? A task's class is enough."""
     grade = task.grade(problem, text)
     response = parse_response(text)
     return Graded(

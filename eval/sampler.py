@@ -39,8 +39,7 @@ class ModelSampler:
         cut_prompts: bool = False,
         engine: Engine | None = None,
     ):
-        """cut_prompts: cut the beginning of a prompt that is too long, and count it, instead of
-        raising.
+        """cut_prompts: cut the beginning of a prompt that is too long, instead of raising.
 
         engine: one that the model has already, since each holds a cache; None makes one.
         """
@@ -97,7 +96,7 @@ class ModelSampler:
             return None
         limit = self.engine.model.config.max_seq_len
         return (
-            f"{self.n_cut:,} of {self.n_prompts:,} prompts are longer than the {self.room} "
-            f"tokens that a max_seq_len of {limit} leaves beside {self.max_new_tokens} new ones; the "
-            "model was shown their ends only"
+            f"{self.n_cut:,} of {self.n_prompts:,} prompts are longer than the {self.room} tokens "
+            f"that a max_seq_len of {limit} leaves beside {self.max_new_tokens} new ones; "
+            "the model was shown their ends only"
         )

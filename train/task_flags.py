@@ -34,8 +34,7 @@ class TaskFlags:
     ] = None
 
     def make(self) -> Task:
-        """The task. Raises ValueError for an unknown task or option, or a value of the wrong
-        type."""
+        """The task. Raises ValueError for an unknown task or option, or a wrong value."""
         types = option_types(find_task(self.name))
         values = dict(self._parse(option, types) for option in self.options)
         if self.data is not None:

@@ -94,8 +94,7 @@ class Arithmetic(Task):
 
     @staticmethod
     def problem_from_text(text: str) -> ArithmeticProblem:
-        """The problem of an expression like `17+25` or `17+25=`. ValueError if its value is no
-        integer."""
+        """The problem of `17+25` or `17+25=`. ValueError if its value is no integer."""
         expression = text.strip().removesuffix("=")
         try:
             value, _ = parse_expression(expression)
@@ -120,8 +119,7 @@ class Arithmetic(Task):
 
     @staticmethod
     def grade(problem: ArithmeticProblem, response: str) -> Grade:
-        """Right if the last answer block is the integer as usually written: `42`, `-7`, not
-        `042`."""
+        """Right if the last answer block is the integer as usually written: `-7`, not `042`."""
         answer = parse_response(response).answer
         if answer is None:
             return Grade(0.0, None, "There is no complete <answer>...</answer> block.")

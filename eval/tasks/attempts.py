@@ -55,8 +55,7 @@ class Attempt:
     verdict: str | None
     """ "ok", "no", or None if the attempt ends with neither."""
     ends_thoughts: bool | None
-    """Whether a tag follows (True) or another attempt (False); None where the response was cut
-    off."""
+    """Whether a tag follows (True) or another attempt (False); None where it was cut off."""
 
     @property
     def check(self) -> Step | None:
@@ -114,8 +113,7 @@ def _parse_step(equation: str) -> Step | None:
 
 
 def is_valid(attempt: Attempt, problem: CountdownProblem) -> bool:
-    """Whether an attempt is without any fault: letter for letter one of the problem's worked
-    attempts.
+    """Whether an attempt is one of the problem's worked attempts, letter for letter.
 
     A worked attempt uses each number once, with any of the four operations; there is one way to
     spell it.
@@ -124,8 +122,7 @@ def is_valid(attempt: Attempt, problem: CountdownProblem) -> bool:
     check = attempt.check
     if None in attempt.steps or check is None or not all(step.true for step in attempt.steps):
         return False
-    # 2. Each step takes two numbers out of the pool, the larger first (but 0/7), and puts its
-    # result back.
+    # 2. Each step takes two numbers out of the pool, the larger first (but 0/7), and adds its result.
     pool = Counter(problem.numbers)
     for step in attempt.steps[:-1]:
         taken = Counter((step.a, step.b))
@@ -143,8 +140,7 @@ def is_valid(attempt: Attempt, problem: CountdownProblem) -> bool:
 
 
 def follows(answer: str, attempt: Attempt) -> bool:
-    """Whether an answer is the expression of an attempt: its steps, done inside the answer, use it
-    up.
+    """Whether an answer is the expression of an attempt.
 
     `(9-3)+7` follows 9-3=6,6+7=13: (9-3) becomes 6, and 6+7 is the last step. Steps that are false
     or use numbers not given can be followed too.

@@ -1,5 +1,4 @@
-"""A task is a prompt, a generator of problems and a grader: what every task offers, and shared
-helpers.
+"""What every task offers (a prompt, a generator of problems, a grader), and shared helpers.
 
 Problems are counter-based: problem = f(options, split, index), so runs repeat and resume exactly. A
 hash of the problem alone decides its split. A held-out problem is therefore held out for every
@@ -48,12 +47,10 @@ class Task(Protocol):
     """The flag of `r1zero grade` whose text `problem_from_text` reads: "problem", or "answer" for a
     task whose grader needs only the right answer."""
     file_format: ClassVar[str | None] = None
-    """What the file of a task with an option `path` holds; None for a task that makes its own
-    problems."""
+    """What the file of a task with an option `path` holds; None for a task without one."""
 
     def problem(self, split: str, index: int) -> Any:
-        """Problem `index` (from 0) of "train" or "test"; ValueError if there is no such split or
-        index."""
+        """Problem `index` (from 0) of "train" or "test"; ValueError if there is none."""
         ...
 
     def problems(self, split: str, n: int, start: int = 0) -> list[Any]:
@@ -61,8 +58,7 @@ class Task(Protocol):
         return [self.problem(split, index) for index in range(start, start + n)]
 
     def size(self, split: str) -> int | None:
-        """How many different problems the split holds; None if they are sampled from an uncounted
-        space."""
+        """How many different problems the split holds; None if they are not counted."""
         ...
 
     def prompt(self, problem: Any) -> str:
@@ -71,8 +67,7 @@ class Task(Protocol):
 
     @staticmethod
     def grade(problem: Any, response: str) -> Grade:
-        """Judge one response. Never raises, whatever the text is, and takes time linear in its
-        length."""
+        """Judge one response, any text at all. Never raises; linear in the text's length."""
         ...
 
     @staticmethod
@@ -82,8 +77,7 @@ class Task(Protocol):
 
     @staticmethod
     def problem_from_record(record: Mapping[str, Any]) -> Any:
-        """The problem in an object of JSON; ValueError for a field that is missing or of the wrong
-        kind."""
+        """The problem in an object of JSON; ValueError for a field missing or of the wrong kind."""
         ...
 
 
@@ -105,8 +99,7 @@ def check_position(split: str, index: int) -> None:
 
 
 def check_ops(task: str, ops: str, allowed: str) -> None:
-    """ValueError unless `ops` is a choice of the `allowed` operations, each at most once and at
-    least one."""
+    """ValueError unless `ops` is some of the `allowed` operations, each at most once."""
     chosen = set(ops)
     if not ops or not chosen <= set(allowed) or len(chosen) < len(ops):
         raise ValueError(f"{task}: ops is {ops!r}; it must be some of {allowed}, each once")
@@ -119,15 +112,13 @@ def check_test_share(task: str, test_share: float) -> None:
 
 
 def stable_hash(*key: Any) -> int:
-    """64 bits of `key` (strings, integers, tuples of them), the same on every machine and in every
-    run."""
+    """64 bits of `key` (strings, integers, tuples), the same on every machine and in every run."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
 
 def is_held_out(key: Any, test_share: float) -> bool:
-    """Whether the problem `key` is in the test split. A larger share keeps what a smaller one held
-    out."""
+    """Whether `key` is in the test split. A larger share keeps what a smaller one held out."""
     return stable_hash("split", key) < test_share * 2**64
 
 

@@ -1,5 +1,4 @@
-"""Countdown: combine the given numbers, each exactly once, with + - * / and brackets into the
-target.
+"""Countdown: combine the given numbers, each exactly once, with + - * / into the target.
 
     prompt      3 7 9 -> 13
     response    <think> ... </think><answer>(9-3)+7</answer>
@@ -51,8 +50,7 @@ MAX_TRIES = 10_000  # before giving up on options that leave no problem
 @dataclass(frozen=True)
 class CountdownProblem:
     numbers: tuple[int, ...]
-    """1 to 6 whole numbers from 0 to 999,999,999, in the order of the prompt. A list is taken
-    too."""
+    """1 to 6 whole numbers from 0 to 999,999,999, in the prompt's order. A list is taken too."""
     target: int
     """A whole number of the same range. (ValueError for anything else.)"""
 
@@ -75,10 +73,10 @@ class CountdownProblem:
 
 
 def parse_prompt(text: str) -> CountdownProblem:
-    """The problem that a user typed: "3 7 9 -> 13", with spaces or commas between the numbers, `->`
-    or `→`.
+    """The problem that a user typed: "3 7 9 -> 13".
 
-    Raises ValueError with what was expected. The problem may have no solution: `solve` tells.
+    Spaces or commas may stand between the numbers, and the arrow may be `→`. Raises ValueError with
+    what was expected. The problem may have no solution: `solve` tells.
     """
     expected = f"expected numbers, an arrow and a target, like 3 7 9 -> 13; got {quoted(text)}"
     sides = text.replace("→", "->").split("->", 2)
@@ -96,8 +94,7 @@ def parse_prompt(text: str) -> CountdownProblem:
 
 
 def load_game24(path: str | Path) -> list[CountdownProblem]:
-    """The puzzles of a Game-of-24 CSV file: column `Puzzles` holds numbers like "1 1 4 6", the
-    target is 24.
+    """The puzzles of a Game-of-24 CSV file: column `Puzzles` holds numbers like "1 1 4 6".
 
     Raises ValueError for a file that cannot be read or a line that is no puzzle, with the line's
     number.
@@ -123,8 +120,7 @@ def load_game24(path: str | Path) -> list[CountdownProblem]:
 
 
 def solve(problem: CountdownProblem, ops: str = OPERATIONS, whole: bool = True) -> Iterator[str]:
-    """All different solutions as text, one by one; `whole` and the form of the text as in the
-    solver."""
+    """All different solutions as text, one by one; `whole` is explained in solver.py."""
     return solutions(problem.numbers, problem.target, ops, whole)
 
 
@@ -174,8 +170,7 @@ def _shown(value: Fraction) -> str:
 
 @dataclass(frozen=True)
 class Countdown(Task):
-    """The task and its options; ValueError for an option out of range or a split left without
-    problems."""
+    """The task and its options; ValueError for an option out of range, or an empty split."""
 
     name: ClassVar[str] = "countdown"
     example: ClassVar[str] = '{"numbers": [3, 7, 9], "target": 13, "response": "..."}'
@@ -187,8 +182,7 @@ class Countdown(Task):
     high: int = 20
     """The largest number that can be given."""
     ops: str = "+-"
-    """The operations that problems are made with, some of + - * /. (The grader accepts all
-    four.)"""
+    """The operations that problems are made with, some of + - * /. The grader takes all four."""
     max_target: int = 100
     """The largest target."""
     test_share: float = 0.2
@@ -218,8 +212,7 @@ class Countdown(Task):
 
     @cached_property
     def _listed(self) -> dict[str, list[CountdownProblem]] | None:
-        """Both splits, numbers sorted, in a fixed shuffled order; None if the space is too large to
-        list."""
+        """Both splits, numbers sorted, in a fixed shuffled order; None if there are too many."""
         multisets = math.comb(self.high - self.low + self.n_numbers, self.n_numbers)
         if multisets > MAX_LISTED.get(self.n_numbers, 0):
             return None
@@ -252,8 +245,7 @@ class Countdown(Task):
         raise ValueError(f"countdown: no {split} problem in {MAX_TRIES:,} tries; widen low..high")
 
     def _combine(self, values: list[int], hashes: Iterator[int]) -> int | None:
-        """One value from all of `values` (which it empties), by random steps; None where no step is
-        allowed."""
+        """One value from all of `values`, by random steps; None where no step is allowed."""
         while len(values) > 1:
             # Take two values out, and put back what a random operation makes of them.
             a = values.pop(next(hashes) % len(values))
@@ -266,14 +258,12 @@ class Countdown(Task):
         return values[0]
 
     def size(self, split: str) -> int | None:
-        """How many different problems the split holds, None for a space that is too large to
-        list."""
+        """How many different problems the split holds, None for a space too large to list."""
         check_position(split, 0)
         return None if self._listed is None else len(self._listed[split])
 
     def problem(self, split: str, index: int) -> CountdownProblem:
-        """Training problems never end: each epoch goes once through all of them, each time in
-        another order.
+        """Training problems never end: each epoch has all of them, each time in another order.
 
         Test problems end after `size("test")` (ValueError), so that no evaluation counts one twice.
         In a space too large to list, both splits are sampled with replacement and do not end.
@@ -317,8 +307,7 @@ class Countdown(Task):
 
     @staticmethod
     def grade(problem: CountdownProblem, response: str) -> Grade:
-        """Right if the last answer block is an expression of the target with every number exactly
-        once.
+        """Right if the last answer block uses every number exactly once and has the target's value.
 
         `(9-3)+7 = 13` counts too, but only with the target itself on the right side.
         """

@@ -1,5 +1,4 @@
-"""Arithmetic as a model writes it: a bounded parser with exact values, for text that nobody
-checked.
+"""Arithmetic as a model writes it: a bounded parser with exact values, for unchecked text.
 
     sum     = product (("+" | "-") product)*          left to right
     product = factor (("*" | "/") factor)*            left to right, before sums
@@ -39,8 +38,7 @@ OPERATOR = {
 
 
 class ExpressionError(ValueError):
-    """The text is not an expression of the grammar above; the message says why, characters count
-    from 1."""
+    """The text is no expression of the grammar above; the message says why, counting from 1."""
 
 
 def _tokens(text: str) -> Iterator[tuple[str, int, int]]:
@@ -72,8 +70,7 @@ def _tokens(text: str) -> Iterator[tuple[str, int, int]]:
 
 
 class _Parser:
-    """Recursive descent; `kind`, `value` and `position` are those of the next piece, not yet
-    used."""
+    """Recursive descent; `kind`, `value` and `position` are those of the next token."""
 
     def __init__(self, text: str):
         self.tokens = _tokens(text)

@@ -1,5 +1,4 @@
-"""GSM8K (Cobbe et al. 2021, arXiv 2110.14168): school word problems from a file, answered after
-`####`.
+"""GSM8K (Cobbe et al. 2021, arXiv 2110.14168): school word problems from a file.
 
 The file is the user's own copy: one JSON object per line with `question` and `answer`, the gold
 number after the last `####` of `answer`. It is a test set: there are no training problems.
@@ -38,8 +37,7 @@ class GSM8KProblem:
 
 
 def read_number(text: str) -> Fraction | None:
-    """The exact value of text like `1,234`, `-$12.50`, `15%` or `12.`; None for no number or a long
-    one."""
+    """The exact value of `1,234`, `-$12.50`, `15%` or `12.`; None for other or long text."""
     text = text.strip(WHITE_SPACE)
     if len(text) > MAX_NUMBER_LENGTH:
         return None
@@ -54,8 +52,7 @@ def read_number(text: str) -> Fraction | None:
 
 
 def gold_number(answer: str) -> str:
-    """What follows the last `####`, or all of `answer` without one; ValueError if that is not a
-    number."""
+    """What follows the last `####`, or all of `answer`; ValueError if that is not a number."""
     gold = answer.rpartition(MARK)[2].strip(WHITE_SPACE)
     if read_number(gold) is None:
         raise ValueError(
@@ -65,8 +62,7 @@ def gold_number(answer: str) -> str:
 
 
 def load_gsm8k(path: str | Path) -> list[GSM8KProblem]:
-    """All problems of a file; ValueError for a file or line that cannot be used, with the line's
-    number."""
+    """All problems of a file; ValueError, with the line's number, if one cannot be used."""
     try:
         # Not splitlines(), which would cut at U+2028 too.
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
@@ -102,8 +98,7 @@ def _parse_line(line: str) -> GSM8KProblem:
 
 @dataclass(frozen=True)
 class GSM8K(Task):
-    """The task over one file, which is read when the task is made; ValueError if it cannot be
-    read."""
+    """The task over one file, which is read at once; ValueError if it cannot be read."""
 
     name: ClassVar[str] = "gsm8k"
     example: ClassVar[str] = '{"answer": "#### 42", "response": "..."}'
@@ -144,8 +139,7 @@ class GSM8K(Task):
 
     @staticmethod
     def problem_from_record(record: Mapping[str, Any]) -> GSM8KProblem:
-        """The problem of {"answer": 42}, {"answer": "#### 42"}, or {"gold": "42"} as the harness
-        writes it.
+        """The problem of {"answer": 42}, {"answer": "#### 42"}, or the harness's {"gold": "42"}.
 
         ValueError for another kind of value.
         """
@@ -168,8 +162,7 @@ class GSM8K(Task):
 
     @staticmethod
     def grade(problem: GSM8KProblem, response: str) -> Grade:
-        """Right if the number in the last answer block, or else after the last `####`, is the gold
-        one."""
+        """Right if the last answer block, or else what follows the last `####`, is the gold one."""
         answer = parse_response(response).answer
         if answer is None and MARK in response:
             answer = response.rpartition(MARK)[2].partition("\n")[0]

@@ -55,8 +55,7 @@ class ChatConfig:
 
 
 def knows_countdown_only(settings: dict) -> bool:
-    """Whether a run with these settings was trained on Countdown, by GRPO or on the demo's
-    corpus."""
+    """Whether a run was trained on Countdown alone, by GRPO or on the demo's corpus."""
     task = settings.get("task")
     by_reward = isinstance(task, dict) and task.get("name") == Countdown.name
     return by_reward or settings.get("data") == [Countdown.name]
@@ -77,8 +76,7 @@ def shown(problem: CountdownProblem | None, sampled: Sampled) -> str:
 
 
 def remarks(problem: CountdownProblem | None, sampled: Sampled) -> str:
-    """What there is to say about a response: the grade of a Countdown answer, and whether it was
-    cut off."""
+    """The grade of a response to a Countdown problem, and whether it was cut off."""
     parts = []
     if problem:
         graded = grade_response(Countdown, problem, sampled.text)
@@ -91,8 +89,7 @@ def remarks(problem: CountdownProblem | None, sampled: Sampled) -> str:
 
 
 def labelled(parts: list[tuple[str, str]]) -> str:
-    """Each (label, text) on lines of its own, the labels in a column; an empty label takes no
-    room."""
+    """Each (label, text) on lines of its own, the labels in a column."""
     return "\n".join(
         f"{label:<8}{printable(text)}" if label else printable(text) for label, text in parts
     )
@@ -122,15 +119,13 @@ class Responder:
             return None, line
 
     def reply(self, line: str) -> str:
-        """The line and the answer to it, for people. Raises ValueError as `read` and the sampler
-        do."""
+        """The line and the answer to it. Raises ValueError as `read` and the sampler do."""
         problem, prompt = self.read(line)
         [[sampled]] = self.sampler([prompt], 1)
         return f"{printable(line)}\n{shown(problem, sampled)}\n"
 
     def stream(self, line: str) -> None:
-        """Print the answer to a line token by token, then the remarks. Raises ValueError
-        likewise."""
+        """Print the answer token by token, then the remarks. Raises ValueError likewise."""
         problem, prompt = self.read(line)
         for text, sampled in self.sampler.stream(prompt):
             print(printable(text), end="", flush=True)
@@ -141,8 +136,7 @@ class Responder:
 
 
 def typed_lines() -> Iterator[str]:
-    """The lines of stdin until its end or `quit`, without blank ones; a person at a terminal is
-    asked."""
+    """The lines of stdin until its end or `quit`, without blank ones; a person is asked."""
     is_person = sys.stdin.isatty()
     while True:
         if is_person:

@@ -98,8 +98,7 @@ def load_run(
 
 
 def choose_problems(task: Task, n: int | None) -> list:
-    """The first n test problems, or as many as --n says by default. Raises ValueError for too large
-    an n."""
+    """The first n test problems. Raises ValueError for more than there are."""
     size = task.size("test")
     if n is None:
         is_test_set = size is not None and task.size("train") == 0
@@ -124,8 +123,7 @@ def output_path(config: EvalConfig, checkpoint: Checkpoint) -> Path:
 
 
 def run_eval(config: EvalConfig) -> EvalResult:
-    """Load, sample, grade, print and write. Raises ValueError for bad flags, NonFiniteError for
-    NaN."""
+    """Load, sample, grade, print, write. ValueError for bad flags, NonFiniteError for NaN."""
     reuse_memory()
     # 1. The problems first: they are quick to refuse, before a model is loaded.
     task = config.task.make()

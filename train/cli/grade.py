@@ -1,5 +1,4 @@
-"""Why did this answer get that reward? Grades responses by the rules that training uses, without a
-model.
+"""Why did this answer get that reward? Grades responses by the rules of training, without a model.
 
     r1zero grade --task countdown --problem "3 7 9 -> 13" --response "... <answer>(9-3)+7</answer>"
     r1zero grade --task gsm8k --answer 42 --response "... #### 42"
@@ -46,8 +45,7 @@ class GradeConfig:
     response: str | None = None
     """Text of one response to grade, instead of a file."""
     problem: str | None = None
-    """Problem that --response answers, such as "3 7 9 -> 13" for countdown or "17+25" for
-    arithmetic."""
+    """Problem that --response answers: "3 7 9 -> 13" for countdown, "17+25" for arithmetic."""
     answer: str | None = None
     """Right answer to the problem that --response answers, for gsm8k."""
     out: str | None = None
@@ -127,8 +125,7 @@ def summary(graded: list[dict]) -> str:
 
 
 def grade(config: GradeConfig) -> list[dict]:
-    """Grade and write; returns what was written. ValueError for a problem or line that cannot be
-    used."""
+    """Grade and write; returns what was written. ValueError for what cannot be read."""
     task = find_task(config.task)
     if config.input is None:
         problem = task.problem_from_text(getattr(config, task.problem_flag))

@@ -1,5 +1,7 @@
-"""The command line: `r1zero <command> [--flags]`, or `python -m r1zero.train.cli.main <command>
-[--flags]`.
+"""The command line: `r1zero <command> [--flags]`.
+
+`python -m r1zero.train.cli.main <command> [--flags]` is the same, for where the script is not on
+the path.
 
 A command is a frozen dataclass, whose fields are its flags (tyro reads them), and a function that
 takes it. Its module is imported when the command is called, so that `r1zero --help` and `r1zero
@@ -127,8 +129,7 @@ def usage() -> str:
 
 
 def printable(text: str) -> str:
-    """Text that a terminal shows and does not obey: control characters are spelled out, line breaks
-    and tabs stay."""
+    """Text that a terminal shows and does not obey; line breaks and tabs stay."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
@@ -153,8 +154,7 @@ def short_warnings(command: str):
 
 
 def refusal_behind(error: BaseException | None) -> ValueError | None:
-    """The ValueError of a config's __post_init__ that `error` came from, None if it came from
-    none."""
+    """The ValueError of a config's __post_init__ behind `error`, None if there is none."""
     while error is not None:
         names = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
         if isinstance(error, ValueError) and "__post_init__" in names:
@@ -207,8 +207,7 @@ def is_non_finite(error: BaseException) -> bool:
 
 
 def explain(error: BaseException, config) -> tuple[int, str | None]:
-    """(exit code, what to tell the user); None for a fault of r1zero, which only a traceback
-    explains."""
+    """(exit code, what to tell the user); None for a fault of r1zero."""
     if isinstance(error, KeyboardInterrupt):
         return 130, "broken off"
     if is_out_of_memory(error):
@@ -231,8 +230,7 @@ def explain(error: BaseException, config) -> tuple[int, str | None]:
 
 
 def run(name: str, flags: list[str], show_traceback: bool) -> int:
-    """Parse the flags, call the command, and turn what it raises into an exit code and a line on
-    stderr."""
+    """Parse the flags, call the command, and turn what it raises into an exit code."""
     command = COMMANDS[name]
     config = None
     try:
