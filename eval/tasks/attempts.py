@@ -122,7 +122,7 @@ def is_valid(attempt: Attempt, problem: CountdownProblem) -> bool:
     check = attempt.check
     if None in attempt.steps or check is None or not all(step.true for step in attempt.steps):
         return False
-    # 2. Each step takes two numbers out of the pool, the larger first (but 0/7), and adds its result.
+    # 2. Each step replaces two numbers of the pool, the larger first (but 0/7), by its result.
     pool = Counter(problem.numbers)
     for step in attempt.steps[:-1]:
         taken = Counter((step.a, step.b))

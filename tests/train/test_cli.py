@@ -11,6 +11,9 @@ import warnings
 import pytest
 import torch
 
+from r1zero.eval.response import parse_response
+from r1zero.eval.tasks.base import Grade, Task, required_fields
+from r1zero.eval.tasks.catalogue import TASKS
 from r1zero.model.checkpoint import CheckpointError
 from r1zero.model.engine.sampling import NonFiniteError
 from r1zero.train.cli import grade
@@ -195,6 +198,40 @@ def test_a_wrong_task_is_named(flags, fragment):
     with pytest.raises(ValueError) as caught:
         flags.make()
     assert fragment in str(caught.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeat(Task):
+    """A task of the tests: say the word."""
+
+    name = "repeat"
+    example = '{"word": "hi", "response": "..."}'
+    words: int = 1
+
+    @staticmethod
+    def problem_from_text(text):
+        return text
+
+    @staticmethod
+    def problem_from_record(record):
+        return required_fields(record, "word")[0]
+
+    @staticmethod
+    def grade(problem, response):
+        answer = parse_response(response).answer
+        return Grade(float(answer == problem), answer, f"The word is {problem}.")
+
+
+def test_a_task_that_stands_in_the_catalogue_needs_nothing_else_to_be_graded(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(TASKS, "repeat", Repeat)
+    assert TaskFlags("repeat", ("words=3",)).make() == Repeat(3)
+    said = ["--response", "<answer>hi</answer>"]
+    for word, accuracy in (("hi", 1.0), ("ho", 0.0)):
+        assert main(["grade", "--task", "repeat", "--problem", word, *said]) == 0
+        assert json.loads(capsys.readouterr().out)["accuracy"] == accuracy
+    (tmp_path / "f.jsonl").write_text('{"word": "hi", "response": "<answer>hi</answer>"}\n{"response": ""}\n')
+    fails(capsys, ["grade", "--task", "repeat", "--input", str(tmp_path / "f.jsonl")], 2,
+          'line 2: "word" is missing; expected a line like {"word": "hi", "response": "..."}')
 
 
 # ---- every loop once, at toy size ----
