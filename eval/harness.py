@@ -1,16 +1,15 @@
-"""The harness: sample responses, grade them, report figures with their uncertainty.
+"""The harness: sample responses, grade them, report metrics with their uncertainty.
 
     pass@1      share of right responses, averaged over problems
-    pass@k      chance that at least one of k responses is right: the unbiased estimator of the Codex paper
-                (arXiv 2107.03374, eq. 1) from n >= k responses a problem
+    pass@k      chance that at least one of k responses is right (arXiv 2107.03374, eq. 1)
     format      share of well-formed responses (eval/response.py)
 
-Every figure has a 95 % interval over problems: what would have come out with other problems of the same kind.
-The responses to one problem are not independent of each other, so more samples a problem narrow it less than
-more problems.
+Every share has a 95 % interval over problems: what would have come out with other problems of the
+same kind. Responses to one problem are not independent of each other, so more samples per problem
+narrow the interval less than more problems do.
 
-Left out: significance tests between two runs (on the same problems, compare them problem by problem, from the
-JSON lines), and anything that knows a model: a sampler is any callable.
+Left out: significance tests between two runs (on the same problems, compare them problem by
+problem, from the JSON lines), and anything that knows a model: a sampler is any callable.
 """
 
 import json
@@ -23,16 +22,12 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from .response import parse_response
+from .response import grade_response
 from .tasks.base import Task
 
 Z95 = 1.959964  # 97.5 % quantile of the normal distribution
-SUMMED = (
-    "accuracy",
-    "format",
-    "n_tokens",
-    "finish_reason",
-)  # what is kept of each response for the summary
+# What is kept of each response for the summary.
+SUMMED = ("accuracy", "format", "n_tokens", "finish_reason")
 
 
 class Sampled(NamedTuple):
@@ -53,8 +48,9 @@ class Estimate(NamedTuple):
 
 
 Sampler = Callable[[list[str], int], list[list[Sampled]]]
-"""sampler(prompts, n_samples) -> n_samples responses to each prompt. It is called once a batch, so one that
-seeds by the place in the batch would give all batches the same random numbers: seed by call or by prompt."""
+"""sampler(prompts, n_samples) -> n_samples responses to each prompt. It is called once per batch.
+One that seeds by the position in the batch would give all batches the same random numbers, so seed
+by call or prompt."""
 
 
 @dataclass(frozen=True)
@@ -92,23 +88,24 @@ class EvalResult:
 
     def table(self) -> str:
         """A few lines for people."""
-        shares = [("pass@1", self.accuracy)]
-        shares += [
-            (f"pass@{k}", estimate) for k, estimate in sorted(self.pass_at.items()) if k != 1
-        ]
-        shares += [("well formed", self.format_rate)]
+        shares = {"pass@1": self.accuracy}
+        shares |= {f"pass@{k}": self.pass_at[k] for k in sorted(self.pass_at) if k != 1}
+        shares |= {"well formed": self.format_rate}
         counts = f"{self.n_problems:,} problems x {self.n_samples} samples"
         lines = [f"{self.task}: {counts}, 95 % intervals over problems"]
-        lines += [f"  {name:<12} {e.mean:7.1%}   [{e.low:.1%}, {e.high:.1%}]" for name, e in shares]
-        lines += [f"  {'cut off':<12} {self.truncated:7.1%}"]
-        lines += [f"  {'length':<12} {self.mean_tokens:7.1f} tokens"]
+        for name, share in shares.items():
+            interval_95 = f"[{share.low:.1%}, {share.high:.1%}]"
+            lines.append(f"  {name:<12} {share.mean:7.1%}   {interval_95}")
+        lines.append(f"  {'cut off':<12} {self.truncated:7.1%}")
+        lines.append(f"  {'length':<12} {self.mean_tokens:7.1f} tokens")
         return "\n".join(lines)
 
 
 def pass_at_k(n: int, n_right: int, k: int) -> float:
-    """Chance that k of n responses, drawn without replacement, hold a right one: 1 - C(n - c, k) / C(n, k).
+    """Chance that k of n responses, sampled without replacement, hold a right one.
 
-    The quotient is a product of k factors from 0 to 1, so nothing overflows. (arXiv 2107.03374, eq. 1)
+    1 - C(n - n_right, k) / C(n, k): the unbiased estimator of arXiv 2107.03374, eq. 1. The quotient
+    is a product of k factors from 0 to 1, so nothing overflows.
     """
     assert 1 <= k <= n and 0 <= n_right <= n
     return 1.0 - math.prod(max(n - n_right - i, 0) / (n - i) for i in range(k))
@@ -117,25 +114,31 @@ def pass_at_k(n: int, n_right: int, k: int) -> float:
 def interval(scores: Sequence[float], n_samples: int = 1) -> Estimate:
     """The mean of per-problem scores from 0 to 1, and its 95 % interval over problems.
 
-    Wilson's interval (1927), at the number of independent yes/no trials that would scatter as much as the
-    scores do: mean * (1 - mean) / variance of the mean. With one sample a problem that is plain Wilson; with
-    several it lies between the number of problems (samples of a problem all agree) and the number of
-    responses (they tell nothing of each other). So the interval never has zero width and never leaves 0..1.
-    If all scores are 0 or all are 1, or there is a single problem, nothing is known about the scatter and the
-    number of problems is taken.
+    Wilson's interval (1927) for yes/no trials, with as many independent trials as would scatter as
+    much as the scores do: mean * (1 - mean) / variance of the mean. So it never has zero width and
+    never leaves 0..1.
+
+    With one sample per problem that is plain Wilson. With several, the number of trials lies
+    between the number of problems (all samples of a problem agree) and the number of responses
+    (they are independent). If all scores are 0 or all are 1, or there is a single problem, the
+    scatter is unknown and the number of problems counts.
     """
     n = len(scores)
     mean = math.fsum(scores) / n
     variance = math.fsum((score - mean) ** 2 for score in scores) / n
+    # How many independent trials the scores are worth.
     spread = mean * (1.0 - mean)
     trials = float(n)
     if n > 1 and spread > 1e-12:
         trials = n * min(spread / variance, n_samples) if variance > 0 else float(n * n_samples)
+    # Wilson's interval for that many trials.
     z2 = Z95**2
     centre = (mean + z2 / (2 * trials)) / (1 + z2 / trials)
     half = Z95 / (1 + z2 / trials) * math.sqrt(spread / trials + z2 / (4 * trials**2))
     # Rounding may leave the mean a hair outside where it is 0 or 1.
-    return Estimate(mean, max(0.0, min(centre - half, mean)), min(1.0, max(centre + half, mean)))
+    low = max(0.0, min(centre - half, mean))
+    high = min(1.0, max(centre + half, mean))
+    return Estimate(mean, low, high)
 
 
 def _open_lines(out: str | Path | None):
@@ -149,16 +152,16 @@ def _open_lines(out: str | Path | None):
 
 
 def _row(index: int, problem: Any, prompt: str, sampled: Sampled, task: Task) -> dict[str, Any]:
-    grade = task.grade(problem, sampled.text)
+    graded = grade_response(task, problem, sampled.text)
     return {
         "index": index,
         "problem": asdict(problem) if is_dataclass(problem) else problem,
         "prompt": prompt,
         "response": sampled.text,
-        "accuracy": grade.accuracy,
-        "format": float(parse_response(sampled.text).well_formed),
-        "answer": grade.answer,
-        "why": grade.why,
+        "accuracy": graded.accuracy,
+        "format": graded.format,
+        "answer": graded.answer,
+        "why": graded.why,
         "n_tokens": int(sampled.n_tokens),
         "finish_reason": sampled.finish_reason,
     }
@@ -167,23 +170,38 @@ def _row(index: int, problem: Any, prompt: str, sampled: Sampled, task: Task) ->
 def _summary(
     name: str, rows: list[dict[str, Any]], n_samples: int, ks: Sequence[int]
 ) -> EvalResult:
-    """The figures of all responses; those of one problem lie next to each other."""
+    """The metrics of all responses; those of one problem lie next to each other."""
     groups = [rows[i : i + n_samples] for i in range(0, len(rows), n_samples)]
     n_right = [sum(row["accuracy"] == 1.0 for row in group) for group in groups]
     n_formed = [sum(row["format"] == 1.0 for row in group) for group in groups]
+    pass_at = {}
+    for k in ks:
+        chances = [pass_at_k(n_samples, right, k) for right in n_right]
+        pass_at[k] = interval(chances, n_samples)
     return EvalResult(
         task=name,
         n_problems=len(groups),
         n_samples=n_samples,
         accuracy=interval([right / n_samples for right in n_right], n_samples),
-        pass_at={
-            k: interval([pass_at_k(n_samples, right, k) for right in n_right], n_samples)
-            for k in ks
-        },
+        pass_at=pass_at,
         format_rate=interval([formed / n_samples for formed in n_formed], n_samples),
         mean_tokens=sum(row["n_tokens"] for row in rows) / len(rows),
         truncated=sum(row["finish_reason"] == "length" for row in rows) / len(rows),
     )
+
+
+def _check(n_problems: int, n_samples: int, ks: Sequence[int], batch: int) -> None:
+    if not n_problems:
+        raise ValueError("evaluate got no problems; give at least one")
+    if n_samples < 1 or batch < 1:
+        raise ValueError(
+            f"evaluate: n_samples is {n_samples} and batch {batch}; both must be 1 or more"
+        )
+    for k in ks:
+        if not 1 <= k <= n_samples:
+            raise ValueError(
+                f"pass@{k} needs 1 <= k <= n_samples, but n_samples is {n_samples}; raise it"
+            )
 
 
 def evaluate(
@@ -198,32 +216,22 @@ def evaluate(
 ) -> EvalResult:
     """Sample `n_samples` responses to each problem, grade them, and sum up.
 
-    ks: the k of each pass@k that is wanted. out: a file for one JSON line per response, written batch by
-    batch (what was there is overwritten). batch: problems in one call of the sampler. progress: show a bar on
-    stderr.
+    ks: the k of each pass@k that is wanted. out: a file for one JSON line per response, written
+    batch by batch; what was there is overwritten. batch: problems in one call of the sampler.
+    progress: show a bar on stderr.
 
-    Raises ValueError for no problems, a k above n_samples, counts below 1, a file that cannot be written, and
-    a sampler that returns the wrong number of responses.
+    Raises ValueError for no problems, a k above n_samples, counts below 1, a file that cannot be
+    written, and a sampler that returns the wrong number of responses.
     """
     problems = list(problems)
-    if not problems:
-        raise ValueError("evaluate got no problems; give at least one")
-    if n_samples < 1 or batch < 1:
-        raise ValueError(
-            f"evaluate: n_samples is {n_samples} and batch {batch}; both must be 1 or more"
-        )
-    for k in ks:
-        if not 1 <= k <= n_samples:
-            raise ValueError(
-                f"pass@{k} needs 1 <= k <= n_samples, but n_samples is {n_samples}; raise it"
-            )
-
-    rows: list[dict[str, Any]] = []
+    _check(len(problems), n_samples, ks, batch)
+    kept: list[dict[str, Any]] = []
     with (
         _open_lines(out) as file,
         tqdm(total=len(problems), disable=not progress, unit="problem") as bar,
     ):
         for start in range(0, len(problems), batch):
+            # 1. Sample a group of responses to each problem of the batch.
             chunk = problems[start : start + batch]
             prompts = [task.prompt(problem) for problem in chunk]
             groups = sampler(prompts, n_samples)
@@ -231,16 +239,16 @@ def evaluate(
                 raise ValueError(
                     f"the sampler must give each of {len(chunk)} prompts {n_samples} responses"
                 )
-            new = [
-                _row(start + i, problem, prompt, sampled, task)
-                for i, (problem, prompt, group) in enumerate(
-                    zip(chunk, prompts, groups, strict=True)
-                )
-                for sampled in group
-            ]
+            # 2. Grade them.
+            rows = []
+            for index, (problem, prompt, group) in enumerate(
+                zip(chunk, prompts, groups, strict=True), start
+            ):
+                rows += [_row(index, problem, prompt, sampled, task) for sampled in group]
+            # 3. Write them to the disk before the next batch, and keep what the summary needs.
             if file is not None:
-                file.write("".join(json.dumps(row) + "\n" for row in new))
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
                 file.flush()
-            rows += [{name: row[name] for name in SUMMED} for row in new]
+            kept += [{name: row[name] for name in SUMMED} for row in rows]
             bar.update(len(chunk))
-    return _summary(task.name, rows, n_samples, ks)
+    return _summary(task.name, kept, n_samples, ks)

@@ -1,13 +1,13 @@
 """A model as the harness wants it: a callable from prompts to responses.
 
-Random numbers are counter-based: the seed of a response is a function of (seed, running number of its
-problem, number of the sample), so it does not depend on how many problems are in a batch, nor on how many
-samples a problem has (up to rounding of the matrix products, which change with the batch's shape at the 1e-6
-level).
+Random numbers are counter-based: the seed of a response is a function of (seed, running number of
+its problem, number of the sample). So a response depends neither on the batch's size nor on how
+many samples a problem has, up to rounding: matrix products change with the batch's shape, at the
+1e-6 level.
 
-A prompt that leaves no room for the response in the model's max_seq_len is an error, or, if asked, loses its
-beginning and is counted: then a small model can be put to a whole test set, long questions included, and
-what it was not shown is known.
+A prompt that leaves no room for the response in the model's max_seq_len is an error. On request it
+loses its beginning and is counted instead, so that a small model can take a whole test set, long
+questions included, and the user knows what it was not shown.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 
 from ..model.engine.engine import Engine
-from ..model.engine.requests import Request, group_requests
+from ..model.engine.requests import Completion, Request, group_requests
 from ..model.engine.sampling import sample_seeds
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
@@ -23,11 +23,10 @@ from .harness import Sampled
 
 
 class ModelSampler:
-    """`sampler(prompts, n_samples)` -> n_samples responses to each prompt, for `evaluate`. One evaluation,
-    one sampler.
+    """`sampler(prompts, n_samples)` -> n_samples responses to each prompt, for `evaluate`.
 
-    Raises ValueError for max_new_tokens that leave no room for a prompt, and, when called, as the engine
-    does.
+    Use one sampler per evaluation. Raises ValueError for max_new_tokens that leave no room for a
+    prompt, and, when called, as the engine does.
     """
 
     def __init__(
@@ -40,8 +39,10 @@ class ModelSampler:
         cut_prompts: bool = False,
         engine: Engine | None = None,
     ):
-        """cut_prompts: take off the beginning of a prompt that is too long, and count it, instead of raising.
-        engine: one that the model has already, since each holds a cache; None makes one."""
+        """cut_prompts: cut the beginning of a prompt that is too long, instead of raising.
+
+        engine: one that the model has already, since each holds a cache; None makes one.
+        """
         limit = model.config.max_seq_len
         if not 1 <= max_new_tokens < limit:
             raise ValueError(
@@ -49,8 +50,11 @@ class ModelSampler:
                 f"prompt and response together; expected 1 to {limit - 1}"
             )
         self.engine = engine or Engine(model, tokenizer)
-        self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
-        self.temperature, self.seed, self.cut_prompts = temperature, seed, cut_prompts
+        self.tokenizer = tokenizer
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.seed = seed
+        self.cut_prompts = cut_prompts
         self.room = limit - max_new_tokens
         """Tokens that a prompt may have."""
         self.n_prompts = 0
@@ -62,20 +66,16 @@ class ModelSampler:
         """One response as it comes: (new text, None), and with the last of it the whole."""
         [request] = self._requests([prompt], 1)
         for event in self.engine.stream([request]):
-            c = event.completion
-            done = (
-                Sampled(self.tokenizer.decode(c.tokens), len(c.tokens), c.finish_reason)
-                if c
-                else None
-            )
-            yield event.text, done
+            yield event.text, self._sampled(event.completion) if event.completion else None
 
     def __call__(self, prompts: list[str], n_samples: int) -> list[list[Sampled]]:
-        responses = [
-            Sampled(self.tokenizer.decode(c.tokens), len(c.tokens), c.finish_reason)
-            for c in self.engine.generate(self._requests(prompts, n_samples))
-        ]
+        completions = self.engine.generate(self._requests(prompts, n_samples))
+        responses = [self._sampled(completion) for completion in completions]
         return [responses[i : i + n_samples] for i in range(0, len(responses), n_samples)]
+
+    def _sampled(self, completion: Completion) -> Sampled:
+        text = self.tokenizer.decode(completion.tokens)
+        return Sampled(text, len(completion.tokens), completion.finish_reason)
 
     def _requests(self, prompts: list[str], n_samples: int) -> list[Request]:
         ids = self.tokenizer.encode_batch(prompts)
@@ -96,7 +96,7 @@ class ModelSampler:
             return None
         limit = self.engine.model.config.max_seq_len
         return (
-            f"{self.n_cut:,} of {self.n_prompts:,} prompts are longer than the {self.room} tokens that a "
-            f"max_seq_len of {limit} leaves beside {self.max_new_tokens} new ones; the model was shown "
-            "their ends only"
+            f"{self.n_cut:,} of {self.n_prompts:,} prompts are longer than the {self.room} tokens "
+            f"that a max_seq_len of {limit} leaves beside {self.max_new_tokens} new ones; "
+            "the model was shown their ends only"
         )

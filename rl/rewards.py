@@ -15,7 +15,7 @@ from functools import partial
 
 import numpy as np
 
-from ..eval.response import parse_response
+from ..eval.response import grade_response
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class Rewards:
 
 def reward_one(task, problem, response: str, config: RewardConfig) -> dict:
     """Grade a single response: a dict of accuracy, format, reward, answer and why."""
-    grade, parsed = task.grade(problem, response), parse_response(response)
-    well_formed = float(parsed.well_formed)
+    graded = grade_response(task, problem, response)
+    reward = config.accuracy_weight * graded.accuracy + config.format_weight * graded.format
     return {
-        "accuracy": grade.accuracy,
-        "format": well_formed,
-        "reward": config.accuracy_weight * grade.accuracy + config.format_weight * well_formed,
-        "answer": grade.answer,
-        "why": grade.why if parsed.well_formed else f"{grade.why} Format: {parsed.why}",
+        "accuracy": graded.accuracy,
+        "format": graded.format,
+        "reward": reward,
+        "answer": graded.answer,
+        "why": graded.why if graded.format else f"{graded.why} Format: {graded.why_format}",
     }
 
 

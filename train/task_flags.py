@@ -1,56 +1,60 @@
-"""The flags that choose a task, for every command that needs one: --task, --dials and --data."""
+"""The flags that choose a task, for every command that needs one: --task, --options and --data."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
-from ..eval.tasks.arithmetic import Arithmetic
 from ..eval.tasks.base import Task
-from ..eval.tasks.catalogue import make_task
-from ..eval.tasks.countdown import Countdown
-from ..eval.tasks.gsm8k import GSM8K
+from ..eval.tasks.catalogue import TASKS, find_task, make_task, option_types
 
-TASKS = {"arithmetic": Arithmetic, "countdown": Countdown, "gsm8k": GSM8K}
+FILE_TASKS = [name for name, task in TASKS.items() if "path" in option_types(task)]
 
 
 @dataclass(frozen=True)
 class TaskFlags:
-    """Which task, and its dials."""
+    """Which task, and its options."""
 
-    # Flat flags: `--dials`, not `--task.dials`, though this is a field `task` of a command's config.
-    name: Annotated[str, tyro.conf.arg(name="task", prefix_name=False)] = "countdown"
-    """countdown, arithmetic or gsm8k."""
-    dials: Annotated[tuple[str, ...], tyro.conf.arg(prefix_name=False)] = ()
-    """Dials of the task as name=value, for example n_numbers=4 high=30 ops=+-*; a wrong name prints the
-    list."""
-    data: Annotated[str | None, tyro.conf.arg(prefix_name=False)] = None
-    """File of problems, for a task that reads them (gsm8k)."""
+    # Flat flags: `--options` instead of `--task.options`, although a config has this as a field
+    # `task`.
+    name: Annotated[
+        str,
+        tyro.conf.arg(
+            name="task", prefix_name=False, help=f"Name of the task: {', '.join(TASKS)}."
+        ),
+    ] = "countdown"
+    options: Annotated[tuple[str, ...], tyro.conf.arg(prefix_name=False)] = ()
+    """Options of the task as name=value, such as high=30 ops=+-*; a wrong name lists them all."""
+    data: Annotated[
+        str | None,
+        tyro.conf.arg(
+            prefix_name=False,
+            help=f"File of problems, for a task that reads them from one: {', '.join(FILE_TASKS)}.",
+        ),
+    ] = None
 
     def make(self) -> Task:
-        """Raises ValueError for an unknown task or dial, or a value that is not of the dial's type."""
-        values = {}
-        types = {f.name: f.type for f in fields(TASKS[self.name])} if self.name in TASKS else {}
-        for dial in self.dials:
-            name, equals, text = dial.partition("=")
-            if not equals:
-                raise ValueError(f"--dials got {dial!r}, expected name=value, for example high=30")
-            values[name] = text
-            if types.get(name) in (int, float):
-                try:
-                    values[name] = types[name](text)
-                except ValueError:
-                    raise ValueError(f"--dials {name} is {text!r}, expected a number") from None
+        """The task. Raises ValueError for an unknown task or option, or a wrong value."""
+        types = option_types(find_task(self.name))
+        values = dict(self._parse(option, types) for option in self.options)
         if self.data is not None:
-            if types and "path" not in types:
+            if "path" not in types:
                 raise ValueError(
                     f"--data is for a task that reads its problems from a file, and {self.name} "
-                    "makes its own; leave it out, or choose --task gsm8k"
+                    f"makes its own; leave it out, or choose --task {' or '.join(FILE_TASKS)}"
                 )
             values["path"] = self.data
-        if "path" in types and "path" not in values:
-            raise ValueError(
-                f"--task {self.name} needs --data FILE: JSON lines with the fields question and "
-                "answer"
-            )
         return make_task(self.name, **values)
+
+    @staticmethod
+    def _parse(option: str, types: dict[str, type]) -> tuple[str, str | int | float]:
+        """(name, value) of "name=value"; a number where the task wants one."""
+        name, equals, text = option.partition("=")
+        if not equals:
+            raise ValueError(f"--options got {option!r}, expected name=value, for example high=30")
+        if types.get(name) not in (int, float):
+            return name, text
+        try:
+            return name, types[name](text)
+        except ValueError:
+            raise ValueError(f"--options {name} is {text!r}, expected a number") from None

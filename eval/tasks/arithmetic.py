@@ -3,24 +3,35 @@
     prompt      17+25=
     response    <think> ... </think><answer>42</answer>
 
-Numbers have up to `digits` digits, operators are drawn from + - *, and * binds before + and -, as usual. Only
-the answer block is read, so the same grader serves responses with and without thoughts. The space is drawn
-from, not listed; 17+25 and 25+17 have the same numbers and operators, so they are always in the same split.
+Numbers have up to `digits` digits. Operators are sampled from + - *, and * binds before + and -, as
+usual. Only the answer block is read, so the same grader serves responses with and without thoughts.
+Problems are sampled, not listed; 17+25 and 25+17 have the same numbers and operators, so they are
+always in the same split.
 
 Left out: division (quotients that are no integers need a rule of their own) and brackets.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from ..response import parse_response, quoted
-from .base import Grade, Task, check_position, is_held_out, stable_hash
-from .expression import DIGITS, WHITE_SPACE, parse_expression
+from ..response import WHITE_SPACE, parse_response, quoted
+from .base import (
+    Grade,
+    Task,
+    check_ops,
+    check_position,
+    check_test_share,
+    is_held_out,
+    required_fields,
+    stable_hash,
+)
+from .expression import DIGITS, ExpressionError, parse_expression
 
 OPERATIONS = "+-*"
 MAX_OPERANDS = 8
 MAX_DIGITS = 9
-MAX_DRAWS = 10_000  # draws before giving up on dials that leave a split empty
+MAX_TRIES = 10_000  # before giving up on options that leave a split empty
 
 
 @dataclass(frozen=True)
@@ -31,15 +42,17 @@ class ArithmeticProblem:
 
 @dataclass(frozen=True)
 class Arithmetic(Task):
-    """The task and its dials; ValueError for a dial out of range."""
+    """The task and its options; ValueError for an option out of range."""
 
     name: ClassVar[str] = "arithmetic"
+    example: ClassVar[str] = '{"expression": "17+25", "response": "..."}'
+
     n_operands: int = 2
     """How many numbers are combined, 2 to 8."""
     digits: int = 2
     """Each number is from 0 to 10^digits - 1, all equally likely; 1 to 9."""
     ops: str = "+-"
-    """The operations that are drawn from, some of + - *."""
+    """The operations that are sampled from, some of + - *."""
     test_share: float = 0.2
     """Share of all problems that is held out for testing."""
     seed: int = 0
@@ -52,47 +65,61 @@ class Arithmetic(Task):
             )
         if not 1 <= self.digits <= MAX_DIGITS:
             raise ValueError(f"arithmetic: digits is {self.digits}; it must be 1 to {MAX_DIGITS}")
-        if (
-            not self.ops
-            or not set(self.ops) <= set(OPERATIONS)
-            or len(set(self.ops)) < len(self.ops)
-        ):
-            raise ValueError(
-                f"arithmetic: ops is {self.ops!r}; it must be some of {OPERATIONS}, each once"
-            )
-        if not 0 < self.test_share < 1:
-            raise ValueError(
-                f"arithmetic: test_share is {self.test_share}; it must lie between 0 and 1"
-            )
+        check_ops(self.name, self.ops, OPERATIONS)
+        check_test_share(self.name, self.test_share)
 
     def size(self, split: str) -> None:
-        """None: problems are drawn with replacement from a space that is not listed."""
+        """None: problems are sampled with replacement from a space that is not listed."""
         check_position(split, 0)
 
     def problem(self, split: str, index: int) -> ArithmeticProblem:
-        """A draw of its own for every index; neither split ends."""
+        """A sample of its own for every index; neither split ends."""
         check_position(split, index)
         seed = self.seed if split == "train" else "test"
-        for attempt in range(MAX_DRAWS):
+        for attempt in range(MAX_TRIES):
+            # "draw" is part of the key of every published problem: another word, other problems.
             hashes = (
                 stable_hash("draw", seed, index, attempt, i) for i in range(2 * self.n_operands)
             )
             numbers = [next(hashes) % 10**self.digits for _ in range(self.n_operands)]
             ops = [self.ops[next(hashes) % len(self.ops)] for _ in numbers[1:]]
+            # The order of numbers and operators does not count, so that 25+17 stays with 17+25.
             key = tuple(sorted(numbers)), "".join(sorted(ops))
             if is_held_out(key, self.test_share) == (split == "test"):
-                text = str(numbers[0]) + "".join(
-                    f"{op}{n}" for op, n in zip(ops, numbers[1:], strict=True)
-                )
-                return ArithmeticProblem(text, int(parse_expression(text)[0]))
-        raise ValueError(f"arithmetic: {MAX_DRAWS:,} draws gave no {split} problem; raise digits")
+                terms = [f"{op}{number}" for op, number in zip(ops, numbers[1:], strict=True)]
+                text = f"{numbers[0]}{''.join(terms)}"
+                value, _ = parse_expression(text)
+                return ArithmeticProblem(text, int(value))
+        raise ValueError(f"arithmetic: {MAX_TRIES:,} tries gave no {split} problem; raise digits")
 
-    def prompt(self, problem: ArithmeticProblem) -> str:
+    @staticmethod
+    def problem_from_text(text: str) -> ArithmeticProblem:
+        """The problem of `17+25` or `17+25=`. ValueError if its value is no integer."""
+        expression = text.strip().removesuffix("=")
+        try:
+            value, _ = parse_expression(expression)
+        except ExpressionError as error:
+            raise ValueError(f"{quoted(expression)} is not valid arithmetic: {error}") from None
+        if value.denominator != 1:
+            raise ValueError(f"{quoted(expression)} is not a whole number")
+        return ArithmeticProblem(expression, int(value))
+
+    @staticmethod
+    def problem_from_record(record: Mapping[str, Any]) -> ArithmeticProblem:
+        """The problem of {"expression": "17+25"}. ValueError for another kind of value."""
+        [expression] = required_fields(record, "expression")
+        if not isinstance(expression, str):
+            raise ValueError(f'"expression" is {quoted(repr(expression))}, expected text')
+        return Arithmetic.problem_from_text(expression)
+
+    @staticmethod
+    def prompt(problem: ArithmeticProblem) -> str:
         """`17+25=`"""
         return f"{problem.expression}="
 
-    def grade(self, problem: ArithmeticProblem, response: str) -> Grade:
-        """Right if the last answer block is the integer as usually written: `42`, `-7`, not `042`."""
+    @staticmethod
+    def grade(problem: ArithmeticProblem, response: str) -> Grade:
+        """Right if the last answer block is the integer as usually written: `-7`, not `042`."""
         answer = parse_response(response).answer
         if answer is None:
             return Grade(0.0, None, "There is no complete <answer>...</answer> block.")

@@ -1,4 +1,15 @@
-"""Split off train/behaviour.py."""
+"""Reads the attempts in a response to Countdown, as models write them that saw worked attempts.
+
+    <think>9-7=2,3+2=5,5-13=-8 no;9+7=16,16-3=13,13-13=0 ok</think><answer>(9+7)-3</answer>
+
+An attempt is a piece of the thoughts between `;`. It has steps, which are equations like 9-7=2
+between `,`. The last step is the check: the value reached minus the target. An attempt ends with a
+verdict, ok or no.
+
+The text comes from a model, so it may be anything: no text raises, and none takes long.
+
+Left out: thoughts in any other form, which hold no attempts, and any statistics of attempts.
+"""
 
 import re
 from collections import Counter
@@ -10,14 +21,9 @@ from .countdown import CountdownProblem
 from .expression import MAX_LENGTH
 
 TAG = re.compile("|".join(FRAME))
-
-
 TAGS_BEFORE = re.compile(rf"(?:\s*({TAG.pattern}))*")
-
-
-STEP = re.compile(
-    r"(-?[0-9]{1,9})([-+*/])([0-9]{1,9})=(-?[0-9]{1,9})"
-)  # 9 digits: values stay small
+# a op b = c; at most 9 digits each, so that values stay small.
+STEP = re.compile(r"(-?[0-9]{1,9})([-+*/])([0-9]{1,9})=(-?[0-9]{1,9})")
 
 
 class Step(NamedTuple):
@@ -33,18 +39,23 @@ class Step(NamedTuple):
         """Whether it holds exactly; a division that leaves a remainder does not."""
         if self.op == "/":
             return self.b != 0 and self.a == self.b * self.c
-        return {"+": self.a + self.b, "-": self.a - self.b, "*": self.a * self.b}[self.op] == self.c
+        results = {"+": self.a + self.b, "-": self.a - self.b, "*": self.a * self.b}
+        return results[self.op] == self.c
+
+    def spelled(self) -> str:
+        """The one way to write it, `9-7=2`."""
+        return f"{self.a}{self.op}{self.b}={self.c}"
 
 
 @dataclass(frozen=True)
 class Attempt:
     text: str
     steps: list[Step | None]
-    """None for a step that is no equation of two whole numbers."""
+    """The equations, the check last; None for a step that is no equation of two whole numbers."""
     verdict: str | None
-    """ "ok", "no", or None if it ends with neither."""
+    """ "ok", "no", or None if the attempt ends with neither."""
     ends_thoughts: bool | None
-    """Whether a tag follows (True) or another attempt (False); None where the response was cut off."""
+    """Whether a tag follows (True) or another attempt (False); None where it was cut off."""
 
     @property
     def check(self) -> Step | None:
@@ -56,13 +67,14 @@ class Attempt:
 def thoughts(response: str) -> tuple[str, bool]:
     """(what was thought, whether a tag ended it): the text from the first <think> to the next tag.
 
-    Broken tags are for the format reward to judge. Without a <think> the text counts from its start (after
-    tags that it begins with), unless it is an answer block.
+    Broken tags are for the format reward to judge. Without a <think> the text counts from its start
+    (after tags that it begins with), unless it is an answer block.
     """
     _, opening, text = response.partition("<think>")
     if not opening:
         start = TAGS_BEFORE.match(response)
-        opening, text = start[1], response[start.end() :]
+        opening = start[1]  # the last of the tags at the start, None if there is none
+        text = response[start.end() :]
     ending = TAG.search(text)
     if ending is None:
         return text, False
@@ -72,35 +84,45 @@ def thoughts(response: str) -> tuple[str, bool]:
 
 
 def parse_attempts(response: str) -> list[Attempt]:
-    """The attempts in a response: the pieces between `;` that hold an `=`."""
+    """The attempts in a response: the pieces between `;` that hold an `=`.
+
+    The last piece of a response that was cut off counts only if its verdict was written.
+    """
     text, ended = thoughts(response)
     pieces = [piece.strip() for piece in text.split(";")]
     attempts = []
-    for place, piece in enumerate(pieces):
-        is_last = place == len(pieces) - 1
-        verdict = piece[-2:] if piece.endswith((" ok", " no")) else None
+    for index, piece in enumerate(pieces):
+        is_last = index == len(pieces) - 1
         was_cut = is_last and not ended
-        if "=" not in piece or was_cut and verdict is None:
+        verdict = piece[-2:] if piece.endswith((" ok", " no")) else None
+        if "=" not in piece or (was_cut and verdict is None):
             continue
         equations = piece[:-3] if verdict else piece
-        found = [STEP.fullmatch(step) for step in equations.split(",")]
-        steps = [Step(int(m[1]), m[2], int(m[3]), int(m[4])) if m else None for m in found]
-        attempts.append(Attempt(piece, steps, verdict, None if was_cut else is_last))
+        steps = [_parse_step(equation) for equation in equations.split(",")]
+        ends_thoughts = None if was_cut else is_last
+        attempts.append(Attempt(piece, steps, verdict, ends_thoughts))
     return attempts
 
 
-def is_valid(attempt: Attempt, problem: CountdownProblem) -> bool:
-    """Whether an attempt is one of corpus.all_attempts with all four operations; none of them is made.
+def _parse_step(equation: str) -> Step | None:
+    match = STEP.fullmatch(equation)
+    if match is None:
+        return None
+    a, op, b, c = match.groups()
+    return Step(int(a), op, int(b), int(c))
 
-    Each step takes two numbers out of the pool, the larger first (but 0/7), and puts its true result back;
-    the check comes when one number is left; and there is one way to spell it.
+
+def is_valid(attempt: Attempt, problem: CountdownProblem) -> bool:
+    """Whether an attempt is one of the problem's worked attempts, letter for letter.
+
+    A worked attempt uses each number once, with any of the four operations; there is one way to
+    spell it.
     """
-    if (
-        None in attempt.steps
-        or attempt.check is None
-        or not all(step.true for step in attempt.steps)
-    ):
+    # 1. Every step is a true equation, and the check is there.
+    check = attempt.check
+    if None in attempt.steps or check is None or not all(step.true for step in attempt.steps):
         return False
+    # 2. Each step replaces two numbers of the pool, the larger first (but 0/7), by its result.
     pool = Counter(problem.numbers)
     for step in attempt.steps[:-1]:
         taken = Counter((step.a, step.b))
@@ -108,28 +130,29 @@ def is_valid(attempt: Attempt, problem: CountdownProblem) -> bool:
         if (step.a < step.b and not zero_divided) or not taken <= pool:
             return False
         pool = pool - taken + Counter((step.c,))
-    spelled = ",".join(f"{step.a}{step.op}{step.b}={step.c}" for step in attempt.steps)
-    word = "no" if attempt.check.c else "ok"
-    return (
-        list(pool.elements()) == [attempt.check.a]
-        and attempt.check.b == problem.target
-        and attempt.text == f"{spelled} {word}"
-    )
+    # 3. One number is left, and the check compares it with the target.
+    if list(pool.elements()) != [check.a] or check.b != problem.target:
+        return False
+    # 4. The verdict is true, and the attempt is spelled in the one way there is.
+    verdict = "no" if check.c else "ok"
+    spelled = ",".join(step.spelled() for step in attempt.steps)
+    return attempt.text == f"{spelled} {verdict}"
 
 
 def follows(answer: str, attempt: Attempt) -> bool:
-    """Whether an answer is the expression of an attempt: its steps, done inside the answer, use it up.
+    """Whether an answer is the expression of an attempt.
 
-    `(9-3)+7` follows 9-3=6,6+7=13: (9-3) becomes 6, and 6+7 is the last step. Steps that are false or use
-    numbers not given can be followed too.
+    `(9-3)+7` follows 9-3=6,6+7=13: (9-3) becomes 6, and 6+7 is the last step. Steps that are false
+    or use numbers not given can be followed too.
     """
-    steps = attempt.steps[:-1]
+    steps = attempt.steps[:-1]  # without the check
     if attempt.check is None or not steps or None in steps:
         return False
-    text, last = "".join(answer.split()), steps.pop()
+    text = "".join(answer.split())
     if len(text) > MAX_LENGTH:  # the grader reads no more either
         return False
-    for step in steps:
+    *inner, last = steps
+    for step in inner:
         before, bracket, after = text.partition(f"({step.a}{step.op}{step.b})")
         if not bracket:
             return False

@@ -1,14 +1,22 @@
-"""A task is a prompt, a generator and a grader: what every task offers, and how to make one by name.
+"""What every task offers (a prompt, a generator of problems, a grader), and shared helpers.
 
-Problems are counter-based: problem = f(dials, split, index), so runs repeat and resume exactly. The split is
-decided by a hash of the problem itself and of nothing else: a problem that is held out is held out for every
-seed, and a base model that was trained on one setting of the dials has not seen the test problems of another.
+Problems are counter-based: problem = f(options, split, index), so runs repeat and resume exactly. A
+hash of the problem alone decides its split. A held-out problem is therefore held out for every
+seed, and a base model that was trained with one set of options has not seen the test problems of
+another.
+
+To add a task, write a file with a frozen dataclass that has the members of `Task`, and add one line
+to `TASKS` in catalogue.py. The command line needs nothing more: the fields of the dataclass are the
+task's `--options`, and a field `path` is its `--data`.
+
+Left out: partial credit. A grader says right or wrong, and its reason.
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 SPLITS = ("train", "test")
 
@@ -24,29 +32,62 @@ class Grade:
 
 
 class Task(Protocol):
-    """What the training loops and the harness use. Problems are frozen dataclasses, each task has its own."""
+    """What the training loops, the harness and `r1zero grade` use.
 
-    name: str
+    Problems are frozen dataclasses, and each task has its own. What needs a problem but none of the
+    options is a static method: the class itself can read a problem and grade a response, without a
+    list of problems.
+    """
+
+    name: ClassVar[str]
+    """The value of --task that chooses this task."""
+    example: ClassVar[str]
+    """A line of JSON that `r1zero grade --input` reads: the fields of a problem, and a response."""
+    problem_flag: ClassVar[str] = "problem"
+    """The flag of `r1zero grade` whose text `problem_from_text` reads: "problem", or "answer" for a
+    task whose grader needs only the right answer."""
+    file_format: ClassVar[str | None] = None
+    """What the file of a task with an option `path` holds; None for a task without one."""
 
     def problem(self, split: str, index: int) -> Any:
-        """Problem `index` (from 0) of "train" or "test"; ValueError if there is no such split or index."""
-        ...
-
-    def prompt(self, problem: Any) -> str:
-        """The text the model continues."""
-        ...
-
-    def grade(self, problem: Any, response: str) -> Grade:
-        """Judge one response. Never raises, whatever the text is, and takes time linear in its length."""
-        ...
-
-    def size(self, split: str) -> int | None:
-        """How many different problems the split holds; None if they are drawn from an uncounted space."""
+        """Problem `index` (from 0) of "train" or "test"; ValueError if there is none."""
         ...
 
     def problems(self, split: str, n: int, start: int = 0) -> list[Any]:
         """Problems start .. start + n - 1 of a split."""
         return [self.problem(split, index) for index in range(start, start + n)]
+
+    def size(self, split: str) -> int | None:
+        """How many different problems the split holds; None if they are not counted."""
+        ...
+
+    def prompt(self, problem: Any) -> str:
+        """The text that the model continues."""
+        ...
+
+    @staticmethod
+    def grade(problem: Any, response: str) -> Grade:
+        """Judge one response, any text at all. Never raises; linear in the text's length."""
+        ...
+
+    @staticmethod
+    def problem_from_text(text: str) -> Any:
+        """The problem that a user typed; ValueError, with what was expected, for any other text."""
+        ...
+
+    @staticmethod
+    def problem_from_record(record: Mapping[str, Any]) -> Any:
+        """The problem in an object of JSON; ValueError for a field missing or of the wrong kind."""
+        ...
+
+
+def required_fields(record: Mapping[str, Any], *names: str) -> list[Any]:
+    """The values of `names` in an object of JSON. ValueError for one that is missing or null."""
+    values = [record.get(name) for name in names]
+    for name, value in zip(names, values, strict=True):
+        if value is None:
+            raise ValueError(f'"{name}" is missing')
+    return values
 
 
 def check_position(split: str, index: int) -> None:
@@ -57,13 +98,27 @@ def check_position(split: str, index: int) -> None:
         raise ValueError(f"problem index is {index}; it must be 0 or more")
 
 
+def check_ops(task: str, ops: str, allowed: str) -> None:
+    """ValueError unless `ops` is some of the `allowed` operations, each at most once."""
+    chosen = set(ops)
+    if not ops or not chosen <= set(allowed) or len(chosen) < len(ops):
+        raise ValueError(f"{task}: ops is {ops!r}; it must be some of {allowed}, each once")
+
+
+def check_test_share(task: str, test_share: float) -> None:
+    """ValueError unless both splits get a share of the problems."""
+    if not 0 < test_share < 1:
+        raise ValueError(f"{task}: test_share is {test_share}; it must lie between 0 and 1")
+
+
 def stable_hash(*key: Any) -> int:
-    """64 bits of `key` (strings, integers, tuples of them), the same on every machine and in every run."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
+    """64 bits of `key` (strings, integers, tuples), the same on every machine and in every run."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
 
 
 def is_held_out(key: Any, test_share: float) -> bool:
-    """Whether the problem `key` is in the test split. A larger share keeps what a smaller one held out."""
+    """Whether `key` is in the test split. A larger share keeps what a smaller one held out."""
     return stable_hash("split", key) < test_share * 2**64
 
 

@@ -1,48 +1,56 @@
-"""Countdown: combine the given numbers, each exactly once, with + - * / and brackets into the target.
+"""Countdown: combine the given numbers, each exactly once, with + - * / into the target.
 
     prompt      3 7 9 -> 13
     response    <think> ... </think><answer>(9-3)+7</answer>
 
-Problems are made so that a child could solve them: every step gives a whole number that is not negative (the
-larger minus the smaller, divisions without remainder), and the target is from 1 to `max_target`. Counted as
-different: the multiset of numbers and the target. Three numbers from 1 to 9 with + and - give 550 problems,
-from 1 to 20 give 5,640.
+Problems are made so that a child could solve them: every step gives a whole number that is not
+negative (the larger minus the smaller, divisions without remainder), and the target is from 1 to
+`max_target`. Two problems are different when their multisets of numbers or their targets differ.
+Three numbers from 1 to 9 with + and - give 550 problems, from 1 to 20 give 5,640.
 
-The grader asks less than the generator: any of the four operations may be used, and values on the way may be
-negative or fractions, because the prompt forbids none of it. What counts is every number exactly once and the
-exact target.
+The grader asks less than the generator: any of the four operations may be used, and values on the
+way may be negative or fractions, because the prompt does not forbid it. What counts is every number
+exactly once and the exact target.
 
-Left out: near misses and partial credit (they teach short wrong answers), and using only some of the numbers.
+Left out: near misses and partial credit (they teach short wrong answers), and using only some of
+the numbers.
 """
 
 import csv
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import combinations_with_replacement
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from ..response import parse_response, quoted
-from .base import Grade, Task, check_position, is_held_out, permutation, stable_hash
-from .expression import DIGITS, MAX_DIGITS, WHITE_SPACE, ExpressionError, parse_expression
+from ..response import WHITE_SPACE, parse_response, quoted
+from .base import (
+    Grade,
+    Task,
+    check_ops,
+    check_position,
+    check_test_share,
+    is_held_out,
+    permutation,
+    required_fields,
+    stable_hash,
+)
+from .expression import DIGITS, MAX_DIGITS, ExpressionError, parse_expression
 from .solver import MAX_NUMBERS, OPERATIONS, apply, reachable, solutions
 
-MAX_LISTED = {
-    2: 5_000,
-    3: 5_000,
-    4: 1_000,
-}  # multisets by n_numbers, so that listing takes a second or two
-MAX_DRAWS = 10_000  # draws before giving up on dials that leave no problem
+# How many multisets of numbers are listed, by n_numbers: listing them takes a second or two.
+MAX_LISTED = {2: 5_000, 3: 5_000, 4: 1_000}
+MAX_TRIES = 10_000  # before giving up on options that leave no problem
 
 
 @dataclass(frozen=True)
 class CountdownProblem:
     numbers: tuple[int, ...]
-    """1 to 6 whole numbers from 0 to 999,999,999, in the order of the prompt. A list is taken too."""
+    """1 to 6 whole numbers from 0 to 999,999,999, in the prompt's order. A list is taken too."""
     target: int
     """A whole number of the same range. (ValueError for anything else.)"""
 
@@ -65,9 +73,10 @@ class CountdownProblem:
 
 
 def parse_prompt(text: str) -> CountdownProblem:
-    """The problem that a user typed: "3 7 9 -> 13", with spaces or commas between the numbers, `->` or `→`.
+    """The problem that a user typed: "3 7 9 -> 13".
 
-    Raises ValueError with what was expected. Whether there is a solution is not looked at: `solve` tells.
+    Spaces or commas may stand between the numbers, and the arrow may be `→`. Raises ValueError with
+    what was expected. The problem may have no solution: `solve` tells.
     """
     expected = f"expected numbers, an arrow and a target, like 3 7 9 -> 13; got {quoted(text)}"
     sides = text.replace("→", "->").split("->", 2)
@@ -79,15 +88,16 @@ def parse_prompt(text: str) -> CountdownProblem:
     for word in words + targets:
         if len(word) > MAX_DIGITS or not set(word) <= set(DIGITS):
             raise ValueError(
-                f"{expected}: {quoted(word)} is no whole number of at most {MAX_DIGITS} digits"
+                f"{expected}: {quoted(word)} is not a whole number of at most {MAX_DIGITS} digits"
             )
     return CountdownProblem(tuple(int(word) for word in words), int(targets[0]))
 
 
 def load_game24(path: str | Path) -> list[CountdownProblem]:
-    """The puzzles of a Game-of-24 CSV file: column `Puzzles` holds numbers like "1 1 4 6", the target is 24.
+    """The puzzles of a Game-of-24 CSV file: column `Puzzles` holds numbers like "1 1 4 6".
 
-    Raises ValueError for a file that cannot be read or a line that is no puzzle, with the line's number.
+    Raises ValueError for a file that cannot be read or a line that is no puzzle, with the line's
+    number.
     """
     problems = []
     try:
@@ -110,7 +120,7 @@ def load_game24(path: str | Path) -> list[CountdownProblem]:
 
 
 def solve(problem: CountdownProblem, ops: str = OPERATIONS, whole: bool = True) -> Iterator[str]:
-    """All different solutions as text, one by one; `whole` and the form of the text as in the solver."""
+    """All different solutions as text, one by one; `whole` is explained in solver.py."""
     return solutions(problem.numbers, problem.target, ops, whole)
 
 
@@ -118,8 +128,9 @@ def _times(n: int) -> str:
     return {1: "once", 2: "twice", 3: "three times", 4: "four times"}.get(n, f"{n} times")
 
 
-def _miscounted(given: Counter, used: Counter) -> str | None:
+def _miscount(given: Counter, used: Counter) -> str | None:
     """Which number is not used as often as it is given, None if all are."""
+    # Numbers that are not given come first, then the smallest.
     for number in sorted(given | used, key=lambda number: (number in given, number)):
         if number not in given:
             return f"The answer uses {number}, which is not given."
@@ -135,14 +146,17 @@ def _fault(problem: CountdownProblem, answer: str) -> str | None:
     """Why the answer does not solve the problem, None if it does."""
     if not answer.strip(WHITE_SPACE):
         return "The answer block is empty."
+    # 1. An expression, perhaps with `= target` behind it.
     expression, equals, right_side = answer.partition("=")
     try:
         value, used = parse_expression(expression)
     except ExpressionError as error:
         return f"The answer {quoted(answer)} is not valid arithmetic: {error}."
-    miscounted = _miscounted(Counter(problem.numbers), Counter(used))
-    if miscounted:
-        return miscounted
+    # 2. Every number exactly once.
+    miscount = _miscount(Counter(problem.numbers), Counter(used))
+    if miscount:
+        return miscount
+    # 3. The exact target.
     if value != problem.target:
         return f"The answer equals {_shown(value)}, not {problem.target}."
     if equals and right_side.strip(WHITE_SPACE) != str(problem.target):
@@ -156,9 +170,11 @@ def _shown(value: Fraction) -> str:
 
 @dataclass(frozen=True)
 class Countdown(Task):
-    """The task and its dials; ValueError for a dial out of range or a split left without problems."""
+    """The task and its options; ValueError for an option out of range, or an empty split."""
 
     name: ClassVar[str] = "countdown"
+    example: ClassVar[str] = '{"numbers": [3, 7, 9], "target": 13, "response": "..."}'
+
     n_numbers: int = 3
     """How many numbers are given, 2 to 6."""
     low: int = 1
@@ -166,7 +182,7 @@ class Countdown(Task):
     high: int = 20
     """The largest number that can be given."""
     ops: str = "+-"
-    """The operations that problems are made with, some of + - * /. (The grader accepts all four.)"""
+    """The operations that problems are made with, some of + - * /. The grader takes all four."""
     max_target: int = 100
     """The largest target."""
     test_share: float = 0.2
@@ -183,22 +199,12 @@ class Countdown(Task):
             raise ValueError(
                 f"countdown: low is {self.low}, high {self.high}; need 1 <= low <= high <= 999"
             )
-        if (
-            not self.ops
-            or not set(self.ops) <= set(OPERATIONS)
-            or len(set(self.ops)) < len(self.ops)
-        ):
-            raise ValueError(
-                f"countdown: ops is {self.ops!r}; it must be some of {OPERATIONS}, each once"
-            )
+        check_ops(self.name, self.ops, OPERATIONS)
         if not 1 <= self.max_target < 10**MAX_DIGITS:
             raise ValueError(
                 f"countdown: max_target is {self.max_target}; it must be 1 to 999,999,999"
             )
-        if not 0 < self.test_share < 1:
-            raise ValueError(
-                f"countdown: test_share is {self.test_share}; it must lie between 0 and 1"
-            )
+        check_test_share(self.name, self.test_share)
         if self._listed is not None and not all(self._listed.values()):
             raise ValueError(
                 "countdown: a split is left without problems; widen low..high or max_target"
@@ -206,14 +212,13 @@ class Countdown(Task):
 
     @cached_property
     def _listed(self) -> dict[str, list[CountdownProblem]] | None:
-        """Both splits, numbers sorted, in a fixed shuffled order; None if the space is too large to list."""
+        """Both splits, numbers sorted, in a fixed shuffled order; None if there are too many."""
         multisets = math.comb(self.high - self.low + self.n_numbers, self.n_numbers)
         if multisets > MAX_LISTED.get(self.n_numbers, 0):
             return None
         splits = {"train": [], "test": []}
-        for numbers in combinations_with_replacement(
-            range(self.low, self.high + 1), self.n_numbers
-        ):
+        allowed = range(self.low, self.high + 1)
+        for numbers in combinations_with_replacement(allowed, self.n_numbers):
             for target in reachable(numbers, self.ops):
                 if 1 <= target <= self.max_target:
                     split = "test" if is_held_out((numbers, target), self.test_share) else "train"
@@ -222,67 +227,87 @@ class Countdown(Task):
             problems.sort(key=lambda problem: stable_hash("order", problem.key))
         return splits
 
-    def _draw(self, split: str, seed: int | str, index: int) -> CountdownProblem:
-        """Random numbers combined by random steps, drawn again until target and split fit."""
-        for attempt in range(MAX_DRAWS):
+    def _sample(self, split: str, seed: int | str, index: int) -> CountdownProblem:
+        """Random numbers combined by random steps, sampled again until target and split fit."""
+        n_choices = self.high - self.low + 1
+        for attempt in range(MAX_TRIES):
+            # "draw" is part of the key of every published problem: another word, other problems.
             hashes = (
                 stable_hash("draw", seed, index, attempt, i) for i in range(4 * self.n_numbers)
             )
-            values = [
-                self.low + next(hashes) % (self.high - self.low + 1) for _ in range(self.n_numbers)
-            ]
+            values = [self.low + next(hashes) % n_choices for _ in range(self.n_numbers)]
             numbers = tuple(sorted(values))
-            while len(values) > 1:
-                a, b = (
-                    values.pop(next(hashes) % len(values)),
-                    values.pop(next(hashes) % len(values)),
-                )
-                results = [apply(op, max(a, b), min(a, b), whole=True) for op in self.ops]
-                allowed = [result for result in results if result is not None]
-                if not allowed:
-                    break
-                values.append(allowed[next(hashes) % len(allowed)])
-            target = values[0] if len(values) == 1 else 0
-            if 1 <= target <= self.max_target:
-                if is_held_out((numbers, target), self.test_share) == (split == "test"):
-                    return CountdownProblem(numbers, target)
-        raise ValueError(f"countdown: no {split} problem in {MAX_DRAWS:,} draws; widen low..high")
+            target = self._combine(values, hashes)
+            if target is None or not 1 <= target <= self.max_target:
+                continue
+            if is_held_out((numbers, target), self.test_share) == (split == "test"):
+                return CountdownProblem(numbers, target)
+        raise ValueError(f"countdown: no {split} problem in {MAX_TRIES:,} tries; widen low..high")
+
+    def _combine(self, values: list[int], hashes: Iterator[int]) -> int | None:
+        """One value from all of `values`, by random steps; None where no step is allowed."""
+        while len(values) > 1:
+            # Take two values out, and put back what a random operation makes of them.
+            a = values.pop(next(hashes) % len(values))
+            b = values.pop(next(hashes) % len(values))
+            results = [apply(op, max(a, b), min(a, b), whole=True) for op in self.ops]
+            allowed = [result for result in results if result is not None]
+            if not allowed:
+                return None
+            values.append(allowed[next(hashes) % len(allowed)])
+        return values[0]
 
     def size(self, split: str) -> int | None:
-        """How many different problems the split holds, None for a space that is too large to list."""
+        """How many different problems the split holds, None for a space too large to list."""
         check_position(split, 0)
         return None if self._listed is None else len(self._listed[split])
 
     def problem(self, split: str, index: int) -> CountdownProblem:
-        """Training problems never end: each epoch goes once through all of them, each time in another order.
+        """Training problems never end: each epoch has all of them, each time in another order.
 
-        Test problems end after `size("test")` (ValueError), so that no evaluation counts one twice. In a
-        space too large to list, both splits are drawn with replacement and do not end.
+        Test problems end after `size("test")` (ValueError), so that no evaluation counts one twice.
+        In a space too large to list, both splits are sampled with replacement and do not end.
         """
         check_position(split, index)
         seed = self.seed if split == "train" else "test"
         if self._listed is None:
-            problem = self._draw(split, seed, index)
+            problem = self._sample(split, seed, index)
         elif split == "train":
             problems = self._listed["train"]
-            epoch, place = divmod(index, len(problems))
-            problem = problems[permutation(len(problems), seed, epoch)[place]]
+            epoch, position = divmod(index, len(problems))
+            order = permutation(len(problems), seed, epoch)
+            problem = problems[order[position]]
         elif index < len(self._listed["test"]):
             problem = self._listed["test"][index]
         else:
             raise ValueError(
                 f"countdown: test problem {index} asked for, but there are {self.size('test')}"
             )
-        order = sorted(range(self.n_numbers), key=lambda i: stable_hash("numbers", seed, index, i))
-        return CountdownProblem(tuple(problem.numbers[i] for i in order), problem.target)
+        # Numbers are listed in ascending order; shuffle them, so that the order tells nothing.
+        shuffled = sorted(
+            range(self.n_numbers), key=lambda i: stable_hash("numbers", seed, index, i)
+        )
+        return CountdownProblem(tuple(problem.numbers[i] for i in shuffled), problem.target)
 
-    def prompt(self, problem: CountdownProblem) -> str:
+    @staticmethod
+    def problem_from_text(text: str) -> CountdownProblem:
+        """`parse_prompt`."""
+        return parse_prompt(text)
+
+    @staticmethod
+    def problem_from_record(record: Mapping[str, Any]) -> CountdownProblem:
+        """The problem of {"numbers": [3, 7, 9], "target": 13}."""
+        numbers, target = required_fields(record, "numbers", "target")
+        return CountdownProblem(numbers, target)
+
+    @staticmethod
+    def prompt(problem: CountdownProblem) -> str:
         """`3 7 9 -> 13`"""
         return f"{' '.join(map(str, problem.numbers))} -> {problem.target}"
 
-    def grade(self, problem: CountdownProblem, response: str) -> Grade:
-        """Right if the last answer block is an expression with every number exactly once and the target as
-        its value.
+    @staticmethod
+    def grade(problem: CountdownProblem, response: str) -> Grade:
+        """Right if the last answer block uses every number exactly once and has the target's value.
 
         `(9-3)+7 = 13` counts too, but only with the target itself on the right side.
         """

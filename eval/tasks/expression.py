@@ -1,26 +1,28 @@
-"""Arithmetic as a model writes it: a bounded parser with exact values, for text that nobody checked.
+"""Arithmetic as a model writes it: a bounded parser with exact values, for unchecked text.
 
     sum     = product (("+" | "-") product)*          left to right
     product = factor (("*" | "/") factor)*            left to right, before sums
     factor  = integer | "(" sum ")"
 
-`×`, `÷` and `−` count as `*`, `/` and `-`. Integers have ASCII digits, at most nine, and no leading zero.
-Space, tab and line breaks may stand between the pieces. Values are exact fractions, so 8/(3-8/3) is 24 and
-nothing is rounded.
+`×`, `÷` and `−` count as `*`, `/` and `-`. Integers have ASCII digits, at most nine, and no leading
+zero. Space, tab and line breaks may stand between the tokens. Values are exact fractions, so
+8/(3-8/3) is 24 and nothing is rounded.
 
-Left out on purpose: signs (`-3`, `+3`: numbers are given without a sign, and `3--4` invites mistakes),
-powers, `//`, decimals, underscores, digits of other scripts, comments, implied multiplication (`2(3)`, `3
-4`), and Python's own evaluator, which knows all of these and can be made to hang or to crash.
+Left out on purpose: signs (`-3`, `+3`: numbers are given without a sign, and `3--4` invites
+mistakes), powers, `//`, decimals, underscores, digits of other scripts, comments, implied
+multiplication (`2(3)`, `3 4`), and Python's own evaluator, which knows all of these and can be made
+to hang or to crash.
 """
 
 from collections.abc import Iterator
 from fractions import Fraction
 
+from ..response import WHITE_SPACE
+
 MAX_LENGTH = 200  # characters of one expression; bounds the time and the size of every value
 MAX_DEPTH = 20  # brackets inside brackets; bounds the recursion
 MAX_DIGITS = 9  # digits of one integer
 
-WHITE_SPACE = " \t\r\n"
 DIGITS = "0123456789"
 OPERATOR = {
     "+": "+",
@@ -36,11 +38,11 @@ OPERATOR = {
 
 
 class ExpressionError(ValueError):
-    """The text is not an expression of the grammar above; the message says why, characters count from 1."""
+    """The text is no expression of the grammar above; the message says why, counting from 1."""
 
 
-def _pieces(text: str) -> Iterator[tuple[str, int, int]]:
-    """(kind, value, position) of each piece: kind is "number", an operator or bracket, or "end"."""
+def _tokens(text: str) -> Iterator[tuple[str, int, int]]:
+    """(kind, value, position) of each token: kind is "number", an operator or bracket, or "end"."""
     i = 0
     while i < len(text):
         start, char = i, text[i]
@@ -68,15 +70,15 @@ def _pieces(text: str) -> Iterator[tuple[str, int, int]]:
 
 
 class _Parser:
-    """Recursive descent; `kind`, `value` and `position` are those of the next piece, not yet used."""
+    """Recursive descent; `kind`, `value` and `position` are those of the next token."""
 
     def __init__(self, text: str):
-        self.pieces = _pieces(text)
+        self.tokens = _tokens(text)
         self.numbers: list[int] = []
         self.advance()
 
     def advance(self) -> None:
-        self.kind, self.value, self.position = next(self.pieces)
+        self.kind, self.value, self.position = next(self.tokens)
 
     def unexpected(self, expected: str) -> ExpressionError:
         found = {"end": "it ends", "number": "there is a number"}.get(
@@ -127,7 +129,8 @@ class _Parser:
 def parse_expression(text: str) -> tuple[Fraction, list[int]]:
     """The exact value of `text`, and the integers in it in the order they are written.
 
-    Raises ExpressionError for anything outside the grammar or its limits, and for a division by zero.
+    Raises ExpressionError for anything outside the grammar or its limits, and for a division by
+    zero.
     """
     if len(text) > MAX_LENGTH:
         raise ExpressionError(f"it has {len(text)} characters and at most {MAX_LENGTH} are read")

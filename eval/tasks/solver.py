@@ -1,10 +1,10 @@
 """All values and all expressions that given numbers reach, each number used exactly once.
 
-A table over the subsets of the numbers: the values of a subset come from every way to part it in two. The
-table has each value once, so six numbers and four operations take a fraction of a second although they have
-millions of expressions. With `whole` every step must give a whole number that is not negative (as a child
-would work); without it any exact fraction may occur on the way, as the Game of 24 needs (8/(3-8/3)), and the
-table of six numbers gets very large.
+A table over the subsets of the numbers: the values of a subset come from every way to part it in
+two. The table has each value once, so six numbers and four operations take a fraction of a second
+although they have millions of expressions. With `whole` every step must give a whole number that is
+not negative (as a child would work); without it any exact fraction may occur on the way, as the
+Game of 24 needs (8/(3-8/3)), and the table of six numbers gets very large.
 
 Expressions have brackets around every inner step: `(9-3)+7`.
 """
@@ -29,9 +29,12 @@ def apply(op: str, a: int | Fraction, b: int | Fraction, whole: bool) -> int | F
     return a // b if whole else Fraction(a) / b
 
 
+def _bracketed(text: str) -> str:
+    return text if text.isdigit() else f"({text})"
+
+
 def _join(left: str, op: str, right: str) -> str:
-    left, right = (text if text.isdigit() else f"({text})" for text in (left, right))
-    return f"{left}{op}{right}"
+    return f"{_bracketed(left)}{op}{_bracketed(right)}"
 
 
 def _halves(mask: int) -> Iterator[tuple[int, int]]:
@@ -65,14 +68,20 @@ def _reach_table(numbers: Sequence[int], ops: str, whole: bool) -> list[dict[int
 def reachable(
     numbers: Sequence[int], ops: str = OPERATIONS, whole: bool = True
 ) -> dict[int | Fraction, str]:
-    """Every value of all the numbers together, with one expression each. ValueError for more than 6."""
+    """Every value of all the numbers together, with one expression each.
+
+    Raises ValueError for more than 6 numbers.
+    """
     return _reach_table(numbers, ops, whole)[-1]
 
 
 def solutions(
     numbers: Sequence[int], target: int, ops: str = OPERATIONS, whole: bool = True
 ) -> Iterator[str]:
-    """All different expressions for the target, one by one, `a+b` and `b+a` both. ValueError as above."""
+    """All different expressions for the target, one by one, `a+b` and `b+a` both.
+
+    Raises ValueError for more than 6 numbers.
+    """
     table = _reach_table(numbers, ops, whole)
 
     def ways(mask: int, value: int | Fraction) -> Iterator[str]:

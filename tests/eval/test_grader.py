@@ -251,7 +251,7 @@ def test_numbers_that_gsm8k_does_not_read(text):
     ],
 )
 def test_gsm8k_grades(response, accuracy):
-    assert GSM8K.grade(None, GSM8KProblem("?", "1,234"), response).accuracy == accuracy
+    assert GSM8K.grade(GSM8KProblem("?", "1,234"), response).accuracy == accuracy
 
 
 def test_gold_numbers():

@@ -85,7 +85,7 @@ def check(problem, text):
 
     arithmetic = Arithmetic().grade(ArithmeticProblem("7+6", 13), text)
     assert arithmetic.accuracy == float((response.answer or "").strip(WS) == "13")
-    gsm8k = GSM8K.grade(None, GSM8KProblem("", "13"), text)
+    gsm8k = GSM8K.grade(GSM8KProblem("", "13"), text)
     if gsm8k.accuracy:  # what remains without the trimmings is thirteen, as another reader of numbers sees it
         assert Decimal(re.sub(r"[$,%]|\.$", "", gsm8k.answer.strip(WS))) == 13
     return grade.accuracy == 1.0, response.well_formed
@@ -248,7 +248,7 @@ def test_nasty_responses(name):
     graded = [
         TASK.grade(problem, text),
         Arithmetic().grade(ArithmeticProblem("7+6", 13), text),
-        GSM8K.grade(None, GSM8KProblem("", "13"), text),
+        GSM8K.grade(GSM8KProblem("", "13"), text),
     ]
     response = parse_response(text)
     assert time.process_time() - start < 2.0

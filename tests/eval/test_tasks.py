@@ -1,5 +1,4 @@
 """Generators: exact counts, disjoint splits, determinism, and that every problem can be solved and graded."""
-import json
 from itertools import combinations_with_replacement, islice, permutations
 
 import pytest
@@ -10,13 +9,11 @@ from r1zero.eval.tasks.catalogue import make_task
 from r1zero.eval.tasks.countdown import (
     Countdown,
     CountdownProblem,
-    load_game24,
     parse_prompt,
     reachable,
     solve,
 )
 from r1zero.eval.tasks.expression import parse_expression
-from r1zero.eval.tasks.gsm8k import GSM8K
 
 
 def brute_force(numbers, ops):
@@ -65,9 +62,9 @@ def test_all_solutions_of_small_problems():
     assert list(solve(CountdownProblem((3, 3, 8, 8), 24), whole=False)) == ["8/(3-(8/3))"]
 
 
-@pytest.mark.parametrize("dials", [{"high": 9}, {"high": 12, "ops": "+-*/", "max_target": 30}])
-def test_listed_splits_are_disjoint_and_complete(dials):
-    task = Countdown(**dials)
+@pytest.mark.parametrize("options", [{"high": 9}, {"high": 12, "ops": "+-*/", "max_target": 30}])
+def test_listed_splits_are_disjoint_and_complete(options):
+    task = Countdown(**options)
     n_train, n_test = task.size("train"), task.size("test")
     train = [problem.key for problem in task.problems("train", n_train)]
     test = [problem.key for problem in task.problems("test", n_test)]
@@ -102,12 +99,20 @@ def test_drawn_splits_are_disjoint(task):
 
 
 def test_drawn_problems_have_whole_solutions():
-    for dials in ({"n_numbers": 4, "high": 50, "ops": "+-*/"}, {"n_numbers": 5, "ops": "-/"}):
-        task = Countdown(**dials)
+    for options in ({"n_numbers": 4, "high": 50, "ops": "+-*/"}, {"n_numbers": 5, "ops": "-/"}):
+        task = Countdown(**options)
         for problem in task.problems("train", 20) + task.problems("test", 20):
             assert 1 <= problem.target <= task.max_target
             assert all(task.low <= number <= task.high for number in problem.numbers)
             assert problem.target in reachable(problem.numbers, task.ops)
+
+
+def test_a_sampled_problem_uses_all_of_its_numbers_where_an_operation_can_be_impossible():
+    """Divisions alone often get stuck with numbers left over; what is left then is no target."""
+    task = Countdown(ops="/", low=1, high=40, max_target=40)
+    assert task.size("train") is None
+    for problem in task.problems("train", 40) + task.problems("test", 40):
+        assert problem.target in reachable(problem.numbers, "/")
 
 
 def test_problems_are_a_function_of_seed_split_and_index():
@@ -203,10 +208,10 @@ def test_problems_check_their_fields(numbers, target):
 
 
 @pytest.mark.parametrize(
-    ("name", "dials", "why"),
+    ("name", "options", "why"),
     [
         ("sudoku", {}, "no task 'sudoku'; choose one of: arithmetic, countdown, gsm8k"),
-        ("countdown", {"digits": 3}, "no dial 'digits'; it has: n_numbers, low"),
+        ("countdown", {"digits": 3}, "no option 'digits'; it has: n_numbers, low"),
         ("countdown", {"n_numbers": 7}, "n_numbers is 7"),
         ("countdown", {"low": 5, "high": 4}, "low is 5, high 4"),
         ("countdown", {"ops": "+%"}, "ops is '\\+%'"),
@@ -220,9 +225,9 @@ def test_problems_check_their_fields(numbers, target):
         ("gsm8k", {}, "path=FILE"),
     ],
 )
-def test_unknown_tasks_and_dials(name, dials, why):
+def test_unknown_tasks_and_options(name, options, why):
     with pytest.raises(ValueError, match=why):
-        make_task(name, **dials)
+        make_task(name, **options)
 
 
 def test_positions_out_of_range():
@@ -233,71 +238,7 @@ def test_positions_out_of_range():
             task.problem("test", -1)
     with pytest.raises(ValueError, match=f"there are {Countdown().size('test')}"):
         Countdown().problems("test", 2000)
-    with pytest.raises(ValueError, match="draws gave no test"):
+    with pytest.raises(ValueError, match="tries gave no test"):
         Arithmetic(test_share=1e-9).problem("test", 0)
-    with pytest.raises(ValueError, match="no test problem in 10,000 draws"):
+    with pytest.raises(ValueError, match="no test problem in 10,000 tries"):
         Countdown(n_numbers=5, test_share=1e-9).problem("test", 0)
-
-
-def test_game24_file(tmp_path):
-    path = tmp_path / "24.csv"
-    path.write_text("Rank,Puzzles,Time\n1,1 1 4 6,4.4\n2,3 3 8 8,9\n")
-    problems = load_game24(path)
-    assert problems == [CountdownProblem((1, 1, 4, 6), 24), CountdownProblem((3, 3, 8, 8), 24)]
-    for problem in problems:
-        text = next(solve(problem, whole=False))
-        assert Countdown().grade(problem, f"<answer>{text}</answer>").accuracy == 1.0
-    for bad, why in (
-        (b"Rank,Puzzles\n1,1 1 4 6\n2,1 x 4 6\n", "line 3"),
-        (b"Rank,Puzzles\n1\n", "line 2: .* got ' -> 24'"),
-        (b"a,b\n", "no column Puzzles"),
-        (b"", "no column"),
-        (b"Puzzles\n", "holds no puzzles"),
-        (b"\xff\xfe\x00", "cannot read"),
-    ):
-        path.write_bytes(bad)
-        with pytest.raises(ValueError, match=why):
-            load_game24(path)
-    with pytest.raises(ValueError, match="cannot read"):
-        load_game24(tmp_path)
-
-
-def test_gsm8k_file(tmp_path):
-    path = tmp_path / "gsm8k.jsonl"
-    good = {"question": "How many ducks?\u2019", "answer": "2*9 = <<2*9=18>>18\n#### 1,018"}
-    other = {"question": "?\u2028", "answer": "7"}  # U+2028 ends a line for str.splitlines
-    path.write_text(json.dumps(good) + "\n\n" + json.dumps(other, ensure_ascii=False), encoding="utf-8")
-    task = make_task("gsm8k", path=str(path))
-    assert [problem.gold for problem in task.problems("test", task.size("test"))] == ["1,018", "7"]
-    prompt = task.prompt(task.problem("test", 0))
-    assert good["question"] in prompt and "####" in prompt and prompt.endswith("Answer:")
-    assert task.grade(task.problem("test", 0), good["answer"]).accuracy == 1.0
-    with pytest.raises(ValueError, match="no training problems"):
-        task.problem("train", 0)
-    with pytest.raises(ValueError, match="problem 2 asked for, but there are 2"):
-        task.problem("test", 2)
-
-
-@pytest.mark.parametrize(
-    ("content", "why"),
-    [
-        (b"", "is empty; expected JSON lines"),
-        (b"\n \n", "is empty"),
-        (b'{"question": "a", "answer": "#### 1"}\nnot json\n', "line 2: not JSON"),
-        (b"[" * 100_000, "line 1: not JSON"),
-        (b'{"question": 1' + b"0" * 5000 + b"}", "line 1: not JSON"),
-        (b'["question", "answer"]', "line 1: expected an object"),
-        (b'{"question": "a"}', 'line 1: .* "answer" is missing'),
-        (b'{"question": 3, "answer": "1"}', 'line 1: .* "question" is missing'),
-        (b'{"question": "a", "answer": "#### many"}', "line 1: expected a number after ####"),
-        (b"\x00\xff\xfe", "cannot read GSM8K problems"),
-    ],
-)
-def test_gsm8k_files_that_cannot_be_used(tmp_path, content, why):
-    path = tmp_path / "bad.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=why):
-        GSM8K(str(path))
-    for missing in (tmp_path, tmp_path / "absent.jsonl", "nul\0byte"):
-        with pytest.raises(ValueError, match="cannot read GSM8K problems"):
-            GSM8K(str(missing))

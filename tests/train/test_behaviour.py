@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from r1zero.eval.tasks.attempts import Attempt, Step, follows, is_valid, parse_attempts, thoughts
+from r1zero.eval.tasks.attempts import follows, is_valid, parse_attempts
 from r1zero.eval.tasks.countdown import Countdown, CountdownProblem
 from r1zero.train.recipes.demo_corpus import CorpusConfig, all_attempts, break_format, document
 from r1zero.train.report.behaviour import measure
@@ -42,28 +42,6 @@ def test_nothing_is_none_and_json():
         shares = {name: value for name, value in b.to_dict().items() if not name.startswith("n_")}
         assert shares.pop("attempts_per_answer") == (0.0 if b.n_answers else None)
         assert set(shares.values()) == {None}
-
-
-@pytest.mark.parametrize("response, stops", [
-    (f"<think>{NO};{OK}</think><answer>1", [False, True]),
-    (f"<think>{NO};{OK}", [False, None]),  # cut at a verdict: no decision
-    (f"<think>{NO};9+7=16,16-3=1", [False]),  # cut inside an attempt: it had gone on
-    (f"<think>{NO};", [False]),
-    (f"<think>{NO}</think>", [True]),
-    (f"<think>{NO};9+7=16,16-3=13</think>", [False, True]),  # no verdict, but whole
-    (f"{NO};{OK}</think><answer>1</answer>", [False, True]),  # <think> left out
-    (f"<answer>{NO};{OK}</think><answer>1</answer>", [False, True]),  # ... turned into another
-    (f"</think>{NO};{OK}</think>", [False, True]),
-    (f"<think>{NO};{OK}<answer>1</answer>", [False, True]),  # </think> left out
-    (f"<think>{NO};{OK}<think><answer>1</answer>", [False, True]),
-    (f"<think>{NO};{OK}</think>1", [False, True]),
-    (f"<think>{NO};hm;;{OK}</think>", [False, True]),  # not every piece is an attempt
-    ("<answer>9+7-3=13</answer>", []),
-    ("<think></think><answer>9+7-3=13</answer>", []),
-    ("hello", []),
-])
-def test_where_thoughts_end(response, stops):
-    assert [attempt.ends_thoughts for attempt in parse_attempts(response)] == stops
 
 
 def test_a_cut_verdict_is_no_decision():
@@ -136,15 +114,9 @@ def test_every_attempt_of_the_corpus_is_valid_and_followed_by_its_own_answer(num
                 assert sorted(text.split(",")) == sorted(attempt.text.split(","))
 
 
-def test_answers_that_do_not_follow():
-    attempt = parse_attempts(framed(OK))[0]
-    assert follows("(9+7)-3", attempt)
-    for answer in ("", "13", "9+7-3", "(7+9)-3", "((9+7)-3)", "(9+7)-3=13", "(9+7)-(9+7)", "16-3", "(9-7)+3"):
-        assert not follows(answer, attempt)
-    assert not follows("3+", parse_attempts(framed(NO))[0])
+def test_answers_that_do_not_follow_count_against_the_share():
     b = measured(framed(OK, "3+(9-7)"), framed(OK), framed(f"{OK};{NO}"))
     assert (b.answer_follows_last, b.n_answered) == (1 / 3, 3)
-    assert not follows("1", Attempt("13-13=0 ok", [Step(13, "-", 13, 0)], "ok", True))
 
 
 def test_right_after_ok():
@@ -183,8 +155,6 @@ def test_hostile_text_never_raises_and_shares_are_shares(responses):
     b = measured(*responses)
     for name, value in b.to_dict().items():
         assert value is None or value >= 0 and (name.startswith(("n_", "attempts_per")) or value <= 1)
-    for response in responses:
-        assert thoughts(response)[0] in response
 
 
 @pytest.mark.parametrize("text", [

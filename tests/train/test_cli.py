@@ -4,7 +4,6 @@ import importlib
 import importlib.metadata
 import json
 import os
-import runpy
 import subprocess
 import sys
 import warnings
@@ -12,6 +11,9 @@ import warnings
 import pytest
 import torch
 
+from r1zero.eval.response import parse_response
+from r1zero.eval.tasks.base import Grade, Task, required_fields
+from r1zero.eval.tasks.catalogue import TASKS
 from r1zero.model.checkpoint import CheckpointError
 from r1zero.model.engine.sampling import NonFiniteError
 from r1zero.train.cli import grade
@@ -60,16 +62,14 @@ def test_the_console_script_is_main():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_is_a_module_with_help_for_every_flag(command, capsys, monkeypatch):
-    """`python -m r1zero.train.<command> --help`, in this process."""
-    monkeypatch.setattr(sys, "argv", ["whatever", "--help"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # runpy: the module is imported already
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_module(f"r1zero.train.{command}", run_name="__main__")
+def test_each_command_is_where_the_table_says_and_has_help_for_every_flag(command, capsys):
+    assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
-    assert stop.value.code == 0 and f"usage: r1zero {command} " in text
-    config = getattr(importlib.import_module(f"r1zero.train.{command}"), COMMANDS[command][0])
+    assert f"usage: r1zero {command} " in text
+    where, config_name, function, _ = COMMANDS[command]
+    module = importlib.import_module(f"r1zero.train.{where}")
+    assert callable(getattr(module, function))
+    config = getattr(module, config_name)
     assert config.__dataclass_params__.frozen
     for field in dataclasses.fields(config):
         flag = "--break" if field.name == "mistake" else f"--{field.name.replace('_', '-')}"
@@ -77,8 +77,8 @@ def test_each_command_is_a_module_with_help_for_every_flag(command, capsys, monk
 
 
 def test_grade_as_a_process_of_its_own_does_not_wait_for_torch():
-    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "r1zero.train.cli.main", "grade", *RIGHT],
-                          capture_output=True, text=True)
+    command = [sys.executable, "-X", "importtime", "-m", "r1zero.train.cli.main", "grade", *RIGHT]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and json.loads(done.stdout)["reward"] == 1.5
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "r1zero.rl.rewards" in imported and "torch" not in imported
@@ -174,7 +174,7 @@ def test_flags_that_are_not_there_end_with_tyros_own_text(argv, fragment, capsys
 def test_a_tuple_takes_several_values_and_task_flags_are_flat():
     config = parse_flags("pretrain", PretrainConfig, "--run r --data a.txt b --steps 3".split())
     assert config.data == ("a.txt", "b") and config.steps == 3
-    task = "--task arithmetic --dials digits=1 ops=-+".split()
+    task = "--task arithmetic --options digits=1 ops=-+".split()
     for command, config_class in (("grpo", GRPOConfig), ("eval", EvalConfig)):
         base = ["--base", "b"] if command == "grpo" else []
         flags = parse_flags(command, config_class, ["--run", "r", *base, *task]).task
@@ -185,11 +185,11 @@ def test_a_tuple_takes_several_values_and_task_flags_are_flat():
 
 @pytest.mark.parametrize("flags, fragment", [
     (TaskFlags("chess"), "'chess'; choose one of: arithmetic, countdown, gsm8k"),
-    (TaskFlags(dials=("high",)), "'high', expected name=value"),
-    (TaskFlags(dials=("high=x",)), "--dials high is 'x', expected a number"),
-    (TaskFlags(dials=("test_share=x",)), "--dials test_share is 'x', expected a number"),
-    (TaskFlags(dials=("width=3",)), "no dial 'width'"),
-    (TaskFlags(dials=("high=0",)), "high 0"),
+    (TaskFlags(options=("high",)), "'high', expected name=value"),
+    (TaskFlags(options=("high=x",)), "--options high is 'x', expected a number"),
+    (TaskFlags(options=("test_share=x",)), "--options test_share is 'x', expected a number"),
+    (TaskFlags(options=("width=3",)), "no option 'width'"),
+    (TaskFlags(options=("high=0",)), "high 0"),
     (TaskFlags("gsm8k"), "--task gsm8k needs --data FILE"),
     (TaskFlags("gsm8k", data="/nowhere"), "/nowhere"),
     (TaskFlags("countdown", data="f"), "--data is for a task that reads"),
@@ -198,6 +198,40 @@ def test_a_wrong_task_is_named(flags, fragment):
     with pytest.raises(ValueError) as caught:
         flags.make()
     assert fragment in str(caught.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeat(Task):
+    """A task of the tests: say the word."""
+
+    name = "repeat"
+    example = '{"word": "hi", "response": "..."}'
+    words: int = 1
+
+    @staticmethod
+    def problem_from_text(text):
+        return text
+
+    @staticmethod
+    def problem_from_record(record):
+        return required_fields(record, "word")[0]
+
+    @staticmethod
+    def grade(problem, response):
+        answer = parse_response(response).answer
+        return Grade(float(answer == problem), answer, f"The word is {problem}.")
+
+
+def test_a_task_that_stands_in_the_catalogue_needs_nothing_else_to_be_graded(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(TASKS, "repeat", Repeat)
+    assert TaskFlags("repeat", ("words=3",)).make() == Repeat(3)
+    said = ["--response", "<answer>hi</answer>"]
+    for word, accuracy in (("hi", 1.0), ("ho", 0.0)):
+        assert main(["grade", "--task", "repeat", "--problem", word, *said]) == 0
+        assert json.loads(capsys.readouterr().out)["accuracy"] == accuracy
+    (tmp_path / "f.jsonl").write_text('{"word": "hi", "response": "<answer>hi</answer>"}\n{"response": ""}\n')
+    fails(capsys, ["grade", "--task", "repeat", "--input", str(tmp_path / "f.jsonl")], 2,
+          'line 2: "word" is missing; expected a line like {"word": "hi", "response": "..."}')
 
 
 # ---- every loop once, at toy size ----
@@ -211,8 +245,8 @@ def test_from_text_to_an_answer(tmp_path, capsys, monkeypatch):
                  "--seq-len", "16", "--batch-tokens", "64", *small]) == 0
     assert "bits per byte" in capsys.readouterr().out
     assert main(["sft", "--run", "tuned", "--base", "base", "--data", "pairs.jsonl", *small]) == 0
-    assert main(["grpo", "--run", "rl", "--base", "base", "--dials", "n_numbers=2", "--prompts-per-step", "2",
-                 "--group-size", "2", "--max-new-tokens", "4", *small]) == 0
+    assert main(["grpo", "--run", "rl", "--base", "base", "--options", "n_numbers=2", "--prompts-per-step",
+                 "2", "--group-size", "2", "--max-new-tokens", "4", *small]) == 0
     assert main(["eval", "--run", "rl", "--n", "3", "--samples", "2", "--max-new-tokens", "4"]) == 0
     assert "countdown: 3 problems x 2 samples" in capsys.readouterr().out
     assert main(["chat", "--run", "tuned", "--problem", "Who sat?", "--max-new-tokens", "4"]) == 0

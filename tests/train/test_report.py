@@ -203,14 +203,14 @@ def test_no_gain_is_called_no_gain(demo):
 
 def test_the_commands_that_it_prints_parse(demo):
     config = {"seed": 3, "max_new_tokens": 128, "optim": {"lr": 2e-4}, "rewards": {"format_weight": 0.2},
-              "task": {"dials": ["high=9", "ops=+-"]}}
+              "task": {"options": ["high=9", "ops=+-"]}}
     (demo / "seed0" / "rl" / "run.json").write_text(json.dumps({"config": config}))
     text = re.findall("<pre>(.*?)</pre>", report(demo), re.DOTALL)[-1]
     commands = [shlex.split(line) for line in Tags(text).text.replace("\\\n", "").splitlines()
                 if line.startswith("r1zero")]
     assert [words[1] for words in commands] == ["chat", "grpo", "demo", "demo", "demo"]
     grpo = parse_flags("grpo", GRPOConfig, commands[1][2:])
-    assert grpo.task.dials == ("high=9", "ops=+-") and grpo.rewards.format_weight == 0.2
+    assert grpo.task.options == ("high=9", "ops=+-") and grpo.rewards.format_weight == 0.2
     assert (grpo.seed, grpo.max_new_tokens, grpo.optim.lr, grpo.resume) == (3, 128, 2e-4, True)
     assert [parse_flags("demo", DemoConfig, words[2:]).seeds for words in commands[2:]] == ["0,1,2", "0", "0"]
     assert {words[1] for words in commands} <= set(COMMANDS)

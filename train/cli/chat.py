@@ -2,10 +2,10 @@
 
     r1zero chat --run runs/rl                          type "3 7 9 -> 13"; quit or Ctrl-D ends
     r1zero chat --run runs/rl --problem "3 7 9 -> 13"  one answer, and out; the flag may be repeated
-    r1zero chat --run runs/rl < problems.txt           one answer a line
+    r1zero chat --run runs/rl < problems.txt           one answer per line
 
-A model that was trained on Countdown is given Countdown problems and nothing else. Any other model (trained
-on text, or on pairs) is given the line as it stands, and goes on with it.
+A model that was trained on Countdown is given Countdown problems and nothing else. Any other model
+(trained on text, or on pairs) is given the line as it stands, and continues it.
 
 In a terminal the response appears token by token, and Ctrl-C ends it and asks for the next line.
 
@@ -20,12 +20,11 @@ from dataclasses import dataclass
 import tyro
 
 from ...eval.harness import Sampled
-from ...eval.response import parse_response
+from ...eval.response import grade_response, parse_response
 from ...eval.sampler import ModelSampler
-from ...eval.tasks.countdown import CountdownProblem, parse_prompt
+from ...eval.tasks.countdown import Countdown, CountdownProblem
 from ..run import pick_device, reuse_memory
 from .eval import load_run
-from .grade import grader
 from .main import printable
 
 
@@ -34,19 +33,19 @@ class ChatConfig:
     """Type problems, see what the model thinks and answers; quit or Ctrl-D ends."""
 
     run: str
-    """Folder of the run (or checkpoint)."""
+    """Folder of the run, or of a checkpoint."""
     which: str = "last"
-    """The checkpoint: last, best, or its step."""
+    """Which checkpoint of the run to load: last, best, or a step number."""
     problem: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Answer this and leave."""
+    """Problem to answer before leaving, instead of asking for lines. May be given several times."""
     max_new_tokens: int = 160
-    """Longest answer."""
+    """Maximum number of new tokens per answer."""
     temperature: float = 1.0
-    """Of sampling; 0 takes the likeliest token."""
+    """Sampling temperature; 0 always takes the most likely token."""
     seed: int = 0
-    """Of sampling; the number of the line counts too, so a repeated line gets another answer."""
+    """Seed of the random numbers for sampling; a repeated line still gets another answer."""
     device: str = "auto"
-    """auto (the GPU if there is one), cpu or cuda."""
+    """Device to compute on: auto (the GPU if there is one), cpu or cuda."""
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
@@ -56,114 +55,146 @@ class ChatConfig:
 
 
 def knows_countdown_only(settings: dict) -> bool:
-    """Whether a run with these settings was trained on Countdown, by GRPO or on the demo's corpus."""
+    """Whether a run was trained on Countdown alone, by GRPO or on the demo's corpus."""
     task = settings.get("task")
-    by_reward = isinstance(task, dict) and task.get("name") == "countdown"
-    return by_reward or settings.get("data") == ["countdown"]
+    by_reward = isinstance(task, dict) and task.get("name") == Countdown.name
+    return by_reward or settings.get("data") == [Countdown.name]
 
 
-def as_problem(line: str) -> CountdownProblem | None:
-    """The Countdown problem of a line, None if it is other text."""
-    try:
-        return parse_prompt(line)
-    except ValueError:
-        return None
+# ---- a response, for people ----
 
 
 def shown(problem: CountdownProblem | None, sampled: Sampled) -> str:
-    """A response for people: its parts apart, and the grader's word if it answers a Countdown problem."""
+    """The parts of a response, one below the other, and the remarks about it."""
     response = parse_response(sampled.text)
-    parts = []
-    if response.think is None and response.answer is None:
-        parts.append(("text" if problem else "", sampled.text))
-    else:
-        parts += [
-            (name, part)
-            for name, part in (("think", response.think), ("answer", response.answer))
-            if part is not None
-        ]
-    lines = [f"{name:<8}{printable(part)}" if name else printable(part) for name, part in parts]
-    return "\n".join([*lines, *filter(None, [remarks(problem, sampled)])])
+    blocks = [("think", response.think), ("answer", response.answer)]
+    parts = [(name, text) for name, text in blocks if text is not None]
+    if not parts:
+        parts = [("text" if problem else "", sampled.text)]
+    notes = remarks(problem, sampled)
+    return labelled(parts) + (f"\n{notes}" if notes else "")
 
 
 def remarks(problem: CountdownProblem | None, sampled: Sampled) -> str:
-    """What there is to say about a response: the grader's word, its form, and whether it was cut off."""
+    """The grade of a response to a Countdown problem, and whether it was cut off."""
     parts = []
     if problem:
-        grade, response = (
-            grader("countdown").grade(problem, sampled.text),
-            parse_response(sampled.text),
-        )
-        parts.append(("grade", f"{'right' if grade.accuracy else 'wrong'}. {grade.why}"))
-        if not response.well_formed:
-            parts.append(("format", response.why))
+        graded = grade_response(Countdown, problem, sampled.text)
+        parts.append(("grade", f"{'right' if graded.accuracy else 'wrong'}. {graded.why}"))
+        if not graded.format:
+            parts.append(("format", graded.why_format))
     if sampled.finish_reason == "length":
         parts.append(("note", f"cut off after {sampled.n_tokens} tokens"))
-    return "\n".join(f"{name:<8}{printable(part)}" for name, part in parts)
+    return labelled(parts)
 
 
-def typed_lines(ask: str) -> Iterator[str]:
-    """The lines of stdin until its end or `quit`, blank ones left out; `ask` is shown to a person who
-    types."""
-    person = sys.stdin.isatty()
+def labelled(parts: list[tuple[str, str]]) -> str:
+    """Each (label, text) on lines of its own, the labels in a column."""
+    return "\n".join(
+        f"{label:<8}{printable(text)}" if label else printable(text) for label, text in parts
+    )
+
+
+# ---- lines and their answers ----
+
+
+class Responder:
+    """A model that answers lines, as problems of Countdown or as text to continue."""
+
+    def __init__(self, sampler: ModelSampler, countdown_only: bool):
+        self.sampler = sampler
+        self.countdown_only = countdown_only
+
+    def read(self, line: str) -> tuple[CountdownProblem | None, str]:
+        """(the problem in a line, None if it is other text; the prompt for the model).
+
+        Raises ValueError for other text where the model knows Countdown only.
+        """
+        if self.countdown_only:
+            problem = Countdown.problem_from_text(line)
+            return problem, Countdown.prompt(problem)
+        try:
+            return Countdown.problem_from_text(line), line
+        except ValueError:
+            return None, line
+
+    def reply(self, line: str) -> str:
+        """The line and the answer to it. Raises ValueError as `read` and the sampler do."""
+        problem, prompt = self.read(line)
+        [[sampled]] = self.sampler([prompt], 1)
+        return f"{printable(line)}\n{shown(problem, sampled)}\n"
+
+    def stream(self, line: str) -> None:
+        """Print the answer token by token, then the remarks. Raises ValueError likewise."""
+        problem, prompt = self.read(line)
+        for text, sampled in self.sampler.stream(prompt):
+            print(printable(text), end="", flush=True)
+            whole = sampled  # None until the last text
+        print()
+        if notes := remarks(problem, whole):
+            print(notes)
+
+
+def typed_lines() -> Iterator[str]:
+    """The lines of stdin until its end or `quit`, without blank ones; a person is asked."""
+    is_person = sys.stdin.isatty()
     while True:
-        if person:
-            print(ask, end="", flush=True)
+        if is_person:
+            print("> ", end="", flush=True)
         line = sys.stdin.readline()
-        if line.strip() == "quit" or not line:
-            if person and not line:
-                print()  # Ctrl-D leaves the cursor behind the prompt
+        if not line and is_person:
+            print()  # Ctrl-D leaves the cursor behind the prompt
+        if not line or line.strip() == "quit":
             return
         if line.strip():
             yield line.rstrip("\r\n")
 
 
-def chat(c: ChatConfig) -> None:
-    """Answer until the lines end. Raises ValueError for bad flags or a bad --problem, NonFiniteError for
-    NaN."""
-    reuse_memory()
-    model, tokenizer, checkpoint = load_run(c.run, c.which, pick_device(c.device))
-    sampler = ModelSampler(model, tokenizer, c.max_new_tokens, c.temperature, c.seed)
-    countdown_only = knows_countdown_only(checkpoint.state.get("settings", {}))
+def answer_flags(responder: Responder, problems: tuple[str, ...]) -> None:
+    """Answer what --problem gave."""
+    for line in problems:
+        responder.read(line)  # a bad one is refused before the first is answered
+    for line in problems:
+        print(responder.reply(line), flush=True)
 
-    def asked(line: str) -> tuple[CountdownProblem | None, str]:
-        problem = parse_prompt(line) if countdown_only else as_problem(line)
-        return problem, grader("countdown").prompt(problem) if countdown_only else line
 
-    def reply(line: str) -> str:
-        problem, prompt = asked(line)
-        return shown(problem, sampler([prompt], 1)[0][0])
-
-    def stream(line: str) -> None:
-        problem, prompt = asked(line)
-        for text, whole in sampler.stream(prompt):
-            print(printable(text), end="", flush=True)
-            sampled = whole
-        print()
-        if notes := remarks(problem, sampled):
-            print(notes)
-
-    if c.problem:
-        if countdown_only:
-            for line in c.problem:
-                parse_prompt(line)  # a bad one is told before the first is answered
-        for line in c.problem:
-            print(f"{printable(line)}\n{reply(line)}\n", flush=True)
-        return
-    if sys.stdin.isatty():
-        kind = (
-            "problems, like 3 7 9 -> 13" if countdown_only else "text for the model to go on with"
-        )
-        print(f"{checkpoint.path}: type {kind}; quit or Ctrl-D ends")
-    for line in typed_lines("> "):
+def answer_pipe(responder: Responder) -> None:
+    """Answer every line of stdin; a line that cannot be answered is told why."""
+    for line in typed_lines():
         try:
-            if sys.stdin.isatty():
-                stream(line)
-            else:
-                print(f"{printable(line)}\n{reply(line)}\n", flush=True)
+            print(responder.reply(line), flush=True)
         except ValueError as error:
-            print(error if sys.stdin.isatty() else f"{printable(line)}\n{error}\n", flush=True)
+            print(f"{printable(line)}\n{error}\n", flush=True)
+
+
+def answer_person(responder: Responder, name: str) -> None:
+    """Ask for lines, and answer each as it is sampled."""
+    problems, text = "problems, like 3 7 9 -> 13", "text for the model to continue"
+    kind = problems if responder.countdown_only else text
+    print(f"{name}: type {kind}; quit or Ctrl-D ends")
+    for line in typed_lines():
+        try:
+            responder.stream(line)
+        except ValueError as error:
+            print(error, flush=True)
         except KeyboardInterrupt:
-            if not sys.stdin.isatty():
-                raise
             print()  # the answer was broken off; the next line is asked for
+
+
+def chat(config: ChatConfig) -> None:
+    """Answer until the lines end.
+
+    Raises ValueError for bad flags or a bad --problem, NonFiniteError for NaN.
+    """
+    reuse_memory()
+    device = pick_device(config.device)
+    model, tokenizer, checkpoint = load_run(config.run, config.which, device)
+    sampler = ModelSampler(model, tokenizer, config.max_new_tokens, config.temperature, config.seed)
+    settings = checkpoint.state.get("settings", {})
+    responder = Responder(sampler, knows_countdown_only(settings))
+    if config.problem:
+        answer_flags(responder, config.problem)
+    elif sys.stdin.isatty():
+        answer_person(responder, str(checkpoint.path))
+    else:
+        answer_pipe(responder)

@@ -1,15 +1,16 @@
-"""Measure a model on held-out problems: pass@1, pass@k and format with 95 % intervals, and every response in
-a file.
+"""Measure a model on held-out problems: pass@1, pass@k and format with 95 % intervals.
 
-    r1zero eval --run runs/rl --task countdown --dials high=20
+    r1zero eval --run runs/rl --task countdown --options high=20
     r1zero eval --run runs/rl --task gsm8k --data gsm8k_test.jsonl --samples 1
 
-Writes eval_<task>_step<n>.jsonl, one line a response, and eval_<task>_step<n>.summary.json, the figures with
-all flags, into the run's folder; the next evaluation of that task and step replaces them (`--out` keeps them
-apart).
+Writes two files into the run's folder: eval_<task>_step<n>.jsonl has one line per response, and
+eval_<task>_step<n>.summary.json has the metrics with all flags. The next evaluation of that task
+and step replaces them, unless `--out` names another file.
 
-A prompt that does not fit the model's max_seq_len beside the new tokens is cut at its beginning, and a
-warning counts how many were: a tiny model still gets its honest figure on a whole test set.
+A prompt that does not fit the model's max_seq_len beside the new tokens is cut at its beginning,
+and a warning counts how many were cut: so a tiny model gets an honest number on a whole test set.
+
+Left out: several models in one call. Compare their lines problem by problem.
 """
 
 import math
@@ -28,7 +29,7 @@ from ...model.transformer import Transformer
 from ..run import pick_device, reuse_memory
 from ..task_flags import TaskFlags
 
-DRAWN_PROBLEMS = 512  # how many of a task that makes its own; the interval is about ± 4 points then
+DEFAULT_PROBLEMS = 512  # of a task that makes its own; the interval is about ± 4 points then
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,35 +37,34 @@ class EvalConfig:
     """Measure a model on held-out problems."""
 
     run: str
-    """Folder of the run (or checkpoint)."""
+    """Folder of the run, or of a checkpoint."""
     which: str = "last"
-    """The checkpoint: last, best, or its step."""
+    """Which checkpoint of the run to load: last, best, or a step number."""
     task: TaskFlags = field(default_factory=TaskFlags)
     n: int | None = None
-    """Problems; if not given, all of a file, or 512 of a task that makes its own."""
+    """Number of problems. By default all of a file, or 512 of a task that makes its own."""
     samples: int = 4
-    """Responses to each problem."""
+    """Number of responses sampled per problem."""
     ks: tuple[int, ...] = ()
-    """The k of each pass@k; if not given, 1 and --samples."""
+    """Values of k for which pass@k is reported. By default 1 and the value of --samples."""
     temperature: float = 1.0
-    """Of sampling; 0 takes the likeliest token."""
+    """Sampling temperature; 0 always takes the most likely token."""
     max_new_tokens: int = 160
-    """Longest response."""
+    """Maximum number of new tokens per response."""
     out: str | None = None
     """File for the responses, instead of one in the run's folder; the summary goes beside it."""
     batch: int = 64
-    """Problems sampled at one time; changes memory and speed, not the result."""
+    """Number of problems sampled at one time. Changes memory and speed, not the result."""
     seed: int = 0
-    """Of sampling."""
+    """Seed of the random numbers for sampling."""
     device: str = "auto"
-    """auto (the GPU if there is one), cpu or cuda."""
+    """Device to compute on: auto (the GPU if there is one), cpu or cuda."""
 
     def __post_init__(self):
         for name in ("samples", "batch", "max_new_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 1 or more"
-                )
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} is {getattr(self, name)}, expected 1 or more")
         if self.n is not None and self.n < 1:
             raise ValueError(f"--n is {self.n}, expected 1 or more")
         if not 0 <= self.temperature < math.inf:
@@ -74,11 +74,8 @@ class EvalConfig:
                 raise ValueError(
                     f"--ks has {k}, expected 1 to --samples ({self.samples}); raise --samples"
                 )
-        if (
-            self.out
-            and self.task.data
-            and Path(self.out).resolve() == Path(self.task.data).resolve()
-        ):
+        data = self.task.data
+        if self.out and data and Path(self.out).resolve() == Path(data).resolve():
             raise ValueError(
                 f"--out {self.out} is the --data file, which would be lost; give another one"
             )
@@ -87,8 +84,10 @@ class EvalConfig:
 def load_run(
     run: str, which: str, device: torch.device
 ) -> tuple[Transformer, Tokenizer, Checkpoint]:
-    """`load_model`, with `which` as a flag gives it. Raises ValueError, naming the runs inside, for a folder
-    of runs."""
+    """`load_model`, with `which` as a flag gives it.
+
+    Raises ValueError, with the names of the runs inside, for a folder of several runs.
+    """
     folder = Path(run)
     inside = sorted(
         str(path.parent) for depth in ("*", "*/*") for path in folder.glob(f"{depth}/checkpoints")
@@ -101,49 +100,63 @@ def load_run(
 def choose_problems(task: Task, n: int | None) -> list:
     """The first n test problems. Raises ValueError for more than there are."""
     size = task.size("test")
-    if n is not None and size is not None and n > size:
+    if n is None:
+        is_test_set = size is not None and task.size("train") == 0
+        if is_test_set:
+            n = size
+        else:
+            n = DEFAULT_PROBLEMS if size is None else min(size, DEFAULT_PROBLEMS)
+    elif size is not None and n > size:
         raise ValueError(
             f"--n is {n}, but {task.name} has {size} test problems; ask for at most that many"
-        )
-    if n is None:
-        n = (
-            DRAWN_PROBLEMS
-            if size is None
-            else size
-            if task.size("train") == 0
-            else min(size, DRAWN_PROBLEMS)
         )
     return task.problems("test", n)
 
 
-def output_path(c: EvalConfig, checkpoint: Checkpoint) -> Path:
-    """--out, or a name in the run's folder (which is that of the checkpoint if it lies in no run)."""
+def output_path(config: EvalConfig, checkpoint: Checkpoint) -> Path:
+    """--out, or a file in the run's folder, or in the checkpoint's where it belongs to no run."""
+    if config.out:
+        return Path(config.out)
     root = checkpoint.path.parent
     folder = root.parent if root.name == "checkpoints" else checkpoint.path
-    return Path(c.out) if c.out else folder / f"eval_{c.task.name}_step{checkpoint.step}.jsonl"
+    return folder / f"eval_{config.task.name}_step{checkpoint.step}.jsonl"
 
 
-def run_eval(c: EvalConfig) -> EvalResult:
-    """Load, sample, grade, print and write. Raises ValueError for bad flags, and NonFiniteError for NaN."""
+def run_eval(config: EvalConfig) -> EvalResult:
+    """Load, sample, grade, print, write. ValueError for bad flags, NonFiniteError for NaN."""
     reuse_memory()
-    task = c.task.make()
-    problems = choose_problems(task, c.n)
-    model, tokenizer, checkpoint = load_run(c.run, c.which, pick_device(c.device))
+    # 1. The problems first: they are quick to refuse, before a model is loaded.
+    task = config.task.make()
+    problems = choose_problems(task, config.n)
+    # 2. The model, as a sampler.
+    device = pick_device(config.device)
+    model, tokenizer, checkpoint = load_run(config.run, config.which, device)
     sampler = ModelSampler(
-        model, tokenizer, c.max_new_tokens, c.temperature, c.seed, cut_prompts=True
+        model,
+        tokenizer,
+        config.max_new_tokens,
+        config.temperature,
+        config.seed,
+        cut_prompts=True,
     )
-    out = output_path(c, checkpoint)
+    # 3. Sample and grade. An earlier summary goes first: were this evaluation broken off, it would
+    # stand beside responses that it does not sum up.
+    out = output_path(config, checkpoint)
     summary = out.with_suffix(".summary.json")
-    summary.unlink(
-        missing_ok=True
-    )  # else, if this is broken off, it would stand beside other responses
-    result = evaluate(
-        sampler, task, problems, c.samples, c.ks or sorted({1, c.samples}), out, c.batch
-    )
+    summary.unlink(missing_ok=True)
+    ks = config.ks or sorted({1, config.samples})
+    result = evaluate(sampler, task, problems, config.samples, ks, out, config.batch)
+    # 4. Say what came out, and keep it with all flags.
     print(f"{checkpoint.path}\n{result.table()}")
     if message := sampler.cut_message():
         warnings.warn(message, stacklevel=2)
-    origin = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "flags": asdict(c)}
-    atomic_write_json(summary, {**origin, "prompts_cut": sampler.n_cut, **result.to_dict()})
+    record = {
+        "checkpoint": str(checkpoint.path),
+        "step": checkpoint.step,
+        "flags": asdict(config),
+        "prompts_cut": sampler.n_cut,
+        **result.to_dict(),
+    }
+    atomic_write_json(summary, record)
     print(f"responses: {out}")
     return result

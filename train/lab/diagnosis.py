@@ -161,7 +161,7 @@ def too_hard(look: Look) -> str | None:
         )
     return (
         f"{share:.0%} of groups are all wrong: the task is too hard for this base. Take an easier one "
-        "(--dials), fine-tune the base first (r1zero sft), or draw more: --group-size "
+        "(--options), fine-tune the base first (r1zero sft), or draw more: --group-size "
         f"{2 * look.c.group_size}."
     )
 
@@ -170,7 +170,7 @@ def too_easy(look: Look) -> str | None:
     if look.enough and (share := look.mean("all_right")) > 0.8:
         return (
             f"{share:.0%} of groups are all right: this task is learned, and little is left to learn "
-            "here. Stop, or go on with a harder one (--dials)."
+            "here. Stop, or go on with a harder one (--options)."
         )
 
 

@@ -119,8 +119,8 @@ class Stopped(Exception):
 
 
 def task_of(c: DemoConfig, seed: int) -> TaskFlags:
-    dials = f"n_numbers={c.numbers}", f"high={c.high}", f"ops={c.ops}", f"seed={seed}"
-    return TaskFlags(name="countdown", dials=dials)
+    options = f"n_numbers={c.numbers}", f"high={c.high}", f"ops={c.ops}", f"seed={seed}"
+    return TaskFlags(name="countdown", options=options)
 
 
 def part_done(folder: Path, steps: int) -> bool:

@@ -557,7 +557,7 @@ def spent(record: dict, seeds: list[Seed]) -> str:
 
 def how_to_go_on(folder: Path, seed: Seed) -> str:
     config = read_dict(seed.folder / "rl" / "run.json").get("config")
-    dials = dig(config, "task", "dials")
+    options = dig(config, "task", "options")
     given = [
         ("run", seed.folder / "rl"),
         ("base", dig(config, "base") or seed.folder / "base"),
@@ -569,8 +569,8 @@ def how_to_go_on(folder: Path, seed: Seed) -> str:
     ]
     go_on = ["r1zero grpo --resume --steps 200"]
     go_on += [f"--{name} {shlex.quote(str(value))}" for name, value in given if value is not None]
-    if isinstance(dials, list) and dials:
-        go_on.append(f"--dials {shlex.join(map(str, dials))}")
+    if isinstance(options, list) and options:
+        go_on.append(f"--options {shlex.join(map(str, options))}")
     commands = [
         (
             "answer problems that you type",
