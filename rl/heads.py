@@ -20,5 +20,5 @@ class Critic(nn.Module):
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """[R] fp32 or wider: V of the state before each response token."""
-        hidden = self.trunk(batch.packed).index_select(0, batch.predictors)
+        hidden = self.trunk.hidden_states(batch.packed).index_select(0, batch.predictors)
         return hidden.to(self.value.dtype) @ self.value

@@ -185,7 +185,8 @@ def response_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(logp [R], entropy [R]) of the response tokens under the model, at the temperature that they were
     sampled at."""
-    return model.logprobs(model(batch.packed), batch.targets, temperature, rows=batch.predictors)
+    hidden = model.hidden_states(batch.packed)
+    return model.logprobs(hidden, batch.targets, temperature, rows=batch.predictors)
 
 
 def samples_of(rollouts: Rollouts, groups: np.ndarray) -> np.ndarray:

@@ -112,7 +112,7 @@ def rollouts_by_hand(model, lengths=(5, 3, 9, 1, 4, 6), group_offsets=(0, 2, 5, 
 
 def naive_logp(model, sequence: np.ndarray, prompt_length: int, temperature: float):
     """(logp [r], entropy [r]) of a response from all logits of this one sequence: the oracle of scoring."""
-    logits = model(pack([sequence])) @ model.head.T / temperature
+    logits = model.hidden_states(pack([sequence])) @ model.head.T / temperature
     logp = logits[prompt_length - 1 : -1].log_softmax(-1)
     response = torch.from_numpy(sequence[prompt_length:])
     return logp.gather(1, response[:, None])[:, 0], -(logp.exp() * logp).sum(-1)

@@ -1,0 +1,50 @@
+"""The part of a block that works on each token alone: SwiGLU (Shazeer 2020, arXiv 2002.05202).
+
+    mlp(x) = W_down (silu(W_gate x) * W_up x)
+
+W_gate and W_up share one matrix, for one larger product. `make_mlp` chooses the module of each
+layer.
+
+Shapes: T tokens, M d_model, F d_ff.
+"""
+
+import torch
+from torch import nn
+
+from ..kernels.cpu import mlp as cpu_mlp
+from ..kernels.dispatch import use_triton
+from ..kernels.mlp import swiglu
+from .config import ModelConfig
+from .linear import Linear, plain
+
+
+def swiglu_mlp(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """The whole MLP: one fused loop on a CPU where that serves, otherwise product by product."""
+    if not use_triton(None, x, loops=True) and cpu_mlp.fits(x, gate_up, down):
+        return cpu_mlp.mlp(x, gate_up, down)
+    hidden = swiglu(nn.functional.linear(x, gate_up.to(x.dtype)))
+    return nn.functional.linear(hidden, down.to(x.dtype))
+
+
+class MLP(nn.Module):
+    """The dense SwiGLU MLP."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_up = Linear(config.d_model, 2 * config.d_ff)
+        self.down = Linear(config.d_ff, config.d_model)
+
+    def forward(self, x_TM: torch.Tensor) -> torch.Tensor:
+        """[T, M] -> [T, M]."""
+        if plain(self.gate_up, self.down):
+            return swiglu_mlp(x_TM, self.gate_up.weight, self.down.weight)
+        return self.down(swiglu(self.gate_up(x_TM)))
+
+    def flops_per_token(self) -> int:
+        """Forward only; the products alone count."""
+        return self.gate_up.flops_per_token() + self.down.flops_per_token()
+
+
+def make_mlp(config: ModelConfig, layer: int) -> nn.Module:
+    """The MLP of one layer: a module with forward(x_TM) -> [T, M] and flops_per_token()."""
+    return MLP(config)
