@@ -23,8 +23,9 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., n_in] -> [..., n_out]."""
+        weight = self.weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return F.linear(x, weight, bias)
 
     def flops_per_token(self) -> int:
         """Forward only; a multiply-add is 2 FLOPs, the bias is left out."""

@@ -16,7 +16,7 @@ def test_presets_have_the_published_sizes():
         **{**PRESETS["tiny"], "n_layers": 5, "rope_theta": 3.0}, vocab_size=10)
 
 
-def test_the_depth_dial():
+def test_depth_sets_the_whole_shape():
     assert from_depth(4, 100) == preset("depth=4", 100) == ModelConfig(
         vocab_size=100, n_layers=4, d_model=128, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=384)
     assert preset("depth=12", 9).head_dim == 64 and preset("depth=2", 9, max_seq_len=7).max_seq_len == 7

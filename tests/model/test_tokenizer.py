@@ -270,7 +270,8 @@ def test_the_fingerprints_of_usual_tokenizers_are_those_of_earlier_runs():
 
 @pytest.mark.parametrize(("change", "match"), [
     ({"eos_ids": ()}, r"eos_ids are \[\]; expected one or more"),
-    ({"eos_ids": (258,)}, r"eos_ids are \[258\]"), ({"eos_ids": (-1,)}, "eos_ids"), ({"eos_ids": None}, "eos_ids"), ({"bos_id": 262}, "bos_id is 262"),
+    ({"eos_ids": (258,)}, r"eos_ids are \[258\]"), ({"eos_ids": (-1,)}, "eos_ids"),
+    ({"eos_ids": None}, "eos_ids"), ({"bos_id": 262}, "bos_id is 262"),
     ({"vocab_size": 260}, "from 256 .* to 259"), ({"vocab_size": 255}, "255, but there are 256 ranks"),
     ({"special_tokens": {"a": 257, "b": 257}}, "ids that differ"),
     ({"special_tokens": {"a": 257, "b": 255}}, "from 256"), ({"special_tokens": {"a": -1}}, "from 256")])
