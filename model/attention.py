@@ -37,7 +37,7 @@ def rotate(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Split all heads [T, H + 2 G, D] into q [T, H, D], k and v [T, G, D], with RoPE on q and k."""
     n_heads = qkv_THD.shape[1] - 2 * n_kv_heads
-    # q and k lie side by side, so one call rotates both
+    # q and k lie side by side, so one call rotates both.
     qk, v = qkv_THD.split([n_heads + n_kv_heads, n_kv_heads], dim=1)
     q, k = rope(qk, cos, sin).split([n_heads, n_kv_heads], dim=1)
     return q, k, v
@@ -174,7 +174,7 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.norm_eps = config.norm_eps
 
-        # q, k and v share one matrix, for one larger product
+        # q, k and v share one matrix, for one larger product.
         n_rows = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
         self.qkv = Linear(config.d_model, n_rows, bias=config.qkv_bias)
         self.q_norm = nn.Parameter(torch.empty(config.head_dim)) if config.qk_norm else None
@@ -186,7 +186,7 @@ class Attention(nn.Module):
         qkv_THD = rearrange(self.qkv(x_TM), "t (h d) -> t h d", d=self.head_dim)
         if self.q_norm is None:
             return qkv_THD
-        # Qwen3: an RMSNorm on each head of q and k, before RoPE
+        # Qwen3 norms each head of q and k, before RoPE.
         q, k, v = qkv_THD.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
         q = rmsnorm(q, self.q_norm, self.norm_eps)
         k = rmsnorm(k, self.k_norm, self.norm_eps)
@@ -195,9 +195,12 @@ class Attention(nn.Module):
     def forward(
         self, x_TM: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: KV
     ) -> torch.Tensor:
-        """[T, M] -> [T, M]. cos, sin: [T, D / 2], the angles of each token's position."""
+        """[T, M] -> [T, M]. cos, sin: [T, D / 2], of the angles of each token's position."""
+        # 1. Each token's queries, keys and values.
         qkv_THD = self.project(x_TM)
+        # 2. RoPE, and softmax(q k^T / sqrt(D)) v over the tokens before it and itself.
         y_THE = kv.rotate_and_attend(self.layer, qkv_THD, cos, sin, self.n_kv_heads)
+        # 3. The heads side by side, back to the width of the model.
         return self.out(rearrange(y_THE, "t h e -> t (h e)"))
 
     @property

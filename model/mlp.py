@@ -38,6 +38,7 @@ class MLP(nn.Module):
         """[T, M] -> [T, M]."""
         if plain(self.gate_up, self.down):
             return swiglu_mlp(x_TM, self.gate_up.weight, self.down.weight)
+        # An adapter or a quantised weight has a forward of its own.
         return self.down(swiglu(self.gate_up(x_TM)))
 
     def flops_per_token(self) -> int:
