@@ -159,9 +159,8 @@ def _write_folder(folder: Path, step: int, groups: dict, state: dict) -> None:
         _write_tensors(path, tensors)
         files[path.name] = {"bytes": path.stat().st_size, "crc32": _crc32(path), "same": same}
 
-    # 2. The state, and what its reader needs to find damage. It goes to JSON and back first,
-    # because
-    #    the reader computes the checksum of what it has: string keys, lists for tuples.
+    # 2. The state, and a checksum to find damage by. The content goes to JSON and back first, since
+    #    the reader computes the checksum of what it reads: string keys, lists for tuples.
     content = json.loads(json.dumps({"step": step, "files": files, "state": state}))
     document = {
         "format": FORMAT,

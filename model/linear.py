@@ -14,7 +14,7 @@ from torch import nn
 
 
 class Linear(nn.Module):
-    """y = x W^T + b in the dtype of x. The weight [n_out, n_in] is the optimizer's master (fp32)."""
+    """y = x W^T + b in the dtype of x. The weight [n_out, n_in] is the optimizer's fp32 master."""
 
     def __init__(self, n_in: int, n_out: int, bias: bool = False):
         super().__init__()
