@@ -12,7 +12,7 @@ from ..transformer import Transformer
 from .cache import PAGE, pages_for
 
 
-class PagesKV(KV):
+class PagedKV(KV):
     """One new token per row, whose keys and values are written behind the row's last one, in place.
 
     caches: a pair [P, G, page, D] per layer; table: [B, W] int32, the pages of each row; lengths: [B] int32,
@@ -191,7 +191,7 @@ class Pages:
         return next(size for size in self.sizes if size >= n) if n else 0
 
     def _step(self, n: int) -> torch.Tensor:
-        kv = PagesKV(self.kv, self.table[:n], self.lengths[:n])
+        kv = PagedKV(self.kv, self.table[:n], self.lengths[:n])
         hidden = self.weights(self.tokens[:n], kv.positions, kv)
         return self.weights.logits(hidden)
 

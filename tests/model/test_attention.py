@@ -6,7 +6,8 @@ import torch
 from r1zero.kernels.rope import rope_table
 from r1zero.model.attention import KV, PackedKV, RecordingKV, gather_keys, rotate
 from r1zero.model.config import preset
-from r1zero.model.engine.pages import PagesKV
+from r1zero.model.engine.cache import PAGE
+from r1zero.model.engine.pages import PagedKV
 from r1zero.model.packed import pack
 
 from ..kernels.naive_ops import naive_attention
@@ -78,8 +79,8 @@ def test_a_recording_serves_one_pass_without_shared_prefixes():
 
 @each_config
 def test_prefill_and_decode_go_on_where_forward_stands(config):
-    model, batch = scattered(config), sequences(4, 1, 7)
-    page, new = 3, sequences(3, 3, 3)
+    prompts = [PAGE - 2, 1, 2 * PAGE - 1]  # within a page, and on into the next
+    model, batch, new = scattered(config), sequences(*prompts), sequences(4, 4, 4)
     table = torch.randperm(12)[:12].view(3, 4).int()  # of 13 pages, in any order
     with torch.no_grad():
         whole = [model.hidden_states(pack([s + n])) for s, n in zip(batch, new, strict=True)]
@@ -89,15 +90,15 @@ def test_prefill_and_decode_go_on_where_forward_stands(config):
         assert torch.equal(hidden, model.hidden_states(packed))
         caches = []
         for pair in recording.kept:
-            shape = (13, config.n_kv_heads, page, config.head_dim)
+            shape = (13, config.n_kv_heads, PAGE, config.head_dim)
             caches.append(tuple(torch.full(shape, 1e3, dtype=torch.float64) for _ in pair))
             for x, cache in zip(pair, caches[-1], strict=True):
-                for row, part in enumerate(x.split([4, 1, 7])):
-                    for place, entry in enumerate(part):
-                        cache[table[row, place // page], :, place % page] = entry
-        for t in range(3):
-            lengths = torch.tensor([4, 1, 7], dtype=torch.int32) + t
-            kv = PagesKV(caches, table, lengths)
+                for row, part in enumerate(x.split(prompts)):
+                    for i, entry in enumerate(part):
+                        cache[table[row, i // PAGE], :, i % PAGE] = entry
+        for t in range(4):
+            lengths = torch.tensor(prompts, dtype=torch.int32) + t
+            kv = PagedKV(caches, table, lengths)
             hidden = model(torch.tensor(new)[:, t], kv.positions, kv)
             for row in range(3):
                 assert torch.allclose(hidden[row], whole[row][int(lengths[row])], atol=1e-9)
