@@ -39,7 +39,7 @@ from r1zero.model.config import ModelConfig, preset
 from r1zero.model.engine.engine import Engine
 from r1zero.model.engine.requests import Request, group_requests
 from r1zero.model.engine.sampling import sample_seeds
-from r1zero.model.transformer import Transformer, flops_per_token, param_count
+from r1zero.model.transformer import Transformer, count_parameters, flops_per_token
 from r1zero.train.run import reuse_memory
 
 from .common import finish, show, spread, table, time_of
@@ -165,11 +165,12 @@ def on_cpu(f: Flags) -> dict:
         turns = {side: np.array(seconds[f.warmup:]) for side, seconds in turns.items()}
         rate = 2 * 1024**3 / turns["product"]
         figures[name] = {
-            "parameters": param_count(model.config), "tokens": tokens, "product_gflops": spread(rate / 1e9),
+            "parameters": count_parameters(model.config), "tokens": tokens,
+            "product_gflops": spread(rate / 1e9),
             "tokens_per_s": {side: spread(tokens / turns[side]) for side in sides},
             "share_of_product": {side: spread(flops / turns[side] / rate) for side in sides},
             "ours_over": {side: spread(turns[side] / turns["ours"]) for side in sides if side != "ours"}}
-        print(f"{name}: {tokens:,} useful tokens, {param_count(model.config):,} parameters, fp32, "
+        print(f"{name}: {tokens:,} useful tokens, {count_parameters(model.config):,} parameters, fp32, "
               f"{torch.get_num_threads()} threads, products at {show(figures[name]['product_gflops'])} "
               "GFLOP/s")
         table(["", "useful tokens/s", "share of the product's rate", "ours is faster by"],
@@ -188,7 +189,7 @@ def decode_shares(model: Transformer, bandwidth: float) -> list[dict]:
         torch.cuda.synchronize()
 
     c, rows = model.config, []
-    weights = 2 * (param_count(c) - (0 if c.tie_embeddings else c.vocab_size * c.d_model))
+    weights = 2 * (count_parameters(c) - (0 if c.tie_embeddings else c.vocab_size * c.d_model))
     for batch in (1, 8, 64, 512):
         engine = Engine(model, max_rows=batch, tokens_per_step=65536)
         engine.submit([Request(list(range(1000 + i, 1512 + i)), 96, i) for i in range(batch)])

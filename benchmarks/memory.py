@@ -108,7 +108,7 @@ def measure(case: dict) -> dict:
         return pack(list(rows[:, :-1].numpy())), rows[:, 1:].flatten()
 
     def step(packed, targets) -> None:
-        hidden = model(packed)
+        hidden = model.hidden_states(packed)
         if case["head"] == "sliced":
             loss = -model.logprobs(hidden, targets)[0].mean()
         else:

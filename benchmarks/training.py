@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 from r1zero.kernels.reference import VOCAB_SLICE
 from r1zero.model.config import preset
 from r1zero.model.optimizer import OptimConfig, make_optimizer
-from r1zero.model.transformer import Transformer, flops_per_token, param_count
+from r1zero.model.transformer import Transformer, count_parameters, flops_per_token
 from r1zero.train.data import TokenStream
 from r1zero.train.pretrain import PretrainConfig, corpus_batches, train_step
 from r1zero.train.run import reuse_memory
@@ -147,7 +147,7 @@ def main(f: Flags) -> dict:
     for name, step in kinds.items():
         figures[name]["breakdown"] = breakdown(step, f.profiled_steps)
 
-    parameters = param_count(kinds["documents"].config)
+    parameters = count_parameters(kinds["documents"].config)
     print(f"\n{f.model}: {parameters:,} parameters, vocabulary {tokenizer.vocab_size:,}, fp32, "
           f"{torch.get_num_threads()} threads; median (20 % to 80 % quantile) of {f.rounds} steps")
     print(f"matrix product {f.matrix}^3: {show(rate, ' GFLOP/s', 1e-9, 0)}\n")

@@ -31,7 +31,7 @@ from r1zero.model.config import ModelConfig
 from r1zero.model.engine.engine import Engine
 from r1zero.model.optimizer import OptimConfig
 from r1zero.model.packed import pack
-from r1zero.model.transformer import Transformer, flops_per_token, param_count
+from r1zero.model.transformer import Transformer, count_parameters, flops_per_token
 from r1zero.rl.family import make_learner, resolve
 from r1zero.train.grpo import timed_step
 from r1zero.train.run import reuse_memory
@@ -158,17 +158,18 @@ def qwen2_of(model: Transformer):
     for i, block in enumerate(model.blocks):
         heads = [c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim]
         attn, mlp = block.attn, block.mlp
-        for name, w, b in zip("qkv", attn.qkv.split(heads), attn.qkv_bias.split(heads), strict=True):
+        for name, w, b in zip("qkv", attn.qkv.weight.split(heads), attn.qkv.bias.split(heads), strict=True):
             weights[f"model.layers.{i}.self_attn.{name}_proj.weight"] = w
             weights[f"model.layers.{i}.self_attn.{name}_proj.bias"] = b
-        gate, up = mlp.gate_up.chunk(2)
+        gate, up = mlp.gate_up.weight.chunk(2)
         weights |= {f"model.layers.{i}.{name}.weight": w for name, w in {
-            "self_attn.o_proj": attn.out, "mlp.gate_proj": gate, "mlp.up_proj": up, "mlp.down_proj": mlp.down,
+            "self_attn.o_proj": attn.out.weight, "mlp.gate_proj": gate, "mlp.up_proj": up,
+            "mlp.down_proj": mlp.down.weight,
             "input_layernorm": block.attn_norm, "post_attention_layernorm": block.mlp_norm}.items()}
     peer.load_state_dict(weights)
     rows = torch.randint(c.vocab_size, (4, 33), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        hidden = model(pack(list(rows[:, :-1].numpy())))
+        hidden = model.hidden_states(pack(list(rows[:, :-1].numpy())))
         ours, _ = model.logprobs(hidden, rows[:, 1:].flatten())
         logits = peer(rows[:, :-1]).logits.flatten(0, 1)
         theirs = -torch.nn.functional.cross_entropy(logits, rows[:, 1:].flatten(), reduction="none")
@@ -279,7 +280,7 @@ def main(f: Flags) -> dict:
     length = f.prompt_tokens + f.new_tokens
     flops = n * length * sum(flops_per_token(f.model, length, training) for training in (False, True))
     print(f"\nGRPO step: {f.prompts} prompts of {f.prompt_tokens} tokens x {f.group_size} answers of "
-          f"{f.new_tokens} tokens, {param_count(f.model):,} parameters, fp32, {torch.get_num_threads()} "
+          f"{f.new_tokens} tokens, {count_parameters(f.model):,} parameters, fp32, {torch.get_num_threads()} "
           f"threads;\nabout {flops / 1e9:.0f} GFLOPs of matrix products; median (20 % to 80 % quantile) of "
           f"{f.rounds} steps\n")
     table(["", "step, s", "generation, s", "rest, s", "generated tokens/s"],

@@ -1,17 +1,17 @@
-"""Checkpoints: everything a run needs to go on bit for bit, in plain safetensors and JSON.
+"""Checkpoints: everything that a run needs to continue bit for bit, in plain safetensors and JSON.
 
-    <run>/checkpoints/step_00000100/model.safetensors       one file for each group of tensors
+    <run>/checkpoints/step_00000100/model.safetensors       one file per group of tensors
                                     optimizer.safetensors
-                                    state.json              step, the caller's state, each file's size and CRC
-    <run>/checkpoints/best.json                             which step scored highest so far
+                                    state.json              step, state, size and CRC of each file
+    <run>/checkpoints/best.json                             which step has the highest score so far
 
-A checkpoint is written aside, flushed to the disk, and renamed into place. So at any moment (kill, power cut,
-full disk) the newest folder named `step_…` is whole. What is torn in spite of that (a bad disk, a broken-off
-copy) is found by its sizes and checksums when it is read; a warning names it, and the one before it is used.
-optimizer_state.py makes named tensors of an optimizer's state.
+A checkpoint is written under another name, flushed to the disk, and renamed. So at any moment
+(kill, power cut, full disk) the newest folder named `step_...` is whole. A bad disk or an
+interrupted copy can still damage one; its sizes and checksums show it when it is read. Then a
+warning names it, and the checkpoint before it is used.
 
-Left out: pickles (they run code when read), saving in the background, sharded files, signatures (a CRC finds
-damage, not malice). Only one process may write to a run folder.
+Left out: pickles (they run code when read), saving in the background, sharded files, signatures (a
+CRC finds damage, not malice). Only one process may write to a run folder.
 """
 
 import json
@@ -32,24 +32,27 @@ from .config import ModelConfig
 from .tokenizer import Tokenizer
 from .transformer import Transformer
 
-FORMAT, VERSION = "r1zero checkpoint", 1
-FOLDER_NAME = re.compile(
-    r"step_(\d{8,})(\.old)?"
-)  # .old: the one being replaced, between two renames
-ASIDE = ".tmp-"  # what begins with this is unfinished; the next save removes it
+FORMAT = "r1zero checkpoint"
+VERSION = 2  # raise it when the names or the meaning of what is saved change
+# .old: the checkpoint that is being replaced, between two renames
+FOLDER_NAME = re.compile(r"step_(\d{8,})(\.old)?")
+# A name that starts with this is unfinished; the next save removes it.
+UNFINISHED = ".tmp-"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or used; the message says which one, why, and how to mend it."""
+    """A checkpoint cannot be written or used; the message says which, why, and how to mend it."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `load_checkpoint` read: tensors by group and name, on the CPU; state as JSON gives it back."""
+    """What `load_checkpoint` read."""
 
     step: int
     tensors: dict[str, dict[str, torch.Tensor]]
+    """By group and name, on the CPU."""
     state: dict
+    """As JSON returns it: lists for tuples, strings for keys."""
     path: Path
 
 
@@ -66,19 +69,19 @@ def _flush(path: Path) -> None:
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
-    """Replace the file at `path`: a reader sees the former text or the new one, whatever happens in between.
+    """Replace the file at `path`: at any moment a reader sees the old text or the new one.
 
-    Raises OSError with the file's name (no space, no permission); the former text is then still there.
+    Raises OSError with the file's name (no space, no permission); the old text is then still there.
     """
     path = Path(path)
-    aside = path.with_name(f"{ASIDE}{path.name}")
+    unfinished = path.with_name(f"{UNFINISHED}{path.name}")
     try:
-        aside.write_text(text, encoding="utf-8")
-        _flush(aside)
-        os.replace(aside, path)
+        unfinished.write_text(text, encoding="utf-8")
+        _flush(unfinished)
+        os.replace(unfinished, path)
         _flush(path.parent)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
@@ -101,15 +104,15 @@ def _crc32(path: Path) -> int:
 def _split_repeats(
     tensors: dict[str, torch.Tensor],
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """(tensors to store, {name: the earlier name that holds the very same tensor}), as with a tied head."""
+    """(tensors to store, {name: earlier name of the very same tensor}), as with tied weights."""
     stored, same, first_name = {}, {}, {}
     for name, tensor in tensors.items():
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        if place in first_name:
-            same[name] = first_name[place]
+        memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if memory in first_name:
+            same[name] = first_name[memory]
         else:
             stored[name] = tensor
-            first_name[place] = name
+            first_name[memory] = name
     return stored, same
 
 
@@ -117,21 +120,24 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     ready, storages = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
-        if tensor.untyped_storage().data_ptr() in storages:  # two views; the format has none
+        # The format has no views: of two tensors in one storage the second becomes a copy.
+        if tensor.untyped_storage().data_ptr() in storages:
             tensor = tensor.clone()
         storages.add(tensor.untyped_storage().data_ptr())
         ready[name] = tensor
-    save_file(ready, path, metadata={"format": "pt"})  # the metadata that other libraries look for
+    # Other libraries look for this metadata.
+    save_file(ready, path, metadata={"format": "pt"})
 
 
 def _read_tensors(path: Path, expected: dict) -> dict[str, torch.Tensor]:
+    """The tensors of a file, if its size and checksum are the expected ones."""
     try:
         size = path.stat().st_size
         if size != expected["bytes"]:
             raise CheckpointError(f"{path.name} has {size} bytes, expected {expected['bytes']}")
         if _crc32(path) != expected["crc32"]:
             raise CheckpointError(f"{path.name} does not match its checksum")
-        # load_file maps the file, at any address; a clone is aligned as the tensor was before it was saved.
+        # load_file maps the file at any address; a clone is aligned as a fresh tensor is.
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     except FileNotFoundError as error:
         raise CheckpointError(f"{path.name} is missing") from error
@@ -144,28 +150,37 @@ def _read_tensors(path: Path, expected: dict) -> dict[str, torch.Tensor]:
 
 
 def _write_folder(folder: Path, step: int, groups: dict, state: dict) -> None:
-    """Write and flush all files of a checkpoint. groups: {name: what `_split_repeats` gave}."""
+    """Write and flush all files of a checkpoint. groups: {name: the result of `_split_repeats`}."""
+    # 1. One file of tensors per group.
     folder.mkdir()
     files = {}
     for group, (tensors, same) in groups.items():
         path = folder / f"{group}.safetensors"
         _write_tensors(path, tensors)
         files[path.name] = {"bytes": path.stat().st_size, "crc32": _crc32(path), "same": same}
-    # There and back once, so that what is summed is what a reader will have: string keys, lists for tuples.
+
+    # 2. The state, and a checksum to find damage by. The content goes to JSON and back first, since
+    #    the reader computes the checksum of what it reads: string keys, lists for tuples.
     content = json.loads(json.dumps({"step": step, "files": files, "state": state}))
-    check = zlib.crc32(json.dumps(content).encode())
-    text = json.dumps(
-        {"format": FORMAT, "version": VERSION, "crc32": check, "content": content}, indent=1
-    )
-    (folder / "state.json").write_text(text + "\n", encoding="utf-8")
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "crc32": zlib.crc32(json.dumps(content).encode()),
+        "content": content,
+    }
+    text = json.dumps(document, indent=1) + "\n"
+    (folder / "state.json").write_text(text, encoding="utf-8")
+
+    # 3. Readable as the umask says (save_file lets only the owner read), and flushed to the disk.
     mode = (folder / "state.json").stat().st_mode & 0o777
     for path in folder.iterdir():
-        path.chmod(mode)  # save_file leaves its files unreadable for anybody but the owner
+        path.chmod(mode)
         _flush(path)
     _flush(folder)
 
 
 def _read_content(path: Path) -> dict:
+    """The step, the files and the state in state.json, if it is whole and of this version."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -176,9 +191,11 @@ def _read_content(path: Path) -> dict:
         raise CheckpointError("state.json is not valid JSON") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise CheckpointError("state.json was not written by r1zero")
-    if document.get("version") != VERSION:
+    version = document.get("version")
+    if version != VERSION:
+        mend = "train the run again with this one" if version == 1 else "use the one that wrote it"
         raise CheckpointError(
-            f"its format is version {document.get('version')}, this r1zero reads {VERSION}"
+            f"its format is version {version}, this r1zero reads {VERSION}; {mend}"
         )
     content = document.get("content")
     if zlib.crc32(json.dumps(content).encode()) != document.get("crc32"):
@@ -187,12 +204,12 @@ def _read_content(path: Path) -> dict:
 
 
 def _read_folder(folder: Path) -> Checkpoint:
-    """Read and check one checkpoint. Raises CheckpointError with the bare reason; the caller completes it."""
+    """Read and check one checkpoint. Raises CheckpointError with the bare reason."""
     content = _read_content(folder / "state.json")
-    tensors = {
-        name.removesuffix(".safetensors"): _read_tensors(folder / name, expected)
-        for name, expected in content["files"].items()
-    }
+    tensors = {}
+    for name, expected in content["files"].items():
+        group = name.removesuffix(".safetensors")
+        tensors[group] = _read_tensors(folder / name, expected)
     return Checkpoint(content["step"], tensors, content["state"], folder)
 
 
@@ -200,7 +217,7 @@ def _read_folder(folder: Path) -> Checkpoint:
 
 
 def _folders(root: Path) -> dict[int, list[Path]]:
-    """{step: its folders}, newest step first. A folder that is being replaced (.old) is its step's second."""
+    """{step: its folders}, newest step first. A step's .old folder comes second."""
     found: dict[int, list[Path]] = {}
     for path in sorted(root.iterdir(), key=lambda path: path.name):  # "step_1" < "step_1.old"
         if match := FOLDER_NAME.fullmatch(path.name):
@@ -209,40 +226,43 @@ def _folders(root: Path) -> dict[int, list[Path]]:
 
 
 def _discard(path: Path) -> None:
-    """Remove a checkpoint; renamed first, so that a half-removed one never looks like a torn one."""
-    doomed = path.with_name(f"{ASIDE}{path.name}-discarded")
+    """Remove a checkpoint. It is renamed first, so a half-removed one never looks damaged."""
+    doomed = path.with_name(f"{UNFINISHED}{path.name}-discarded")
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _tidy(root: Path) -> None:
-    """Undo what an interrupted save left: unfinished files go, a checkpoint that was moved aside returns."""
+    """Undo an interrupted save: remove unfinished files, rename an .old checkpoint back."""
     try:
         for path in root.glob("step_*.old"):
             if path.with_suffix("").exists():
                 _discard(path)
             else:
                 path.rename(path.with_suffix(""))
-        for path in root.glob(f"{ASIDE}*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in root.glob(f"{UNFINISHED}*"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
     except OSError:
-        pass  # the next save tries again; if what is left is in its way, that save tells
+        pass  # the next save tries again, and reports what is in its way
 
 
-def _put_in_place(aside: Path, final: Path) -> None:
-    former = final.with_name(f"{final.name}.old")
+def _put_in_place(unfinished: Path, final: Path) -> None:
+    """Give a finished checkpoint its name. It may replace one of the same step."""
+    # No call replaces a whole folder: between these two renames readers take the .old one.
+    old = final.with_name(f"{final.name}.old")
     if final.exists():
-        final.rename(
-            former
-        )  # no call replaces a whole folder; until the next rename readers take .old
-    aside.rename(final)
+        final.rename(old)
+    unfinished.rename(final)
     _flush(final.parent)
-    if former.exists():
-        _discard(former)
+    if old.exists():
+        _discard(old)
 
 
 def _read_best(root: Path) -> dict | None:
-    """{"step", "score"} of the best checkpoint, or None where there is no mark or not a legible one."""
+    """{"step", "score"} of the best checkpoint; None if no checkpoint is marked, or not legibly."""
     try:
         best = json.loads((root / "best.json").read_text(encoding="utf-8"))
         return {"step": int(best["step"]), "score": float(best["score"])}
@@ -251,26 +271,31 @@ def _read_best(root: Path) -> dict | None:
 
 
 def mark_best(run: str | Path, step: int, score: float) -> None:
-    """Do what `save_checkpoint` does with a score, for a run that was killed before it came to that."""
+    """What `save_checkpoint` does with a score, for a run that was killed before it did it."""
     _mark_best(Path(run) / "checkpoints", step, score)
 
 
 def _mark_best(root: Path, step: int, score: float) -> None:
     best = _read_best(root)
+    # A mark on a checkpoint that is gone, or was saved again, no longer counts.
     stale = best is None or best["step"] == step or best["step"] not in _folders(root)
     if not math.isnan(score) and (stale or score > best["score"]):
         atomic_write_json(root / "best.json", {"step": step, "score": score})
 
 
 def _prune(root: Path, step: int, keep_last: int) -> None:
-    """Keep the best and the last `keep_last` up to `step`. Later ones (the run was resumed from before them)
-    are left alone: if they counted, the very checkpoint just saved could be the one to go."""
+    """Keep the best checkpoint and the last `keep_last` up to `step`.
+
+    Later ones exist if the run was resumed from an earlier step. They stay, and do not count:
+    otherwise the checkpoint that was just saved could be the one to go.
+    """
     best = _read_best(root)
     folders = {s: paths for s, paths in _folders(root).items() if s <= step}
-    for old in list(folders)[keep_last:]:
-        if best is None or old != best["step"]:
-            for path in folders[old]:
-                _discard(path)
+    for old_step in list(folders)[keep_last:]:
+        if best is not None and old_step == best["step"]:
+            continue
+        for path in folders[old_step]:
+            _discard(path)
 
 
 # ---- the whole ----
@@ -285,84 +310,83 @@ def save_checkpoint(
     keep_last: int = 2,
     score: float | None = None,
 ) -> Path:
-    """Save a checkpoint of `step` in the run folder, remove those that are too old, and return its path.
+    """Save a checkpoint of `step` in the run folder, remove old ones, and return its path.
 
-    tensors: groups of named tensors of any device and dtype; each group becomes a file. A tensor with several
-        names in a group (tied weights) is stored once and comes back as one tensor.
-    state: JSON: configs, tokenizer, optimizer scalars, data position, random streams. It comes back as JSON
-        gives it: lists for tuples, strings for keys.
-    keep_last: how many of the newest stay; the best one stays besides.
-    score: higher is better; the first that is highest marks its checkpoint as the best. NaN is never best.
-    Raises CheckpointError if it cannot be written (disk full, no permission); earlier ones are then intact.
+    tensors: groups of named tensors of any device and dtype; each group becomes a file. A tensor
+        with several names in a group (tied weights) is stored once and comes back as one tensor.
+    state: JSON: configs, tokenizer, optimizer scalars, data position, random streams. It comes back
+        as JSON returns it: lists for tuples, strings for keys.
+    keep_last: how many of the newest stay, in addition to the best one.
+    score: higher is better. The first checkpoint with the highest score is the best; NaN never is.
+    Raises CheckpointError if it cannot be written (disk full, no permission); earlier checkpoints
+    are then intact.
     """
     if keep_last < 1:
         raise ValueError(
             f"keep_last is {keep_last}, expected 1 or more: what is not kept cannot be resumed"
         )
     assert step >= 0, step
-    assert all(group.isidentifier() for group in tensors), (
-        f"groups become file names: {list(tensors)}"
-    )
+    for group in tensors:
+        assert group.isidentifier(), f"groups become file names, and {group!r} cannot be one"
     groups = {group: _split_repeats(named) for group, named in tensors.items()}
     root = Path(run) / "checkpoints"
     final = root / f"step_{step:08d}"
-    aside = root / f"{ASIDE}{final.name}"
+    unfinished = root / f"{UNFINISHED}{final.name}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         _tidy(root)
-        _write_folder(aside, step, groups, state)
-        _put_in_place(aside, final)
+        _write_folder(unfinished, step, groups, state)
+        _put_in_place(unfinished, final)
         if score is not None:
             _mark_best(root, step, score)
         _prune(root, step, keep_last)
-    except (
-        BaseException
-    ) as error:  # also Ctrl-C, or a state that is no JSON: leave nothing half-done
+    # Every exception, also Ctrl-C or a state that is no JSON: leave nothing half-done.
+    except BaseException as error:
         _tidy(root)
         if isinstance(error, (OSError, SafetensorError)):
-            needed = sum(
-                tensor.nbytes for stored, _ in groups.values() for tensor in stored.values()
-            )
+            stored = [tensor for stored, _ in groups.values() for tensor in stored.values()]
+            needed = sum(tensor.nbytes for tensor in stored)
             raise CheckpointError(_cannot_save(root, step, needed, error)) from error
         raise
     return final
 
 
 def _cannot_save(root: Path, step: int, needed: int, error: Exception) -> str:
+    """The message: why, how much memory was needed and is free, what is still intact."""
     reason = getattr(error, "strerror", None) or str(error)
     try:
         free = f"{shutil.disk_usage(root).free / 1e6:,.1f} MB are free"
     except OSError:
         free = "the folder cannot be read"
-    steps = checkpoint_steps(root.parent)
-    former = (
-        f"The checkpoint of step {steps[-1]} is intact"
-        if steps
-        else "There is no earlier checkpoint"
-    )
+    earlier = "There is no earlier checkpoint"
+    if steps := checkpoint_steps(root.parent):
+        earlier = f"The checkpoint of step {steps[-1]} is intact"
     return (
         f"cannot save the checkpoint of step {step} in {root}: {reason}. It needs "
-        f"{needed / 1e6:,.1f} MB, {free}. {former}; make room, or the folder writable, and resume"
+        f"{needed / 1e6:,.1f} MB, {free}. {earlier}; make room, or the folder writable, and resume"
     )
 
 
 def checkpoint_steps(run: str | Path) -> list[int]:
-    """The steps that have a checkpoint in the run folder, oldest first, unchecked; empty if none."""
+    """The steps with a checkpoint in the run folder, oldest first; the files are not checked."""
     try:
         return sorted(_folders(Path(run) / "checkpoints"))
     except OSError:
         return []
 
 
-def _choose(folder: Path, which: str | int) -> list[Path]:
-    """The checkpoints to try, in order. Raises CheckpointError where there is nothing to try."""
+def _find_checkpoints(folder: Path) -> dict[int, list[Path]] | None:
+    """`_folders` of a run; None if `folder` is itself one checkpoint.
+
+    Raises CheckpointError for a folder without checkpoints.
+    """
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
         raise CheckpointError(
             f"{folder} {found}; expected the folder of a run, which holds checkpoints/"
         )
     if (folder / "state.json").exists() or FOLDER_NAME.fullmatch(folder.name):
-        return [folder]
+        return None
     root = folder if folder.name == "checkpoints" else folder / "checkpoints"
     if not root.is_dir():
         names = sorted(path.name for path in folder.iterdir())
@@ -376,7 +400,13 @@ def _choose(folder: Path, which: str | int) -> list[Path]:
         raise CheckpointError(
             f"{root} holds no checkpoint yet; start the run afresh or give another folder"
         )
-    steps = list(folders)
+    return folders
+
+
+def _in_order(root: Path, steps: list[int], which: str | int) -> list[int]:
+    """The steps to try, the wanted one first. steps: all there are, newest first."""
+    if which == "last":
+        return steps
     if which == "best":
         best = _read_best(root)
         if best is None and not (root / "best.json").exists():
@@ -384,29 +414,35 @@ def _choose(folder: Path, which: str | int) -> list[Path]:
                 f"{root} marks no checkpoint as the best; ask for the last, or for one of "
                 f"the steps {steps[::-1]}"
             )
-        if best is None or best["step"] not in folders:
+        if best is None or best["step"] not in steps:
             warnings.warn(
-                f"{root / 'best.json'} names no checkpoint; using the last one", stacklevel=3
+                f"{root / 'best.json'} names no checkpoint; using the last one", stacklevel=4
             )
-        else:
-            steps = sorted(
-                steps, key=lambda step: step != best["step"]
-            )  # stable: the best, then the newest
-    elif which != "last":
-        if which not in folders:
-            raise CheckpointError(
-                f"{root} has no checkpoint {which!r}; expected 'last', 'best' or one of "
-                f"the steps {steps[::-1]}"
-            )
-        steps = [which]
+            return steps
+        return [best["step"], *(step for step in steps if step != best["step"])]
+    if which not in steps:
+        raise CheckpointError(
+            f"{root} has no checkpoint {which!r}; expected 'last', 'best' or one of "
+            f"the steps {steps[::-1]}"
+        )
+    return [which]
+
+
+def _choose(folder: Path, which: str | int) -> list[Path]:
+    """The checkpoints to try, in order. Raises CheckpointError if there is none."""
+    folders = _find_checkpoints(folder)
+    if folders is None:
+        return [folder]
+    root = next(iter(folders.values()))[0].parent
+    steps = _in_order(root, list(folders), which)
     return [path for step in steps for path in folders[step]]
 
 
 def load_checkpoint(folder: str | Path, which: str | int = "last") -> Checkpoint:
-    """Read a checkpoint from a run folder, its checkpoints/ folder, or the folder of one checkpoint.
+    """Read a checkpoint from a run folder, its checkpoints/ folder, or one checkpoint's folder.
 
-    which: "last", "best" or a step. If the last or the best is torn or foreign, a warning says so and the
-        newest sound one is used; a step or folder that was named is never replaced by another.
+    which: "last", "best" or a step. If the last or the best is damaged, a warning says so and the
+        newest sound one is used. A step or folder that was named is never replaced by another.
     Raises CheckpointError if there is none to use.
     """
     folder = Path(folder)
@@ -424,9 +460,8 @@ def load_checkpoint(folder: str | Path, which: str | int = "last") -> Checkpoint
             reasons.append(f"{path.name}: {error}")
             continue
         if reasons:
-            warnings.warn(
-                f"using {path} in place of what cannot be used: {'; '.join(reasons)}", stacklevel=2
-            )
+            unusable = "; ".join(reasons)
+            warnings.warn(f"using {path} because others cannot be used: {unusable}", stacklevel=2)
         return checkpoint
     raise CheckpointError(
         f"no usable checkpoint in {folder} ({'; '.join(reasons)}). Restore it from a copy, "
@@ -435,11 +470,12 @@ def load_checkpoint(folder: str | Path, which: str | int = "last") -> Checkpoint
 
 
 def check_config(found: dict, expected: dict, where: str | Path) -> None:
-    """Raise CheckpointError, naming each field that differs, if a checkpoint's config is not as expected.
+    """Raise CheckpointError, naming each differing field, unless a config is as expected.
 
     Tuples and lists count as equal. where: the checkpoint's path, for the message.
     """
-    found, expected = json.loads(json.dumps(found)), json.loads(json.dumps(expected))
+    found = json.loads(json.dumps(found))
+    expected = json.loads(json.dumps(expected))
     differ = []
     for key in sorted(found.keys() | expected.keys()):
         there, here = found.get(key, "missing"), expected.get(key, "missing")
@@ -452,29 +488,33 @@ def check_config(found: dict, expected: dict, where: str | Path) -> None:
         )
 
 
+# ---- a model from a checkpoint ----
+
+
 def build_model(
     config: dict, weights: dict[str, torch.Tensor], device: torch.device
 ) -> Transformer:
-    """A model of a checkpoint's config and weights, in bf16 compute on a GPU and fp32 on a CPU."""
-    model = Transformer(
-        ModelConfig(**config), torch.bfloat16 if device.type == "cuda" else torch.float32
-    )
+    """A model of a checkpoint's config and weights; bf16 compute on a GPU, fp32 on a CPU."""
+    compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = Transformer(ModelConfig(**config), compute_dtype)
     model.load_state_dict(weights)
     return model.to(device)
 
 
 def load_model(
-    folder: str, device: torch.device, which="last"
+    folder: str, device: torch.device, which: str | int = "last"
 ) -> tuple[Transformer, Tokenizer, Checkpoint]:
-    """The model and tokenizer of a run's checkpoint. Raises CheckpointError if there is none to use."""
+    """The model, tokenizer and whole checkpoint of a run; arguments as in `load_checkpoint`.
+
+    Raises CheckpointError if there is none to use, ValueError if it holds no model.
+    """
     checkpoint = load_checkpoint(folder, which)
-    if (
-        not {"model_config", "tokenizer"} <= checkpoint.state.keys()
-        or "model" not in checkpoint.tensors
-    ):
+    has_state = {"model_config", "tokenizer"} <= checkpoint.state.keys()
+    if not has_state or "model" not in checkpoint.tensors:
         raise ValueError(
             f"{checkpoint.path} holds no model; give a folder that pretrain, sft, grpo or demo "
             "wrote"
         )
     model = build_model(checkpoint.state["model_config"], checkpoint.tensors["model"], device)
-    return model, Tokenizer.from_dict(checkpoint.state["tokenizer"]), checkpoint
+    tokenizer = Tokenizer.from_dict(checkpoint.state["tokenizer"])
+    return model, tokenizer, checkpoint

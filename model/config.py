@@ -1,7 +1,10 @@
-"""The shape of a model: one dataclass, a table of presets, and one dial (`depth`) that derives the rest.
+"""The shape of a model: one dataclass, a table of presets, and `depth` that sets the whole shape.
 
-Left out: dropout, biases other than on q, k, v, learned positions; the R1 family's bases (Llama, Qwen) have
-none of them.
+    preset("qwen3-0.6b", vocab_size=151_936)      the shape of an open model
+    preset("depth=6", vocab_size=1024)            6 layers, and widths to match
+
+Left out: dropout, learned positions, biases other than on q, k, v. The bases of the R1 family
+(Llama, Qwen) have none of them.
 """
 
 import math
@@ -11,32 +14,42 @@ from numbers import Integral, Real
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a pre-norm decoder with RoPE, GQA and SwiGLU. Raises ValueError if the numbers do not fit."""
+    """Shape of a pre-norm decoder with RoPE, grouped-query attention and SwiGLU.
+
+    Raises ValueError if the numbers do not fit together.
+    """
 
     vocab_size: int
+    """Rows of the embedding; may be more than the tokenizer has tokens."""
     n_layers: int = 4
     d_model: int = 128
+    """Width of the residual stream."""
     n_heads: int = 4
+    """Query heads; a multiple of n_kv_heads."""
     n_kv_heads: int = 2
     head_dim: int = 32
+    """Width of a head; even, and free of d_model / n_heads."""
     d_ff: int = 384
+    """Width of the MLP between its two products."""
     rope_theta: float = 10_000.0
+    """Base of the RoPE frequencies."""
     norm_eps: float = 1e-6
     qk_norm: bool = False
-    """RMSNorm on each head's q and k (Qwen3)."""
+    """RMSNorm on each head of q and k, before RoPE (Qwen3)."""
     qkv_bias: bool = False
     """Bias on the q, k and v projections (Qwen2)."""
     tie_embeddings: bool = True
-    """The head's weight is the embedding."""
+    """Whether the head's weight is the embedding."""
     max_seq_len: int = 512
+    """Longest sequence, prompt and answer together."""
 
     def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type is int and not (isinstance(value, Integral) and value > 0):
-                raise ValueError(f"model: {f.name} is {value!r}, expected a whole number above 0")
-            if f.type is float and not (isinstance(value, Real) and 0 < value < math.inf):
-                raise ValueError(f"model: {f.name} is {value!r}, expected a number above 0")
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if field.type is int and not (isinstance(value, Integral) and value > 0):
+                raise ValueError(f"model: {name} is {value!r}, expected a whole number above 0")
+            if field.type is float and not (isinstance(value, Real) and 0 < value < math.inf):
+                raise ValueError(f"model: {name} is {value!r}, expected a number above 0")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"model: n_heads {self.n_heads} is no multiple of n_kv_heads {self.n_kv_heads}; "
@@ -44,14 +57,15 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(
-                f"model: head_dim {self.head_dim} is odd; RoPE turns pairs, so it must be even"
+                f"model: head_dim {self.head_dim} is odd; RoPE rotates pairs, so it must be even"
             )
 
     def to_dict(self) -> dict:
+        """For a checkpoint; `ModelConfig(**d)` returns the same config."""
         return asdict(self)
 
 
-# d_model, heads and so on of open models whose weights fit this architecture, and of the toys.
+# The toys, and open models whose weights have this architecture.
 PRESETS: dict[str, dict] = {
     "demo": dict(
         n_layers=4, d_model=128, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=384, max_seq_len=256
@@ -99,7 +113,10 @@ PRESETS: dict[str, dict] = {
 
 
 def preset(name: str, vocab_size: int, **overrides) -> ModelConfig:
-    """The named preset, or "depth=N" for the dial. Raises ValueError for an unknown name."""
+    """The config of a named preset, or of "depth=N". overrides: fields to set instead.
+
+    Raises ValueError for an unknown name.
+    """
     if name.startswith("depth="):
         digits = name.removeprefix("depth=")
         if not digits.isdecimal() or int(digits) < 1:
@@ -114,8 +131,11 @@ def preset(name: str, vocab_size: int, **overrides) -> ModelConfig:
 
 
 def from_depth(depth: int, vocab_size: int, **overrides) -> ModelConfig:
-    """One dial: `depth` layers of width 32 x depth, heads of 32 up to depth 8 and of 64 above, and half as
-    many kv heads (as many if the heads are odd in number)."""
+    """`depth` layers of width 32 x depth: one number from which the whole shape follows.
+
+    Heads are 32 wide up to depth 8, and 64 above. There are half as many key/value heads as query
+    heads; as many if the number of query heads is odd.
+    """
     d_model = 32 * depth
     head_dim = 32 if depth <= 8 else 64
     n_heads = max(1, d_model // head_dim)

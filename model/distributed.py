@@ -1,7 +1,10 @@
-"""Several processes on one update, through torch.distributed; with a single process, nothing.
+"""Several processes on one update, through torch.distributed; with one process, nothing happens.
 
-Each process samples and computes its own share of the answers; denominators are those of all (rl/losses.py),
-so gradients are added, not averaged, and one process with everything has the same gradient.
+Each process samples and computes its own share of the answers. The denominators of the loss are
+those of all processes (rl/losses.py), so gradients are added, not averaged, and one process with
+all answers has the same gradient.
+
+Left out: starting the processes (`torchrun` does), sharding the weights.
 """
 
 import numpy as np
@@ -10,11 +13,14 @@ import torch.distributed as dist
 
 
 def n_processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """The number of processes of this update; 1 without a process group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return 1
 
 
 def all_sum(x: np.ndarray) -> np.ndarray:
-    """The sum over processes, in fp64; every process must call it."""
+    """The sum of `x` over processes, in fp64. Every process must call it."""
     if n_processes() == 1:
         return x
     total = torch.from_numpy(np.array(x, np.float64))
@@ -24,10 +30,16 @@ def all_sum(x: np.ndarray) -> np.ndarray:
     return total.cpu().numpy()
 
 
-def sum_gradients(model: torch.nn.Module) -> None:
-    """Add the gradients up over processes; a process that had nothing to compute counts as 0."""
+def sum_gradients(module: torch.nn.Module) -> None:
+    """Add the gradients of the trainable parameters over processes, in place.
+
+    A process that had nothing to compute takes part with zeros. Every process must call it.
+    """
     if n_processes() == 1:
         return
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        dist.all_reduce(p.grad)
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)

@@ -1,4 +1,16 @@
-"""AdamW (torch's own, fused) on the fp32 masters, its learning-rate schedule, and one guarded step."""
+"""The optimizer: torch's fused AdamW on the fp32 masters, its schedule, one step, its state.
+
+    optimizer = make_optimizer(model, config)
+    ... backward() ...
+    lr = learning_rate(step, total_steps, config)
+    norm = optimizer_step(model, optimizer, lr, config)
+
+Only parameters that require a gradient are trained. The state goes into a checkpoint and back by
+the names of the parameters, not by torch's running numbers, so that another order cannot swap
+moments unnoticed.
+
+Left out: other optimizers, gradient scaling (bf16 needs none).
+"""
 
 import math
 from collections.abc import Iterable
@@ -11,33 +23,33 @@ from .checkpoint import CheckpointError
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Dials of the optimizer."""
+    """Options of AdamW and of its learning rate. Raises ValueError for values out of range."""
 
     lr: float = 3e-3
     """Peak learning rate."""
     warmup: int = 50
-    """Steps of linear warm-up from 0."""
+    """Number of steps in which the learning rate rises linearly from 0."""
     schedule: str = "cosine"
-    """"cosine" falls to `final_lr` times the peak at the last step; "constant" stays."""
+    """"cosine" falls to `final_lr` times the peak at the last step; "constant" stays at it."""
     final_lr: float = 0.05
-    """Share of the peak that the cosine ends at."""
+    """Learning rate at the end of the cosine, as a share of the peak."""
     weight_decay: float = 0.1
-    """On matrices only; norms and biases have none."""
+    """Weight decay of matrices; norms and biases have none."""
     beta1: float = 0.9
-    """Decay of the mean of gradients."""
+    """Decay rate of the running mean of gradients."""
     beta2: float = 0.95
-    """Decay of the mean of squared gradients."""
+    """Decay rate of the running mean of squared gradients."""
     eps: float = 1e-8
-    """Added to the root of the mean square; a large one keeps parameters with small, noisy gradients
-    still."""
+    """Number added to the root of the mean square. A large one keeps parameters with small, noisy
+    gradients where they are."""
     clip_grad: float = 1.0
-    """Largest norm of the whole gradient; longer ones are scaled down."""
+    """Largest norm of the whole gradient; a larger gradient is scaled down to it."""
 
     def __post_init__(self):
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f"--optim.schedule is {self.schedule!r}, expected cosine or constant")
-        # NaN is not >= 0, but min() may pass over it
-        at_least_zero = all(dial >= 0 for dial in (self.warmup, self.weight_decay, self.eps))
+        # each alone, for NaN: it is not >= 0, but min() may pass over it
+        at_least_zero = self.warmup >= 0 and self.weight_decay >= 0 and self.eps >= 0
         if not (self.lr > 0 and self.clip_grad > 0 and at_least_zero):
             raise ValueError(
                 f"optim: lr {self.lr}, clip_grad {self.clip_grad}, warmup {self.warmup}, "
@@ -51,37 +63,59 @@ class OptimConfig:
             )
 
 
-def make_optimizer(model: torch.nn.Module, c: OptimConfig) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+# ---- one step ----
+
+
+def make_optimizer(module: torch.nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters of `module`, with weight decay on matrices only.
+
+    Raises ValueError if none of them is trainable.
+    """
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError(
+            f"optimizer: no parameter of this {type(module).__name__} requires a gradient; "
+            "expected one or more, so call requires_grad_() on what is to be trained"
+        )
+    matrices = [p for p in trainable if p.ndim >= 2]
+    vectors = [p for p in trainable if p.ndim < 2]
     groups = [
-        {"params": matrices, "weight_decay": c.weight_decay},
+        {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
-def learning_rate(step: int, total_steps: int, c: OptimConfig) -> float:
-    """For 0-based `step`: linear from lr / warmup up to lr, then flat or half a cosine down to final_lr *
-    lr."""
-    if step < c.warmup:
-        return c.lr * (step + 1) / c.warmup
-    if c.schedule == "constant":
-        return c.lr
-    done = (step - c.warmup) / max(1, total_steps - 1 - c.warmup)
-    return c.lr * (c.final_lr + (1 - c.final_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
+    """The learning rate of 0-based `step`: a linear warm-up, then flat or half a cosine."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.lr
+    # `done` runs from 0 after the warm-up to 1 at the last step
+    done = (step - config.warmup) / max(1, total_steps - 1 - config.warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
 
 
-def optimizer_step(model, optimizer, lr: float, c: OptimConfig) -> float:
-    """Clip, step and clear. Returns the gradient's norm before clipping.
+def optimizer_step(
+    module: torch.nn.Module, optimizer: torch.optim.Optimizer, lr: float, config: OptimConfig
+) -> float:
+    """Clip the gradient, step, and clear it. Returns the gradient's norm before clipping.
 
-    If that is not finite, nothing is stepped, and the gradients stay for whoever looks for the reason.
+    If the norm is not finite, nothing is changed: the gradients stay, to find out the reason.
     """
-    parameters = [p for p in model.parameters() if p.grad is not None]
+    # 1. The norm of the whole gradient.
+    parameters = [p for p in module.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if not torch.isfinite(norm):
         return float(norm)
-    torch.nn.utils.clip_grads_with_norm_(parameters, c.clip_grad, norm)
+
+    # 2. A larger gradient is scaled down to the limit.
+    torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_grad, norm)
+
+    # 3. Step.
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -89,13 +123,16 @@ def optimizer_step(model, optimizer, lr: float, c: OptimConfig) -> float:
     return float(norm)
 
 
+# ---- the state, into a checkpoint and back ----
+
+
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
 ) -> tuple[dict[str, torch.Tensor], dict]:
     """The whole state of `optimizer`: (tensors named "<parameter>/<field>", the rest as JSON).
 
-    By name, not by torch's running numbers, so that another order of parameters cannot swap moments unseen.
-    The tensors are the optimizer's own, not copies. Raises ValueError if it steps a parameter without a name.
+    The tensors are the optimizer's own, not copies. Raises ValueError if it steps a parameter that
+    has no name.
     """
     names = {id(parameter): name for name, parameter in named_parameters}
     tensors, numbers, groups = {}, {}, []
@@ -108,8 +145,11 @@ def optimizer_tensors(
         groups.append(group | {"params": [names[id(p)] for p in group["params"]]})
         for parameter in group["params"]:
             for field, value in optimizer.state.get(parameter, {}).items():
-                into = tensors if isinstance(value, torch.Tensor) else numbers
-                into[f"{names[id(parameter)]}/{field}"] = value
+                key = f"{names[id(parameter)]}/{field}"
+                if isinstance(value, torch.Tensor):
+                    tensors[key] = value
+                else:
+                    numbers[key] = value
     return tensors, {"groups": groups, "numbers": numbers}
 
 
@@ -119,24 +159,28 @@ def load_optimizer_tensors(
     tensors: dict[str, torch.Tensor],
     rest: dict,
 ) -> None:
-    """Give `optimizer` the state that `optimizer_tensors` took; learning rate and the like too.
+    """Give `optimizer` the state that `optimizer_tensors` returned, learning rate and all.
 
-    The tensors are taken over, not copied. Raises CheckpointError, and changes nothing, if the parameters or
-    their groups are not the same, or a state tensor (but for scalars) has not the shape of its parameter.
+    The optimizer keeps the tensors themselves, not copies. Raises CheckpointError, and changes
+    nothing, if the parameters or their groups differ, or if a state tensor (other than a scalar)
+    differs from its parameter in shape.
     """
     parameters = dict(named_parameters)
     _, own = optimizer_tensors(optimizer, parameters.items())
-    there, here = (
-        [group["params"] for group in groups] for groups in (rest["groups"], own["groups"])
-    )
-    if there != here:
-        names_there, names_here = (set(sum(groups, [])) for groups in (there, here))
-        only_there, only_here = sorted(names_there - names_here), sorted(names_here - names_there)
+
+    # 1. The same parameters, in the same groups.
+    saved_names = [group["params"] for group in rest["groups"]]
+    own_names = [group["params"] for group in own["groups"]]
+    if saved_names != own_names:
+        there, here = set(sum(saved_names, [])), set(sum(own_names, []))
         raise CheckpointError(
             "the checkpoint's optimizer steps other parameters, or in other groups: only "
-            f"there {only_there}, only here {only_here}. Use the model it was made with"
+            f"there {sorted(there - here)}, only here {sorted(here - there)}. "
+            "Use the model it was made with"
         )
-    index = {name: i for i, name in enumerate(sum(here, []))}  # torch's running numbers
+
+    # 2. The state of each parameter, under torch's running numbers.
+    index = {name: i for i, name in enumerate(sum(own_names, []))}
     state: dict[int, dict] = {}
     for key, value in (tensors | rest["numbers"]).items():
         name, _, field = key.rpartition("/")
@@ -151,9 +195,13 @@ def load_optimizer_tensors(
                 f"but the parameter has {tuple(shape)}. Use the model it was made with"
             )
         state.setdefault(index[name], {})[field] = value
+
+    # 3. The options of each group. One that only this version of torch has keeps its value.
     groups = []
     for now, saved in zip(own["groups"], rest["groups"], strict=True):
-        # A field that only this version of torch has keeps its value. JSON made lists of tuples (betas).
-        saved = {k: tuple(v) if isinstance(now.get(k), tuple) else v for k, v in saved.items()}
-        groups.append(now | saved | {"params": [index[name] for name in saved["params"]]})
+        for option, value in saved.items():
+            was_tuple = isinstance(now.get(option), tuple)  # JSON made a list of it
+            now[option] = tuple(value) if was_tuple else value
+        now["params"] = [index[name] for name in saved["params"]]
+        groups.append(now)
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,18 +1,22 @@
-"""Tokenizer: text to token ids and back, byte-level, so that no text is unknown.
+"""Tokenizer: text to token ids and back, on bytes, so that every text has tokens.
 
-    Tokenizer.bytes()                           256 bytes + 2 special tokens
-    Tokenizer.from_words(["10", " -> "])        bytes, and whole words as one token each: the toy tasks
-    Tokenizer.from_ranks_file("gpt2.tiktoken")  ranks made by somebody else
-    Tokenizer.train(texts, 1024)                byte-level BPE of your own text, by the library `tokenizers`
+    Tokenizer.bytes()                           256 bytes and 2 special tokens
+    Tokenizer.from_words(["10", " -> "])        bytes, and whole words as one token each: toy tasks
+    Tokenizer.from_ranks_file("gpt2.tiktoken")  ranks that somebody else made
+    Tokenizer.train(texts, 1024)                BPE of your own text, by the library `tokenizers`
 
-All four are a tiktoken `Encoding`: a pattern cuts the text into pieces, and inside a piece the neighbouring
+Each is a tiktoken `Encoding`. A pattern cuts the text into pieces; inside a piece the neighbouring
 pair with the lowest rank is merged first. A piece that is a rank itself is that token at once.
 
-Ids: 0 .. n-1 are the ranks, n is `<|bos|>`, n+1 is `<|eos|>`. A document or a response ends with eos; bos is
-there for models that want one. No text makes a special token: what spells `<|eos|>` is ordinary text.
+Ids 0 .. n-1 are the ranks. Special tokens have ids above; without others they are `<|bos|>` = n and
+`<|eos|>` = n + 1. A document or a response ends with `eos_id`; sampling stops at any of `eos_ids`.
+No text makes a special token: what spells `<|eos|>` is ordinary text.
 
-Left out: chat templates (a task writes its own prompt), normalisation (it would break the round trip),
-padding of the vocabulary, a pad or unknown token (batches are flat and every byte is a token).
+The vocabulary may be larger than the ids that mean something, as in models whose embedding is
+padded to a round number. A model can sample such an id: it reads as U+FFFD.
+
+Left out: chat templates (a task writes its own prompt), normalisation (it would break the round
+trip), a pad or unknown token (batches are flat, and every byte is a token).
 """
 
 import base64
@@ -31,26 +35,28 @@ import numpy as np
 import tiktoken
 
 FORMAT = 1  # of to_dict
-SPECIAL_TOKENS = ("<|bos|>", "<|eos|>")
+SPECIAL_TOKENS = ("<|bos|>", "<|eos|>")  # of a tokenizer that is given no others
+UNKNOWN = "\ufffd".encode()  # what an id without a meaning reads as
 SINGLE_BYTES = [bytes([b]) for b in range(256)]
 
-# The split of GPT-2 (openai/gpt-2, src/encoder.py): English endings, then letters, digits or other signs
-# with at most one space in front; a longer run of white space leaves its last sign to the word after it.
+# The split of GPT-2 (openai/gpt-2, src/encoder.py): English endings, then letters, digits or other
+# signs with at most one space in front. A longer run of white space leaves its last character to
+# the word after it.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 ANY_CHARACTER = r"[\s\S]"
 
 MAX_TRAINED_VOCAB = 1_000_000  # more is a typing mistake
-MAX_WORD_BYTES = 50_000  # of all words; from about 80,000 on the regex engine is 1,000 x slower
-LONG_TEXT = 10_000  # characters; handing a shorter text to a thread costs more than encoding it
+MAX_WORD_BYTES = 50_000  # of all words; from about 80,000 the regex engine is 1,000 times slower
+LONG_TEXT = 10_000  # characters; giving a shorter text to a thread costs more than encoding it
 
-# GPT-2's `\s+(?!\S)` overflows the regex engine's stack at 1,000,000 white-space characters in a row;
-# tiktoken then panics, past any `except Exception`. Such a run is cut into parts; the look-behind keeps the
-# search linear.
+# GPT-2's `\s+(?!\S)` overflows the regex engine's stack at 1,000,000 white-space characters in a
+# row. tiktoken then panics, and `except Exception` does not catch that. So such a run is cut into
+# parts. The look-behind keeps the search linear.
 LONGEST_SPACE = 100_000
 LONG_SPACE = re.compile(rf"(?<!\s)\s{{{LONGEST_SPACE}}}")
 
 
-# ---- helpers ---------------------------------------------------------------------------------------------
+# ---- helpers ----
 
 
 def safe_parts(text: str) -> Iterator[str]:
@@ -62,23 +68,38 @@ def safe_parts(text: str) -> Iterator[str]:
 
 
 def without_surrogates(text: str) -> str:
-    """Join surrogate pairs; a lone surrogate is no character and becomes U+FFFD, as tiktoken does it."""
+    """Join surrogate pairs. A lone surrogate is no character; it becomes U+FFFD, as in tiktoken."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def byte_of_letter() -> dict[str, int]:
-    """The letters in which byte-level BPE libraries write bytes: printable Latin-1 stands for itself, the
-    other 68 bytes, in order, are written as U+0100, U+0101, ... (openai/gpt-2, src/encoder.py)."""
+    """The letters in which byte-level BPE libraries write bytes (openai/gpt-2, src/encoder.py).
+
+    Printable Latin-1 stands for itself; the other 68 bytes, in order, are U+0100, U+0101, ...
+    """
     itself = [b for b in range(256) if 33 <= b <= 126 or (161 <= b <= 255 and b != 173)]
     others = [b for b in range(256) if b not in itself]
     return {chr(b): b for b in itself} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def read_ranks(path: str | Path) -> list[bytes]:
-    """Read a .tiktoken file (each line is `base64-of-the-token rank`) into the list of tokens by rank.
+def _token_and_rank(line: bytes) -> tuple[bytes, int] | None:
+    """The two fields of a line in a ranks file; None if it is malformed."""
+    fields = line.split()
+    if len(fields) != 2 or not fields[1].isdigit() or len(fields[1]) >= 10:
+        return None
+    try:
+        token = base64.b64decode(fields[0], validate=True)
+    except binascii.Error:
+        return None
+    return (token, int(fields[1])) if token else None
 
-    Raises ValueError for a file that is missing, empty, binary or not such a list (with the line's number),
-    for a rank or token given twice, and for a rank left out."""
+
+def read_ranks(path: str | Path) -> list[bytes]:
+    """The tokens in a .tiktoken file, by rank. Each of its lines is `base64-of-the-token rank`.
+
+    Raises ValueError for a file that is missing, empty, binary or no such list (with the line's
+    number), for a rank or token given twice, and for a rank left out.
+    """
     wanted = "a ranks file has lines `base64 rank`, as GPT-2's gpt2.tiktoken"
     try:
         data = Path(path).read_bytes()
@@ -94,18 +115,13 @@ def read_ranks(path: str | Path) -> list[bytes]:
     token_of_rank: dict[int, bytes] = {}
     line_of_token: dict[bytes, int] = {}
     for number, line in enumerate(data.split(b"\n"), 1):
-        if not (fields := line.split()):
+        if not line.split():
             continue
-        try:
-            token = base64.b64decode(fields[0], validate=True)
-            well_formed = token and len(fields) == 2 and fields[1].isdigit() and len(fields[1]) < 10
-        except binascii.Error:
-            well_formed = False
-        if not well_formed:
+        if (found := _token_and_rank(line)) is None:
             raise ValueError(
                 f"ranks file {path}, line {number}: got {line[:60].decode()!r}; {wanted}"
             )
-        rank = int(fields[1])
+        token, rank = found
         if rank in token_of_rank:
             raise ValueError(
                 f"ranks file {path}, line {number}: rank {rank} was given before, on line "
@@ -116,7 +132,8 @@ def read_ranks(path: str | Path) -> list[bytes]:
                 f"ranks file {path}, line {number}: token {token!r} was given before, on line "
                 f"{line_of_token[token]}; each token stands once"
             )
-        token_of_rank[rank], line_of_token[token] = token, number
+        token_of_rank[rank] = token
+        line_of_token[token] = number
 
     for rank in range(len(token_of_rank)):
         if rank not in token_of_rank:
@@ -127,40 +144,116 @@ def read_ranks(path: str | Path) -> list[bytes]:
     return [token_of_rank[rank] for rank in range(len(token_of_rank))]
 
 
-# ---- the tokenizer ---------------------------------------------------------------------------------------
+# ---- the tokenizer ----
+
+
+def default_ids(n_ranks: int) -> dict:
+    """The ids above the ranks of a tokenizer that is given no others."""
+    bos_id, eos_id = n_ranks, n_ranks + 1
+    return {
+        "special_tokens": dict(zip(SPECIAL_TOKENS, (bos_id, eos_id), strict=True)),
+        "eos_ids": [eos_id],
+        "bos_id": bos_id,
+        "vocab_size": n_ranks + len(SPECIAL_TOKENS),
+    }
+
+
+def _check_ranks(ranks: list[bytes]) -> None:
+    """Raise ValueError if a rank is empty or double, or a single byte has none."""
+    distinct = set(ranks)
+    missing = [b for b in range(256) if SINGLE_BYTES[b] not in distinct]
+    if missing:
+        raise ValueError(
+            f"tokenizer: {len(missing)} of the 256 single bytes have no rank (the first is "
+            f"byte {missing[0]}), so some text would have no tokens; add a rank for each"
+        )
+    if b"" in distinct or len(distinct) < len(ranks):
+        raise ValueError(
+            f"tokenizer: of {len(ranks)} ranks some are empty or double; each token stands once"
+        )
 
 
 class Tokenizer:
-    """Ranks, a pattern and two special tokens. Build one by a class method (see the head of this file).
+    """Ranks, a pattern, special tokens and a size. Build one by a class method (see the top).
 
-    vocab_size counts ranks and special tokens; bos_id and eos_id are the last two ids; kind is "bytes",
-    "words" or "bpe"; ranks is the list of tokens as bytes."""
+    kind: "bytes", "words" or "bpe". ranks: the ordinary tokens as bytes; a token's index is its id.
+    special_tokens: {name: id}. bos_id: None if there is none. eos_ids: the ids that end a text;
+    eos_id is the first. vocab_size: all ids, also those that mean nothing.
+    """
 
-    def __init__(self, kind: str, pattern: str, ranks: Sequence[bytes]):
-        """pattern cuts a text into pieces and must match every character; what no piece holds would be lost.
-        Raises ValueError if a rank is empty or double, a single byte is missing, the pattern is bad."""
+    def __init__(
+        self,
+        kind: str,
+        pattern: str,
+        ranks: Sequence[bytes],
+        *,
+        special_tokens: dict[str, int] | None = None,
+        eos_ids: Sequence[int] | None = None,
+        bos_id: int | None = None,
+        vocab_size: int | None = None,
+    ):
+        """pattern: cuts a text into pieces; it must match every character, or text would be lost.
+
+        special_tokens: None is `<|bos|>` and `<|eos|>`, right after the ranks; with others, give
+        eos_ids (and bos_id) too. vocab_size: None is the highest id + 1.
+        Raises ValueError if ranks, special tokens or sizes do not fit together, or the pattern is
+        bad.
+        """
         ranks = list(ranks)
-        rank_of_token = {token: rank for rank, token in enumerate(ranks)}
-        missing = [b for b in range(256) if SINGLE_BYTES[b] not in rank_of_token]
-        if missing:
-            raise ValueError(
-                f"tokenizer: {len(missing)} of the 256 single bytes have no rank (the first is "
-                f"byte {missing[0]}), so some text would have no tokens; add a rank for each"
-            )
-        if b"" in rank_of_token or len(rank_of_token) < len(ranks):
-            raise ValueError(
-                f"tokenizer: of {len(ranks)} ranks some are empty or double; each token stands once"
-            )
-        self.kind, self.pattern, self.ranks = kind, pattern, ranks
-        self.bos_id, self.eos_id = len(ranks), len(ranks) + 1
-        self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
+        _check_ranks(ranks)
+        if special_tokens is None:
+            default = default_ids(len(ranks))
+            special_tokens, bos_id = default["special_tokens"], default["bos_id"]
+            eos_ids = default["eos_ids"] if eos_ids is None else eos_ids
+        if vocab_size is None:
+            vocab_size = 1 + max([len(ranks) - 1, *special_tokens.values()])
+        self.kind = kind
+        self.pattern = pattern
+        self.ranks = ranks
+        self.special_tokens = {name: as_int(i) for name, i in special_tokens.items()}
+        self.eos_ids = tuple(as_int(i) for i in eos_ids or ())
+        self.bos_id = bos_id
+        self.vocab_size = vocab_size
+        self._check_ids()
+
+        self.eos_id = self.eos_ids[0]
         self.encoding = tiktoken.Encoding(
             f"r1zero-{kind}",
             pat_str=pattern,
-            mergeable_ranks=rank_of_token,
-            special_tokens={"<|bos|>": self.bos_id, "<|eos|>": self.eos_id},
+            mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
+            special_tokens=self.special_tokens,
         )
-        self.n_bytes_V = np.array([len(token) for token in ranks] + [0] * len(SPECIAL_TOKENS))
+        # What each id reads as: special tokens as nothing, ids without a meaning as U+FFFD.
+        self.name_of_special = {i: name for name, i in self.special_tokens.items()}
+        self.bytes_of_id = ranks + [UNKNOWN] * (vocab_size - len(ranks))
+        for i in self.name_of_special:
+            self.bytes_of_id[i] = b""
+        self.n_bytes_V = np.array([len(token) for token in self.bytes_of_id])
+
+    def _check_ids(self) -> None:
+        """Raise ValueError unless special tokens have ids of their own, and bos and eos exist."""
+        n_ranks, ids = len(self.ranks), list(self.special_tokens.values())
+        if self.vocab_size < n_ranks:
+            raise ValueError(
+                f"tokenizer: vocab_size is {self.vocab_size}, but there are {n_ranks} ranks; "
+                "expected as many or more"
+            )
+        if len(set(ids)) < len(ids) or not all(n_ranks <= i < self.vocab_size for i in ids):
+            raise ValueError(
+                f"tokenizer: special tokens are {self.special_tokens}; expected ids that differ, "
+                f"from {n_ranks} (the ranks are below) to {self.vocab_size - 1} (vocab_size is "
+                f"{self.vocab_size})"
+            )
+        known = set(ids) | set(range(n_ranks))
+        if not self.eos_ids or not known.issuperset(self.eos_ids):
+            raise ValueError(
+                f"tokenizer: eos_ids are {list(self.eos_ids)}; expected one or more ids of tokens, "
+                "or no text ever ends"
+            )
+        if self.bos_id is not None and self.bos_id not in known:
+            raise ValueError(
+                f"tokenizer: bos_id is {self.bos_id}, which is no token; expected an id or None"
+            )
 
     def __repr__(self) -> str:
         return f"Tokenizer(kind={self.kind!r}, vocab_size={self.vocab_size})"
@@ -169,25 +262,23 @@ class Tokenizer:
 
     @classmethod
     def bytes(cls) -> "Tokenizer":
-        """Each byte is a token; id = byte."""
+        """Each byte is a token, and its id is the byte."""
         return cls("bytes", ANY_CHARACTER, SINGLE_BYTES)
 
     @classmethod
     def from_words(cls, words: Iterable[str]) -> "Tokenizer":
-        """Each word is one token wherever it stands, the longest first ("12" before "1").
+        """Each word is one token wherever it occurs, the longest first ("12" before "1").
 
-        All other text is bytes. Ids follow the order of `words`, from 256 on; a word of one byte ("3", "+")
-        is that byte's token already.
-        Raises ValueError for an empty, double or special word, and past 50,000 bytes of words."""
+        All other text is bytes. Ids follow the order of `words`, from 256. A word of one byte ("3",
+        "+") is that byte's token already.
+        Raises ValueError for an empty, double or special word, and above 50,000 bytes of words.
+        """
         if isinstance(words, str):
             raise ValueError(f"from_words: got one string {words[:40]!r}; give a list of words")
         words = list(words)
         for i, word in enumerate(words):
-            if (
-                not isinstance(word, str)
-                or word in ("", *SPECIAL_TOKENS)
-                or word != without_surrogates(word)
-            ):
+            refused = not isinstance(word, str) or word in ("", *SPECIAL_TOKENS)
+            if refused or word != without_surrogates(word):
                 raise ValueError(
                     f"from_words: word {i} is {word!r}; a word is text, not empty, and none of "
                     f"{', '.join(SPECIAL_TOKENS)}"
@@ -197,6 +288,8 @@ class Tokenizer:
                 raise ValueError(
                     f"from_words: {word!r} is given {count} times; give each word once"
                 )
+
+        # A word of one byte has a rank already.
         longer = [word for word in words if len(word.encode()) > 1]
         size = sum(len(word.encode()) for word in longer)
         if size > MAX_WORD_BYTES:
@@ -204,18 +297,19 @@ class Tokenizer:
                 f"from_words: the words have {size} bytes in all, over {MAX_WORD_BYTES}, and "
                 "encoding would crawl; use fewer words or Tokenizer.train"
             )
-        # A piece is a word or one character, and no part of a character is a word: nothing else merges.
+
+        # A piece is a word or one character, and no part of a character is a word, so nothing else
+        # can merge.
         choices = [re.escape(word) for word in sorted(longer, key=len, reverse=True)]
-        return cls(
-            "words",
-            "|".join([*choices, ANY_CHARACTER]),
-            SINGLE_BYTES + [word.encode() for word in longer],
-        )
+        pattern = "|".join([*choices, ANY_CHARACTER])
+        return cls("words", pattern, SINGLE_BYTES + [word.encode() for word in longer])
 
     @classmethod
     def from_ranks_file(cls, path: str | Path, pattern: str = GPT2_PATTERN) -> "Tokenizer":
-        """The ranks of a .tiktoken file, with the pattern that they were trained with (GPT-2's unless given).
-        Raises ValueError for anything that is not such a file (see `read_ranks`), or lacks a single byte."""
+        """The ranks of a .tiktoken file. pattern: the one that they were trained with.
+
+        Raises ValueError for anything that is no such file (see `read_ranks`), or lacks a byte.
+        """
         ranks = read_ranks(path)
         try:
             return cls("bpe", pattern, ranks)
@@ -224,11 +318,14 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Byte-level BPE after GPT-2's split: the most frequent pair becomes a token, again and again
-        (Sennrich et al. 2016, arXiv 1508.07909). A short text gives a smaller vocabulary.
+        """Byte-level BPE after GPT-2's split (Sennrich et al. 2016, arXiv 1508.07909).
 
-        vocab_size counts the 256 bytes and the 2 special tokens. The same texts give the same tokenizer.
-        Raises ValueError without the optional library `tokenizers`, without text, for a size out of range."""
+        The most frequent pair becomes a token, again and again. A short text gives a smaller
+        vocabulary. The same texts give the same tokenizer.
+        vocab_size: includes the 256 bytes and the 2 special tokens.
+        Raises ValueError without the optional library `tokenizers`, without text, and for a size
+        out of range.
+        """
         least = 256 + len(SPECIAL_TOKENS)
         if not least <= vocab_size <= MAX_TRAINED_VOCAB:
             raise ValueError(
@@ -251,53 +348,48 @@ class Tokenizer:
                 "training a BPE needs the library `tokenizers`: `pip install r1zero[bpe]`, or "
                 "use `--tokenizer bytes` or a .tiktoken ranks file"
             ) from None
+        # This pre-tokenizer splits as GPT2_PATTERN does.
         library = Library(models.BPE())
-        library.pre_tokenizer = pre_tokenizers.ByteLevel(
-            add_prefix_space=False
-        )  # splits as GPT2_PATTERN
-        library.train_from_iterator(
-            texts,
-            trainers.BpeTrainer(
-                vocab_size=vocab_size - len(SPECIAL_TOKENS),
-                show_progress=False,
-                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            ),
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - len(SPECIAL_TOKENS),
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         )
-        id_of_token = (
-            library.get_vocab()
-        )  # ids: first the 256 letters, then the merges in order, as ranks
+        library.train_from_iterator(texts, trainer)
+
+        # Its ids are ranks: first the 256 letters, then the merges in order.
+        id_of_token = library.get_vocab()
+        by_rank = sorted(id_of_token, key=id_of_token.__getitem__)
         byte_of = byte_of_letter()
-        return cls(
-            "bpe",
-            GPT2_PATTERN,
-            [
-                bytes(byte_of[letter] for letter in token)
-                for token in sorted(id_of_token, key=id_of_token.__getitem__)
-            ],
-        )
+        ranks = [bytes(byte_of[letter] for letter in token) for token in by_rank]
+        return cls("bpe", GPT2_PATTERN, ranks)
 
     # Text to ids
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text, never a special one; bos and eos are the caller's to add.
-        A lone surrogate, which is no character, is read as U+FFFD; all other text comes back by `decode`."""
+        """Ids of the text, never a special one; the caller adds bos and eos.
+
+        `decode` returns the same text, except that a lone surrogate (no character) becomes U+FFFD.
+        """
         parts = [self.encoding.encode_ordinary(part) for part in safe_parts(text)]
         return parts[0] if len(parts) == 1 else [i for part in parts for i in part]
 
     def encode_batch(self, texts: Sequence[str], num_threads: int | None = None) -> list[list[int]]:
-        """`encode` of each text. num_threads None: one thread a core for long texts, none for short."""
+        """`encode` of each text. num_threads: None is one per core if the texts are long."""
         if num_threads is None:
             long = sum(map(len, texts)) >= LONG_TEXT * len(texts)
             num_threads = min(os.cpu_count() or 1, len(texts)) if long else 1
         if num_threads <= 1:
             return [self.encode(text) for text in texts]
-        with ThreadPoolExecutor(num_threads) as pool:  # tiktoken encodes without Python's lock
+        # tiktoken releases Python's lock while it encodes
+        with ThreadPoolExecutor(num_threads) as pool:
             return list(pool.map(self.encode, texts))
 
     # Ids to text
 
     def checked(self, ids: Iterable[int]) -> list[int]:
-        """The ids as Python ints. Raises ValueError for one out of range, TypeError for no integer."""
+        """The ids as Python ints. Raises ValueError for one out of range, TypeError for no int."""
         ids = [as_int(i) for i in ids]
         if ids and not (0 <= min(ids) and max(ids) < self.vocab_size):
             wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
@@ -308,28 +400,47 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
-        """Text of the ids (ints, an array, a 1-D tensor). Bytes that are not UTF-8 become U+FFFD. Special
-        tokens are left out, or spelled like `<|eos|>` with keep_special. Raises ValueError for an id out of
-        range."""
+        """Text of the ids (ints, an array, a 1-D tensor).
+
+        Special tokens are left out, or spelled like `<|eos|>` with keep_special. Bytes that are not
+        UTF-8, and ids below vocab_size that are no token, become U+FFFD.
+        Raises ValueError for an id out of range.
+        """
         ids = self.checked(ids.tolist() if hasattr(ids, "tolist") else ids)
-        return self.encoding.decode(
-            [i for i in ids if keep_special or i < self.bos_id], errors="replace"
-        )
+        pieces = [self.bytes_of_id[i] for i in ids]
+        if keep_special:
+            for n, i in enumerate(ids):
+                if i in self.name_of_special:
+                    pieces[n] = self.name_of_special[i].encode()
+        return b"".join(pieces).decode("utf-8", errors="replace")
 
     def token_text(self, token_id: int) -> str:
-        """One token as a reader should see it: a special token spelled, a part of a character as `\\xe2`."""
+        """One token as a reader should see it.
+
+        A special token is spelled, a part of a character is `\\xe2`, an id that is no token is
+        `<|300|>`.
+        """
         [token_id] = self.checked([token_id])
-        return self.encoding.decode_single_token_bytes(token_id).decode(
-            "utf-8", errors="backslashreplace"
-        )
+        if token_id in self.name_of_special:
+            return self.name_of_special[token_id]
+        if token_id >= len(self.ranks):
+            return f"<|{token_id}|>"
+        return self.ranks[token_id].decode("utf-8", errors="backslashreplace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for, none for a special one; they may be a part of a character."""
-        return b"" if token_id >= self.bos_id else self.encoding.decode_single_token_bytes(token_id)
+        """The bytes that a token adds to the text; they may be a part of a character.
+
+        None for a special token, U+FFFD's for an id that is no token. Raises ValueError for an id
+        out of range.
+        """
+        [token_id] = self.checked([token_id])
+        return self.bytes_of_id[token_id]
 
     def count_bytes(self, ids: Sequence[int] | np.ndarray) -> int:
-        """Bytes of text that the ids stand for, none for special tokens: the divisor of bits per byte. The
-        ids may begin or end inside a character. Raises ValueError for an id out of range."""
+        """Bytes of text of the ids, as `token_bytes` counts: the divisor of bits per byte.
+
+        The ids may start or end inside a character. Raises ValueError for an id out of range.
+        """
         ids = np.asarray(ids, np.int64)
         if ids.size:
             self.checked([ids.min(), ids.max()])
@@ -338,46 +449,54 @@ class Tokenizer:
     # Into a checkpoint and back
 
     def to_dict(self) -> dict:
-        """All that makes this tokenizer, fit for JSON; `from_dict` gives the same tokenizer back."""
-        return {
+        """All that makes this tokenizer, fit for JSON; `from_dict` returns the same tokenizer.
+
+        "ids" is there only if special tokens or sizes are not the default ones.
+        """
+        data = {
             "format": FORMAT,
             "kind": self.kind,
             "pattern": self.pattern,
-            "special_tokens": list(SPECIAL_TOKENS),
+            "special_tokens": list(self.special_tokens),
             "ranks": [base64.b64encode(token).decode() for token in self.ranks],
         }
+        ids = {
+            "special_tokens": self.special_tokens,
+            "eos_ids": list(self.eos_ids),
+            "bos_id": self.bos_id,
+            "vocab_size": self.vocab_size,
+        }
+        if ids != default_ids(len(self.ranks)):
+            data["ids"] = ids
+        return data
 
     @classmethod
     def from_dict(cls, data: dict) -> "Tokenizer":
-        """The tokenizer that `to_dict` wrote. Raises ValueError for another format or damaged data."""
+        """The tokenizer that `to_dict` wrote. Raises ValueError for anything else."""
         version = data.get("format") if isinstance(data, dict) else None
         if version != FORMAT:
             raise ValueError(
                 f"tokenizer data has format {version!r}, expected {FORMAT}; it was written by "
                 "another version of r1zero, or it is no tokenizer"
             )
-        kind, pattern, special = data.get("kind"), data.get("pattern"), data.get("special_tokens")
-        if (
-            not isinstance(kind, str)
-            or not isinstance(pattern, str)
-            or special != list(SPECIAL_TOKENS)
-        ):
+        kind, pattern, names = data.get("kind"), data.get("pattern"), data.get("special_tokens")
+        texts = isinstance(kind, str) and isinstance(pattern, str)
+        if not texts or ("ids" not in data and names != list(SPECIAL_TOKENS)):
             raise ValueError(
                 f"tokenizer data is damaged: kind {kind!r}, pattern {pattern!r}, special tokens "
-                f"{special!r}, expected two texts and {list(SPECIAL_TOKENS)}; use another "
+                f"{names!r}, expected two texts and {list(SPECIAL_TOKENS)}; use another "
                 "checkpoint"
             )
         try:
-            return cls(
-                kind, pattern, [base64.b64decode(token, validate=True) for token in data["ranks"]]
-            )
-        except (KeyError, TypeError, ValueError) as error:
+            ranks = [base64.b64decode(token, validate=True) for token in data["ranks"]]
+            return cls(kind, pattern, ranks, **data.get("ids", {}))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"tokenizer data is damaged ({error!r}); its ranks must be base64 texts with "
                 "all 256 single bytes; use another checkpoint"
             ) from None
 
     def fingerprint(self) -> str:
-        """16 hex digits that differ when pattern or ranks do: compare them before mixing data and models."""
+        """16 hex digits of everything in `to_dict`: compare them before mixing data and models."""
         canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -1,249 +1,214 @@
-"""A decoder of the Llama and Qwen family: pre-norm, RoPE, grouped queries, SwiGLU, tied or untied head.
+"""A decoder of the Llama and Qwen family: pre-norm, RoPE, grouped-query attention, SwiGLU.
 
-It works on flat tokens (see packed.py), so it has no batch dimension and no mask. `forward` returns hidden
-states, not logits: `logprobs` turns them into log-probs and entropies without ever holding [T, V].
+`Transformer.forward` is the whole model and `Block` one layer; attention.py and mlp.py hold the two
+halves of a layer. It works on flat tokens (packed.py): no batch dimension, no mask.
 
-Weights are the optimizer's masters, in fp32; each layer casts its own to the dtype of the hidden states where
-it is used, so `model.compute_dtype = torch.bfloat16` is all that mixed precision takes. q, k and v share one
-matrix, and so do gate and up: fewer, larger matrix products.
+`forward` returns hidden states, not logits. `logprobs` turns them into log-probs and entropies
+without ever holding [T, V]; `logits` serves the few rows that are sampled from.
 
-Shapes: T tokens, M d_model, H query heads, G kv heads, D head_dim, F d_ff, V vocabulary, B rows,
-S cache length.
+The weights are the optimizer's masters, in fp32. Each layer casts its own to the dtype of the
+hidden states where it uses them, so mixed precision is just `compute_dtype=torch.bfloat16`.
+
+Left out: dropout, learned positions, biases other than on q, k, v.
+
+Shapes: T tokens, B rows to sample from, R rows to score, M d_model, V vocabulary.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels.attention import attention, rope_attention
-from ..kernels.decode_attention import decode_attention
 from ..kernels.linear_logprob import linear_logprob
-from ..kernels.mlp import swiglu_mlp
 from ..kernels.rmsnorm import rmsnorm
-from ..kernels.rope import rope, rope_table
+from ..kernels.rope import rope_table
+from .attention import KV, Attention, PackedKV
 from .config import ModelConfig
+from .linear import Linear, plain
+from .mlp import make_mlp
 from .packed import Packed
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-
-def add_norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float):
-    """(rmsnorm of x + residual, x + residual); of x alone where there is no residual yet."""
-    return (rmsnorm(x, weight, eps), x) if residual is None else rmsnorm(x, weight, eps, residual)
-
-
-def turn(
-    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, c: ModelConfig
-) -> list[torch.Tensor]:
-    """All heads [T, H + 2 G, D] -> q [T, H, D], k and v [T, G, D], q and k turned by RoPE."""
-    qk, v = qkv.split([c.n_heads + c.n_kv_heads, c.n_kv_heads], dim=1)
-    return [*rope(qk, cos, sin).split([c.n_heads, c.n_kv_heads], dim=1), v]
-
-
-class Attention(nn.Module):
-    def __init__(self, c: ModelConfig):
-        super().__init__()
-        self.c = c
-        n_qkv = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim
-        self.qkv = nn.Parameter(torch.empty(n_qkv, c.d_model))
-        self.qkv_bias = nn.Parameter(torch.empty(n_qkv)) if c.qkv_bias else None
-        self.q_norm = nn.Parameter(torch.empty(c.head_dim)) if c.qk_norm else None
-        self.k_norm = nn.Parameter(torch.empty(c.head_dim)) if c.qk_norm else None
-        self.out = nn.Parameter(torch.empty(c.d_model, c.n_heads * c.head_dim))
-
-    def project(self, x_TM):
-        """[T, M] -> all heads [T, H + 2 G, D], those of q and k normed if asked."""
-        c = self.c
-        qkv = linear(x_TM, self.qkv, self.qkv_bias).view(
-            -1, c.n_heads + 2 * c.n_kv_heads, c.head_dim
-        )
-        if not c.qk_norm:
-            return qkv
-        q, k, v = qkv.split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=1)
-        return torch.cat(
-            [rmsnorm(q, self.q_norm, c.norm_eps), rmsnorm(k, self.k_norm, c.norm_eps), v], dim=1
-        )
-
-
-class MLP(nn.Module):
-    def __init__(self, c: ModelConfig):
-        super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(2 * c.d_ff, c.d_model))
-        self.down = nn.Parameter(torch.empty(c.d_model, c.d_ff))
-
-    def forward(self, x_TM):
-        return swiglu_mlp(x_TM, self.gate_up, self.down)
+def add_norm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rmsnorm(x + residual), x + residual), fused; before the first block there is no residual."""
+    if residual is None:
+        return rmsnorm(x, weight, eps), x
+    return rmsnorm(x, weight, eps, residual)
 
 
 class Block(nn.Module):
-    def __init__(self, c: ModelConfig):
+    """One layer: x += attention(norm(x)), then x += mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.eps = c.norm_eps
-        self.attn_norm = nn.Parameter(torch.empty(c.d_model))
-        self.attn = Attention(c)
-        self.mlp_norm = nn.Parameter(torch.empty(c.d_model))
-        self.mlp = MLP(c)
+        self.norm_eps = config.norm_eps
+        self.attn_norm = nn.Parameter(torch.empty(config.d_model))
+        self.attn = Attention(config, layer)
+        self.mlp_norm = nn.Parameter(torch.empty(config.d_model))
+        self.mlp = make_mlp(config, layer)
 
-    def forward(self, x_TM, residual_TM, cos, sin, attend):
-        """The residual stream goes from block to block as two terms, x and residual, which rmsnorm adds as it
-        reads them; residual_TM is None before the first block.
-
-        `attend(qkv, cos, sin) -> [T, H, D]` is RoPE and attention over the batch, or against a cache.
-        """
-        x_TM, residual_TM = add_norm(x_TM, residual_TM, self.attn_norm, self.eps)
-        x_TM = linear(attend(self.attn.project(x_TM), cos, sin).flatten(1), self.attn.out)
-        x_TM, residual_TM = add_norm(x_TM, residual_TM, self.mlp_norm, self.eps)
-        return self.mlp(x_TM), residual_TM
+    def forward(
+        self,
+        x_TM: torch.Tensor,
+        residual_TM: torch.Tensor | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv: KV,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The stream between blocks is x + residual; the next norm adds the two as it reads."""
+        x_TM, residual_TM = add_norm(x_TM, residual_TM, self.attn_norm, self.norm_eps)
+        x_TM = self.attn(x_TM, cos, sin, kv)
+        x_TM, residual_TM = add_norm(x_TM, residual_TM, self.mlp_norm, self.norm_eps)
+        x_TM = self.mlp(x_TM)
+        return x_TM, residual_TM
 
 
 class Transformer(nn.Module):
-    """The whole model. Initialise with `init_weights(seed)` or load weights; a fresh one holds garbage."""
+    """The whole model. A fresh one holds garbage: call `init_weights(seed)`, or load weights."""
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.config, self.compute_dtype = config, compute_dtype
+        self.config = config
+        self.compute_dtype = compute_dtype
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = nn.Parameter(torch.empty(config.d_model))
+        # before the blocks: `init_weights` samples in the order of the parameters
         if not config.tie_embeddings:
-            self.lm_head = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+            self.lm_head = Linear(config.d_model, config.vocab_size)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = nn.Parameter(torch.empty(config.d_model))
+
+    def init_weights(self, seed: int) -> "Transformer":
+        """Matrices ~ N(0, 1 / fan_in), norms 1, biases 0, by the seed alone. Returns the model.
+
+        Matrices that write to the residual stream are divided by sqrt(2 n_layers), so that the sum
+        of all blocks' outputs has the size of one (GPT-2).
+        """
+        rng = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm"):
+                nn.init.ones_(parameter)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                std = parameter.shape[1] ** -0.5
+                if name.endswith(("attn.out.weight", "mlp.down.weight")):
+                    std /= (2 * self.config.n_layers) ** 0.5
+                noise = torch.randn(parameter.shape, generator=rng)
+                with torch.no_grad():
+                    parameter.copy_(noise * std)
+        return self
+
+    # ---- tokens to hidden states ----
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, kv: KV) -> torch.Tensor:
+        """Hidden states [T, M] after the final norm, in the compute dtype.
+
+        tokens, positions: [T] int64. kv: where keys and values are, as in attention.py.
+        """
+        # 1. The angles of each token's position; all layers share them.
+        cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
+
+        # 2. Token ids to vectors [T, M].
+        x_TM = F.embedding(tokens, self.embed).to(self.compute_dtype)
+
+        # 3. Layer by layer, with attention between the tokens of a sequence.
+        residual_TM = None
+        for block in self.blocks:
+            x_TM, residual_TM = block(x_TM, residual_TM, cos, sin, kv)
+
+        # 4. The last sum, normed for the head.
+        hidden_TM, _ = add_norm(x_TM, residual_TM, self.norm, self.config.norm_eps)
+        return hidden_TM
+
+    def hidden_states(self, packed: Packed) -> torch.Tensor:
+        """`forward` for a packed batch: [T, M]."""
+        return self(packed.tokens, packed.positions, PackedKV(packed))
+
+    # ---- hidden states to log-probs and logits ----
 
     @property
     def head(self) -> torch.Tensor:
-        """[V, M], the weight that turns hidden states into logits."""
-        return self.embed if self.config.tie_embeddings else self.lm_head
+        """[V, M], the weight that turns hidden states into logits.
 
-    def init_weights(self, seed: int) -> "Transformer":
-        """Matrices ~ N(0, 1 / fan_in), those that write to the residual stream less by sqrt(2 n_layers);
-        norms 1, biases 0."""
-        rng = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, p in self.named_parameters():
-                if name.endswith("norm"):
-                    p.fill_(1.0)
-                elif name.endswith("bias"):
-                    p.zero_()
-                else:
-                    std = p.shape[1] ** -0.5
-                    if name.endswith((".out", ".down")):
-                        std /= (2 * self.config.n_layers) ** 0.5
-                    p.copy_(torch.randn(p.shape, generator=rng) * std)
-        return self
-
-    def forward(self, packed: Packed) -> torch.Tensor:
-        """Hidden states [T, M] after the final norm, in the compute dtype."""
-
-        def attend(qkv, cos, sin):
-            return rope_attention(
-                qkv,
-                cos,
-                sin,
-                packed.cu_seqlens,
-                packed.max_seqlen,
-                self.config.n_kv_heads,
-                keys=packed.keys,
-                cu_keys=packed.cu_keys,
-                max_keys=packed.max_keys,
-            )
-
-        return self._run(packed.tokens, packed.positions, [attend] * self.config.n_layers)
-
-    def hidden_states(self, packed: Packed) -> torch.Tensor:
-        return self(packed)
-
-    @property
-    def device(self):
-        return self.embed.device
-
-    def prefill(
-        self, packed: Packed
-    ) -> tuple[torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """As forward, and each layer's keys and values ([T, G, D] each) to fill a cache with."""
-        assert packed.keys is None, "prefill: a cache has no shared prefixes"
-        kept = []
-
-        def attend(qkv, cos, sin):
-            q, k, v = turn(qkv, cos, sin, self.config)
-            kept.append((k, v))
-            return attention(q, k, v, packed.cu_seqlens, packed.max_seqlen)
-
-        return self._run(packed.tokens, packed.positions, [attend] * self.config.n_layers), kept
-
-    def decode(
-        self, tokens: torch.Tensor, lengths: torch.Tensor, caches, table: torch.Tensor
-    ) -> torch.Tensor:
-        """One new token a row: tokens [B], lengths [B] int32 of what the cache holds so far. Returns hidden
-        [B, M].
-
-        caches: a layer's keys and values in pages, a pair [P, G, page, D]; table: [B, W] int32, the pages of
-        each row. The new keys and values are written in place, behind each row's last.
+        Raises ValueError if the head is not a plain Linear, so that its weight is not all of it.
         """
-        page_size = caches[0][0].shape[2]
-        positions = lengths.long()
-        pages = table.gather(1, (positions // page_size)[:, None])[:, 0].long()
-        places, seen = positions % page_size, lengths + 1
-
-        def attend_with(k_cache, v_cache):
-            def attend(qkv, cos, sin):
-                q, k, v = turn(qkv, cos, sin, self.config)
-                k_cache[pages, :, places], v_cache[pages, :, places] = k, v
-                return decode_attention(q, k_cache, v_cache, table, seen)
-
-            return attend
-
-        return self._run(tokens, positions, [attend_with(*cache) for cache in caches])
-
-    def _run(self, tokens, positions, attends):
-        c = self.config
-        cos, sin = rope_table(positions, c.head_dim, c.rope_theta)
-        x_TM = F.embedding(tokens, self.embed).to(self.compute_dtype)
-        residual_TM = None
-        for block, attend in zip(self.blocks, attends, strict=True):
-            x_TM, residual_TM = block(x_TM, residual_TM, cos, sin, attend)
-        return add_norm(x_TM, residual_TM, self.norm, c.norm_eps)[0]
+        if self.config.tie_embeddings:
+            return self.embed
+        if not plain(self.lm_head):
+            raise ValueError(
+                f"the head is a {type(self.lm_head).__name__}, but log-probs read its weight "
+                "directly; expected a Linear: leave lm_head out of what is adapted or quantised"
+            )
+        return self.lm_head.weight
 
     def logprobs(
         self,
-        hidden: torch.Tensor,
+        hidden_TM: torch.Tensor,
         targets: torch.Tensor,
         temperature: float = 1.0,
         rows: torch.Tensor | None = None,
-    ):
-        """(logp, entropy) of the targets [T] after `hidden` [T, M], or after those of its rows that `rows`
-        names, at the temperature they were sampled at."""
-        return linear_logprob(hidden, self.head, targets, temperature, rows)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(logp [R], entropy [R]) under softmax(logits / temperature), in fp32 or wider.
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[B, V] fp32, for sampling from a few rows; training uses `logprobs`. On a CPU V comes first in
-        memory: for few rows that product takes half the time."""
-        if hidden.is_cpu:
-            return (self.head.to(hidden.dtype) @ hidden.t()).t().float()
-        return linear(hidden, self.head).float()
+        targets: [R] int64, the token that follows each hidden state. rows: [R] int64, which hidden
+        states; None: all. temperature: the one that the targets were sampled at.
+        """
+        return linear_logprob(hidden_TM, self.head, targets, temperature, rows)
+
+    def logits(self, hidden_BM: torch.Tensor) -> torch.Tensor:
+        """[B, V] fp32, for sampling from a few rows; training uses `logprobs`."""
+        if not self.config.tie_embeddings and not plain(self.lm_head):
+            return self.lm_head(hidden_BM).float()
+        weight = self.head.to(hidden_BM.dtype)
+        if hidden_BM.is_cpu:
+            # with V first in memory the product for few rows takes half the time
+            return (weight @ hidden_BM.t()).t().float()
+        return F.linear(hidden_BM, weight).float()
+
+    # ---- what it takes ----
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed.device
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of keys and values per token of a cache in the compute dtype, over all layers."""
+        numbers = 0
+        for block in self.blocks:
+            n_kv_heads, key_width, value_width = block.attn.cache_shape
+            numbers += n_kv_heads * (key_width + value_width)
+        return numbers * self.compute_dtype.itemsize
+
+    def flops_per_token(self, seqlen: float) -> float:
+        """FLOPs of one token's forward pass, in sequences of mean length `seqlen`."""
+        layers = sum(
+            block.attn.flops_per_token(seqlen) + block.mlp.flops_per_token()
+            for block in self.blocks
+        )
+        head = 2 * self.config.vocab_size * self.config.d_model
+        return layers + head
 
 
-def param_count(c: ModelConfig) -> int:
-    """Number of parameters, a tied head counted once."""
-    qkv = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim * (
-        c.d_model + c.qkv_bias
-    ) + 2 * c.head_dim * c.qk_norm
-    block = qkv + c.d_model * c.n_heads * c.head_dim + 3 * c.d_model * c.d_ff + 2 * c.d_model
-    return (
-        c.n_layers * block + c.d_model + c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
-    )
+def _without_memory(config: ModelConfig) -> Transformer:
+    """The model on the meta device: all shapes, no numbers."""
+    with torch.device("meta"):
+        return Transformer(config)
 
 
-def flops_per_token(c: ModelConfig, seqlen: float, training: bool) -> float:
-    """FLOPs of the matrix products for one token at a mean sequence length (2 a multiply-add; causal
-    attention counts half).
+def count_parameters(config: ModelConfig) -> int:
+    """Number of parameters; a tied head counts once. Allocates nothing, whatever the size."""
+    return sum(parameter.numel() for parameter in _without_memory(config).parameters())
 
-    Forward alone, or three times that for training (Kaplan et al. 2020, arXiv 2001.08361); the embedding
-    look-up is free, what a kernel computes anew in backward does not count.
+
+def flops_per_token(config: ModelConfig, seqlen: float, training: bool) -> float:
+    """FLOPs of the matrix products for one token, in sequences of mean length `seqlen`.
+
+    A multiply-add is 2 FLOPs; causal attention counts half its square. Training is three times the
+    forward pass (Kaplan et al. 2020, arXiv 2001.08361). The embedding look-up is free, and what a
+    kernel computes again in its backward pass does not count.
     """
-    block = (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim * c.d_model + 3 * c.d_model * c.d_ff
-    matmuls = 2 * (c.n_layers * block + c.vocab_size * c.d_model)
-    scores = (
-        2 * c.n_layers * c.n_heads * c.head_dim * seqlen
-    )  # q k^T, p v: 4 S / 2 a token, head, feature
-    return (matmuls + scores) * (3 if training else 1)
+    forward = _without_memory(config).flops_per_token(seqlen)
+    return 3 * forward if training else forward

@@ -23,7 +23,7 @@ from ..model.config import preset
 from ..model.optimizer import OptimConfig, learning_rate, make_optimizer, optimizer_step
 from ..model.packed import Packed
 from ..model.tokenizer import Tokenizer
-from ..model.transformer import Transformer, flops_per_token, param_count
+from ..model.transformer import Transformer, count_parameters, flops_per_token
 from .data import (
     Batch,
     DocumentBatches,
@@ -120,7 +120,7 @@ def train_step(model, optimizer, batch: Batch, lr: float, optim: OptimConfig, mi
             (part.targets, part.weight) if rows is None else (part.targets[rows], part.weight[rows])
         )
         logp, _ = model.logprobs(
-            model(part.inputs.to(device)),
+            model.hidden_states(part.inputs.to(device)),
             targets.to(device),
             rows=None if rows is None else rows.to(device),
         )
@@ -166,7 +166,8 @@ def bits_per_byte(model: Transformer, tail: np.ndarray, n_bytes: int, seq_len: i
     nats = 0.0
     for batch in tail_batches(tail, seq_len, 16):
         device = model.embed.device
-        logp, _ = model.logprobs(model(batch.inputs.to(device)), batch.targets.to(device))
+        hidden = model.hidden_states(batch.inputs.to(device))
+        logp, _ = model.logprobs(hidden, batch.targets.to(device))
         nats -= float(logp.double().sum())
     return nats / math.log(2) / n_bytes
 
@@ -223,7 +224,7 @@ def pretrain(c: PretrainConfig) -> Transformer:
     model = Transformer(config, torch.bfloat16 if device.type == "cuda" else torch.float32)
     model.init_weights(c.seed).to(device)
     print(
-        f"model {c.model}: {param_count(config):,} parameters, vocabulary {tokenizer.vocab_size:,}, "
+        f"model {c.model}: {count_parameters(config):,} parameters, vocabulary {tokenizer.vocab_size:,}, "
         f"{flops_per_token(config, c.seq_len, True) / 1e6:.1f} MFLOPs a training token"
     )
     with Run(c, "pretrain") as run:

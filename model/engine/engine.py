@@ -94,7 +94,7 @@ class Engine:
         on_gpu = self.device.type == "cuda"
         self.model, self.tokenizer = model, tokenizer
         self.max_rows, self.tokens_per_step = max_rows, tokens_per_step
-        self.token_bytes = 2 * c.n_layers * c.n_kv_heads * c.head_dim * model.compute_dtype.itemsize
+        self.token_bytes = model.cache_bytes_per_token
         with torch.inference_mode():
             if paged is None:
                 paged = not Slots.serves(model)

@@ -37,7 +37,7 @@ def generate_naive(
         else None
     )
     while len(tokens) < len(prompt) + max_new_tokens:
-        logits = model.logits(model(pack([tokens], model.embed.device))[-1:])
+        logits = model.logits(model.hidden_states(pack([tokens], model.device))[-1:])
         uniform = counter_uniform(torch.tensor([signed(seed)]), torch.tensor([len(tokens)])).to(
             logits.device
         )

@@ -5,9 +5,32 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ...kernels.decode_attention import decode_attention
+from ..attention import KV, RecordingKV
 from ..packed import pack
 from ..transformer import Transformer
 from .cache import PAGE, pages_for
+
+
+class PagedKV(KV):
+    """One new token per row, whose keys and values are written behind the row's last one, in place.
+
+    caches: a pair [P, G, page, D] per layer; table: [B, W] int32, the pages of each row; lengths: [B] int32,
+    the tokens that the cache holds so far.
+    """
+
+    def __init__(self, caches, table: torch.Tensor, lengths: torch.Tensor):
+        self.caches, self.table = caches, table
+        self.positions, self.seen = lengths.long(), lengths + 1
+        page_size = caches[0][0].shape[2]
+        pages = table.gather(1, (self.positions // page_size)[:, None])
+        self.pages, self.slots = pages[:, 0].long(), self.positions % page_size
+
+    def attend(self, layer, q_THD, k_TGD, v_TGE):
+        k_cache, v_cache = self.caches[layer]
+        k_cache[self.pages, :, self.slots] = k_TGD
+        v_cache[self.pages, :, self.slots] = v_TGE
+        return decode_attention(q_THD, k_cache, v_cache, self.table, self.seen)
 
 
 class Pages:
@@ -94,7 +117,8 @@ class Pages:
         Full pages are shared; the last, which a row goes on writing, is its own.
         """
         packed = pack(prompts, self.device)
-        hidden, kept = self.weights.prefill(packed)
+        recording = RecordingKV(packed)
+        hidden = self.weights(packed.tokens, packed.positions, recording)
         ends = np.cumsum([len(p) for p in prompts])
         shared = {}
         place_T, token_T = (
@@ -124,7 +148,7 @@ class Pages:
         places, tokens = (
             torch.from_numpy(np.concatenate(x)).to(self.device) for x in (place_T, token_T)
         )
-        for caches, new in zip(self.kv, kept, strict=True):
+        for caches, new in zip(self.kv, recording.kept, strict=True):
             for cache, x in zip(caches, new, strict=True):
                 cache[places // PAGE, :, places % PAGE] = x.to(self.dtype)[tokens]
         self.n = max(self.n, int(rows.max()) + 1)
@@ -167,7 +191,8 @@ class Pages:
         return next(size for size in self.sizes if size >= n) if n else 0
 
     def _step(self, n: int) -> torch.Tensor:
-        hidden = self.weights.decode(self.tokens[:n], self.lengths[:n], self.kv, self.table[:n])
+        kv = PagedKV(self.kv, self.table[:n], self.lengths[:n])
+        hidden = self.weights(self.tokens[:n], kv.positions, kv)
         return self.weights.logits(hidden)
 
     def _graph(self, n: int):

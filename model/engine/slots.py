@@ -16,6 +16,7 @@ from ...kernels.cpu.decode_attention import (
 from ...kernels.cpu.elementwise import swiglu_fwd_loop
 from ...kernels.cpu.layer import finish_layer_loop, groups_of, project_loop
 from ...kernels.rope import rope_table
+from ..attention import RecordingKV
 from ..packed import pack
 from ..transformer import Transformer
 from .cache import PAGE, pages_for
@@ -64,18 +65,18 @@ class Slots:
         c, self.layers, self.befores, self.afters = self.config, [], [], []
         for block in self.model.blocks:
             attn, mlp = block.attn, block.mlp
-            bias = None if attn.qkv_bias is None else attn.qkv_bias.detach()[:, None]
+            bias = None if attn.qkv.bias is None else attn.qkv.bias.detach()[:, None]
             head_norms = [w.detach() for w in (attn.q_norm, attn.k_norm) if w is not None]
             self.layers.append(
                 (
                     cpu.array(block.attn_norm),
-                    attn.qkv.detach(),
+                    attn.qkv.weight.detach(),
                     bias,
                     [cpu.array(w) for w in head_norms],
-                    attn.out.detach(),
+                    attn.out.weight.detach(),
                     cpu.array(block.mlp_norm),
-                    mlp.gate_up.detach(),
-                    mlp.down.detach(),
+                    mlp.gate_up.weight.detach(),
+                    mlp.down.weight.detach(),
                 )
             )
             # as the loops take them: flat, a bias for each of the columns, a norm's weight for each head
@@ -83,8 +84,13 @@ class Slots:
             norms = [
                 w.expand(n, -1) for w, n in zip(head_norms, (c.n_heads, c.n_kv_heads), strict=False)
             ]
-            before = (block.attn_norm, attn.qkv, biases, torch.cat(norms or [torch.empty(0)]))
-            after = (attn.out, block.mlp_norm, mlp.gate_up, mlp.down)
+            before = (
+                block.attn_norm,
+                attn.qkv.weight,
+                biases,
+                torch.cat(norms or [torch.empty(0)]),
+            )
+            after = (attn.out.weight, block.mlp_norm, mlp.gate_up.weight, mlp.down.weight)
             self.befores.append([cpu.array(w).reshape(-1) for w in before])
             self.afters.append([cpu.array(w).reshape(-1) for w in after])
         self.norm, self.zeros = cpu.array(model.norm), np.zeros(cpu.LANES, np.float32)
@@ -157,12 +163,13 @@ class Slots:
         n = max(self.n, int(rows.max()) + 1)
         self._make_room(n, max([self.longest, *map(len, prompts)]))
         packed = pack(prompts)
-        hidden, kept = self.model.prefill(packed)
+        recording = RecordingKV(packed)
+        hidden = self.model(packed.tokens, packed.positions, recording)
         firsts, lengths = packed.cu_seqlens.numpy()[which], packed.cu_seqlens.diff().numpy()[which]
         self.n, self.lengths[rows] = n, lengths
         self._measure()
         cpu.threads()
-        for cache, new in zip(self.kv, (x for pair in kept for x in pair), strict=True):
+        for cache, new in zip(self.kv, (x for pair in recording.kept for x in pair), strict=True):
             write_rows_loop(cpu.array(new), firsts, lengths, rows, cache)
         return self.model.logits(hidden[packed.cu_seqlens[1:].long() - 1])
 

@@ -119,7 +119,7 @@ def test_logits_are_the_models_own_and_the_same_in_any_company(change, blocks):
 
     def prefilled(row):
         with torch.inference_mode():
-            hidden = model(cache.pack([[1, int(first[row]), int(second[row])]]))
+            hidden = model.hidden_states(cache.pack([[1, int(first[row]), int(second[row])]]))
             return model.logits(hidden[1:]).flatten()
 
     whole, n_threads = decoded(np.arange(n), 1), torch.get_num_threads()

@@ -6,7 +6,7 @@ from torch.nn.functional import silu
 from r1zero.kernels.cpu import compile as cpu
 from r1zero.kernels.cpu import mlp as cpu_mlp
 from r1zero.kernels.reference import swiglu
-from r1zero.model import transformer
+from r1zero.model import mlp
 from r1zero.model.config import ModelConfig
 from r1zero.model.packed import pack
 from r1zero.model.transformer import Transformer
@@ -141,12 +141,12 @@ def test_a_model_that_takes_them(monkeypatch):
     monkeypatch.setattr(cpu_mlp, "mlp", lambda *args: calls.append(1) or ours(*args))
 
     def hidden_and_gradients():
-        hidden = model(batch)
+        hidden = model.hidden_states(batch)
         return [hidden, *torch.autograd.grad(hidden, list(model.parameters()), upstream)]
 
     found = hidden_and_gradients()
     assert len(calls) == 2
     monkeypatch.setattr(cpu_mlp, "fits", lambda *_: False)
-    monkeypatch.setattr(transformer, "swiglu", swiglu)
+    monkeypatch.setattr(mlp, "swiglu", swiglu)
     assert_close(found, hidden_and_gradients(), 1e-5)
     assert len(calls) == 2

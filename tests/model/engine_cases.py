@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from r1zero.kernels.cpu import compile as cpu
+from r1zero.model.attention import RecordingKV
 from r1zero.model.config import ModelConfig
 from r1zero.model.engine.naive import generate_naive
 from r1zero.model.engine.pages import Pages
@@ -36,7 +37,7 @@ class Watched(Transformer):
         self.init_weights(0)
         self.eos_bias, self.prefilled = eos_bias, []
         with torch.no_grad():
-            self.lm_head.mul_(1.5)  # sharper choices
+            self.lm_head.weight.mul_(1.5)  # sharper choices
             for name, p in self.named_parameters():
                 if name.endswith(("norm", "bias")):
                     p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) / 4)
@@ -46,9 +47,10 @@ class Watched(Transformer):
         logits[:, EOS] += self.eos_bias
         return logits
 
-    def prefill(self, packed):
-        self.prefilled.append(packed.cu_seqlens.diff().tolist())
-        return super().prefill(packed)
+    def forward(self, tokens, positions, kv):
+        if isinstance(kv, RecordingKV):
+            self.prefilled.append(kv.packed.cu_seqlens.diff().tolist())
+        return super().forward(tokens, positions, kv)
 
 
 ORACLE = {}  # its answers so far: it is slow, and many tests ask the same
@@ -71,7 +73,7 @@ def _naive(model, r):
 def boundary_gap(model, tokens, temperature, seed):
     """How near the draw after `tokens` was to falling on another token."""
     with torch.no_grad():
-        logits = model.logits(model(pack([tokens]))[-1:])[0]
+        logits = model.logits(model.hidden_states(pack([tokens]))[-1:])[0]
     if temperature == 0:
         best, second = logits.topk(2).values.tolist()
         return best - second

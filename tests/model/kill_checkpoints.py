@@ -1,7 +1,7 @@
 """Saves checkpoints in child processes that are killed with signal 9 at every step of the way, and reads what
 they leave. A process of its own for test_checkpoint_faults.py, because one with threads cannot safely fork:
 
-    python -m tests.kill_checkpoints EMPTY_FOLDER
+    python -m tests.model.kill_checkpoints EMPTY_FOLDER
 """
 import itertools
 import os

@@ -58,8 +58,10 @@ DAMAGE = [
     ("state.json does not match", lambda path: edit(path / "state.json", "na\\u00efve", "native")),
     ("state.json was not written by r1zero", lambda path: (path / "state.json").write_text('{"step": 3}')),
     ("not written by r1zero", lambda path: (path / "state.json").write_text("[1]")),
-    ("its format is version 2, this r1zero reads 1",
-     lambda path: edit(path / "state.json", '"version": 1', '"version": 2')),
+    ("its format is version 1, this r1zero reads 2; train the run again with this one",
+     lambda path: edit(path / "state.json", '"version": 2', '"version": 1')),
+    ("its format is version 3, this r1zero reads 2; use the one that wrote it",
+     lambda path: edit(path / "state.json", '"version": 2', '"version": 3')),
     ("state.json cannot be read: Is a directory",
      lambda path: ((path / "state.json").unlink(), (path / "state.json").mkdir())),
 ]
@@ -127,7 +129,7 @@ def test_unknown_steps(tmp_path):
 # ---- when saving fails ----
 
 def test_killed_at_any_moment(tmp_path):
-    command = [sys.executable, "-m", "tests.kill_checkpoints", tmp_path]
+    command = [sys.executable, "-m", "tests.model.kill_checkpoints", tmp_path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert int(re.search(r"killed (\d+)", done.stdout)[1]) > 20

@@ -194,7 +194,7 @@ def test_logp_is_the_trainers(temperature):
     requests = group_requests(PROMPTS, 4, 12, temperature, sample_seeds(24, 4), EOS)
     for r, c in zip(requests, Engine(model).generate(requests), strict=True):
         with torch.no_grad():
-            hidden = model(pack([[*r.prompt, *c.tokens.tolist()]]))
+            hidden = model.hidden_states(pack([[*r.prompt, *c.tokens.tolist()]]))
             logp, _ = model.logprobs(hidden[len(r.prompt) - 1 : -1], torch.from_numpy(c.tokens), temperature)
         assert np.abs(c.logp - logp.numpy()).max() < 1e-5
 
@@ -231,7 +231,7 @@ def test_long_answers_move_through_slots_and_columns():
 @both_caches
 def test_broken_weights_are_named_and_forgotten(value, paged):
     model = Watched()
-    engine, weight = Engine(model, paged=paged), model.blocks[1].mlp.down
+    engine, weight = Engine(model, paged=paged), model.blocks[1].mlp.down.weight
     good = weight[3, 3].item()
     with torch.no_grad():
         weight[3, 3] = value

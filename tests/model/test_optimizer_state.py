@@ -1,9 +1,18 @@
-"""Optimizer state by name: a run that goes on from it equals one that was never broken off, bit for bit."""
+"""The optimizer: what it trains, and its state by name, from which a run continues bit for bit."""
 import pytest
 import torch
 
 from r1zero.model.checkpoint import load_checkpoint, save_checkpoint
-from r1zero.model.optimizer import load_optimizer_tensors, optimizer_tensors
+from r1zero.model.config import preset
+from r1zero.model.optimizer import (
+    OptimConfig,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_step,
+    optimizer_tensors,
+)
+from r1zero.model.packed import pack
+from r1zero.model.transformer import Transformer
 
 from .checkpoint_cases import fails
 
@@ -31,6 +40,36 @@ def train(model, optimizer, steps):
         torch.nn.functional.cross_entropy(logits, tokens.roll(1)).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("trained", ["norm", "weight", "qkv"])
+def test_frozen_parameters_are_not_in_the_optimizer_and_do_not_change(trained):
+    """Vectors alone, matrices alone, or both; the clipped gradient is the trained parameters' alone."""
+    model = Transformer(preset("tiny", 30, qkv_bias=True)).init_weights(0)
+    for name, p in model.named_parameters():
+        p.requires_grad_(trained in name)
+    chosen = [name for name, p in model.named_parameters() if p.requires_grad]
+    config = OptimConfig(clip_grad=1e-3)
+    optimizer, before = make_optimizer(model, config), {k: v.clone() for k, v in model.state_dict().items()}
+    tensors, rest = optimizer_tensors(optimizer, model.named_parameters())
+    assert sorted(sum((group["params"] for group in rest["groups"]), [])) == sorted(chosen)
+    assert [group["weight_decay"] for group in rest["groups"]] == [config.weight_decay, 0.0]
+
+    packed = pack([[1, 2, 3, 4], [5, 6]])
+    logp, _ = model.logprobs(model.hidden_states(packed), packed.tokens.roll(-1))
+    logp.sum().backward()
+    expected = sum(p.grad.square().sum() for p in model.parameters() if p.requires_grad) ** 0.5
+    assert optimizer_step(model, optimizer, 0.1, config) == pytest.approx(float(expected))
+    changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert changed == chosen
+    tensors, _ = optimizer_tensors(optimizer, model.named_parameters())
+    assert {name.split("/")[0] for name in tensors} == set(chosen)
+
+
+def test_a_model_with_nothing_to_train_is_refused():
+    model = torch.nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter of this Linear requires a gradient; expected one or"):
+        make_optimizer(model, OptimConfig())
 
 
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path):

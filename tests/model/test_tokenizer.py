@@ -10,6 +10,7 @@ import torch
 from hypothesis import example, given, settings
 
 from r1zero.model import tokenizer as module
+from r1zero.model.engine.text import TextStream
 from r1zero.model.tokenizer import LONGEST_SPACE, SINGLE_BYTES, Tokenizer
 
 WORDS = ["1", "10", "13", "100", " -> ", "<think>", "</think>", "ok", "é", "日本", "日", "\n\n", ".*", "a#"]
@@ -201,6 +202,92 @@ def test_double_ranks_in_a_dictionary():
     data["ranks"].append(data["ranks"][65])
     with pytest.raises(ValueError, match="empty or double"):
         Tokenizer.from_dict(data)
+
+
+# ---- special tokens, several ends, a padded vocabulary -----------------------------------------------------
+
+SPECIAL = {"<|im_start|>": 256, "<|im_end|>": 257, "<|endoftext|>": 260}
+
+
+@pytest.fixture
+def chatty():
+    """Two end tokens, no bos, a gap in the ids (258, 259), and padding from 261 on."""
+    return Tokenizer("bytes", module.ANY_CHARACTER, SINGLE_BYTES, special_tokens=SPECIAL, eos_ids=(257, 260),
+                     vocab_size=264)
+
+
+def test_special_tokens_ends_and_size_are_as_given(chatty):
+    assert (chatty.eos_id, chatty.eos_ids, chatty.bos_id, chatty.vocab_size) == (257, (257, 260), None, 264)
+    assert chatty.special_tokens == SPECIAL
+    ids = [256, 104, 105, 257, 260]
+    assert chatty.decode(ids) == "hi"
+    assert chatty.decode(ids, keep_special=True) == "<|im_start|>hi<|im_end|><|endoftext|>"
+    assert chatty.token_text(260) == "<|endoftext|>" and chatty.token_bytes(260) == b""
+    assert chatty.count_bytes(ids) == 2
+    assert chatty.encode("<|im_end|>") == list(b"<|im_end|>")  # text never makes one
+    usual = Tokenizer.bytes()
+    assert (usual.eos_ids, usual.bos_id) == ((257,), 256)
+    assert usual.special_tokens == {"<|bos|>": 256, "<|eos|>": 257}
+
+
+@pytest.mark.parametrize("unknown", [258, 259, 261, 263])
+def test_an_id_that_is_no_token_reads_as_a_replacement_character(chatty, unknown):
+    """A model with a padded vocabulary can sample one, and that must not end a run."""
+    assert chatty.decode([104, unknown, 105]) == chatty.decode([104, unknown, 105], True) == "h\ufffdi"
+    assert chatty.token_text(unknown) == f"<|{unknown}|>"
+    assert chatty.token_bytes(unknown).decode() == "\ufffd" and chatty.count_bytes([104, unknown]) == 4
+    assert chatty.decode([0xC3, unknown, 0xA9]) == "\ufffd" * 3  # it is not left out
+    stream = TextStream(chatty, ())
+    assert "".join(stream.feed(i) for i in (104, unknown, 257, 105, None)) == "h\ufffdi"
+    with pytest.raises(ValueError, match="token id 264 .* from 0 to 263"):
+        chatty.decode([264])
+
+
+def test_a_padded_vocabulary_keeps_the_usual_special_tokens():
+    padded = Tokenizer("bytes", module.ANY_CHARACTER, SINGLE_BYTES, vocab_size=320)
+    assert (padded.bos_id, padded.eos_ids, padded.vocab_size) == (256, (257,), 320)
+    assert padded.decode([319, 257, 65]) == "\ufffdA"
+    assert padded.fingerprint() != Tokenizer.bytes().fingerprint()
+
+
+def test_all_of_it_comes_back_from_a_dictionary(chatty):
+    data = json.loads(json.dumps(chatty.to_dict()))
+    again = Tokenizer.from_dict(data)
+    for name in ("special_tokens", "eos_ids", "bos_id", "vocab_size", "ranks"):
+        assert getattr(again, name) == getattr(chatty, name)
+    assert again.to_dict() == chatty.to_dict() and again.fingerprint() == chatty.fingerprint()
+    changes = {"eos_ids": [260, 257], "bos_id": 256, "vocab_size": 265,
+               "special_tokens": {**SPECIAL, "<|endoftext|>": 259, "more": 260}}
+    others = [Tokenizer.from_dict(data | {"ids": data["ids"] | {key: value}})
+              for key, value in changes.items()]
+    assert len({t.fingerprint() for t in (chatty, *others)}) == 5
+
+
+def test_the_fingerprints_of_usual_tokenizers_are_those_of_earlier_runs():
+    assert Tokenizer.bytes().fingerprint() == "4484018526241701"
+    assert Tokenizer.from_words(["10", " -> ", "é"]).fingerprint() == "220714f4e1d7ad4b"
+
+
+@pytest.mark.parametrize(("change", "match"), [
+    ({"eos_ids": ()}, r"eos_ids are \[\]; expected one or more"),
+    ({"eos_ids": (258,)}, r"eos_ids are \[258\]"), ({"eos_ids": (-1,)}, "eos_ids"),
+    ({"eos_ids": None}, "eos_ids"), ({"bos_id": 262}, "bos_id is 262"),
+    ({"vocab_size": 260}, "from 256 .* to 259"), ({"vocab_size": 255}, "255, but there are 256 ranks"),
+    ({"special_tokens": {"a": 257, "b": 257}}, "ids that differ"),
+    ({"special_tokens": {"a": 257, "b": 255}}, "from 256"), ({"special_tokens": {"a": -1}}, "from 256")])
+def test_ids_that_do_not_fit_together(change, match):
+    ids = {"special_tokens": SPECIAL, "eos_ids": (257, 260), "vocab_size": 264} | change
+    with pytest.raises(ValueError, match=match):
+        Tokenizer("bytes", module.ANY_CHARACTER, SINGLE_BYTES, **ids)
+
+
+@pytest.mark.parametrize("ids", [{"eos_ids": [9.5]}, {"special_tokens": {"a": "256"}}, {"more": 1}, [1], None,
+                                 3, {"vocab_size": "300"}, {"vocab_size": 1}, {"special_tokens": [256]}])
+def test_damaged_ids_in_a_dictionary(chatty, ids):
+    data = chatty.to_dict()
+    ids = data["ids"] | ids if isinstance(ids, dict) else ids
+    with pytest.raises(ValueError, match="damaged"):
+        Tokenizer.from_dict(data | {"ids": ids})
 
 
 # ---- bad input ---------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def test_a_poisoned_weight_stops_pretraining_and_is_named(tmp_path, monkeypatch)
 
     def poisoned(model, *rest):
         if next(steps) == 5:
-            model.blocks[1].mlp.down.data[3, 4] = NAN
+            model.blocks[1].mlp.down.weight.data[3, 4] = NAN
         return step_of(model, *rest)
 
     monkeypatch.setattr(pretrain_module, "train_step", poisoned)

@@ -30,7 +30,7 @@ from ...model.config import preset
 from ...model.engine.engine import Engine
 from ...model.engine.sampling import sample_seeds
 from ...model.optimizer import OptimConfig
-from ...model.transformer import param_count
+from ...model.transformer import count_parameters
 from ...rl.advantages import group_advantages
 from ...rl.family import rl_optim
 from ...rl.rewards import Grader, RewardConfig
@@ -279,7 +279,7 @@ def one_seed(c: DemoConfig, folder: Path, seed: int) -> dict:
         if (folder / part / "metrics.jsonl").exists():
             results["tokens"][name] = sum(row["tokens"] for row in read_metrics(folder / part))
     model, _, _ = load_model(str(folder / "base"), torch.device("cpu"))
-    results["parameters"] = param_count(model.config)
+    results["parameters"] = count_parameters(model.config)
     atomic_write_json(path, results)
     return results
 

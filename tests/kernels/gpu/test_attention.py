@@ -118,7 +118,7 @@ def test_samples_that_share_a_prompt(n_samples):
     shared = pack([prompt, *tails], "cuda", after=np.array([-1] + [0] * n_samples))
     whole, results = pack([prompt + tail for tail in tails], "cuda"), []
     for packed in (shared, shared, whole):
-        hidden, ends = model(packed), packed.cu_seqlens[-n_samples:].tolist()
+        hidden, ends = model.hidden_states(packed), packed.cu_seqlens[-n_samples:].tolist()
         own = torch.cat([hidden[end - len(tail) : end] for end, tail in zip(ends, tails, strict=True)])
         model.zero_grad()
         (own * torch.linspace(-1, 1, own.numel(), device="cuda").view_as(own)).sum().backward()

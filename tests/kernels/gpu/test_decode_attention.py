@@ -74,6 +74,6 @@ def test_the_engine_on_graphs_is_the_engine_without(monkeypatch):
     for r, c in list(zip(requests, found, strict=True))[:9]:
         tokens = torch.from_numpy(c.tokens).cuda()
         with torch.no_grad():
-            hidden = model(pack([[*r.prompt, *c.tokens.tolist()]], "cuda"))
+            hidden = model.hidden_states(pack([[*r.prompt, *c.tokens.tolist()]], "cuda"))
             logp, _ = model.logprobs(hidden[len(r.prompt) - 1 : -1], tokens)
         assert abs(logp.float().cpu().numpy() - c.logp).max() < 0.3

@@ -31,7 +31,7 @@ def step():
     sequences = [torch.randint(101, (n,), generator=rng).tolist() for n in (1, 17, 40, 5)]
     packed = pack(sequences)
     with OpsSeen() as seen:
-        logp, _ = model.logprobs(model(packed), packed.tokens.roll(-1), 0.9)
+        logp, _ = model.logprobs(model.hidden_states(packed), packed.tokens.roll(-1), 0.9)
         old = logp.detach() + 0.1 * torch.randn(logp.shape, generator=rng)
         advantages = torch.tensor([1.0, -1.5, 2.0, 0.5]).repeat_interleave(packed.cu_seqlens.diff().long())
         weights = torch.full_like(old, 1 / len(logp))

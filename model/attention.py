@@ -1,0 +1,171 @@
+"""Grouped-query attention, and what its keys and values are read from.
+
+`Attention` projects tokens to heads and back. The step in between depends on where the keys and
+values are, so it is a `KV` object's:
+
+    PackedKV(packed)        in the batch itself: training, log-probs, evaluation
+    RecordingKV(packed)     in the batch, and recorded: the prefill of a cache
+    engine/pages.py         in the pages of a cache: decoding, one new token per sequence
+
+One object serves all layers of a forward pass; `layer` says which of them calls.
+
+Left out: dropout, sliding windows, attention masks (a batch is flat with offsets, see packed.py).
+
+Shapes: T tokens, M d_model, H query heads, G key/value heads, D width of a query or key, E width of
+a value (here D), K keys of all sequences.
+"""
+
+import torch
+from einops import rearrange
+from torch import nn
+
+from ..kernels.attention import attention, gather_keys, rope_attention
+from ..kernels.rmsnorm import rmsnorm
+from ..kernels.rope import rope
+from .config import ModelConfig
+from .linear import Linear
+from .packed import Packed
+
+
+def rotate(
+    qkv_THD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, n_kv_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Split all heads [T, H + 2 G, D] into q [T, H, D], k and v [T, G, D], with RoPE on q and k."""
+    n_heads = qkv_THD.shape[1] - 2 * n_kv_heads
+    # q and k lie side by side, so one call rotates both.
+    qk, v = qkv_THD.split([n_heads + n_kv_heads, n_kv_heads], dim=1)
+    q, k = rope(qk, cos, sin).split([n_heads, n_kv_heads], dim=1)
+    return q, k, v
+
+
+# ---- where keys and values are ----
+
+
+class KV:
+    """What one forward pass reads its keys and values from, for all layers."""
+
+    def attend(
+        self, layer: int, q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGE: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention [T, H, E] of the new tokens; q and k have their positions already (RoPE)."""
+        raise NotImplementedError
+
+    def rotate_and_attend(
+        self,
+        layer: int,
+        qkv_THD: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        n_kv_heads: int,
+    ) -> torch.Tensor:
+        """RoPE, then `attend`. A subclass may do both in one kernel."""
+        q, k, v = rotate(qkv_THD, cos, sin, n_kv_heads)
+        return self.attend(layer, q, k, v)
+
+
+class PackedKV(KV):
+    """Each sequence of the batch reads its own keys and values, and those of its shared prefix."""
+
+    def __init__(self, packed: Packed):
+        self.packed = packed
+
+    def attend(self, layer, q_THD, k_TGD, v_TGE):
+        packed = self.packed
+        if packed.keys is not None:
+            k_TGD, v_TGE = gather_keys(k_TGD, v_TGE, packed.keys)
+        return attention(
+            q_THD,
+            k_TGD,
+            v_TGE,
+            packed.cu_seqlens,
+            packed.max_seqlen,
+            cu_seqlens_k=packed.cu_keys,
+            max_seqlen_k=packed.max_keys,
+        )
+
+    def rotate_and_attend(self, layer, qkv_THD, cos, sin, n_kv_heads):
+        packed = self.packed
+        return rope_attention(
+            qkv_THD,
+            cos,
+            sin,
+            packed.cu_seqlens,
+            packed.max_seqlen,
+            n_kv_heads,
+            keys=packed.keys,
+            cu_keys=packed.cu_keys,
+            max_keys=packed.max_keys,
+        )
+
+
+class RecordingKV(KV):
+    """As PackedKV without shared prefixes, and keeps what a cache is filled with.
+
+    kept: the keys [T, G, D], rotated, and the values [T, G, E] of each layer, in order.
+    """
+
+    def __init__(self, packed: Packed):
+        assert packed.keys is None, "a cache has no shared prefixes"
+        self.packed = packed
+        self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def attend(self, layer, q_THD, k_TGD, v_TGE):
+        assert layer == len(self.kept), "one forward pass for each RecordingKV"
+        self.kept.append((k_TGD, v_TGE))
+        return attention(q_THD, k_TGD, v_TGE, self.packed.cu_seqlens, self.packed.max_seqlen)
+
+
+# ---- the layer ----
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.n_heads = config.n_heads
+        self.n_kv_heads = config.n_kv_heads
+        self.head_dim = config.head_dim
+        self.norm_eps = config.norm_eps
+
+        # q, k and v share one matrix, for one larger product.
+        n_rows = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+        self.qkv = Linear(config.d_model, n_rows, bias=config.qkv_bias)
+        self.q_norm = nn.Parameter(torch.empty(config.head_dim)) if config.qk_norm else None
+        self.k_norm = nn.Parameter(torch.empty(config.head_dim)) if config.qk_norm else None
+        self.out = Linear(config.n_heads * config.head_dim, config.d_model)
+
+    def project(self, x_TM: torch.Tensor) -> torch.Tensor:
+        """[T, M] -> all heads [T, H + 2 G, D]: queries, keys, values; not rotated yet."""
+        qkv_THD = rearrange(self.qkv(x_TM), "t (h d) -> t h d", d=self.head_dim)
+        if self.q_norm is None:
+            return qkv_THD
+        # Qwen3 norms each head of q and k, before RoPE.
+        q, k, v = qkv_THD.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
+        q = rmsnorm(q, self.q_norm, self.norm_eps)
+        k = rmsnorm(k, self.k_norm, self.norm_eps)
+        return torch.cat([q, k, v], dim=1)
+
+    def forward(
+        self, x_TM: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: KV
+    ) -> torch.Tensor:
+        """[T, M] -> [T, M]. cos, sin: [T, D / 2], of the angles of each token's position."""
+        # 1. Each token's queries, keys and values.
+        qkv_THD = self.project(x_TM)
+        # 2. RoPE, and softmax(q k^T / sqrt(D)) v over the tokens before it and itself.
+        y_THE = kv.rotate_and_attend(self.layer, qkv_THD, cos, sin, self.n_kv_heads)
+        # 3. The heads side by side, back to the width of the model.
+        return self.out(rearrange(y_THE, "t h e -> t (h e)"))
+
+    @property
+    def cache_shape(self) -> tuple[int, int, int]:
+        """(key/value heads, width of a key, width of a value): what a cache holds per token."""
+        return self.n_kv_heads, self.head_dim, self.head_dim
+
+    def flops_per_token(self, seqlen: float) -> float:
+        """Forward only: the projections, and q k^T and p v over `seqlen / 2` keys (causal)."""
+        products = self.qkv.flops_per_token() + self.out.flops_per_token()
+        # per head and key: D multiply-adds for q k^T and D for p v, each 2 FLOPs; half the keys
+        scores = 2 * self.n_heads * self.head_dim * seqlen
+        return products + scores

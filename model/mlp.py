@@ -1,0 +1,41 @@
+"""The part of a block that works on each token alone: SwiGLU (Shazeer 2020, arXiv 2002.05202).
+
+    mlp(x) = W_down (silu(W_gate x) * W_up x)
+
+W_gate and W_up share one matrix, for one larger product. `make_mlp` chooses the module of each
+layer.
+
+Shapes: T tokens, M d_model, F d_ff.
+"""
+
+import torch
+from torch import nn
+
+from ..kernels.mlp import swiglu, swiglu_mlp
+from .config import ModelConfig
+from .linear import Linear, plain
+
+
+class MLP(nn.Module):
+    """The dense SwiGLU MLP."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_up = Linear(config.d_model, 2 * config.d_ff)
+        self.down = Linear(config.d_ff, config.d_model)
+
+    def forward(self, x_TM: torch.Tensor) -> torch.Tensor:
+        """[T, M] -> [T, M]."""
+        if plain(self.gate_up, self.down):
+            return swiglu_mlp(x_TM, self.gate_up.weight, self.down.weight)
+        # An adapter or a quantised weight has a forward of its own.
+        return self.down(swiglu(self.gate_up(x_TM)))
+
+    def flops_per_token(self) -> int:
+        """Forward only; the products alone count."""
+        return self.gate_up.flops_per_token() + self.down.flops_per_token()
+
+
+def make_mlp(config: ModelConfig, layer: int) -> nn.Module:
+    """The MLP of one layer: a module with forward(x_TM) -> [T, M] and flops_per_token()."""
+    return MLP(config)

@@ -1,0 +1,47 @@
+"""The shape of a model: presets, the depth, and shapes that do not fit."""
+import pytest
+
+from r1zero.model.config import PRESETS, ModelConfig, from_depth, preset
+from r1zero.model.transformer import count_parameters
+
+from .model_cases import SHAPE
+
+
+def test_presets_have_the_published_sizes():
+    """As the models' weight files hold them, at Qwen's vocabulary of 151,936."""
+    sizes = {"qwen2.5-0.5b": 494_032_768, "qwen2.5-1.5b": 1_543_714_304, "qwen3-0.6b": 596_049_920}
+    assert {name: count_parameters(preset(name, 151_936)) for name in sizes} == sizes
+    assert all(preset(name, 10).vocab_size == 10 for name in PRESETS)
+    assert preset("tiny", 10, n_layers=5, rope_theta=3.0) == ModelConfig(
+        **{**PRESETS["tiny"], "n_layers": 5, "rope_theta": 3.0}, vocab_size=10)
+
+
+def test_depth_sets_the_whole_shape():
+    assert from_depth(4, 100) == preset("depth=4", 100) == ModelConfig(
+        vocab_size=100, n_layers=4, d_model=128, n_heads=4, n_kv_heads=2, head_dim=32, d_ff=384)
+    assert preset("depth=12", 9).head_dim == 64 and preset("depth=2", 9, max_seq_len=7).max_seq_len == 7
+    counts = [count_parameters(from_depth(depth, 100)) for depth in range(1, 40)]
+    assert all(a < b for a, b in zip(counts, counts[1:], strict=False))
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"n_heads": 3}, "n_heads 3 is no multiple of n_kv_heads 2"),
+    ({"head_dim": 5}, "head_dim 5 is odd"),
+    ({"n_layers": 0}, "n_layers is 0, expected a whole number above 0"),
+    ({"n_layers": None}, "n_layers is None"),
+    ({"vocab_size": -1}, "vocab_size is -1"),
+    ({"d_ff": 2.5}, "d_ff is 2.5, expected a whole number"),
+    ({"d_model": "12"}, "d_model is '12'"),
+    ({"norm_eps": 0.0}, "norm_eps is 0.0, expected a number above 0"),
+    ({"rope_theta": float("nan")}, "rope_theta is nan"),
+    ({"rope_theta": float("inf")}, "rope_theta is inf"),
+])
+def test_bad_configs(change, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**{**SHAPE, **change})
+
+
+@pytest.mark.parametrize("name", ["gpt5", "", "depth=0", "depth=-1", "depth=x", "depth=", "depth=2.5"])
+def test_unknown_presets(name):
+    with pytest.raises(ValueError, match="depth=.*" if name.startswith("depth") else "known are demo,"):
+        preset(name, 10)
