@@ -772,7 +772,7 @@ def gather_keys(
     """
     G, D, E = k_TGD.shape[1], k_TGD.shape[2], v_TGE.shape[2]
     together = torch.cat([k_TGD.flatten(1), v_TGE.flatten(1)], dim=1)
-    k, v = F.embedding(keys, together).split([G * D, G * E], dim=1)
+    k, v = embedding(keys, together).split([G * D, G * E], dim=1)
     return k.unflatten(1, (G, D)), v.unflatten(1, (G, E))
 
 
