@@ -33,7 +33,7 @@ from r1zero.model.optimizer import OptimConfig, make_optimizer
 from r1zero.model.packed import pack
 from r1zero.model.transformer import Transformer, flops_per_token, param_count
 from r1zero.train.grpo import GRPOConfig, Learner, grpo_step
-from r1zero.train.run import reuse_memory
+from r1zero.train.machine import reuse_memory
 
 from .common import finish, show, spread, table
 

@@ -48,7 +48,8 @@ from ..rl.update import (
 )
 from .lab.diagnosis import Diagnosis
 from .lab.mistakes import MISTAKES, warn_of
-from .run import Run, RunConfig, peak_memory, pick_device, read_metrics, reuse_memory
+from .machine import peak_memory, pick_device, reuse_memory
+from .run import Run, RunConfig, read_metrics
 from .task_flags import TaskFlags
 
 CHECKED = (
@@ -126,7 +127,7 @@ class GRPOConfig(RunConfig):
     mistake: Annotated[str | None, tyro.conf.arg(name="break")] = None
     """Make a classic mistake on purpose, to see what it does; `r1zero compare --help` names them."""
     seed: int = 0
-    """Of sampling and of the order of samples; the order of problems is the task's (--dials seed=1)."""
+    """Of sampling and of the order of samples; the order of problems is the task's (--options seed=1)."""
 
     def __post_init__(self):
         super().__post_init__()

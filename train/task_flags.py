@@ -1,4 +1,4 @@
-"""The flags that choose a task, for every command that needs one: --task, --dials and --data."""
+"""The flags that choose a task, for every command that needs one: --task, --options and --data."""
 
 from dataclasses import dataclass, fields
 from typing import Annotated
@@ -16,13 +16,13 @@ TASKS = {"arithmetic": Arithmetic, "countdown": Countdown, "gsm8k": GSM8K}
 
 @dataclass(frozen=True)
 class TaskFlags:
-    """Which task, and its dials."""
+    """Which task, and its options."""
 
-    # Flat flags: `--dials`, not `--task.dials`, though this is a field `task` of a command's config.
+    # Flat flags: `--options`, not `--task.dials`, though this is a field `task` of a command's config.
     name: Annotated[str, tyro.conf.arg(name="task", prefix_name=False)] = "countdown"
     """countdown, arithmetic or gsm8k."""
-    dials: Annotated[tuple[str, ...], tyro.conf.arg(prefix_name=False)] = ()
-    """Dials of the task as name=value, for example n_numbers=4 high=30 ops=+-*; a wrong name prints the
+    options: Annotated[tuple[str, ...], tyro.conf.arg(prefix_name=False)] = ()
+    """Options of the task as name=value, for example n_numbers=4 high=30 ops=+-*; a wrong name prints the
     list."""
     data: Annotated[str | None, tyro.conf.arg(prefix_name=False)] = None
     """File of problems, for a task that reads them (gsm8k)."""
@@ -31,16 +31,16 @@ class TaskFlags:
         """Raises ValueError for an unknown task or dial, or a value that is not of the dial's type."""
         values = {}
         types = {f.name: f.type for f in fields(TASKS[self.name])} if self.name in TASKS else {}
-        for dial in self.dials:
-            name, equals, text = dial.partition("=")
+        for option in self.options:
+            name, equals, text = option.partition("=")
             if not equals:
-                raise ValueError(f"--dials got {dial!r}, expected name=value, for example high=30")
+                raise ValueError(f"--options got {option!r}, expected name=value, for example high=30")
             values[name] = text
             if types.get(name) in (int, float):
                 try:
                     values[name] = types[name](text)
                 except ValueError:
-                    raise ValueError(f"--dials {name} is {text!r}, expected a number") from None
+                    raise ValueError(f"--options {name} is {text!r}, expected a number") from None
         if self.data is not None:
             if types and "path" not in types:
                 raise ValueError(

@@ -16,6 +16,7 @@ from r1zero.model.transformer import Transformer
 from r1zero.rl.family import from_preset
 from r1zero.rl.losses import LossConfig
 from r1zero.rl.rollouts import Rollouts
+from r1zero.train.batches import DocumentBatches
 from r1zero.train.grpo import GRPOConfig
 from r1zero.train.pretrain import PretrainConfig
 
@@ -51,6 +52,13 @@ def pretrain_config(run, data: str, **changes) -> PretrainConfig:
     common = dict(tokenizer="bytes", model="tiny", seq_len=16, batch_tokens=64, micro_tokens=32, steps=8,
                   save_every=3, optim=optim, task=QUICK, device="cpu")
     return PretrainConfig(run=str(run), data=(data,), **{**common, **changes})
+
+
+def few_documents(n_prompt: int = 0) -> DocumentBatches:
+    """Five documents of random bytes as one batch; n_prompt: tokens of each that are prompt."""
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, 256, n) for n in (9, 4, 17, 6, 12)]
+    return DocumentBatches(texts, 200, 64, 0, [n_prompt] * 5 if n_prompt else None)
 
 
 @dataclass(frozen=True)

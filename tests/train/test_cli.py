@@ -174,7 +174,7 @@ def test_flags_that_are_not_there_end_with_tyros_own_text(argv, fragment, capsys
 def test_a_tuple_takes_several_values_and_task_flags_are_flat():
     config = parse_flags("pretrain", PretrainConfig, "--run r --data a.txt b --steps 3".split())
     assert config.data == ("a.txt", "b") and config.steps == 3
-    task = "--task arithmetic --dials digits=1 ops=-+".split()
+    task = "--task arithmetic --options digits=1 ops=-+".split()
     for command, config_class in (("grpo", GRPOConfig), ("eval", EvalConfig)):
         base = ["--base", "b"] if command == "grpo" else []
         flags = parse_flags(command, config_class, ["--run", "r", *base, *task]).task
@@ -185,11 +185,11 @@ def test_a_tuple_takes_several_values_and_task_flags_are_flat():
 
 @pytest.mark.parametrize("flags, fragment", [
     (TaskFlags("chess"), "'chess'; choose one of: arithmetic, countdown, gsm8k"),
-    (TaskFlags(dials=("high",)), "'high', expected name=value"),
-    (TaskFlags(dials=("high=x",)), "--dials high is 'x', expected a number"),
-    (TaskFlags(dials=("test_share=x",)), "--dials test_share is 'x', expected a number"),
-    (TaskFlags(dials=("width=3",)), "no dial 'width'"),
-    (TaskFlags(dials=("high=0",)), "high 0"),
+    (TaskFlags(options=("high",)), "'high', expected name=value"),
+    (TaskFlags(options=("high=x",)), "--options high is 'x', expected a number"),
+    (TaskFlags(options=("test_share=x",)), "--options test_share is 'x', expected a number"),
+    (TaskFlags(options=("width=3",)), "no dial 'width'"),
+    (TaskFlags(options=("high=0",)), "high 0"),
     (TaskFlags("gsm8k"), "--task gsm8k needs --data FILE"),
     (TaskFlags("gsm8k", data="/nowhere"), "/nowhere"),
     (TaskFlags("countdown", data="f"), "--data is for a task that reads"),
@@ -211,7 +211,7 @@ def test_from_text_to_an_answer(tmp_path, capsys, monkeypatch):
                  "--seq-len", "16", "--batch-tokens", "64", *small]) == 0
     assert "bits per byte" in capsys.readouterr().out
     assert main(["sft", "--run", "tuned", "--base", "base", "--data", "pairs.jsonl", *small]) == 0
-    assert main(["grpo", "--run", "rl", "--base", "base", "--dials", "n_numbers=2", "--prompts-per-step", "2",
+    assert main(["grpo", "--run", "rl", "--base", "base", "--options", "n_numbers=2", "--prompts-per-step", "2",
                  "--group-size", "2", "--max-new-tokens", "4", *small]) == 0
     assert main(["eval", "--run", "rl", "--n", "3", "--samples", "2", "--max-new-tokens", "4"]) == 0
     assert "countdown: 3 problems x 2 samples" in capsys.readouterr().out

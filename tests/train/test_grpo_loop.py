@@ -16,10 +16,8 @@ from r1zero.train import grpo as grpo_module
 from r1zero.train.grpo import PIECES, draw_with_signal, grpo, grpo_step, make_learner
 from r1zero.train.run import read_metrics
 
-from .kill_runs import assert_same, outcome
 from .loop_cases import Bandit, grpo_config, save_base, tiny
-from .test_faults import fails, finite
-from .test_resume import broken_at
+from .run_cases import assert_same, broken_at, fails, finite, outcome
 
 ADVANTAGES = PIECES.advantages
 
@@ -277,7 +275,7 @@ def test_everything_at_once_resumes_to_the_same_bits(base, tmp_path, monkeypatch
     assert {name.rpartition("/")[2] for name in files} >= {
         "model.safetensors", "optimizer.safetensors", "reference.safetensors", "critic.safetensors",
         "critic_optimizer.safetensors", "best.json"}
-    assert load_checkpoint(tmp_path / "run").state["figures"]["position"] > 20  # more than 5 steps of 4
+    assert load_checkpoint(tmp_path / "run").state["counters"]["position"] > 20  # more than 5 steps of 4
 
 
 @pytest.mark.parametrize("spoil, match", [

@@ -23,7 +23,7 @@ from ...eval.harness import Sampled
 from ...eval.response import parse_response
 from ...eval.sampler import ModelSampler
 from ...eval.tasks.countdown import CountdownProblem, parse_prompt
-from ..run import pick_device, reuse_memory
+from ..machine import pick_device, reuse_memory
 from .eval import load_run
 from .grade import grader
 from .main import printable

@@ -1,7 +1,7 @@
 """Measure a model on held-out problems: pass@1, pass@k and format with 95 % intervals, and every response in
 a file.
 
-    r1zero eval --run runs/rl --task countdown --dials high=20
+    r1zero eval --run runs/rl --task countdown --options high=20
     r1zero eval --run runs/rl --task gsm8k --data gsm8k_test.jsonl --samples 1
 
 Writes eval_<task>_step<n>.jsonl, one line a response, and eval_<task>_step<n>.summary.json, the figures with
@@ -25,7 +25,7 @@ from ...eval.tasks.base import Task
 from ...model.checkpoint import Checkpoint, atomic_write_json, load_model
 from ...model.tokenizer import Tokenizer
 from ...model.transformer import Transformer
-from ..run import pick_device, reuse_memory
+from ..machine import pick_device, reuse_memory
 from ..task_flags import TaskFlags
 
 DRAWN_PROBLEMS = 512  # how many of a task that makes its own; the interval is about ± 4 points then
