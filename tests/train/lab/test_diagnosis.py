@@ -16,7 +16,7 @@ from r1zero.train.lab import diagnosis as module
 from r1zero.train.lab.diagnosis import RULES, Diagnosis, Look, advice
 from r1zero.train.pretrain import pretrain
 
-from .loop_cases import grpo_config, pretrain_config, save_base, text_file
+from ..loop_cases import grpo_config, pretrain_config, save_base, text_file
 
 NAN = float("nan")
 C = GRPOConfig(run=".", base=".")
