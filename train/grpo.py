@@ -14,7 +14,7 @@ in the log are how far its log-probs are from the trainer's, and a run stops whe
 
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -333,7 +333,7 @@ def grpo(c: GRPOConfig) -> Transformer:
         s.position = run.restore(s.policy, s.engine.tokenizer, s.optimizer, more).get("position", 0)
         tqdm.write(s.engine.plan(), file=sys.stderr)
         tqdm.write(in_words(c), file=sys.stderr)
-        diagnosis = Diagnosis(c, read_metrics(run.folder))
+        diagnosis = Diagnosis(asdict(c), read_metrics(run.folder))
         for step in run.steps():
             try:
                 figures = grpo_step(s, task, c, step)
@@ -355,7 +355,7 @@ def grpo(c: GRPOConfig) -> Transformer:
                 figures["eval_accuracy"] = score = held_out_accuracy(s, task, c)
             figures = {name: float(value) for name, value in figures.items()}
             run.log(step, figures, show=("accuracy", "format", "length", "kl_to_reference"))
-            for advice in diagnosis.look(figures):
+            for advice in diagnosis.observe(figures):
                 tqdm.write(advice, file=sys.stderr)
             if run.due(step, c.save_every) or score is not None:
                 run.save(

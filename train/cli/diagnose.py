@@ -1,39 +1,31 @@
-"""Split off train/diagnose.py."""
+"""The command diagnose: what the log of a GRPO run means, by the rules of lab/diagnosis.py.
+
+r1zero diagnose --run runs/rl        for a run that is over, or still going
+"""
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-from ..lab.diagnosis import WINDOW, Look, advice, number
+from ..lab.diagnosis import advice
+from ..lab.history import WINDOW, History
 from ..run import read_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiagnoseConfig:
-    """Say in plain words what a GRPO run's figures mean."""
+    """Say in plain words what the metrics of a GRPO run mean."""
 
     run: str
     """Folder of the run."""
 
 
-def as_config(logged: Any, known: Any) -> Any:
-    """What run.json has, to be read like a config; a dial that it lacks, or has another kind of value for, is
-    as in `known`, today's default."""
-    if isinstance(known, int | float):
-        return known if math.isnan(number(logged)) else logged
-    if not isinstance(known, dict):
-        return logged if isinstance(logged, str) else known
-    logged = logged if isinstance(logged, dict) else {}
-    return SimpleNamespace(
-        **{name: as_config(logged.get(name, value), value) for name, value in known.items()}
-    )
+def read_run(folder: Path) -> tuple[dict, list[dict]]:
+    """(flags, rows of metrics.jsonl) of a GRPO run.
 
-
-def read_run(folder: Path):
-    """(config, rows) of a GRPO run. Raises ValueError for a folder that is no such run's, in plain words."""
+    Raises ValueError, in plain words, for a folder that is no such run's.
+    """
     if not folder.is_dir():
         raise ValueError(
             f"{folder} {'is a file' if folder.exists() else 'does not exist'}; give the folder "
@@ -41,40 +33,39 @@ def read_run(folder: Path):
         )
     if not (folder / "run.json").is_file():
         inner = sorted(path.parent.name for path in folder.glob("*/run.json"))
+        if inner:
+            raise ValueError(f"{folder} holds several runs; give one of them: {', '.join(inner)}")
         raise ValueError(
-            f"{folder} holds several runs; give one of them: {', '.join(inner)}"
-            if inner
-            else f"{folder} holds no run (no run.json); give a folder that r1zero grpo wrote"
+            f"{folder} holds no run (no run.json); give a folder that r1zero grpo wrote"
         )
-    from ..grpo import GRPOConfig  # imports this module
-
     try:
-        logged = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
+        config = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
         rows = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder} has no readable run.json and metrics.jsonl ({error!r})"
         ) from error
-    if not isinstance(logged, dict) or "group_size" not in logged:
+    if not isinstance(config, dict) or "group_size" not in config:
         raise ValueError(
             f"{folder} is no run of GRPO, which the rules are about; give a folder that r1zero "
             "grpo wrote"
         )
     if not rows:
         raise ValueError(f"{folder} has no steps yet; ask again when the first is done")
-    return as_config(logged, asdict(GRPOConfig(run=".", base="."))), rows
+    return config, rows
 
 
-def diagnose(c: DiagnoseConfig) -> None:
-    """Print the advice of each rule that holds. Raises ValueError for a folder that is no GRPO run's."""
-    config, rows = read_run(Path(c.run))
-    look = Look(rows, config)
-    wait = "" if look.enough else f"; most rules wait for {WINDOW} steps"
+def diagnose(config: DiagnoseConfig) -> None:
+    """Print the advice of each rule that holds. Raises ValueError for a folder that is no GRPO
+    run's."""
+    flags, rows = read_run(Path(config.run))
+    history = History(rows, flags)
+    steps = history.option("steps")
+    of_all = "" if math.isnan(steps) else f" of {steps:.0f}"
+    wait = "" if history.is_long else f"; most rules wait for {WINDOW} steps"
     print(
-        f"{len(rows)} of {config.steps} steps: accuracy {look.then('accuracy'):.1%} at first, "
-        f"{look.mean('accuracy'):.1%} of late{wait}"
+        f"{len(rows)}{of_all} steps: accuracy {history.first_mean('accuracy'):.1%} at first, "
+        f"{history.mean('accuracy'):.1%} of late{wait}"
     )
-    found = advice(rows, config)
-    print(
-        "\n".join(f"[{name}] {text}" for name, text in found.items()) or "nothing to complain about"
-    )
+    found = [f"[{name}] {text}" for name, text in advice(rows, flags).items()]
+    print("\n".join(found) or "nothing to complain about")
