@@ -101,8 +101,7 @@ def shuffled(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def check_sizes(tokens: np.ndarray, seed: int, **sizes: int) -> None:
-    """Raise ValueError for a size below 1 or a seed out of range. Token ids are our own, so
-    asserted."""
+    """Raise ValueError for a size below 1 or a seed out of range."""
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
@@ -250,8 +249,7 @@ class DocumentBatches:
         return np.split(self.order_of(epoch), cuts)
 
     def epoch(self, index: int) -> int:
-        """The epoch of batch `index`: how many times all documents have been gone over before
-        it."""
+        """The epoch of batch `index`: how often all documents have been gone over before."""
         assert index >= 0
         while self.first_batch[-1] <= index:
             ends = self.ends_of(len(self.first_batch) - 1)

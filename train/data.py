@@ -31,8 +31,7 @@ class Pair(NamedTuple):
 
 
 def read_text(path: Path) -> str:
-    """The file's text, without a byte-order mark. Raises ValueError if it is missing, empty or
-    binary."""
+    """The file's text, without a byte-order mark. Raises ValueError if it has none."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -85,8 +84,7 @@ def read_jsonl(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, list[st
 
 
 def text_files(path: Path) -> list[Path]:
-    """The file itself, or the text files below a directory, sorted, without hidden files and
-    folders."""
+    """The file itself, or the text files below a directory, sorted; hidden ones are left out."""
     if not path.is_dir():
         return [path]
 

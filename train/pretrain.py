@@ -52,8 +52,7 @@ class PretrainConfig(RunConfig):
     batch_tokens: int = 2048
     """Number of tokens in one optimizer step."""
     micro_tokens: int = 2048
-    """Number of tokens in one forward and backward pass. It changes memory and speed, not the
-    result."""
+    """Number of tokens per forward and backward pass. It changes memory and speed, nothing else."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     task: Countdown = field(default_factory=Countdown)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
@@ -81,8 +80,7 @@ class PretrainConfig(RunConfig):
 
 
 def make_tokenizer(name: str, texts: list[str], vocab_size: int) -> Tokenizer:
-    """The tokenizer that --tokenizer names. `texts` and `vocab_size` are for one that is
-    trained."""
+    """The tokenizer that --tokenizer names; `texts` and `vocab_size` are to train one."""
     if name == "bytes":
         return Tokenizer.bytes()
     if name == "bpe":

@@ -31,8 +31,7 @@ class SFTConfig(RunConfig):
     batch_tokens: int = 1024
     """Maximum number of tokens in one optimizer step. Pairs are never cut."""
     micro_tokens: int = 2048
-    """Number of tokens in one forward and backward pass. It changes memory and speed, not the
-    result."""
+    """Number of tokens per forward and backward pass. It changes memory and speed, nothing else."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=1e-3, warmup=5, weight_decay=0.0)
     )

@@ -18,7 +18,7 @@ TASKS = {"arithmetic": Arithmetic, "countdown": Countdown, "gsm8k": GSM8K}
 class TaskFlags:
     """Which task, and its options."""
 
-    # Flat flags: `--options`, not `--task.dials`, though this is a field `task` of a command's config.
+    # Flat flags: `--options`, not `--task.options`, though this is a field `task` of a command's config.
     name: Annotated[str, tyro.conf.arg(name="task", prefix_name=False)] = "countdown"
     """countdown, arithmetic or gsm8k."""
     options: Annotated[tuple[str, ...], tyro.conf.arg(prefix_name=False)] = ()

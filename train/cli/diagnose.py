@@ -56,8 +56,7 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
 
 
 def diagnose(config: DiagnoseConfig) -> None:
-    """Print the advice of each rule that holds. Raises ValueError for a folder that is no GRPO
-    run's."""
+    """Print the advice of each rule that holds. Raises ValueError as `read_run` does."""
     flags, rows = read_run(Path(config.run))
     history = History(rows, flags)
     steps = history.option("steps")

@@ -25,8 +25,7 @@ def is_real_run(history: History) -> bool:
 
 
 def compares_within_groups(history: History) -> bool:
-    """Whether an answer is compared with its group alone. With other baselines equal rewards teach
-    too."""
+    """Whether answers are compared with their group alone; else equal rewards teach too."""
     return history.choice("advantage", "baseline") in ("group", "leave_one_out")
 
 
@@ -354,8 +353,7 @@ class Diagnosis:
     """The advice for a run that is going, each rule only once."""
 
     def __init__(self, config: dict, rows: list[dict]):
-        """config: the flags, as in run.json; rows: what the run has logged before, which was
-        diagnosed then."""
+        """config: the flags, as in run.json; rows: what was logged, and diagnosed, before."""
         self.config = config
         self.rows: list[dict] = []
         self.given: set[str] = set()

@@ -13,11 +13,15 @@ N_WINDOWS = 20  # windows among which the best is looked for, spread over the ru
 
 def number(value: Any) -> float:
     """A logged value as a float; NaN if it is missing, not a number, or too large to be one."""
+    if not isinstance(value, int | float):
+        return math.nan
     try:
-        found = float(value) if isinstance(value, int | float) else math.nan
+        found = float(value)
     except OverflowError:  # an integer of hundreds of digits
         return math.nan
-    return found if abs(found) < 1e30 else math.nan  # so that sums and squares stay finite
+    if abs(found) < 1e30:  # so that sums and squares stay finite
+        return found
+    return math.nan
 
 
 class History:
@@ -36,13 +40,17 @@ class History:
 
     def values(self, name: str, rows: list[dict] | None = None) -> list[float]:
         """A metric in each of the last steps (or of `rows`), where it is a number."""
-        found = [number(row.get(name)) for row in (self.last if rows is None else rows)]
+        if rows is None:
+            rows = self.last
+        found = [number(row.get(name)) for row in rows]
         return [value for value in found if math.isfinite(value)]
 
     def mean(self, name: str, rows: list[dict] | None = None) -> float:
         """Mean over the last steps (or over `rows`); NaN where no step has the metric."""
         found = self.values(name, rows)
-        return sum(found) / len(found) if found else math.nan
+        if not found:
+            return math.nan
+        return sum(found) / len(found)
 
     def first_mean(self, name: str) -> float:
         """Mean over the first steps."""
@@ -50,17 +58,21 @@ class History:
 
     def best_mean(self, name: str) -> float:
         """Mean of the best window."""
-        every = max(WINDOW, len(self.rows) // N_WINDOWS)
-        starts = range(0, max(1, len(self.rows) - WINDOW + 1), every)
-        means = [self.mean(name, self.rows[start : start + WINDOW]) for start in starts]
-        return max(means, key=lambda mean: -math.inf if math.isnan(mean) else mean)
+        stride = max(WINDOW, len(self.rows) // N_WINDOWS)
+        n_starts = max(1, len(self.rows) - WINDOW + 1)
+        best = math.nan
+        for start in range(0, n_starts, stride):
+            mean = self.mean(name, self.rows[start : start + WINDOW])
+            if math.isnan(best) or mean > best:
+                best = mean
+        return best
 
     def noise(self, name: str) -> float:
-        """Two standard errors of the difference between the means of the first and the last
-        window."""
+        """Two standard errors of the difference between the first and the last window's mean."""
         squared_errors = 0.0
         for rows in (self.first, self.last):
-            found, mean = self.values(name, rows), self.mean(name, rows)
+            found = self.values(name, rows)
+            mean = self.mean(name, rows)
             squares = sum((value - mean) ** 2 for value in found)
             variance = squares / max(1, len(found) - 1)
             squared_errors += variance / max(1, len(found))

@@ -59,8 +59,7 @@ class DemoConfig:
     resume: bool = False
     """Continue a demo that was stopped."""
     seeds: str = "0"
-    """Seeds, separated by commas, as in 0,1,2. Each is a whole demo of its own, control
-    included."""
+    """Seeds, separated by commas, as in 0,1,2. Each is a whole demo, control included."""
     numbers: int = 3
     """Number of numbers in a problem."""
     high: int = 20
@@ -173,7 +172,7 @@ class Stopped(Exception):
 
 def part_done(folder: Path, steps: int) -> bool:
     """Whether a part's run has reached and saved its last step."""
-    # The log would not tell: it has the line of a step a moment before the step is saved.
+    # The log does not show it: it has the line of a step a moment before the step is saved.
     saved = checkpoint_steps(folder)
     return bool(saved) and saved[-1] >= steps
 

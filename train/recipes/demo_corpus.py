@@ -1,11 +1,11 @@
-"""The demo's pretraining text: worked Countdown attempts, but not the skill of using their verdicts.
+"""The demo's pretraining text: worked Countdown attempts, not the skill of using their verdicts.
 
     3 7 9 -> 13
     <think>9+7=16,16-3=13,13-13=0 ok;9-7=2,3+2=5,5-13=-8 no</think><answer>3+(9-7)</answer>
 
-In the text that is one line. Each attempt is a chain of steps that uses every number once. Its last
-step subtracts the target, so the verdict (`=0 ok` or `no`) is a subtraction, which a small model can
-learn, and not a comparison, which it cannot. The attempts of one document never repeat.
+In the text that is one line. Each attempt is a chain of steps that uses each number once. Its last
+step subtracts the target. So the verdict (`=0 ok` or `no`) is a subtraction, which a small model
+can learn, and not a comparison, which it cannot. The attempts of one document never repeat.
 
 - Most authors are careless. They stop after a random number of attempts and answer with the last
   one, whatever its verdict. The author above has found the answer and walks past it.
@@ -38,8 +38,7 @@ class CorpusConfig:
     broken_share: float = 0.15
     """Share of documents with a broken or missing tag."""
     max_careless_attempts: int = 4
-    """Maximum number of attempts of a careless author; each number from 1 to it is equally
-    likely."""
+    """Maximum number of attempts of a careless author, who stops at a random one."""
     max_attempts: int = 12
     """Maximum number of attempts of any author."""
 
@@ -98,8 +97,7 @@ def combine(larger: Term, smaller: Term, op: str) -> tuple[Term, Term, int] | No
 
 
 def all_attempts(numbers: Sequence[int], target: int, ops: str) -> list[tuple[str, str, bool]]:
-    """Every attempt at a problem: (its text, the expression to answer with, does it hit the
-    target?).
+    """Every attempt at a problem: (its text, the expression to answer with, is it right?).
 
     A step takes two numbers of the pool and puts the result back; nothing goes below 0. Two orders
     of the same steps are two attempts.

@@ -1,5 +1,4 @@
-"""The sections of the report about the demo itself: what was done, with which flags, at what
-cost."""
+"""The sections of the report about the demo: what was done, with which flags, at what cost."""
 
 import shlex
 from pathlib import Path

@@ -49,8 +49,7 @@ class Behaviour:
     n_equations: int
     """Number of written equations."""
     valid_attempts: float | None
-    """Share of attempts that are, letter for letter, among demo_corpus.all_attempts of the
-    problem."""
+    """Share of attempts that are among demo_corpus.all_attempts of the problem."""
     repeated_attempts: float | None
     """Share of attempts that the same response had made before, letter for letter."""
     answer_follows_last: float | None
@@ -85,8 +84,7 @@ class Answered(NamedTuple):
 
 
 def measure(problems: Sequence[CountdownProblem], responses: Sequence[str]) -> Behaviour:
-    """The behaviour of responses[n] to problems[n]. Raises ValueError only if their numbers
-    differ."""
+    """The behaviour of responses[n] to problems[n]. Raises ValueError if the lengths differ."""
     made = [parse_attempts(response) for response in responses]
 
     # All attempts, each with its problem; and all responses that answer after an attempt.
@@ -151,7 +149,6 @@ def stops_after(
 
 
 def verdict_is_right(attempt: Attempt, problem: CountdownProblem) -> bool:
-    """Whether the verdict of an attempt with a readable check is the one that the check calls
-    for."""
+    """Whether the verdict is the one that the attempt's readable check calls for."""
     should_be_ok = attempt.check.a == attempt.check.b == problem.target
     return (attempt.verdict == "ok") == should_be_ok

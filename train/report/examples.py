@@ -1,5 +1,4 @@
-"""The sections of the report that show answers: one group token by token, and problems before and
-after."""
+"""The sections of the report that show answers: one group, and problems before and after."""
 
 from . import page
 from .demo_plots import COLUMNS

@@ -99,8 +99,7 @@ def got_better(seed: Seed) -> bool | None:
 
 
 def accuracy_when_control_ended(seed: Seed) -> float | None:
-    """Where the real run stood in training when the control ended, if the control was the shorter
-    one."""
+    """Training accuracy of the real run when the control ended; None if it did not end first."""
     end = seed.last_step("control")
     if end >= seed.last_step("rl"):
         return None
@@ -109,8 +108,7 @@ def accuracy_when_control_ended(seed: Seed) -> float | None:
 
 
 def lost_skills(seed: Seed) -> list[tuple[str, float, float]]:
-    """(label, before, after) of each skill of the base model that R1-Zero cost more than a
-    point."""
+    """(label, before, after) of each base skill that fell by more than a point."""
     lost = []
     for name, _, label in BEHAVIOURS:
         before, after = (seed.metric(part, "behaviour", name) for part in ("base", "rl"))
@@ -157,8 +155,7 @@ def first_answers(seed: Seed, part: str) -> dict[Any, dict]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How many problems there are on either side, and whether those measured are on the right
-    one."""
+    """How many problems there are on either side, and on which side those measured are."""
 
     n_train: int | None
     """Problems to train on; None if there are more than can be listed."""

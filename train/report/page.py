@@ -126,8 +126,7 @@ def cards(items: Iterable[tuple[str, str, str]]) -> str:
 
 
 def tokens(texts: Iterable[str], head: str, note: str, strength: float) -> str:
-    """One answer, each token in a box. Its colour is blue for a strength up to 1, orange down to
-    -1."""
+    """One answer, each token in a box: blue for a strength up to 1, orange down to -1."""
     boxes = []
     for text in map(str, texts):
         mark = " class=end" if text.startswith("<|") else ""
@@ -146,8 +145,7 @@ def tokens(texts: Iterable[str], head: str, note: str, strength: float) -> str:
 
 
 def response(text: str, right: bool, head: str, note: str) -> str:
-    """One answer as text, one attempt per line, verdicts in colour, with a word whether it is
-    right."""
+    """One answer as text, one attempt per line, with coloured verdicts and a right or wrong."""
     lines = escape(text.replace(";", ";\n").replace("</think>", "</think>\n"))
     lines = re.sub(r" ok(?=&lt;/think|;\n)", ' <span class="good">ok</span>', lines)
     lines = re.sub(r" no(?=&lt;/think|;\n)", ' <span class="bad">no</span>', lines)

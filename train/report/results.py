@@ -98,28 +98,28 @@ def headline_sentences(seeds: list[Seed]) -> list[str]:
     seed = seeds[0]
     n_problems = number(seed.metric("rl", "eval", "n_problems"), 0)
     n_samples = number(seed.metric("rl", "eval", "n_samples"), 0)
-    said = [
+    sentences = [
         f"Held-out problems: {n_problems}, which neither the text nor the training holds, "
         f"{n_samples} answers to each, sampled at temperature 1."
     ]
     better = got_better(seed)
     if better:
-        said.append("The two intervals do not overlap: the model got better.")
+        sentences.append("The two intervals do not overlap: the model got better.")
     elif better is not None:
-        said.append(
+        sentences.append(
             "The intervals overlap, or accuracy did not rise: <b>this run shows no clear gain.</b>"
         )
-    said += control_sentences(seed)
+    sentences += control_sentences(seed)
     if len(seeds) > 1:
-        said.append(
+        sentences.append(
             f"These are the numbers of seed {seed.number}; a table of all {len(seeds)} seeds is "
             "below."
         )
     else:
-        said.append(
+        sentences.append(
             "One seed is one throw: the intervals speak of other problems, not of other runs."
         )
-    return said
+    return sentences
 
 
 def control_sentences(seed: Seed) -> list[str]:
@@ -137,13 +137,13 @@ def control_sentences(seed: Seed) -> list[str]:
             f" (the control is shorter; at its last steps the real run was at {percent(reached)} "
             "on the problems it was training on)"
         )
-    said = [
+    sentences = [
         f"The control changed by {100 * moved:+.1f} points, the real run by "
         f"{100 * gained:+.1f}{pace}."
     ]
     if moved < -0.03:
-        said.append("A fall is no surprise: pushes in random directions wear a model out.")
-    return said
+        sentences.append("A fall is no surprise: pushes in random directions wear a model out.")
+    return sentences
 
 
 # ---- curves and behaviours ----
