@@ -36,10 +36,10 @@ from r1zero.model.checkpoint import atomic_write_json, load_model
 from r1zero.model.optimizer import OptimConfig
 from r1zero.rl.family import PRESETS
 from r1zero.train.grpo import GRPOConfig, grpo_config, make_learner, timed_step
+from r1zero.train.machine import pick_device, reuse_memory
 from r1zero.train.pretrain import pretrain
 from r1zero.train.recipes.demo import DemoConfig, base_config, task_of
 from r1zero.train.report.plots import BASE, CONTROL, save, smooth
-from r1zero.train.run import pick_device, reuse_memory
 
 from .common import finish, table
 

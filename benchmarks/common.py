@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from r1zero.train.run import machine
+from r1zero.train.machine import describe_machine
 
 
 def time_of(function) -> float:
@@ -56,7 +56,7 @@ def finish(name: str, figures: dict, out: str | None, peers: tuple[str, ...] = (
     peers: packages whose versions belong to the result too; one that is not installed is named as missing.
     """
     record = {"benchmark": name, "date": datetime.now(UTC).isoformat(timespec="seconds"),
-              "machine": {**machine(), "cpu": cpu_name()}, **figures}
+              "machine": {**describe_machine(), "cpu": cpu_name()}, **figures}
     for package in peers:
         try:
             record["machine"]["versions"][package] = version(package)

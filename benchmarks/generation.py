@@ -40,7 +40,7 @@ from r1zero.model.engine.engine import Engine
 from r1zero.model.engine.requests import Request, group_requests
 from r1zero.model.engine.sampling import sample_seeds
 from r1zero.model.transformer import Transformer, count_parameters, flops_per_token
-from r1zero.train.run import reuse_memory
+from r1zero.train.machine import reuse_memory
 
 from .common import finish, show, spread, table, time_of
 from .timing import Timer, ceilings

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from r1zero.kernels import reference
 from r1zero.kernels.linear_logprob import SLICE, linear_logprob, logprob_config
-from r1zero.train.run import reuse_memory
+from r1zero.train.machine import reuse_memory
 
 from .common import finish, show, spread, table, time_of
 from .memory import allocated_peak

@@ -22,9 +22,10 @@ from r1zero.kernels.reference import VOCAB_SLICE
 from r1zero.model.config import preset
 from r1zero.model.optimizer import OptimConfig, make_optimizer
 from r1zero.model.transformer import Transformer, count_parameters, flops_per_token
-from r1zero.train.data import TokenStream
-from r1zero.train.pretrain import PretrainConfig, corpus_batches, train_step
-from r1zero.train.run import reuse_memory
+from r1zero.train.batches import TokenStream
+from r1zero.train.fit import train_step
+from r1zero.train.machine import reuse_memory
+from r1zero.train.pretrain import PretrainConfig, corpus_batches
 
 from .common import finish, show, spread, table, time_of
 

@@ -34,7 +34,7 @@ from r1zero.model.packed import pack
 from r1zero.model.transformer import Transformer, count_parameters, flops_per_token
 from r1zero.rl.family import make_learner, resolve
 from r1zero.train.grpo import timed_step
-from r1zero.train.run import reuse_memory
+from r1zero.train.machine import reuse_memory
 
 from .common import finish, show, spread, table
 

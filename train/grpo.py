@@ -16,7 +16,7 @@ they part. Source: DeepSeek-R1, arXiv 2501.12948.
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Annotated, ClassVar
 
 import torch
@@ -36,7 +36,8 @@ from ..rl.step import Learner, grpo_step
 from ..rl.update import LogpGapError
 from .lab.diagnosis import Diagnosis
 from .lab.mistakes import MISTAKES, warn_of
-from .run import Run, RunConfig, peak_memory, pick_device, read_metrics, reuse_memory
+from .machine import peak_memory, pick_device, reuse_memory
+from .run import Run, RunConfig, at_least, read_metrics
 from .task_flags import TaskFlags
 
 # Metrics of which a NaN ends the run.
@@ -65,10 +66,8 @@ class GRPOConfig(Algorithm, RunConfig):
     def __post_init__(self):
         RunConfig.__post_init__(self)
         Algorithm.__post_init__(self)
-        for name, least in (("eval_problems", 1), ("eval_every", 0)):
-            if getattr(self, name) < least:
-                given = f"--{name.replace('_', '-')} is {getattr(self, name)}"
-                raise ValueError(f"{given}, expected {least} or more")
+        at_least(self, 1, "eval_problems")
+        at_least(self, 0, "eval_every")
         if isinstance(self.mistake, str) and self.mistake not in MISTAKES:
             raise ValueError(f"--break is {self.mistake!r}, expected one of {', '.join(MISTAKES)}")
 
@@ -219,7 +218,7 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
         learner.sampler.position = counters.get("position", 0)
         tqdm.write(engine.plan(), file=sys.stderr)
         tqdm.write(in_words(config), file=sys.stderr)
-        diagnosis = Diagnosis(config, read_metrics(run.folder))
+        diagnosis = Diagnosis(asdict(config), read_metrics(run.folder))
         for step in run.steps():
             with explained(run, step):
                 metrics = step_of(learner, task, config, step)
@@ -236,7 +235,7 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
 
             metrics = {name: float(value) for name, value in metrics.items()}
             run.log(step, metrics, show=("accuracy", "format", "length", "kl_to_reference"))
-            for advice in diagnosis.look(metrics):
+            for advice in diagnosis.observe(metrics):
                 tqdm.write(advice, file=sys.stderr)
             if run.due(step, config.save_every) or score is not None:
                 counters = {"position": learner.sampler.position}

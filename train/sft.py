@@ -1,18 +1,23 @@
-"""Supervised fine-tuning on prompt/response pairs: the loss is on the response and its end token, never on
-the prompt.
+"""Supervised fine-tuning on prompt/response pairs, with the loss on the response alone.
 
     r1zero sft --run runs/chat --base runs/shakespeare --data pairs.jsonl --steps 100
 
-Left out: chat templates and multi-turn conversations; a pair is trained as it stands, prompt then response.
+The loop itself is in fit.py, the same as in pretraining. A target that is part of a prompt has
+weight 0; the tokens of the response and its end token have weight 1.
+
+Left out: chat templates and multi-turn conversations. A pair is trained as it stands.
 """
 
 from dataclasses import dataclass, field
 
 from ..model.checkpoint import load_model
 from ..model.optimizer import OptimConfig
-from .data import DocumentBatches, encode_pairs, read_pairs
-from .pretrain import fit
-from .run import Run, RunConfig, pick_device, reuse_memory
+from ..model.transformer import Transformer
+from .batches import DocumentBatches
+from .data import encode_pairs, read_pairs
+from .fit import fit
+from .machine import pick_device, reuse_memory
+from .run import Run, RunConfig, at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,32 +29,33 @@ class SFTConfig(RunConfig):
     data: str
     """A .jsonl file with the fields prompt and response."""
     batch_tokens: int = 1024
-    """Most tokens in one optimizer step; whole pairs only."""
+    """Maximum number of tokens in one optimizer step. Pairs are never cut."""
     micro_tokens: int = 2048
-    """Tokens in one forward and backward pass; changes memory and speed, not the result."""
+    """Number of tokens per forward and backward pass. It changes memory and speed, nothing else."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=1e-3, warmup=5, weight_decay=0.0)
     )
     seed: int = 0
-    """Of the order of the pairs."""
+    """Seed of the order of the pairs."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.seed < 0:
-            raise ValueError(f"--seed is {self.seed}, expected 0 or more")
-        if self.batch_tokens < 1 or self.micro_tokens < 1:
-            raise ValueError(
-                f"--batch-tokens is {self.batch_tokens} and --micro-tokens {self.micro_tokens}, "
-                "expected 1 or more"
-            )
+        at_least(self, 1, "batch_tokens", "micro_tokens")
+        at_least(self, 0, "seed")
 
 
-def sft(c: SFTConfig):
-    """Run the loop; returns the model. Raises ValueError for bad flags or data."""
+def sft(config: SFTConfig) -> Transformer:
+    """Run the loop; returns the trained model. Raises ValueError for bad flags or data."""
     reuse_memory()
-    model, tokenizer, _ = load_model(c.base, pick_device(c.device))
-    ids, prompt_lengths = encode_pairs(tokenizer, read_pairs(c.data))
-    batches = DocumentBatches(ids, c.batch_tokens, model.config.max_seq_len, c.seed, prompt_lengths)
-    with Run(c, "sft") as run:
-        fit(run, model, tokenizer, batches, c)
+    model, tokenizer, _ = load_model(config.base, pick_device(config.device))
+    documents, prompt_lengths = encode_pairs(tokenizer, read_pairs(config.data))
+    batches = DocumentBatches(
+        documents,
+        config.batch_tokens,
+        model.config.max_seq_len,
+        config.seed,
+        prompt_lengths,
+    )
+    with Run(config, "sft") as run:
+        fit(run, model, tokenizer, batches, config)
     return model

@@ -12,7 +12,7 @@ from benchmarks import ablation, common, generation, linear_logprob, memory, tra
 from r1zero.kernels import reference
 from r1zero.model.config import ModelConfig, preset
 from r1zero.model.transformer import Transformer
-from r1zero.train.data import next_token_batch
+from r1zero.train.batches import next_token_batch
 
 from ..train.loop_cases import save_base
 

@@ -2,8 +2,8 @@
 and compared with an unbroken run. A process of its own for test_resume.py, because one with threads cannot
 safely fork:
 
-    python -m tests.kill_runs EMPTY_FOLDER          at some moments
-    python -m tests.kill_runs EMPTY_FOLDER every    at every call that touches the disk, and after every step
+    python -m tests.train.kill_runs EMPTY_FOLDER         at some moments
+    python -m tests.train.kill_runs EMPTY_FOLDER every   at every call that touches the disk, after every step
 
 The last line is a JSON object that says what was done.
 """
@@ -21,10 +21,11 @@ import tyro  # noqa: F401  (the command line imports it late; the children then 
 from r1zero.train.cli.main import main
 from r1zero.train.grpo import grpo
 from r1zero.train.pretrain import pretrain
-from r1zero.train.run import Run, read_metrics
+from r1zero.train.run import Run
 
 from ..model.kill_checkpoints import CALLS, die_at_call
-from .loop_cases import TIMES, grpo_config, pretrain_config, save_base, text_file
+from .loop_cases import grpo_config, pretrain_config, save_base, text_file
+from .run_cases import assert_same, outcome
 
 
 def in_child(action, messages: Path | None = None) -> int:
@@ -61,21 +62,6 @@ def signal_at_log(step: int, signals: list[int]) -> None:
                 os.kill(os.getpid(), number)
 
     Run.log = wrapped
-
-
-def outcome(run: Path) -> dict:
-    """What a run left and what must not depend on its past: the bytes of its checkpoints, its log."""
-    files = {str(path.relative_to(run)): path.read_bytes()
-             for path in sorted((run / "checkpoints").rglob("*")) if path.is_file()}
-    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(run)]
-    return {"files": files, "rows": rows}
-
-
-def assert_same(run: Path, expected: dict) -> None:
-    found = outcome(run)
-    assert found["rows"] == expected["rows"], f"{run}: the logs differ"
-    for name, data in expected["files"].items():  # killed before it removed an old one, it has more
-        assert found["files"].get(name) == data, f"{run}: {name} differs"
 
 
 def count_calls(action) -> int:

@@ -1,10 +1,13 @@
 """What the tests of the loops share: a run folder to start from, short runs on a text and on the bandit."""
 from pathlib import Path
 
+import numpy as np
+
 from r1zero.eval.tasks.countdown import Countdown
 from r1zero.model.checkpoint import save_checkpoint
 from r1zero.model.optimizer import OptimConfig
 from r1zero.model.tokenizer import Tokenizer
+from r1zero.train.batches import DocumentBatches
 from r1zero.train.grpo import GRPOConfig
 from r1zero.train.grpo import grpo_config as complete_config
 from r1zero.train.pretrain import PretrainConfig
@@ -45,3 +48,10 @@ def grpo_config(run, base, algo="r1_zero", **changes) -> GRPOConfig:
     common = dict(task=Bandit(), prompts_per_step=4, group_size=4, max_new_tokens=3, steps=5, save_every=2,
                   optim=optim, micro_tokens=40, device="cpu")
     return complete_config(algo, run=str(run), base=str(base), **{**common, **changes})
+
+
+def few_documents(n_prompt: int = 0) -> DocumentBatches:
+    """Five documents of random bytes as one batch; n_prompt: tokens of each that are prompt."""
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(0, 256, n) for n in (9, 4, 17, 6, 12)]
+    return DocumentBatches(texts, 200, 64, 0, [n_prompt] * 5 if n_prompt else None)

@@ -9,76 +9,50 @@ from r1zero.eval.tasks.base import Grade
 from r1zero.model.checkpoint import (
     CheckpointError,
     checkpoint_steps,
-    load_checkpoint,
     load_model,
     save_checkpoint,
 )
 from r1zero.model.engine.sampling import NonFiniteError
 from r1zero.model.optimizer import OptimConfig
-from r1zero.model.tokenizer import Tokenizer
 from r1zero.rl.losses import LossConfig, policy_loss
 from r1zero.rl.rewards import RewardConfig
-from r1zero.train import pretrain as pretrain_module
 from r1zero.train.grpo import GRPOConfig, grpo, timed_step
+from r1zero.train.machine import pick_device
 from r1zero.train.pretrain import PretrainConfig, pretrain
-from r1zero.train.recipes import demo as demo_module
 from r1zero.train.recipes.demo import DemoConfig
 from r1zero.train.recipes.demo_corpus import CorpusConfig
-from r1zero.train.run import Run, RunConfig, pick_device, read_metrics
+from r1zero.train.run import Run, RunConfig, read_metrics
 from r1zero.train.sft import SFTConfig, sft
 
 from ..rl.cases import Bandit
 from .loop_cases import QUICK, grpo_config, pretrain_config, save_base, text_file
-from .test_resume import outcome
+from .run_cases import fails, finite, outcome, pretrain_on_text
 
 NAN = float("nan")
 
 
-def fails(kind: type, match: str):
-    """The next lines raise `kind`, in one line, with a message like `match`."""
-    return pytest.raises(kind, match=rf"\A(?=.*{match})[^\n]+\Z")
-
-
-def finite(folder) -> bool:
-    groups = load_checkpoint(folder).tensors.values()
-    return all(torch.isfinite(tensor).all() for group in groups for tensor in group.values())
-
-
 # ---- NaN ----
 
-def test_a_poisoned_weight_stops_pretraining_and_is_named(tmp_path, monkeypatch):
-    step_of = pretrain_module.train_step
-    steps = iter(range(100))
+def test_a_poisoned_weight_stops_pretraining_and_is_named(tmp_path):
+    def poison(step, model):
+        if step == 5:
+            model.blocks[1].mlp.down.data[3, 4] = NAN
 
-    def poisoned(model, *rest):
-        if next(steps) == 5:
-            model.blocks[1].mlp.down.weight.data[3, 4] = NAN
-        return step_of(model, *rest)
-
-    monkeypatch.setattr(pretrain_module, "train_step", poisoned)
     c = pretrain_config(tmp_path / "run", text_file(tmp_path))
     with fails(FloatingPointError, "loss is nan at step 6 .*weight blocks.1.mlp.down.*checkpoint of step 3"):
-        pretrain(c)
+        pretrain_on_text(c, spoil=poison)
     assert checkpoint_steps(c.run) == [3] and finite(c.run)
     assert [row["step"] for row in read_metrics(c.run)] == [1, 2, 3, 4, 5]
 
 
-def test_a_gradient_that_is_not_finite_stops_pretraining_before_it_is_used(tmp_path, monkeypatch):
+def test_a_gradient_that_is_not_finite_stops_pretraining_before_it_is_used(tmp_path):
+    def overflow(step, model):
+        if step == 1:
+            model.norm.register_hook(lambda grad: grad * float("inf"))
+
     c = pretrain_config(tmp_path / "run", text_file(tmp_path), save_every=1)
-    step_of = pretrain_module.train_step
-
-    def overflowing(model, optimizer, batch, lr, optim, micro_tokens):
-        if float(lr) == 1e-2:  # the warm-up's second step and all later ones
-            handle = model.norm.register_hook(lambda grad: grad * float("inf"))
-        try:
-            return step_of(model, optimizer, batch, lr, optim, micro_tokens)
-        finally:
-            if float(lr) == 1e-2:
-                handle.remove()
-
-    monkeypatch.setattr(pretrain_module, "train_step", overflowing)
     with fails(FloatingPointError, r"gradient_norm is (nan|inf) at step 2 .*gradient of norm\b.*step 1 is"):
-        pretrain(c)
+        pretrain_on_text(c, spoil=overflow)
     assert checkpoint_steps(c.run) == [1] and finite(c.run)
 
 
@@ -126,45 +100,25 @@ def test_a_nan_reward_is_named(tmp_path):
 
 # ---- the disk ----
 
-def test_a_full_disk_while_saving_loses_nothing(tmp_path, monkeypatch):
-    save = Run.save
+def test_a_full_disk_while_saving_loses_nothing(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def on_a_full_disk(run, step, *rest):
-        if step + 1 > 3:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-        try:
-            save(run, step, *rest)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    class OnAFullDisk(Run):
+        def save(self, step, *rest):
+            if step + 1 > 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+            try:
+                super().save(step, *rest)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     data = text_file(tmp_path)
     pretrain(pretrain_config(tmp_path / "whole", data))
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "save", on_a_full_disk)
-        with fails(CheckpointError, "cannot save the checkpoint of step 6 .*checkpoint of step 3 is intact"):
-            pretrain(pretrain_config(tmp_path / "run", data))
+    with fails(CheckpointError, "cannot save the checkpoint of step 6 .*checkpoint of step 3 is intact"):
+        pretrain_on_text(pretrain_config(tmp_path / "run", data), OnAFullDisk)
     assert checkpoint_steps(tmp_path / "run") == [3]
     pretrain(pretrain_config(tmp_path / "run", data, resume=True))  # there is room again
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
-
-
-def test_a_run_folder_that_cannot_be(tmp_path):
-    file = tmp_path / "file"
-    file.write_text("mine")
-    for folder in [file, file / "below"]:
-        with fails(ValueError, "cannot use the run folder .*give another one"):
-            Run(RunConfig(run=str(folder)), "test")
-    assert file.read_text() == "mine"
-
-
-def test_a_foreign_checkpoint_is_refused_and_left_alone(tmp_path):
-    folder = tmp_path / "checkpoints/step_00000005"
-    folder.mkdir(parents=True)
-    (folder / "state.json").write_text('{"format": "other"}')
-    with fails(CheckpointError, "state.json was not written by r1zero.*another folder"):
-        Run(RunConfig(run=str(tmp_path), resume=True), "test")
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"] and (folder / "state.json").exists()
 
 
 def test_a_base_that_is_none(tmp_path):
@@ -177,15 +131,6 @@ def test_a_base_that_is_none(tmp_path):
     save_checkpoint(tmp_path / "other", 1, {"weights": {"w": torch.zeros(2)}}, {})
     with fails(ValueError, "holds no model; give a folder that pretrain, sft, grpo or demo wrote"):
         load_model(str(tmp_path / "other"), torch.device("cpu"))
-
-
-def test_a_checkpoint_of_another_model_is_not_loaded_into_this_one(tmp_path):
-    c = pretrain_config(tmp_path / "run", text_file(tmp_path), steps=2)
-    model = pretrain(c)
-    run = Run(pretrain_config(c.run, c.data[0], steps=2, resume=True), "pretrain")
-    model.config = type(model.config)(**{**model.config.to_dict(), "rope_theta": 500.0})
-    with fails(CheckpointError, "rope_theta is 10000.0 there and 500.0 here"):
-        run.restore(model, Tokenizer.bytes(), None)
 
 
 # ---- data ----
@@ -278,15 +223,3 @@ def test_a_prompt_that_leaves_no_room_is_told_before_anything_is_sampled(tmp_pat
     c = grpo_config(tmp_path / "run", save_base(tmp_path / "base"), max_new_tokens=255)
     with fails(ValueError, "max_seq_len 256; ask for fewer new tokens"):
         grpo(c)
-
-
-def test_a_part_of_the_demo_counts_as_done_when_its_last_step_is_saved_not_logged(tmp_path):
-    """Killed between the two, it has the last line in its log and an older checkpoint."""
-    c = pretrain_config(tmp_path / "run", text_file(tmp_path), steps=4, save_every=100)
-    with Run(c, "pretrain") as run:
-        for step in run.steps():
-            run.log(step, {"loss": 1.0})
-    assert read_metrics(c.run)[-1]["step"] == 4 and not demo_module.part_done(tmp_path / "run", 4)
-    pretrain(pretrain_config(c.run, c.data[0], steps=4, resume=True))
-    assert demo_module.part_done(tmp_path / "run", 4) and not demo_module.part_done(tmp_path / "none", 4)
-    assert load_checkpoint(c.run).state["tokenizer"] == Tokenizer.bytes().to_dict()

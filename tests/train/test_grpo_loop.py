@@ -16,10 +16,8 @@ from r1zero.train.grpo import grpo, held_out_accuracy, make_learner, timed_step
 from r1zero.train.run import read_metrics
 
 from ..rl.cases import Bandit, tiny
-from .kill_runs import assert_same, outcome
 from .loop_cases import grpo_config, save_base
-from .test_faults import fails, finite
-from .test_resume import broken_at
+from .run_cases import assert_same, broken_at, fails, finite, outcome
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +280,7 @@ def test_everything_at_once_resumes_to_the_same_bits(base, tmp_path, monkeypatch
     assert {name.rpartition("/")[2] for name in files} >= {
         "model.safetensors", "optimizer.safetensors", "reference.safetensors", "critic.safetensors",
         "critic_optimizer.safetensors", "best.json"}
-    assert load_checkpoint(tmp_path / "run").state["figures"]["position"] > 20  # more than 5 steps of 4
+    assert load_checkpoint(tmp_path / "run").state["counters"]["position"] > 20  # more than 5 steps of 4
 
 
 @pytest.mark.parametrize("spoil, match", [

@@ -23,7 +23,7 @@ from ...eval.harness import Sampled
 from ...eval.response import grade_response, parse_response
 from ...eval.sampler import ModelSampler
 from ...eval.tasks.countdown import Countdown, CountdownProblem
-from ..run import pick_device, reuse_memory
+from ..machine import pick_device, reuse_memory
 from .eval import load_run
 from .main import printable
 

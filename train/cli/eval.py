@@ -26,7 +26,7 @@ from ...eval.tasks.base import Task
 from ...model.checkpoint import Checkpoint, atomic_write_json, load_model
 from ...model.tokenizer import Tokenizer
 from ...model.transformer import Transformer
-from ..run import pick_device, reuse_memory
+from ..machine import pick_device, reuse_memory
 from ..task_flags import TaskFlags
 
 DEFAULT_PROBLEMS = 512  # of a task that makes its own; the interval is about ± 4 points then

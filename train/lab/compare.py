@@ -16,7 +16,8 @@ import tyro
 
 from ...model.engine.sampling import NonFiniteError
 from ..grpo import GRPOConfig, grpo
-from ..report.plots import CONTROL, CURVES, RL, Line, Panel, draw
+from ..report.demo_plots import CURVES
+from ..report.plots import CONTROL, RL, Line, Panel, plot
 from ..run import read_metrics
 from .mistakes import MISTAKES
 
@@ -114,7 +115,7 @@ def picture(c: CompareConfig, rows: dict[bool, list[dict]]) -> Path:
         panels.append(
             Panel(title, unit, lines, percent=is_share, log_scale=name == "gradient_norm")
         )
-    return draw(panels, Path(c.run) / "compare.png", 5 * len(panels), 4.4, one_line(c))
+    return plot(panels, Path(c.run) / "compare.png", 5 * len(panels), 4.4, one_line(c))
 
 
 def one_line(c: CompareConfig) -> str:

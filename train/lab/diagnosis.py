@@ -1,321 +1,313 @@
-"""What the figures of a GRPO run mean, in plain words: one rule a function, each from the log to advice.
+"""What the metrics of a GRPO run mean, in plain words: one rule per function, from log to advice.
 
-    r1zero diagnose --run runs/rl        of a run that is over, or still going
+    r1zero diagnose --run runs/rl        for a run that is over, or still going
 
-A loop prints a rule's advice when it first holds. The thresholds are rules of thumb, set so that a healthy
-run hears of its loss and of nothing else; each advice says the figure that it goes by, so that a reader can
-judge. What chance explains is left alone: a change of accuracy counts from two standard errors on.
+A loop prints the advice of a rule when it first holds. The thresholds are rules of thumb, set so
+that a healthy run is told about its loss and nothing else. Each advice names the metric that it
+goes by, so that a reader can judge. What chance explains is left alone: a change of accuracy counts
+from two standard errors on. A rule whose flags were not logged does not apply.
 
-Left out: rules about speed and memory (the log has both), and about what only answers show: look at some with
-`r1zero chat`.
+Left out: rules about speed and memory (the log has both), and about what only the answers show:
+look at some with `r1zero chat`.
 """
 
 import math
 from collections.abc import Callable, Collection
-from typing import Any
 
-WINDOW = 10  # steps that a rule looks at
+from .history import WINDOW, History, number
 
-
-def number(value: Any) -> float:
-    """A figure of the log; NaN, which no threshold is crossed by, if it is missing or none."""
-    try:
-        found = float(value) if isinstance(value, int | float) else math.nan
-    except OverflowError:  # an integer of hundreds of digits
-        return math.nan
-    return found if abs(found) < 1e30 else math.nan  # so that sums and squares stay finite
+# ---- what several rules ask ----
 
 
-class Look:
-    """The first and the last steps of a run, and a few windows between."""
-
-    def __init__(self, rows: list[dict], c):
-        self.rows, self.c = rows, c
-        self.recent, self.first = rows[-WINDOW:], rows[:WINDOW]
-        self.enough = len(rows) >= WINDOW
-
-    def of(self, name: str, rows: list[dict] | None = None) -> list[float]:
-        """The figure in each of the last steps, where it is one."""
-        found = [number(row.get(name)) for row in (self.recent if rows is None else rows)]
-        return [value for value in found if math.isfinite(value)]
-
-    def mean(self, name: str, rows: list[dict] | None = None) -> float:
-        """NaN where no step has the figure: no rule holds by what is not there."""
-        found = self.of(name, rows)
-        return sum(found) / len(found) if found else math.nan
-
-    def then(self, name: str) -> float:
-        return self.mean(name, self.first)
-
-    def best(self, name: str) -> float:
-        """Mean of the best of up to 20 windows, spread over the run."""
-        every = max(WINDOW, len(self.rows) // 20)
-        starts = range(0, max(1, len(self.rows) - WINDOW + 1), every)
-        return max(
-            (self.mean(name, self.rows[start : start + WINDOW]) for start in starts),
-            key=lambda mean: -math.inf if math.isnan(mean) else mean,
-        )
-
-    def noise(self, name: str) -> float:
-        """Two standard errors of the difference between two windows, as far as the steps of the first and
-        the last tell."""
-        total = 0.0
-        for rows in (self.first, self.recent):
-            found, mean = self.of(name, rows), self.mean(name, rows)
-            total += (
-                sum((value - mean) ** 2 for value in found)
-                / max(1, len(found) - 1)
-                / max(1, len(found))
-            )
-        return 2 * math.sqrt(total)
+def is_real_run(history: History) -> bool:
+    """Not the control, whose accuracy has no reason to rise."""
+    return history.option("control") == 0
 
 
-def sampler_is_off(look: Look) -> str | None:
-    if (
-        look.enough
-        and look.c.loss.max_importance == 0
-        and (gap := look.mean("logp_gap_mean")) > 0.02
-    ):
+def compares_within_groups(history: History) -> bool:
+    """Whether answers are compared with their group alone; else equal rewards teach too."""
+    return history.choice("advantage", "baseline") in ("group", "leave_one_out")
+
+
+def stronger_kl(history: History) -> str:
+    """The flag for twice the KL, or for a little if there was none."""
+    kl_coef = history.option("loss", "kl_coef")
+    return f"--loss.kl-coef {2 * kl_coef if kl_coef > 0 else 0.001:g}"
+
+
+# ---- the rules ----
+
+
+def sampler_is_off(history: History) -> str | None:
+    """The sampler's log-probs are not the trainer's, and nothing corrects for it."""
+    gap = history.mean("logp_gap_mean")
+    is_corrected = history.option("loss", "max_importance") != 0
+    if history.is_long and not is_corrected and gap > 0.02:
         return (
-            f"Sampler and trainer differ by {gap:.3f} nats a token: the gradient is that of a policy "
-            "that did not sample. --loss.max-importance 2 corrects for it."
+            f"Sampler and trainer differ by {gap:.3f} nats per token: the gradient is that of a "
+            "policy that did not sample. --loss.max-importance 2 corrects for it."
         )
+    return None
 
 
-def degenerate(look: Look) -> str | None:
+def degenerate(history: History) -> str | None:
     """Answers that are no answers any more: empty, without form, or words at random."""
-    accuracy, best = look.mean("accuracy"), look.best("accuracy")
-    if not (look.enough and accuracy < 0.5 * best):
+    accuracy, best = history.mean("accuracy"), history.best_mean("accuracy")
+    if not (history.is_long and accuracy < 0.5 * best):
         return None
-    formed, were, length, entropy = (
-        look.mean("format"),
-        look.best("format"),
-        look.mean("length"),
-        look.mean("entropy"),
-    )
-    signs = (
-        [f"{formed:.0%} are well formed, it was {were:.0%}"]
-        if were > 0.1 and formed < 0.2 * were
-        else []
-    )
-    if length < 0.1 * look.then("length"):
-        signs.append(f"their length fell from {look.then('length'):.0f} to {length:.1f} tokens")
-    if entropy > 2 * look.then("entropy") and entropy > look.then("entropy") + 0.5:
+    signs = []
+
+    formed, best_formed = history.mean("format"), history.best_mean("format")
+    if best_formed > 0.1 and formed < 0.2 * best_formed:
+        signs.append(f"{formed:.0%} are well formed, it was {best_formed:.0%}")
+
+    length, first_length = history.mean("length"), history.first_mean("length")
+    if length < 0.1 * first_length:
+        signs.append(f"their length fell from {first_length:.0f} to {length:.1f} tokens")
+
+    entropy, first_entropy = history.mean("entropy"), history.first_mean("entropy")
+    if entropy > 2 * first_entropy and entropy > first_entropy + 0.5:
         signs.append(
-            f"the entropy rose from {look.then('entropy'):.2f} to {entropy:.2f} nats a token, "
+            f"the entropy rose from {first_entropy:.2f} to {entropy:.2f} nats per token, "
             "towards words at random"
         )
-    if signs:
-        return (
-            f"The answers have come apart: {'; '.join(signs)}. Accuracy was {best:.0%} and is "
-            f"{accuracy:.0%}. Nothing brings such a run back: begin again, with a lower --optim.lr or "
-            f"{kl_dial(look)}; --eval-every 10 keeps the best checkpoint."
-        )
-
-
-def fell(look: Look) -> str | None:
-    accuracy, best = look.mean("accuracy"), look.best("accuracy")
-    if (
-        look.enough
-        and not look.c.control
-        and best - accuracy > max(0.1, 2 * look.noise("accuracy"))
-        and not degenerate(look)
-    ):
-        return (
-            f"Accuracy was {best:.0%} and is {accuracy:.0%}: the run has passed its best. Lower "
-            f"--optim.lr, or take {kl_dial(look)}; --eval-every 10 keeps the best checkpoint."
-        )
-
-
-def of_a_group(look: Look) -> bool:
-    """Whether an answer is compared with its group alone: with other baselines equal rewards teach, too."""
-    return look.c.advantage.baseline in ("group", "leave_one_out")
-
-
-def kl_dial(look: Look) -> str:
-    return f"--loss.kl-coef {2 * look.c.loss.kl_coef or 0.001:g}"
-
-
-def cut_off(look: Look) -> str | None:
-    if look.enough and (share := look.mean("truncated")) > 0.25 and not degenerate(look):
-        more = (
-            ""
-            if look.c.overlong_buffer
-            else ", or --overlong-buffer 0.2, which makes length costly"
-        )
-        return (
-            f"{share:.0%} of answers are cut off at {look.c.max_new_tokens} tokens; few of these can be "
-            f"right. If they are still at work there, raise --max-new-tokens; if they ramble on (see "
-            f"r1zero chat), they have to learn to stop: r1zero sft on a few examples{more}."
-        )
-
-
-def too_hard(look: Look) -> str | None:
-    if not (look.enough and (share := look.mean("all_wrong")) > 0.8) or degenerate(look):
+    if not signs:
         return None
-    if look.mean("format") < 0.05:
-        return (
-            f"{share:.0%} of groups are all wrong, and {look.mean('format'):.1%} of answers are well "
-            "formed: a base that does not write the tags of an answer is never paid. Show it the form "
-            "first: r1zero sft on some examples."
-        )
     return (
-        f"{share:.0%} of groups are all wrong: the task is too hard for this base. Take an easier one "
-        "(--options), fine-tune the base first (r1zero sft), or draw more: --group-size "
-        f"{2 * look.c.group_size}."
+        f"The answers have come apart: {'; '.join(signs)}. Accuracy was {best:.0%} and is "
+        f"{accuracy:.0%}. Nothing brings such a run back: start again, with a lower --optim.lr or "
+        f"{stronger_kl(history)}; --eval-every 10 keeps the best checkpoint."
     )
 
 
-def too_easy(look: Look) -> str | None:
-    if look.enough and (share := look.mean("all_right")) > 0.8:
+def fell(history: History) -> str | None:
+    """Accuracy is well below its best."""
+    accuracy, best = history.mean("accuracy"), history.best_mean("accuracy")
+    fall = best - accuracy
+    is_clear = fall > max(0.1, 2 * history.noise("accuracy"))
+    if history.is_long and is_real_run(history) and is_clear and not degenerate(history):
         return (
-            f"{share:.0%} of groups are all right: this task is learned, and little is left to learn "
-            "here. Stop, or go on with a harder one (--options)."
+            f"Accuracy was {best:.0%} and is {accuracy:.0%}: the run has passed its best. Lower "
+            f"--optim.lr, or take {stronger_kl(history)}; --eval-every 10 keeps the best "
+            "checkpoint."
         )
+    return None
 
 
-def little_signal(look: Look) -> str | None:
-    wrong, right, dead = (look.mean(name) for name in ("all_wrong", "all_right", "dead_groups"))
-    if look.enough and of_a_group(look) and dead > 0.6 and not max(wrong, right) > 0.8:
-        more = (
-            ""
-            if look.c.dynamic_sampling > 1
-            else "--dynamic-sampling 3 draws others in their place, and "
-        )
-        why = (
-            ""
-            if math.isnan(wrong + right)
-            else f" (all wrong: {wrong:.0%}, all right: {right:.0%})"
-        )
-        return f"{dead:.0%} of groups have no signal{why}: {more}a larger --group-size makes them rarer."
+def cut_off(history: History) -> str | None:
+    """Many answers reach the limit of their length."""
+    share = history.mean("truncated")
+    if not (history.is_long and share > 0.25) or degenerate(history):
+        return None
+    limit = history.option("max_new_tokens")
+    at_limit = "" if math.isnan(limit) else f" at {limit:g} tokens"
+    or_punish = ""
+    if history.option("overlong_buffer") == 0:
+        or_punish = ", or --overlong-buffer 0.2, which makes length costly"
+    return (
+        f"{share:.0%} of answers are cut off{at_limit}; few of these can be right. If they are "
+        "still at work there, raise --max-new-tokens. If they ramble on (see r1zero chat), they "
+        f"have to learn to stop: r1zero sft on a few examples{or_punish}."
+    )
 
 
-def nothing_changes(look: Look) -> str | None:
-    if look.enough and look.mean("gradient_norm") == 0:
+def too_hard(history: History) -> str | None:
+    """Nearly all groups are all wrong."""
+    share = history.mean("all_wrong")
+    if not (history.is_long and share > 0.8) or degenerate(history):
+        return None
+    formed = history.mean("format")
+    if formed < 0.05:
         return (
-            f"The gradient has been exactly 0 for {WINDOW} steps: no group has a signal, so nothing is "
-            "updated. Look at some answers with r1zero chat, and at what they are paid with r1zero "
-            "grade."
+            f"{share:.0%} of groups are all wrong, and {formed:.1%} of answers are well formed: a "
+            "base that does not write the tags of an answer never earns a reward. Show it the form "
+            "first: r1zero sft on some examples."
         )
+    group_size = history.option("group_size")
+    larger = "" if math.isnan(group_size) else f" {2 * group_size:g}"
+    return (
+        f"{share:.0%} of groups are all wrong: the task is too hard for this base. Take an easier "
+        "one (--options), fine-tune the base first (r1zero sft), or sample more: "
+        f"--group-size{larger}."
+    )
 
 
-def entropy_is_gone(look: Look) -> str | None:
-    now, then = (
-        look.mean("entropy", [row for row in rows if number(row.get("trained_samples")) != 0])
-        for rows in (look.recent, look.first)
-    )  # of no token there is none, and the log has 0
-    if look.enough and now < 0.1 * then and look.mean("accuracy") < 0.9:
-        several = look.c.updates_per_step > 1  # with one, no ratio ever meets a bound
+def too_easy(history: History) -> str | None:
+    """Nearly all groups are all right."""
+    share = history.mean("all_right")
+    if history.is_long and share > 0.8:
         return (
-            f"The entropy fell from {then:.2f} to {now:.3f} nats a token, with "
-            f"{look.mean('accuracy'):.0%} of answers right: the samples of a group are nearly alike, and "
-            "learning ends. Lower --optim.lr, or try "
-            f"{'--loss.clip-high 0.28 or ' if several else ''}--loss.entropy-coef 0.001."
+            f"{share:.0%} of groups are all right: this task is learned, and little is left to "
+            "learn here. Stop, or go on with a harder one (--options)."
         )
+    return None
 
 
-def too_much_clipped(look: Look) -> str | None:
-    share = look.mean("clipped_low") + look.mean("clipped_high")
-    if (
-        look.enough and share > 0.3 and look.c.loss.objective != "gspo"
-    ):  # whose bounds clip most by design
+def little_signal(history: History) -> str | None:
+    """Most groups have equal rewards, some all right and some all wrong."""
+    wrong, right = history.mean("all_wrong"), history.mean("all_right")
+    dead = history.mean("dead_groups")
+    is_one_sided = wrong > 0.8 or right > 0.8  # too_hard and too_easy have that
+    if not (history.is_long and compares_within_groups(history) and dead > 0.6) or is_one_sided:
+        return None
+    why = ""
+    if math.isfinite(wrong + right):
+        why = f" (all wrong: {wrong:.0%}, all right: {right:.0%})"
+    replace = ""
+    if history.option("dynamic_sampling") <= 1:
+        replace = "--dynamic-sampling 3 samples others instead, and "
+    return (
+        f"{dead:.0%} of groups have no signal{why}: {replace}a larger --group-size makes them "
+        "rarer."
+    )
+
+
+def nothing_changes(history: History) -> str | None:
+    """No update has moved the weights."""
+    if history.is_long and history.mean("gradient_norm") == 0:
         return (
-            f"{share:.0%} of tokens are clipped: the policy leaves its trust region within a step. Lower "
-            "--updates-per-step or --optim.lr."
+            f"The gradient has been exactly 0 for {WINDOW} steps: no group has a signal, so "
+            "nothing is updated. Look at some answers with r1zero chat, and at what they earn with "
+            "r1zero grade."
         )
+    return None
 
 
-def wild_ratios(look: Look) -> str | None:
-    found = sorted(look.of("ratio_max"))
-    if look.enough and len(found) >= 3 and found[-3] > 20:  # a single one is chance
+def wild_ratios(history: History) -> str | None:
+    """Updates change single tokens far beyond the clip."""
+    ratios = sorted(history.values("ratio_max"))
+    if history.is_long and len(ratios) >= 3 and ratios[-3] > 20:  # a single one is chance
         return (
-            f"In three of the last {WINDOW} steps some token became {found[-3]:.0f} times as likely as "
-            "it was sampled, or more: the clip does not hold the policy. Lower --optim.lr or "
-            "--updates-per-step."
+            f"In three of the last {WINDOW} steps some token became {ratios[-3]:.0f} times as "
+            "likely as it was sampled, or more: the clip does not hold the policy. Lower "
+            "--optim.lr or --updates-per-step."
         )
+    return None
 
 
-def far_from_reference(look: Look) -> str | None:
-    if (
-        look.enough
-        and (kl := look.mean("kl_to_reference")) > 0.5
-        and look.mean("accuracy") < look.then("accuracy") + 0.05
-    ):
+def too_much_clipped(history: History) -> str | None:
+    """The policy leaves its trust region within a step."""
+    share = history.mean("clipped_low") + history.mean("clipped_high")
+    # The bounds of GSPO clip most tokens by design.
+    is_meant = history.choice("loss", "objective") in ("", "gspo")
+    if history.is_long and share > 0.3 and not is_meant:
         return (
-            f"The KL to the reference is {kl:.2f} nats a token: the model has gone far from its base, "
-            f"and accuracy has gained nothing by it. Lower --optim.lr, or take {kl_dial(look)}."
+            f"{share:.0%} of tokens are clipped: the policy leaves its trust region within a step. "
+            "Lower --updates-per-step or --optim.lr."
         )
+    return None
 
 
-def gradient_is_cut(look: Look) -> str | None:
-    norm, cut = look.mean("gradient_norm"), look.c.optim.clip_grad
-    if look.enough and norm > 5 * cut:
+def entropy_is_gone(history: History) -> str | None:
+    """The samples of a group are nearly alike, long before everything is right."""
+
+    def mean_entropy(rows: list[dict]) -> float:
+        # A step that trained on nothing has no entropy: the log then says 0.
+        return history.mean("entropy", [r for r in rows if number(r.get("trained_samples")) != 0])
+
+    entropy, first_entropy = mean_entropy(history.last), mean_entropy(history.first)
+    accuracy = history.mean("accuracy")
+    if not (history.is_long and entropy < 0.1 * first_entropy and accuracy < 0.9):
+        return None
+    # With a single update per step no ratio ever meets a bound.
+    raise_clip = "--loss.clip-high 0.28 or " if history.option("updates_per_step") > 1 else ""
+    return (
+        f"The entropy fell from {first_entropy:.2f} to {entropy:.3f} nats per token, with "
+        f"{accuracy:.0%} of answers right: the samples of a group are nearly alike, and learning "
+        f"ends. Lower --optim.lr, or try {raise_clip}--loss.entropy-coef 0.001."
+    )
+
+
+def far_from_reference(history: History) -> str | None:
+    """The policy has moved far and gained nothing by it."""
+    kl = history.mean("kl_to_reference")
+    gained_nothing = history.mean("accuracy") < history.first_mean("accuracy") + 0.05
+    if history.is_long and kl > 0.5 and gained_nothing:
         return (
-            f"The gradient's norm is {norm:.1f}, and is cut to {cut:g} (--optim.clip-grad) each step: "
-            "however much or little a batch has to say, it moves the weights as far. If accuracy jumps "
-            "about, take more --prompts-per-step, or a lower --optim.lr."
+            f"The KL to the reference is {kl:.2f} nats per token: the model has gone far from its "
+            "base, and accuracy has gained nothing by it. Lower --optim.lr, or take "
+            f"{stronger_kl(history)}."
         )
+    return None
 
 
-def critic_is_blind(look: Look) -> str | None:
-    if len(look.rows) >= 20 and (explained := look.mean("value_explained")) < 0:
-        more = (
-            ""
-            if look.c.advantage.lam == 1
-            else ", or take --advantage.lam 1, which trusts rewards alone"
-        )
+def gradient_is_cut(history: History) -> str | None:
+    """Clipping sets the size of every update."""
+    norm, bound = history.mean("gradient_norm"), history.option("optim", "clip_grad")
+    if history.is_long and norm > 5 * bound:
         return (
-            f"The critic's error is {1 - explained:.1f} times the variance of the returns, worse than a "
-            f"constant's: it adds noise to the advantages. Raise --critic-optim.lr{more}."
+            f"The gradient's norm is {norm:.1f}, and is cut to {bound:g} (--optim.clip-grad) each "
+            "step: however much or little a batch has to say, it moves the weights as far. If "
+            "accuracy jumps about, take more --prompts-per-step, or a lower --optim.lr."
         )
+    return None
 
 
-def form_without_sense(look: Look) -> str | None:
-    if (
-        look.enough
-        and look.mean("format") > look.then("format") + 0.1
-        and look.mean("accuracy") < look.then("accuracy") - max(0.03, look.noise("accuracy"))
-    ):
+def critic_is_blind(history: History) -> str | None:
+    """The critic predicts returns worse than a constant would."""
+    explained = history.mean("value_explained")
+    if not (len(history.rows) >= 20 and explained < 0):
+        return None
+    trust_rewards = ""
+    if history.option("advantage", "lam") < 1:
+        trust_rewards = ", or take --advantage.lam 1, which trusts rewards alone"
+    return (
+        f"The critic's error is {1 - explained:.1f} times the variance of the returns, worse than "
+        f"a constant's: it adds noise to the advantages. Raise --critic-optim.lr{trust_rewards}."
+    )
+
+
+def form_without_sense(history: History) -> str | None:
+    """Answers become well formed and wrong."""
+    formed, first_formed = history.mean("format"), history.first_mean("format")
+    accuracy, first_accuracy = history.mean("accuracy"), history.first_mean("accuracy")
+    form_rises = formed > first_formed + 0.1
+    accuracy_falls = accuracy < first_accuracy - max(0.03, history.noise("accuracy"))
+    if history.is_long and form_rises and accuracy_falls:
         return (
-            f"Form improves ({look.then('format'):.0%} to {look.mean('format'):.0%}) while accuracy "
-            f"falls ({look.then('accuracy'):.0%} to {look.mean('accuracy'):.0%}): the format reward is "
-            "worth too much; lower --rewards.format-weight."
+            f"Form improves ({first_formed:.0%} to {formed:.0%}) while accuracy falls "
+            f"({first_accuracy:.0%} to {accuracy:.0%}): the format reward is worth too much; lower "
+            "--rewards.format-weight."
         )
+    return None
 
 
-def flat(look: Look) -> str | None:
-    change, noise = look.mean("accuracy") - look.then("accuracy"), look.noise("accuracy")
-    if (
-        len(look.rows) >= 50
-        and not look.c.control
-        and abs(change) < max(0.02, noise)
-        and look.best("accuracy") < 0.9
-    ):
+def flat(history: History) -> str | None:
+    """Accuracy does not move in a long run."""
+    change = history.mean("accuracy") - history.first_mean("accuracy")
+    noise = history.noise("accuracy")
+    is_still = abs(change) < max(0.02, noise) and history.best_mean("accuracy") < 0.9
+    if not (len(history.rows) >= 50 and is_real_run(history) and is_still):
+        return None
+    prompts, group_size = history.option("prompts_per_step"), history.option("group_size")
+    answers = ""
+    if math.isfinite(prompts * group_size):
+        answers = f", with {prompts:g} x {group_size:g} answers per step"
+    return (
+        f"Accuracy moved by {100 * change:+.1f} points in {len(history.rows)} steps; chance alone "
+        f"moves it by ±{100 * noise:.1f}{answers}. If nothing above says why, a higher --optim.lr "
+        "may; --eval-every 10 measures on the same held-out problems each time."
+    )
+
+
+def loss_is_zero(history: History) -> str | None:
+    """Not a fault, but what everybody asks first."""
+    loss = history.mean("loss")
+    has_one_ratio = history.option("updates_per_step") == 1
+    is_surrogate = history.choice("loss", "objective") in ("clip", "gspo")
+    sums_to_zero = has_one_ratio and is_surrogate and compares_within_groups(history)
+    has_trained = history.mean("trained_samples") > 0
+    if sums_to_zero and has_trained and abs(loss) < 0.3:
         return (
-            f"Accuracy moved by {100 * change:+.1f} points in {len(look.rows)} steps; chance alone moves "
-            f"it by ±{100 * noise:.1f}, with {look.c.prompts_per_step} x {look.c.group_size} answers a "
-            "step. If nothing above says why, a higher --optim.lr may; --eval-every 10 measures on the "
-            "same held-out problems each time."
+            f"The loss is about 0 ({loss:+.3f}): normal. With one update per step the ratio of new "
+            "to old probability is 1, and the advantages of a group sum to 0; what is left is "
+            "above 0 where the worse answers are the longer ones. Its gradient is not 0. Watch "
+            "accuracy and reward, not the loss."
         )
+    return None
 
 
-def loss_is_zero(look: Look) -> str | None:
-    if (
-        look.c.updates_per_step == 1
-        and look.c.loss.objective in ("clip", "gspo")
-        and of_a_group(look)
-        and look.mean("trained_samples") > 0
-        and abs(look.mean("loss")) < 0.3
-    ):
-        return (
-            f"The loss is about 0 ({look.mean('loss'):+.3f}): normal. With one update a step the ratio "
-            "of new to old probability is 1, and the advantages of a group sum to 0; what is left is "
-            "above 0 where the worse answers are the longer ones. Its gradient is not 0. Watch accuracy "
-            "and reward, not the loss."
-        )
-
-
-RULES: tuple[Callable[[Look], str | None], ...] = (  # the first to look at come first
+RULES: tuple[Callable[[History], str | None], ...] = (  # what explains the others comes first
     sampler_is_off,
     degenerate,
     fell,
@@ -336,23 +328,41 @@ RULES: tuple[Callable[[Look], str | None], ...] = (  # the first to look at come
 )
 
 
-def advice(rows: list[dict], c, but: Collection[str] = ()) -> dict[str, str]:
-    """{rule: what it says} of those that hold now, the most important first. rows: metrics, one a step; c: a
-    GRPOConfig, or what `run.json` has of it; but: rules to leave out."""
-    look, rules = Look(rows, c), [rule for rule in RULES if rows and rule.__name__ not in but]
-    return {rule.__name__: text for rule in rules if (text := rule(look))}
+# ---- all of them ----
+
+
+def advice(rows: list[dict], config: dict, but: Collection[str] = ()) -> dict[str, str]:
+    """{name of the rule: its advice} for the rules that hold now, the most important first.
+
+    rows: metrics.jsonl, one row per step; config: the flags, as in run.json; but: rules to leave
+    out.
+    """
+    found: dict[str, str] = {}
+    if not rows:
+        return found
+    history = History(rows, config)
+    for rule in RULES:
+        name = rule.__name__
+        text = None if name in but else rule(history)
+        if text:
+            found[name] = text
+    return found
 
 
 class Diagnosis:
-    """The advice of a run that is going, each only once; rows: what it has logged before, and was told."""
+    """The advice for a run that is going, each rule only once."""
 
-    def __init__(self, c, rows: list[dict]):
-        self.c, self.rows, self.said = c, [], set()
+    def __init__(self, config: dict, rows: list[dict]):
+        """config: the flags, as in run.json; rows: what was logged, and diagnosed, before."""
+        self.config = config
+        self.rows: list[dict] = []
+        self.given: set[str] = set()
         for row in rows:
-            self.look(row)
+            self.observe(row)
 
-    def look(self, row: dict) -> list[str]:
+    def observe(self, row: dict) -> list[str]:
+        """Take the metrics of one more step; returns the advice that is new, one line each."""
         self.rows.append(row)
-        new = advice(self.rows, self.c, but=self.said)
-        self.said |= new.keys()
+        new = advice(self.rows, self.config, but=self.given)
+        self.given |= new.keys()
         return [f"[{name}] {text}" for name, text in new.items()]

@@ -1,22 +1,23 @@
 """The demo: R1-Zero on a laptop, from nothing, with its control and a report.
 
-    r1zero demo                      about 12 minutes on 2 slow cores, control included
+    r1zero demo                      one seed, control included
     r1zero demo --seeds 0,1,2        three times over, and a table
 
-1. Write a corpus of worked Countdown attempts that contains reasoning, but not the skill of using it
-   (corpus.py).
-2. Pretrain a base model of about a million parameters on it, from random weights. From random weights alone
-   a 0/1 reward gives no signal: some answers of a group must be right.
+1. Write a corpus of worked Countdown attempts that contains reasoning, but not the skill of using
+   it (demo_corpus.py).
+2. Pretrain a base model of about a million parameters on it, from random weights. From random
+   weights alone a 0/1 reward gives no signal: some answers of a group must be right.
 3. R1-Zero: GRPO straight on the base, with the two rule rewards and nothing else.
 4. The control: the same, with the rewards dealt out at random inside each group.
-5. Measure all three on the same held-out problems, and write the report.
+5. Measure all three models on the same held-out problems, and write the report.
 
-Every part is a run of its own (pretrain.py, grpo.py) in a folder of its own, so Ctrl-C and --resume work
-throughout.
+Every part is a run of its own (pretrain.py, grpo.py) in a folder of its own, so Ctrl-C and --resume
+work throughout. README.md says how long it takes.
 """
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -33,15 +34,21 @@ from ...model.optimizer import OptimConfig
 from ...model.transformer import count_parameters
 from ...rl.advantages import group_advantages
 from ...rl.family import rl_optim
-from ...rl.rewards import Grader, RewardConfig
-from ...rl.rollouts import sample_groups
+from ...rl.rewards import Grader, RewardConfig, Rewards
+from ...rl.rollouts import Rollouts, sample_groups
 from ..grpo import GRPOConfig, grpo
+from ..machine import describe_machine, pick_device, reuse_memory
 from ..pretrain import PretrainConfig, pretrain
 from ..report.behaviour import measure
+from ..report.record import PARTS
 from ..report.report import seeds_table, write_report
-from ..run import machine, pick_device, read_metrics, reuse_memory
+from ..run import RunConfig, at_least, read_metrics
 from ..task_flags import TaskFlags
 from .demo_corpus import CorpusConfig
+
+EVAL_BATCH = 128  # held-out problems that are answered at a time
+GROUP_TRIES = 50  # problems to try until a group is found that is worth showing
+INTERESTING = 0.2, 0.6  # share of right answers in a group that has something to show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,57 +58,52 @@ class DemoConfig:
     run: str = "runs/demo"
     """Folder of the demo."""
     resume: bool = False
-    """Go on with a demo that was stopped."""
+    """Continue a demo that was stopped."""
     seeds: str = "0"
-    """One whole demo each, control included; several with commas, as in 0,1,2."""
+    """Seeds, separated by commas, as in 0,1,2. Each is a whole demo, control included."""
     numbers: int = 3
-    """How many numbers a problem has."""
+    """Number of numbers in a problem."""
     high: int = 20
-    """The largest number."""
+    """Largest number in a problem."""
     ops: str = "+-"
-    """The operations."""
+    """Operations that a problem may need, of + - * and /."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     documents: int = 60_000
-    """Documents in the corpus."""
+    """Number of documents in the corpus."""
     model: str = "demo"
     """Size of the model: a preset or depth=N."""
     pretrain_steps: int = 1400
-    """Optimizer steps of 2,048 tokens."""
+    """Number of pretraining steps, of 2,048 tokens each."""
     rl_steps: int = 80
-    """GRPO steps of 16 problems x 16 answers."""
+    """Number of GRPO steps, of 16 problems x 16 answers each."""
     control_steps: int = 24
-    """GRPO steps of the control; 0 for none."""
+    """Number of GRPO steps of the control; 0 leaves it out."""
     max_new_tokens: int = 144
-    """Longest answer."""
+    """Maximum number of new tokens per answer."""
     rewards: RewardConfig = field(default_factory=RewardConfig)
     rl_lr: float = 4e-4
     """Learning rate of GRPO."""
     eval_problems: int = 512
-    """Held-out problems."""
+    """Number of held-out problems to measure on."""
     eval_samples: int = 4
-    """Answers to each of them, at temperature 1."""
+    """Number of answers per held-out problem, at temperature 1."""
     device: str = "auto"
-    """auto (the GPU if there is one), cpu or cuda."""
+    """Device to compute on: auto (the GPU if there is one), cpu or cuda."""
 
     def __post_init__(self):
-        for name in ("documents", "pretrain_steps", "rl_steps", "eval_problems", "eval_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 1 or more"
-                )
-        if self.control_steps < 0:
-            raise ValueError(
-                f"--control-steps is {self.control_steps}, expected 0 (no control) or more"
-            )
+        at_least(self, 1, "documents", "pretrain_steps", "rl_steps")
+        at_least(self, 1, "eval_problems", "eval_samples")
+        at_least(self, 0, "control_steps")
         seeds = self.seeds.split(",")
         if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
             raise ValueError(
                 f"--seeds is {self.seeds!r}, expected different whole numbers with "
                 "commas, as in 0,1,2"
             )
-        # What only a later part would refuse is told now, not after minutes of pretraining.
-        # beside the longest prompt
-        room = preset(self.model, vocab_size=1).max_seq_len - 2 * self.numbers - 3
+
+        # What only a later part would refuse is refused now, not after minutes of pretraining.
+        longest_prompt = 2 * self.numbers + 3
+        room = preset(self.model, vocab_size=1).max_seq_len - longest_prompt
         if self.max_new_tokens > room:
             raise ValueError(
                 f"--max-new-tokens is {self.max_new_tokens}, but --model {self.model} has "
@@ -114,117 +116,151 @@ class DemoConfig:
         return [int(seed) for seed in self.seeds.split(",")]
 
 
-class Stopped(Exception):
-    """A part was stopped by Ctrl-C before its end."""
+# ---- the parts: a base model, R1-Zero, the control ----
 
 
-def task_of(c: DemoConfig, seed: int) -> TaskFlags:
-    options = f"n_numbers={c.numbers}", f"high={c.high}", f"ops={c.ops}", f"seed={seed}"
+def task_of(config: DemoConfig, seed: int) -> TaskFlags:
+    """The task of all parts; the seed sets the order of its training problems."""
+    options = (
+        f"n_numbers={config.numbers}",
+        f"high={config.high}",
+        f"ops={config.ops}",
+        f"seed={seed}",
+    )
     return TaskFlags(name="countdown", options=options)
 
 
-def part_done(folder: Path, steps: int) -> bool:
-    """Whether a part's run has reached and saved its last step."""
-    saved = checkpoint_steps(
-        folder
-    )  # not the log: it has a step's line a moment before its checkpoint
-    return bool(saved) and saved[-1] >= steps
-
-
-def grpo_config(c: DemoConfig, folder: Path, seed: int, control: bool) -> GRPOConfig:
-    name, steps = ("control", c.control_steps) if control else ("rl", c.rl_steps)
-    return GRPOConfig(
-        run=str(folder / name),
-        resume=True,
-        base=str(folder / "base"),
-        task=task_of(c, seed),
-        seed=seed,
-        steps=steps,
-        save_every=20,
-        max_new_tokens=c.max_new_tokens,
-        micro_tokens=8192,
-        rewards=c.rewards,
-        control=control,
-        optim=rl_optim(c.rl_lr),
-        device=c.device,
-    )
-
-
-def base_config(c: DemoConfig, folder: Path, seed: int) -> PretrainConfig:
+def base_config(config: DemoConfig, folder: Path, seed: int) -> PretrainConfig:
+    """The run that pretrains the base model in `folder`."""
     return PretrainConfig(
         run=str(folder),
         resume=True,
         data=("countdown",),
-        model=c.model,
+        model=config.model,
         seed=seed,
-        steps=c.pretrain_steps,
+        steps=config.pretrain_steps,
         save_every=200,
-        corpus=c.corpus,
-        documents=c.documents,
+        corpus=config.corpus,
+        documents=config.documents,
         optim=OptimConfig(lr=4e-3),
-        device=c.device,
-        task=Countdown(n_numbers=c.numbers, high=c.high, ops=c.ops, seed=seed),
+        device=config.device,
+        task=Countdown(n_numbers=config.numbers, high=config.high, ops=config.ops, seed=seed),
     )
 
 
-def run_part(folder: Path, steps: int, loop, config) -> float:
-    """Run a part to its end, whether it was begun or not; returns the seconds that it took in this
-    process."""
+def grpo_config(config: DemoConfig, folder: Path, seed: int, control: bool) -> GRPOConfig:
+    """The run of R1-Zero, or of its control, beside the base in `folder`."""
+    return GRPOConfig(
+        run=str(folder / ("control" if control else "rl")),
+        resume=True,
+        base=str(folder / "base"),
+        task=task_of(config, seed),
+        seed=seed,
+        steps=config.control_steps if control else config.rl_steps,
+        save_every=20,
+        max_new_tokens=config.max_new_tokens,
+        micro_tokens=8192,
+        rewards=config.rewards,
+        control=control,
+        optim=rl_optim(config.rl_lr),
+        device=config.device,
+    )
+
+
+class Stopped(Exception):
+    """A part was stopped by Ctrl-C before its end."""
+
+
+def part_done(folder: Path, steps: int) -> bool:
+    """Whether a part's run has reached and saved its last step."""
+    # The log does not show it: it has the line of a step a moment before the step is saved.
+    saved = checkpoint_steps(folder)
+    return bool(saved) and saved[-1] >= steps
+
+
+def run_part(loop: Callable, config: RunConfig) -> float:
+    """Run a part to its end, whether it was begun or not; returns the seconds that it took now.
+
+    Raises Stopped if Ctrl-C ended it before.
+    """
     started = time.perf_counter()
-    if not part_done(folder, steps):
+    folder = Path(config.run)
+    if not part_done(folder, config.steps):
         loop(config)
-        if not part_done(folder, steps):
+        if not part_done(folder, config.steps):
             raise Stopped
     return time.perf_counter() - started
 
 
-def measure_model(c: DemoConfig, folder: Path, name: str, seed: int) -> dict:
-    """Held-out accuracy and behaviour of a part's last checkpoint; responses go to eval_<name>.jsonl."""
-    model, tokenizer, _ = load_model(str(folder / name), pick_device(c.device))
-    task = task_of(c, seed).make()
-    size = task.size("test")
-    problems = task.problems(
-        "test", c.eval_problems if size is None else min(size, c.eval_problems)
-    )
-    sampler = ModelSampler(model, tokenizer, c.max_new_tokens, temperature=1.0, seed=seed)
-    out = folder / f"eval_{name}.jsonl"
+# ---- what is measured of each part ----
+
+
+def measure_model(config: DemoConfig, folder: Path, name: str, seed: int) -> dict:
+    """Held-out accuracy and behaviour of a part's last checkpoint, as JSON types.
+
+    The responses go to eval_<name>.jsonl.
+    """
+    model, tokenizer, _ = load_model(str(folder / name), pick_device(config.device))
+    task = task_of(config, seed).make()
+    n_problems = config.eval_problems
+    size = task.size("test")  # None: as many as are asked for
+    if size is not None:
+        n_problems = min(size, n_problems)
+    problems = task.problems("test", n_problems)
+
+    n_samples, out = config.eval_samples, folder / f"eval_{name}.jsonl"
+    sampler = ModelSampler(model, tokenizer, config.max_new_tokens, temperature=1.0, seed=seed)
     result = evaluate(
-        sampler, task, problems, c.eval_samples, ks=(1, c.eval_samples), out=out, batch=128
+        sampler, task, problems, n_samples, ks=(1, n_samples), out=out, batch=EVAL_BATCH
     )
-    responses = [
-        json.loads(line)["response"] for line in out.read_text(encoding="utf-8").splitlines()
-    ]
-    repeated = [p for p in problems for _ in range(c.eval_samples)]
-    return {"eval": result.to_dict(), "behaviour": measure(repeated, responses).to_dict()}
+
+    rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    repeated = [problem for problem in problems for _ in range(n_samples)]
+    behaviour = measure(repeated, [row["response"] for row in rows])
+    return {"eval": result.to_dict(), "behaviour": behaviour.to_dict()}
 
 
-def keep_group(c: DemoConfig, folder: Path, seed: int) -> None:
-    """Sample one group from the base, as a step of GRPO does, and keep it token by token for the report."""
-    model, tokenizer, _ = load_model(str(folder / "base"), pick_device(c.device))
-    task, g = task_of(c, seed).make(), grpo_config(c, folder, seed, control=False)
-    engine, grader = Engine(model, tokenizer), Grader(g)
-    for index, problem in enumerate(task.problems("train", 50)):
+def keep_group(config: DemoConfig, folder: Path, seed: int) -> None:
+    """Sample one group from the base, as a step of GRPO does, and keep it for the report.
+
+    group.json has it token by token, with rewards and advantages.
+    """
+    model, tokenizer, _ = load_model(str(folder / "base"), pick_device(config.device))
+    task, rl = task_of(config, seed).make(), grpo_config(config, folder, seed, control=False)
+    engine, grader = Engine(model, tokenizer), Grader(rl)
+
+    # Take the first problem with something to show: some right answers, and some wrong ones.
+    low, high = INTERESTING
+    for index, problem in enumerate(task.problems("train", GROUP_TRIES)):
+        seeds = sample_seeds(rl.group_size, seed, index)
         rollouts = sample_groups(
             engine,
             [task.prompt(problem)],
-            g.group_size,
-            g.max_new_tokens,
-            g.temperature,
-            sample_seeds(g.group_size, seed, index),
+            rl.group_size,
+            rl.max_new_tokens,
+            rl.temperature,
+            seeds,
             [problem],
         )
         rewards = grader(task, rollouts)
-        if 0.2 <= rewards.accuracy.mean() <= 0.6:  # one that has something to show
+        if low <= rewards.accuracy.mean() <= high:
             break
-    advantages = group_advantages(
-        rewards.total, rollouts.group_offsets, g.advantage.scale == "std"
-    )
+
+    normalise_std = rl.advantage.scale == "std"
+    advantages = group_advantages(rewards.total, rollouts.group_offsets, normalise_std)
+    samples = group_samples(tokenizer, rollouts, rewards, advantages)
+    group = {"step": 0, "problem": task.prompt(problem), "samples": samples}
+    atomic_write_json(folder / "group.json", group)
+
+
+def group_samples(tokenizer, rollouts: Rollouts, rewards: Rewards, advantages) -> list[dict]:
+    """Each sample of one group: its response token by token, and what it earned."""
     samples = []
     for n, sequence in enumerate(rollouts.sequences):
-        tokens = [tokenizer.token_text(int(t)) for t in sequence[rollouts.prompt_lengths[n] :]]
+        response = sequence[rollouts.prompt_lengths[n] :]
         samples.append(
             {
-                "tokens": tokens,
+                "tokens": [tokenizer.token_text(int(token)) for token in response],
                 "accuracy": rewards.accuracy[n],
                 "format": rewards.format[n],
                 "reward": rewards.total[n],
@@ -233,85 +269,121 @@ def keep_group(c: DemoConfig, folder: Path, seed: int) -> None:
                 "finish_reason": rollouts.finish_reasons[n],
             }
         )
-    atomic_write_json(
-        folder / "group.json", {"step": 0, "problem": task.prompt(problem), "samples": samples}
-    )
+    return samples
 
 
-def one_seed(c: DemoConfig, folder: Path, seed: int) -> dict:
+class Results:
+    """results.json of one seed: what was measured, and the seconds that each part took."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "results.json"
+        self.values: dict = {"seconds": {}, "tokens": {}}
+        if self.path.exists():
+            self.values = json.loads(self.path.read_text())
+
+    def write(self) -> None:
+        atomic_write_json(self.path, self.values)
+
+    def add_seconds(self, name: str, seconds: float) -> None:
+        """Add to the time of a part, which may have been stopped and resumed."""
+        total = self.values["seconds"].get(name, 0.0) + seconds
+        self.values["seconds"][name] = total
+        self.write()
+
+    def is_measured(self, name: str, steps: int) -> bool:
+        """Whether a part was measured at this number of steps."""
+        return self.values.get(name, {}).get("steps") == steps
+
+    def in_words(self, name: str) -> str:
+        """The accuracy of a part, in a sentence."""
+        found = self.values[name]["eval"]
+        low, high = found["accuracy_95"]
+        return (
+            f"{name}: {found['accuracy']:.1%} of held-out answers are right (95 % interval "
+            f"{low:.1%} to {high:.1%}), {found['mean_tokens']:.1f} tokens long"
+        )
+
+
+# ---- the whole ----
+
+
+def one_seed(config: DemoConfig, folder: Path, seed: int) -> None:
     """The whole demo for one seed; what was done before a stop is not done again."""
-    path = folder / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {"seconds": {}, "tokens": {}}
+    results = Results(folder)
 
-    def timed(name: str, seconds: float) -> None:
-        results["seconds"][name] = results["seconds"].get(name, 0.0) + seconds
-        atomic_write_json(path, results)
+    def measure_part(name: str, steps: int) -> None:
+        if results.is_measured(name, steps):
+            return
+        started = time.perf_counter()
+        results.values[name] = {"steps": steps, **measure_model(config, folder, name, seed)}
+        results.add_seconds(f"eval_{name}", time.perf_counter() - started)
+        print(results.in_words(name))
 
-    def evaluate_part(name: str, steps: int) -> None:
-        if results.get(name, {}).get("steps") != steps:
-            started = time.perf_counter()
-            results[name] = {"steps": steps, **measure_model(c, folder, name, seed)}
-            timed(f"eval_{name}", time.perf_counter() - started)
-            share, (low, high) = (results[name]["eval"][key] for key in ("accuracy", "accuracy_95"))
-            print(
-                f"{name}: {share:.1%} of held-out answers are right (95 % interval {low:.1%} to "
-                f"{high:.1%}), {results[name]['eval']['mean_tokens']:.1f} tokens long"
-            )
-
-    timed(
-        "pretrain",
-        run_part(
-            folder / "base", c.pretrain_steps, pretrain, base_config(c, folder / "base", seed)
-        ),
-    )
-    evaluate_part("base", c.pretrain_steps)
+    # 1. and 2. The base model, on a corpus that contains reasoning. One of its groups is kept.
+    base = base_config(config, folder / "base", seed)
+    results.add_seconds("pretrain", run_part(pretrain, base))
+    measure_part("base", config.pretrain_steps)
     if not (folder / "group.json").exists():
-        keep_group(c, folder, seed)
-    timed(
-        "rl", run_part(folder / "rl", c.rl_steps, grpo, grpo_config(c, folder, seed, control=False))
-    )
-    evaluate_part("rl", c.rl_steps)
-    if c.control_steps:
-        control = grpo_config(c, folder, seed, control=True)
-        timed("control", run_part(folder / "control", c.control_steps, grpo, control))
-        evaluate_part("control", c.control_steps)
-    for name, part in (("pretrain", "base"), ("rl", "rl"), ("control", "control")):
+        keep_group(config, folder, seed)
+
+    # 3. R1-Zero, straight on the base.
+    rl = grpo_config(config, folder, seed, control=False)
+    results.add_seconds("rl", run_part(grpo, rl))
+    measure_part("rl", config.rl_steps)
+
+    # 4. The control, with rewards that carry no information.
+    if config.control_steps:
+        control = grpo_config(config, folder, seed, control=True)
+        results.add_seconds("control", run_part(grpo, control))
+        measure_part("control", config.control_steps)
+
+    # What it cost, in tokens, and the size of the model.
+    for part in PARTS:
         if (folder / part / "metrics.jsonl").exists():
-            results["tokens"][name] = sum(row["tokens"] for row in read_metrics(folder / part))
+            name = "pretrain" if part == "base" else part
+            tokens = sum(row["tokens"] for row in read_metrics(folder / part))
+            results.values["tokens"][name] = tokens
     model, _, _ = load_model(str(folder / "base"), torch.device("cpu"))
-    results["parameters"] = count_parameters(model.config)
-    atomic_write_json(path, results)
-    return results
+    results.values["parameters"] = count_parameters(model.config)
+    results.write()
 
 
-def demo(c: DemoConfig) -> Path | None:
-    """Run everything that is not done yet; returns the report's path, or None if Ctrl-C stopped it."""
+def demo(config: DemoConfig) -> Path | None:
+    """Run everything that is not done yet; returns the report's path, or None if Ctrl-C stopped it.
+
+    Raises ValueError if the folder already holds a demo and --resume was not given.
+    """
     reuse_memory()
-    folder = Path(c.run)
-    if (folder / "demo.json").exists() and not c.resume:
+    folder = Path(config.run)
+    record_path = folder / "demo.json"
+    if record_path.exists() and not config.resume:
         raise ValueError(
             f"{folder} holds a demo already; add --resume to go on with it, or give another --run"
         )
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     record = {
-        "config": asdict(c),
-        "machine": machine(),
-        "seeds": c.seed_list,
+        "config": asdict(config),
+        "machine": describe_machine(),
+        "seeds": config.seed_list,
         "seconds": {},
         "finished": None,
     }
-    atomic_write_json(folder / "demo.json", record)
+    atomic_write_json(record_path, record)
+
     try:
-        for seed in c.seed_list:
-            one_seed(c, folder / f"seed{seed}", seed)
+        for seed in config.seed_list:
+            one_seed(config, folder / f"seed{seed}", seed)
     except Stopped:
         print(f"the demo was stopped; go on with: r1zero demo --run {folder} --resume")
         return None
-    record["seconds"]["all"] = time.perf_counter() - started
+
+    # 5. The report, on all seeds.
+    seconds = time.perf_counter() - started
+    record["seconds"]["all"] = seconds
     record["finished"] = time.strftime("%Y-%m-%d %H:%M:%S")
-    atomic_write_json(folder / "demo.json", record)
+    atomic_write_json(record_path, record)
     report = write_report(folder)
     print(seeds_table(folder))
-    print(f"report: {report}   ({record['seconds']['all'] / 60:.1f} minutes)")
+    print(f"report: {report}   ({seconds / 60:.1f} minutes)")
     return report

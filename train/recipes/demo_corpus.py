@@ -1,20 +1,25 @@
-"""The demo's pretraining text: worked Countdown attempts with reasoning, but not the skill of using it.
+"""The demo's pretraining text: worked Countdown attempts, not the skill of using their verdicts.
 
-    3 7 9 -> 13<think>9+7=16,16-3=13,13-13=0 ok;9-7=2,3+2=5,5-13=-8 no</think><answer>3+(9-7)</answer>
+    3 7 9 -> 13
+    <think>9+7=16,16-3=13,13-13=0 ok;9-7=2,3+2=5,5-13=-8 no</think><answer>3+(9-7)</answer>
 
-Each attempt is a chain of steps that uses every number once; its last step takes the target off, so the
-verdict (`=0 ok` or `no`) is a subtraction, which a small model can learn, and not a comparison, which it can
-not. Attempts of one document never repeat. Three kinds of author write:
-- most are careless: they stop after a random number of attempts and answer with the last, whatever its
-  verdict (the document above has found the answer and walks past it);
-- a small share is persistent: it goes on until a verdict says ok, and answers with that;
-- independently, a share of documents has broken or missing tags, so that a format reward has something to
-  teach.
-So a base model trained on this text attempts, checks and answers, but stops without looking at its own
+In the text that is one line. Each attempt is a chain of steps that uses each number once. Its last
+step subtracts the target. So the verdict (`=0 ok` or `no`) is a subtraction, which a small model
+can learn, and not a comparison, which it cannot. The attempts of one document never repeat.
+
+- Most authors are careless. They stop after a random number of attempts and answer with the last
+  one, whatever its verdict. The author above has found the answer and walks past it.
+- A small share is persistent. They go on until a verdict says ok, and answer with that attempt.
+- Independently, a share of documents has broken or missing tags, so that a format reward has
+  something to teach.
+
+A base model trained on this text attempts, checks and answers, but stops without looking at its own
 checks. What reinforcement learning must add is the use of the verdict.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -26,23 +31,22 @@ TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """Dials of the pretraining text."""
+    """How the authors of the pretraining text write."""
 
     persistent_share: float = 0.08
-    """Share of documents that go on until a verdict is ok; 0 leaves the habit out of the text altogether."""
+    """Share of documents that go on until a verdict is ok; 0 leaves the habit out of the text."""
     broken_share: float = 0.15
     """Share of documents with a broken or missing tag."""
     max_careless_attempts: int = 4
-    """Careless authors stop after 1 to this many attempts, each equally likely."""
+    """Maximum number of attempts of a careless author, who stops at a random one."""
     max_attempts: int = 12
-    """Nobody writes more attempts than this."""
+    """Maximum number of attempts of any author."""
 
     def __post_init__(self):
         for name in ("persistent_share", "broken_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(
-                    f"corpus: {name} is {getattr(self, name)}, expected a share from 0 to 1"
-                )
+            share = getattr(self, name)
+            if not 0 <= share <= 1:
+                raise ValueError(f"corpus: {name} is {share}, expected a share from 0 to 1")
         if not 1 <= self.max_careless_attempts <= self.max_attempts:
             raise ValueError(
                 f"corpus: max_careless_attempts is {self.max_careless_attempts}, expected 1 to "
@@ -51,56 +55,92 @@ class CorpusConfig:
 
 
 def words(task: Countdown) -> list[str]:
-    """Pieces that are one token each in the demo's tokenizer: tags, verdicts, and numbers with the sign
-    before them."""
+    """The pieces that are one token each in the demo's tokenizer.
+
+    They are tags, verdicts, and numbers with the sign before them. Single characters are bytes
+    already.
+    """
     top = min(99, task.n_numbers * task.high)  # larger numbers are two tokens
     signs = ["", " ", "=", "=-", "-", "+", ",", ";", "("]
     numbers = [sign + str(n) for sign in signs for n in range(top + 1)]
-    return TAGS + [" ->", " ok", " no"] + [n for n in numbers if len(n) > 1]
+    return TAGS + [" ->", " ok", " no"] + [number for number in numbers if len(number) > 1]
 
 
-def all_attempts(numbers, target: int, ops: str) -> list[tuple[str, str, bool]]:
-    """Every attempt at a problem: (its text, the expression to answer with, whether it hits the target).
+# ---- attempts at a problem ----
 
-    A step takes two numbers of the pool and puts the result back; the larger is written first (but 0/7=0),
-    divisions must come out even, and nothing goes below 0.
+
+class Term(NamedTuple):
+    """A number of the pool, and the expression that made it."""
+
+    value: int
+    expression: str
+
+
+def combine(larger: Term, smaller: Term, op: str) -> tuple[Term, Term, int] | None:
+    """(left, right, value) of a step with two terms of the pool, None if the step is not allowed.
+
+    The larger term is written first, but 0 is divided by the other one: nothing can be divided by
+    0. Divisions must come out even.
+    """
+    left, right = larger, smaller
+    if op == "/" and smaller.value == 0:
+        left, right = smaller, larger
+    if op == "+":
+        return left, right, left.value + right.value
+    if op == "-":
+        return left, right, left.value - right.value
+    if op == "*":
+        return left, right, left.value * right.value
+    if right.value == 0 or left.value % right.value:
+        return None
+    return left, right, left.value // right.value
+
+
+def all_attempts(numbers: Sequence[int], target: int, ops: str) -> list[tuple[str, str, bool]]:
+    """Every attempt at a problem: (its text, the expression to answer with, is it right?).
+
+    A step takes two numbers of the pool and puts the result back; nothing goes below 0. Two orders
+    of the same steps are two attempts.
     """
     found = {}
 
-    def step(pool, text):  # pool: (value, expression) pairs
+    def take_steps(pool: list[Term], text: str) -> None:
+        # One number is left: subtract the target, and write the verdict.
         if len(pool) == 1:
             value, expression = pool[0]
             miss = value - target
-            found[f"{text}{value}-{target}={miss} {'no' if miss else 'ok'}"] = (
-                expression,
-                miss == 0,
-            )
+            verdict = "no" if miss else "ok"
+            found[f"{text}{value}-{target}={miss} {verdict}"] = expression, miss == 0
             return
+
+        # Otherwise take each pair and each operation, and go on with what is left.
         for i in range(len(pool)):
             for j in range(i + 1, len(pool)):
-                larger, smaller = sorted((pool[i], pool[j]), key=lambda x: -x[0])
+                larger, smaller = sorted((pool[i], pool[j]), key=lambda term: -term.value)
                 rest = pool[:i] + pool[i + 1 : j] + pool[j + 1 :]
                 for op in ops:
-                    turned = (
-                        op == "/" and smaller[0] == 0
-                    )  # 0 can be divided, nothing can be divided by it
-                    (a, a_text), (b, b_text) = (smaller, larger) if turned else (larger, smaller)
-                    if op == "/" and (b == 0 or a % b):
+                    step = combine(larger, smaller, op)
+                    if step is None:
                         continue
-                    value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b if b else 0}[op]
-                    whole = f"{a_text}{op}{b_text}"
-                    step(
-                        [*rest, (value, f"({whole})" if rest else whole)],
-                        f"{text}{a}{op}{b}={value},",
-                    )
+                    left, right, value = step
+                    expression = f"{left.expression}{op}{right.expression}"
+                    if rest:
+                        expression = f"({expression})"
+                    written = f"{text}{left.value}{op}{right.value}={value},"
+                    take_steps([*rest, Term(value, expression)], written)
 
-    step([(n, str(n)) for n in numbers], "")
+    take_steps([Term(number, str(number)) for number in numbers], "")
     return [(text, expression, ok) for text, (expression, ok) in found.items()]
 
 
+# ---- documents ----
+
+
 def break_format(response: str, rng: np.random.Generator) -> str:
-    """One of the slips that a format reward punishes: a tag left out, turned into another, or something after
-    it."""
+    """One of the slips that a format reward punishes.
+
+    A tag is left out or replaced by another, the answer has no tags, or a tag follows it.
+    """
     slip = rng.integers(4)
     tag = TAGS[rng.integers(4)]
     if slip == 0:
@@ -113,19 +153,27 @@ def break_format(response: str, rng: np.random.Generator) -> str:
 
 
 def document(task: Countdown, index: int, config: CorpusConfig, seed: int) -> tuple[str, str]:
-    """(prompt, response) number `index` of the corpus, a fixed function of (seed, index). Training problems
-    only."""
+    """(prompt, response) number `index` of the corpus, a fixed function of (seed, index).
+
+    The problem is one to train on, never a held-out one.
+    """
     problem = task.problem("train", index)
     rng = np.random.Generator(np.random.Philox(key=[seed, index]))
     attempts = all_attempts(problem.numbers, problem.target, task.ops)
     order = rng.permutation(len(attempts))[: config.max_attempts]
+
+    # How many attempts the author writes: up to the first ok, or a random number.
     if rng.random() < config.persistent_share:
-        hits = [i for i, a in enumerate(order) if attempts[a][2]]
-        n = hits[0] + 1 if hits else len(order)
+        hits = [i for i, attempt in enumerate(order) if attempts[attempt][2]]
+        n_attempts = hits[0] + 1 if hits else len(order)
     else:
-        n = min(int(rng.integers(1, config.max_careless_attempts + 1)), len(order))
-    written = [attempts[a] for a in order[:n]]
-    response = f"<think>{';'.join(a[0] for a in written)}</think><answer>{written[-1][1]}</answer>"
+        n_attempts = int(rng.integers(1, config.max_careless_attempts + 1))
+        n_attempts = min(n_attempts, len(order))
+
+    written = [attempts[attempt] for attempt in order[:n_attempts]]
+    think = ";".join(text for text, _, _ in written)
+    _, answer, _ = written[-1]
+    response = f"<think>{think}</think><answer>{answer}</answer>"
     if rng.random() < config.broken_share:
         response = break_format(response, rng)
     return task.prompt(problem), response
@@ -133,5 +181,5 @@ def document(task: Countdown, index: int, config: CorpusConfig, seed: int) -> tu
 
 def documents(task: Countdown, n: int, config: CorpusConfig, seed: int) -> list[str]:
     """The first n documents as text, with a progress bar."""
-    numbers = tqdm(range(n), desc="corpus", unit="doc", dynamic_ncols=True)
-    return ["".join(document(task, index, config, seed)) for index in numbers]
+    indexes = tqdm(range(n), desc="corpus", unit="doc", dynamic_ncols=True)
+    return ["".join(document(task, index, config, seed)) for index in indexes]

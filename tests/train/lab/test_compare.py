@@ -16,8 +16,8 @@ from r1zero.train.lab.compare import PANELS, CompareConfig, compare, grpo_config
 from r1zero.train.lab.mistakes import MISTAKES
 from r1zero.train.run import read_metrics
 
-from ..rl.cases import Bandit
-from .loop_cases import TIMES, save_base
+from ...rl.cases import Bandit
+from ..loop_cases import TIMES, save_base
 
 
 def config(tmp_path, **changes) -> CompareConfig:
@@ -79,7 +79,7 @@ def test_the_summary_is_the_mean_of_the_last_quarter(tmp_path):
 
 def test_lines_of_the_picture_have_their_labels_units_and_title(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(module, "draw", lambda *rest: drawn.append(rest))
+    monkeypatch.setattr(module, "plot", lambda *rest: drawn.append(rest))
     c = config(tmp_path, mistake="sum_of_groups")
     rows = {broken: [{"step": n, **dict.fromkeys(PANELS, n + 10 * broken)} for n in (1, 2)]
             for broken in (False, True)}

@@ -4,21 +4,21 @@ import math
 import re
 import shlex
 import shutil
-from html.parser import HTMLParser
+from functools import partial
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from r1zero.train.cli.main import COMMANDS, parse_flags
 from r1zero.train.grpo import GRPOConfig
 from r1zero.train.recipes.demo import DemoConfig
-from r1zero.train.report import page, plots
+from r1zero.train.report import plots
+from r1zero.train.report.demo_plots import line_of
 from r1zero.train.report.record import read_demo
-from r1zero.train.report.report import seeds_table, what_got_worse, write_report
+from r1zero.train.report.report import seeds_table, write_report
+from r1zero.train.report.results import what_got_worse
 
-from .report_cases import CONFIG, lines, make_demo
+from .report_cases import CONFIG, Tags, lines, make_demo
 
 PARTS = ["What was done", "The training", "What changed in the thinking", "One group, token by token",
          "The same problems before and after", "What memorising can not explain", "Why the loss says nothing",
@@ -27,54 +27,30 @@ PICTURES = ["curves", "accuracy", "length", "format", "dead_groups", "entropy", 
             "pretraining", "behaviour"]
 
 
-class Tags(HTMLParser):
-    """Collects what a browser would see."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags, self.open, self.links, self.text = [], [], [], ""
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.links += [value for name, value in attributes if name in ("src", "href")]
-        assert not any(name.startswith("on") for name, _ in attributes)
-        if tag not in ("img", "meta", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A demo with its report, coarsely drawn."""
+    """A demo with its report, in coarse plots."""
     folder = make_demo(tmp_path_factory.mktemp("whole"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "DPI", 25)
-        write_report(folder)
+    write_report(folder, partial(plots.plot, dpi=25), partial(plots.plot_bars, dpi=25))
     return folder
 
 
 @pytest.fixture
-def demo(whole, tmp_path, monkeypatch):
-    """A copy to take parts away from. Pictures take a second to draw: here they are only collected."""
-    def collect(*arguments):
-        path = next(a for a in arguments if isinstance(a, Path))
-        path.write_bytes(b"\x89PNG")
-        return path
-    monkeypatch.setattr(plots, "draw", collect)
-    monkeypatch.setattr(plots, "draw_bars", collect)
+def demo(whole, tmp_path):
+    """A copy to take parts away from."""
     shutil.copytree(whole, tmp_path / "demo")
     return tmp_path / "demo"
 
 
+def no_plot(*arguments) -> Path:
+    """In place of a plot, which takes a second: an empty file."""
+    path = next(a for a in arguments if isinstance(a, Path))
+    path.write_bytes(b"\x89PNG")
+    return path
+
+
 def report(folder) -> str:
-    path = write_report(folder)
+    path = write_report(folder, no_plot, no_plot)
     assert path == folder / "report.html"
     return path.read_text(encoding="utf-8")
 
@@ -88,7 +64,8 @@ def test_a_whole_report(whole):
     for figure in ("29.4 % → 76.1 %", "58.2 → 82.3", "× 1.41", "[26.4, 32.4]", "[73.1, 79.1]", "+0.7 points",
                    "+46.7", "The two intervals do not overlap", "at step 20", "550 problems",
                    "0 belong to the training side", "0.91 million parameters", "2,000,000", "x86_64",
-                   "after the control", "corpus.persistent_share"):
+                   "after the control", "corpus.persistent_share", "at least one of 4 answers right (pass@4)",
+                   "tokens in an answer", "answers cut off for length"):
         assert figure in seen.text, figure
     assert "not finished" not in seen.text and "no clear gain" not in seen.text
     assert seen.text.count("answer 1: right, reward 1.10, advantage +1.30") == 1
@@ -167,7 +144,7 @@ def test_half_a_line_and_figures_that_are_none_leave_gaps(demo):
     path.write_text("\n".join([*rows[:40], '{"step": 41, "loss": NaN, "accuracy": null}', rows[41][:20]]))
     _, (seed,) = read_demo(demo)
     assert seed.last_step("rl") == 41
-    line = plots.line(seed, "rl", "accuracy", "")
+    line = line_of(seed, "rl", "accuracy", "")
     assert len(line.values) == 41 and math.isnan(line.values[40])
     assert "the loss says nothing" in report(demo)
 
@@ -214,32 +191,3 @@ def test_the_commands_that_it_prints_parse(demo):
     assert (grpo.seed, grpo.max_new_tokens, grpo.optim.lr, grpo.resume) == (3, 128, 2e-4, True)
     assert [parse_flags("demo", DemoConfig, words[2:]).seeds for words in commands[2:]] == ["0,1,2", "0", "0"]
     assert {words[1] for words in commands} <= set(COMMANDS)
-
-
-def test_gaps_are_drawn(tmp_path):
-    gaps = plots.Line("a", plots.RL, [1, 2, 3], [math.nan, 1.0, math.inf])
-    mark = plots.Mark("b", plots.BASE, 0, 0.5, (0.6, 0.4))  # an interval that does not hold its value
-    panels = [plots.Panel("t", "y", [gaps], [mark], percent=True), plots.Panel("t", "y", [])]
-    assert plots.draw(panels, tmp_path / "a.png", 4, 2).exists()
-    assert plots.draw_bars("t", ["x"], [("a", plots.RL, [None])], tmp_path / "b.png", 4, 2).exists()
-
-
-def test_smoothing_keeps_straight_lines_and_skips_gaps():
-    steps = list(range(20))
-    assert plots.smooth(steps, [2.0 * step + 1 for step in steps], 3) == pytest.approx(
-        [2.0 * step + 1 for step in steps])
-    assert plots.smooth([1, 2, 3], [1.0, math.nan, 3.0], 1) == pytest.approx([1, 2, 3])
-    assert plots.smooth([], [], 1) == [] and plots.smooth([1], [5.0], 2) == [5.0]
-    assert all(map(math.isnan, plots.smooth([1, 2], [math.nan] * 2, 1)))
-    jitter = [(-1.0) ** step for step in steps]
-    assert max(map(abs, plots.smooth(steps, jitter, 3)[3:-3])) < 0.2
-
-
-@given(st.text(max_size=60))
-def test_page_pieces_escape_any_text(text):
-    made = page.document(text, [page.section(text, page.table([text], [[text]])), page.cards([(text,) * 3]),
-                                page.tokens([text], text, text, -0.5), page.response(text, True, text, text)])
-    seen = Tags(made.encode("utf-8").decode("utf-8"))
-    assert set(seen.tags) <= {"html", "head", "meta", "title", "style", "body", "section", "h2", "div",
-                              "table", "tr", "th", "td", "b", "span", "p", "br"}
-    assert [seen.tags.count(tag) for tag in ("p", "table", "section", "title")] == [1, 1, 1, 1]

@@ -1,6 +1,5 @@
 """What stands beside the training loops: the model as a sampler, and the commands eval and grade."""
 import json
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -15,10 +14,8 @@ from r1zero.model.engine.sampling import sample_seeds
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.model.transformer import Transformer
 from r1zero.train.cli import eval as eval_command
-from r1zero.train.cli.diagnose import ASSUMED, as_config
 from r1zero.train.cli.eval import choose_problems
 from r1zero.train.cli.main import main
-from r1zero.train.grpo import GRPOConfig
 
 BYTES = Tokenizer.bytes()
 GSM8K = [{"question": "Two hens lay 3 eggs each. How many?", "answer": "2*3 = 6 #### 6"},
@@ -268,10 +265,3 @@ def test_grade_refuses(argv, fragment, capsys, tmp_path, monkeypatch):
 
 
 # ---- diagnose ----
-
-def test_what_diagnose_assumes_of_an_older_run_is_what_grpo_does_by_default():
-    default = asdict(GRPOConfig(run=".", base="."))
-    assert as_config({}, ASSUMED) == as_config(default, ASSUMED)
-    assert as_config({}, ASSUMED) != as_config({**default, "loss": {"objective": "gspo"}}, ASSUMED)
-    for name, value in ASSUMED.items():  # none that has been renamed since
-        assert name in default and (not isinstance(value, dict) or value.keys() <= default[name].keys())

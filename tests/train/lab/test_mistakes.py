@@ -20,7 +20,7 @@ from r1zero.train.lab import compare as compare_module
 from r1zero.train.lab.mistakes import MISTAKES
 from r1zero.train.run import read_metrics
 
-from ..rl.cases import (
+from ...rl.cases import (
     Bandit,
     Capture,
     algorithm,
@@ -30,10 +30,10 @@ from ..rl.cases import (
     rollouts_by_hand,
     tiny,
 )
-from ..rl.family_cases import STILL
-from .loop_cases import grpo_config, save_base
+from ...rl.family_cases import STILL
+from ..loop_cases import grpo_config, save_base
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 OFFSETS = torch.tensor([0, 3, 3, 8], dtype=torch.int32)  # answers of 3, 0 and 5 tokens
 GROUPS = np.array([0, 2, 5, 6])  # of 2, 3 and 1
 REWARDS = np.array([1.2, 0.2, 0.0, 1.0, 1.0, 0.7])

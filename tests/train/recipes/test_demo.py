@@ -3,8 +3,14 @@ import json
 
 import pytest
 
+from r1zero.model.checkpoint import load_checkpoint
+from r1zero.model.tokenizer import Tokenizer
 from r1zero.train.cli.main import main
-from r1zero.train.recipes.demo import DemoConfig
+from r1zero.train.pretrain import pretrain
+from r1zero.train.recipes.demo import DemoConfig, part_done
+from r1zero.train.run import Run, read_metrics
+
+from ..loop_cases import pretrain_config, text_file
 
 SMALL = ["--model", "tiny", "--pretrain-steps", "12", "--documents", "400", "--rl-steps", "2",
          "--control-steps", "1", "--eval-problems", "6", "--eval-samples", "2", "--max-new-tokens", "24",
@@ -63,3 +69,15 @@ def test_a_demo_that_lost_its_later_parts_does_only_those_again(finished):
 def test_flags_out_of_range_are_refused(flags):
     with pytest.raises(ValueError, match=next(iter(flags)).replace("_", "-")):
         DemoConfig(**flags)
+
+
+def test_a_part_of_the_demo_counts_as_done_when_its_last_step_is_saved_not_logged(tmp_path):
+    """Killed between the two, it has the last line in its log and an older checkpoint."""
+    c = pretrain_config(tmp_path / "run", text_file(tmp_path), steps=4, save_every=100)
+    with Run(c, "pretrain") as run:
+        for step in run.steps():
+            run.log(step, {"loss": 1.0})
+    assert read_metrics(c.run)[-1]["step"] == 4 and not part_done(tmp_path / "run", 4)
+    pretrain(pretrain_config(c.run, c.data[0], steps=4, resume=True))
+    assert part_done(tmp_path / "run", 4) and not part_done(tmp_path / "none", 4)
+    assert load_checkpoint(c.run).state["tokenizer"] == Tokenizer.bytes().to_dict()

@@ -1,6 +1,7 @@
 """A made-up demo folder for tests of the report: small, quick, with everything that demo.py would leave."""
 import json
 import math
+from html.parser import HTMLParser
 from pathlib import Path
 
 from r1zero.eval.tasks.countdown import Countdown
@@ -95,3 +96,26 @@ def make_demo(folder: Path, seeds=(0,), steps: int = 80) -> Path:
         (place / "results.json").write_text(json.dumps(results))
         (place / "group.json").write_text(json.dumps(group()))
     return folder
+
+
+class Tags(HTMLParser):
+    """Collects what a browser would see."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.open, self.links, self.text = [], [], [], ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href")]
+        assert not any(name.startswith("on") for name, _ in attributes)
+        if tag not in ("img", "meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data

@@ -1,0 +1,72 @@
+"""What the tests of runs share: what a run left, how it is broken off, and errors of one line."""
+from pathlib import Path
+
+import pytest
+import torch
+
+from r1zero.model.checkpoint import load_checkpoint
+from r1zero.model.config import preset
+from r1zero.model.transformer import Transformer
+from r1zero.train.fit import fit
+from r1zero.train.pretrain import PretrainConfig, text_batches
+from r1zero.train.run import Run, read_metrics
+
+from .loop_cases import TIMES
+
+
+def outcome(run: Path) -> dict:
+    """What a run left and what must not depend on its past: the bytes of its checkpoints, its log."""
+    files = {str(path.relative_to(run)): path.read_bytes()
+             for path in sorted((run / "checkpoints").rglob("*")) if path.is_file()}
+    rows = [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(run)]
+    return {"files": files, "rows": rows}
+
+
+def assert_same(run: Path, expected: dict) -> None:
+    found = outcome(run)
+    assert found["rows"] == expected["rows"], f"{run}: the logs differ"
+    for name, data in expected["files"].items():  # killed before it removed an old one, it has more
+        assert found["files"].get(name) == data, f"{run}: {name} differs"
+
+
+def fails(kind: type, match: str):
+    """The next lines raise `kind`, in one line, with a message like `match`."""
+    return pytest.raises(kind, match=rf"\A(?=.*{match})[^\n]+\Z")
+
+
+def finite(folder) -> bool:
+    """Whether the last checkpoint holds no NaN and no infinity."""
+    groups = load_checkpoint(folder).tensors.values()
+    return all(torch.isfinite(tensor).all() for group in groups for tensor in group.values())
+
+
+def pretrain_on_text(config: PretrainConfig, run_class: type = Run, spoil=lambda step, model: None) -> None:
+    """`pretrain` on a text file, with another kind of Run, or with spoil(step, model) before each step."""
+    tokenizer, batches, _ = text_batches(config)
+    model = Transformer(preset(config.model, tokenizer.vocab_size)).init_weights(config.seed)
+
+    class Spoiled:
+        def batch(self, step: int):
+            spoil(step, model)
+            return batches.batch(step)
+
+    with run_class(config, "pretrain") as run:
+        fit(run, model, tokenizer, Spoiled(), config)
+
+
+class Broken(Exception):
+    """The end of a run that a test breaks off."""
+
+
+def broken_at(monkeypatch, step: int, loop, config) -> None:
+    """Run a loop that ends without warning as soon as `step` is logged, before it is saved."""
+    log = Run.log
+
+    def breaking(run, at, *rest, **options):
+        log(run, at, *rest, **options)
+        if at + 1 == step:
+            raise Broken
+
+    with monkeypatch.context() as patch, pytest.raises(Broken):
+        patch.setattr(Run, "log", breaking)
+        loop(config)
