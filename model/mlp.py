@@ -2,8 +2,7 @@
 
     mlp(x) = W_down (silu(W_gate x) * W_up x)
 
-W_gate and W_up share one matrix, for one larger product. `make_mlp` chooses the module of each
-layer.
+W_gate and W_up share one matrix, for one larger product. `make_mlp` chooses the module of a layer.
 
 Shapes: T tokens, M d_model, F d_ff.
 """

@@ -196,8 +196,7 @@ class Tokenizer:
 
         special_tokens: None is `<|bos|>` and `<|eos|>`, right after the ranks; with others, give
         eos_ids (and bos_id) too. vocab_size: None is the highest id + 1.
-        Raises ValueError if ranks, special tokens or sizes do not fit together, or the pattern is
-        bad.
+        Raises ValueError if these do not fit together, or the pattern is no regular expression.
         """
         ranks = list(ranks)
         _check_ranks(ranks)
