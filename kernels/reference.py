@@ -1,13 +1,13 @@
-"""Every op in plain PyTorch: the oracle of the tests, the text to learn from, and what runs where neither
-Triton nor a compiled loop does.
+"""Every op in plain PyTorch: the oracle of the tests, the text to learn from, and what runs where
+neither Triton nor a compiled loop does.
 
-Maths is done in `promote_types(dtype, float32)`: 16-bit inputs accumulate in fp32, and fp64 stays fp64. The op
-files have the formulas and the sources; rmsnorm, rope, swiglu and decode_attention are those formulas.
-Attention and linear_logprob are a little longer than the formula, for a CPU trains on them: they never hold
-all scores of a long sequence, or all logits.
+Maths is done in `promote_types(dtype, float32)`: 16-bit inputs accumulate in fp32, and fp64 stays
+fp64. The op files have the formulas and the sources; rmsnorm, rope, swiglu and decode_attention are
+those formulas. Attention and linear_logprob are a little longer than the formula, for a CPU trains
+on them: they never hold all scores of a long sequence, or all logits.
 
-Shapes: N sequences, T flat tokens, S padded length, H query heads, G kv heads, R query heads per kv head,
-D head_dim, M d_model, F d_ff, V vocabulary.
+Shapes: N sequences, T flat tokens, S padded length, H query heads, G kv heads, R query heads per kv
+head, D head_dim, M d_model, F d_ff, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable
@@ -45,7 +45,7 @@ def rmsnorm(
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (x[i], x[i + D/2]) by the angle of (token, i). x: [T, H, D]; cos, sin: [T, D/2]."""
+    """Rotate the pairs (x[i], x[i + D/2]) of x [T, H, D] by the angles of cos and sin [T, D/2]."""
     first, second = wide(x).chunk(2, -1)
     cos, sin = cos[:, None], sin[:, None]
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
@@ -81,7 +81,7 @@ class PutRows(torch.autograd.Function):
 
 
 class TakeRows(torch.autograd.Function):
-    """x[rows] for distinct rows: the gradient is a plain copy back, where autograd's own has to add up."""
+    """x[rows] for distinct rows: its gradient is a plain copy, where autograd's adds up."""
 
     @staticmethod
     def forward(ctx, x, rows):
@@ -99,10 +99,11 @@ class TakeRows(torch.autograd.Function):
 
 
 def length_runs(lengths: list[int], ends: Iterable[int] = ()) -> list[tuple[int, int]]:
-    """Cut the sequences into runs (first, end) that waste little when each is padded to its own longest.
+    """Cut the sequences into runs (first, end) that waste little when each is padded to its own
+    longest.
 
-    A run ends where padding would pass a quarter of it, so a batch that is sorted by length pads least; and
-    before the sequences `ends`.
+    A run ends where padding would pass a quarter of it, so a batch that is sorted by length pads
+    least; and before the sequences `ends`.
     """
     ends = set(ends)
     runs = []
@@ -119,7 +120,8 @@ def length_runs(lengths: list[int], ends: Iterable[int] = ()) -> list[tuple[int,
 def causal_mask(
     rows: range, n_keys: int, shift, window: int | None, like: torch.Tensor
 ) -> torch.Tensor:
-    """0 where query i sees key j, -inf elsewhere: 0 <= i + shift - j, and < window where there is one.
+    """0 where query i sees key j, -inf elsewhere: 0 <= i + shift - j, and < window where there is
+    one.
 
     shift: how many more keys than queries a sequence has, a number or a tensor [n, 1, 1, 1].
     """
@@ -143,21 +145,23 @@ def attention_scores(
 
 
 class Attention(torch.autograd.Function):
-    """One block of queries at a time against the keys up to its end: never all S x S scores of a long run.
+    """One block of queries at a time against the keys up to its end: never all S x S scores of a
+    long run.
 
     With P = softmax(s + mask), O = P v, L = log sum exp and upstream gradients dO and dL:
-        dv = P^T dO     ds = P (dO v^T - rowsum(dO O) + dL)     dq = scale ds k     dk = scale ds^T q
-    and ds times 1 - (s / softcap)^2 where there is a softcap. Backward computes P again, unless a run is one
-    block only: then it is small and kept.
+        dv = P^T dO      ds = P (dO v^T - delta), delta = rowsum(dO O) - dL
+        dq = scale ds k  dk = scale ds^T q
+    and ds times 1 - (s / softcap)^2 where there is a softcap. Backward computes P again, unless a
+    run is one block only: then it is small and kept.
 
     q: [n, R, Sq, D], n sequences x kv heads, R query heads for each; k, v: [n, Sk, D]; shift: see
-    causal_mask, max_shift its largest value. Returns O [n, R, Sq, D] and L [n, R, Sq], None unless asked for.
-    A row that sees no key gives 0 and -inf.
+    causal_mask, max_shift its largest value. Returns O [n, R, Sq, D] and L [n, R, Sq], None unless
+    asked for. A row that sees no key gives 0 and -inf.
     """
 
     @staticmethod
     def probs(q, k, rows, scale, shift, max_shift, window, softcap, with_lse):
-        """(P, L, slope of the softcap) of a block of rows; the last two None unless there are any."""
+        """(P, L, slope of the softcap) of a block of rows; the last two None if not needed."""
         n_keys = min(max(rows.stop + max_shift, 1), k.shape[1])
         scores = attention_scores(q[:, :, rows.start : rows.stop], k[:, :n_keys], scale, softcap)
         slope = None if softcap is None else 1 - (scores / softcap).square()
@@ -271,9 +275,11 @@ def attention(
     softcap: float | None = None,
     return_lse: bool = False,
 ):
-    """Causal attention within each sequence, the last query at the last key. q: [Tq, H, D]; k, v: [Tk, G, D].
+    """Causal attention within each sequence, the last query at the last key. q: [Tq, H, D]; k, v:
+    [Tk, G, D].
 
-    Runs of sequences alike in length are padded to their longest. Returns out, and lse [Tq, H] if asked for.
+    Runs of sequences alike in length are padded to their longest. Returns out, and lse [Tq, H] if
+    asked for.
     """
     H, G, D = q.shape[1], k.shape[1], q.shape[2]
     same_keys = cu_seqlens_k is cu_seqlens
@@ -281,15 +287,16 @@ def attention(
     lengths_k = lengths_q if same_keys else cu_seqlens_k.diff().tolist()
     shifts = [n_k - n_q for n_q, n_k in zip(lengths_q, lengths_k, strict=True)]
 
-    # 1. Runs of sequences alike in length. In a batch of shared prefixes, the sequences with keys from
-    #    elsewhere follow those without: a new run begins there.
+    # 1. Runs of sequences alike in length. In a batch of shared prefixes, the sequences with keys
+    # from elsewhere follow those without: a new run begins there.
     longer = [max(pair) for pair in zip(lengths_q, lengths_k, strict=True)]
     ends = [i for i in range(1, len(shifts)) if (shifts[i] > 0) != (shifts[i - 1] > 0)]
     runs = length_runs(longer, ends)
     queries = PaddedRuns(lengths_q, runs, q.device)
     keys = queries if same_keys else PaddedRuns(lengths_k, runs, q.device)
 
-    # 2. Attention of each run. Padding lies behind every token of its sequence: the causal mask hides it.
+    # 2. Attention of each run. Padding lies behind every token of its sequence: the causal mask
+    # hides it.
     outs, lses = [], []
     padded = zip(runs, queries.pad(q, G), keys.pad(k, G), keys.pad(v, G), strict=True)
     for (first, end), q_run, k_run, v_run in padded:
@@ -324,7 +331,7 @@ def decode_attention(
     lengths: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """One new token per row against that row's pages. q: [B, H, D]; pages: [P, G, page, D]; table: [B, W]."""
+    """One new token per row. q: [B, H, D]; pages: [P, G, page, D]; table: [B, W]; lengths: [B]."""
     B, H, D = q.shape
     _, G, page, _ = k_pages.shape
 
@@ -364,8 +371,8 @@ def accumulate(
 ) -> torch.Tensor:
     """Accumulate one more slice of logits l [T, slice] into each row's statistics, in place.
 
-    These are, all [T], the maximum so far, and with x = l - maximum the sum of e^x and of e^x x. Returns
-    e^x [T, slice], in the memory of the logits or not.
+    These are, all [T], the maximum so far, and with x = l - maximum the sum of e^x and of e^x x.
+    Returns e^x [T, slice], in the memory of the logits or not.
     """
     new_peak = torch.maximum(peak, logits.amax(-1))
     moved = peak - new_peak
@@ -384,7 +391,7 @@ def dlogits_of_exps(
     targets: torch.Tensor,
     start: int,
 ) -> torch.Tensor:
-    """dlogp (1[target] - p) of the slice [T, slice] from column `start`, in the memory of exps = total p."""
+    """dlogp (1[target] - p) of a slice [T, slice] from column `start`, in the memory of exps."""
     dlogits = exps.mul_((-dlogp / total)[:, None])
     return add_at_targets(dlogits, dlogp, targets, start)
 
@@ -425,9 +432,9 @@ PLAIN_STEPS = LogprobSteps(accumulate, dlogits_of_exps, dlogits_of_logits)
 class LinearLogprob(torch.autograd.Function):
     """One slice of the vocabulary at a time; kernels/linear_logprob.py has the maths.
 
-    Backward computes each slice of logits again, but not the last, whose exponentials are kept. So at most
-    two slices exist at one time, and a vocabulary of one slice is computed only once. `steps`: the three
-    functions above, or compiled loops that do the same.
+    Backward computes each slice of logits again, but not the last, whose exponentials are kept. So
+    at most two slices exist at one time, and a vocabulary of one slice is computed only once.
+    `steps`: the three functions above, or compiled loops that do the same.
     """
 
     @staticmethod
@@ -503,13 +510,15 @@ def linear_logprob(h, weight, targets, temperature: float, rows=None, softcap: f
 # ---- GRPO and its family; kernels/grpo.py has the maths
 
 
-# a group whose rewards span less than this, or this share of the largest, has no signal: 0.1 * 3 is not 0.3
+# a group whose rewards span less than this, or this share of the largest, has no signal: 0.1 * 3 is
+# not 0.3
 EQUAL_REWARDS = 1e-6
 # log-ratios are cut off here, with gradient 0 beyond, so that exp() of them cannot overflow
 MAX_LOG_RATIO = 20.0
 OBJECTIVES = ("clip", "cispo", "gspo", "reinforce")
 KL_ESTIMATORS = ("k1", "k2", "k3")
-# loss and kl_loss are weighted sums; the others are plain sums over the live tokens, counted by "tokens"
+# loss and kl_loss are weighted sums; the others are plain sums over the live tokens, counted by
+# "tokens"
 POLICY_METRICS = (
     "loss",
     "tokens",
@@ -553,7 +562,7 @@ def grpo_advantages(rewards_N: torch.Tensor, offsets_G: torch.Tensor, normalise_
 
 
 def cut_off(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x within +-MAX_LOG_RATIO, with gradient 0 beyond; which were outside). A NaN keeps its gradient."""
+    """(x within +-MAX_LOG_RATIO, with gradient 0 beyond; which were outside). NaN stays NaN."""
     outside = x.detach().abs() > MAX_LOG_RATIO
     clamped = x.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return torch.where(outside, clamped, x), outside
@@ -581,7 +590,7 @@ def policy_loss(
     objective: str,
     kl_estimator: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, metrics); kernels/grpo.py has the maths and the shapes, all [R] but offsets [N + 1]."""
+    """(loss, metrics); kernels/grpo.py has the maths. All [R], but offsets [N + 1]."""
     # 1. Only live tokens count: the others may hold anything, NaN too, and never reach exp().
     sizes = offsets.diff().long()
     N = len(sizes)

@@ -139,7 +139,7 @@ def test_our_kernels_compile_without_spills_for_the_chips_own_matrix_units(flags
     assert {row["op"] for row in rows} == set(aot.CASES) and all(row["registers"] <= 255 for row in rows)
     for arch in map(int, flags[1].split(",")):
         products = [row for row in rows if row["arch"] == arch and row["dots"]]
-        assert {row["kernel"] for row in products} >= {"attention_fwd_kernel", "dlogits_bwd_kernel"}
+        assert {row["kernel"] for row in products} >= {"attention_fwd_kernel", "logprob_dlogits_bwd_kernel"}
         for row in products:
             if min(tall for tall, _ in row["dots"]) >= 64:
                 assert any(name.startswith(aot.MATRIX_INSTRUCTION[arch]) for name in row["matrix"])
