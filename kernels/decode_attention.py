@@ -3,7 +3,7 @@
 Split over the length: Flash-Decoding, Dao et al. 2023. Pages: vLLM, Kwon et al. 2023, arXiv
 2309.06180.
 
-    s = scale q k^T,  L = log sum exp s,  o = softmax(s) v   over the row's first lengths[b] positions
+    s = scale q k^T,  L = log sum exp s,  o = softmax(s) v    (row b's first lengths[b] positions)
 
 Position j of row b lies in page table[b, j // page], in slot j % page of it. FLOPs: 4 B H L D for a
 length of L. Least bytes in 16 bit: 4 B G L D, keys and values read once: always memory-bound.
@@ -163,11 +163,12 @@ def decode_attention_fwd(
     table: torch.Tensor,
     lengths: torch.Tensor,
     scale: float,
+    split: int = SPLIT,
 ) -> torch.Tensor:
     """Launch both kernels. Their grid depends on the table's width only, as CUDA graphs need."""
     B, H, D = q.shape
     _, G, page, _ = k_pages.shape
-    n_splits = max(1, triton.cdiv(table.shape[1] * page, SPLIT))
+    n_splits = max(1, triton.cdiv(table.shape[1] * page, split))
     out = torch.empty((B, H, D), dtype=q.dtype, device=q.device)
     parts = q.new_empty((B, n_splits, H, D), dtype=torch.float32)
     lse = q.new_empty((B, n_splits, H), dtype=torch.float32)
@@ -194,13 +195,13 @@ def decode_attention_fwd(
         R=per_group,
         PAGE=page,
         D=D,
-        SPLIT=SPLIT,
+        SPLIT=split,
         BLOCK_R=max(16, triton.next_power_of_2(per_group)),
         BLOCK_D=block_d,
         **decode_attention_config(D, q.dtype, per_group),
     )
     decode_attention_combine_fwd_kernel[(B, H)](
-        parts, lse, lengths, out, n_splits, H=H, D=D, SPLIT=SPLIT, BLOCK_D=block_d, num_warps=1
+        parts, lse, lengths, out, n_splits, H=H, D=D, SPLIT=split, BLOCK_D=block_d, num_warps=1
     )
     return out
 
@@ -222,11 +223,11 @@ def decode_attention(
 ) -> torch.Tensor:
     """Row b attends to the first lengths[b] positions of its pages, the new token's own included.
 
-    q: [B, H, D]; k_pages, v_pages: [P, G, page, D] with H a multiple of G, D up to 256. table: [B,
-    W] int32 page numbers; lengths: [B] int32, up to W * page; a row of length 0 gives 0. What lies
-    behind a length is not read. scale: of q k^T, 1 / sqrt(D) by default. Returns [B, H, D] in q's
-    dtype. impl: "triton", "reference", or None to choose by device. Raises ValueError for shapes,
-    dtypes or devices that do not fit together, and for a scale not above 0.
+    q: [B, H, D]; k_pages, v_pages: [P, G, page, D] with H a multiple of G, D up to 256.
+    table: [B, W] int32 page numbers. lengths: [B] int32, up to W * page; a row of length 0 gives 0,
+    and what lies behind a length is not read. scale: of q k^T, 1 / sqrt(D) by default.
+    Returns [B, H, D] in q's dtype. impl: "triton", "reference", or None to choose by device.
+    Raises ValueError for shapes, dtypes or devices that do not fit, and for a scale not above 0.
     """
     check_tensors("decode_attention", q=q, k_pages=k_pages, v_pages=v_pages)
     if (

@@ -65,9 +65,9 @@ def test_the_first_back_end_that_serves_is_taken():
 def test_impl_names_the_back_end_and_one_that_cannot_serve_says_why():
     x, table = torch.zeros(1), backends(loops="it is no number")
     assert [choose("op", table, name, x)(x) for name in ("triton", "reference")] == ["triton", "reference"]
-    with pytest.raises(ValueError, match='op: impl is "cpu", but it is no number; expected impl=None or "ref'):
+    with pytest.raises(ValueError, match='op: impl is "cpu", but it is no number; expected impl=None'):
         choose("op", table, "cpu", x)
-    with pytest.raises(ValueError, match="op: impl is 'gpu'; expected \"triton\", \"cpu\", \"reference\" or None"):
+    with pytest.raises(ValueError, match='"triton", "cpu", "reference" or None'):
         choose("op", table, "gpu", x)
     with pytest.raises(ValueError, match="impl is 'cpu'; expected \"triton\", \"reference\" or None"):
         choose("op", table[::2], "cpu", x)  # an op without loops
@@ -93,7 +93,7 @@ def test_a_cpu_tensor_is_served_without_triton_and_without_a_word():
 
 def test_what_a_cuda_tensor_goes_without_is_said_once():
     warn_once.cache_clear()
-    with pytest.warns(UserWarning, match="^it is too old: the slower plain torch reference runs inst") as said:
+    with pytest.warns(UserWarning, match="^it is too old: the slower plain torch refer") as said:
         for _ in range(3):
             assert choose("op", backends("it is too old"), None, OnCuda())() == "cpu"
     assert len(said) == 1
@@ -119,7 +119,7 @@ def test_triton_serves_floating_dtypes_on_chips_that_are_new_enough():
 def test_the_interpreter_serves_a_cpu_but_not_in_bfloat16():
     for device in ("cpu", "cuda"):
         assert reason(torch.float16, device, interpreting=True) is None
-        assert reason(torch.bfloat16, device, interpreting=True) == "Triton's interpreter is wrong for bfloat16"
+        assert reason(torch.bfloat16, device, interpreting=True).endswith("interpreter is wrong for bfloat16")
         assert "not torch.float64" in reason(torch.float64, device, interpreting=True)
 
 
@@ -245,10 +245,11 @@ def test_the_mlp_is_swiglu_between_two_products_and_casts_the_weights():
 
 def test_the_mlp_names_shapes_and_back_ends_that_do_not_fit():
     x, gate_up, down = mlp_inputs(6)
-    for wrong in ((x, gate_up[1:], down), (x, gate_up, down[1:]), (x[:, 1:], gate_up, down), (x, down, gate_up)):
-        with pytest.raises(ValueError, match=r"swiglu_mlp: x is .*expected \[..., M\], \[2F, M\] and \[M, F\]"):
+    for wrong in ((x, gate_up[1:], down), (x, gate_up, down[1:]), (x[:, 1:], gate_up, down),
+                  (x, down, gate_up)):
+        with pytest.raises(ValueError, match=r"swiglu_mlp: x is .*expected \[..., M\], \[2F, M\] and"):
             swiglu_mlp(*wrong)
-    with pytest.raises(ValueError, match='swiglu_mlp: impl is "cpu", but the compiled MLP takes .*tokens per th'):
+    with pytest.raises(ValueError, match='swiglu_mlp: impl is "cpu", but the compiled MLP takes .* tokens'):
         swiglu_mlp(x, gate_up, down, "cpu")  # six tokens are too few
     with pytest.raises(ValueError, match="swiglu_mlp: impl is 'gpu'"):
         swiglu_mlp(x, gate_up, down, "gpu")

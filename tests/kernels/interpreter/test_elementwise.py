@@ -6,7 +6,7 @@ from r1zero.kernels import rmsnorm as rmsnorm_file
 from r1zero.kernels.dispatch import choose
 from r1zero.kernels.mlp import SWIGLU, swiglu, swiglu_bwd_op, swiglu_config, swiglu_fwd_op
 from r1zero.kernels.rmsnorm import rmsnorm, rmsnorm_bwd_config, rmsnorm_bwd_op, rmsnorm_config, rmsnorm_fwd_op
-from r1zero.kernels.rope import rope, rope_config, rope_table, rope_op
+from r1zero.kernels.rope import rope, rope_config, rope_op, rope_table
 
 from ..naive_ops import assert_close, assert_rounded_once, naive_rmsnorm, naive_swiglu, value_and_gradients
 
