@@ -681,18 +681,19 @@ attention_fwd_op.register_autograd(backward, setup_context=keep_for_backward)
 # ---- the public functions
 
 
-def triton_attention(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap, return_lse):
+def triton_attention(q, k, v, cu_q, max_q, scale, cu_k, max_k, window, softcap, return_lse):
     window = -1 if window is None else window
-    out, lse = attention_fwd_op(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap or 0.0)
+    settings = (max_q, max_k, scale, window, softcap or 0.0)
+    out, lse = attention_fwd_op(q, k, v, cu_q, cu_k, *settings)
     return (out, lse.T) if return_lse else out
 
 
-def loops_attention(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap, return_lse):
+def loops_attention(q, k, v, cu_q, max_q, scale, cu_k, max_k, window, softcap, return_lse):
     return cpu_attention.attention(q, k, v, cu_q, cu_k, scale, return_lse)
 
 
 def loops_refuse(
-    q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap, return_lse
+    q, k, v, cu_q, max_q, scale, cu_k, max_k, window, softcap, return_lse
 ) -> str | None:
     reason = loops.refuses(q, k, v)
     if reason is not None:
@@ -705,7 +706,7 @@ def loops_refuse(
     )
 
 
-def reference_attention(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap, return_lse):
+def reference_attention(q, k, v, cu_q, max_q, scale, cu_k, max_k, window, softcap, return_lse):
     return reference.attention(q, k, v, cu_q, cu_k, scale, window, softcap, return_lse)
 
 
@@ -750,8 +751,8 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if cu_seqlens_k is None:
         cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen
-    lengths = (cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k)
-    args = (q, k, v, *lengths, scale, window, softcap, return_lse)
+    args = (q, k, v, cu_seqlens, max_seqlen, scale)
+    args += (cu_seqlens_k, max_seqlen_k, window, softcap, return_lse)
     return choose("attention", ATTENTION, impl, *args)(*args)
 
 
@@ -772,13 +773,15 @@ def rope_attention_in_steps(
 def gather_keys(
     k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [T, G, D] of the tokens `keys` [K], two of [K, G, D].
+    """Keys [K, G, D] and values [K, G, E] of the tokens `keys` [K], from k [T, G, D], v [T, G, E].
 
     It is an embedding for the sake of its gradient: what several sequences read is added up in a
     fixed order, and on a CPU not token by token, as index_select does.
     """
-    kv = torch.cat([k, v], dim=1)
-    return embedding(keys, kv.flatten(1)).view(-1, *kv.shape[1:]).chunk(2, dim=1)
+    G, D, E = k.shape[1], k.shape[2], v.shape[2]
+    kv = torch.cat([k.flatten(1), v.flatten(1)], dim=1)
+    k, v = embedding(keys, kv).split([G * D, G * E], dim=1)
+    return k.unflatten(1, (G, D)), v.unflatten(1, (G, E))
 
 
 def rope_attention_in_one_loop(
