@@ -14,7 +14,7 @@ types, specialisation and block sizes are a real launch's. Each kernel is then c
 - the number of tokens and the lengths, which change from step to step, do not make a new kernel.
 
 Prints a table and one line of JSON; the exit code is 1 if a check fails. Runs in a process of its own without
-TRITON_INTERPRET, which would put the interpreter in the compiler's place. Triton caches what it has compiled.
+TRITON_INTERPRET, which would run the interpreter instead of the compiler. Triton caches what it compiles.
 """
 import argparse
 import importlib
@@ -50,7 +50,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 # query heads for each key/value head, window, soft cap; the first two in every dtype
 ATTENTION_VARIANTS = ((1, -1, 0.0), (6, 256, 30.0), (1, 256, 0.0), (1, -1, 30.0))
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may ask for
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per program
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC"}  # the chip's own; on sm_100 UTCHMMA, UTCQMMA, ...
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?(\w+)", re.MULTILINE)
 DOT = re.compile(r"tt\.dot .*: tensor<(\d+)x\d+x(\w+)> \* ")  # rows and type of the first operand
@@ -157,7 +157,7 @@ def decode_attention_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[
         for D in head_dims:
             for group in (1, 6, 20) if D == 128 else (1, 6):
                 yield Case("decode_attention", f"{name} D={D} group {group}",
-                           sizes=((64, 4096, 256), (1, 4099, 7), (5, 100, 1)),  # rows, pages, pages a row
+                           sizes=((64, 4096, 256), (1, 4099, 7), (5, 100, 1)),  # rows, pages, pages per row
                            launch=lambda s, a=(D, DTYPES[name], group): launch(s, *a))
 
 
@@ -187,8 +187,9 @@ def grpo_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
         samples, tokens = (empty(n, dtype=torch.float32) for n in (N, 7 * N))
         for normalise in (False, True):
             grpo.grpo_advantages_fwd(samples, offsets, normalise)
-        grpo.policy_loss_fwd(tokens, tokens, tokens if estimator else None, tokens, tokens, offsets, 0.2, 0.28,
-                             0.1, objective, estimator)
+        ref = tokens if estimator else None
+        settings = (0.2, 0.28, 0.1, objective, estimator)
+        grpo.policy_loss_fwd(tokens, tokens, ref, tokens, tokens, offsets, *settings)
 
     if "fp32" not in dtypes:  # log-probs are never less
         return
@@ -290,7 +291,7 @@ def record(cases: list[Case], archs: list[int]) -> tuple[list[Kernel], list[str]
                     continue
                 for (_, name, data), (_, _, other) in zip(launches[0], others, strict=True):
                     if data != other:
-                        complaints.add(f"{name}, {case.label}, sm_{arch}: compiled anew when sizes change, "
+                        complaints.add(f"{name}, {case.label}, sm_{arch}: compiled again when sizes change, "
                                        f"because of {differences(data, other)}")
             for module, name, data in sum(launches, []):
                 kernel = kernels.setdefault((arch, data), Kernel(case.op, module, name, arch, data))
@@ -415,7 +416,7 @@ def main(argv: list[str] | None = None) -> int:
           [[row["kernel"].removesuffix("_kernel"), row["cases"][0], config_of(row), f"sm_{row['arch']}",
             row.get("registers", "-"), row["stack"] + row["local"] if "stack" in row else "-",
             row.get("shared", "-"), "+".join(row.get("matrix", [])) or "-"] for row in rows])
-    print("registers a thread; spills: bytes of stack and local memory; shared: bytes of shared memory\n")
+    print("registers per thread; spills: bytes of stack and local memory; shared: bytes of shared memory\n")
     settings = vars(flags) | {"cases": flags.cases.pattern}
     finish("aot", {"flags": settings, "kernels": rows, "complaints": complaints}, flags.out)
     return 1 if complaints else 0

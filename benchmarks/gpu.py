@@ -30,7 +30,8 @@ class Stage:
 
 
 STAGES = {  # in this order; the limits add up to less than 10 minutes
-    "correct": Stage((sys.executable, "-m", "pytest", "-m", "gpu", "tests/kernels/gpu", "-q", "--durations=5"), 210),
+    "correct": Stage((sys.executable, "-m", "pytest", "-m", "gpu", "tests/kernels/gpu", "-q",
+                      "--durations=5"), 210),
     "kernels": Stage((sys.executable, "-m", "benchmarks.kernels", "--out-dir", "{out}/kernels",
                       "--minutes", "4"), 270),
     "generation": Stage((sys.executable, "-m", "benchmarks.generation", "--device", "cuda", "--out",

@@ -157,10 +157,10 @@ def measure(op: Op, case: Case, timer: Timer, dtype: torch.dtype, impl: str | No
         times = timer.in_turns(calls, seconds)
         for name in calls:
             yield {**base, "provider": name, "mode": mode, "error": errors[name],
-                   **figures(op, case, mode, spread(times[name]), peaks), "peak_memory_mb": memory[name]}
+                   **metrics(op, case, mode, spread(times[name]), peaks), "peak_memory_mb": memory[name]}
 
 
-def figures(op: Op, case: Case, mode: str, ms: dict[str, float], peaks: dict) -> dict:
+def metrics(op: Op, case: Case, mode: str, ms: dict[str, float], peaks: dict) -> dict:
     """Times, rates, and the least time over the median."""
     costs = [op.cost(case, part) for part in (MODES[:2] if mode == "full" else [mode])]
     flops, moved = (sum(column) for column in zip(*costs, strict=True))
@@ -174,7 +174,7 @@ def figures(op: Op, case: Case, mode: str, ms: dict[str, float], peaks: dict) ->
 # ---- for people ----
 
 def show(rows: list[dict]) -> None:
-    """One case's table: a provider a row, its modes side by side."""
+    """One case's table: one row per provider, its modes side by side."""
     if not rows:
         return
     unit = "tflops" if any(row.get("tflops") for row in rows) else "gbs"
@@ -194,7 +194,7 @@ def show(rows: list[dict]) -> None:
 
 
 def plot(op: Op, rows: list[dict], path: Path, peaks: dict) -> None:
-    """Rates over the op's axis: a column a mode, a row of panels for each set of the other sizes."""
+    """Rates over the op's axis: a column per mode, a row of panels for each set of the other sizes."""
     rows = [row for row in rows if row.get("ms_median")]
     if not rows:
         return

@@ -77,7 +77,7 @@ def triton_workspace(T: int, f: Flags, arch: int = 90) -> int:
     return max(12 * T * tiles, 4 * T * f.d_model + 2 * T * SLICE)
 
 
-def draw(f: Flags, memory: dict[str, list[float]], path: str) -> None:
+def plot(f: Flags, memory: dict[str, list[float]], path: str) -> None:
     figure, axis = plt.subplots(figsize=(6.4, 4))
     logits = [4 * T * f.vocabulary / 1e6 for T in f.tokens]
     for (name, values), style in zip(memory.items(), ("o-", "s-", "^--"), strict=True):
@@ -115,7 +115,7 @@ def main(f: Flags) -> dict:
     print(f"{T:,} tokens: sliced {show(spread(times['sliced']), 's')}, materialised "
           f"{show(spread(times['materialised']), 's')}; materialised / sliced {show(ratio, 'x')}\n")
     if f.picture:
-        draw(f, {name: [x / 1e6 for x in values] for name, values in bytes_at.items()}, f.picture)
+        plot(f, {name: [x / 1e6 for x in values] for name, values in bytes_at.items()}, f.picture)
     return finish("linear_logprob", {"flags": vars(f), "bytes": bytes_at, "seconds": times, "ratio": ratio},
                   f.out)
 

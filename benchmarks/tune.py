@@ -35,7 +35,7 @@ Config = tuple[tuple[str, int], ...]  # name and value, hashable
 
 @dataclass(frozen=True)
 class Sweep:
-    """One function of block sizes, and what to try in place of its answer."""
+    """One function of block sizes, and what to try instead of its answer."""
 
     part: str
     mode: str  # the pass that is timed
@@ -82,7 +82,7 @@ def cases_of(op: str, head_dims: list[int]) -> tuple[Case, ...]:
 
 
 def changed(answer, config: Config):
-    """A function's answer with the configuration in place; some answer (programs, block sizes)."""
+    """A function's answer with the configuration's values; some answer (programs, block sizes)."""
     if isinstance(answer, tuple):
         return answer[0], changed(answer[1], config)
     return {**answer, **dict(config)}

@@ -1,5 +1,7 @@
-"""Causal attention over flat tokens, each sequence for itself   (FlashAttention: Dao et al. 2022, arXiv
-2205.14135; Dao 2023, arXiv 2307.08691; the online softmax: Milakov & Gimelshein 2018, arXiv 1805.02867)
+"""Causal attention over flat tokens, each sequence for itself.
+
+FlashAttention: Dao et al. 2022, arXiv 2205.14135; Dao 2023, arXiv 2307.08691. The online softmax:
+Milakov & Gimelshein 2018, arXiv 1805.02867.
 
     s = scale q k^T          (softcapped, where asked: s = softcap tanh(s / softcap))
     P = exp(s - L),  L = log sum exp s,  o = P v
@@ -7,22 +9,24 @@ Gradient, with delta = rowsum(do * o) - dL:
     ds = P (do v^T - delta)  (softcapped: times 1 - (s / softcap)^2)
     dq = scale ds k          dk = scale ds^T q          dv = P^T do
 
-Query i of a sequence with Sq queries and Sk keys sees the keys j with 0 <= i + Sk - Sq - j (< window): the
-last query stands at the last key, as in training (Sq = Sk) and against a cache (Sq < Sk).
+Query i of a sequence with Sq queries and Sk keys sees the keys j with 0 <= i + Sk - Sq - j, and
+that < window where there is one. So the last query stands at the last key, as in training (Sq = Sk)
+and against a cache (Sq < Sk).
 
-FLOPs: 2 H D S^2 forward (causal), 2.5 times that backward; least bytes in 16 bit: 2 T D (2 H + 2 G) + 4 T H.
+FLOPs: 2 H D S^2 forward (causal), 2.5 times that backward. Least bytes in 16 bit, forward:
+2 T D (2 H + 2 G) + 4 T H.
 
-Who owns what, in one sequence and head (rows are queries, columns keys, # scores that are seen):
+Who owns what, in one sequence and head; # are the scores that are seen:
 
-              keys ->                           forward, dq: a program owns BLOCK_M queries (a row of
-    queries   # . . .   tiles right of the      tiles) and walks over the keys, left to right
-       |      # # . .   diagonal are skipped;   dk, dv: a program owns BLOCK_N keys (a column of tiles)
-       v      # # # .   those on it are         and walks over the queries, top to bottom, of all query
-              # # # #   masked                  heads of its kv head
+               keys ->      forward and dq: a program owns BLOCK_M queries (a row of tiles), and
+    queries    # . . .        walks over the keys from left to right
+       |       # # . .      dk and dv: a program owns BLOCK_N keys (a column of tiles), and walks
+       v       # # # .        over the queries from top to bottom, of all heads of its kv head
+               # # # #      tiles without a # are skipped, those on the diagonal are masked
 
-So nothing is added up by atomics, and every run gives the same bits. The price is that backward computes
-the scores twice, 7 products where 5 would do. Forward keeps a running maximum m_i, a running sum l_i and
-an accumulator acc per query, as the papers do, in base 2.
+So nothing is added up by atomics, and every run gives the same bits. The price is that backward
+computes the scores twice, 7 products where 5 would do. Forward keeps a running maximum m_i, a
+running sum l_i and an accumulator acc per query, as the papers do, in base 2.
 
 Shapes: T tokens, H query heads, G kv heads, D head_dim, N sequences.
 """
@@ -44,7 +48,7 @@ MAX_HEAD_DIM = 256
 
 @triton.jit
 def _load(base, offsets, rows_ok, d_ok, MASK_ROWS: tl.constexpr, MASK_D: tl.constexpr):
-    """A tile of 32-bit offsets from a 64-bit base, with no more masks than needed; zeros outside."""
+    """A tile at 32-bit offsets from a 64-bit base, with no needless masks; zeros outside."""
     if MASK_ROWS and MASK_D:
         return tl.load(base + offsets, rows_ok & d_ok, other=0.0)
     elif MASK_ROWS:
@@ -80,7 +84,7 @@ def _scores(
     WINDOW: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Scores in base 2, -inf where a row does not see a key. `rows`: each query's position in the keys."""
+    """Scores in base 2, -inf where a row does not see a key. rows: the queries' positions."""
     s = tl.dot(q, k_t, input_precision="ieee") * scale
     if SOFTCAP:
         s = softcap * _tanh(s / softcap)
@@ -123,7 +127,7 @@ def attention_fwd_kernel(
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """Program (n m_blocks + block, h): BLOCK_M queries of sequence n and head h, against all their keys."""
+    """Program (n m_blocks + block, h): BLOCK_M queries of sequence n and head h."""
     n = tl.program_id(0) // m_blocks
     h = tl.program_id(1).to(tl.int64)
     first = (m_blocks - 1 - tl.program_id(0) % m_blocks) * BLOCK_M  # the longest rows first
@@ -229,7 +233,7 @@ def attention_bwd_delta_kernel(
     BLOCK_D: tl.constexpr,
     DLSE: tl.constexpr,
 ):
-    """Program (block, h): delta = rowsum(do * o) - dL of BLOCK_M tokens, which dk, dv and dq all need."""
+    """Program (block, h): delta = rowsum(do * o) - dL of BLOCK_M tokens, for dk, dv and dq."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     h = tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -294,8 +298,8 @@ def attention_bwd_dkdv_kernel(
 ):
     """Program (n n_blocks + block, g): dk and dv of BLOCK_N keys of sequence n and kv head g.
 
-    All products are transposed, keys by queries, so that none of their results is: compilers up to Triton
-    3.7 get a transposed result as an operand wrong on sm_90.
+    All products are transposed, keys by queries, so that none of their results is: compilers up to
+    Triton 3.7 get a transposed result as an operand wrong on sm_90.
     """
     n = tl.program_id(0) // n_blocks
     g = tl.program_id(1).to(tl.int64)
@@ -332,7 +336,7 @@ def attention_bwd_dkdv_kernel(
                 start_64 = tl.cast(start, tl.int64)
                 m_ok = m < q_len
                 rows = m + shift
-                # rows behind the end are zeros, with do = delta = 0: P is finite, and they add nothing
+                # rows behind the end are zeros, with do = delta = 0: they add nothing
                 q_ptrs = q_HD + start_64 * stride_qt
                 dout_ptrs = dout_HD + start_64 * stride_dot
                 q = _load(q_ptrs, q_offsets, m_ok[:, None], d_ok, True, D < BLOCK_D)
@@ -449,8 +453,9 @@ def attention_bwd_dq_kernel(
 # ---- block sizes
 
 
-# (rows of queries, keys, warps, stages) by kernel and architecture, then by head_dim up to 32, 64, 128, 256:
-# the largest of those tried that fit in registers without a spill (python -m benchmarks.aot shows each)
+# (BLOCK_M, BLOCK_N, warps, stages) by kernel and architecture, then by head_dim up to 32, 64, 128,
+# 256. The largest of those tried that fit in registers; `python -m benchmarks.aot` shows what each
+# one takes.
 BLOCKS = {
     ("fwd", "ampere"): [(128, 128, 8, 3), (128, 128, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)],
     ("fwd", "hopper"): [(128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (64, 64, 8, 2)],
@@ -470,7 +475,7 @@ BLOCKS = {
 def attention_config(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, max_q: int) -> dict:
     """Block sizes of "fwd", "dkdv" or "dq".
 
-    A few queries against a cache take the fewest rows that the matrix units know. fp32 does not use them.
+    A few queries against a cache take the fewest rows that the matrix units know; fp32 has none.
     """
     family = {90: "hopper", 100: "blackwell", 103: "blackwell"}.get(arch, "ampere")
     size = 0 if head_dim <= 32 else 1 if head_dim <= 64 else 2 if head_dim <= 128 else 3
@@ -480,7 +485,7 @@ def attention_config(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, 
         m, n, warps, stages = 16, min(n, 32), 4, min(stages, 2)
     config = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
     if few_queries or dtype == torch.float32:
-        # without this the assembler spills registers, so as to run more of these small programs at once
+        # without this the assembler spills registers, to run more of these small programs at once
         config["maxnreg"] = 255
     return config
 
@@ -516,7 +521,7 @@ def attention_fwd(
     window: int,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch the forward pass: (out [Tq, H, D], lse [H, Tq] fp32). No window is -1, no softcap 0."""
+    """Launch forward: (out [Tq, H, D], lse [H, Tq] fp32). No window is -1, no softcap 0."""
     Tq, H, D = q.shape
     N = cu_q.shape[0] - 1
     out = torch.empty((Tq, H, D), dtype=q.dtype, device=q.device)
@@ -676,18 +681,19 @@ attention_fwd_op.register_autograd(backward, setup_context=keep_for_backward)
 # ---- the public functions
 
 
-def triton_attention(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap, return_lse):
+def triton_attention(q, k, v, cu_q, max_q, scale, cu_k, max_k, window, softcap, return_lse):
     window = -1 if window is None else window
-    out, lse = attention_fwd_op(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap or 0.0)
+    settings = (max_q, max_k, scale, window, softcap or 0.0)
+    out, lse = attention_fwd_op(q, k, v, cu_q, cu_k, *settings)
     return (out, lse.T) if return_lse else out
 
 
-def loops_attention(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap, return_lse):
+def loops_attention(q, k, v, cu_q, max_q, scale, cu_k, max_k, window, softcap, return_lse):
     return cpu_attention.attention(q, k, v, cu_q, cu_k, scale, return_lse)
 
 
 def loops_refuse(
-    q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap, return_lse
+    q, k, v, cu_q, max_q, scale, cu_k, max_k, window, softcap, return_lse
 ) -> str | None:
     reason = loops.refuses(q, k, v)
     if reason is not None:
@@ -695,12 +701,12 @@ def loops_refuse(
     if q.shape[2] % loops.TILE_COLUMNS == 0 and window is None and softcap is None:
         return None
     return (
-        f"head_dim is {q.shape[2]}, window {window}, softcap {softcap}; the compiled loops take a head_dim "
-        "that is a multiple of 16, no window and no softcap"
+        f"head_dim is {q.shape[2]}, window {window}, softcap {softcap}; the compiled loops take a "
+        "head_dim that is a multiple of 16, no window and no softcap"
     )
 
 
-def reference_attention(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap, return_lse):
+def reference_attention(q, k, v, cu_q, max_q, scale, cu_k, max_k, window, softcap, return_lse):
     return reference.attention(q, k, v, cu_q, cu_k, scale, window, softcap, return_lse)
 
 
@@ -728,22 +734,25 @@ def attention(
 ):
     """Each token attends to the tokens of its own sequence up to and including itself.
 
-    q: [Tq, H, D]; k, v: [Tk, G, D] with H a multiple of G, D up to 256; cu_seqlens: [N + 1] int32 offsets
-    into q, max_seqlen the longest length (host integer). cu_seqlens_k, max_seqlen_k: the same of k and v
-    where they differ (a cache, shared prefixes); None: as q. scale: on q k^T, 1 / sqrt(D) by default. window:
-    keys a query sees, itself included. softcap: scores are bent to softcap tanh(score / softcap).
-    Returns [Tq, H, D] in q's dtype, and with return_lse also log sum exp of the scores [Tq, H] in fp32 (fp64
-    for fp64); a row that sees no key gives 0 and -inf. Both are differentiable, and the same in every run.
-    impl: "triton", "cpu" (fp32, head_dim a multiple of 16, no window, no softcap), "reference", or None to
-    choose. Raises ValueError for shapes, dtypes or devices that do not fit together, for a window, scale or
-    softcap that is not positive, and for an impl that cannot serve the rest.
+    q: [Tq, H, D]; k, v: [Tk, G, D] with H a multiple of G, D up to 256.
+    cu_seqlens: [N + 1] int32 offsets into q; max_seqlen: the longest length, a number on the host.
+    cu_seqlens_k, max_seqlen_k: the same of k and v where they differ (a cache, shared prefixes).
+    scale: of q k^T, 1 / sqrt(D) by default. window: how many keys a query sees, itself included.
+    softcap: scores become softcap tanh(score / softcap).
+
+    Returns [Tq, H, D] in q's dtype. With return_lse also log sum exp of the scores [Tq, H], in fp32
+    (fp64 for fp64). A row that sees no key gives 0 and -inf. Both results are differentiable, and
+    the same in every run. impl: "triton", "cpu" (fp32, D a multiple of 16, no window, no softcap),
+    "reference", or None to choose. Raises ValueError for shapes, dtypes or devices that do not fit
+    together, for a window, scale or softcap that is not positive, and for an impl that cannot serve
+    the rest.
     """
     _check(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale, window, softcap)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if cu_seqlens_k is None:
         cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen
-    lengths = (cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k)
-    args = (q, k, v, *lengths, scale, window, softcap, return_lse)
+    args = (q, k, v, cu_seqlens, max_seqlen, scale)
+    args += (cu_seqlens_k, max_seqlen_k, window, softcap, return_lse)
     return choose("attention", ATTENTION, impl, *args)(*args)
 
 
@@ -762,17 +771,16 @@ def rope_attention_in_steps(
 
 
 def gather_keys(
-    k_TGD: torch.Tensor, v_TGE: torch.Tensor, keys: torch.Tensor
+    k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The keys [K, G, D] and values [K, G, E] of the tokens that `keys` [K] names.
+    """Keys [K, G, D] and values [K, G, E] of the tokens `keys` [K], from k [T, G, D], v [T, G, E].
 
-    It is an embedding look-up because of that op's gradient: where many sequences read one token,
-    it adds their gradients in a fixed order, and on a CPU faster than index_select does. (On a GPU
-    it adds them in the dtype of k if they are few.)
+    It is an embedding for the sake of its gradient: what several sequences read is added up in a
+    fixed order, and on a CPU not token by token, as index_select does.
     """
-    G, D, E = k_TGD.shape[1], k_TGD.shape[2], v_TGE.shape[2]
-    together = torch.cat([k_TGD.flatten(1), v_TGE.flatten(1)], dim=1)
-    k, v = embedding(keys, together).split([G * D, G * E], dim=1)
+    G, D, E = k.shape[1], k.shape[2], v.shape[2]
+    kv = torch.cat([k.flatten(1), v.flatten(1)], dim=1)
+    k, v = embedding(keys, kv).split([G * D, G * E], dim=1)
     return k.unflatten(1, (G, D)), v.unflatten(1, (G, E))
 
 
@@ -810,15 +818,17 @@ def rope_attention(
     max_keys: int | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
-    """RoPE of queries and keys, then causal attention within each sequence, from the projected heads.
+    """RoPE and causal attention within each sequence, from the projected heads.
 
-    qkv: [T, H + 2 G, D], the H query heads, then G = n_kv_heads heads of keys, then as many of values;
-    cos, sin: [T, D / 2], see rope_table; cu_seqlens, max_seqlen: as in `attention`.
-    Sequences may share a prefix, of which each key and value is computed once: keys [K] int64 then names,
-    sequence after sequence, the tokens that it reads, its own last; cu_keys [N + 1] int32 says where each
-    sequence's keys begin, and max_keys how many one has at most.
-    Returns [T, H, D] in qkv's dtype, differentiable in qkv. impl: "triton", "cpu" (one compiled loop),
-    "reference", or None to choose. Raises ValueError for shapes that do not fit together.
+    qkv: [T, H + 2 G, D], the H heads of queries, then G = n_kv_heads of keys, then G of values.
+    cos, sin: [T, D / 2], see rope_table. cu_seqlens, max_seqlen: as in `attention`.
+
+    Sequences may share a prefix, whose keys and values are computed once. Then keys [K] int64
+    names, sequence after sequence, the tokens that each one reads, its own last; cu_keys [N + 1]
+    int32 says where each sequence's begin, and max_keys how many one has at most.
+
+    Returns [T, H, D] in qkv's dtype, differentiable in qkv. impl: "triton", "cpu" (one compiled
+    loop), "reference", or None to choose. Raises ValueError for shapes that do not fit together.
     """
     if qkv.ndim != 3 or n_kv_heads < 1 or (qkv.shape[1] - 2 * n_kv_heads) % n_kv_heads:
         raise ValueError(

@@ -1,16 +1,23 @@
-"""Attention of one new token a row against the row's keys and values, in pages; no gradient   (split over the
-length: Flash-Decoding, Dao et al. 2023; pages: vLLM, Kwon et al. 2023, arXiv 2309.06180)
+"""Attention of one new token per row against that row's keys and values, in pages; no gradient.
 
-    s = scale q k^T,  L = log sum exp s,  o = softmax(s) v       over the first lengths[b] places of row b
+Split over the length: Flash-Decoding, Dao et al. 2023. Pages: vLLM, Kwon et al. 2023, arXiv
+2309.06180.
 
-Place j of row b lies in page table[b, j // page], at j % page. FLOPs: 4 B H L D. Least bytes in 16 bit:
-4 B G L D, keys and values read once: always memory-bound.
+    s = scale q k^T,  L = log sum exp s,  o = softmax(s) v    (row b's first lengths[b] positions)
 
-Each program takes one row, one kv head and SPLIT places, with all query heads of that kv head as the rows of
-one product (padded to the 16 that the matrix units know), so the cache is read once. It leaves a part of o
-and its L; a second kernel weighs the parts. The size of a split is fixed, not their number: a row's parts,
-and the order they are added in, are a function of its length alone, so it has the same bits in any batch. A
-split behind a row's end leaves at once, and is never read.
+Position j of row b lies in page table[b, j // page], in slot j % page of it. FLOPs: 4 B H L D for a
+length of L. Least bytes in 16 bit: 4 B G L D, keys and values read once: always memory-bound.
+
+    positions of row b   | split 0 | split 1 | split 2 |  . .       SPLIT positions each
+    program (b, g, 0)      o_0, L_0
+    program (b, g, 1)                o_1, L_1
+    program (b, g, 2)                          o_2, L_2             ends at the row's length
+    second kernel (b, h)   o = sum of o_i exp(L_i - L)              in the order of the splits
+
+A program holds all query heads of its kv head as the rows of one product, padded to the 16 that the
+matrix units know, so the cache is read once. The size of a split is fixed, not their number. So a
+row's parts, and the order in which they are added, depend on its length alone: it has the same bits
+in any batch. A split behind a row's end exits early, and its part is never read.
 
 Shapes: B rows, H query heads, G kv heads, R = H / G, D head_dim, P pages, W pages a row may have.
 """
@@ -21,11 +28,11 @@ from . import reference
 from .dispatch import Backend, check_tensors, choose, serves_all, tl, triton, triton_refuses
 
 MAX_HEAD_DIM = 256
-SPLIT = 256  # places a program takes
+SPLIT = 256  # positions per program
 
 
 @triton.jit(do_not_specialize=["n_splits", "stride_tb"])
-def decode_attention_kernel(
+def decode_attention_fwd_kernel(
     q_BHD,
     k_pages,
     v_pages,
@@ -53,53 +60,57 @@ def decode_attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    b, g, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    """Program (b, g, split): o and L of one split, for the R query heads of kv head g."""
+    b = tl.program_id(0).to(tl.int64)
+    g = tl.program_id(1)
+    split = tl.program_id(2)
     length = tl.load(lengths_B + b)
     first = split * SPLIT
     if first < length:
-        r, d = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+        # -- load the R queries; they stay on the chip --
+        r = tl.arange(0, BLOCK_R)
+        d = tl.arange(0, BLOCK_D)
         heads = g * R + r
         inside = (r < R)[:, None] & (d < D)[None, :]
-        q = tl.load(
-            q_BHD + b * stride_qb + heads[:, None] * stride_qh + d[None, :], inside, other=0.0
-        )
+        q_ptrs = q_BHD + b * stride_qb + heads[:, None] * stride_qh + d[None, :]
+        q = tl.load(q_ptrs, inside, other=0.0)
+
         end = tl.minimum(first + SPLIT, length)
         acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-        peak = tl.full((BLOCK_R,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_R,), tl.float32)
+        m_i = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+        l_i = tl.zeros((BLOCK_R,), tl.float32)
         for start in range(first, end, BLOCK_N):
+            # -- where these positions lie --
             n = start + tl.arange(0, BLOCK_N)
             seen = n < end
             page = tl.load(table_BW + b * stride_tb + n // PAGE, seen, other=0).to(tl.int64)
-            k_places = page * stride_kp + g * stride_kg + (n % PAGE) * stride_ks
-            v_places = page * stride_vp + g * stride_vg + (n % PAGE) * stride_vs
-            k_t = tl.load(
-                k_pages + k_places[None, :] + d[:, None],
-                seen[None, :] & (d < D)[:, None],
-                other=0.0,
-            )
+            slot = n % PAGE
+            k_offsets = page * stride_kp + g * stride_kg + slot * stride_ks
+            v_offsets = page * stride_vp + g * stride_vg + slot * stride_vs
+            # -- compute s = q k^T, in base 2 --
+            k_ptrs = k_pages + k_offsets[None, :] + d[:, None]
+            k_t = tl.load(k_ptrs, seen[None, :] & (d < D)[:, None], other=0.0)
             s = tl.dot(q, k_t, input_precision="ieee") * (scale * 1.4426950408889634)
             s = tl.where(seen[None, :], s, float("-inf"))
-            new_peak = tl.maximum(
-                peak, tl.max(s, 1)
-            )  # finite: each block holds a place that is seen
-            p = tl.exp2(s - new_peak[:, None])
-            rescale = tl.exp2(peak - new_peak)
-            total = total * rescale + tl.sum(p, 1)
-            v = tl.load(
-                v_pages + v_places[:, None] + d[None, :],
-                seen[:, None] & (d < D)[None, :],
-                other=0.0,
-            )
-            acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
-            peak = new_peak
+            # -- update m_i and l_i; m_new is finite: each block holds a position that is seen --
+            m_new = tl.maximum(m_i, tl.max(s, 1))
+            p = tl.exp2(s - m_new[:, None])
+            alpha = tl.exp2(m_i - m_new)
+            l_i = l_i * alpha + tl.sum(p, 1)
+            # -- update the output: acc = acc alpha + p v --
+            v_ptrs = v_pages + v_offsets[:, None] + d[None, :]
+            v = tl.load(v_ptrs, seen[:, None] & (d < D)[None, :], other=0.0)
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+            m_i = m_new
+
+        # -- leave o and L of this split --
         part = (b * n_splits + split) * H + heads
-        tl.store(out_BSHD + part[:, None] * D + d[None, :], acc / total[:, None], inside)
-        tl.store(lse_BSH + part, peak + tl.log2(total), r < R)
+        tl.store(out_BSHD + part[:, None] * D + d[None, :], acc / l_i[:, None], inside)
+        tl.store(lse_BSH + part, m_i + tl.log2(l_i), r < R)
 
 
 @triton.jit(do_not_specialize=["n_splits"])
-def decode_attention_combine_kernel(
+def decode_attention_combine_fwd_kernel(
     part_BSHD,
     lse_BSH,
     lengths_B,
@@ -110,35 +121,39 @@ def decode_attention_combine_kernel(
     SPLIT: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """o = sum of parts, weighed by exp(L of the part - L), in the order of the splits."""
-    b, h, d = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK_D)
+    """Program (b, h): o = sum of o_i exp(L_i - L) over the splits i, in their order."""
+    b = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1)
+    d = tl.arange(0, BLOCK_D)
     length = tl.load(lengths_B + b)
     acc = tl.zeros((BLOCK_D,), tl.float32)
-    peak, total = float("-inf"), 0.0
+    m_i, l_i = float("-inf"), 0.0
     for split in range(0, tl.cdiv(length, SPLIT)):
-        at = (b * n_splits + split) * H + h
-        lse = tl.load(lse_BSH + at)
-        part = tl.load(part_BSHD + at * D + d, d < D, other=0.0)
-        new_peak = tl.maximum(peak, lse)
-        rescale, weight = tl.exp2(peak - new_peak), tl.exp2(lse - new_peak)
-        acc, total, peak = acc * rescale + part * weight, total * rescale + weight, new_peak
-    out = acc / tl.where(total > 0, total, 1.0)  # a row without a place gives 0
+        part = (b * n_splits + split) * H + h
+        lse = tl.load(lse_BSH + part)
+        out = tl.load(part_BSHD + part * D + d, d < D, other=0.0)
+        m_new = tl.maximum(m_i, lse)
+        alpha = tl.exp2(m_i - m_new)
+        weight = tl.exp2(lse - m_new)
+        acc = acc * alpha + out * weight
+        l_i = l_i * alpha + weight
+        m_i = m_new
+    out = acc / tl.where(l_i > 0, l_i, 1.0)  # a row of length 0 gives 0
     tl.store(out_BHD + (b * H + h) * D + d, out.to(out_BHD.dtype.element_ty), d < D)
 
 
 def decode_attention_config(head_dim: int, dtype: torch.dtype, per_group: int) -> dict:
     """Block sizes: the keys of a block fit the registers beside the queries' rows."""
     large = head_dim > 128 or per_group > 16
-    if (
-        dtype == torch.float32
-    ):  # or else the assembler spills some registers, to run more programs at a time
-        return {
-            "BLOCK_N": 16 if large else 32,
-            "num_warps": 8 if per_group > 16 else 4,
-            "num_stages": 1,
-            "maxnreg": 255,
-        }
-    return {"BLOCK_N": 32 if large else 64, "num_warps": 4, "num_stages": 2}
+    if dtype != torch.float32:
+        return {"BLOCK_N": 32 if large else 64, "num_warps": 4, "num_stages": 2}
+    return {
+        "BLOCK_N": 16 if large else 32,
+        "num_warps": 8 if per_group > 16 else 4,
+        "num_stages": 1,
+        # without this the assembler spills registers, to run more of these small programs at once
+        "maxnreg": 255,
+    }
 
 
 def decode_attention_fwd(
@@ -148,17 +163,20 @@ def decode_attention_fwd(
     table: torch.Tensor,
     lengths: torch.Tensor,
     scale: float,
+    split: int = SPLIT,
 ) -> torch.Tensor:
-    """Launch both kernels; the grid knows the width of the table only, so a CUDA graph may replay it."""
-    (B, H, D), (_, G, page, _) = q.shape, k_pages.shape
-    n_splits = max(1, triton.cdiv(table.shape[1] * page, SPLIT))
+    """Launch both kernels. Their grid depends on the table's width only, as CUDA graphs need."""
+    B, H, D = q.shape
+    _, G, page, _ = k_pages.shape
+    n_splits = max(1, triton.cdiv(table.shape[1] * page, split))
     out = torch.empty((B, H, D), dtype=q.dtype, device=q.device)
     parts = q.new_empty((B, n_splits, H, D), dtype=torch.float32)
     lse = q.new_empty((B, n_splits, H), dtype=torch.float32)
     if B == 0:
         return out
-    block_d, per_group = max(16, triton.next_power_of_2(D)), H // G
-    decode_attention_kernel[(B, G, n_splits)](
+    block_d = max(16, triton.next_power_of_2(D))
+    per_group = H // G
+    decode_attention_fwd_kernel[(B, G, n_splits)](
         q,
         k_pages,
         v_pages,
@@ -177,13 +195,13 @@ def decode_attention_fwd(
         R=per_group,
         PAGE=page,
         D=D,
-        SPLIT=SPLIT,
+        SPLIT=split,
         BLOCK_R=max(16, triton.next_power_of_2(per_group)),
         BLOCK_D=block_d,
         **decode_attention_config(D, q.dtype, per_group),
     )
-    decode_attention_combine_kernel[(B, H)](
-        parts, lse, lengths, out, n_splits, H=H, D=D, SPLIT=SPLIT, BLOCK_D=block_d, num_warps=1
+    decode_attention_combine_fwd_kernel[(B, H)](
+        parts, lse, lengths, out, n_splits, H=H, D=D, SPLIT=split, BLOCK_D=block_d, num_warps=1
     )
     return out
 
@@ -203,12 +221,13 @@ def decode_attention(
     scale: float | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
-    """Row b attends to the first lengths[b] places of its pages, the new token's own included.
+    """Row b attends to the first lengths[b] positions of its pages, the new token's own included.
 
-    q: [B, H, D]; k_pages, v_pages: [P, G, page, D] with H a multiple of G, D up to 256; table: [B, W] int32
-    page numbers; lengths: [B] int32, up to W * page; a row of length 0 gives 0. What lies behind a length is
-    not read. scale: 1 / sqrt(D) by default. Returns [B, H, D] in q's dtype.
-    Raises ValueError for shapes, dtypes or devices that do not fit together, and for a scale not above 0.
+    q: [B, H, D]; k_pages, v_pages: [P, G, page, D] with H a multiple of G, D up to 256.
+    table: [B, W] int32 page numbers. lengths: [B] int32, up to W * page; a row of length 0 gives 0,
+    and what lies behind a length is not read. scale: of q k^T, 1 / sqrt(D) by default.
+    Returns [B, H, D] in q's dtype. impl: "triton", "reference", or None to choose by device.
+    Raises ValueError for shapes, dtypes or devices that do not fit, and for a scale not above 0.
     """
     check_tensors("decode_attention", q=q, k_pages=k_pages, v_pages=v_pages)
     if (

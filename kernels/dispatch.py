@@ -1,12 +1,13 @@
 """Which back end runs an op, and the checks that every op makes of its input.
 
-Each op file holds one table of back ends, in the order in which they are tried: Triton kernels for CUDA
-tensors, compiled loops for float32 tensors on a CPU, plain PyTorch for everything. `choose` takes the
-first one that serves the arguments, or the one that `impl=` names; each can say in words why it does not.
+Each op file holds one table of back ends, in the order in which they are tried: Triton kernels for
+CUDA tensors, compiled loops for float32 tensors on a CPU, plain PyTorch for everything. `choose`
+takes the first one that serves the arguments, or the one that `impl=` names; each can say in words
+why it does not.
 
-With TRITON_INTERPRET=1, a variable that Triton itself reads when it is imported, the kernels run on CPU
-tensors, slowly, for tests. Where Triton is not installed the op files still import, with stand-ins for
-`triton` and `tl`.
+With TRITON_INTERPRET=1, a variable that Triton itself reads when it is imported, the kernels run on
+CPU tensors, slowly, for tests. Where Triton is not installed the op files still import, with
+stand-ins for `triton` and `tl`.
 """
 
 import os
@@ -50,7 +51,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an op. `run` and `refuses` take the op's arguments, in the order of its table."""
+    """One way to run an op. `run` and `refuses` take the op's arguments, all in one order."""
 
     name: str  # "triton", "cpu" or "reference"
     run: Callable
@@ -60,8 +61,9 @@ class Backend:
 def choose(op: str, backends: Sequence[Backend], impl: str | None, *args) -> Callable:
     """The `run` of the first back end that serves `args`, or of the one that `impl` names.
 
-    args: the op's arguments, its main tensor first. Warns once where a CUDA tensor has to do without
-    Triton. Raises ValueError for an `impl` that does not exist, or with the reason why it cannot serve.
+    args: the op's arguments, its main tensor first. Warns once where a CUDA tensor has to do
+    without Triton. Raises ValueError for an `impl` that does not exist, or with the reason why it
+    cannot serve.
     """
     if impl is not None:
         return _named(op, backends, impl, args).run
@@ -105,7 +107,7 @@ def why_not_triton(
     installed: bool = HAS_TRITON,
     interpreting: bool = INTERPRETING,
 ) -> str | None:
-    """Why Triton does not serve tensors of `dtype` on a `device` of compute capability `arch`, or None.
+    """Why Triton does not serve `dtype` on a `device` of compute capability `arch`, or None.
 
     installed, interpreting: whether Triton is there, and whether its interpreter runs the kernels.
     """
@@ -140,8 +142,8 @@ def arch_of(device: torch.device) -> int:
 
 
 def check_tensors(op: str, **tensors: torch.Tensor | None) -> None:
-    """Raise ValueError unless all tensors that are given lie on one device, in a floating dtype, with a
-    contiguous last dimension. None is skipped."""
+    """Raise ValueError unless all tensors that are given lie on one device, in a floating dtype,
+    with a contiguous last dimension. None is skipped."""
     first = None
     for name, x in tensors.items():
         if x is None:

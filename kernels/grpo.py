@@ -1,34 +1,39 @@
-"""GRPO in two launches: rewards to advantages, and log-probs to loss, gradient and metrics. No host sync.
+"""GRPO in two launches: rewards to advantages, and log-probs to loss, gradient and metrics.
 
-Advantages (DeepSeekMath, eq. 3, arXiv 2402.03300): A = (r - mean) / std of the group, the population's
-std; Dr. GRPO (arXiv 2503.20783) leaves the std out. They are computed from differences to one reward of the
-group, so that nothing cancels. A group whose rewards span less than EQUAL_REWARDS, or that share of the
-largest if it is above 1, gets exactly 0: in floating point 0.1 * 3 and 0.3 differ.
+Advantages (DeepSeekMath, eq. 3, arXiv 2402.03300): A = (r - mean) / std of the group, the
+population's std; Dr. GRPO (arXiv 2503.20783) leaves the std out. They are computed from differences
+to one reward of the group, so that nothing cancels. A group whose rewards span less than
+EQUAL_REWARDS, or that share of the largest if it is above 1, gets exactly 0: in floating point 0.1
+* 3 and 0.3 differ.
 
 Loss, a sum over tokens with weights w, which carry the mean (rl/losses.py):
     x = logp - old_logp, r = e^x      loss = sum w (-J + kl_coef k)
-    clip       J = min(r A, clip(r, 1 - low, 1 + high) A)             GRPO, Dr. GRPO, DAPO (arXiv 2503.14476)
-               dJ/dlogp = r A where r A is the smaller one, else 0
-    gspo       the same with x the mean of the sequence's live tokens: one ratio for all (arXiv 2507.18071)
-    cispo      J = c A logp with c = clip(r, 1 - low, 1 + high) a constant (arXiv 2506.13585); dJ/dlogp = c A
-    reinforce  J = A logp, dJ/dlogp = A (Williams 1992): no ratio, so no clip; r is only for the metrics
+    clip       J = min(r A, clip(r, 1 - low, 1 + high) A); dJ/dlogp = r A where that is the smaller,
+               else 0: GRPO, Dr. GRPO, DAPO (arXiv 2503.14476)
+    gspo       the same with x the mean of the sequence's live tokens: one ratio (arXiv 2507.18071)
+    cispo      J = c A logp with c = clip(r, 1 - low, 1 + high) a constant, dJ/dlogp = c A
+               (arXiv 2506.13585)
+    reinforce  J = A logp, dJ/dlogp = A: no ratio, so no clip; r is for the metrics (Williams 1992)
 
 The KL to the reference, with d = ref_logp - logp (Schulman 2020, "Approximating KL"):
     k1 = -d             dk/dlogp = 1          its mean on-policy is 0: as a loss it is noise only
     k2 = d^2 / 2        dk/dlogp = -d         on-policy that of the reverse KL(policy || reference)
     k3 = e^d - d - 1    dk/dlogp = 1 - e^d    on-policy that of the forward KL(reference || policy)
-On-policy k1 and k3 have the reverse KL as their mean, but the mean of a gradient is not the gradient of the
-mean. The right column says whose gradient it is for each token's distribution, with the states as given
-(Tang and Munos 2025, arXiv 2506.09477). To first order in d the two KLs are the same.
+On-policy k1 and k3 have the reverse KL as their mean, but the mean of a gradient is not the
+gradient of the mean. The right column says whose gradient it is for each token's distribution, with
+the states as given (Tang and Munos 2025, arXiv 2506.09477). To first order in d the two KLs are the
+same.
 
-A token is live if its weight is not 0 and it has something to teach: an advantage that is not 0, or a
-reference. Of the others nothing else is read. x and d are cut off at +-MAX_LOG_RATIO, with gradient 0
-beyond, so that no exp() overflows; such tokens are counted. (reinforce has no x, and keeps its gradient.)
+A token is live if its weight is not 0 and it has something to teach: an advantage that is not 0, or
+a reference. Of the others nothing else is read. x and d are cut off at +-MAX_LOG_RATIO, with
+gradient 0 beyond, so that no exp() overflows; such tokens are counted. (reinforce has no x, and
+keeps its gradient.)
 
-    program n    | . . . . . . . |   one sequence, BLOCK tokens at a time: it writes their gradients, and
-    program n+1  | . . . |           a row of sums; one more program then adds up the rows, in order
+    program n    | . . . . . . . |   one sequence, BLOCK tokens at a time; writes their gradients,
+    program n+1  | . . . |           and a row of sums. One more program adds up the rows, in order
 
-About 28 bytes and 30 FLOPs per token: the launch is what costs. No atomics: the same bits every time.
+About 28 bytes and 30 FLOPs per token: the launch is what costs. No atomics, so the same bits every
+time, and no synchronisation with the host.
 
 Shapes: N samples (sequences), G groups, R response tokens of all sequences.
 """
@@ -154,12 +159,11 @@ def grpo_advantages(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How much better than the rest of its group was each sample?
 
-    rewards: [N], samples sorted by group, finite; group_offsets: [G + 1] int32 or int64, contiguous, from 0
-    to N, groups of any sizes, 0 too. Returns advantages [N], fp32 at least, and dead [G], 1.0 for a group
-    without signal.
-    Values are checked where rewards are made (rl/advantages.py), for an op never reads the device back.
-    impl: "triton", "reference", or None to choose by device. Raises ValueError for shapes or dtypes that do
-    not fit.
+    rewards: [N], finite, samples sorted by group; group_offsets: [G + 1] int32 or int64,
+    contiguous, from 0 to N, groups of any size, 0 too. Returns advantages [N], fp32 at least, and
+    dead [G], 1.0 for a group without signal. Values are checked where rewards are made
+    (rl/advantages.py): an op never reads the device back. impl: "triton", "reference", or None to
+    choose by device. Raises ValueError for shapes or dtypes that do not fit.
     """
     check_tensors("grpo_advantages", rewards=rewards)
     check_offsets("grpo_advantages", "group_offsets", group_offsets, rewards)
@@ -211,7 +215,8 @@ def policy_loss_fwd_kernel(
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Program n: the gradient of one sequence's tokens, and a row of sums in the order of POLICY_METRICS.
+    """Program n: the gradient of one sequence's tokens, and a row of sums, as POLICY_METRICS names
+    them.
 
     ESTIMATOR: of the KL; None without a reference.
     """
@@ -471,16 +476,18 @@ def policy_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (loss [], differentiable in logp; metrics [len(POLICY_METRICS)], detached).
 
-    logp, old_logp, ref_logp: [R], one per response token, at the temperature that they were sampled at;
-    ref_logp: None for no KL. advantages, weights: [R] too; a token with weight 0 is left out. offsets:
-    [N + 1] int32 or int64, where each sequence's tokens begin, from 0 to R. objective: "clip", "cispo",
-    "gspo" or "reinforce"; gspo has one ratio per sequence, so advantages and weights must be the same for
-    all its live tokens, which is not checked here. kl_estimator: "k1", "k2" or "k3"; what each one's gradient is
-    stands at the top of this file.
-    metrics are sums over the live tokens, so that those of micro-batches add up; POLICY_METRICS names them.
-    Only ratio_max is their largest. impl: "triton", "reference", or None to choose by device.
-    Raises ValueError for shapes, dtypes or devices that do not fit together, and for an unknown objective
-    or estimator.
+    logp, old_logp, ref_logp: [R], one per response token, at the temperature of the sampler;
+    ref_logp is None for no KL. advantages, weights: [R] too. offsets: [N + 1] int32 or int64, where
+    each sequence's tokens begin, from 0 to R. A token with weight 0 is left out, and without a
+    reference one with advantage 0. objective: "clip", "cispo", "gspo" or "reinforce". gspo has one
+    ratio per sequence, so advantages and weights must be the same for all its live tokens; that is
+    not checked here. kl_estimator: "k1", "k2" or "k3"; the top of this file says what each one's
+    gradient is.
+
+    metrics are sums over the live tokens, so that those of micro-batches add up, but for ratio_max,
+    the largest; POLICY_METRICS names them. impl: "triton", "reference", or None to choose by
+    device. Raises ValueError for shapes, dtypes or devices that do not fit together, and for an
+    unknown objective or estimator.
     """
     per_token = {
         "logp": logp,
@@ -496,8 +503,8 @@ def policy_loss(
             f"{name} {None if x is None else tuple(x.shape)}" for name, x in per_token.items()
         )
         raise ValueError(
-            f"policy_loss: {shapes}; expected [R] of each, one number per response token, or None for "
-            "ref_logp"
+            f"policy_loss: {shapes}; expected [R] of each, one number per response token, or None "
+            "for ref_logp"
         )
     for name, value, known in (
         ("objective", objective, OBJECTIVES),

@@ -1,25 +1,30 @@
-"""Log-prob and entropy of chosen tokens, from hidden states and the head's weight, without the logits.
+"""Log-prob and entropy of chosen tokens, from hidden states and the head's weight, without the
+logits.
 
     l = h w^T / t     logp = l[target] - log sum exp l     H = -sum p log p,  p = softmax(l)
-and l bent by softcap tanh(. / softcap) before the division where asked. With targets = next tokens, -logp is
-the cross-entropy of pretraining. Gradient, with a and b upstream of logp and H:
+Where asked, l is softcapped before the division: softcap tanh(. / softcap). With targets = next
+tokens, -logp is the cross-entropy of pretraining. Gradient, with a and b upstream of logp and H:
     dl_j = (a (1[j = target] - p_j) - b p_j (log p_j + H)) / t      dh = dl w      dw = dl^T h
-and dl times 1 - (l t / softcap)^2 where the logits were bent.
+and dl times 1 - (l t / softcap)^2 where there is a softcap.
 
-Forward: one program for each tile of the logits, which leaves three numbers a row: the tile's maximum m, the
-sum of e^(l - m), and that of e^(l - m) (l - m). A second kernel puts the tiles of a row together, in their
-order. Backward walks the vocabulary in slices: the tiles of dl are computed anew into a workspace of one
-slice, and two plain products take them to dh (summed in fp32 over the slices) and to that slice of dw, which
-comes in the weight's dtype. A weight of another dtype than h (the fp32 master) is rounded to h's, slice by
-slice.
+                 V ->                          forward: a program owns a tile of logits. It leaves
+    T     | tile | tile | tile | tile |          three numbers per row: the maximum m, the sum of
+    |     | tile | tile | tile | tile |          e^(l - m), and of e^(l - m) (l - m). A second
+    v     | tile | tile | tile | tile |          kernel joins the tiles of a row, left to right.
+           '-- slice 0 -'-- slice 1 -'         backward: one slice at a time. The tiles of dl are
+                                                 computed again, into a workspace of one slice.
 
-FLOPs: 2 T M V forward, 6 T M V backward. Least bytes in 16 bit: 2 (T M + V M). Beyond its results:
-forward 12 T V / BLOCK_V, backward 4 T M + 2 T SLICE; with chosen rows 2 T M, for an fp32 weight 2 SLICE M
-more. The logits would be 2 T V.
+Two plain products take a slice of dl to dh (summed in fp32 over the slices) and to that slice of
+dw, which has the weight's dtype. A weight of another dtype than h (the fp32 master) is rounded to
+h's, slice by slice.
 
-No atomics: the same bits every time. A token's logp and entropy do not depend on its neighbours either, for
-the tiles, the order of the sum over M in a tile and the order of the tiles are fixed; T only says how many
-tiles there are.
+FLOPs: 2 T M V forward, 6 T M V backward. Least bytes in 16 bit: 2 (T M + V M). Memory beyond the
+results: forward 12 T V / BLOCK_V, backward 4 T M + 2 T SLICE; with chosen rows 2 T M, for an fp32
+weight 2 SLICE M more. The logits would be 2 T V.
+
+No atomics: the same bits every time. A token's logp and entropy do not depend on its neighbours
+either: the tiles, the order of the sum over M in a tile and the order of the tiles are fixed. T
+only says how many tiles there are.
 
 Shapes: T rows of h that count (tokens), M d_model, V vocabulary, C tiles of the vocabulary.
 """
@@ -39,12 +44,12 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _tile_of(tiles_0, tiles_1, GROUP: tl.constexpr):
-    """This program's tile (i, j). Programs that run at one time share rows of both factors, in the cache."""
+def _tile_of(tiles_0, tiles_1, SWIZZLE: tl.constexpr):
+    """This program's tile (i, j). Programs that run at one time share rows of both factors."""
     pid = tl.program_id(0)
-    first = pid // (GROUP * tiles_1) * GROUP
-    size = tl.minimum(tiles_0 - first, GROUP)
-    in_group = pid % (GROUP * tiles_1)
+    first = pid // (SWIZZLE * tiles_1) * SWIZZLE
+    size = tl.minimum(tiles_0 - first, SWIZZLE)
+    in_group = pid % (SWIZZLE * tiles_1)
     return first + in_group % size, in_group // size
 
 
@@ -67,26 +72,27 @@ def _logits(
 ):
     """The tile of logits of rows t and columns v, divided by the temperature, in base 2.
 
-    Rows and columns that there are not repeat the last one.
+    Rows and columns behind the end repeat the last one.
     """
     k = tl.arange(0, BLOCK_K)
-    h = h_TM + tl.minimum(t, T - 1).to(tl.int64)[:, None] * M + k[None, :]
-    w = w_VM + tl.minimum(v, V - 1).to(tl.int64)[None, :] * M + k[:, None]
+    h_ptrs = h_TM + tl.minimum(t, T - 1).to(tl.int64)[:, None] * M + k[None, :]
+    w_ptrs = w_VM + tl.minimum(v, V - 1).to(tl.int64)[None, :] * M + k[:, None]
     acc = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
     for start in range(0, M, BLOCK_K):
         if EVEN:
-            h_tile, w_tile = tl.load(h + start), tl.load(w + start)
+            h_tile = tl.load(h_ptrs + start)
+            w_tile = tl.load(w_ptrs + start)
         else:
-            h_tile = tl.load(h + start, (start + k < M)[None, :], other=0.0)
-            w_tile = tl.load(w + start, (start + k < M)[:, None], other=0.0)
+            h_tile = tl.load(h_ptrs + start, (start + k < M)[None, :], other=0.0)
+            w_tile = tl.load(w_ptrs + start, (start + k < M)[:, None], other=0.0)
         acc = tl.dot(h_tile, w_tile, acc, input_precision="ieee")
     x = acc * scale
     if SOFTCAP:
-        y = (
-            x / cap
-        )  # tanh: 1 - 2 / (e^2y + 1) is right where that overflows, its series where that cancels
+        # tanh: the formula is right where e^2y overflows, the series where the difference cancels
+        y = x / cap
         series = y * (1 - y * y * (1 / 3 - y * y * (2 / 15 - y * y * (17 / 315))))
-        x = cap * tl.where(tl.abs(y) < 0.2, series, 1 - 2 / (tl.exp2(y * 2.8853900817779268) + 1))
+        exact = 1 - 2 / (tl.exp2(y * 2.8853900817779268) + 1)
+        x = cap * tl.where(tl.abs(y) < 0.2, series, exact)
     return x
 
 
@@ -108,27 +114,31 @@ def logprob_tiles_fwd_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    SWIZZLE: tl.constexpr,
     EVEN: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    tile_t, tile_v = _tile_of(tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V), GROUP)
-    t, v = tile_t * BLOCK_T + tl.arange(0, BLOCK_T), tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    """One tile: m, sum e^(l - m), sum e^(l - m) (l - m) of each row, and the target's logit."""
+    tile_t, tile_v = _tile_of(tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V), SWIZZLE)
+    t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
     x = _logits(h_TM, w_VM, t, v, T, V, M, scale, cap, BLOCK_T, BLOCK_V, BLOCK_K, EVEN, SOFTCAP)
-    target = (tl.load(targets_T + t, t < T, other=-1) - first_v).to(
-        tl.int32
-    )  # its column in this slice
+
+    # -- the target's logit, if its column of this slice lies in this tile --
+    target = (tl.load(targets_T + t, t < T, other=-1) - first_v).to(tl.int32)
     chosen = tl.sum(tl.where(v[None, :] == target[:, None], x, 0.0), 1)
     here = (target >= tile_v * BLOCK_V) & (target < tl.minimum(V, (tile_v + 1) * BLOCK_V))
     tl.store(chosen_T + t, chosen, here & (t < T))
+
+    # -- the statistics of each row --
     x = tl.where((v < V)[None, :], x, -1e30)  # finite, so that 0 times it is 0
     peak = tl.max(x, 1)
     x -= peak[:, None]
     e = tl.exp2(x)
-    place = stats_3CT + (first_tile + tile_v).to(tl.int64) * T + t
-    tl.store(place, peak, t < T)
-    tl.store(place + C.to(tl.int64) * T, tl.sum(e, 1), t < T)
-    tl.store(place + 2 * C.to(tl.int64) * T, tl.sum(e * x, 1), t < T)
+    stats_ptrs = stats_3CT + (first_tile + tile_v).to(tl.int64) * T + t
+    tl.store(stats_ptrs, peak, t < T)
+    tl.store(stats_ptrs + C.to(tl.int64) * T, tl.sum(e, 1), t < T)
+    tl.store(stats_ptrs + 2 * C.to(tl.int64) * T, tl.sum(e * x, 1), t < T)
 
 
 @triton.jit(do_not_specialize=["T", "C"])
@@ -146,20 +156,23 @@ def logprob_rows_fwd_kernel(
     """Put the tiles of each row together: a running maximum, and sums relative to it."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     peak = tl.full((BLOCK_T,), -1e30, tl.float32)
-    total, weighted = tl.zeros((BLOCK_T,), tl.float32), tl.zeros((BLOCK_T,), tl.float32)
+    total = tl.zeros((BLOCK_T,), tl.float32)
+    weighted = tl.zeros((BLOCK_T,), tl.float32)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         inside = (c < C)[:, None] & (t < T)[None, :]
-        place = stats_3CT + c.to(tl.int64)[:, None] * T + t[None, :]
-        tile_peak = tl.load(place, inside, other=-1e30)
-        tile_total = tl.load(place + C.to(tl.int64) * T, inside, other=0.0)
-        tile_weighted = tl.load(place + 2 * C.to(tl.int64) * T, inside, other=0.0)
+        stats_ptrs = stats_3CT + c.to(tl.int64)[:, None] * T + t[None, :]
+        tile_peak = tl.load(stats_ptrs, inside, other=-1e30)
+        tile_total = tl.load(stats_ptrs + C.to(tl.int64) * T, inside, other=0.0)
+        tile_weighted = tl.load(stats_ptrs + 2 * C.to(tl.int64) * T, inside, other=0.0)
         new_peak = tl.maximum(peak, tl.max(tile_peak, 0))
-        fall, tile_fall = peak - new_peak, tile_peak - new_peak[None, :]
-        weighted = (weighted + total * fall) * tl.exp2(fall) + tl.sum(
-            (tile_weighted + tile_total * tile_fall) * tl.exp2(tile_fall), 0
-        )
-        total = total * tl.exp2(fall) + tl.sum(tile_total * tl.exp2(tile_fall), 0)
+        # the old sums and the tiles' own, both relative to the new maximum
+        fall = peak - new_peak
+        tile_fall = tile_peak - new_peak[None, :]
+        tile_scale = tl.exp2(tile_fall)
+        tiles_weighted = tl.sum((tile_weighted + tile_total * tile_fall) * tile_scale, 0)
+        weighted = (weighted + total * fall) * tl.exp2(fall) + tiles_weighted
+        total = total * tl.exp2(fall) + tl.sum(tile_total * tile_scale, 0)
         peak = new_peak
     total = tl.where(t < T, total, 1.0)
     lse = peak + tl.log2(total)
@@ -171,7 +184,7 @@ def logprob_rows_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "V", "first_v"])
-def dlogits_bwd_kernel(
+def logprob_dlogits_bwd_kernel(
     h_TM,
     w_VM,
     targets_T,
@@ -191,37 +204,37 @@ def dlogits_bwd_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    SWIZZLE: tl.constexpr,
     EVEN: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
-    """A tile of the gradient of one slice's logits, before temperature and cap."""
-    tile_t, tile_v = _tile_of(tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V), GROUP)
-    t, v = tile_t * BLOCK_T + tl.arange(0, BLOCK_T), tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    """One tile of dl, the gradient of a slice's logits, before temperature and softcap."""
+    tile_t, tile_v = _tile_of(tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V), SWIZZLE)
+    t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
     x = _logits(h_TM, w_VM, t, v, T, V, M, scale, cap, BLOCK_T, BLOCK_V, BLOCK_K, EVEN, SOFTCAP)
     target = (tl.load(targets_T + t, t < T, other=-1) - first_v).to(tl.int32)
     a = tl.load(dlogp_T + t, t < T, other=0.0)
     log2_p = x - tl.load(lse_T + t, t < T, other=0.0)[:, None]
-    if ENTROPY:
+    if ENTROPY:  # -p (a + b (log p + H))
         b = tl.load(dentropy_T + t, t < T, other=0.0)
         rest = a + b * tl.load(entropy_T + t, t < T, other=0.0)
         dl = -tl.exp2(log2_p) * (rest[:, None] + (b * 0.6931471805599453)[:, None] * log2_p)
-    else:
+    else:  # -p a
         dl = -tl.exp2(log2_p) * a[:, None]
     dl = tl.where(v[None, :] == target[:, None], dl + a[:, None], dl)
     if SOFTCAP:
-        bend = x / cap
-        dl *= 1 - bend * bend
-    dl = tl.where(
-        (v < V)[None, :], dl * per_t, 0.0
-    )  # to the end of the tile: the workspace has room
-    place = dl_TV + t.to(tl.int64)[:, None] * STRIDE + v[None, :]
-    tl.store(place, dl.to(dl_TV.dtype.element_ty), (t < T)[:, None])
+        tanh = x / cap
+        dl *= 1 - tanh * tanh
+    # zeros to the end of the tile: the workspace has room
+    dl = tl.where((v < V)[None, :], dl * per_t, 0.0)
+    dl_ptrs = dl_TV + t.to(tl.int64)[:, None] * STRIDE + v[None, :]
+    tl.store(dl_ptrs, dl.to(dl_TV.dtype.element_ty), (t < T)[:, None])
 
 
 @triton.jit(do_not_specialize=["rows", "K"])
-def product_bwd_kernel(
+def logprob_product_bwd_kernel(
     dl_TV,
     b_KJ,
     c_IJ,
@@ -232,87 +245,74 @@ def product_bwd_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
+    SWIZZLE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """c = dl b, or dl^T b, or with c added; tiles of BLOCK_T x BLOCK_V."""
-    tile_i, tile_j = _tile_of(tl.cdiv(rows, BLOCK_T), tl.cdiv(J, BLOCK_V), GROUP)
-    i, j = tile_i * BLOCK_T + tl.arange(0, BLOCK_T), tile_j * BLOCK_V + tl.arange(0, BLOCK_V)
+    """One tile of c = dl b, or of dl^T b where TRANSPOSED; with ADD c += that."""
+    tile_i, tile_j = _tile_of(tl.cdiv(rows, BLOCK_T), tl.cdiv(J, BLOCK_V), SWIZZLE)
+    i = tile_i * BLOCK_T + tl.arange(0, BLOCK_T)
+    j = tile_j * BLOCK_V + tl.arange(0, BLOCK_V)
     k = tl.arange(0, BLOCK_K)
-    b = b_KJ + k[:, None] * J + j[None, :]
-    place = c_IJ + i.to(tl.int64)[:, None] * J + j[None, :]
+    b_ptrs = b_KJ + k[:, None] * J + j[None, :]
+    c_ptrs = c_IJ + i.to(tl.int64)[:, None] * J + j[None, :]
     inside = (i < rows)[:, None] & (j < J)[None, :]
     if ADD:
-        acc = tl.load(place, inside, other=0.0)
+        acc = tl.load(c_ptrs, inside, other=0.0)
     else:
         acc = tl.zeros((BLOCK_T, BLOCK_V), tl.float32)
-    # a mask along a contiguous dimension would cost the wide loads; columns of dl behind the slice's end are
-    # zeros, or make rows that are not stored
+    # A mask along a contiguous dimension would cost the wide loads. None is needed: columns of dl
+    # behind the slice's end are zeros, or make rows that are not stored.
     if TRANSPOSED:
-        a = dl_TV + k[None, :] * STRIDE + i[:, None]
+        a_ptrs = dl_TV + k[None, :] * STRIDE + i[:, None]
     else:
-        a = dl_TV + tl.minimum(i, rows - 1).to(tl.int64)[:, None] * STRIDE + k[None, :]
+        a_ptrs = dl_TV + tl.minimum(i, rows - 1).to(tl.int64)[:, None] * STRIDE + k[None, :]
     for start in range(0, K, BLOCK_K):
         if TRANSPOSED:
-            a_tile = tl.load(a, (k < K - start)[None, :], other=0.0)
-            a += BLOCK_K * STRIDE
+            a_tile = tl.load(a_ptrs, (k < K - start)[None, :], other=0.0)
+            a_ptrs += BLOCK_K * STRIDE
         else:
-            a_tile = tl.load(a)
-            a += BLOCK_K
-        b_tile = tl.load(b, (k < K - start)[:, None] & (j < J)[None, :], other=0.0)
-        b += BLOCK_K * J
+            a_tile = tl.load(a_ptrs)
+            a_ptrs += BLOCK_K
+        b_tile = tl.load(b_ptrs, (k < K - start)[:, None] & (j < J)[None, :], other=0.0)
+        b_ptrs += BLOCK_K * J
         acc = tl.dot(a_tile, b_tile, acc, input_precision="ieee")
-    tl.store(place, acc.to(c_IJ.dtype.element_ty), inside)
+    tl.store(c_ptrs, acc.to(c_IJ.dtype.element_ty), inside)
+
+
+# ---- block sizes and launchers
 
 
 def logprob_config(
     kernel: str, dtype: torch.dtype, arch: int, M: int, softcap: float = 0.0
 ) -> dict[str, int]:
-    """Tiles of T x V in steps of K for "tiles", "dlogits" or "product", so far alike. GROUP tiles of rows run
-    side by side, so that they share the weight."""
+    """Tiles of T x V in steps of K for "tiles", "dlogits" or "product", so far alike. SWIZZLE tiles
+    of rows run side by side, so that they share the weight."""
     if dtype == torch.float32 or M % 16:  # without matrix units, or without wide loads
-        return {
-            "BLOCK_T": 32 if M % 16 else 64,
-            "BLOCK_V": 64,
-            "BLOCK_K": 32,
-            "GROUP": 16,
-            "num_warps": 4,
-            "num_stages": 2,
-        }
-    if (
+        tile, warps, stages = (32 if M % 16 else 64, 64, 32), 4, 2
+    elif (
         arch != 90 or softcap
-    ):  # sm_100 has not the registers for more, nor has the gradient of the cap
-        return {
-            "BLOCK_T": 128,
-            "BLOCK_V": 128,
-            "BLOCK_K": 64,
-            "GROUP": 16,
-            "num_warps": 8,
-            "num_stages": 3,
-        }
-    return {
-        "BLOCK_T": 128,
-        "BLOCK_V": 256,
-        "BLOCK_K": 64,
-        "GROUP": 16,
-        "num_warps": 8,
-        "num_stages": 4,
-    }
+    ):  # too few registers for more: on sm_100, and for the softcap's gradient
+        tile, warps, stages = (128, 128, 64), 8, 3
+    else:
+        tile, warps, stages = (128, 256, 64), 8, 4
+    sizes = dict(zip(("BLOCK_T", "BLOCK_V", "BLOCK_K"), tile, strict=True))
+    return {**sizes, "SWIZZLE": 16, "num_warps": warps, "num_stages": stages}
 
 
 def tiles(config: dict[str, int], rows: int, columns: int) -> tuple[int]:
+    """The grid: one program per tile."""
     return (triton.cdiv(rows, config["BLOCK_T"]) * triton.cdiv(columns, config["BLOCK_V"]),)
 
 
 def slices(weight: torch.Tensor, dtype: torch.dtype, size: int):
     """(first column, that slice of the weight in `dtype`) one after the other."""
     for first in range(0, len(weight), size):
-        yield first, weight[first : first + size].to(dtype)
+        yield first, weight[first : first + size].to(dtype).contiguous()
 
 
-def units(temperature: float, softcap: float) -> tuple[float, float]:
-    """What products of h and w are multiplied with, and the cap, both in base 2."""
+def base_2(temperature: float, softcap: float) -> tuple[float, float]:
+    """(factor of the products of h and w, softcap), so that logits come out in base 2."""
     return LOG2_E / temperature, LOG2_E * softcap / temperature
 
 
@@ -329,21 +329,22 @@ def logprob_fwd(
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logp [T], entropy [T], log-sum-exp [T] in base 2), fp32. softcap 0: none."""
-    h, config = (
-        live_rows(h, rows),
-        logprob_config("tiles", h.dtype, dispatch.arch_of(h.device), h.shape[1], softcap),
-    )
-    (T, M), V, C = h.shape, len(weight), triton.cdiv(len(weight), config["BLOCK_V"])
-    stats, chosen, logp, entropy, lse = (
-        h.new_empty(shape, dtype=torch.float32) for shape in ((3, C, T), (T,), (T,), (T,), (T,))
-    )
+    h = live_rows(h, rows)
+    T, M = h.shape
+    V = len(weight)
+    config = logprob_config("tiles", h.dtype, dispatch.arch_of(h.device), M, softcap)
+    C = triton.cdiv(V, config["BLOCK_V"])
+    stats = h.new_empty((3, C, T), dtype=torch.float32)
+    chosen, logp, entropy, lse = (h.new_empty(T, dtype=torch.float32) for _ in range(4))
     if T == 0:
         return logp, entropy, lse
-    scale, cap = units(temperature, softcap)
-    for first, w in slices(weight, h.dtype, V if weight.dtype == h.dtype else SLICE):
+
+    # 1. The statistics of each tile, in one launch unless the weight has to be cast.
+    slice_size = V if weight.dtype == h.dtype else SLICE
+    for first, w in slices(weight, h.dtype, slice_size):
         logprob_tiles_fwd_kernel[tiles(config, T, len(w))](
             h,
-            w.contiguous(),
+            w,
             targets,
             stats,
             chosen,
@@ -353,12 +354,12 @@ def logprob_fwd(
             first,
             first // config["BLOCK_V"],
             C,
-            scale,
-            cap,
+            *base_2(temperature, softcap),
             EVEN=M % config["BLOCK_K"] == 0,
             SOFTCAP=softcap > 0,
             **config,
         )
+    # 2. The tiles of each row together.
     logprob_rows_fwd_kernel[(triton.cdiv(T, 32),)](
         stats, chosen, logp, entropy, lse, T, C, BLOCK_T=32, BLOCK_C=32, num_warps=4
     )
@@ -380,26 +381,20 @@ def logprob_bwd(
     needs_w: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dh, dw); an empty tensor where it is not needed."""
-    h_live, scale_cap = live_rows(h, rows), units(temperature, softcap)
-    (T, M), arch = h_live.shape, dispatch.arch_of(h.device)
-    config, product = (
-        logprob_config(kernel, h.dtype, arch, M, softcap) for kernel in ("dlogits", "product")
-    )
-    dw = (
-        torch.zeros_like(weight)
-        if T == 0 and needs_w
-        else weight.new_empty(weight.shape if needs_w else 0)
-    )
+    h_live = live_rows(h, rows)
+    T, M = h_live.shape
+    arch = dispatch.arch_of(h.device)
+    config = logprob_config("dlogits", h.dtype, arch, M, softcap)
+    product = logprob_config("product", h.dtype, arch, M, softcap)
+    dw = weight.new_empty(weight.shape if needs_w else 0)
+    if T == 0:
+        dw.zero_()
     dh = h.new_empty((T, M) if needs_h else 0, dtype=torch.float32)
     dl = h.new_empty(T, SLICE)
-    constants = {
-        "EVEN": M % config["BLOCK_K"] == 0,
-        "SOFTCAP": softcap > 0,
-        "ENTROPY": dentropy is not None,
-    }
     for first, w in slices(weight, h.dtype, SLICE) if T else ():
-        w, width = w.contiguous(), len(w)
-        dlogits_bwd_kernel[tiles(config, T, width)](
+        width = len(w)
+        # 1. dl of this slice, into the workspace.
+        logprob_dlogits_bwd_kernel[tiles(config, T, width)](
             h_live,
             w,
             targets,
@@ -412,18 +407,22 @@ def logprob_bwd(
             width,
             M,
             first,
-            *scale_cap,
+            *base_2(temperature, softcap),
             1 / temperature,
             STRIDE=SLICE,
-            **constants,
+            EVEN=M % config["BLOCK_K"] == 0,
+            SOFTCAP=softcap > 0,
+            ENTROPY=dentropy is not None,
             **config,
         )
+        # 2. dh += dl w
         if needs_h:
-            product_bwd_kernel[tiles(product, T, M)](
+            logprob_product_bwd_kernel[tiles(product, T, M)](
                 dl, w, dh, T, M, width, STRIDE=SLICE, TRANSPOSED=False, ADD=first > 0, **product
             )
+        # 3. This slice of dw = dl^T h
         if needs_w:
-            product_bwd_kernel[tiles(product, width, M)](
+            logprob_product_bwd_kernel[tiles(product, width, M)](
                 dl,
                 h_live,
                 dw[first : first + width],
@@ -435,11 +434,14 @@ def logprob_bwd(
                 ADD=False,
                 **product,
             )
-    del dl, h_live
+    del dl, h_live  # before dh is cast: both are large
     if needs_h:
         dh = dh.to(h.dtype)
         dh = dh if rows is None else reference.put_rows(dh, rows, len(h))
     return dh, dw
+
+
+# ---- PyTorch's operators
 
 
 logprob_fwd_op = torch.library.custom_op("r1zero::logprob_fwd", logprob_fwd, mutates_args=())
@@ -512,8 +514,8 @@ LINEAR_LOGPROB = (
 
 
 def check_targets(targets: torch.Tensor | np.ndarray, vocab_size: int) -> None:
-    """Raise ValueError, with the place, for a target outside [0, vocab_size). For the host, before a batch is
-    sent to the device, where a wrong one would read another's memory."""
+    """Raise ValueError, with the place, for a target outside [0, vocab_size). For the host, before
+    a batch is sent to the device, where a wrong one would read another's memory."""
     targets = np.asarray(targets)
     wrong = np.flatnonzero((targets < 0) | (targets >= vocab_size))
     if len(wrong):
@@ -533,16 +535,17 @@ def linear_logprob(
     softcap: float | None = None,
     impl: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns (logp, entropy in nats), fp32 at least, one of each a target; differentiable in h and weight.
+    """Returns (logp, entropy in nats), fp32 at least, one of each a target; differentiable in h and
+    weight.
 
-    h: [T, M]; weight: [V, M], of any float dtype, cast to h's slice by slice, its gradient in its own dtype;
-    targets: int64 in [0, V), checked on the host where the batch is built; temperature: above 0, the one
-    that the tokens were sampled at; rows: int64, the distinct rows of h that predict the targets, in their
-    order, when not all do: the others cost nothing and have gradient 0; softcap: the logits' own cap.
-    impl: "triton", "cpu", "reference", or None to choose by device. In fp16 the upstream gradients must be
-    scaled, as usual.
-    Raises ValueError for shapes that do not fit together, for targets or rows that are no int64 on h's
-    device, or for a temperature or softcap of 0 or below.
+    h: [T, M]; weight: [V, M], of any float dtype, cast to h's slice by slice, its gradient in its
+    own dtype; targets: int64 in [0, V), checked on the host where the batch is built; temperature:
+    above 0, the one that the tokens were sampled at; rows: int64, the distinct rows of h that
+    predict the targets, in their order, when not all do: the others cost nothing and have gradient
+    0; softcap: the logits' own cap. impl: "triton", "cpu", "reference", or None to choose by
+    device. In fp16 the upstream gradients must be scaled, as usual. Raises ValueError for shapes
+    that do not fit together, for targets or rows that are no int64 on h's device, or for a
+    temperature or softcap of 0 or below.
     """
     check_tensors("linear_logprob", h=h, weight=weight)
     for name, x in (("targets", targets), ("rows", rows)):

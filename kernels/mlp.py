@@ -5,8 +5,8 @@ Gradient, with s = sigmoid(gate):
     dgate = dy * up * s * (1 + gate * (1 - s))
     dup   = dy * silu(gate)
 
-SwiGLU is memory-bound. Least bytes in 16 bit: 6 R F forward, 10 R F backward. Backward reads gate, up and
-dy, and computes the sigmoid again, so nothing but the input is kept.
+SwiGLU is memory-bound. Least bytes in 16 bit: 6 R F forward, 10 R F backward. Backward reads gate,
+up and dy, and computes the sigmoid again, so nothing but the input is kept.
 
     program -> a tile of ROWS x BLOCK_F features; the row holds gate, then up
 
@@ -14,8 +14,8 @@ dy, and computes the sigmoid again, so nothing but the input is kept.
              |   [tile]          |   [tile]          |   one program reads both tiles
     y        |   [tile]          |                       and writes one
 
-The MLP is down(swiglu(gate_up(x))): 6 R M F FLOPs forward. On a GPU its two products are PyTorch's. On a
-CPU one compiled loop takes some tokens through all of it, while they lie in the cache.
+The MLP is down(swiglu(gate_up(x))): 6 R M F FLOPs forward. On a GPU its two products are PyTorch's.
+On a CPU one compiled loop takes some tokens through all of it, while they lie in the cache.
 
 Shapes: R rows (tokens), M d_model, F d_ff.
 """
@@ -88,7 +88,7 @@ def swiglu_bwd_kernel(
 
 
 def swiglu_config(F: int) -> dict[str, int]:
-    """Block sizes, forward and backward: 16 elements of gate per thread; short rows share a program."""
+    """Block sizes of both passes: 16 elements of gate per thread; short rows share a program."""
     # a larger block would leave many threads without work at F = 4864, say
     block = min(triton.next_power_of_2(F), 1024)
     return {"BLOCK_F": block, "ROWS": 2048 // block, "num_warps": 4}
@@ -99,7 +99,7 @@ def swiglu_grid(R: int, F: int, config: dict[str, int]) -> tuple[int]:
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """[R, features], the features contiguous: a view where one stride leads from row to row, else a copy."""
+    """[R, features], contiguous features: a view where rows have one stride, else a copy."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
@@ -165,8 +165,8 @@ SWIGLU = (
 def swiglu(gate_up: torch.Tensor, impl: str | None = None) -> torch.Tensor:
     """silu(gate) * up, for gate_up [..., 2F] that holds gate's F features, then up's.
 
-    Returns [..., F] in the same dtype; the maths is in fp32 at least. impl: "triton", "cpu", "reference",
-    or None to choose by device. Raises ValueError if the last dimension is odd.
+    Returns [..., F] in the same dtype; the maths is in fp32 at least. impl: "triton", "cpu",
+    "reference", or None to choose by device. Raises ValueError if the last dimension is odd.
     """
     check_tensors("swiglu", gate_up=gate_up)
     if gate_up.ndim == 0 or gate_up.shape[-1] % 2:
@@ -192,8 +192,8 @@ def one_loop_refuses(x, gate_up, down) -> str | None:
 
 
 ONE_LOOP_TAKES = (
-    "the compiled MLP takes float32 tensors on a CPU with AVX2, widths that are multiples of 16, at most "
-    f"{cpu_mlp.MOST:,} weights, and at least {cpu_mlp.FEWEST} tokens per thread"
+    "the compiled MLP takes float32 tensors on a CPU with AVX2, widths that are multiples of 16, "
+    f"at most {cpu_mlp.MOST:,} weights, and at least {cpu_mlp.FEWEST} tokens per thread"
 )
 
 
@@ -207,11 +207,13 @@ SWIGLU_MLP = (
 def swiglu_mlp(
     x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, impl: str | None = None
 ) -> torch.Tensor:
-    """The whole MLP, down(swiglu(gate_up(x))): x [..., M] -> [..., M] in x's dtype, differentiable in all.
+    """The whole MLP, down(swiglu(gate_up(x))): x [..., M] -> [..., M] in x's dtype, differentiable
+    in all.
 
     gate_up: [2F, M], gate's rows before up's; down: [M, F]; both of any float dtype, cast to x's.
-    impl: "triton" or "reference" for SwiGLU between two products of PyTorch's, "cpu" for one compiled
-    loop, None to choose. Raises ValueError for shapes that do not fit, or an impl that cannot serve them.
+    impl: "triton" or "reference" for SwiGLU between two products of PyTorch's, "cpu" for one
+    compiled loop, None to choose. Raises ValueError for shapes that do not fit, or an impl that
+    cannot serve them.
     """
     if gate_up.shape != (2 * down.shape[1], x.shape[-1]) or down.shape[0] != x.shape[-1]:
         raise ValueError(

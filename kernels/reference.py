@@ -1,9 +1,13 @@
-"""Every op in plain torch: the oracle of the tests, the text to learn from, and what runs where neither
-Triton nor a compiled loop (kernels/cpu.py) does. Those of GRPO are in kernels/reference_grpo.py.
+"""Every op in plain PyTorch: the oracle of the tests, the text to learn from, and what runs where
+neither Triton nor a compiled loop does.
 
-Maths is done in `promote_types(dtype, float32)`, so 16-bit inputs accumulate in fp32 and fp64 stays fp64.
-Shapes: N sequences, T flat tokens, S padded length, H query heads, G kv heads, D head_dim, M d_model, F d_ff,
-V vocabulary.
+Maths is done in `promote_types(dtype, float32)`: 16-bit inputs accumulate in fp32, and fp64 stays
+fp64. The op files have the formulas and the sources; rmsnorm, rope, swiglu and decode_attention are
+those formulas. Attention and linear_logprob are a little longer than the formula, for a CPU trains
+on them: they never hold all scores of a long sequence, or all logits.
+
+Shapes: N sequences, T flat tokens, S padded length, H query heads, G kv heads, R query heads per kv
+head, D head_dim, M d_model, F d_ff, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,31 +22,43 @@ QUERY_BLOCK = 128  # rows of attention scores that exist at one time
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
+    """x in fp32 or fp64, the dtype of the maths."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+# ---- elementwise ops
 
 
 def rmsnorm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension. With a residual: the pair (that of
-    x + residual, x + residual)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
+
+    With a residual: the pair (rmsnorm of x + residual, x + residual).
+    """
     if residual is not None:
         total = x + residual
         return rmsnorm(total, weight, eps), total
-    n = wide(x)
-    return (n * (n.square().mean(-1, keepdim=True) + eps).rsqrt() * weight).to(x.dtype)
+    x_wide = wide(x)
+    mean_square = x_wide.square().mean(-1, keepdim=True)
+    return (x_wide * (mean_square + eps).rsqrt() * weight).to(x.dtype)
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (x[i], x[i + D/2]) by the angle of (token, i). x: [T, H, D]; cos, sin: [T, D/2]."""
-    (first, second), cos, sin = wide(x).chunk(2, -1), cos[:, None], sin[:, None]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+    """Rotate the pairs (x[i], x[i + D/2]) of x [T, H, D] by the angles of cos and sin [T, D/2]."""
+    first, second = wide(x).chunk(2, -1)
+    cos, sin = cos[:, None], sin[:, None]
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    return rotated.to(x.dtype)
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, for [..., 2F] that holds gate, then up."""
     gate, up = wide(gate_up).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+# ---- rows
 
 
 def put_rows(x: torch.Tensor, rows: torch.Tensor, n: int) -> torch.Tensor:
@@ -65,7 +81,7 @@ class PutRows(torch.autograd.Function):
 
 
 class TakeRows(torch.autograd.Function):
-    """x[rows] for distinct rows: the gradient is a plain copy back, where autograd's own has to add up."""
+    """x[rows] for distinct rows: its gradient is a plain copy, where autograd's adds up."""
 
     @staticmethod
     def forward(ctx, x, rows):
@@ -79,16 +95,23 @@ class TakeRows(torch.autograd.Function):
         return put_rows(dy, ctx.saved_tensors[0], ctx.n), None
 
 
-def length_runs(lengths: list[int], ends: Iterable[int] = ()) -> list[tuple[int, int]]:
-    """Cut the sequences into runs (first, end) that waste little when each is padded to its own longest.
+# ---- attention
 
-    A run ends where padding would pass a quarter of it, so a batch that is sorted by length pads least; and
-    before the sequences `ends`.
+
+def length_runs(lengths: list[int], ends: Iterable[int] = ()) -> list[tuple[int, int]]:
+    """Cut the sequences into runs (first, end) that waste little when each is padded to its own
+    longest.
+
+    A run ends where padding would pass a quarter of it, so a batch that is sorted by length pads
+    least; and before the sequences `ends`.
     """
-    runs, first, longest, total, ends = [], 0, 0, 0, set(ends)
+    ends = set(ends)
+    runs = []
+    first, longest, total = 0, 0, 0
     for i, length in enumerate(lengths):
         longest, total = max(longest, length), total + length
-        if i in ends or i - first >= 8 and (i + 1 - first) * longest > 1.25 * total:
+        wasteful = i - first >= 8 and (i + 1 - first) * longest > 1.25 * total
+        if i in ends or wasteful:
             runs.append((first, i))
             first, longest, total = i, length, length
     return [*runs, (first, len(lengths))]
@@ -97,63 +120,71 @@ def length_runs(lengths: list[int], ends: Iterable[int] = ()) -> list[tuple[int,
 def causal_mask(
     rows: range, n_keys: int, shift, window: int | None, like: torch.Tensor
 ) -> torch.Tensor:
-    """0 where query i may see key j, -inf elsewhere: 0 <= i + shift - j, and < window where there is one.
+    """0 where query i sees key j, -inf elsewhere: 0 <= i + shift - j, and < window where there is
+    one.
 
     shift: how many more keys than queries a sequence has, a number or a tensor [n, 1, 1, 1].
     """
     i = torch.arange(rows.start, rows.stop, device=like.device)[:, None] + shift
     j = torch.arange(n_keys, device=like.device)
-    hidden = (j > i) if window is None else (j > i) | (j <= i - window)
-    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(
-        hidden, float("-inf")
-    )
+    hidden = j > i
+    if window is not None:
+        hidden = hidden | (j <= i - window)
+    mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+    return mask.masked_fill_(hidden, float("-inf"))
 
 
 def attention_scores(
     q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float | None
 ) -> torch.Tensor:
-    """scale q k^T, bent by softcap tanh(. / softcap) where asked. [n, R, B, D], [n, S, D] -> [n, R, B, S]."""
-    scores = (q.flatten(1, 2) @ k.transpose(1, 2)).mul_(scale).view(*q.shape[:3], k.shape[1])
+    """scale q k^T, softcapped where asked: [n, R, B, D], [n, S, D] -> [n, R, B, S]."""
+    # the R heads of a kv head are rows of one product
+    scores = (q.flatten(1, 2) @ k.transpose(1, 2)).mul_(scale)
+    scores = scores.view(*q.shape[:3], k.shape[1])
     return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
 
 
 class Attention(torch.autograd.Function):
-    """One block of queries at a time against the keys up to its end: never all S x S scores of a long run.
+    """One block of queries at a time against the keys up to its end: never all S x S scores of a
+    long run.
 
     With P = softmax(s + mask), O = P v, L = log sum exp and upstream gradients dO and dL:
-        dv = P^T dO     ds = P (dO v^T - rowsum(dO O) + dL)     dq = scale ds k     dk = scale ds^T q
-    and ds times 1 - (s / softcap)^2 where the scores were bent. Backward computes P anew, unless a run is one
-    block only: then it is small and kept.
+        dv = P^T dO      ds = P (dO v^T - delta), delta = rowsum(dO O) - dL
+        dq = scale ds k  dk = scale ds^T q
+    and ds times 1 - (s / softcap)^2 where there is a softcap. Backward computes P again, unless a
+    run is one block only: then it is small and kept.
 
     q: [n, R, Sq, D], n sequences x kv heads, R query heads for each; k, v: [n, Sk, D]; shift: see
-    causal_mask, max_shift its largest value. Returns O [n, R, Sq, D] and L [n, R, Sq], None unless asked for.
-    A row that sees no key gives 0 and -inf.
+    causal_mask, max_shift its largest value. Returns O [n, R, Sq, D] and L [n, R, Sq], None unless
+    asked for. A row that sees no key gives 0 and -inf.
     """
 
     @staticmethod
     def probs(q, k, rows, scale, shift, max_shift, window, softcap, with_lse):
+        """(P, L, slope of the softcap) of a block of rows; the last two None if not needed."""
         n_keys = min(max(rows.stop + max_shift, 1), k.shape[1])
         scores = attention_scores(q[:, :, rows.start : rows.stop], k[:, :n_keys], scale, softcap)
+        slope = None if softcap is None else 1 - (scores / softcap).square()
         mask = causal_mask(rows, n_keys, shift, window, q)
-        bend = None if softcap is None else 1 - (scores / softcap).square()
         p = scores.add_(mask).softmax(-1)
         if not isinstance(shift, int):  # rows without a key came out as NaN
             p = p.masked_fill_(mask == float("-inf"), 0.0)
-        return p, scores.logsumexp(-1) if with_lse else None, bend
+        lse = scores.logsumexp(-1) if with_lse else None
+        return p, lse, slope
 
     @staticmethod
     def forward(ctx, q, k, v, scale, shift, max_shift, window, softcap, with_lse):
-        blocks = [
-            range(start, min(start + QUERY_BLOCK, q.shape[2]))
-            for start in range(0, q.shape[2], QUERY_BLOCK)
-        ]
+        Sq = q.shape[2]
+        starts = range(0, Sq, QUERY_BLOCK)
+        blocks = [range(start, min(start + QUERY_BLOCK, Sq)) for start in starts]
         ctx.args, ctx.blocks = (scale, shift, max_shift, window, softcap), blocks
         outs, lses, kept = [], [], None
         for rows in blocks:
-            p, lse, bend = Attention.probs(q, k, rows, *ctx.args, with_lse)
-            outs.append((p.flatten(1, 2) @ v[:, : p.shape[-1]]).view(*p.shape[:3], v.shape[-1]))
+            p, lse, slope = Attention.probs(q, k, rows, *ctx.args, with_lse)
+            out = p.flatten(1, 2) @ v[:, : p.shape[-1]]
+            outs.append(out.view(*p.shape[:3], v.shape[-1]))
             lses.append(lse)
-            kept = p if len(blocks) == 1 and bend is None else None
+            kept = p if len(blocks) == 1 and slope is None else None
         out = torch.cat(outs, 2) if len(outs) > 1 else outs[0]
         ctx.save_for_backward(q, k, v, out, kept)
         ctx.set_materialize_grads(False)
@@ -163,44 +194,74 @@ class Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, dlse):
         q, k, v, out, kept = ctx.saved_tensors
+        scale = ctx.args[0]
         dqs, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
         dout = torch.zeros_like(out) if dout is None else dout
         for rows in ctx.blocks:
             here = slice(rows.start, rows.stop)
-            p, _, bend = (
-                (kept, None, None)
-                if kept is not None
-                else Attention.probs(q, k, rows, *ctx.args, False)
-            )
+            # P of this block, kept or computed again
+            if kept is None:
+                p, _, slope = Attention.probs(q, k, rows, *ctx.args, False)
+            else:
+                p, slope = kept, None
             n_keys = p.shape[-1]
-            row_sum = (dout[:, :, here] * out[:, :, here]).sum(-1, keepdim=True)
+            delta = (dout[:, :, here] * out[:, :, here]).sum(-1, keepdim=True)
             if dlse is not None:
-                row_sum = row_sum - dlse[:, :, here, None]
-            q_rows, p_rows, do_rows = (
-                x.flatten(1, 2) for x in (q[:, :, here], p, dout[:, :, here])
-            )
+                delta = delta - dlse[:, :, here, None]
+            q_rows = q[:, :, here].flatten(1, 2)
+            p_rows = p.flatten(1, 2)
+            do_rows = dout[:, :, here].flatten(1, 2)
+
+            # dv += P^T dO, ds = P (dO v^T - delta), dq = scale ds k, dk += scale ds^T q
             dv[:, :n_keys].baddbmm_(p_rows.transpose(1, 2), do_rows)
-            ds = (do_rows @ v[:, :n_keys].transpose(1, 2)).sub_(row_sum.flatten(1, 2)).mul_(p_rows)
-            ds = (
-                ds.mul_(ctx.args[0])
-                if bend is None
-                else ds.mul_(bend.flatten(1, 2)).mul_(ctx.args[0])
-            )
-            dqs.append((ds @ k[:, :n_keys]).view(q.shape[0], q.shape[1], len(rows), -1))
+            dp = do_rows @ v[:, :n_keys].transpose(1, 2)
+            ds = dp.sub_(delta.flatten(1, 2)).mul_(p_rows)
+            if slope is not None:
+                ds.mul_(slope.flatten(1, 2))
+            ds.mul_(scale)
+            dq = ds @ k[:, :n_keys]
+            dqs.append(dq.view(q.shape[0], q.shape[1], len(rows), -1))
             dk[:, :n_keys].baddbmm_(ds.transpose(1, 2), q_rows)
         return torch.cat(dqs, 2) if len(dqs) > 1 else dqs[0], dk, dv, *[None] * 6
 
 
-def padded_places(lengths: list[int], runs: list[tuple[int, int]], device) -> torch.Tensor:
-    """[T] the place of each token when every sequence is padded to the longest of its run."""
-    firsts, place = [], 0
-    for first, end in runs:
-        longest = max(lengths[first:end])
-        firsts += [place + n * longest for n in range(end - first)]
-        place += longest * (end - first)
-    lengths_N = torch.tensor(lengths)
-    shift = torch.tensor(firsts) - (lengths_N.cumsum(0) - lengths_N)
-    return (torch.arange(sum(lengths)) + shift.repeat_interleave(lengths_N)).to(device)
+class PaddedRuns:
+    """Flat tokens to and from one padded tensor per run of sequences."""
+
+    def __init__(self, lengths: list[int], runs: list[tuple[int, int]], device):
+        self.shapes = [(end - first, max(lengths[first:end])) for first, end in runs]
+        self.sizes = [n * longest for n, longest in self.shapes]
+        self.slots = None  # each token's index in the padded runs, where there is any padding
+        if sum(self.sizes) > sum(lengths):
+            self.slots = self.slots_of(lengths, runs).to(device)
+
+    def slots_of(self, lengths: list[int], runs: list[tuple[int, int]]) -> torch.Tensor:
+        """[T] the index of each token when every sequence is padded to the longest of its run."""
+        firsts, start = [], 0
+        for (first, end), (_, longest), size in zip(runs, self.shapes, self.sizes, strict=True):
+            firsts += [start + i * longest for i in range(end - first)]
+            start += size
+        lengths_N = torch.tensor(lengths)
+        shift = torch.tensor(firsts) - (lengths_N.cumsum(0) - lengths_N)
+        return torch.arange(sum(lengths)) + shift.repeat_interleave(lengths_N)
+
+    def pad(self, x: torch.Tensor, n_kv_heads: int) -> list[torch.Tensor]:
+        """[T, heads, D] -> for each run [n G, heads / G, longest, D]."""
+        x = wide(x)
+        heads, D = x.shape[1:]
+        G, R = n_kv_heads, heads // n_kv_heads
+        if self.slots is not None:
+            x = PutRows.apply(x, self.slots, sum(self.sizes))
+        padded = []
+        for part, (n, longest) in zip(x.split(self.sizes), self.shapes, strict=True):
+            by_head = part.view(n, longest, G, R, D).permute(0, 2, 3, 1, 4)
+            padded.append(by_head.reshape(n * G, R, longest, D))
+        return padded
+
+    def flatten(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """Runs of padded tokens, each [n longest, ...] -> [T, ...]."""
+        x = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return x if self.slots is None else TakeRows.apply(x, self.slots)
 
 
 def attention(
@@ -214,75 +275,52 @@ def attention(
     softcap: float | None = None,
     return_lse: bool = False,
 ):
-    """Causal attention within each sequence, the last query at the last key. q: [Tq, H, D]; k, v: [Tk, G, D].
+    """Causal attention within each sequence, the last query at the last key. q: [Tq, H, D]; k, v:
+    [Tk, G, D].
 
-    Runs of sequences alike in length are padded to their longest. Returns out, and lse [Tq, H] if asked for.
+    Runs of sequences alike in length are padded to their longest. Returns out, and lse [Tq, H] if
+    asked for.
     """
-    (_, H, D), G, device = q.shape, k.shape[1], q.device
+    H, G, D = q.shape[1], k.shape[1], q.shape[2]
+    same_keys = cu_seqlens_k is cu_seqlens
     lengths_q = cu_seqlens.diff().tolist()
-    alone = cu_seqlens_k is cu_seqlens
-    lengths_k = lengths_q if alone else cu_seqlens_k.diff().tolist()
-    more = [b - a for a, b in zip(lengths_q, lengths_k, strict=True)]  # keys than queries
-    # sequences with keys from elsewhere follow those without in a batch of shared prefixes
-    runs = length_runs(
-        [max(pair) for pair in zip(lengths_q, lengths_k, strict=True)],
-        [i for i in range(1, len(more)) if (more[i] > 0) != (more[i - 1] > 0)],
-    )
+    lengths_k = lengths_q if same_keys else cu_seqlens_k.diff().tolist()
+    shifts = [n_k - n_q for n_q, n_k in zip(lengths_q, lengths_k, strict=True)]
 
-    def layout_of(
-        lengths,
-    ):  # (sequences, padded length) of each run, and each token's place if any is padded
-        shapes = [(end - first, max(lengths[first:end])) for first, end in runs]
-        padded = sum(n * longest for n, longest in shapes) > sum(lengths)
-        return shapes, padded_places(lengths, runs, device) if padded else None
+    # 1. Runs of sequences alike in length. In a batch of shared prefixes, the sequences with keys
+    # from elsewhere follow those without: a new run begins there.
+    longer = [max(pair) for pair in zip(lengths_q, lengths_k, strict=True)]
+    ends = [i for i in range(1, len(shifts)) if (shifts[i] > 0) != (shifts[i - 1] > 0)]
+    runs = length_runs(longer, ends)
+    queries = PaddedRuns(lengths_q, runs, q.device)
+    keys = queries if same_keys else PaddedRuns(lengths_k, runs, q.device)
 
-    def lay_out(x, shapes, places):  # [T, heads, D] -> for each run [n G, heads / G, longest, D]
-        x, R, sizes = wide(x), x.shape[1] // G, [n * longest for n, longest in shapes]
-        if places is not None:
-            x = PutRows.apply(x, places, sum(sizes))
-        return [
-            part.view(n, longest, G, R, D).permute(0, 2, 3, 1, 4).reshape(n * G, R, longest, D)
-            for part, (n, longest) in zip(x.split(sizes), shapes, strict=True)
-        ]
-
-    layout_q = layout_of(lengths_q)
-    layout_k = layout_q if alone else layout_of(lengths_k)
-    qs, ks, vs = lay_out(q, *layout_q), lay_out(k, *layout_k), lay_out(v, *layout_k)
-    places = layout_q[1]
+    # 2. Attention of each run. Padding lies behind every token of its sequence: the causal mask
+    # hides it.
     outs, lses = [], []
-    # padding lies behind every real token of its sequence, so the causal mask alone hides it
-    for (first, end), q_run, k_run, v_run in zip(runs, qs, ks, vs, strict=True):
+    padded = zip(runs, queries.pad(q, G), keys.pad(k, G), keys.pad(v, G), strict=True)
+    for (first, end), q_run, k_run, v_run in padded:
         n, longest = end - first, q_run.shape[2]
-        shifts = more[first:end]
-        shift = shifts[0]
-        if min(shifts) != max(shifts) or shift < 0:  # not all alike, or some see no key
-            shift = torch.tensor(shifts, device=device).repeat_interleave(G).view(-1, 1, 1, 1)
+        if longest == 0:
+            continue
+        own = shifts[first:end]
+        shift = own[0]
+        if min(own) != max(own) or shift < 0:  # not all alike, or some see no key
+            shift = torch.tensor(own, device=q.device).repeat_interleave(G).view(-1, 1, 1, 1)
         if k_run.shape[2] == 0:  # one key that nobody sees
-            k_run, v_run = (F.pad(x, (0, 0, 0, 1)) for x in (k_run, v_run))
-        if longest:
-            out, lse = Attention.apply(
-                q_run,
-                k_run.squeeze(1),
-                v_run.squeeze(1),
-                scale,
-                shift,
-                max(shifts),
-                window,
-                softcap,
-                return_lse,
-            )
-            outs.append(out.view(n, G, -1, longest, D).permute(0, 3, 1, 2, 4).reshape(-1, H, D))
-            if return_lse:
-                lses.append(lse.view(n, G, -1, longest).permute(0, 3, 1, 2).reshape(-1, H))
+            k_run, v_run = F.pad(k_run, (0, 0, 0, 1)), F.pad(v_run, (0, 0, 0, 1))
+        options = (scale, shift, max(own), window, softcap, return_lse)
+        out, lse = Attention.apply(q_run, k_run.squeeze(1), v_run.squeeze(1), *options)
+        by_token = out.view(n, G, -1, longest, D).permute(0, 3, 1, 2, 4)
+        outs.append(by_token.reshape(-1, H, D))
+        if return_lse:
+            lses.append(lse.view(n, G, -1, longest).permute(0, 3, 1, 2).reshape(-1, H))
 
-    def collect(parts):
-        x = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return x if places is None else TakeRows.apply(x, places)
-
+    # 3. Back to flat tokens.
     if not outs:  # no query at all
         return (q, wide(q[..., 0])) if return_lse else q
-    out = collect(outs).to(q.dtype)
-    return (out, collect(lses)) if return_lse else out
+    out = queries.flatten(outs).to(q.dtype)
+    return (out, queries.flatten(lses)) if return_lse else out
 
 
 def decode_attention(
@@ -293,15 +331,28 @@ def decode_attention(
     lengths: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """One new token a row against that row's pages. q: [B, H, D]; pages: [P, G, page, D]; table: [B, W]."""
-    (B, H, D), (_, G, page, _) = q.shape, k_pages.shape
-    used = table[:, : max(1, -(-int(lengths.max()) // page)) if B else 1].long()
-    k, v = (wide(x[used]).transpose(1, 2).reshape(B, G, -1, D) for x in (k_pages, v_pages))
-    scores = (wide(q).view(B, G, H // G, D) * scale) @ k.transpose(-1, -2)
-    unseen = (torch.arange(k.shape[2], device=q.device) >= lengths[:, None])[:, None, None]
+    """One new token per row. q: [B, H, D]; pages: [P, G, page, D]; table: [B, W]; lengths: [B]."""
+    B, H, D = q.shape
+    _, G, page, _ = k_pages.shape
+
+    # 1. Read each row's pages, as many as the longest row has: [B, G, S, D].
+    longest = int(lengths.max()) if B else 0
+    n_pages = max(1, -(-longest // page))
+    used = table[:, :n_pages].long()
+    k = wide(k_pages[used]).transpose(1, 2).reshape(B, G, -1, D)
+    v = wide(v_pages[used]).transpose(1, 2).reshape(B, G, -1, D)
+
+    # 2. Softmax of the scores [B, G, R, S] over the positions that the row has.
+    q_by_group = wide(q).view(B, G, H // G, D)
+    scores = (q_by_group * scale) @ k.transpose(-1, -2)
+    unseen = torch.arange(k.shape[2], device=q.device) >= lengths[:, None]
+    unseen = unseen[:, None, None]
     probs = scores.masked_fill_(unseen, float("-inf")).softmax(-1)
-    out = probs @ v.masked_fill(unseen.transpose(-1, -2), 0.0)  # what nobody sees may be NaN
-    return out.masked_fill((lengths == 0)[:, None, None, None], 0.0).reshape(B, H, D).to(q.dtype)
+
+    # 3. The weighted sum of the values; what nobody sees may be NaN, and so is a row of length 0.
+    out = probs @ v.masked_fill(unseen.transpose(-1, -2), 0.0)
+    out = out.masked_fill((lengths == 0)[:, None, None, None], 0.0)
+    return out.reshape(B, H, D).to(q.dtype)
 
 
 # ---- log-probs, one slice of the vocabulary at a time
@@ -320,8 +371,8 @@ def accumulate(
 ) -> torch.Tensor:
     """Accumulate one more slice of logits l [T, slice] into each row's statistics, in place.
 
-    These are, all [T], the maximum so far, and with x = l - maximum the sum of e^x and of e^x x. Returns
-    e^x [T, slice], in the memory of the logits or not.
+    These are, all [T], the maximum so far, and with x = l - maximum the sum of e^x and of e^x x.
+    Returns e^x [T, slice], in the memory of the logits or not.
     """
     new_peak = torch.maximum(peak, logits.amax(-1))
     moved = peak - new_peak
@@ -340,7 +391,7 @@ def dlogits_of_exps(
     targets: torch.Tensor,
     start: int,
 ) -> torch.Tensor:
-    """dlogp (1[target] - p) of the slice [T, slice] from column `start`, in the memory of exps = total p."""
+    """dlogp (1[target] - p) of a slice [T, slice] from column `start`, in the memory of exps."""
     dlogits = exps.mul_((-dlogp / total)[:, None])
     return add_at_targets(dlogits, dlogp, targets, start)
 
@@ -381,9 +432,9 @@ PLAIN_STEPS = LogprobSteps(accumulate, dlogits_of_exps, dlogits_of_logits)
 class LinearLogprob(torch.autograd.Function):
     """One slice of the vocabulary at a time; kernels/linear_logprob.py has the maths.
 
-    Backward computes each slice of logits again, but not the last, whose exponentials are kept. So at most
-    two slices exist at one time, and a vocabulary of one slice is computed only once. `steps`: the three
-    functions above, or compiled loops that do the same.
+    Backward computes each slice of logits again, but not the last, whose exponentials are kept. So
+    at most two slices exist at one time, and a vocabulary of one slice is computed only once.
+    `steps`: the three functions above, or compiled loops that do the same.
     """
 
     @staticmethod
@@ -459,13 +510,15 @@ def linear_logprob(h, weight, targets, temperature: float, rows=None, softcap: f
 # ---- GRPO and its family; kernels/grpo.py has the maths
 
 
-# a group whose rewards span less than this, or this share of the largest, has no signal: 0.1 * 3 is not 0.3
+# a group whose rewards span less than this, or this share of the largest, has no signal: 0.1 * 3 is
+# not 0.3
 EQUAL_REWARDS = 1e-6
 # log-ratios are cut off here, with gradient 0 beyond, so that exp() of them cannot overflow
 MAX_LOG_RATIO = 20.0
 OBJECTIVES = ("clip", "cispo", "gspo", "reinforce")
 KL_ESTIMATORS = ("k1", "k2", "k3")
-# loss and kl_loss are weighted sums; the others are plain sums over the live tokens, counted by "tokens"
+# loss and kl_loss are weighted sums; the others are plain sums over the live tokens, counted by
+# "tokens"
 POLICY_METRICS = (
     "loss",
     "tokens",
@@ -509,7 +562,7 @@ def grpo_advantages(rewards_N: torch.Tensor, offsets_G: torch.Tensor, normalise_
 
 
 def cut_off(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x within +-MAX_LOG_RATIO, with gradient 0 beyond; which were outside). A NaN keeps its gradient."""
+    """(x within +-MAX_LOG_RATIO, with gradient 0 beyond; which were outside). NaN stays NaN."""
     outside = x.detach().abs() > MAX_LOG_RATIO
     clamped = x.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return torch.where(outside, clamped, x), outside
@@ -537,7 +590,7 @@ def policy_loss(
     objective: str,
     kl_estimator: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss, metrics); kernels/grpo.py has the maths and the shapes, all [R] but offsets [N + 1]."""
+    """(loss, metrics); kernels/grpo.py has the maths. All [R], but offsets [N + 1]."""
     # 1. Only live tokens count: the others may hold anything, NaN too, and never reach exp().
     sizes = offsets.diff().long()
     N = len(sizes)

@@ -1,11 +1,12 @@
-"""Rotary position embedding, half-split layout of Llama and Qwen   (Su et al. 2021, arXiv 2104.09864)
+"""Rotary position embedding, half-split layout of Llama and Qwen   (Su et al., arXiv 2104.09864)
 
 The pair (x[i], x[i + D/2]) of a token at position p is rotated by the angle p * theta^(-2i / D):
     y[i]       = x[i] cos - x[i + D/2] sin
     y[i + D/2] = x[i + D/2] cos + x[i] sin
 The gradient is a rotation by the opposite angle, so one kernel serves both passes.
 
-Memory-bound. Least bytes in 16 bit: 4 T H D for H query and key heads together, and 4 T D for an fp32 table.
+Memory-bound. Least bytes in 16 bit: 4 T H D for H query and key heads together, and 4 T D for an
+fp32 table.
 
     program -> ROWS heads, one after the other in memory, with both halves of each
 
@@ -115,7 +116,10 @@ rope_op.register_autograd(backward, setup_context=keep_for_backward)
 def rope_table(
     positions: torch.Tensor, head_dim: int, theta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of each token's angles: two tensors [T, head_dim / 2], fp32. positions: [T] ints."""
+    """Cosines and sines of each token's angles: two of [T, head_dim / 2], fp32.
+
+    positions: [T] integers; theta: the base of the angles.
+    """
     pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64)
     exponents = pairs / head_dim
     # in fp64, so that position 100,000 keeps its angle
@@ -137,11 +141,12 @@ ROPE = (
 def rope(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, impl: str | None = None
 ) -> torch.Tensor:
-    """Rotate every head of `x`. Give q and k side by side in one tensor, so that one launch serves both.
+    """Rotate every head of `x`. Give q and k side by side in one tensor, so that one launch serves
+    both.
 
-    x: [T, H, D], any float dtype, a view of wider rows too; cos, sin: [T, D / 2], which get no gradient.
-    Returns [T, H, D] in x's dtype. impl: "triton", "cpu", "reference", or None to choose by device.
-    Raises ValueError if the table does not fit x.
+    x: [T, H, D], any float dtype, a view of wider rows too; cos, sin: [T, D / 2], which get no
+    gradient. Returns [T, H, D] in x's dtype. impl: "triton", "cpu", "reference", or None to choose
+    by device. Raises ValueError if the table does not fit x.
     """
     check_tensors("rope", x=x, cos=cos, sin=sin)
     if (

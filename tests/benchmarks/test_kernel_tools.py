@@ -112,9 +112,9 @@ def test_least_costs_follow_the_roofline_table():
     [swiglu] = kernel_ops.widths("swiglu", "F", (64,), 10)
     assert [kernel_ops.swiglu_cost(swiglu, mode)[1] for mode in kernels.MODES[:2]] == [6 * 640, 10 * 640]
     peaks, ms = {"flops": 1e12, "bytes": 1e9}, {"median": 1.0, "p20": 0.5, "p80": 2.0}
-    found = kernels.figures(OPS["swiglu"], swiglu, "full", ms, peaks)
+    found = kernels.metrics(OPS["swiglu"], swiglu, "full", ms, peaks)
     assert found["fraction_of_roofline"] == pytest.approx(16 * 640 / 1e9 / 1e-3) and found["tflops"] is None
-    found = kernels.figures(OPS["attention"], attention, "forward", ms, {"flops": 1e13, "bytes": 1e12})
+    found = kernels.metrics(OPS["attention"], attention, "forward", ms, {"flops": 1e13, "bytes": 1e12})
     assert found["fraction_of_roofline"] == pytest.approx(flops / 1e13 / 1e-3)
     assert found["tflops"] == pytest.approx(flops / 1e9)
 

@@ -103,8 +103,8 @@ def naive_advantages(rewards, sizes, normalise, tolerance=1e-6):
     return advantages, dead
 
 
-def naive_policy_loss(logp, old, ref, advantages, weights, sizes, objective, bound, clip_low, clip_high, kl_coef,
-                      kl_estimator="k3"):
+def naive_policy_loss(logp, old, ref, advantages, weights, sizes, objective, bound, clip_low, clip_high,
+                      kl_coef, kl_estimator="k3"):
     """One token at a time, in Python's floats, all of them lists with one number per token: (gradient of each
     token's logp, metrics by name)."""
     grads, start = [], 0

@@ -56,7 +56,7 @@ def call(lengths=(3, 2), H=4, G=2, D=8, k=None, v=None, cu_seqlens=None, max_seq
     return attention(q, k, k if v is None else v, cu_seqlens, max_seqlen, **options)
 
 
-def test_good_input_passes():
+def test_input_that_fits_is_taken():
     assert call().shape == (5, 4, 8)
     assert call(cu_seqlens=cu([5, 0]), max_seqlen=5).shape == (5, 4, 8)
 
@@ -107,7 +107,8 @@ def heads(H, G, D, dtype=torch.float64):
 
 def in_one_call(packed, cos, sin, G, **options):
     shared = dict(keys=packed.keys, cu_keys=packed.cu_keys, max_keys=packed.max_keys)
-    return lambda qkv: rope_attention(qkv, cos, sin, packed.cu_seqlens, packed.max_seqlen, G, **shared, **options)
+    lengths = packed.cu_seqlens, packed.max_seqlen
+    return lambda qkv: rope_attention(qkv, cos, sin, *lengths, G, **shared, **options)
 
 
 @pytest.mark.parametrize("impl", [None, "reference"])
@@ -118,12 +119,12 @@ def test_rope_attention_is_rope_then_attention_over_shared_prefixes(H, G, D, imp
 
     def naive(qkv):
         q, k = rope(qkv[:, : H + G], cos, sin).split([H, G], dim=1)
-        v = qkv[:, -G:]
-        return naive_attention(q, k[packed.keys], v[packed.keys], STEPS, lengths_k=packed.cu_keys.diff().tolist())
+        v, lengths_k = qkv[:, -G:], packed.cu_keys.diff().tolist()
+        return naive_attention(q, k[packed.keys], v[packed.keys], STEPS, lengths_k=lengths_k)
 
-    expected = value_and_gradients(naive, [qkv], upstream)
-    assert_close(value_and_gradients(in_one_call(packed, cos, sin, G, impl=impl), [qkv], upstream), expected, 1e-11)
-    got = value_and_gradients(in_one_call(packed, cos, sin, G, impl=impl), [qkv.float()], [upstream[0].float()])
+    expected, ours = value_and_gradients(naive, [qkv], upstream), in_one_call(packed, cos, sin, G, impl=impl)
+    assert_close(value_and_gradients(ours, [qkv], upstream), expected, 1e-11)
+    got = value_and_gradients(ours, [qkv.float()], [upstream[0].float()])
     assert got[0].dtype == torch.float32
     assert_close(got, expected, 3e-6)
 
@@ -131,8 +132,8 @@ def test_rope_attention_is_rope_then_attention_over_shared_prefixes(H, G, D, imp
 def test_rope_attention_names_what_does_not_fit():
     packed, qkv, (cos, sin) = heads(4, 2, 16, torch.float32)
     assert in_one_call(packed, cos, sin, 2)(qkv).shape == (sum(STEPS), 4, 16)
-    for G, impl, message in ((3, None, "n_kv_heads 3; expected .*H a multiple of G"), (0, None, "n_kv_heads 0"),
-                             (2, "cuda", "rope_attention: impl is 'cuda'")):
+    for G, impl, message in ((3, None, "n_kv_heads 3; expected .*H a multiple of G"),
+                             (0, None, "n_kv_heads 0"), (2, "cuda", "rope_attention: impl is 'cuda'")):
         with pytest.raises(ValueError, match=message):
             in_one_call(packed, cos, sin, G, impl=impl)(qkv)
     with pytest.raises(ValueError, match='impl is "cpu", but .*float32'):

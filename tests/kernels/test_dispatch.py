@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import linear
 
 from r1zero.kernels.cpu import compile as cpu
 from r1zero.kernels.dispatch import (
@@ -64,9 +65,9 @@ def test_the_first_back_end_that_serves_is_taken():
 def test_impl_names_the_back_end_and_one_that_cannot_serve_says_why():
     x, table = torch.zeros(1), backends(loops="it is no number")
     assert [choose("op", table, name, x)(x) for name in ("triton", "reference")] == ["triton", "reference"]
-    with pytest.raises(ValueError, match='op: impl is "cpu", but it is no number; expected impl=None or "ref'):
+    with pytest.raises(ValueError, match='op: impl is "cpu", but it is no number; expected impl=None'):
         choose("op", table, "cpu", x)
-    with pytest.raises(ValueError, match="op: impl is 'gpu'; expected \"triton\", \"cpu\", \"reference\" or None"):
+    with pytest.raises(ValueError, match='"triton", "cpu", "reference" or None'):
         choose("op", table, "gpu", x)
     with pytest.raises(ValueError, match="impl is 'cpu'; expected \"triton\", \"reference\" or None"):
         choose("op", table[::2], "cpu", x)  # an op without loops
@@ -92,7 +93,7 @@ def test_a_cpu_tensor_is_served_without_triton_and_without_a_word():
 
 def test_what_a_cuda_tensor_goes_without_is_said_once():
     warn_once.cache_clear()
-    with pytest.warns(UserWarning, match="^it is too old: the slower plain torch reference runs inst") as said:
+    with pytest.warns(UserWarning, match="^it is too old: the slower plain torch refer") as said:
         for _ in range(3):
             assert choose("op", backends("it is too old"), None, OnCuda())() == "cpu"
     assert len(said) == 1
@@ -118,7 +119,7 @@ def test_triton_serves_floating_dtypes_on_chips_that_are_new_enough():
 def test_the_interpreter_serves_a_cpu_but_not_in_bfloat16():
     for device in ("cpu", "cuda"):
         assert reason(torch.float16, device, interpreting=True) is None
-        assert reason(torch.bfloat16, device, interpreting=True) == "Triton's interpreter is wrong for bfloat16"
+        assert reason(torch.bfloat16, device, interpreting=True).endswith("interpreter is wrong for bfloat16")
         assert "not torch.float64" in reason(torch.float64, device, interpreting=True)
 
 
@@ -238,15 +239,17 @@ def test_the_mlp_is_swiglu_between_two_products_and_casts_the_weights():
         torch.testing.assert_close(swiglu_mlp(x, gate_up, down, impl), expected, rtol=1e-5, atol=1e-4)
     y = swiglu_mlp(x[None].bfloat16(), gate_up, down)
     assert y.dtype == torch.bfloat16 and y.shape == (1, 6, 32)
-    torch.testing.assert_close(y[0].float(), expected, rtol=0.1, atol=1.0)
+    x, gate_up, down = x.bfloat16(), gate_up.bfloat16(), down.bfloat16()
+    assert torch.equal(y[0], linear(swiglu(linear(x, gate_up)), down))
 
 
 def test_the_mlp_names_shapes_and_back_ends_that_do_not_fit():
     x, gate_up, down = mlp_inputs(6)
-    for wrong in ((x, gate_up[1:], down), (x, gate_up, down[1:]), (x[:, 1:], gate_up, down), (x, down, gate_up)):
-        with pytest.raises(ValueError, match=r"swiglu_mlp: x is .*expected \[..., M\], \[2F, M\] and \[M, F\]"):
+    for wrong in ((x, gate_up[1:], down), (x, gate_up, down[1:]), (x[:, 1:], gate_up, down),
+                  (x, down, gate_up)):
+        with pytest.raises(ValueError, match=r"swiglu_mlp: x is .*expected \[..., M\], \[2F, M\] and"):
             swiglu_mlp(*wrong)
-    with pytest.raises(ValueError, match='swiglu_mlp: impl is "cpu", but the compiled MLP takes .*tokens per th'):
+    with pytest.raises(ValueError, match='swiglu_mlp: impl is "cpu", but the compiled MLP takes .* tokens'):
         swiglu_mlp(x, gate_up, down, "cpu")  # six tokens are too few
     with pytest.raises(ValueError, match="swiglu_mlp: impl is 'gpu'"):
         swiglu_mlp(x, gate_up, down, "gpu")

@@ -35,7 +35,7 @@ def test_linear_logprob_and_its_gradients(V, columns, monkeypatch):
 @pytest.mark.parametrize("columns", [64, 301, 400])
 @pytest.mark.parametrize("softcap", [None, 0.7])
 @pytest.mark.parametrize("entropy", [True, False])
-def test_dead_rows_and_a_soft_cap(columns, softcap, entropy, monkeypatch):
+def test_dead_rows_are_left_out_with_and_without_a_softcap(columns, softcap, entropy, monkeypatch):
     monkeypatch.setattr(reference, "VOCAB_SLICE", columns)
     h, w = torch.randn(20, 5, dtype=torch.float64), torch.randn(301, 5, dtype=torch.float64)
     rows, targets = torch.tensor([17, 3, 0, 19]), torch.tensor([0, 300, 64, 63])
@@ -134,7 +134,7 @@ def test_linear_logprob_never_holds_all_logits(monkeypatch):
 
 @pytest.mark.parametrize("h_dtype,w_dtype", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32),
                                              (torch.bfloat16, torch.float32)], ids=str)
-def test_16_bit_linear_logprob(h_dtype, w_dtype, monkeypatch):
+def test_16_bit_linear_logprob_rounds_once(h_dtype, w_dtype, monkeypatch):
     monkeypatch.setattr(reference, "VOCAB_SLICE", 100)
     h, w = torch.randn(70, 24).to(h_dtype), torch.randn(301, 24).to(w_dtype)
     targets, (a, b) = torch.randint(301, (70,)), torch.randn(2, 70)

@@ -61,7 +61,7 @@ def check(lengths, H, G, D, dtype, lengths_k=None, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("D", [16, 32, 64, 80, 96, 128, 256])
-def test_every_head_dim(D, dtype):
+def test_attention_at_every_head_dim(D, dtype):
     check(RAGGED, 6, 2, D, dtype)
 
 
@@ -69,13 +69,13 @@ def test_every_head_dim(D, dtype):
 @pytest.mark.parametrize("options", [{"window": 100}, {"softcap": 20.0}, {"window": 33, "softcap": 5.0}],
                          ids=str)
 @pytest.mark.parametrize("D", [32, 64, 128, 256])
-def test_window_and_softcap(D, options, dtype):
+def test_attention_with_a_window_and_a_softcap(D, options, dtype):
     check(RAGGED, 4, 2, D, dtype, **options)
 
 
 @pytest.mark.parametrize("G", [1, 2, 4])
 @pytest.mark.parametrize("per_group", [1, 3, 5, 7])
-def test_group_sizes(G, per_group):
+def test_attention_with_groups_of_any_size(G, per_group):
     check([300, 129], G * per_group, G, 64, torch.bfloat16)
 
 
@@ -88,11 +88,11 @@ def test_queries_against_a_long_cache(lengths, lengths_k, D, dtype):
 
 
 @pytest.mark.parametrize("D", [64, 128])
-def test_long_sequences(D):
+def test_attention_of_long_sequences(D):
     check([16_384], 2, 1, D, torch.bfloat16)
 
 
-def test_offsets_beyond_32_bits():
+def test_attention_reads_offsets_beyond_32_bits():
     """2.4 billion elements of q: the last sequence must be that of a small batch."""
     n, H, D = 147_456, 128, 128
     q = torch.zeros(n, H, D, device="cuda", dtype=torch.bfloat16)

@@ -39,7 +39,7 @@ def in_pages(lengths, G, D, dtype, page=16):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("per_group", [1, 6, 7, 20])
 @pytest.mark.parametrize("D", [32, 64, 80, 96, 128, 256])
-def test_every_head_dim_and_group(D, per_group, dtype):
+def test_decode_attention_at_every_head_dim_and_group_size(D, per_group, dtype):
     torch.backends.cuda.matmul.allow_tf32 = False
     k, v, table, lengths, keys, values = in_pages(LENGTHS, 2, D, dtype)
     q = torch.randn(len(LENGTHS), 2 * per_group, D, device="cuda").to(dtype)

@@ -67,7 +67,7 @@ def test_the_same_bits_at_any_place_in_any_batch(dtype):
         assert torch.equal(found[0], logp[rows]) and torch.equal(found[1], entropy[rows])
 
 
-def test_sizes_that_pass_32_bits():
+def test_linear_logprob_reads_offsets_beyond_32_bits():
     """V * M of 2^31 and more."""
     T, M, V = 64, 16_384, 140_000
     h = torch.randn(T, M, device="cuda", dtype=torch.bfloat16)

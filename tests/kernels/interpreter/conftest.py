@@ -13,7 +13,8 @@ def pytest_collection_modifyitems(items):
         return
     for item in items:
         if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.skip(reason="tests/kernels/test_triton.py runs it in the interpreter"))
+            reason = "tests/kernels/test_triton.py runs it in the interpreter"
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 GUARD = 4096  # elements behind each fresh buffer that nobody may write

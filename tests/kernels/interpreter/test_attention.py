@@ -52,20 +52,20 @@ def check(lengths, heads, D, dtype=torch.float32, lengths_k=None, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("heads,D", [((2, 2), 32), ((6, 2), 64), ((5, 1), 16)], ids=str)
-def test_ragged_sequences(heads, D, dtype):
+def test_attention_of_ragged_sequences(heads, D, dtype):
     check(RAGGED, heads, D, dtype)
 
 
 @pytest.mark.parametrize("heads,D", [((1, 1), 80), ((3, 1), 96), ((2, 1), 128), ((1, 1), 256), ((7, 1), 24)],
                          ids=str)
-def test_head_dims_and_group_sizes(heads, D):
+def test_attention_at_other_head_dims_and_group_sizes(heads, D):
     check([17, 33], heads, D)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"window": 2}, {"softcap": 2.0}, {"window": 40, "softcap": 1.5},
                                      {"scale": 0.7}, {"window": 1}], ids=str)
-def test_several_blocks(options, dtype):
+def test_attention_over_several_blocks_with_all_options(options, dtype):
     check(LONGER, (2, 1), 32, dtype, **options)
 
 
@@ -116,7 +116,7 @@ def test_a_maximum_longer_than_any_sequence_changes_nothing():
 
 
 @pytest.mark.parametrize("size", [1e-4, 30.0, 300.0])
-def test_small_and_huge_scores(size):
+def test_small_and_huge_scores_keep_their_precision(size):
     q, k, v = (x.double() for x in inputs([40], None, 1, 1, 32, torch.float32))
     args = (q * size, k, v)
     got = value_and_gradients(lambda *x: attention(*x, cu([40]), 40, impl="triton"), [x.float() for x
@@ -127,7 +127,7 @@ def test_small_and_huge_scores(size):
         assert (g - e).abs().max() <= 3e-6 * max(1.0, size) * max(1.0, e.abs().max())
 
 
-def test_nothing_at_all():
+def test_no_queries_and_no_keys_give_zeros():
     q = torch.zeros(0, 4, 32)
     assert attention(q, q[:, :2], q[:, :2], cu([0, 0]), 0, impl="triton").shape == (0, 4, 32)
     out, lse = attention(torch.ones(3, 1, 32), q[:, :1], q[:, :1], cu([3]), 3, cu_seqlens_k=cu([0]),
@@ -144,7 +144,7 @@ def test_the_ops_keep_torchs_rules():
         torch.randn(12, 2, 16), q, k, v, out, lse, None, *args[3:])))
 
 
-def test_one_graph_under_compile():
+def test_attention_compiles_as_one_graph():
     q, k, v = inputs([3, 9], None, 2, 1, 16, torch.float32)
 
     def f(q, k, v):

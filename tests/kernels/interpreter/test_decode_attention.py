@@ -2,8 +2,7 @@
 import pytest
 import torch
 
-from r1zero.kernels import decode_attention as file
-from r1zero.kernels.decode_attention import decode_attention
+from r1zero.kernels.decode_attention import decode_attention, decode_attention_fwd
 
 from ..naive_ops import naive_decode_attention
 
@@ -26,11 +25,15 @@ def in_pages(lengths, G, D, dtype, page=PAGE):
     return *rows, *pages, table, torch.tensor(lengths, dtype=torch.int32)
 
 
-def check(lengths, per_group, G, D, dtype, page=PAGE, scale=None):
+def check(lengths, per_group, G, D, dtype, page=PAGE, scale=None, **options):
     keys, values, k_pages, v_pages, table, lengths_B = in_pages(lengths, G, D, dtype, page)
     q = torch.randn(len(lengths), G * per_group, D).to(dtype)
-    got = decode_attention(q, k_pages, v_pages, table, lengths_B, scale, impl="triton")
-    truth = naive_decode_attention(q.double(), [k.double() for k in keys], [v.double() for v in values], scale)
+    if options:
+        got = decode_attention_fwd(q, k_pages, v_pages, table, lengths_B, D**-0.5, **options)
+    else:
+        got = decode_attention(q, k_pages, v_pages, table, lengths_B, scale, impl="triton")
+    exact_keys, exact_values = [k.double() for k in keys], [v.double() for v in values]
+    truth = naive_decode_attention(q.double(), exact_keys, exact_values, scale)
     plain = naive_decode_attention(q, keys, values, scale)
     assert got.dtype == dtype and got.shape == q.shape
     error, limit = (got.double() - truth).abs().max().item(), (plain.double() - truth).abs().max().item()
@@ -39,24 +42,23 @@ def check(lengths, per_group, G, D, dtype, page=PAGE, scale=None):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("split", [32, 256])
-def test_ragged_lengths_and_splits(split, dtype, monkeypatch):
-    monkeypatch.setattr(file, "SPLIT", split)
-    check(LENGTHS, 2, 2, 32, dtype)
+def test_decode_attention_of_ragged_lengths_in_splits_of_any_size(split, dtype):
+    check(LENGTHS, 2, 2, 32, dtype, split=split)
 
 
 @pytest.mark.parametrize("per_group", [1, 2, 3, 5, 7, 17])
-def test_group_sizes(per_group):
+def test_decode_attention_with_groups_of_any_size(per_group):
     check([5, 70, 16], per_group, 2, 16, torch.float32)
 
 
 @pytest.mark.parametrize("D", [32, 64, 80, 96, 128, 256])
-def test_head_dims(D):
+def test_decode_attention_at_every_head_dim(D):
     check([1, 33, 16], 3, 1, D, torch.float32)
     check([1, 33, 16], 3, 1, D, torch.float16)
 
 
 @pytest.mark.parametrize("page", [1, 3, 16, 64])
-def test_page_sizes_and_boundaries(page):
+def test_decode_attention_at_the_boundaries_of_pages_of_any_size(page):
     check([page, page + 1, 2 * page, max(1, page - 1), 5], 2, 1, 16, torch.float32, page, scale=0.4)
 
 
@@ -71,7 +73,7 @@ def test_a_row_has_the_same_bits_in_any_batch():
         assert torch.equal(alone[0], whole[b])
 
 
-def test_views_and_nothing_at_all():
+def test_decode_attention_reads_views_and_takes_no_rows():
     keys, values, k_pages, v_pages, table, lengths = in_pages([9, 20], 2, 16, torch.float32)
     qkv = torch.randn(2, 8, 16)
     got = decode_attention(qkv[:, 1:5], k_pages, v_pages, table, lengths, impl="triton")

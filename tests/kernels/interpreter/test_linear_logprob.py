@@ -41,7 +41,7 @@ def check(h, w, targets, upstream, temperature=0.8, rows=None, softcap=None):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T,M,V", [(1, 48, 7), (65, 64, 1000), (300, 96, 1031), (65, 48, 7), (1, 64, 1031)])
-def test_values_and_gradients(T, M, V, dtype):
+def test_values_and_gradients_are_those_of_a_log_softmax(T, M, V, dtype):
     h, w, targets = case(T, M, V, dtype)
     a, b = torch.randn(2, T)
     check(h, w, targets, [a, b])
@@ -80,7 +80,7 @@ def test_dead_rows_are_left_out_whatever_they_hold(dtype, softcap):
     assert (got[2][dead] == 0).all() and (got[2][rows] != 0).any(1).all()
 
 
-def test_all_rows_dead_and_one_alive():
+def test_all_rows_may_be_dead_and_one_may_be_alive():
     h, w, _ = case(9, 48, 300, torch.float32)
     nothing = torch.empty(0, dtype=torch.int64)
     logp, entropy, dh, dw = value_and_gradients(
@@ -105,7 +105,7 @@ def test_columns_behind_the_vocabulary_end_do_not_reach_the_gradient():
     assert got[0][0] > -1e-6 and all(x.isfinite().all() for x in got)
 
 
-def test_each_gradient_alone():
+def test_each_gradient_can_be_had_alone():
     h, w, targets = case(20, 48, 300, torch.float32)
     ones = torch.ones(20)
     both = value_and_gradients(lambda h, w: linear_logprob(h, w, targets, impl="triton"), (h, w), [ones] * 2)
@@ -116,7 +116,7 @@ def test_each_gradient_alone():
             assert torch.equal(leaf.grad, grad) if needed else leaf.grad is None
 
 
-def test_logits_of_ten_thousand():
+def test_logits_of_ten_thousand_do_not_overflow():
     h = torch.tensor([[100.0, 0.0], [-100.0, 0.0], [0.0, 100.0], [0.0, 0.0]])
     w = torch.tensor([[100.0, 0.0], [-100.0, 100.0], [100.0, -100.0], [0.0, 100.0], [-100.0, 0.0]])
     for target in range(5):
