@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from ..transformer import Transformer
-from .cache import PAGE, places_within
+from .cache import PAGE, tokens_within
 from .pages import Pages
 from .requests import Completion, Event, Request, check_requests
 from .sampling import counter_uniform, sample_tokens, signed
@@ -101,7 +101,7 @@ class Engine:
             self.cache = (Pages if paged else Slots)(model, max_rows)
             if cache_tokens is None:  # free memory is read when the copy of the weights is there
                 free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else 0
-                cache_tokens = places_within(
+                cache_tokens = tokens_within(
                     free * GPU_CACHE_SHARE - reserve if on_gpu else CPU_CACHE,
                     self.token_bytes,
                     max_rows,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from r1zero.model.config import ModelConfig
-from r1zero.model.engine.engine import Engine, places_within
+from r1zero.model.engine.engine import Engine, tokens_within
 from r1zero.model.engine.naive import generate_naive
 from r1zero.model.engine.requests import Request
 from r1zero.model.engine.sampling import NonFiniteError, keep_likeliest
@@ -141,11 +141,11 @@ def test_an_interrupt_leaves_nothing_behind(paged, place, monkeypatch):
 
 
 def test_the_cache_is_as_large_as_the_rows_need():
-    assert places_within(1e9, 1000, 4, 20, 256) == max(256, 4 * 48)
-    assert places_within(1e9, 1000, 100, 20, 256) == 100 * 48
-    assert places_within(2e6, 1000, 100, 20, 256) == 2000
-    assert places_within(1e9, 1000, 100, None, 256) == places_within(1e9, 1000, 100, 999, 256) == 100 * 272
-    assert places_within(-5e9, 1000, 100, 20, 256) == 256
+    assert tokens_within(1e9, 1000, 4, 20, 256) == max(256, 4 * 48)
+    assert tokens_within(1e9, 1000, 100, 20, 256) == 100 * 48
+    assert tokens_within(2e6, 1000, 100, 20, 256) == 2000
+    assert tokens_within(1e9, 1000, 100, None, 256) == tokens_within(1e9, 1000, 100, 999, 256) == 100 * 272
+    assert tokens_within(-5e9, 1000, 100, 20, 256) == 256
     assert Engine(Watched(), longest=20, max_rows=64).cache_tokens == 64 * 48
 
 
