@@ -85,7 +85,7 @@ def sample_groups(
     tokenizer = engine.tokenizer
     ids = tokenizer.encode_batch(prompts)
     completions = engine.generate(
-        group_requests(ids, group_size, max_new_tokens, temperature, seeds, tokenizer.eos_id)
+        group_requests(ids, group_size, max_new_tokens, temperature, seeds, (tokenizer.eos_id,))
     )
     repeated = [ids[n // group_size] for n in range(len(completions))]
     return Rollouts(

@@ -1,12 +1,13 @@
 """The key/value cache of the sequences that are being decoded, as the scheduler sees it.
 
-A cache holds one sequence per row, in rows 0 .. n - 1, and knows how to decode one token for all of them.
-There are two. `Slots` (slots.py) is a CPU's, for fp32: every row has the same number of columns, which
-compiled loops read side by side. `Pages` (pages.py) works on any device and shares the pages of a prompt
-among the samples of a group. Which of the two serves is the engine's choice; the scheduler asks both the
-same questions, and they are written down here.
+A cache holds one sequence per row, in rows 0 .. n - 1, and knows how to decode one token for all of
+them. There are two. `Slots` (slots.py) is a CPU's, for fp32: every row has the same number of
+columns, which compiled loops read side by side. `Pages` (pages.py) works on any device and shares
+the pages of a prompt among the samples of a group. Which of the two serves is the engine's choice;
+the scheduler asks both the same questions, and they are written down here.
 
-Left out: prefixes that are shared between groups, and a cache that is kept from one request to the next.
+Left out: prefixes that are shared between groups, and a cache that is kept from one request to the
+next.
 
 Shapes: B rows, P prompts, V vocabulary.
 """
@@ -26,7 +27,8 @@ class Cache(Protocol):
     n: int
     """Rows in use: they are 0 .. n - 1."""
     copy_bytes: int
-    """Bytes of the copy of the weights that the cache decodes from; 0 if it reads the trainer's own."""
+    """Bytes of the copy of the weights that the cache decodes from; 0 if it reads the trainer's
+    own."""
 
     # ---- once, and between requests ----
 
@@ -50,8 +52,8 @@ class Cache(Protocol):
     def fits(self, n: int, longest: int, pages: int) -> bool:
         """May n more rows begin, with some room in hand for all rows to go on?
 
-        longest: tokens of the longest prompt; pages: how many pages the prompts take, shared pages counted
-        once.
+        longest: tokens of the longest prompt; pages: how many pages the prompts take, shared pages
+        counted once.
         """
 
     # ---- rows ----
@@ -93,10 +95,11 @@ def pages_for(n_tokens: int) -> int:
 def tokens_within(
     n_bytes: float, token_bytes: int, n_rows: int, longest: int | None, max_seq_len: int
 ) -> int:
-    """The size of a cache, in tokens: enough for `n_rows` sequences of `longest` tokens and a page more each.
+    """The size of a cache, in tokens: enough for `n_rows` sequences of `longest` tokens and a page
+    more each.
 
-    Less where that many do not fit into `n_bytes`, but never less than one sequence of `max_seq_len`.
-    longest: None is max_seq_len.
+    Less where that many do not fit into `n_bytes`, but never less than one sequence of
+    `max_seq_len`. longest: None is max_seq_len.
     """
     longest = min(longest or max_seq_len, max_seq_len)
     wanted = n_rows * PAGE * pages_for(longest + PAGE)

@@ -97,7 +97,7 @@ def group_requests(
     max_new_tokens: int,
     temperature: float,
     seeds,
-    eos_id: int,
+    stop_ids: tuple[int, ...],
 ) -> list[Request]:
     """`n_samples` requests for each prompt, those of prompt p from p * n_samples on; seeds: one a request.
 
@@ -112,7 +112,7 @@ def group_requests(
         )
     seeds = seeds.tolist() if hasattr(seeds, "tolist") else seeds
     return [
-        Request(prompts[i // n_samples], max_new_tokens, seed, temperature, stop_ids=(eos_id,))
+        Request(prompts[i // n_samples], max_new_tokens, seed, temperature, stop_ids=stop_ids)
         for i, seed in enumerate(seeds)
     ]
 

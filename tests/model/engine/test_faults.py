@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from r1zero.model.config import ModelConfig
-from r1zero.model.engine.engine import Engine, tokens_within
+from r1zero.model.engine.cache import tokens_within
+from r1zero.model.engine.engine import Engine
 from r1zero.model.engine.naive import generate_naive
 from r1zero.model.engine.requests import Request
 from r1zero.model.engine.sampling import NonFiniteError, keep_likeliest
 from r1zero.model.engine.slots import Slots
 from r1zero.model.transformer import Transformer
 
-from ..train.loop_cases import grpo_config, save_base
-from .engine_cases import EOS, PROMPTS, Watched, both_caches, naive_of, needs_numba, same
+from .cases import EOS, PROMPTS, Watched, both_caches, everything_is_free, naive_of, needs_numba, same
 
 GOOD = Request([5], 9, 1)
 
@@ -135,7 +135,8 @@ def test_an_interrupt_leaves_nothing_behind(paged, place, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         engine.generate([GOOD, Request([6], 9, 2), Request([7], 9, 3)])
     monkeypatch.undo()
-    assert not engine.live and not engine.waiting and not engine.finished and not engine.cancelled
+    everything_is_free(engine)
+    assert not engine._cancelled
     engine.refresh()
     assert len(engine.generate([GOOD])[0].tokens) == 9
 
@@ -147,22 +148,6 @@ def test_the_cache_is_as_large_as_the_rows_need():
     assert tokens_within(1e9, 1000, 100, None, 256) == tokens_within(1e9, 1000, 100, 999, 256) == 100 * 272
     assert tokens_within(-5e9, 1000, 100, 20, 256) == 256
     assert Engine(Watched(), longest=20, max_rows=64).cache_tokens == 64 * 48
-
-
-def test_grpo_says_what_a_step_needs(tmp_path, monkeypatch):
-    from r1zero.train import grpo as grpo_file
-    asked = {}
-
-    class Asked(Engine):
-        def __init__(self, *args, **options):
-            asked.update(options)
-            super().__init__(*args, **options)
-
-    monkeypatch.setattr(grpo_file, "Engine", Asked)
-    c = grpo_config(tmp_path / "run", save_base(tmp_path / "base"), steps=1, save_every=1)
-    policy = grpo_file.grpo(c)
-    assert asked["reserve"] == 12 * sum(p.numel() for p in policy.parameters())
-    assert c.max_new_tokens < asked["longest"] and asked["max_rows"] == c.prompts_per_step * c.group_size
 
 
 def test_the_plan_names_the_copy_of_the_weights():

@@ -100,8 +100,8 @@ def agree(model, requests, completions, edges=1):
 
 
 def everything_is_free(engine):
-    assert not engine.live and not engine.waiting and not engine.finished and engine.cache.n == 0
-    assert engine.n_holes == 0
+    assert engine.n_unfinished == engine.scheduler.n_finished == engine.rows.n == engine.cache.n == 0
+    assert not engine.scheduler.running and not engine.scheduler.waiting and not engine.finished
     if isinstance(engine.cache, Pages):
         assert sorted(engine.cache.free) == list(range(1, engine.cache.n_pages + 1))
         assert not engine.cache.users.any() and not engine.cache.table_h.any()
