@@ -103,5 +103,6 @@ def everything_is_free(engine):
     assert engine.n_unfinished == engine.scheduler.n_finished == engine.rows.n == engine.cache.n == 0
     assert not engine.scheduler.running and not engine.scheduler.waiting and not engine.finished
     if isinstance(engine.cache, Pages):
-        assert sorted(engine.cache.free) == list(range(1, engine.cache.n_pages + 1))
-        assert not engine.cache.users.any() and not engine.cache.table_h.any()
+        table = engine.cache.page_table
+        assert sorted(table.free) == list(range(1, table.n_pages + 1))
+        assert not table.users.any() and not table.pages.any() and not table.lengths.any()

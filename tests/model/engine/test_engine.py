@@ -162,7 +162,8 @@ def test_shared_pages_are_shared():
     engine = Engine(Watched(-9.0), paged=True, cache_tokens=40 * PAGE)
     engine.submit([Request([5] * (PAGE + 3), 5, seed) for seed in range(9)])
     engine.step()
-    assert engine.cache.n_pages - len(engine.cache.free) == 1 + 9  # one for all, and the last for each
+    table = engine.cache.page_table
+    assert table.n_pages - len(table.free) == 1 + 9  # one for all, and the last for each
     while engine.n_unfinished:
         engine.step()
     engine.finished.clear()
