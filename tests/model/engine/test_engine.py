@@ -73,8 +73,8 @@ def test_a_small_cache_loses_nothing(cache_tokens, paged):
 def test_a_cache_too_small_for_one_sequence(paged):
     engine = Engine(Watched(), cache_tokens=2 * PAGE, paged=paged)
     engine.generate([Request([5] * 4, 2 * PAGE - 4)])
-    with pytest.raises(ValueError, match="prompt of 4 tokens and max_new_tokens 29 need a cache of 48 tokens, "
-                                         "but it has 32; give the engine cache_tokens=48"):
+    with pytest.raises(ValueError, match="prompt of 4 tokens and max_new_tokens 29 need a cache of 48 "
+                                         "tokens, but it has 32; give the engine cache_tokens=48"):
         engine.generate([Request([5], 3), Request([5] * 4, 2 * PAGE - 3)])
     everything_is_free(engine)
 
@@ -224,7 +224,7 @@ def test_long_answers_move_through_slots_and_columns():
     requests = [Request(PROMPTS[i % 6], n, i) for i, n in enumerate((200, 3, 150, 90, 200, 5, 180, 40))]
     engine = Engine(model, max_rows=3)
     for r, c in zip(requests, engine.generate(requests), strict=True):
-        assert same(c, generate_naive(model, r.prompt, r.max_new_tokens, 1.0, r.seed, -1), model, r)
+        assert same(c, generate_naive(model, r), model, r)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

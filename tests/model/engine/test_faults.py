@@ -74,9 +74,11 @@ def test_a_bad_request_is_refused_and_others_go_on(change, message):
 def test_seeds_of_any_kind():
     engine, seeds = Engine(Watched(-9.0)), (np.int64(-1), 2**64 - 1, -1, np.int32(-1))
     found = [engine.generate([Request(np.array([5, 6]), 5, seed)])[0].tokens.tolist() for seed in seeds]
-    assert found == [generate_naive(engine.model, [5, 6], 5, 1.0, 2**64 - 1, EOS).tokens.tolist()] * 4
+    assert found == [generate_naive(engine.model, Request([5, 6], 5, 2**64 - 1)).tokens.tolist()] * 4
     with pytest.raises(ValueError, match="only the engine reports"):
-        generate_naive(engine.model, [5], 2, 1.0, 0, EOS, top_logprobs=2)
+        generate_naive(engine.model, Request([5], 2, top_logprobs=2))
+    with pytest.raises(ValueError, match="stop texts need"):
+        generate_naive(engine.model, Request([5], 2, stop=("x",)))
     for places in (0, -40):
         with pytest.raises(ValueError, match="cache_tokens is"):
             Engine(engine.model, cache_tokens=places)
