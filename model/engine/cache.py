@@ -6,8 +6,7 @@ columns, which compiled loops read side by side. `Pages` (pages.py) works on any
 the pages of a prompt among the samples of a group. Which of the two serves is the engine's choice;
 the scheduler asks both the same questions, and they are written down here.
 
-Left out: prefixes that are shared between groups, and a cache that is kept from one request to the
-next.
+Left out: prefixes shared between groups, and keys and values kept from one request to the next.
 
 Shapes: B rows, P prompts, V vocabulary.
 """
@@ -27,8 +26,7 @@ class Cache(Protocol):
     n: int
     """Rows in use: they are 0 .. n - 1."""
     copy_bytes: int
-    """Bytes of the copy of the weights that the cache decodes from; 0 if it reads the trainer's
-    own."""
+    """Bytes of its own copy of the weights; 0 if it reads the trainer's."""
 
     # ---- once, and between requests ----
 
@@ -95,11 +93,10 @@ def pages_for(n_tokens: int) -> int:
 def tokens_within(
     n_bytes: float, token_bytes: int, n_rows: int, longest: int | None, max_seq_len: int
 ) -> int:
-    """The size of a cache, in tokens: enough for `n_rows` sequences of `longest` tokens and a page
-    more each.
+    """The size of a cache, in tokens: room for `n_rows` sequences of `longest` tokens.
 
-    Less where that many do not fit into `n_bytes`, but never less than one sequence of
-    `max_seq_len`. longest: None is max_seq_len.
+    Each row has a page more in hand. The size is less where that many tokens do not fit into
+    `n_bytes`, but never less than one sequence of `max_seq_len`. longest: None is max_seq_len.
     """
     longest = min(longest or max_seq_len, max_seq_len)
     wanted = n_rows * PAGE * pages_for(longest + PAGE)

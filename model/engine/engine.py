@@ -11,14 +11,14 @@ it asks for and has sampled lies in rows.py and output.py, and keys and values l
 pages.py. All requests may be served by any caller's steps: a stream and a batch can share one
 engine.
 
-Weights: `refresh()` takes the trainer's, and they must not change while requests are being served.
+Weights come in with `refresh()`, and must not change while requests are being served.
 
 Left out: chunked prefill, prefixes shared between groups, speculative decoding.
 
 Shapes: B rows, V vocabulary.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from itertools import count
 
 import numpy as np
@@ -29,7 +29,8 @@ from .cache import Cache, tokens_within
 from .pages import Pages
 from .requests import Completion, Event, Request, check_requests
 from .rows import Rows
-from .scheduler import Scheduler, ServedRequest
+from .scheduler import Scheduler
+from .sequence import Sequence
 from .slots import Slots
 from .text import TextStream
 
@@ -64,8 +65,8 @@ class Engine:
         cache_tokens: size of the cache. None is enough for `max_rows` sequences of `longest` tokens
             (None: max_seq_len), within 1 GiB on a CPU, and on a GPU within 85 % of the free memory
             less `reserve` bytes; never less than one sequence of max_seq_len.
-        paged: True is pages, False is slots, None is slots where the compiled loops of a CPU can
-        serve.
+        paged: True is pages, False is slots. None is slots where the compiled loops of a CPU can
+            serve the model, and pages elsewhere.
         """
         if max_rows < 1 or tokens_per_step < 1:
             raise ValueError(
@@ -101,8 +102,8 @@ class Engine:
         """Forget all requests."""
         self.rows = Rows(self.max_rows, self.device)
         self.scheduler = Scheduler(self.cache, self.rows, self.max_rows, self.tokens_per_step)
-        self.finished: dict[int, Completion] = {}
-        """Completions that no caller has taken yet, by request id."""
+        self.completed: dict[int, Completion] = {}
+        """Completions by request id, until their caller takes them."""
         self._cancelled: set[int] = set()
         self._events: dict[int, tuple[list[int], str]] = {}  # of streams: new tokens and text
 
@@ -127,13 +128,16 @@ class Engine:
     # ---- weights ----
 
     def refresh(self, version: int | None = None) -> None:
-        """Take the trainer's weights as they are now. This is where new weights come in.
+        """Take the trainer's weights as they are now.
 
-        On a GPU the engine decodes from a copy in the compute dtype, if that is not the weights'
-        own; the copy is rewritten in place, since CUDA graphs hold its addresses. Without a copy,
-        and on a CPU, the trainer's weights are read where they lie. version: number of these
-        weights, for each Completion; by default the next one. Raises ValueError while requests are
-        being served: one answer, one set of weights.
+        On a GPU the engine decodes from a copy in the compute dtype, unless that is the weights'
+        own. The copy is rewritten in place, since CUDA graphs hold its addresses.
+
+        On a CPU it reads the trainer's tensors where they lie, and `submit` finds them again before
+        the first request: there a change is seen even without refresh(), which then only counts.
+
+        version: number of these weights, for each Completion; None is the next one.
+        Raises ValueError while requests are being served: one answer, one set of weights.
         """
         if self.n_unfinished:
             raise ValueError(
@@ -145,19 +149,20 @@ class Engine:
 
     @torch.inference_mode()
     def _take_weights(self) -> None:
+        """Rewrite the copy of the weights, or find the trainer's tensors."""
         self.cache.refresh()
 
     # ---- requests in, completions out ----
 
-    def submit(self, requests: Sequence[Request], streamed: bool = False) -> list[int]:
+    def submit(self, requests: Collection[Request], streamed: bool = False) -> list[int]:
         """Queue requests for `step`; their ids.
 
         Raises ValueError, and queues none, if one of them cannot be served.
         """
         check_requests(self.model, requests, self.tokenizer)
         self._check_cache_size(requests)
-        # A trainer on a CPU may put new tensors into the place of its weights at any time between
-        # two calls, without refresh(). Finding them again is cheap, so they are always the newest.
+        # On a CPU the trainer may have replaced its tensors since the last refresh(). To find them
+        # again costs next to nothing, so the newest are always read.
         if self.device.type == "cpu" and not self.n_unfinished:
             self._take_weights()
         new = []
@@ -168,12 +173,12 @@ class Engine:
                 prefixes[id(prompt)] = tuple(map(int, prompt))
             has_text = request.stop or (streamed and self.tokenizer)
             text = TextStream(self.tokenizer, request.stop) if has_text else None
-            sequence = ServedRequest(next(self._ids), request, prefixes[id(prompt)], text, streamed)
+            sequence = Sequence(next(self._ids), request, prefixes[id(prompt)], text, streamed)
             new.append(sequence)
         self.scheduler.waiting += new
         return [sequence.id for sequence in new]
 
-    def _check_cache_size(self, requests: Sequence[Request]) -> None:
+    def _check_cache_size(self, requests: Collection[Request]) -> None:
         longest = max(requests, key=lambda r: len(r.prompt) + r.max_new_tokens)
         needed = self.cache.needed(len(longest.prompt) + longest.max_new_tokens)
         if needed > self.cache_tokens:
@@ -183,19 +188,19 @@ class Engine:
                 f"{self.cache_tokens}; give the engine cache_tokens={needed} or more"
             )
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+    def generate(self, requests: Collection[Request]) -> list[Completion]:
         """Serve them all; completions in the order of the requests."""
         ids = self.submit(requests)
         left = set(ids)
         try:
-            while not self.finished.keys() >= left:
+            while not self.completed.keys() >= left:
                 self.step()
                 self._check_not_lost(ids)
-            return [self.finished.pop(i) for i in ids]
+            return [self.completed.pop(i) for i in ids]
         finally:
             self._abandon(left)
 
-    def stream(self, requests: Sequence[Request]) -> Iterator[Event]:
+    def stream(self, requests: Collection[Request]) -> Iterator[Event]:
         """Serve them, with an event for each token as it comes.
 
         Leaving the loop cancels those that have not ended.
@@ -207,7 +212,7 @@ class Engine:
                 self.step()
                 for i in [i for i in self._events if i in index_of]:
                     self._check_not_lost(index_of)  # others may step the engine between two events
-                    index, completion = index_of[i], self.finished.pop(i, None)
+                    index, completion = index_of[i], self.completed.pop(i, None)
                     tokens, text = self._events.pop(i)
                     if completion:
                         del index_of[i]
@@ -234,7 +239,7 @@ class Engine:
             self._cancelled |= unfinished
             self._drop_cancelled()
         for i in ids:
-            self.finished.pop(i, None)
+            self.completed.pop(i, None)
             self._events.pop(i, None)
 
     # ---- a step ----
@@ -278,11 +283,11 @@ class Engine:
         if logits is None:
             return
 
-        # Sample one token per row, at random numbers of its own, and collect it in the row's
-        # output.
+        # Sample: one token per row, with a random number of its own; it is collected in the output.
         rows.sample(logits)
 
-        # Finish: a sequence ends with a stop token, a stop text, or its last token.
+        # Finish: a sequence ends with a stop token, a stop text, or its last token. Its row is
+        # released, and its completion waits for its caller.
         stopped = rows.reached_stop()
         if scheduler.emitting:
             self._emit_text(stopped)
@@ -293,8 +298,7 @@ class Engine:
                 self._finish(sequence, "stop" if by_stop else "length")
 
     def _emit_text(self, stopped: np.ndarray) -> None:
-        """Text and events of the rows that have stop texts or are streamed; stop texts set
-        `stopped` [B]."""
+        """Add to the text and the events of rows that have any; a stop text sets `stopped` [B]."""
         tokens = self.rows.newest.tolist()
         for row in self.scheduler.emitting:
             sequence, text = self.scheduler.running[row], ""
@@ -309,12 +313,12 @@ class Engine:
         earlier_tokens, earlier_text = self._events.get(id, ([], ""))
         self._events[id] = (earlier_tokens + tokens, earlier_text + text)
 
-    def _finish(self, sequence: ServedRequest, reason: str) -> None:
-        """Keep its completion until its caller takes it."""
+    def _finish(self, sequence: Sequence, reason: str) -> None:
+        """Make its completion, which waits until its caller takes it."""
         tail = sequence.text.feed(None) if sequence.text else ""
         if sequence.streamed:
             self._record_event(sequence.id, [], tail)
-        self.finished[sequence.id] = sequence.completion(reason, self.version)
+        self.completed[sequence.id] = sequence.completion(reason, self.version)
 
     @torch.inference_mode()
     def _drop_cancelled(self) -> None:

@@ -41,20 +41,18 @@ def generate_naive(model: Transformer, request: Request) -> Completion:
     tokens, logps = [], []
     finish_reason = "length"
     while len(tokens) < request.max_new_tokens:
-        # 1. The model reads all tokens so far [T]. The hidden state of the last one predicts the
-        # next token.
+        # 1. The model reads all tokens so far, [T]. The last one's hidden state predicts the next.
         hidden_TM = model(pack([sequence], device))
         logits_1V = model.logits(hidden_TM[-1:])
 
-        # 2. The random number of a token depends on the request's seed and on the token's position
-        # alone.
+        # 2. A token's random number is a function of the request's seed and the token's position.
         position = torch.tensor([len(sequence)], device=device)
         uniform = counter_uniform(seed, position)
 
         # 3. Sample one token from softmax(logits / temperature).
         token, logp = sample_tokens(logits_1V, request.temperature, uniform, filters)
 
-        # 4. Append it: the next prediction reads it, too.
+        # 4. Append it. The next prediction reads it, too.
         sequence.append(int(token))
         tokens.append(int(token))
         logps.append(float(logp))

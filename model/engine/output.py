@@ -16,16 +16,14 @@ LEAST_COLUMNS = 128  # that memory is taken for
 
 
 class Output:
-    """The columns of a batch of at most `max_rows` rows. Steps are counted from 0 and never
-    reset."""
+    """The columns of a batch of at most `max_rows` rows, numbered by the step that wrote them."""
 
     def __init__(self, max_rows: int, device: torch.device):
         self.max_rows, self.device = max_rows, device
         self.newest = torch.zeros(max_rows, dtype=torch.int64, device=device)
         """[B], the newest token of each row."""
         self.columns: dict[str, torch.Tensor] = {}
-        """tokens and logp [B, C]; top_ids and top_logp [B, C, K] once a request has asked for
-        them."""
+        """tokens and logp [B, C]; if a request asks for them, top_ids and top_logp [B, C, K]."""
         self.first_step = 0
         """The step of column 0."""
 
@@ -34,24 +32,33 @@ class Output:
 
         n: rows in use; births: [n] the step of each one's first token.
         """
-        old = self.columns
-        column = step - self.first_step
-        has_column = bool(old) and column < old["tokens"].shape[1]
-        has_likeliest = top_n == 0 or ("top_ids" in old and old["top_ids"].shape[2] >= top_n)
-        if has_column and has_likeliest:
+        if self._has_column(step) and self._has_likeliest(top_n):
             return
-        # Keep the columns from the oldest sequence's first on, and as many again are free.
+        # Keep the columns from the oldest sequence's first one on, and have as many again free.
         oldest = int(births.min())
-        n_kept = step - oldest
-        kept = slice(oldest - self.first_step, column)
+        first, end = oldest - self.first_step, step - self.first_step
+        n_kept = end - first
+        old = self.columns
         self.columns = self._allocate(max(LEAST_COLUMNS, 2 * n_kept), top_n)
         for name in self.columns.keys() & old.keys():
-            values = old[name][:n, kept]
-            if values.ndim == 3:  # other sequences ask for more, or for fewer, than those before
-                missing = max(0, top_n - values.shape[2])
-                values = F.pad(values, (0, missing))[..., :top_n]
-            self.columns[name][:n, :n_kept] = values
+            kept = old[name][:n, first:end]
+            if (
+                kept.ndim == 3
+            ):  # the sequences of now may ask for more of the likeliest, or for fewer
+                kept = with_last_size(kept, top_n)
+            self.columns[name][:n, :n_kept] = kept
         self.first_step = oldest
+
+    def _has_column(self, step: int) -> bool:
+        if not self.columns:
+            return False
+        n_columns = self.columns["tokens"].shape[1]
+        return step - self.first_step < n_columns
+
+    def _has_likeliest(self, top_n: int) -> bool:
+        if top_n == 0:
+            return True
+        return "top_ids" in self.columns and self.columns["top_ids"].shape[2] >= top_n
 
     def _allocate(self, n_columns: int, top_n: int) -> dict[str, torch.Tensor]:
         shape = (self.max_rows, n_columns)
@@ -66,8 +73,10 @@ class Output:
         return columns
 
     def write(self, step: int, sampled: tuple[torch.Tensor, ...]) -> None:
-        """Write the column of `step`: tokens and logp [n], and, if asked, top_ids and top_logp [n,
-        k]."""
+        """Write the column of `step`.
+
+        sampled: tokens and logp [n], and, if a row reports them, top_ids and top_logp [n, k].
+        """
         tokens = sampled[0]
         n, column = len(tokens), step - self.first_step
         for values, new in zip(self.columns.values(), sampled, strict=False):
@@ -81,15 +90,23 @@ class Output:
         part = slice(first - self.first_step, end - self.first_step)
         taken = []
         for values in self.columns.values():
-            # NumPy sees the same memory on a CPU, and indexes it many times as fast as PyTorch.
+            # On a CPU NumPy sees the same memory, and indexes it many times as fast as PyTorch.
             of_row = values.numpy()[row] if values.is_cpu else values[row].cpu().numpy()
-            of_row = of_row[part] if values.ndim == 2 else of_row[part, :top_n]
-            taken.append(of_row.copy())
-        return tuple(taken) if top_n else tuple(taken[:2])
+            taken.append(of_row[part])
+        tokens, logp, *likeliest = taken
+        likeliest = [values[:, :top_n] for values in likeliest] if top_n else []
+        return tuple(values.copy() for values in (tokens, logp, *likeliest))
 
     def move(self, dst: np.ndarray, src: np.ndarray) -> None:
         """What rows `src` have becomes that of rows `dst`."""
         to = torch.from_numpy(dst).to(self.device)
         by = torch.from_numpy(src).to(self.device)
-        for values in (self.newest, *self.columns.values()):
+        self.newest[to] = self.newest[by]
+        for values in self.columns.values():
             values[to] = values[by]
+
+
+def with_last_size(values: torch.Tensor, size: int) -> torch.Tensor:
+    """Values [..., K] with zeros added, or cut off, to [..., size]."""
+    missing = max(0, size - values.shape[-1])
+    return F.pad(values, (0, missing))[..., :size]

@@ -31,8 +31,8 @@ class PagedKV:
     def __init__(self, caches: list, table: torch.Tensor, lengths: torch.Tensor):
         """caches: keys [N, G, PAGE, D] and values [N, G, PAGE, E] of each layer.
 
-        table: [B, W] int32, the pages of each row. lengths: [B] int32, the tokens that it has so
-        far.
+        table: [B, W] int32, the pages of each row.
+        lengths: [B] int32, the tokens that each row has so far.
         """
         self.caches, self.table = caches, table
         # The new token stands behind the row's last one: at which offset, in which page?
@@ -42,8 +42,7 @@ class PagedKV:
         self.lengths = lengths + 1  # attention sees the new token, too
 
     def attend(self, layer: int, q_BHD: torch.Tensor, k_BGD: torch.Tensor, v_BGE: torch.Tensor):
-        """Write the new keys and values to their pages, and attend [B, H, E] to all that the row
-        has."""
+        """Write the new keys and values to their pages; attention [B, H, E] over the whole row."""
         k_cache, v_cache = self.caches[layer]
         k_cache[self.pages, :, self.offsets] = k_BGD
         v_cache[self.pages, :, self.offsets] = v_BGE
@@ -57,9 +56,8 @@ class Pages:
         self.model, self.n_rows = model, n_rows
         self.dtype, self.device = model.compute_dtype, model.embed.device
         self.n = 0
-        # Decode from the trainer's own weights, unless they are in another dtype on a GPU: then
-        # from one copy in the compute dtype, which is read in half the time and is rewritten in
-        # place.
+        # Decode from the trainer's own weights, unless a GPU would have to cast them in every step:
+        # then from one copy in the compute dtype, which is rewritten in place.
         self.weights = model
         self.copy_bytes = 0
         if model.embed.dtype != self.dtype and self.device.type == "cuda":

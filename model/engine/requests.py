@@ -1,5 +1,4 @@
-"""What is asked of the engine and what comes back: Request, Completion, Event, and the checks of a
-request."""
+"""What is asked of the engine and what comes back, and the checks of a request."""
 
 import math
 import numbers
@@ -52,8 +51,7 @@ class Completion:
     tokens: np.ndarray
     """[n] int64, with the stop token, if one was reached."""
     logp: np.ndarray
-    """[n] float32, log-prob (nats) of each token under the distribution that it was sampled from; 0
-    at temperature 0."""
+    """[n] float32, log-prob (nats) under the distribution sampled from; 0 at temperature 0."""
     finish_reason: str
     """"stop" (a stop token or text), "length" (max_new_tokens) or "cancelled"."""
     weights_version: int = 0

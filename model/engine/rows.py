@@ -1,9 +1,8 @@
-"""The rows of the batch as arrays: what each request asked for, and what a step must know of all of
-them.
+"""The rows of the batch as arrays: what each request asked for, and the sampling for all of them.
 
-A step does nothing sequence by sequence in Python, so seeds, limits, temperatures and filters lie
-in one table, and a summary of it is made anew only when rows begin, move or end. The tokens that
-were sampled are in output.py.
+A step does nothing sequence by sequence in Python. So seeds, limits, temperatures and filters lie
+in one table, with a summary that is made again only when rows begin, move or end. What has been
+sampled is in output.py.
 
 The random number of a token is a function of (seed of the request, position in the sequence). A
 row's position grows by one with each step, so its numbers are made for many steps at a time.
@@ -16,6 +15,7 @@ import torch
 
 from .output import Output
 from .sampling import counter_uniform, sample_tokens, signed
+from .sequence import Sequence
 
 AHEAD = 32  # steps whose random numbers are made at one time
 NEVER = 1 << 62  # the step at which a finished row ends
@@ -52,7 +52,7 @@ class Rows:
 
     # ---- rows begin, move and end ----
 
-    def begin(self, sequences: list) -> None:
+    def begin(self, sequences: list[Sequence]) -> None:
         """These sequences take the rows behind the others."""
         first, self.n = self.n, self.n + len(sequences)
         self._table[first : self.n] = [self._entry(sequence) for sequence in sequences]
@@ -60,7 +60,7 @@ class Rows:
         self._uniforms = None
         self._summarise()
 
-    def _entry(self, sequence) -> tuple:
+    def _entry(self, sequence: Sequence) -> tuple:
         """A row of the table, in the order of ROW."""
         request = sequence.request
         n_left = request.max_new_tokens - sequence.n_collected
@@ -133,8 +133,7 @@ class Rows:
 
     @property
     def plain(self) -> bool:
-        """Does sampling cost one cheap operation per row: one temperature, no filters, no
-        reports?"""
+        """Is sampling cheap: one temperature for all rows, no filters, no reports?"""
         return self.filters is None and not self.top_n and isinstance(self.temperature, float)
 
     # ---- one step ----

@@ -1,5 +1,4 @@
-"""How a token is sampled: counter-based random numbers, filters, and an inverted cumulative
-distribution.
+"""How a token is sampled: random numbers, filters, and an inverted cumulative distribution.
 
 The random number of a token is a function of (seed of the request, position of the token). So the
 tokens of a request depend neither on what else is in the batch nor on the order of the requests,

@@ -21,8 +21,7 @@ class TextStream:
         self._held = ""  # decoded, not shown yet
 
     def feed(self, token: int | None) -> str:
-        """The text that can be shown after one more token; None ends the text and releases what
-        waits."""
+        """Text that can be shown after one more token. None ends the text: then all of it is."""
         is_end = token is None
         piece = b"" if is_end else self.tokenizer.token_bytes(token)
         self._held += self._decoder.decode(piece, final=is_end)

@@ -97,7 +97,7 @@ def agree(model, requests, completions, edges=1):
 def everything_is_free(engine):
     assert engine.n_unfinished == engine.scheduler.n_finished == 0
     assert engine.rows.n == engine.cache.n == 0
-    assert not engine.scheduler.running and not engine.scheduler.waiting and not engine.finished
+    assert not engine.scheduler.running and not engine.scheduler.waiting and not engine.completed
     if isinstance(engine.cache, Pages):
         table = engine.cache.page_table
         assert sorted(table.free) == list(range(1, table.n_pages + 1))

@@ -135,9 +135,9 @@ def test_every_request_is_answered_once_and_no_page_is_lost(paged, data):
             for i in to_cancel:
                 engine.cancel(i)
         engine.step()
-    assert sorted(engine.finished) == ids
+    assert sorted(engine.completed) == ids
     for i, r in zip(ids, requests, strict=True):
-        c = engine.finished.pop(i)
+        c = engine.completed.pop(i)
         assert len(c.tokens) == len(c.logp) <= r.max_new_tokens
         assert c.finish_reason != "cancelled" or i in to_cancel
         assert c.finish_reason != "length" or len(c.tokens) == r.max_new_tokens
@@ -166,7 +166,7 @@ def test_shared_pages_are_shared():
     assert table.n_pages - len(table.free) == 1 + 9  # one for all, and the last for each
     while engine.n_unfinished:
         engine.step()
-    engine.finished.clear()
+    engine.completed.clear()
     everything_is_free(engine)
 
 

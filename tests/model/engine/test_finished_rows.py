@@ -16,7 +16,7 @@ def test_finished_rows_stay_in_the_batch_for_a_while(paged):
     later = [Request([9, 9], 30, 50), Request([8], 30, 51)]
     engine = Engine(model, paged=paged)
     ids = engine.submit(requests)
-    while len(engine.finished) < 4:
+    while len(engine.completed) < 4:
         engine.step()
     for _ in range(10):
         engine.step()
@@ -31,8 +31,8 @@ def test_finished_rows_stay_in_the_batch_for_a_while(paged):
     engine.cancel(ids[-1])
     while engine.n_unfinished:
         engine.step()
-    agree(model, [*requests, later[0]], [engine.finished.pop(i) for i in ids[:-1]])
-    assert engine.finished.pop(ids[-1]).finish_reason == "cancelled"
+    agree(model, [*requests, later[0]], [engine.completed.pop(i) for i in ids[:-1]])
+    assert engine.completed.pop(ids[-1]).finish_reason == "cancelled"
     everything_is_free(engine)
 
 
