@@ -145,6 +145,18 @@ def test_every_request_is_answered_once_and_no_page_is_lost(paged, data):
 
 
 @both_caches
+def test_any_of_several_stop_tokens_ends_an_answer(paged):
+    model = Watched()
+    kinds = [(EOS, 7, 9, 11, 13), (), (EOS,)]
+    requests = [Request(PROMPTS[i % 6], 25, i, stop_ids=kinds[i % 3]) for i in range(18)]
+    completions = Engine(model, paged=paged, max_rows=7).generate(requests)
+    agree(model, requests, completions)
+    last = {int(c.tokens[-1]) for r, c in zip(requests, completions, strict=True) if len(r.stop_ids) == 5}
+    assert len(last & {7, 9, 11, 13}) > 1
+    assert all(len(c.tokens) == 25 for r, c in zip(requests, completions, strict=True) if not r.stop_ids)
+
+
+@both_caches
 def test_a_group_is_prefilled_once_and_finished_rows_leave_smaller_batches(paged):
     model = Watched(2.0)
     requests = group_requests(PROMPTS, 16, 20, 1.0, sample_seeds(96, 5), (EOS,))
@@ -178,6 +190,10 @@ def test_new_weights_are_seen_and_counted():
         for p in model.parameters():
             p.mul_(1.1)
     unannounced, = engine.generate([request])  # on a CPU they are the trainer's
+    assert same(unannounced, naive_of(model, request), model, request)
+    for p in model.parameters():
+        p.data = p.data * 0.95  # other tensors, at other addresses
+    unannounced, = engine.generate([request])
     assert same(unannounced, naive_of(model, request), model, request)
     engine.refresh(version=7)
     second, = engine.generate([request])
