@@ -1,8 +1,8 @@
 """Generation, the whole idea: predict, sample, append, repeat.
 
-The model reads the whole sequence anew for every token. That is slow, and it is easy to see that it
-is right: no cache, no batch, no kernel of its own. The engine is tested against it: same seeds,
-same tokens. Read this first.
+The model reads the whole sequence again for every token. That is slow, and easy to see through: no
+cache, no batch, no kernel. The engine is tested against it: same seeds, same tokens. Read this
+first.
 
     completion = generate_naive(model, Request(prompt, max_new_tokens=64, seed=1))
 

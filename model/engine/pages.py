@@ -127,9 +127,10 @@ class Pages:
 
         # Copy the keys and values of their tokens to the pages of the rows, in every layer.
         slots, tokens = self._lay_out(rows, which, [len(prompt) for prompt in prompts])
+        pages, offsets = slots // PAGE, slots % PAGE
         for cache, new in zip(self.caches, kept, strict=True):
             for values, new_values in zip(cache, new, strict=True):
-                values[slots // PAGE, :, slots % PAGE] = new_values.to(self.dtype)[tokens]
+                values[pages, :, offsets] = new_values.to(self.dtype)[tokens]
         self.n = max(self.n, int(rows.max()) + 1)
         self._upload()
 
@@ -140,30 +141,32 @@ class Pages:
     def _lay_out(
         self, rows: np.ndarray, which: np.ndarray, lengths: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give the rows their pages; (slots, tokens) [K]: which flat token is written to which
-        slot.
+        """Give the rows their pages. Returns (slots, tokens), [K]: what is written where.
 
-        Slot s is offset s % PAGE of page s // PAGE. Full pages are written once and shared; the
-        last page of a prompt, which a row goes on writing, is written for each row.
+        Flat token tokens[i] of the prefill is written to slot slots[i]; slot s is offset s % PAGE
+        of page s // PAGE. Full pages are written once and shared. The last page of a prompt, which
+        a row goes on writing, is written for each row.
         """
-        starts = np.cumsum(lengths) - lengths
+        table, starts = self.page_table, np.cumsum(lengths) - lengths
         shared: dict[int, np.ndarray] = {}  # the full pages of each prompt
         slots, tokens = [], []
         for row, prompt in zip(rows.tolist(), which.tolist(), strict=True):
             start, length = starts[prompt], lengths[prompt]
             n_shared = length // PAGE * PAGE
             if prompt in shared:
-                self.page_table.share(shared[prompt])
+                table.share(shared[prompt])
             else:
-                shared[prompt] = self.page_table.take(length // PAGE)
+                shared[prompt] = table.take(length // PAGE)
                 slots.append(slots_of(shared[prompt], n_shared))
                 tokens.append(start + np.arange(n_shared))
-            own = self.page_table.take(1 if length % PAGE else 0)
+            own = table.take(1 if length % PAGE else 0)
             slots.append(slots_of(own, length % PAGE))
             tokens.append(start + np.arange(n_shared, length))
-            self.page_table.begin(row, np.concatenate([shared[prompt], own]), length)
-        on_device = (torch.from_numpy(np.concatenate(x)).to(self.device) for x in (slots, tokens))
-        return tuple(on_device)
+            table.begin(row, np.concatenate([shared[prompt], own]), length)
+        return self._on_device(slots), self._on_device(tokens)
+
+    def _on_device(self, parts: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts)).to(self.device)
 
     def move(self, dst: np.ndarray, src: np.ndarray) -> None:
         for to, by in zip(dst.tolist(), src.tolist(), strict=True):
@@ -189,11 +192,12 @@ class Pages:
         return next(size for size in self.sizes if size >= n) if n else 0
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        n = self.n
-        full = self.page_table.full(n)
+        # A row whose last page is full gets another one for its new token.
+        n, table = self.n, self.page_table
+        full = table.full(n)
         if len(full):
-            self.page_table.extend(full)
-            self.table.copy_(torch.from_numpy(self.page_table.pages))
+            table.extend(full)
+            self.table.copy_(torch.from_numpy(table.pages))
 
         # Rows n and up to the batch size have length 0 and page 0: what they compute is not read.
         size = self.width(n)
@@ -202,7 +206,7 @@ class Pages:
         self.tokens[:n] = tokens
         logits = self.graphs[size]()[:n]
 
-        self.page_table.lengths[:n] += 1
+        table.lengths[:n] += 1
         self.lengths[:n] += 1
         return logits
 

@@ -155,8 +155,8 @@ def _check_sampling(r: Request) -> None:
     reals = (r.temperature, r.top_p, r.min_p)
     if not all(isinstance(x, numbers.Real) for x in reals):
         raise ValueError(f"generate: temperature, top_p, min_p are {reals}; expected numbers")
-    sharp_or_greedy = r.temperature == 0 or LEAST_TEMPERATURE <= r.temperature < math.inf
-    if not is_whole(r.max_new_tokens, 1, INT64_MAX) or not sharp_or_greedy:
+    temperature_fits = r.temperature == 0 or LEAST_TEMPERATURE <= r.temperature < math.inf
+    if not is_whole(r.max_new_tokens, 1, INT64_MAX) or not temperature_fits:
         raise ValueError(
             f"generate: max_new_tokens is {r.max_new_tokens} and temperature {r.temperature}"
             "; expected a whole number of 1 or more, and 0 or a number of 1e-6 or more"

@@ -1,6 +1,6 @@
 """The rows of the batch as arrays: what each request asked for, and the sampling for all of them.
 
-A step does nothing sequence by sequence in Python. So seeds, limits, temperatures and filters lie
+A step does nothing one sequence at a time in Python. So seeds, limits, temperatures and filters lie
 in one table, with a summary that is made again only when rows begin, move or end. What has been
 sampled is in output.py.
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .output import Output
-from .sampling import counter_uniform, sample_tokens, signed
+from .sampling import Filters, counter_uniform, sample_tokens, signed
 from .sequence import Sequence
 
 AHEAD = 32  # steps whose random numbers are made at one time
@@ -49,6 +49,17 @@ class Rows:
         self._stop_ids = np.full((max_rows, 1), NO_TOKEN)
         self._uniforms: torch.Tensor | None = None  # [B, AHEAD], from step `_uniforms_first` on
         self._uniforms_first = 0
+        # The summary: what a step needs to know of all rows together.
+        self.temperature: float | torch.Tensor = 1.0
+        """One for all rows, or [B] float32."""
+        self.filters: Filters | None = None
+        """top_k, top_p and min_p, each [B]; None if no row has any."""
+        self.top_n = 0
+        """The most of the likeliest tokens that a row reports."""
+        self.stop_ids = torch.from_numpy(self._stop_ids[:0]).to(device)
+        """[B, S], the stop tokens of each row."""
+        self.next_limit = NEVER
+        """The first step before which a row has all its tokens."""
 
     # ---- rows begin, move and end ----
 
@@ -87,7 +98,7 @@ class Rows:
         self._stop_ids[first : self.n] = padded
 
     def retire(self, rows: np.ndarray) -> None:
-        """These rows are finished but stay in the batch: they never end, and need no old column."""
+        """These rows are finished and stay in the batch: they never end, and need no old column."""
         self._table["birth"][rows] = self.step
         self._table["limit"][rows] = NEVER
         self.stop_ids[rows] = NO_TOKEN
@@ -110,22 +121,19 @@ class Rows:
             self._summarise()
 
     def _summarise(self) -> None:
-        """What a step needs to know of all rows together."""
+        """Bring the summary up to date with the table."""
         table = self._table[: self.n]
         temperature = table["temperature"]
         alike = temperature.min() == temperature.max()
         self.temperature = float(temperature[0]) if alike else self._tensor("temperature").float()
-        """One for all rows, or [B] float32."""
+
         filtered = table["top_k"].any() or table["top_p"].min() < 1 or table["min_p"].any()
         names = ("top_k", "top_p", "min_p")
         self.filters = tuple(self._tensor(name) for name in names) if filtered else None
-        """top_k, top_p and min_p, each [B], or None where no row has any."""
+
         self.top_n = int(table["top_n"].max())
-        """The most of the likeliest tokens that a row reports."""
         self.stop_ids = torch.from_numpy(self._stop_ids[: self.n]).to(self.device)
-        """[B, S], the stop tokens of each row."""
         self.next_limit = int(table["limit"].min())
-        """The first step before which a row has all its tokens."""
 
     def _tensor(self, name: str) -> torch.Tensor:
         """[B], one field of the table on the device."""

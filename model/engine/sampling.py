@@ -1,8 +1,8 @@
 """How a token is sampled: random numbers, filters, and an inverted cumulative distribution.
 
 The random number of a token is a function of (seed of the request, position of the token). So the
-tokens of a request depend neither on what else is in the batch nor on the order of the requests,
-but for the rounding of matrix products, which changes with their shapes (about 1e-6).
+tokens of a request depend neither on what else is in the batch nor on the order of the requests.
+(Only rounding does: that of a matrix product changes with its shape, by about 1e-6.)
 
 Each token comes with its log-prob under the distribution that it was sampled from: temperature,
 top-k, top-p and min-p included.
@@ -26,7 +26,7 @@ BLOCK = 32  # tokens that are summed before the cumulative sum, which is then a 
 
 
 class NonFiniteError(RuntimeError):
-    """A NaN or infinity where a number was due; the message names the tensor and the place."""
+    """A NaN or infinity where a number was due; the message names the tensor and where it is."""
 
 
 # ---- random numbers: SplitMix64 (Steele, Lea and Flood 2014) as a function of (seed, counter) ----

@@ -1,4 +1,4 @@
-"""A request while it is being served: its place in the queue or in a row, and its tokens so far."""
+"""A request while it is being served, waiting or running, and the tokens that it has so far."""
 
 from dataclasses import dataclass, field
 

@@ -79,9 +79,9 @@ def test_seeds_of_any_kind():
         generate_naive(engine.model, Request([5], 2, top_logprobs=2))
     with pytest.raises(ValueError, match="stop texts need"):
         generate_naive(engine.model, Request([5], 2, stop=("x",)))
-    for places in (0, -40):
+    for n_tokens in (0, -40):
         with pytest.raises(ValueError, match="cache_tokens is"):
-            Engine(engine.model, cache_tokens=places)
+            Engine(engine.model, cache_tokens=n_tokens)
 
 
 @both_caches
@@ -121,16 +121,16 @@ def test_other_callers_are_told_of_an_error(paged, monkeypatch):
     assert len(engine.generate([GOOD])[0].tokens) == 9
 
 
-@pytest.mark.parametrize("place", ["between steps", "in a step"])
+@pytest.mark.parametrize("moment", ["between steps", "in a step"])
 @both_caches
-def test_an_interrupt_leaves_nothing_behind(paged, place, monkeypatch):
+def test_an_interrupt_leaves_nothing_behind(paged, moment, monkeypatch):
     engine, step = Engine(Watched(-9.0), paged=paged, max_rows=2), Engine.step
 
     def interrupted(self):
         step(self)
         raise KeyboardInterrupt
 
-    if place == "between steps":
+    if moment == "between steps":
         monkeypatch.setattr(Engine, "step", interrupted)
     else:
         break_once(engine, monkeypatch, KeyboardInterrupt())

@@ -66,10 +66,10 @@ def test_filtered_requests_are_the_oracles_in_mixed_company(paged):
         assert not np.array_equal(c.tokens, naive.tokens) or np.abs(c.logp - naive.logp).max() < 1e-4
         if r.top_logprobs:
             assert c.top_ids.shape == c.top_logp.shape == (len(c.tokens), r.top_logprobs)
-            for place, token in enumerate(c.tokens):
-                if r.temperature and token in c.top_ids[place]:
-                    at = c.top_ids[place].tolist().index(token)
-                    assert c.top_logp[place, at] == pytest.approx(c.logp[place], abs=1e-5)
+            for position, token in enumerate(c.tokens):
+                if r.temperature and token in c.top_ids[position]:
+                    at = c.top_ids[position].tolist().index(token)
+                    assert c.top_logp[position, at] == pytest.approx(c.logp[position], abs=1e-5)
         else:
             assert c.top_ids is None
     assert equal >= 29
