@@ -71,29 +71,34 @@ class Pages:
         self.page_table = PageTable(n_pages, self.n_rows, width)
         # What graphs read and write: keys and values, and the device's copy of the page table.
         self.caches = [self._layer_cache(n_pages, shape) for shape in cache_shapes(self.model)]
-        self.table = torch.zeros(self.n_rows, width, dtype=torch.int32, device=self.device)
-        self.lengths = torch.zeros(self.n_rows, dtype=torch.int32, device=self.device)
-        self.tokens = torch.zeros(self.n_rows, dtype=torch.int64, device=self.device)
+        self.table = self._zeros(self.n_rows, width, dtype=torch.int32)
+        self.lengths = self._zeros(self.n_rows, dtype=torch.int32)
+        self.tokens = self._zeros(self.n_rows, dtype=torch.int64)
         # Batch sizes: the powers of two, and all rows.
         n_powers = self.n_rows.bit_length() + 1
         self.sizes = sorted({min(self.n_rows, 1 << i) for i in range(n_powers)})
         self.graphs: dict[int, Callable[[], torch.Tensor]] = {}
 
-    def _layer_cache(self, n_pages: int, shape: tuple[int, int, int]):
+    def _zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def _layer_cache(
+        self, n_pages: int, shape: tuple[int, int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer; one page more, since page 0 belongs to nobody."""
         n_kv_heads, key_width, value_width = shape
-        keys = (n_pages + 1, n_kv_heads, PAGE, key_width)  # one more: page 0
-        values = (n_pages + 1, n_kv_heads, PAGE, value_width)
-        return tuple(
-            torch.zeros(size, dtype=self.dtype, device=self.device) for size in (keys, values)
-        )
+        keys = self._zeros(n_pages + 1, n_kv_heads, PAGE, key_width, dtype=self.dtype)
+        values = self._zeros(n_pages + 1, n_kv_heads, PAGE, value_width, dtype=self.dtype)
+        return keys, values
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Rewrite the copy of the weights in place, if there is one: graphs hold its addresses."""
-        if self.weights is not self.model:
-            pairs = zip(self.weights.parameters(), self.model.parameters(), strict=True)
-            for mine, theirs in pairs:
-                mine.copy_(theirs)
+        if self.weights is self.model:
+            return
+        pairs = zip(self.weights.parameters(), self.model.parameters(), strict=True)
+        for mine, theirs in pairs:
+            mine.copy_(theirs)
 
     def clear(self) -> None:
         for cache in self.caches:
