@@ -82,7 +82,7 @@ def larger() -> ModelConfig:
 def requests_of(prompts: list[list[int]], group_size: int, new_tokens: int) -> list[Request]:
     """At temperature 1, and without an end: the end token lies outside every vocabulary."""
     seeds = sample_seeds(len(prompts) * group_size, 0)
-    return group_requests(prompts, group_size, new_tokens, 1.0, seeds, eos_id=1 << 31)
+    return group_requests(prompts, group_size, new_tokens, 1.0, seeds, stop_ids=(1 << 31,))
 
 
 def with_stops(engine: Engine, requests: list[Request],
@@ -193,7 +193,7 @@ def decode_shares(model: Transformer, bandwidth: float) -> list[dict]:
     for batch in (1, 8, 64, 512):
         engine = Engine(model, max_rows=batch, tokens_per_step=65536)
         engine.submit([Request(list(range(1000 + i, 1512 + i)), 96, i) for i in range(batch)])
-        while engine.waiting or len(engine.live) < batch:
+        while engine.scheduler.waiting:
             engine.step()
         for _ in range(16):
             engine.step()  # captures the graph

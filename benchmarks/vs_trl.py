@@ -103,7 +103,7 @@ class TokenIdTask:
 
 @dataclass(frozen=True)
 class TokenIdTokenizer:
-    eos_id: int
+    eos_ids: tuple[int, ...]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [[int(word) for word in text.split()] for text in texts]
@@ -121,7 +121,7 @@ def our_step(f: Flags):
         steps=1, prompts_per_step=f.prompts, group_size=f.group_size, max_new_tokens=f.new_tokens, kl_samples=0,
         micro_tokens=f.prompts * f.group_size * (f.prompt_tokens + f.new_tokens), optim=optim))
     model, reference = (Transformer(f.model).init_weights(0) for _ in range(2))
-    task, tokenizer = TokenIdTask(f.model.vocab_size, f.prompt_tokens), TokenIdTokenizer(f.model.vocab_size)
+    task, tokenizer = TokenIdTask(f.model.vocab_size, f.prompt_tokens), TokenIdTokenizer((f.model.vocab_size,))
     learner, n_done = make_learner(config, model, reference, Engine(model, tokenizer)), 0
 
     def step() -> tuple[float, float]:

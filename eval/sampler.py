@@ -86,8 +86,9 @@ class ModelSampler:
             [sample_seeds(n_samples, self.seed, self.n_prompts + i) for i in range(len(ids))]
         )
         self.n_prompts += len(ids)
+        stop_ids = self.tokenizer.eos_ids
         return group_requests(
-            ids, n_samples, self.max_new_tokens, self.temperature, seeds, self.tokenizer.eos_id
+            ids, n_samples, self.max_new_tokens, self.temperature, seeds, stop_ids
         )
 
     def cut_message(self) -> str | None:

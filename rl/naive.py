@@ -20,6 +20,7 @@ from ..eval.response import parse_response
 from ..eval.tasks.countdown import Countdown
 from ..model.checkpoint import load_model
 from ..model.engine.naive import generate_naive
+from ..model.engine.requests import Request
 from ..model.engine.sampling import sample_seeds
 from ..model.packed import pack
 
@@ -63,12 +64,13 @@ def log_probs(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
     return logp_RV.gather(1, answer_R[:, None])[:, 0]
 
 
-def sample_answer(model, prompt: list[int], seed: int, eos_id: int) -> list[int]:
+def sample_answer(model, prompt: list[int], seed: int, eos_ids: tuple) -> list[int]:
     """Continue the prompt token by token at temperature 1, until the end token.
 
     The seed decides every random number, so the fast engine can be asked for the same answer.
     """
-    return generate_naive(model, prompt, MAX_NEW_TOKENS, 1.0, seed, eos_id).tokens.tolist()
+    request = Request(prompt, MAX_NEW_TOKENS, seed, temperature=1.0, stop_ids=eos_ids)
+    return generate_naive(model, request).tokens.tolist()
 
 
 def grpo_gradient(model, tokenizer, task, problems: list, step: int) -> dict:
@@ -83,7 +85,7 @@ def grpo_gradient(model, tokenizer, task, problems: list, step: int) -> dict:
         group_seeds = seeds[group * GROUP_SIZE : (group + 1) * GROUP_SIZE]
 
         # 1. Sample a group of answers to the same problem.
-        answers = [sample_answer(model, prompt, seed, tokenizer.eos_id) for seed in group_seeds]
+        answers = [sample_answer(model, prompt, seed, tokenizer.eos_ids) for seed in group_seeds]
 
         # 2. Grade each answer by rule: is it right, is it well formed?
         rewards = [reward_of(task, problem, tokenizer.decode(answer)) for answer in answers]

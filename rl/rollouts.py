@@ -78,7 +78,7 @@ def sample_groups(
     tokenizer = engine.tokenizer
     prompt_ids = tokenizer.encode_batch(prompts)
     requests = group_requests(
-        prompt_ids, group_size, max_new_tokens, temperature, seeds, tokenizer.eos_id
+        prompt_ids, group_size, max_new_tokens, temperature, seeds, tokenizer.eos_ids
     )
     completions = engine.generate(requests)
     prompt_of = [prompt_ids[n // group_size] for n in range(len(completions))]

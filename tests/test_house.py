@@ -248,7 +248,7 @@ def test_back_end_rule(path, source, fine):
 
 @pytest.mark.parametrize("path, source, fine", [
     ("tests/rl/test_a.py", "from .cases import tiny", True),
-    ("tests/rl/test_a.py", "from ..train.loop_cases import tiny", True),
+    ("tests/rl/test_a.py", "from ..train.loop_cases import save_base", True),
     ("tests/rl/test_a.py", "from r1zero.rl import test_time", True),
     ("tests/rl/test_a.py", "from .test_b import tiny", False),
     ("tests/rl/test_a.py", "from ..train import test_b", False),

@@ -1,35 +1,105 @@
-"""The key/value cache of the sequences that are being decoded, and decoding against it: slots or pages.
+"""The key/value cache of the sequences that are being decoded, as the scheduler sees it.
 
-Both hold their sequences in rows 0 .. n - 1 and answer the same questions of the scheduler (engine.py):
+A cache holds one sequence per row, in rows 0 .. n - 1, and knows how to decode one token for all of
+them. There are two. `Slots` (slots.py) is a CPU's, for fp32: every row has the same number of
+columns, which compiled loops read side by side. `Pages` (pages.py) works on any device and shares
+the pages of a prompt among the samples of a group. Which of the two serves is the engine's choice;
+the scheduler asks both the same questions, and they are written down here.
 
-    fits(n, ...)           may n more begin, too?          can_step()   is there room for a token in each row?
-    admit(rows, ...)       prefill                         decode(...)  one token a row: logits
-    move(dst, src), cut(n) rows change places; what lies behind n is free
-    empty(rows)            they begin anew, from nothing    width(n)     n, up to where a row fewer saves time
-    allocate(n_tokens)     once, before all others         clear()      no row, and no NaN, is left
+Left out: prefixes shared between groups, and keys and values kept from one request to the next.
 
-`Slots` is the CPU's, for fp32: the same place of some rows side by side, read by a compiled loop
-(kernels/cpu_attention.py). Its decode path is the model's own arithmetic on the trainer's weights, which it
-reads where they lie: 2 loops a layer, or 8 operators where products of PyTorch's are faster.
-
-`Pages` is the GPU's, and a CPU's where that loop cannot serve: fixed pages of PAGE tokens, a table of page
-numbers for each row, prompts' full pages shared by the samples of a group (reference counts), the last one
-copied for each. Its step is captured at a few fixed batch sizes, each as a CUDA graph on static tensors.
-
-Shapes: B rows, L layers, H query heads, G kv heads, R = H / G, D head_dim, S columns, T flat tokens.
+Shapes: B rows, P prompts, V vocabulary.
 """
 
-PAGE = 16  # tokens in a page; slots grow by as many columns
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+PAGE = 16  # tokens per page; slots grow by as many columns
 
 
-def pages_for(n_tokens) -> int:
+class Cache(Protocol):
+    """What the engine and its scheduler ask of a key/value cache."""
+
+    n: int
+    """Rows in use: they are 0 .. n - 1."""
+    copy_bytes: int
+    """Bytes of its own copy of the weights; 0 if it reads the trainer's."""
+
+    # ---- once, and between requests ----
+
+    def allocate(self, n_tokens: int) -> None:
+        """Make room for `n_tokens` in all. Called once, before everything else but `refresh`."""
+
+    def refresh(self) -> None:
+        """Take the trainer's weights as they are now. Called while no row is in use."""
+
+    def clear(self) -> None:
+        """Forget all rows, and every NaN that a broken model may have left in the cache."""
+
+    # ---- is there room? ----
+
+    def needed(self, total: int) -> int:
+        """How much of the cache, in tokens, one sequence of `total` tokens takes."""
+
+    def can_step(self) -> bool:
+        """Is there room for one more token in every row?"""
+
+    def fits(self, n: int, longest: int, pages: int) -> bool:
+        """May n more rows begin, with some room in hand for all rows to go on?
+
+        longest: tokens of the longest prompt; pages: how many pages the prompts take, shared pages
+        counted once.
+        """
+
+    # ---- rows ----
+
+    def admit(
+        self, rows: np.ndarray, prompts: list[Sequence[int]], which: np.ndarray
+    ) -> torch.Tensor:
+        """Prefill each prompt once; logits [P, V] of the token after it.
+
+        rows: [B] the rows that begin; which: [B] the index of each row's prompt.
+        """
+
+    def move(self, dst: np.ndarray, src: np.ndarray) -> None:
+        """Sequences move from rows `src` to rows `dst`, over what these held. `cut` follows."""
+
+    def cut(self, n: int) -> None:
+        """Keep rows 0 .. n - 1 and free those behind."""
+
+    def empty(self, rows: np.ndarray) -> None:
+        """Reset these rows to sequences of length 0. They stay in the batch."""
+
+    # ---- one token per row ----
+
+    def width(self, n: int) -> int:
+        """The batch size at which n rows are decoded. It says from where a row fewer saves time."""
+
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Write the newest token [B] of each row to the cache; logits [B, V] of the token after it.
+
+        The next call may write over the logits.
+        """
+
+
+def pages_for(n_tokens: int) -> int:
+    """How many pages hold `n_tokens`; works on arrays, too."""
     return -(-n_tokens // PAGE)
 
 
-def places_within(
+def tokens_within(
     n_bytes: float, token_bytes: int, n_rows: int, longest: int | None, max_seq_len: int
 ) -> int:
-    """Places for n_rows sequences of `longest` tokens, and a page more, or as many as fit into n_bytes; but
-    always enough for one sequence of max_seq_len."""
-    row = PAGE * pages_for(min(longest or max_seq_len, max_seq_len) + PAGE)
-    return max(PAGE * pages_for(max_seq_len), min(n_rows * row, int(n_bytes / token_bytes)))
+    """The size of a cache, in tokens: room for `n_rows` sequences of `longest` tokens.
+
+    Each row has a page more in hand. The size is less where that many tokens do not fit into
+    `n_bytes`, but never less than one sequence of `max_seq_len`. longest: None is max_seq_len.
+    """
+    longest = min(longest or max_seq_len, max_seq_len)
+    wanted = n_rows * PAGE * pages_for(longest + PAGE)
+    affordable = int(n_bytes / token_bytes)
+    at_least = PAGE * pages_for(max_seq_len)
+    return max(at_least, min(wanted, affordable))

@@ -1,4 +1,13 @@
-"""Split off model/generation.py."""
+"""Generation, the whole idea: predict, sample, append, repeat.
+
+The model reads the whole sequence again for every token. That is slow, and easy to see through: no
+cache, no batch, no kernel. The engine is tested against it: same seeds, same tokens. Read this
+first.
+
+    completion = generate_naive(model, Request(prompt, max_new_tokens=64, seed=1))
+
+Left out: stop texts and reports of the likeliest tokens, which only the engine has.
+"""
 
 import numpy as np
 import torch
@@ -10,41 +19,46 @@ from .sampling import counter_uniform, sample_tokens, signed
 
 
 @torch.inference_mode()
-def generate_naive(
-    model: Transformer,
-    prompt: list[int],
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    eos_id: int,
-    **options,
-) -> Completion:
-    """The oracle: one sequence, the whole forward pass again for every token. Same seed, same tokens.
+def generate_naive(model: Transformer, request: Request) -> Completion:
+    """Continue one prompt, one token at a time.
 
-    options: top_k, top_p and min_p, as in Request. Stop texts and top_logprobs are left to the engine:
-    ValueError.
+    Raises ValueError for a request that cannot be served, and for one with stop texts or
+    top_logprobs.
     """
-    r = Request(prompt, max_new_tokens, seed, temperature, stop_ids=(eos_id,), **options)
-    check_requests(model, [r])
-    if r.top_logprobs:
+    check_requests(model, [request])
+    if request.top_logprobs:
         raise ValueError(
-            f"generate_naive: top_logprobs is {r.top_logprobs}; only the engine reports them"
+            f"generate_naive: top_logprobs is {request.top_logprobs}; only the engine reports them"
         )
-    tokens, logps = list(prompt), []
-    filters = (
-        tuple(torch.tensor([x], device=model.embed.device) for x in (r.top_k, r.top_p, r.min_p))
-        if r.filtered
-        else None
-    )
-    while len(tokens) < len(prompt) + max_new_tokens:
-        logits = model.logits(model.hidden_states(pack([tokens], model.device))[-1:])
-        uniform = counter_uniform(torch.tensor([signed(seed)]), torch.tensor([len(tokens)])).to(
-            logits.device
-        )
-        token, logp = sample_tokens(logits, temperature, uniform, filters)
+    device = model.device
+    seed = torch.tensor([signed(request.seed)], device=device)
+    filters = None
+    if request.filtered:
+        options = (request.top_k, request.top_p, request.min_p)
+        filters = tuple(torch.tensor([option], device=device) for option in options)
+
+    sequence = [int(token) for token in request.prompt]
+    tokens, logps = [], []
+    finish_reason = "length"
+    while len(tokens) < request.max_new_tokens:
+        # 1. The model reads all tokens so far, [T]. The last one's hidden state predicts the next.
+        hidden_TM = model.hidden_states(pack([sequence], device))
+        logits_1V = model.logits(hidden_TM[-1:])
+
+        # 2. A token's random number is a function of the request's seed and the token's position.
+        position = torch.tensor([len(sequence)], device=device)
+        uniform = counter_uniform(seed, position)
+
+        # 3. Sample one token from softmax(logits / temperature).
+        token, logp = sample_tokens(logits_1V, request.temperature, uniform, filters)
+
+        # 4. Append it. The next prediction reads it, too.
+        sequence.append(int(token))
         tokens.append(int(token))
         logps.append(float(logp))
-        if tokens[-1] == eos_id:
+
+        # 5. A stop token ends the sequence, and is part of it.
+        if tokens[-1] in request.stop_ids:
+            finish_reason = "stop"
             break
-    reason = "stop" if tokens[-1] == eos_id else "length"
-    return Completion(np.array(tokens[len(prompt) :]), np.array(logps, np.float32), reason)
+    return Completion(np.array(tokens), np.array(logps, np.float32), finish_reason)

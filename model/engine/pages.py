@@ -1,6 +1,19 @@
-"""Split off model/cache.py."""
+"""The key/value cache in pages, on any device; on a GPU, decoding is a CUDA graph.
 
-from collections.abc import Sequence
+Keys and values lie in pages of PAGE tokens, one pair of tensors per layer, at fixed addresses.
+Attention finds those of a row through a table of page numbers (page_table.py), as in vLLM (Kwon et
+al. 2023, arXiv 2309.06180). So rows of any length lie in one memory without gaps, and the samples
+of a group share the pages of their prompt.
+
+A decoding step is captured at a few batch sizes, once each, and replayed: a small model's step is
+otherwise bound by the launching of its kernels. Everything that a graph reads or writes is a static
+tensor.
+
+Shapes: B rows, T flat tokens of a prefill, P prompts, N pages, G kv heads, D width of a key, E
+width of a value, W pages of the longest sequence, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -10,222 +23,228 @@ from ..attention import KV, RecordingKV
 from ..packed import pack
 from ..transformer import Transformer
 from .cache import PAGE, pages_for
+from .page_table import PageTable
 
 
 class PagedKV(KV):
-    """One new token per row, whose keys and values are written behind the row's last one, in place.
+    """What attention reads and writes when every row has one new token: the pages of the cache."""
 
-    caches: a pair [P, G, page, D] per layer; table: [B, W] int32, the pages of each row; lengths: [B] int32,
-    the tokens that the cache holds so far.
-    """
+    def __init__(self, caches: list, table: torch.Tensor, lengths: torch.Tensor):
+        """caches: keys [N, G, PAGE, D] and values [N, G, PAGE, E] of each layer.
 
-    def __init__(self, caches, table: torch.Tensor, lengths: torch.Tensor):
+        table: [B, W] int32, the pages of each row.
+        lengths: [B] int32, the tokens that each row has so far.
+        """
         self.caches, self.table = caches, table
-        self.positions, self.seen = lengths.long(), lengths + 1
-        page_size = caches[0][0].shape[2]
-        pages = table.gather(1, (self.positions // page_size)[:, None])
-        self.pages, self.slots = pages[:, 0].long(), self.positions % page_size
+        # The new token stands behind the row's last one: at which offset, in which page?
+        self.positions = lengths.long()
+        self.pages = table.gather(1, (self.positions // PAGE)[:, None])[:, 0].long()
+        self.offsets = self.positions % PAGE
+        self.lengths = lengths + 1  # attention sees the new token, too
 
-    def attend(self, layer, q_THD, k_TGD, v_TGE):
+    def attend(self, layer: int, q_BHD: torch.Tensor, k_BGD: torch.Tensor, v_BGE: torch.Tensor):
+        """Write the new keys and values to their pages; attention [B, H, E] over the whole row."""
         k_cache, v_cache = self.caches[layer]
-        k_cache[self.pages, :, self.slots] = k_TGD
-        v_cache[self.pages, :, self.slots] = v_TGE
-        return decode_attention(q_THD, k_cache, v_cache, self.table, self.seen)
+        k_cache[self.pages, :, self.offsets] = k_BGD
+        v_cache[self.pages, :, self.offsets] = v_BGE
+        return decode_attention(q_BHD, k_cache, v_cache, self.table, self.lengths)
 
 
 class Pages:
-    """`n_tokens` places in pages, on any device; on a GPU a step is a CUDA graph."""
+    """A `Cache` of `n_tokens` in pages, for at most `n_rows` rows."""
 
     def __init__(self, model: Transformer, n_rows: int):
-        self.model, self.config, self.dtype = model, model.config, model.compute_dtype
-        self.n_rows = n_rows
-        self.device = model.embed.device
-        self.weights = (
-            model  # unless the trainer's are in another dtype: then one copy, rewritten in place
-        )
+        self.model, self.n_rows = model, n_rows
+        self.dtype, self.device = model.compute_dtype, model.device
+        self.n = 0
+        # Decode from the trainer's own weights, unless a GPU would have to cast them in every step:
+        # then from one copy in the compute dtype, which is rewritten in place.
+        self.weights = model
+        self.copy_bytes = 0
         if model.embed.dtype != self.dtype and self.device.type == "cuda":
             self.weights = type(model)(model.config, self.dtype).to(self.device, self.dtype)
-        self.copy_bytes = (
-            0
-            if self.weights is model
-            else sum(p.numel() * p.element_size() for p in self.weights.parameters())
-        )
+            self.copy_bytes = sum(p.numel() * p.element_size() for p in self.weights.parameters())
         self.refresh()
 
     def allocate(self, n_tokens: int) -> None:
-        c, n_rows, self.n_pages = self.config, self.n_rows, n_tokens // PAGE
-        # page 0 belongs to no one: rows that only fill up a batch size read and write there
-        shape = (self.n_pages + 1, c.n_kv_heads, PAGE, c.head_dim)
-        self.kv = [
-            tuple(torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in "kv")
-            for _ in range(c.n_layers)
-        ]
-        width = pages_for(min(c.max_seq_len, self.n_pages * PAGE))
-        self.table = torch.zeros(n_rows, width, dtype=torch.int32, device=self.device)
-        self.lengths = torch.zeros(n_rows, dtype=torch.int32, device=self.device)
-        self.tokens = torch.zeros(n_rows, dtype=torch.int64, device=self.device)
-        # the host's own copies of the two, and who uses a page
-        self.table_h, self.lengths_h = self.table.cpu().numpy().copy(), np.zeros(n_rows, np.int64)
-        self.graphs = {}
-        self._empty()  # not clear(): on a CPU zeros take memory when they are first touched
-        self.sizes = sorted({min(n_rows, 1 << i) for i in range(n_rows.bit_length() + 1)})
+        n_pages, max_seq_len = n_tokens // PAGE, self.model.config.max_seq_len
+        width = pages_for(min(max_seq_len, n_pages * PAGE))
+        self.page_table = PageTable(n_pages, self.n_rows, width)
+        # What graphs read and write: keys and values, and the device's copy of the page table.
+        shapes = [block.attn.cache_shape for block in self.model.blocks]
+        self.caches = [self._layer_cache(n_pages, shape) for shape in shapes]
+        self.table = self._zeros(self.n_rows, width, dtype=torch.int32)
+        self.lengths = self._zeros(self.n_rows, dtype=torch.int32)
+        self.tokens = self._zeros(self.n_rows, dtype=torch.int64)
+        # Batch sizes: the powers of two, and all rows.
+        n_powers = self.n_rows.bit_length() + 1
+        self.sizes = sorted({min(self.n_rows, 1 << i) for i in range(n_powers)})
+        self.graphs: dict[int, Callable[[], torch.Tensor]] = {}
+
+    def _zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def _layer_cache(
+        self, n_pages: int, shape: tuple[int, int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer; one page more, since page 0 belongs to nobody."""
+        n_kv_heads, key_width, value_width = shape
+        keys = self._zeros(n_pages + 1, n_kv_heads, PAGE, key_width, dtype=self.dtype)
+        values = self._zeros(n_pages + 1, n_kv_heads, PAGE, value_width, dtype=self.dtype)
+        return keys, values
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Rewrite the copy in place: its addresses are in the graphs."""
-        if self.weights is not self.model:
-            for mine, theirs in zip(
-                self.weights.parameters(), self.model.parameters(), strict=True
-            ):
-                mine.copy_(theirs)
+        """Rewrite the copy of the weights in place, if there is one: graphs hold its addresses."""
+        if self.weights is self.model:
+            return
+        pairs = zip(self.weights.parameters(), self.model.parameters(), strict=True)
+        for mine, theirs in pairs:
+            mine.copy_(theirs)
 
-    # ---- room ----
+    def clear(self) -> None:
+        for cache in self.caches:
+            for values in cache:
+                values.zero_()  # in place: graphs hold its address
+        self.n = 0
+        self.page_table.reset()
+        self._upload()
+
+    # ---- is there room? ----
 
     def needed(self, total: int) -> int:
         return pages_for(total) * PAGE
 
     def can_step(self) -> bool:
-        return int((self.lengths_h[: self.n] % PAGE == 0).sum()) <= len(self.free)
+        return len(self.page_table.full(self.n)) <= len(self.page_table.free)
 
     def fits(self, n: int, longest: int, pages: int) -> bool:
-        """As in Slots; with a page in hand for every row to go on."""
+        # With a page in hand for every row to go on.
         n += self.n
-        return n <= self.n_rows and pages + n <= len(self.free)
-
-    def _take(self, n: int) -> np.ndarray:
-        pages = np.array([self.free.pop() for _ in range(n)], np.int64)
-        self.users[pages] = 1
-        return pages
-
-    def _release(self, row: int) -> None:
-        pages = self.table_h[row, : pages_for(self.lengths_h[row])]
-        self.users[pages] -= 1
-        self.free += pages[self.users[pages] == 0].tolist()
-        self.table_h[row], self.lengths_h[row] = 0, 0
-
-    def _upload(self) -> None:
-        self.table.copy_(torch.from_numpy(self.table_h))
-        self.lengths.copy_(torch.from_numpy(self.lengths_h))
+        return n <= self.n_rows and pages + n <= len(self.page_table.free)
 
     # ---- rows ----
 
     def admit(
         self, rows: np.ndarray, prompts: list[Sequence[int]], which: np.ndarray
     ) -> torch.Tensor:
-        """Prefill the prompts, and give rows[i] the pages of prompts[which[i]]; logits of the prompts [P, V].
-
-        Full pages are shared; the last, which a row goes on writing, is its own.
-        """
+        # Prefill all prompts as one flat batch, each once.
         packed = pack(prompts, self.device)
-        recording = RecordingKV(packed)
-        hidden = self.weights(packed.tokens, packed.positions, recording)
-        ends = np.cumsum([len(p) for p in prompts])
-        shared = {}
-        place_T, token_T = (
-            [],
-            [],
-        )  # where each key is written, and which one: one more time for each copy
+        kv = RecordingKV(packed)
+        hidden_TM = self.weights(packed.tokens, packed.positions, kv)
 
-        def write(page: int, first: int, end: int) -> None:
-            token_T.append(np.arange(first, end))
-            place_T.append(page * PAGE + np.arange(end - first))
-
-        for row, p in zip(rows.tolist(), which.tolist(), strict=True):
-            length = len(prompts[p])
-            first, full = int(ends[p]) - length, length // PAGE
-            if self.lengths_h[row]:
-                self._release(row)
-            if p not in shared:
-                shared[p] = self._take(full)
-                for i, page in enumerate(shared[p]):
-                    write(page, first + i * PAGE, first + (i + 1) * PAGE)
-            else:
-                self.users[shared[p]] += 1
-            self.table_h[row, :full], self.lengths_h[row] = shared[p], length
-            if length % PAGE:
-                self.table_h[row, full] = self._take(1)[0]
-                write(self.table_h[row, full], first + full * PAGE, first + length)
-        places, tokens = (
-            torch.from_numpy(np.concatenate(x)).to(self.device) for x in (place_T, token_T)
-        )
-        for caches, new in zip(self.kv, recording.kept, strict=True):
-            for cache, x in zip(caches, new, strict=True):
-                cache[places // PAGE, :, places % PAGE] = x.to(self.dtype)[tokens]
+        # Copy the keys and values of their tokens to the pages of the rows, in every layer.
+        slots, tokens = self._lay_out(rows, which, [len(prompt) for prompt in prompts])
+        pages, offsets = slots // PAGE, slots % PAGE
+        for cache, new in zip(self.caches, kv.kept, strict=True):
+            for values, new_values in zip(cache, new, strict=True):
+                values[pages, :, offsets] = new_values.to(self.dtype)[tokens]
         self.n = max(self.n, int(rows.max()) + 1)
         self._upload()
-        return self.weights.logits(hidden[packed.cu_seqlens[1:].long() - 1])
+
+        # The last token of each prompt predicts the first one of its samples.
+        last = packed.cu_seqlens[1:].long() - 1
+        return self.weights.logits(hidden_TM[last])
+
+    def _lay_out(
+        self, rows: np.ndarray, which: np.ndarray, lengths: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give the rows their pages. Returns (slots, tokens), [K]: what is written where.
+
+        Flat token tokens[i] of the prefill is written to slot slots[i]; slot s is offset s % PAGE
+        of page s // PAGE. Full pages are written once and shared. The last page of a prompt, which
+        a row goes on writing, is written for each row.
+        """
+        table, starts = self.page_table, np.cumsum(lengths) - lengths
+        shared: dict[int, np.ndarray] = {}  # the full pages of each prompt
+        slots, tokens = [], []
+        for row, prompt in zip(rows.tolist(), which.tolist(), strict=True):
+            start, length = starts[prompt], lengths[prompt]
+            n_shared = length // PAGE * PAGE
+            if prompt in shared:
+                table.share(shared[prompt])
+            else:
+                shared[prompt] = table.take(length // PAGE)
+                slots.append(slots_of(shared[prompt], n_shared))
+                tokens.append(start + np.arange(n_shared))
+            own = table.take(1 if length % PAGE else 0)
+            slots.append(slots_of(own, length % PAGE))
+            tokens.append(start + np.arange(n_shared, length))
+            table.begin(row, np.concatenate([shared[prompt], own]), length)
+        return self._on_device(slots), self._on_device(tokens)
+
+    def _on_device(self, parts: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts)).to(self.device)
 
     def move(self, dst: np.ndarray, src: np.ndarray) -> None:
         for to, by in zip(dst.tolist(), src.tolist(), strict=True):
-            self._release(to)
-            self.table_h[to], self.lengths_h[to] = self.table_h[by], self.lengths_h[by]
-            self.table_h[by], self.lengths_h[by] = 0, 0
-
-    def empty(self, rows: np.ndarray) -> None:
-        for row in rows.tolist():
-            self._release(row)
-        self._upload()
+            self.page_table.move(to, by)
 
     def cut(self, n: int) -> None:
-        for row in range(n, self.n):
-            if self.lengths_h[row]:
-                self._release(row)
+        self.page_table.release(range(n, self.n))
         self.n = n
         self._upload()
 
-    def clear(self) -> None:
-        for cache in (x for pair in self.kv for x in pair):
-            cache.zero_()  # in place: its address is in the graphs
-        self._empty()
-
-    def _empty(self) -> None:
-        self.table_h[:], self.lengths_h[:] = 0, 0
-        self.users = np.zeros(self.n_pages + 1, np.int64)
-        self.free = list(range(self.n_pages, 0, -1))
-        self.n = 0
+    def empty(self, rows: np.ndarray) -> None:
+        self.page_table.release(rows.tolist())
         self._upload()
 
-    # ---- one token a row ----
+    def _upload(self) -> None:
+        """Bring the device's copy of the page table up to date."""
+        self.table.copy_(torch.from_numpy(self.page_table.pages))
+        self.lengths.copy_(torch.from_numpy(self.page_table.lengths))
+
+    # ---- one token per row ----
 
     def width(self, n: int) -> int:
         return next(size for size in self.sizes if size >= n) if n else 0
 
-    def _step(self, n: int) -> torch.Tensor:
-        kv = PagedKV(self.kv, self.table[:n], self.lengths[:n])
-        hidden = self.weights(self.tokens[:n], kv.positions, kv)
-        return self.weights.logits(hidden)
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        # A row whose last page is full gets another one for its new token.
+        n, table = self.n, self.page_table
+        full = table.full(n)
+        if len(full):
+            table.extend(full)
+            self.table.copy_(torch.from_numpy(table.pages))
 
-    def _graph(self, n: int):
-        """A function that does the step of n rows: on a GPU the replay of a graph, captured once."""
+        # Rows n and up to the batch size have length 0 and page 0: what they compute is not read.
+        size = self.width(n)
+        if size not in self.graphs:
+            self.graphs[size] = self._graph(size)
+        self.tokens[:n] = tokens
+        logits = self.graphs[size]()[:n]
+
+        table.lengths[:n] += 1
+        self.lengths[:n] += 1
+        return logits
+
+    def _graph(self, n: int) -> Callable[[], torch.Tensor]:
+        """A function that decodes n rows: on a GPU the replay of a graph, captured here."""
         if self.device.type != "cuda":
             return lambda: self._step(n)
+        # Kernels are compiled in a run before the capture.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # kernels are compiled before the capture
+        with torch.cuda.stream(stream):
             self._step(n)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = self._step(n)
 
-        def replay():
+        def replay() -> torch.Tensor:
             graph.replay()
             return logits
 
         return replay
 
-    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens [B], the newest of each row, not in the cache yet -> logits [B, V] of what follows."""
-        n = self.n
-        full = np.flatnonzero(self.lengths_h[:n] % PAGE == 0)
-        if len(full):
-            self.table_h[full, self.lengths_h[full] // PAGE] = self._take(len(full))
-            self.table.copy_(torch.from_numpy(self.table_h))
-        size = self.width(n)
-        if size not in self.graphs:
-            self.graphs[size] = self._graph(size)
-        self.tokens[:n] = tokens
-        logits = self.graphs[size]()[:n]
-        self.lengths_h[:n] += 1
-        self.lengths[:n] += 1
-        return logits
+    def _step(self, n: int) -> torch.Tensor:
+        """Logits [n, V] after the newest token of each row, which is written to the cache."""
+        kv = PagedKV(self.caches, self.table[:n], self.lengths[:n])
+        hidden_BM = self.weights(self.tokens[:n], kv.positions, kv)
+        return self.weights.logits(hidden_BM)
+
+
+def slots_of(pages: np.ndarray, n: int) -> np.ndarray:
+    """[n] int64, the first n slots of these pages."""
+    return (pages[:, None] * PAGE + np.arange(PAGE)).reshape(-1)[:n]

@@ -1,17 +1,4 @@
-"""What is asked of a model and what comes back, how a token is drawn and read, and the naive oracle.
-
-Randomness is counter-based: the number that picks a token is a function of (the request's seed, the place of
-the token in its sequence). So a request's tokens depend neither on what else is in the batch nor on the order
-(up to rounding of the matrix products, which changes with their shapes at the 1e-6 level, and of the draw). A
-draw inverts the cumulative distribution in the order of the vocabulary, and each token comes with its
-log-prob under the distribution that it was drawn from: temperature, top-k, top-p and min-p included.
-
-`generate_naive` recomputes everything for every token: slow, short, and what model/engine.py is held against.
-
-Left out: penalties for repetition, beam search, log-prob biases: training must score what was sampled.
-
-Shapes: B rows, V vocabulary.
-"""
+"""What is asked of the engine and what comes back, and the checks of a request."""
 
 import math
 import numbers
@@ -20,10 +7,12 @@ from dataclasses import dataclass
 from operator import index
 
 import numpy as np
+import torch
 
 from ..transformer import Transformer
 
-INT64_MAX = 2**63 - 1
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+LEAST_TEMPERATURE = 1e-6  # but for 0: logits divided by less may overflow
 
 
 @dataclass(frozen=True)
@@ -34,21 +23,21 @@ class Request:
     """Token ids, at least one."""
     max_new_tokens: int
     seed: int = 0
-    """Any 64-bit integer, with a sign or without; with the prompt it decides every draw."""
+    """Any 64-bit integer, signed or unsigned; with the prompt it decides every token."""
     temperature: float = 1.0
-    """0 takes the likeliest token; else 1e-6 or more."""
+    """Logits are divided by it; 1e-6 or more. 0 takes the likeliest token."""
     top_k: int = 0
-    """Draw from the k likeliest only; 0 is all."""
+    """Sample from the k likeliest tokens only; 0 is all."""
     top_p: float = 1.0
-    """Draw from the likeliest that together reach this probability only."""
+    """Sample from the likeliest tokens that together reach this probability."""
     min_p: float = 0.0
-    """Draw from those at least this many times as likely as the likeliest only."""
+    """Sample from the tokens at least this many times as likely as the likeliest one."""
     stop_ids: tuple[int, ...] = ()
-    """Tokens that end it, themselves included in it."""
+    """Tokens that end the answer; the one that ends it is its last token."""
     stop: tuple[str, ...] = ()
-    """Texts that end it."""
+    """Texts that end the answer; the one that ends it is no part of its text."""
     top_logprobs: int = 0
-    """How many of the likeliest tokens to report at each place."""
+    """How many of the likeliest tokens to report at each position."""
 
     @property
     def filtered(self) -> bool:
@@ -57,22 +46,22 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What came of it."""
+    """The answer to one request; n tokens."""
 
     tokens: np.ndarray
-    """[n] int64, a stop token included if it was reached."""
+    """[n] int64, with the stop token, if one was reached."""
     logp: np.ndarray
-    """[n] float32, log-prob of each token under the distribution sampled from (0 at temperature 0)."""
+    """[n] float32, log-prob (nats) under the distribution sampled from; 0 at temperature 0."""
     finish_reason: str
     """"stop" (a stop token or text), "length" (max_new_tokens) or "cancelled"."""
     weights_version: int = 0
     """Which weights made it, see Engine.refresh."""
     text: str | None = None
-    """Up to the stop text, for requests that have stop texts."""
+    """The text before the stop text, for requests that have stop texts."""
     top_ids: np.ndarray | None = None
-    """[n, top_logprobs] int64, the likeliest tokens first, where asked for."""
+    """[n, top_logprobs] int64, the likeliest tokens first, if asked for."""
     top_logp: np.ndarray | None = None
-    """[n, top_logprobs] float32."""
+    """[n, top_logprobs] float32, their log-probs."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +73,11 @@ class Event:
     index: int
     """Which of the requests given to `stream`."""
     tokens: list[int]
-    """The new ones: several where others stepped the engine in between, none where it was cancelled."""
+    """The new tokens: several if other callers stepped the engine in between, none if cancelled."""
     text: str
     """What became readable: half characters and what may begin a stop text wait."""
     completion: Completion | None
-    """The whole, with the last event."""
+    """The whole answer, with the last event."""
 
 
 def group_requests(
@@ -96,84 +85,53 @@ def group_requests(
     n_samples: int,
     max_new_tokens: int,
     temperature: float,
-    seeds,
-    eos_id: int,
+    seeds: torch.Tensor | Sequence[int],
+    stop_ids: tuple[int, ...],
 ) -> list[Request]:
-    """`n_samples` requests for each prompt, those of prompt p from p * n_samples on; seeds: one a request.
+    """`n_samples` requests per prompt; those of prompt p are at p * n_samples and behind.
 
-    Raises ValueError for seeds of another length.
+    seeds: one per request. Raises ValueError for another number of seeds, and for n_samples below
+    1.
     """
     if n_samples < 1:
         raise ValueError(f"generate: n_samples is {n_samples}; expected at least 1")
-    if len(seeds) != len(prompts) * n_samples:
+    n_requests = len(prompts) * n_samples
+    if len(seeds) != n_requests:
         raise ValueError(
             f"generate: got {len(seeds)} seeds for {len(prompts)} prompts x {n_samples} "
-            f"samples; expected {len(prompts) * n_samples}"
+            f"samples; expected {n_requests}"
         )
     seeds = seeds.tolist() if hasattr(seeds, "tolist") else seeds
     return [
-        Request(prompts[i // n_samples], max_new_tokens, seed, temperature, stop_ids=(eos_id,))
+        Request(prompts[i // n_samples], max_new_tokens, seed, temperature, stop_ids=stop_ids)
         for i, seed in enumerate(seeds)
     ]
 
 
-def whole(x, least: int, most: int) -> bool:
-    """Is it an integer (numpy's too) of that range?"""
-    return isinstance(x, numbers.Integral) and least <= x <= most
+# ---- checks: a request that nobody could serve is refused, since later it would end others, too
+# ----
 
 
 def check_requests(model: Transformer, requests: Sequence[Request], tokenizer=None) -> None:
-    """Raises ValueError for a request that nobody could serve: later it would end others, too."""
+    """Raises ValueError for no requests, and for one that cannot be served."""
     if not requests:
         raise ValueError("generate: got 0 prompts; expected at least one request")
-    c, seen = model.config, set()
-    for r in requests:
-        if id(r.prompt) not in seen:  # the samples of a group share their prompt
-            seen.add(id(r.prompt))
-            _check_prompt(r.prompt, c.vocab_size)
-        numbers_given = (r.temperature, r.top_p, r.min_p)
-        if not all(isinstance(x, numbers.Real) for x in numbers_given):
-            raise ValueError(
-                f"generate: temperature, top_p, min_p are {numbers_given}; expected numbers"
-            )
-        if not whole(r.max_new_tokens, 1, INT64_MAX) or not (
-            r.temperature == 0 or 1e-6 <= r.temperature < math.inf
-        ):
-            raise ValueError(
-                f"generate: max_new_tokens is {r.max_new_tokens} and temperature {r.temperature}"
-                "; expected a whole number of 1 or more, and 0 or a number of 1e-6 or more"
-            )
-        if not whole(r.seed, -INT64_MAX - 1, 2 * INT64_MAX + 1):
-            raise ValueError(f"generate: seed is {r.seed!r}; expected an integer of 64 bits")
-        if not whole(r.top_k, 0, INT64_MAX) or not 0 < r.top_p <= 1 or not 0 <= r.min_p <= 1:
-            raise ValueError(
-                f"generate: top_k is {r.top_k}, top_p {r.top_p}, min_p {r.min_p}; expected a "
-                "whole number of 0 or more, above 0 to 1, 0 to 1"
-            )
-        if not whole(r.top_logprobs, 0, c.vocab_size):
-            raise ValueError(
-                f"generate: top_logprobs is {r.top_logprobs}; expected a whole number from 0 to "
-                f"the model's vocab_size {c.vocab_size}"
-            )
-        if not isinstance(r.stop_ids, list | tuple) or not all(
-            whole(x, -INT64_MAX - 1, INT64_MAX) for x in r.stop_ids
-        ):
-            raise ValueError(
-                f"generate: stop_ids is {r.stop_ids}; expected a list or tuple of token ids"
-            )
-        if len(r.prompt) + r.max_new_tokens > c.max_seq_len:
-            raise ValueError(
-                f"generate: a prompt of {len(r.prompt)} tokens and max_new_tokens "
-                f"{r.max_new_tokens} pass the model's max_seq_len {c.max_seq_len}; ask for "
-                "fewer new tokens or shorten the prompt"
-            )
-        if not isinstance(r.stop, list | tuple) or not all(isinstance(x, str) for x in r.stop):
-            raise ValueError(f"generate: stop is {r.stop!r}; expected a list or tuple of texts")
-        if r.stop and (tokenizer is None or not all(r.stop)):
-            raise ValueError(
-                "generate: stop texts need a tokenizer, and none of them may be empty; give the "
-                "engine one, or use stop_ids"
-            )
+    vocab_size, max_seq_len = model.config.vocab_size, model.config.max_seq_len
+    seen: set[int] = set()  # prompts by identity: the samples of a group share theirs
+    for request in requests:
+        if id(request.prompt) not in seen:
+            seen.add(id(request.prompt))
+            _check_prompt(request.prompt, vocab_size)
+        _check_sampling(request)
+        _check_top_logprobs(request, vocab_size)
+        _check_stop_ids(request)
+        _check_length(request, max_seq_len)
+        _check_stop_texts(request, tokenizer)
+
+
+def is_whole(x, least: int, most: int) -> bool:
+    """Is x an integer (NumPy's count, too) from `least` to `most`?"""
+    return isinstance(x, numbers.Integral) and least <= x <= most
 
 
 def _check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
@@ -190,4 +148,58 @@ def _check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
         raise ValueError(
             f"generate: a prompt holds token id {wrong}, but the model's vocab_size is "
             f"{vocab_size}; is this the tokenizer that it was trained with?"
+        )
+
+
+def _check_sampling(r: Request) -> None:
+    reals = (r.temperature, r.top_p, r.min_p)
+    if not all(isinstance(x, numbers.Real) for x in reals):
+        raise ValueError(f"generate: temperature, top_p, min_p are {reals}; expected numbers")
+    temperature_fits = r.temperature == 0 or LEAST_TEMPERATURE <= r.temperature < math.inf
+    if not is_whole(r.max_new_tokens, 1, INT64_MAX) or not temperature_fits:
+        raise ValueError(
+            f"generate: max_new_tokens is {r.max_new_tokens} and temperature {r.temperature}"
+            "; expected a whole number of 1 or more, and 0 or a number of 1e-6 or more"
+        )
+    if not is_whole(r.seed, INT64_MIN, 2 * INT64_MAX + 1):
+        raise ValueError(f"generate: seed is {r.seed!r}; expected an integer of 64 bits")
+    if not is_whole(r.top_k, 0, INT64_MAX) or not 0 < r.top_p <= 1 or not 0 <= r.min_p <= 1:
+        raise ValueError(
+            f"generate: top_k is {r.top_k}, top_p {r.top_p}, min_p {r.min_p}; expected a "
+            "whole number of 0 or more, above 0 to 1, 0 to 1"
+        )
+
+
+def _check_top_logprobs(r: Request, vocab_size: int) -> None:
+    if not is_whole(r.top_logprobs, 0, vocab_size):
+        raise ValueError(
+            f"generate: top_logprobs is {r.top_logprobs}; expected a whole number from 0 to "
+            f"the model's vocab_size {vocab_size}"
+        )
+
+
+def _check_stop_ids(r: Request) -> None:
+    is_list = isinstance(r.stop_ids, list | tuple)
+    if not is_list or not all(is_whole(x, INT64_MIN, INT64_MAX) for x in r.stop_ids):
+        raise ValueError(
+            f"generate: stop_ids is {r.stop_ids}; expected a list or tuple of token ids"
+        )
+
+
+def _check_length(r: Request, max_seq_len: int) -> None:
+    if len(r.prompt) + r.max_new_tokens > max_seq_len:
+        raise ValueError(
+            f"generate: a prompt of {len(r.prompt)} tokens and max_new_tokens "
+            f"{r.max_new_tokens} pass the model's max_seq_len {max_seq_len}; ask for "
+            "fewer new tokens or shorten the prompt"
+        )
+
+
+def _check_stop_texts(r: Request, tokenizer) -> None:
+    if not isinstance(r.stop, list | tuple) or not all(isinstance(x, str) for x in r.stop):
+        raise ValueError(f"generate: stop is {r.stop!r}; expected a list or tuple of texts")
+    if r.stop and (tokenizer is None or not all(r.stop)):
+        raise ValueError(
+            "generate: stop texts need a tokenizer, and none of them may be empty; give the "
+            "engine one, or use stop_ids"
         )

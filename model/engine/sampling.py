@@ -1,31 +1,54 @@
-"""Split off model/generation.py."""
+"""How a token is sampled: random numbers, filters, and an inverted cumulative distribution.
+
+The random number of a token is a function of (seed of the request, position of the token). So the
+tokens of a request depend neither on what else is in the batch nor on the order of the requests.
+(Only rounding does: that of a matrix product changes with its shape, by about 1e-6.)
+
+Each token comes with its log-prob under the distribution that it was sampled from: temperature,
+top-k, top-p and min-p included.
+
+Left out: penalties for repetition, beam search, biases of log-probs. Training must be able to score
+what was sampled.
+
+Shapes: B rows, V vocabulary.
+"""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ...kernels.cpu import compile as cpu
-from ...kernels.cpu import sampling as cpu_decode
+from ...kernels.cpu import sampling as cpu_sampling
 
-BLOCK = 32  # tokens that are added up before the cumulative sum: it is then a 32nd as long
+Filters = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # top_k, top_p and min_p, each [B]
+
+BLOCK = 32  # tokens that are summed before the cumulative sum, which is then a 32nd as long
 
 
 class NonFiniteError(RuntimeError):
-    """A NaN or infinity where a number was due; the message names the tensor and the place."""
+    """A NaN or infinity where a number was due; the message names the tensor and where it is."""
+
+
+# ---- random numbers: SplitMix64 (Steele, Lea and Flood 2014) as a function of (seed, counter) ----
+
+GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as int64: the step of its state
+MIX_1 = -0x40A7B892E31B1A47
+MIX_2 = -0x6B2FB644ECCEEE15
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """The finaliser of SplitMix64 (Steele et al. 2014) on int64; shifts are made logical by a mask."""
-    x = (x ^ ((x >> 30) & 0x3_FFFF_FFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & 0x1F_FFFF_FFFF)) * -0x6B2FB644ECCEEE15
+    """The finaliser of SplitMix64 on int64. Masks make the shifts logical."""
+    x = (x ^ ((x >> 30) & 0x3_FFFF_FFFF)) * MIX_1
+    x = (x ^ ((x >> 27) & 0x1F_FFFF_FFFF)) * MIX_2
     return x ^ ((x >> 31) & 0x1_FFFF_FFFF)
 
 
 def counter_uniform(seeds: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
-    """float64 in [0, 1): a fixed function of (seed, counter), both int64, of shapes that broadcast."""
-    golden = -0x61C8864680B583EB
-    bits = _mix(_mix(seeds + golden) + (counters + 1) * golden)
-    return ((bits >> 11) & 0x1F_FFFF_FFFF_FFFF).double() * 2.0**-53
+    """float64 in [0, 1), a fixed function of (seed, counter): int64, of shapes that broadcast."""
+    state = _mix(seeds + GOLDEN)
+    bits = _mix(state + (counters + 1) * GOLDEN)
+    top_53_bits = (bits >> 11) & 0x1F_FFFF_FFFF_FFFF
+    return top_53_bits.double() * 2.0**-53
 
 
 def signed(seed: int) -> int:
@@ -34,113 +57,135 @@ def signed(seed: int) -> int:
 
 
 def sample_seeds(n: int, *keys: int) -> torch.Tensor:
-    """[n] int64 seeds, a fixed function of the keys, as in sample_seeds(256, run_seed, step)."""
-    # two words of 32 bits each, and their number: SeedSequence itself takes (s,) for (s, 0)
-    words = [len(keys), *(int(k) >> shift & 0xFFFF_FFFF for k in keys for shift in (0, 32))]
+    """[n] int64 seeds, a fixed function of the keys: sample_seeds(256, run_seed, step)."""
+    # Two words of 32 bits per key, and how many there are: SeedSequence takes (s,) for (s, 0).
+    words = [len(keys)]
+    for key in keys:
+        words += [int(key) & 0xFFFF_FFFF, int(key) >> 32 & 0xFFFF_FFFF]
     state = np.random.SeedSequence(words).generate_state(1, np.uint64)
     return _mix(torch.arange(n) + int(state.view(np.int64)[0]))
+
+
+# ---- filters ----
 
 
 def keep_likeliest(
     logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
 ) -> torch.Tensor:
-    """logits [B, V] with -inf for the tokens that a row's top_k, top_p and min_p (each [B]) leave out.
+    """Logits [B, V], -inf for the tokens that the top_k, top_p and min_p of a row leave out.
 
-    top_p counts what top_k leaves; the likeliest token always stays, and of equal ones the lower id.
+    top_p counts what top_k leaves. The likeliest token always stays; of equal ones, the lower id.
     """
     sorted_logits, ids = logits.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[-1], device=logits.device)
-    out = (rank >= top_k[:, None]) & (top_k[:, None] > 0)
+    top_k, top_p, min_p = top_k[:, None], top_p[:, None], min_p[:, None]
+
+    # top-k: the k likeliest, or all where it is 0.
+    out = (rank >= top_k) & (top_k > 0)
+
+    # top-p (Holtzman et al. 2020): the likeliest that together reach p. A row with p = 1 is left
+    # alone: a sum of float32 numbers would lose the tail of a large vocabulary.
     probs = sorted_logits.masked_fill(out, float("-inf")).softmax(-1)
-    # at 1 a row is left alone, and fp32 would lose the tail of a large vocabulary in the sum
-    out |= (probs.cumsum(-1, dtype=torch.float64) - probs >= top_p[:, None]) & (top_p[:, None] < 1)
-    out |= probs < min_p[:, None] * probs[:, :1]
+    sum_before = probs.cumsum(-1, dtype=torch.float64) - probs
+    out |= (sum_before >= top_p) & (top_p < 1)
+
+    # min-p: those at least p times as likely as the likeliest.
+    out |= probs < min_p * probs[:, :1]
+
     out[:, 0] = False
-    return logits.masked_fill(torch.zeros_like(out).scatter_(1, ids, out), float("-inf"))
+    out_by_id = torch.zeros_like(out).scatter_(1, ids, out)
+    return logits.masked_fill(out_by_id, float("-inf"))
 
 
-def draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """The token of each row [B] at which the cumulative sum of probs [B, V] first passes uniforms [B].
+def _without_greedy(filters: Filters, greedy: torch.Tensor) -> Filters:
+    """Filters that leave the rows of temperature 0 alone."""
+    top_k, top_p, min_p = filters
+    return (
+        top_k.masked_fill(greedy, 0),
+        top_p.masked_fill(greedy, 1),
+        min_p.masked_fill(greedy, 0),
+    )
 
-    First the block of tokens, then the token in it; a token of probability 0 is never drawn.
+
+# ---- one token per row ----
+
+
+def invert_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """[B] the token at which the cumulative sum of probs [B, V] first passes uniforms [B].
+
+    First the block of tokens is found, then the token in it. A token of probability 0 is never
+    sampled.
     """
     zero = probs.new_zeros(())
     if probs.shape[1] % BLOCK:
         probs = F.pad(probs, (0, -probs.shape[1] % BLOCK))
     blocks = probs.view(len(probs), -1, BLOCK)
     ends = blocks.sum(-1).cumsum(-1)
-    # float32 rounding may lift the threshold to the total itself: then the last token of any probability
-    threshold = torch.minimum(uniforms.float() * ends[:, -1], torch.nextafter(ends[:, -1], zero))[
-        :, None
-    ]
+    total = ends[:, -1]
+    # Rounding may lift the threshold to the total itself: it must stay below.
+    threshold = torch.minimum(uniforms.float() * total, torch.nextafter(total, zero))[:, None]
     block = torch.searchsorted(ends, threshold, right=True)
+
+    # Within the block, what is left of the threshold.
     before = ends.gather(1, (block - 1).clamp_(min=0)).masked_fill_(block == 0, 0.0)
     inner = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1)
     rest = torch.minimum(threshold - before, torch.nextafter(inner[:, -1:], zero))
     return (block * BLOCK + torch.searchsorted(inner, rest, right=True))[:, 0]
 
 
-def check_finite(finite: torch.Tensor, temperature) -> None:
+def sample_tokens(
+    logits: torch.Tensor,
+    temperature: float | torch.Tensor,
+    uniforms: torch.Tensor,
+    filters: Filters | None = None,
+    top_n: int = 0,
+) -> tuple[torch.Tensor, ...]:
+    """Sample one token per row: (tokens [B] int64, logp [B] float32).
+
+    logits: [B, V].
+    temperature: one for all rows, or [B]. 0 takes the likeliest token, and its logp is 0.
+    uniforms: [B] in [0, 1), see counter_uniform.
+    filters: they do not touch rows of temperature 0.
+    top_n: also return (ids, log-probs), each [B, top_n], of the likeliest tokens.
+    Raises NonFiniteError for NaN or infinite logits.
+    """
+    per_row = isinstance(temperature, torch.Tensor)
+    greedy = temperature == 0  # [B] bool, or one bool
+    if per_row:
+        logits = logits / temperature.masked_fill(greedy, 1.0)[:, None]
+    elif temperature not in (0, 1):
+        logits = logits / temperature
+
+    # The usual case has a kernel of its own.
+    plain = not per_row and not greedy and filters is None and not top_n
+    if plain and cpu.serves(None, logits):
+        tokens, logp = cpu_sampling.draw(logits, uniforms)
+        check_finite(tokens >= 0, temperature)
+        return tokens, logp
+
+    check_finite(torch.isfinite(logits.sum(-1)), "given" if per_row else temperature)
+    if not per_row and greedy:
+        tokens, logp = logits.argmax(-1), logits.new_zeros(len(logits))
+    else:
+        if filters is not None:
+            filters = _without_greedy(filters, greedy) if per_row else filters
+            logits = keep_likeliest(logits, *filters)
+        probs = torch.softmax(logits, -1)
+        tokens = invert_cdf(probs, uniforms)
+        logp = probs.gather(1, tokens[:, None])[:, 0].log()
+        if per_row:
+            tokens = torch.where(greedy, logits.argmax(-1), tokens)
+            logp = logp.masked_fill(greedy, 0.0)
+    if not top_n:
+        return tokens, logp
+    likeliest = logits.log_softmax(-1).topk(top_n, -1)
+    return tokens, logp, likeliest.indices, likeliest.values
+
+
+def check_finite(finite: torch.Tensor, temperature: float | str) -> None:
+    """Raise NonFiniteError unless all rows [B] are finite."""
     if not finite.all():
         raise NonFiniteError(
             f"logits at temperature {temperature} are NaN or infinite in "
             f"{int((~finite).sum())} of {len(finite)} rows while sampling"
         )
-
-
-def sample_tokens(
-    logits: torch.Tensor,
-    temperature: float | torch.Tensor,
-    uniforms: torch.Tensor,
-    filters: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-    top_n: int = 0,
-):
-    """Draw one token a row: (tokens [B] int64, logp [B] float32). Temperature 0 takes the likeliest, logp 0.
-
-    logits: [B, V]; temperature: one for all or [B]; uniforms: [B] in [0, 1), see counter_uniform; filters:
-    (top_k, top_p, min_p), each [B]; they do not touch rows of temperature 0. With top_n also (ids, log-probs)
-    [B, top_n] of the likeliest tokens. Raises NonFiniteError for NaN or infinite logits.
-    """
-    greedy, name = None, temperature
-    if isinstance(temperature, torch.Tensor):
-        greedy = temperature == 0
-        logits = logits / temperature.masked_fill(greedy, 1.0)[:, None]
-        name = "given"
-    elif temperature not in (0, 1):
-        logits = logits / temperature
-    if (
-        greedy is None
-        and temperature != 0
-        and filters is None
-        and not top_n
-        and cpu.serves(None, logits)
-    ):
-        tokens, logp = cpu_decode.draw(logits, uniforms)
-        check_finite(tokens >= 0, name)
-        return tokens, logp
-    check_finite(torch.isfinite(logits.sum(-1)), name)
-    if not isinstance(temperature, torch.Tensor) and temperature == 0:
-        tokens, logp = logits.argmax(-1), logits.new_zeros(len(logits))
-        return (
-            (tokens, logp, *_likeliest(logits.log_softmax(-1), top_n)) if top_n else (tokens, logp)
-        )
-    if filters is not None:
-        top_k, top_p, min_p = filters
-        if greedy is not None:
-            top_k, top_p, min_p = (
-                top_k.masked_fill(greedy, 0),
-                top_p.masked_fill(greedy, 1),
-                min_p.masked_fill(greedy, 0),
-            )
-        logits = keep_likeliest(logits, top_k, top_p, min_p)
-    probs = torch.softmax(logits, -1)
-    tokens = draw(probs, uniforms)
-    logp = probs.gather(1, tokens[:, None])[:, 0].log()
-    if greedy is not None:
-        tokens, logp = torch.where(greedy, logits.argmax(-1), tokens), logp.masked_fill(greedy, 0.0)
-    return (tokens, logp, *_likeliest(logits.log_softmax(-1), top_n)) if top_n else (tokens, logp)
-
-
-def _likeliest(logp: torch.Tensor, n: int):
-    values, ids = logp.topk(min(n, logp.shape[-1]), -1)
-    return ids, values

@@ -9,7 +9,7 @@ from r1zero.model.engine import cache
 from r1zero.model.engine.engine import Engine
 from r1zero.model.transformer import Transformer
 
-from ..model.engine_cases import Watched, agree, mixed_requests
+from ..model.engine.cases import Watched, agree, mixed_requests
 from .naive_ops import assert_close
 
 PANEL = cpu.LANES

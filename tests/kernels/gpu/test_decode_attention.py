@@ -56,7 +56,7 @@ def test_the_engine_on_graphs_is_the_engine_without(monkeypatch):
     config = preset("qwen2.5-0.5b", 1000, n_layers=3, max_seq_len=512)
     model = Transformer(config, torch.bfloat16).init_weights(0).cuda()
     prompts = [[5, 6, 7], list(range(100)), [9]]
-    requests = group_requests(prompts, 9, 60, 1.0, sample_seeds(27, 0), 3)
+    requests = group_requests(prompts, 9, 60, 1.0, sample_seeds(27, 0), (3,))
     engine = Engine(model, max_rows=27)
     assert engine.cache.weights is not model and engine.cache.weights.embed.dtype == torch.bfloat16
     for _ in range(2):

@@ -10,6 +10,7 @@ from r1zero.eval.tasks.catalogue import make_task
 from r1zero.model.checkpoint import save_checkpoint
 from r1zero.model.config import preset
 from r1zero.model.engine.naive import generate_naive
+from r1zero.model.engine.requests import Request
 from r1zero.model.engine.sampling import sample_seeds
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.model.transformer import Transformer
@@ -71,7 +72,7 @@ def test_responses_depend_on_seed_problem_and_sample_and_on_nothing_else():
     assert ModelSampler(model, BYTES, 12, seed=6)(prompts, 3) != whole
     for p, s in ((0, 0), (3, 2), (4, 1)):
         seed = int(sample_seeds(3, 5, p)[s])
-        naive = generate_naive(model, BYTES.encode(prompts[p]), 12, 1.0, seed, BYTES.eos_id)
+        naive = generate_naive(model, Request(BYTES.encode(prompts[p]), 12, seed, stop_ids=(BYTES.eos_id,)))
         assert whole[p][s] == Sampled(BYTES.decode(naive.tokens), len(naive.tokens), naive.finish_reason)
 
 

@@ -15,7 +15,7 @@ from r1zero.model.engine.sampling import NonFiniteError, sample_seeds
 from r1zero.model.engine.slots import Slots
 from r1zero.model.packed import pack
 
-from .engine_cases import (
+from .cases import (
     CONFIG,
     EOS,
     PROMPTS,
@@ -58,24 +58,23 @@ def test_batch_size_and_order_change_nothing(rows, paged):
 
 @both_caches
 @pytest.mark.parametrize("cache_tokens", [48, 96, 160])
-def test_a_small_cache_loses_nothing(cache_tokens, paged, monkeypatch):
-    put_back = []
-    original = Engine._put_back
-    monkeypatch.setattr(Engine, "_put_back", lambda self: put_back.append(1) or original(self))
+def test_a_small_cache_loses_nothing(cache_tokens, paged):
     model = Watched(-5.0)
     requests = [Request(r.prompt, 24, r.seed, stop_ids=(EOS,)) for r in mixed_requests(20)]
     engine = Engine(model, max_rows=16, cache_tokens=cache_tokens, paged=paged)
+    preempted, preempt = [], engine.scheduler.preempt
+    engine.scheduler.preempt = lambda: preempted.append(1) or preempt()
     agree(model, requests, engine.generate(requests))
     everything_is_free(engine)
-    assert put_back or cache_tokens == 48
+    assert preempted or cache_tokens == 48
 
 
 @both_caches
 def test_a_cache_too_small_for_one_sequence(paged):
     engine = Engine(Watched(), cache_tokens=2 * PAGE, paged=paged)
     engine.generate([Request([5] * 4, 2 * PAGE - 4)])
-    with pytest.raises(ValueError, match="prompt of 4 tokens and max_new_tokens 29 need 48 places, but the "
-                                         "cache has 32; give it cache_tokens=48"):
+    with pytest.raises(ValueError, match="prompt of 4 tokens and max_new_tokens 29 need a cache of 48 "
+                                         "tokens, but it has 32; give the engine cache_tokens=48"):
         engine.generate([Request([5], 3), Request([5] * 4, 2 * PAGE - 3)])
     everything_is_free(engine)
 
@@ -130,15 +129,15 @@ def test_every_request_is_answered_once_and_no_page_is_lost(paged, data):
     ids = engine.submit(requests)
     to_cancel = data.draw(st.lists(st.sampled_from(ids), max_size=3, unique=True))
     for steps in range(10_000):
-        if not engine.live and not engine.waiting:
+        if not engine.n_unfinished:
             break
         if steps == 4:
             for i in to_cancel:
                 engine.cancel(i)
         engine.step()
-    assert sorted(engine.finished) == ids
+    assert sorted(engine.completed) == ids
     for i, r in zip(ids, requests, strict=True):
-        c = engine.finished.pop(i)
+        c = engine.completed.pop(i)
         assert len(c.tokens) == len(c.logp) <= r.max_new_tokens
         assert c.finish_reason != "cancelled" or i in to_cancel
         assert c.finish_reason != "length" or len(c.tokens) == r.max_new_tokens
@@ -146,9 +145,21 @@ def test_every_request_is_answered_once_and_no_page_is_lost(paged, data):
 
 
 @both_caches
+def test_any_of_several_stop_tokens_ends_an_answer(paged):
+    model = Watched()
+    kinds = [(EOS, 7, 9, 11, 13), (), (EOS,)]
+    requests = [Request(PROMPTS[i % 6], 25, i, stop_ids=kinds[i % 3]) for i in range(18)]
+    completions = Engine(model, paged=paged, max_rows=7).generate(requests)
+    agree(model, requests, completions)
+    last = {int(c.tokens[-1]) for r, c in zip(requests, completions, strict=True) if len(r.stop_ids) == 5}
+    assert len(last & {7, 9, 11, 13}) > 1
+    assert all(len(c.tokens) == 25 for r, c in zip(requests, completions, strict=True) if not r.stop_ids)
+
+
+@both_caches
 def test_a_group_is_prefilled_once_and_finished_rows_leave_smaller_batches(paged):
     model = Watched(2.0)
-    requests = group_requests(PROMPTS, 16, 20, 1.0, sample_seeds(96, 5), EOS)
+    requests = group_requests(PROMPTS, 16, 20, 1.0, sample_seeds(96, 5), (EOS,))
     engine = Engine(model, paged=paged)
     decoded, decode = [], engine.cache.decode
     engine.cache.decode = lambda tokens: decoded.append(len(tokens)) or decode(tokens)
@@ -163,10 +174,11 @@ def test_shared_pages_are_shared():
     engine = Engine(Watched(-9.0), paged=True, cache_tokens=40 * PAGE)
     engine.submit([Request([5] * (PAGE + 3), 5, seed) for seed in range(9)])
     engine.step()
-    assert engine.cache.n_pages - len(engine.cache.free) == 1 + 9  # one for all, and the last for each
-    while engine.live:
+    table = engine.cache.page_table
+    assert table.n_pages - len(table.free) == 1 + 9  # one for all, and the last for each
+    while engine.n_unfinished:
         engine.step()
-    engine.finished.clear()
+    engine.completed.clear()
     everything_is_free(engine)
 
 
@@ -178,6 +190,10 @@ def test_new_weights_are_seen_and_counted():
         for p in model.parameters():
             p.mul_(1.1)
     unannounced, = engine.generate([request])  # on a CPU they are the trainer's
+    assert same(unannounced, naive_of(model, request), model, request)
+    for p in model.parameters():
+        p.data = p.data * 0.95  # other tensors, at other addresses
+    unannounced, = engine.generate([request])
     assert same(unannounced, naive_of(model, request), model, request)
     engine.refresh(version=7)
     second, = engine.generate([request])
@@ -191,7 +207,7 @@ def test_new_weights_are_seen_and_counted():
 @pytest.mark.parametrize("temperature", [0.7, 1.3])
 def test_logp_is_the_trainers(temperature):
     model = Watched()
-    requests = group_requests(PROMPTS, 4, 12, temperature, sample_seeds(24, 4), EOS)
+    requests = group_requests(PROMPTS, 4, 12, temperature, sample_seeds(24, 4), (EOS,))
     for r, c in zip(requests, Engine(model).generate(requests), strict=True):
         with torch.no_grad():
             hidden = model.hidden_states(pack([[*r.prompt, *c.tokens.tolist()]]))
@@ -201,7 +217,7 @@ def test_logp_is_the_trainers(temperature):
 
 @needs_numba
 def test_bf16_is_near_fp32():
-    requests = group_requests(PROMPTS, 4, 2, 1.0, sample_seeds(24, 7), EOS)
+    requests = group_requests(PROMPTS, 4, 2, 1.0, sample_seeds(24, 7), (EOS,))
     engines = [Engine(Watched(dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
     assert [type(engine.cache) for engine in engines] == [Slots, Pages]
     with pytest.raises(ValueError, match="paged is False, but slots are for float32 .* computes in torch.bf"):
@@ -224,7 +240,7 @@ def test_long_answers_move_through_slots_and_columns():
     requests = [Request(PROMPTS[i % 6], n, i) for i, n in enumerate((200, 3, 150, 90, 200, 5, 180, 40))]
     engine = Engine(model, max_rows=3)
     for r, c in zip(requests, engine.generate(requests), strict=True):
-        assert same(c, generate_naive(model, r.prompt, r.max_new_tokens, 1.0, r.seed, -1), model, r)
+        assert same(c, generate_naive(model, r), model, r)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -264,9 +280,9 @@ def test_requests_that_cannot_be_served(change, message):
 
 def test_groups_that_do_not_add_up():
     with pytest.raises(ValueError, match="5 seeds for 2 prompts x 2 samples; expected 4"):
-        group_requests([[1], [2]], 2, 2, 1.0, torch.zeros(5), EOS)
+        group_requests([[1], [2]], 2, 2, 1.0, torch.zeros(5), (EOS,))
     with pytest.raises(ValueError, match="n_samples is 0"):
-        group_requests([[1]], 0, 2, 1.0, torch.zeros(0), EOS)
+        group_requests([[1]], 0, 2, 1.0, torch.zeros(0), (EOS,))
     with pytest.raises(ValueError, match="0 prompts"):
         Engine(Watched()).generate([])
 

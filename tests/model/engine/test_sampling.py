@@ -5,8 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from r1zero.model.engine import requests as generation
-from r1zero.model.engine.sampling import NonFiniteError, counter_uniform, sample_seeds, sample_tokens
+from r1zero.model.engine.sampling import (
+    NonFiniteError,
+    _mix,
+    counter_uniform,
+    sample_seeds,
+    sample_tokens,
+)
 
 MASK, GOLDEN = 2**64 - 1, 0x9E3779B97F4A7C15
 EDGE_SEEDS = [0, 1, -1, 42, 2**63 - 1, -(2**63), 123456789123456789]
@@ -37,7 +42,7 @@ def test_the_numbers_are_splitmix64_on_python_integers():
 def test_splitmix64_has_the_published_first_output():
     """The first number of SplitMix64 from state 0, as its reference implementation prints it."""
     assert splitmix_finaliser(GOLDEN) == 0xE220A8397B1DCDAF
-    assert int(generation._mix(torch.tensor([GOLDEN - 2**64]))) & MASK == 0xE220A8397B1DCDAF
+    assert int(_mix(torch.tensor([GOLDEN - 2**64]))) & MASK == 0xE220A8397B1DCDAF
 
 
 def test_the_numbers_are_uniform_and_unrelated():
@@ -72,9 +77,9 @@ def test_sample_seeds_are_a_function_of_all_keys():
     assert len(numbers) == 50 * len(keys)
 
 
-# ---- draws
+# ---- tokens
 
-def test_draws_follow_the_softmax():
+def test_tokens_follow_the_softmax():
     n, temperature = 30_000, 0.8
     logits = torch.tensor([1.0, -2.0, 0.3, 3.0, -30.0, 0.0, 2.0])
     expected = (logits.double() / temperature).softmax(-1)
@@ -94,7 +99,7 @@ NEAR_ONE = 1 - 2.0**-53
 
 @pytest.mark.parametrize("u", [0.0, 2.0**-53, 1e-9, 0.3, 0.5, 1 - 2.0**-25, 1 - 2.0**-30, NEAR_ONE])
 @pytest.mark.parametrize("wanted", [[0], [3], [6], [0, 6], [2, 4], [1, 2, 3, 5]], ids=str)
-def test_a_token_of_probability_zero_is_never_drawn(u, wanted):
+def test_a_token_of_probability_zero_is_never_sampled(u, wanted):
     logits = torch.full((3, 7), -1e4)
     logits[0, wanted] = 0.0
     logits[1, wanted] = torch.linspace(0, -12, len(wanted))
@@ -138,8 +143,8 @@ def test_huge_logits_are_fine_and_broken_ones_are_counted():
         sample_tokens(torch.tensor([[3.0, 1.0]] * 3), 1e-39, zeros)
 
 
-def test_a_known_draw():
-    """Four equal tokens cut [0, 1) into quarters, so the random number shows which is drawn."""
+def test_a_token_that_is_known_beforehand():
+    """Four equal tokens cut [0, 1) into quarters, so the random number shows which is sampled."""
     seeds, counters = torch.tensor([1, 2, 3, 4, 5]), torch.tensor([9, 8, 7, 6, 5])
     tokens, logp = sample_tokens(torch.zeros(5, 4), 1.0, counter_uniform(seeds, counters))
     assert tokens.tolist() == (counter_uniform(seeds, counters) * 4).long().tolist()

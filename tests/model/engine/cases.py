@@ -57,21 +57,16 @@ ORACLE = {}  # its answers so far: it is slow, and many tests ask the same
 
 
 def naive_of(model, r):
-    """The oracle's answer; r has one stop token or none, and no filters."""
+    """The oracle's answer; r has no filters."""
     key = (sum(float(p.detach().double().sum()) for p in model.parameters()), model.eos_bias, tuple(r.prompt),
            r.max_new_tokens, r.temperature, r.seed, r.stop_ids)
     if key not in ORACLE:
-        ORACLE[key] = _naive(model, r)
+        ORACLE[key] = generate_naive(model, r)
     return ORACLE[key]
 
 
-def _naive(model, r):
-    stop, = r.stop_ids or (-1,)
-    return generate_naive(model, list(r.prompt), r.max_new_tokens, r.temperature, r.seed, stop)
-
-
 def boundary_gap(model, tokens, temperature, seed):
-    """How near the draw after `tokens` was to falling on another token."""
+    """How near sampling after `tokens` was to another token."""
     with torch.no_grad():
         logits = model.logits(model.hidden_states(pack([tokens]))[-1:])[0]
     if temperature == 0:
@@ -82,7 +77,7 @@ def boundary_gap(model, tokens, temperature, seed):
 
 
 def same(a, b, model, r):
-    """True if equal; False if a draw on the edge between two tokens fell either way; fails otherwise."""
+    """True if equal; False if a random number near an edge between two tokens fell either way; else fails."""
     n = min(len(a.tokens), len(b.tokens))
     apart = np.flatnonzero(a.tokens[:n] != b.tokens[:n])
     if len(apart):
@@ -95,15 +90,17 @@ def same(a, b, model, r):
 
 
 def agree(model, requests, completions, edges=1):
-    """All as the oracle has it, but for at most so many draws on an edge."""
+    """All as the oracle has it, but for at most so many random numbers on an edge."""
     assert len(requests) == len(completions)
     equal = sum(same(c, naive_of(model, r), model, r) for r, c in zip(requests, completions, strict=True))
     assert equal >= len(requests) - edges
 
 
 def everything_is_free(engine):
-    assert not engine.live and not engine.waiting and not engine.finished and engine.cache.n == 0
-    assert engine.n_holes == 0
+    assert engine.n_unfinished == engine.scheduler.n_finished == 0
+    assert engine.rows.n == engine.cache.n == 0
+    assert not engine.scheduler.running and not engine.scheduler.waiting and not engine.completed
     if isinstance(engine.cache, Pages):
-        assert sorted(engine.cache.free) == list(range(1, engine.cache.n_pages + 1))
-        assert not engine.cache.users.any() and not engine.cache.table_h.any()
+        table = engine.cache.page_table
+        assert sorted(table.free) == list(range(1, table.n_pages + 1))
+        assert not table.users.any() and not table.pages.any() and not table.lengths.any()

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from r1zero.model.config import ModelConfig
-from r1zero.model.engine.engine import Engine, places_within
+from r1zero.model.engine.cache import tokens_within
+from r1zero.model.engine.engine import Engine
 from r1zero.model.engine.naive import generate_naive
 from r1zero.model.engine.requests import Request
 from r1zero.model.engine.sampling import NonFiniteError, keep_likeliest
 from r1zero.model.engine.slots import Slots
 from r1zero.model.transformer import Transformer
 
-from ..train.loop_cases import grpo_config, save_base
-from .engine_cases import EOS, PROMPTS, Watched, both_caches, naive_of, needs_numba, same
+from .cases import EOS, PROMPTS, Watched, both_caches, everything_is_free, naive_of, needs_numba, same
 
 GOOD = Request([5], 9, 1)
 
@@ -74,12 +74,14 @@ def test_a_bad_request_is_refused_and_others_go_on(change, message):
 def test_seeds_of_any_kind():
     engine, seeds = Engine(Watched(-9.0)), (np.int64(-1), 2**64 - 1, -1, np.int32(-1))
     found = [engine.generate([Request(np.array([5, 6]), 5, seed)])[0].tokens.tolist() for seed in seeds]
-    assert found == [generate_naive(engine.model, [5, 6], 5, 1.0, 2**64 - 1, EOS).tokens.tolist()] * 4
+    assert found == [generate_naive(engine.model, Request([5, 6], 5, 2**64 - 1)).tokens.tolist()] * 4
     with pytest.raises(ValueError, match="only the engine reports"):
-        generate_naive(engine.model, [5], 2, 1.0, 0, EOS, top_logprobs=2)
-    for places in (0, -40):
+        generate_naive(engine.model, Request([5], 2, top_logprobs=2))
+    with pytest.raises(ValueError, match="stop texts need"):
+        generate_naive(engine.model, Request([5], 2, stop=("x",)))
+    for n_tokens in (0, -40):
         with pytest.raises(ValueError, match="cache_tokens is"):
-            Engine(engine.model, cache_tokens=places)
+            Engine(engine.model, cache_tokens=n_tokens)
 
 
 @both_caches
@@ -119,50 +121,35 @@ def test_other_callers_are_told_of_an_error(paged, monkeypatch):
     assert len(engine.generate([GOOD])[0].tokens) == 9
 
 
-@pytest.mark.parametrize("place", ["between steps", "in a step"])
+@pytest.mark.parametrize("moment", ["between steps", "in a step"])
 @both_caches
-def test_an_interrupt_leaves_nothing_behind(paged, place, monkeypatch):
+def test_an_interrupt_leaves_nothing_behind(paged, moment, monkeypatch):
     engine, step = Engine(Watched(-9.0), paged=paged, max_rows=2), Engine.step
 
     def interrupted(self):
         step(self)
         raise KeyboardInterrupt
 
-    if place == "between steps":
+    if moment == "between steps":
         monkeypatch.setattr(Engine, "step", interrupted)
     else:
         break_once(engine, monkeypatch, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         engine.generate([GOOD, Request([6], 9, 2), Request([7], 9, 3)])
     monkeypatch.undo()
-    assert not engine.live and not engine.waiting and not engine.finished and not engine.cancelled
+    everything_is_free(engine)
+    assert not engine._cancelled
     engine.refresh()
     assert len(engine.generate([GOOD])[0].tokens) == 9
 
 
 def test_the_cache_is_as_large_as_the_rows_need():
-    assert places_within(1e9, 1000, 4, 20, 256) == max(256, 4 * 48)
-    assert places_within(1e9, 1000, 100, 20, 256) == 100 * 48
-    assert places_within(2e6, 1000, 100, 20, 256) == 2000
-    assert places_within(1e9, 1000, 100, None, 256) == places_within(1e9, 1000, 100, 999, 256) == 100 * 272
-    assert places_within(-5e9, 1000, 100, 20, 256) == 256
+    assert tokens_within(1e9, 1000, 4, 20, 256) == max(256, 4 * 48)
+    assert tokens_within(1e9, 1000, 100, 20, 256) == 100 * 48
+    assert tokens_within(2e6, 1000, 100, 20, 256) == 2000
+    assert tokens_within(1e9, 1000, 100, None, 256) == tokens_within(1e9, 1000, 100, 999, 256) == 100 * 272
+    assert tokens_within(-5e9, 1000, 100, 20, 256) == 256
     assert Engine(Watched(), longest=20, max_rows=64).cache_tokens == 64 * 48
-
-
-def test_grpo_says_what_a_step_needs(tmp_path, monkeypatch):
-    from r1zero.train import grpo as grpo_file
-    asked = {}
-
-    class Asked(Engine):
-        def __init__(self, *args, **options):
-            asked.update(options)
-            super().__init__(*args, **options)
-
-    monkeypatch.setattr(grpo_file, "Engine", Asked)
-    c = grpo_config(tmp_path / "run", save_base(tmp_path / "base"), steps=1, save_every=1)
-    policy = grpo_file.grpo(c)
-    assert asked["reserve"] == 12 * sum(p.numel() for p in policy.parameters())
-    assert c.max_new_tokens < asked["longest"] and asked["max_rows"] == c.prompts_per_step * c.group_size
 
 
 def test_the_plan_names_the_copy_of_the_weights():
