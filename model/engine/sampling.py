@@ -2,12 +2,8 @@
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from ...kernels.cpu import compile as cpu
-from ...kernels.cpu import sampling as cpu_decode
-
-BLOCK = 32  # tokens that are added up before the cumulative sum: it is then a 32nd as long
+from ...kernels.sampling import invert_cdf, sample_logits
 
 
 class NonFiniteError(RuntimeError):
@@ -59,27 +55,6 @@ def keep_likeliest(
     return logits.masked_fill(torch.zeros_like(out).scatter_(1, ids, out), float("-inf"))
 
 
-def draw(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """The token of each row [B] at which the cumulative sum of probs [B, V] first passes uniforms [B].
-
-    First the block of tokens, then the token in it; a token of probability 0 is never drawn.
-    """
-    zero = probs.new_zeros(())
-    if probs.shape[1] % BLOCK:
-        probs = F.pad(probs, (0, -probs.shape[1] % BLOCK))
-    blocks = probs.view(len(probs), -1, BLOCK)
-    ends = blocks.sum(-1).cumsum(-1)
-    # float32 rounding may lift the threshold to the total itself: then the last token of any probability
-    threshold = torch.minimum(uniforms.float() * ends[:, -1], torch.nextafter(ends[:, -1], zero))[
-        :, None
-    ]
-    block = torch.searchsorted(ends, threshold, right=True)
-    before = ends.gather(1, (block - 1).clamp_(min=0)).masked_fill_(block == 0, 0.0)
-    inner = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1)
-    rest = torch.minimum(threshold - before, torch.nextafter(inner[:, -1:], zero))
-    return (block * BLOCK + torch.searchsorted(inner, rest, right=True))[:, 0]
-
-
 def check_finite(finite: torch.Tensor, temperature) -> None:
     if not finite.all():
         raise NonFiniteError(
@@ -108,14 +83,8 @@ def sample_tokens(
         name = "given"
     elif temperature not in (0, 1):
         logits = logits / temperature
-    if (
-        greedy is None
-        and temperature != 0
-        and filters is None
-        and not top_n
-        and cpu.serves(None, logits)
-    ):
-        tokens, logp = cpu_decode.draw(logits, uniforms)
+    if greedy is None and temperature != 0 and filters is None and not top_n:
+        tokens, logp = sample_logits(logits, uniforms)
         check_finite(tokens >= 0, name)
         return tokens, logp
     check_finite(torch.isfinite(logits.sum(-1)), name)
@@ -134,7 +103,7 @@ def sample_tokens(
             )
         logits = keep_likeliest(logits, top_k, top_p, min_p)
     probs = torch.softmax(logits, -1)
-    tokens = draw(probs, uniforms)
+    tokens = invert_cdf(probs, uniforms)
     logp = probs.gather(1, tokens[:, None])[:, 0].log()
     if greedy is not None:
         tokens, logp = torch.where(greedy, logits.argmax(-1), tokens), logp.masked_fill(greedy, 0.0)
