@@ -11,7 +11,7 @@ from r1zero.model.config import ModelConfig
 from r1zero.model.packed import pack
 from r1zero.model.transformer import Transformer
 
-from .naive_ops import assert_close, value_and_gradients
+from ..naive_ops import assert_close, value_and_gradients
 
 pytestmark = pytest.mark.skipif(not cpu.HAS_NUMBA, reason="Numba is not installed")
 NAN, INF = torch.nan, torch.inf
@@ -38,9 +38,9 @@ def inputs(T, M, F):
 
 def check(tensors, dy, tolerance=2e-6):
     expected = value_and_gradients(naive, [x.double() for x in tensors], [dy.double()])
-    assert_close(value_and_gradients(cpu_mlp.mlp, tensors, [dy]), expected, tolerance)
+    assert_close(value_and_gradients(cpu_mlp.swiglu_mlp, tensors, [dy]), expected, tolerance)
     with torch.no_grad():
-        assert_close([cpu_mlp.mlp(*tensors)], expected[:1], tolerance)
+        assert_close([cpu_mlp.swiglu_mlp(*tensors)], expected[:1], tolerance)
 
 
 # parts of more and of fewer tokens than are taken at one time; products deeper than one pass
@@ -80,7 +80,7 @@ def test_the_slope_of_a_large_gate_is_1(gate):
 def test_what_is_not_finite_stays_in_its_row(bad):
     (x, gate_up, down), T = inputs(3 * FEW, 32, 16), 3 * FEW
     x[50, 3] = bad
-    y, dx, *dw = value_and_gradients(cpu_mlp.mlp, [x, gate_up, down], [torch.ones(T, 32)])
+    y, dx, *dw = value_and_gradients(cpu_mlp.swiglu_mlp, [x, gate_up, down], [torch.ones(T, 32)])
     for found in (y, dx):
         assert found[50].isnan().all() and torch.cat([found[:50], found[51:]]).isfinite().all()
     assert all(g.isnan().any() for g in dw)
@@ -93,17 +93,17 @@ def test_the_same_bits_for_any_number_of_threads_and_beside_any_others():
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            found.append(value_and_gradients(cpu_mlp.mlp, [x, gate_up, down], [dy]))
+            found.append(value_and_gradients(cpu_mlp.swiglu_mlp, [x, gate_up, down], [dy]))
     finally:
         torch.set_num_threads(n_threads)
     assert all(a.equal(b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
     with torch.no_grad():
-        assert found[0][0][:FEW].equal(cpu_mlp.mlp(x[:FEW], gate_up, down))
+        assert found[0][0][:FEW].equal(cpu_mlp.swiglu_mlp(x[:FEW], gate_up, down))
 
 
 def test_a_second_gradient_is_refused():
     x, gate_up, down = (y.requires_grad_() for y in inputs(FEW, 16, 16))
-    first, = torch.autograd.grad(cpu_mlp.mlp(x, gate_up, down).square().sum(), x, create_graph=True)
+    first, = torch.autograd.grad(cpu_mlp.swiglu_mlp(x, gate_up, down).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
 
