@@ -134,8 +134,7 @@ def add_to_keys(weights, W, rows, diagonal, x, x_row, D, out, out_row):
 
 @small_part
 def end_of(seen):
-    """Where the numbers of a row end of which the first `seen` count: 8 more, rounded up to a
-    vector."""
+    """Where a row ends whose first `seen` numbers count: 8 more, rounded up to a vector."""
     return (seen + 2 * LANES - 1) // LANES * LANES
 
 
@@ -274,7 +273,8 @@ def attend(
 
 @part
 def attend_back(q, q_in, token, n_q, k, k_in, v, v_in, keys, R, D, cos, sin, scale,
-                out, peaks, shares, H, dout, dout_in, dlse, dq, dq_in, dk_rows, dv_rows):  # fmt: skip
+                out, peaks, shares, H, dout, dout_in, dlse,
+                dq, dq_in, dk_rows, dv_rows):  # fmt: skip
     """The gradients of what `attend` gives: dq, and those of rotated keys and of values, [n_k, D].
 
     dlse, the gradient of log sum exp, may be empty.

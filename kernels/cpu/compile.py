@@ -1,5 +1,4 @@
-"""How the loops of kernels/cpu are compiled, and how they are fed. What Triton is on a GPU, Numba
-is here.
+"""How the compiled loops are made and called. What Triton is on a GPU, Numba is here.
 
 PyTorch runs an op of several steps as several passes over memory, and a CPU has little bandwidth.
 One loop that takes a row through all steps while it lies in the cache is two to five times as fast.
@@ -14,7 +13,8 @@ As always with OpenMP, a forked child may not run loops after its parent has run
 A loop is compiled at its first call, which takes about two seconds, or six to twenty where it holds
 products. The machine code is kept in __pycache__ beside this file, or below NUMBA_CACHE_DIR, in a
 folder that is named after a hash of these sources. A changed source therefore never meets old
-machine code.
+machine code. Numba optimises the kept code once more than the code it has just compiled, so the
+process that compiles a loop may differ from later ones in the last bits.
 
 Left out: dtypes other than float32, and vectors longer than 8 numbers.
 
@@ -24,6 +24,7 @@ Shapes: R rows, M features of a row, F d_ff, T tokens, H heads, D head_dim, V co
 import functools
 import hashlib
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,7 @@ else:
     numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
     HAS_NUMBA = True
 
+HERE = Path(__file__).parent
 # a product may be fused with a sum; NaN and infinity keep their meaning
 ORDERED = {"contract", "nsz"}
 # and sums and products may be reordered
@@ -62,7 +64,8 @@ TILE_ROWS, TILE_COLUMNS = 6, 2 * LANES  # of a product that is computed in regis
 
 # ---- compiling ----
 
-UNCACHED = []  # loops for which no folder has been found yet
+UNCACHED = []  # loops whose machine code is not kept yet
+LOCK = threading.Lock()  # of this list, and of Numba's setting
 
 
 def loop(fn, fastmath=EXACT_ENOUGH):
@@ -98,6 +101,9 @@ def source_hash(folder: Path) -> str:
     return found.hexdigest()[:16]
 
 
+SOURCES = source_hash(HERE)  # read with the sources themselves, before somebody can edit them
+
+
 def is_writable(folder: Path) -> bool:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,24 +115,24 @@ def is_writable(folder: Path) -> bool:
 
 @functools.cache
 def cache_folder() -> Path | None:
-    """The folder for machine code; None where nothing can be written, and each process compiles
-    anew."""
-    here = Path(__file__).parent
+    """The folder for machine code; None if none can be written to: each process compiles anew."""
     if numba.config.CACHE_DIR:
         parents = [Path(numba.config.CACHE_DIR)]
     else:
         of_user = AppDirs(appname="numba", appauthor=False).user_cache_dir
-        parents = [here / "__pycache__", Path(of_user)]
-    name = f"loops-{source_hash(here)}"
+        parents = [HERE / "__pycache__", Path(of_user)]
+    name = f"loops-{SOURCES}"
     return next((parent / name for parent in parents if is_writable(parent / name)), None)
 
 
 def keep_machine_code() -> None:
     """Have Numba keep the machine code of all loops that were made since the last call."""
-    folder, before = cache_folder(), numba.config.CACHE_DIR
-    while UNCACHED:
-        compiled = UNCACHED.pop()
-        if folder:
+    with LOCK:
+        folder, before = cache_folder(), numba.config.CACHE_DIR
+        while UNCACHED:
+            compiled = UNCACHED.pop()
+            if folder is None:
+                continue
             numba.config.CACHE_DIR = str(folder)  # Numba reads it in enable_caching alone
             try:
                 compiled.enable_caching()
@@ -146,9 +152,6 @@ def prepare() -> None:
     # at its first call Numba starts all threads that it can, and PyTorch's number changes with them
     if torch.get_num_threads() != n:
         torch.set_num_threads(n)
-
-
-threads = prepare
 
 
 def refuses(*tensors: torch.Tensor | None) -> str | None:

@@ -1,22 +1,17 @@
-"""One new token of every row through a stack of dense layers, and the cache of keys and values
-behind them.
+"""Decoding one token per row through a stack of dense layers, with the cache of keys and values.
 
-kernels/decoder.py is the public door. Weights are read where they lie, so there is no copy of them.
-The rows of the cache go in blocks of 8, and each number of the 8 lies side by side, [blocks, M, 8]:
-what a step reads of one kv head is one run of memory, and a vector holds one number of each row. A
-decoder of fewer than 8 rows has blocks of one.
+kernels/decoder.py is the public door. The trainer's weights are read where they lie, without a
+copy. Rows of the cache go in blocks of 8 (see decode_attention.py).
 
-There are two ways through a layer, with the same arithmetic:
-- by blocks. Blocks of rows are independent outside attention, so each thread carries its blocks
-  through the whole layer without synchronising, while they are still in its cache. Each 12 rows of
-  a weight are read for all blocks of the thread, two at a time. A row comes out the same to the
-  last bit whatever the others are, and on any number of threads. This runs only where PyTorch
-  reports AVX2 exactly: its own products are faster on CPUs with AVX-512, and the loops have never
-  been measured on others.
-- by products. All threads share each product, which is PyTorch's.
+There are two ways through a layer:
+- By blocks. Blocks of rows are independent outside attention, so each thread carries its blocks
+  through the whole layer without synchronising, while they are still in its cache. A row comes out
+  the same to the last bit whatever the others are, and on any number of threads. This way is taken
+  only where PyTorch reports AVX2 exactly. With AVX-512 PyTorch's own products are faster, and on
+  other CPUs the loops have never been measured.
+- By products. All threads share each product, which is PyTorch's.
 
-Left out: layers that are not dense, biases other than those of q, k and v, and dtypes other than
-float32.
+Left out: layers that are not dense, biases other than those of q, k and v, dtypes but float32.
 
 Shapes: B rows, M features, N of a product's result, A of the query heads, H heads, F d_ff, V
 vocabulary, S slots per row, D head_dim, G kv heads. The arrays of the loops are flat, but for those
@@ -103,8 +98,11 @@ def norm_block(x, at, M, weight, w_at, eps, y):
 
 @ordered_part
 def multiply_blocks(w, N, K, x, start, start_block, start_row, out, out_block, out_row, first, end):
-    """out = start + w x for w [N, K] and x [K, 8] of each block. x_block and x_row are the strides
-    of x."""
+    """out = start + w x for w [N, K] and x [K, 8] of each block.
+
+    Each 12 rows of w are read for all blocks, two at a time. *_block and *_row are the strides from
+    block to block and from row to row.
+    """
     for n in range(0, N, NARROW_ROWS):
         rows, b = min(NARROW_ROWS, N - n), first
         w_in = Layout(n * K, K, 1)
@@ -394,15 +392,9 @@ class Decoder:
         return result[:n]
 
     def _attend(self, layer: int) -> None:
-        decode_attention_loop(
-            self.arrays["qkv"],
-            *self.angles,
-            self.scale,
-            self.lengths[: self.n],
-            self.kv[2 * layer],
-            self.kv[2 * layer + 1],
-            self.arrays["out"],
-        )
+        qkv, out, lengths = self.arrays["qkv"], self.arrays["out"], self.lengths[: self.n]
+        k, v = self.kv[2 * layer : 2 * layer + 2]
+        decode_attention_loop(qkv, *self.angles, self.scale, lengths, k, v, out)
 
     def _apply_head(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, M] -> [B, V], V first in memory: for few rows that product takes half the time."""

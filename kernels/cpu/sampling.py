@@ -102,6 +102,3 @@ def sample_logits(
     prepare()
     sample_loop(flat(logits), logits.stride(1), V, array(uniforms), tokens.numpy(), logp.numpy())
     return tokens, logp
-
-
-draw = sample_logits  # the old name

@@ -45,9 +45,8 @@ def gather_weights(model: Transformer) -> DecoderWeights | None:
     return DecoderWeights(model.embed, layers, model.norm, head)
 
 
-def refuses(model: Transformer) -> str | None:
+def refuses(model: Transformer, weights: DecoderWeights | None) -> str | None:
     """Why the decoder cannot serve this model, in words; None if it can."""
-    weights = gather_weights(model)
     if weights is None:
         return "a layer of the model is not an attention with a dense MLP"
     return decoder_refuses(weights, model.compute_dtype)
@@ -81,16 +80,17 @@ class Slots:
 
     @staticmethod
     def serves(model: Transformer) -> bool:
-        return refuses(model) is None
+        return refuses(model, gather_weights(model)) is None
 
     def _weights(self) -> DecoderWeights:
-        reason = refuses(self.model)
+        weights = gather_weights(self.model)
+        reason = refuses(self.model, weights)
         if reason:
             raise ValueError(
                 "engine: paged is False, but slots are for float32 on a CPU with Numba, and "
                 f"{reason}; expected paged=True or None"
             )
-        return gather_weights(self.model)
+        return weights
 
     def refresh(self) -> None:
         """Find the trainer's weights again: they may be other tensors by now."""
