@@ -35,8 +35,7 @@ import torch
 from torch.nn.functional import embedding
 
 from . import dispatch, reference
-from .cpu import attention as cpu_attention
-from .cpu import compile as loops
+from .cpu import attention as cpu
 from .dispatch import Backend, check_tensors, choose, serves_all, tl, triton, triton_refuses
 from .rope import rope
 
@@ -688,31 +687,13 @@ def triton_attention(q, k, v, cu_q, max_q, scale, cu_k, max_k, window, softcap, 
     return (out, lse.T) if return_lse else out
 
 
-def loops_attention(q, k, v, cu_q, max_q, scale, cu_k, max_k, window, softcap, return_lse):
-    return cpu_attention.attention(q, k, v, cu_q, cu_k, scale, return_lse)
-
-
-def loops_refuse(
-    q, k, v, cu_q, max_q, scale, cu_k, max_k, window, softcap, return_lse
-) -> str | None:
-    reason = loops.refuses(q, k, v)
-    if reason is not None:
-        return reason
-    if q.shape[2] % loops.TILE_COLUMNS == 0 and window is None and softcap is None:
-        return None
-    return (
-        f"head_dim is {q.shape[2]}, window {window}, softcap {softcap}; the compiled loops take a "
-        "head_dim that is a multiple of 16, no window and no softcap"
-    )
-
-
 def reference_attention(q, k, v, cu_q, max_q, scale, cu_k, max_k, window, softcap, return_lse):
     return reference.attention(q, k, v, cu_q, cu_k, scale, window, softcap, return_lse)
 
 
 ATTENTION = (
     Backend("triton", triton_attention, triton_refuses),
-    Backend("cpu", loops_attention, loops_refuse),
+    Backend("cpu", cpu.attention, cpu.refuses),
     Backend("reference", reference_attention, serves_all),
 )
 
@@ -787,20 +768,14 @@ def gather_keys(
 def rope_attention_in_one_loop(
     qkv, cos, sin, cu_seqlens, max_seqlen, n_kv_heads, keys, cu_keys, max_keys, impl
 ):
-    cu_keys = cu_seqlens if keys is None else cu_keys
-    return cpu_attention.attention_of_heads(qkv, cos, sin, cu_seqlens, cu_keys, keys, n_kv_heads)
-
-
-def one_loop_refuses(qkv, cos, sin, *_) -> str | None:
-    reason = loops.refuses(qkv, cos, sin)
-    if reason is None and qkv.shape[2] % loops.TILE_COLUMNS:
-        reason = f"head_dim is {qkv.shape[2]}; the compiled loops take a multiple of 16"
-    return reason
+    return cpu.rope_attention(
+        qkv, cos, sin, cu_seqlens, max_seqlen, n_kv_heads, keys, cu_keys, max_keys
+    )
 
 
 ROPE_ATTENTION = (
     Backend("triton", rope_attention_in_steps, triton_refuses),
-    Backend("cpu", rope_attention_in_one_loop, one_loop_refuses),
+    Backend("cpu", rope_attention_in_one_loop, cpu.rope_attention_refuses),
     Backend("reference", rope_attention_in_steps, serves_all),
 )
 

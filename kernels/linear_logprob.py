@@ -35,7 +35,6 @@ import numpy as np
 import torch
 
 from . import dispatch, reference
-from .cpu import compile as loops
 from .cpu import elementwise as cpu
 from .dispatch import Backend, check_tensors, choose, serves_all, tl, triton, triton_refuses
 
@@ -502,13 +501,9 @@ def triton_linear_logprob(h, weight, targets, temperature, rows, softcap):
     return logp, entropy
 
 
-def loops_refuse(h, weight, *_) -> str | None:
-    return loops.refuses(h, weight)
-
-
 LINEAR_LOGPROB = (
     Backend("triton", triton_linear_logprob, triton_refuses),
-    Backend("cpu", cpu.linear_logprob, loops_refuse),
+    Backend("cpu", cpu.linear_logprob, cpu.linear_logprob_refuses),
     Backend("reference", reference.linear_logprob, serves_all),
 )
 

@@ -24,7 +24,6 @@ import torch
 from torch.nn.functional import linear
 
 from . import reference
-from .cpu import compile as loops
 from .cpu import elementwise as cpu
 from .cpu import mlp as cpu_mlp
 from .dispatch import Backend, check_tensors, choose, serves_all, tl, triton, triton_refuses
@@ -157,7 +156,7 @@ swiglu_fwd_op.register_autograd(backward, setup_context=keep_for_backward)
 
 SWIGLU = (
     Backend("triton", swiglu_fwd_op, triton_refuses),
-    Backend("cpu", cpu.swiglu, loops.refuses),
+    Backend("cpu", cpu.swiglu, cpu.swiglu_refuses),
     Backend("reference", reference.swiglu, serves_all),
 )
 
@@ -184,22 +183,12 @@ def mlp_of_products(x, gate_up, down, impl: str | None) -> torch.Tensor:
 
 
 def mlp_in_one_loop(x, gate_up, down, impl: str | None) -> torch.Tensor:
-    return cpu_mlp.mlp(x, gate_up, down)
-
-
-def one_loop_refuses(x, gate_up, down) -> str | None:
-    return None if cpu_mlp.fits(x, gate_up, down) else ONE_LOOP_TAKES
-
-
-ONE_LOOP_TAKES = (
-    "the compiled MLP takes float32 tensors on a CPU with AVX2, widths that are multiples of 16, "
-    f"at most {cpu_mlp.MOST:,} weights, and at least {cpu_mlp.FEWEST} tokens per thread"
-)
+    return cpu_mlp.swiglu_mlp(x, gate_up, down)
 
 
 SWIGLU_MLP = (
     Backend("triton", mlp_of_products, triton_refuses),
-    Backend("cpu", mlp_in_one_loop, one_loop_refuses),
+    Backend("cpu", mlp_in_one_loop, cpu_mlp.refuses),
     Backend("reference", mlp_of_products, serves_all),
 )
 

@@ -24,7 +24,6 @@ Shapes: T tokens, H heads (1 without), R = T H rows, M features of a row, P prog
 import torch
 
 from . import dispatch, reference
-from .cpu import compile as loops
 from .cpu import elementwise as cpu
 from .dispatch import Backend, check_tensors, choose, serves_all, tl, triton, triton_refuses
 
@@ -288,13 +287,9 @@ def kernel_refuses(x, weight, eps, residual) -> str | None:
     return reason
 
 
-def loops_refuse(x, weight, eps, residual) -> str | None:
-    return loops.refuses(x, weight)
-
-
 RMSNORM = (
     Backend("triton", triton_rmsnorm, kernel_refuses),
-    Backend("cpu", cpu.rmsnorm, loops_refuse),
+    Backend("cpu", cpu.rmsnorm, cpu.rmsnorm_refuses),
     Backend("reference", reference.rmsnorm, serves_all),
 )
 

@@ -19,7 +19,6 @@ Shapes: T tokens, H heads, R = T H rows, D head_dim, C = D / 2 pairs.
 import torch
 
 from . import reference
-from .cpu import compile as loops
 from .cpu import elementwise as cpu
 from .dispatch import Backend, check_tensors, choose, serves_all, tl, triton, triton_refuses
 
@@ -133,7 +132,7 @@ def triton_rope(x, cos, sin) -> torch.Tensor:
 
 ROPE = (
     Backend("triton", triton_rope, triton_refuses),
-    Backend("cpu", cpu.rope, loops.refuses),
+    Backend("cpu", cpu.rope, cpu.rope_refuses),
     Backend("reference", reference.rope, serves_all),
 )
 

@@ -128,6 +128,11 @@ class Transformer(nn.Module):
     # ---- hidden states to log-probs and logits ----
 
     @property
+    def has_plain_head(self) -> bool:
+        """Whether the logits are a product with one weight, and no more."""
+        return self.config.tie_embeddings or plain(self.lm_head)
+
+    @property
     def head(self) -> torch.Tensor:
         """[V, M], the weight that turns hidden states into logits.
 
@@ -135,7 +140,7 @@ class Transformer(nn.Module):
         """
         if self.config.tie_embeddings:
             return self.embed
-        if not plain(self.lm_head):
+        if not self.has_plain_head:
             raise ValueError(
                 f"the head is a {type(self.lm_head).__name__}, but log-probs read its weight "
                 "directly; expected a Linear: leave lm_head out of what is adapted or quantised"
@@ -158,7 +163,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden_BM: torch.Tensor) -> torch.Tensor:
         """[B, V] fp32, for sampling from a few rows; training uses `logprobs`."""
-        if not self.config.tie_embeddings and not plain(self.lm_head):
+        if not self.has_plain_head:
             return self.lm_head(hidden_BM).float()
         weight = self.head.to(hidden_BM.dtype)
         if hidden_BM.is_cpu:

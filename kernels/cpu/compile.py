@@ -1,21 +1,30 @@
-"""The ops as compiled loops for a CPU: what Triton is on a GPU, Numba is here.
+"""How the compiled loops are made and called. What Triton is on a GPU, Numba is here.
 
-PyTorch runs an op of several steps as so many passes over memory, and a CPU has little bandwidth: one loop
-that does them all on a row while it lies in the cache is two to five times as fast. Matrix products stay
-PyTorch's, but for those of attention, of the MLP and of decoding (kernels/cpu_tiles.py).
+PyTorch runs an op of several steps as several passes over memory, and a CPU has little bandwidth.
+One loop that takes a row through all steps while it lies in the cache is two to five times as fast.
+Matrix products stay PyTorch's, except inside attention, the MLP and decoding (see the tiles in
+registers.py).
 
-Only for fp32; kernels/reference.py has the same in plain torch, for all other tensors and where Numba is not
-installed. The loops run on as many OpenMP threads as PyTorch is set to, and what is added up over rows is
-added in fixed parts, so that the result is the same for any number of them. As with all of OpenMP: no loops
-in a forked child of a process that has run some. The first call of each compiles it (about two seconds,
-those with products inside six to twenty); the machine code is kept beside this file, or
-where NUMBA_CACHE_DIR says.
+The loops take float32 only. kernels/reference.py holds the same ops in plain PyTorch: they serve
+all other tensors, and machines without Numba. The loops run on as many OpenMP threads as PyTorch is
+set to. Sums over rows are made in fixed parts, so the result is the same for any number of threads.
+As always with OpenMP, a forked child may not run loops after its parent has run some.
+
+A loop is compiled at its first call, which takes about two seconds, or six to twenty where it holds
+products. The machine code is kept in __pycache__ beside this file, or below NUMBA_CACHE_DIR, in a
+folder that is named after a hash of these sources. A changed source therefore never meets old
+machine code. Numba optimises the kept code once more than the code it has just compiled, so the
+process that compiles a loop may differ from later ones in the last bits.
+
+Left out: dtypes other than float32, and vectors longer than 8 numbers.
 
 Shapes: R rows, M features of a row, F d_ff, T tokens, H heads, D head_dim, V columns of logits.
 """
 
-import contextlib
 import functools
+import hashlib
+import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +33,7 @@ import torch
 try:
     import numba
     from numba.extending import register_jitable
+    from numba.misc.appdirs import AppDirs
 except ImportError:  # no wheel for this Python, or left out on purpose
 
     class _StandIn:
@@ -37,126 +47,145 @@ except ImportError:  # no wheel for this Python, or left out on purpose
     numba, register_jitable = _StandIn(), lambda **_: lambda fn: fn
     HAS_NUMBA = False
 else:
-    numba.config.THREADING_LAYER_PRIORITY = [
-        "omp",
-        "tbb",
-        "workqueue",
-    ]  # PyTorch's own, where it has OpenMP
+    # PyTorch's own threads, where both find the same OpenMP library
+    numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
     HAS_NUMBA = True
 
-
+HERE = Path(__file__).parent
 # a product may be fused with a sum; NaN and infinity keep their meaning
 ORDERED = {"contract", "nsz"}
-
-
-EXACT_ENOUGH = ORDERED | {"reassoc"}  # sums and products may be reordered
-
+# and sums and products may be reordered
+EXACT_ENOUGH = ORDERED | {"reassoc"}
 
 f32 = np.float32
+LANES = 8  # float32 numbers in a vector
+TILE_ROWS, TILE_COLUMNS = 6, 2 * LANES  # of a product that is computed in registers
 
 
-LANES = 8  # float32 in a vector
+# ---- compiling ----
 
-
-TILE_ROWS, TILE_COLUMNS = 6, 2 * LANES  # of a product that are computed in registers
-
-
-# Numba compiles anew when a function's own file has changed, but loops have parts of these files in them.
-HERE = Path(__file__).parent
-
-
-PARTS_OF_OTHERS = ("compile.py", "elementwise.py", "registers.py", "tiles.py", "attention_tiles.py")
-
-
-for kept in HERE.glob("__pycache__/*.nbi"):
-    with contextlib.suppress(
-        OSError
-    ):  # another process may be at it, or it may not be ours to delete
-        if kept.stat().st_mtime < max((HERE / name).stat().st_mtime for name in PARTS_OF_OTHERS):
-            kept.unlink()
+UNCACHED = []  # loops whose machine code is not kept yet
+LOCK = threading.Lock()  # of this list, and of Numba's setting
 
 
 def loop(fn, fastmath=EXACT_ENOUGH):
-    """Compile at the first call, for all threads."""
+    """Compile at the first call, for all threads. Call `prepare` before a loop."""
     compiled = numba.njit(fastmath=fastmath, error_model="numpy", parallel=True, nogil=True)(fn)
-    if HAS_NUMBA:
-        with contextlib.suppress(
-            RuntimeError
-        ):  # no folder to keep it in: compiled anew in each process
-            compiled.enable_caching()
+    UNCACHED.append(compiled)
     return compiled
 
 
-part = register_jitable(
-    fastmath=EXACT_ENOUGH, error_model="numpy"
-)  # a function that loops can call
+# a function that loops can call
+part = register_jitable(fastmath=EXACT_ENOUGH, error_model="numpy")
 
+# the same, pasted in without a call
+small_part = register_jitable(fastmath=EXACT_ENOUGH, error_model="numpy", forceinline=True)
 
-small_part = register_jitable(
-    fastmath=EXACT_ENOUGH, error_model="numpy", forceinline=True
-)  # without a call
-
-
-# For what must come out the same wherever in a vector or tile it is computed: elsewhere the compiler may take
-# a b c as (a b) c for some numbers and as a (b c) for their neighbours.
+# For numbers that must come out the same wherever in a vector or tile they are computed. In other
+# loops the compiler may take a b c as (a b) c for some numbers and as a (b c) for their neighbours.
 ordered_loop = functools.partial(loop, fastmath=ORDERED)
-
-
 ordered_part = register_jitable(fastmath=ORDERED, error_model="numpy")
-
-
 small_ordered_part = register_jitable(fastmath=ORDERED, error_model="numpy", forceinline=True)
 
 
-def refuses(*tensors: torch.Tensor | None) -> str | None:
-    """Why the loops do not run on these tensors, or None."""
-    if not HAS_NUMBA:
-        return "the compiled loops need float32 tensors on a CPU and Numba (missing: pip install numba)"
-    given = [x for x in tensors if x is not None]
-    if all(x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() for x in given):
-        return None
-    kinds = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device.type}" for x in given)
-    return (
-        "the compiled loops take float32 tensors on a CPU, none of them empty, and Numba (installed); "
-        f"got {kinds}"
-    )
+# ---- keeping the machine code ----
 
 
-def serves(impl: str | None, *tensors: torch.Tensor | None) -> bool:
-    """Whether the loops run on these tensors. Raises ValueError where `impl` says so and they cannot."""
-    if impl == "reference":
+def source_hash(folder: Path) -> str:
+    """A hash of the sources in `folder`: a loop has parts of other files in it, so all of them
+    count."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        found.update(path.name.encode())
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+SOURCES = source_hash(HERE)  # read with the sources themselves, before somebody can edit them
+
+
+def is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
         return False
-    reason = refuses(*tensors)
-    if impl == "cpu" and reason is not None:
-        raise ValueError(f'impl is "cpu", but {reason}; expected impl=None or "reference" here')
-    return reason is None
+    return True
 
 
-def threads() -> None:
-    """As many as PyTorch has."""
+@functools.cache
+def cache_folder() -> Path | None:
+    """The folder for machine code; None if none can be written to: each process compiles anew."""
+    if numba.config.CACHE_DIR:
+        parents = [Path(numba.config.CACHE_DIR)]
+    else:
+        of_user = AppDirs(appname="numba", appauthor=False).user_cache_dir
+        parents = [HERE / "__pycache__", Path(of_user)]
+    name = f"loops-{SOURCES}"
+    return next((parent / name for parent in parents if is_writable(parent / name)), None)
+
+
+def keep_machine_code() -> None:
+    """Have Numba keep the machine code of all loops that were made since the last call."""
+    with LOCK:
+        folder, before = cache_folder(), numba.config.CACHE_DIR
+        while UNCACHED:
+            compiled = UNCACHED.pop()
+            if folder is None:
+                continue
+            numba.config.CACHE_DIR = str(folder)  # Numba reads it in enable_caching alone
+            try:
+                compiled.enable_caching()
+            finally:
+                numba.config.CACHE_DIR = before
+
+
+# ---- calling ----
+
+
+def prepare() -> None:
+    """Call before a loop: as many threads as PyTorch has, and a folder for the machine code."""
+    if UNCACHED:
+        keep_machine_code()
     n = torch.get_num_threads()
     numba.set_num_threads(min(n, numba.config.NUMBA_NUM_THREADS))
-    if (
-        torch.get_num_threads() != n
-    ):  # Numba has just started its threads, and as many of them as it can
+    # at its first call Numba starts all threads that it can, and PyTorch's number changes with them
+    if torch.get_num_threads() != n:
         torch.set_num_threads(n)
 
 
+def refuses(*tensors: torch.Tensor | None) -> str | None:
+    """Why the loops cannot run on these tensors, in words; None if they can."""
+    given = [x for x in tensors if x is not None]
+    if HAS_NUMBA and all(
+        x.dtype == torch.float32 and x.device.type == "cpu" and x.numel() for x in given
+    ):
+        return None
+    kinds = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device.type}" for x in given)
+    return (
+        "the compiled loops take float32 tensors on a CPU, none of them empty, and Numba "
+        f"({'installed' if HAS_NUMBA else 'missing: pip install numba'}); got {kinds}"
+    )
+
+
 def array(x: torch.Tensor) -> np.ndarray:
-    """The same memory, for a loop: contiguous, so that it is compiled for one layout only."""
+    """The tensor for a loop: the same memory, or a contiguous copy, so that one layout is
+    compiled."""
     return x.detach().contiguous().numpy()
 
 
 def flat(x: torch.Tensor) -> np.ndarray:
-    """The memory behind a view, from its first number to its last, for a loop that knows its strides."""
+    """The memory behind a view, from its first number to its last, for a loop that knows its
+    strides."""
     span = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1
     return x.detach().as_strided((span,), (1,)).numpy()
 
 
 @part
 def exp(x):
-    """e^x to 2e-7 of itself, by 2^k and a polynomial (Cephes' expf), in steps that a compiler can make
-    vector instructions of; 0 below -87, where normal numbers end, infinity above 88, and NaN for NaN."""
+    """e^x with a relative error of 2e-7, by 2^k and a polynomial (Cephes' expf), in steps that a
+    compiler can vectorise. It gives 0 below -87, where normal numbers end, infinity above 88, and
+    NaN for NaN."""
     y = f32(-87.0) if x < f32(-87.0) else x
     y = f32(88.0) if y > f32(88.0) else y
     k = np.rint(y * f32(1.44269504))

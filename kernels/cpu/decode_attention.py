@@ -1,13 +1,15 @@
-"""RoPE and attention of one new token of every row against the cache, as a compiled loop for a CPU (see
-kernels/cpu.py).
+"""RoPE and attention of one new token per row against the cache, as a compiled loop for decoding.
 
-Rows go in blocks of 8, each number of the 8 side by side: a vector holds one of each row, so that nothing is
-ever summed across a vector, and what is read of a kv head is one run of memory. An engine of fewer rows has
-blocks of one. So there are two of each step, for 8 rows (_rows) and for one (_row), on the query heads of one
-kv head; all they take is flat: q and out [R, D, W], k and v [S, D, W], scores [R, S, W].
+This is a part of the decoder (decoder.py), not the op of kernels/decode_attention.py, which reads
+pages. Rows of the cache go in blocks of 8, and each number of the 8 lies side by side. So a vector
+holds one number of each row, nothing is ever summed across a vector, and what is read of a kv head
+is one run of memory. A decoder of fewer than 8 rows has blocks of one.
 
-Shapes: B rows, W rows of a block, H query heads, G kv heads, R = H / G, D head_dim, N = H + 2 G, S places of
-the cache, C = D / 2 pairs of RoPE.
+So there are two versions of each step, for 8 rows (_rows) and for one (_row), on the query heads of
+one kv head. Their arrays are flat: q and out [R, D, W], k and v [S, D, W], scores [R, S, W].
+
+Shapes: B rows, W rows of a block, H query heads, G kv heads, R = H / G, D head_dim, N = H + 2 G, S
+slots of the cache, C = D / 2 pairs of RoPE.
 """
 
 import numpy as np
@@ -31,7 +33,7 @@ if HAS_NUMBA:
     )
 
 ROW_BLOCK = LANES  # rows of the cache that lie, and are read, together
-PLACES = 4  # of the cache that are taken together
+SLOTS = 4  # of the cache that are read together
 
 
 @part
@@ -39,17 +41,14 @@ def scores_of_rows(q, k, R, D, scores):
     S, step = len(scores) // (R * LANES), D * LANES
     most = step - step % (4 * LANES)
     for s in range(S):
-        if s + PLACES < S:
+        if s + SLOTS < S:
             for i in range(0, step, LINE):
-                prefetch_once(k, (s + PLACES) * step + i)
+                prefetch_once(k, (s + SLOTS) * step + i)
         for r in range(R):
             at, to = s * step, r * step
-            a, b, c, e = (
-                fill(f32(0)),
-                fill(f32(0)),
-                fill(f32(0)),
-                fill(f32(0)),
-            )  # one would be waited for
+            # four sums, since each addition would wait for the one before
+            a, b = fill(f32(0)), fill(f32(0))
+            c, e = fill(f32(0)), fill(f32(0))
             for i in range(0, most, 4 * LANES):
                 a = add_product(a, load(q, to + i), load(k, at + i))
                 b = add_product(b, load(q, to + i + LANES), load(k, at + i + LANES))
@@ -79,16 +78,19 @@ def softmax_rows(scores):
 
 @part
 def add_values_of_rows(scores, v, R, D, out):
-    """out += scores v, 4 places at a time. Memory is asked for early, and in the order in which it lies: from
-    reads of 4 places in turns a CPU does not guess it."""
+    """out += scores v, 4 slots at a time.
+
+    Memory is prefetched in the order in which it lies: a CPU does not guess it from reads that
+    alternate between 4 slots.
+    """
     S, step = len(scores) // (R * LANES), D * LANES
-    for s in range(0, S, PLACES):
+    for s in range(0, S, SLOTS):
         for r in range(R):
-            at, to, p, ahead = s * step, r * step, (r * S + s) * LANES, (s + 2 * PLACES) * step
+            at, to, p, ahead = s * step, r * step, (r * S + s) * LANES, (s + 2 * SLOTS) * step
             a, b = load(scores, p), load(scores, p + LANES)
             c, e = load(scores, p + 2 * LANES), load(scores, p + 3 * LANES)
             for i in range(0, step, LANES):
-                if r == 0 and s + 2 * PLACES < S:
+                if r == 0 and s + 2 * SLOTS < S:
                     prefetch_once(v, ahead + 4 * i)
                     prefetch_once(v, ahead + 4 * i + LINE)
                 x = add_product(load(out, to + i), a, load(v, at + i))
@@ -132,8 +134,8 @@ def add_values_of_row(scores, v, R, D, out):
 
 
 @part
-def turn(x, cos, sin, scale):
-    """RoPE of one head [2, C, rows], flat, in place."""
+def rotate(x, cos, sin, scale):
+    """RoPE of one head [2, C, rows], flat, in place, and scaled."""
     C = len(cos)
     for i in range(C):
         first, second = x[i], x[C + i]
@@ -143,7 +145,8 @@ def turn(x, cos, sin, scale):
 
 @part
 def copy(x, at, stride, to, to_at, to_stride, M, rows):
-    """`rows` neighbours from each of M places to each of M others."""
+    """Copy M runs of `rows` numbers. The runs are `stride` apart in x and `to_stride` apart in
+    `to`."""
     if rows == LANES:
         for m in range(M):
             store(to, to_at + m * to_stride, load(x, at + m * stride))
@@ -154,45 +157,47 @@ def copy(x, at, stride, to, to_at, to_stride, M, rows):
 
 
 @part
-def attend(qkv, at, B, g, H, G, cos_SC, sin_SC, scale, places, k_SDW, v_SDW, out, to):
-    """A block of rows with the query heads of kv head g. It begins at qkv[at] and out[to]; both are flat."""
+def attend(qkv, at, B, g, H, G, cos_SC, sin_SC, scale, lengths, k_SDW, v_SDW, out, to):
+    """A block of rows with the query heads of kv head g. It begins at qkv[at] and out[to]; both are
+    flat, with B columns. lengths: the slot of each row's new token."""
     D, W = k_SDW.shape[1:]
-    C, R, head, rows = cos_SC.shape[1], H // G, D * W, len(places)
-    k, v, S = k_SDW.reshape(-1), v_SDW.reshape(-1), places.max() // PLACES * PLACES + PLACES
-    own = np.empty(
-        (2 * R + 3) * head + R * S * W, f32
-    )  # one piece, for each takes the time of some places
-    new, angles, own = (
-        own[: (R + 2) * head],
-        own[(R + 2) * head : (R + 3) * head],
-        own[(R + 3) * head :],
-    )
+    C, R, head, rows = cos_SC.shape[1], H // G, D * W, len(lengths)
+    k, v, S = k_SDW.reshape(-1), v_SDW.reshape(-1), lengths.max() // SLOTS * SLOTS + SLOTS
+    # working memory in one piece, since each allocation takes as long as reading a few slots
+    own = np.empty((2 * R + 3) * head + R * S * W, f32)
+    new, own = own[: (R + 2) * head], own[(R + 2) * head :]
+    angles, own = own[:head], own[head:]
     cos, sin, mixed, scores = angles[: C * W], angles[C * W :], own[: R * head], own[R * head :]
+    # the new token's heads of q, k and v
     for i in range(rows):
         for c in range(C):
-            cos[c * W + i], sin[c * W + i] = cos_SC[places[i], c], sin_SC[places[i], c]
+            cos[c * W + i], sin[c * W + i] = cos_SC[lengths[i], c], sin_SC[lengths[i], c]
     copy(qkv, at + g * R * D * B, B, new, 0, W, R * D, rows)
     copy(qkv, at + (H + g) * D * B, B, new, R * head, W, D, rows)
     copy(qkv, at + (H + G + g) * D * B, B, new, (R + 1) * head, W, D, rows)
     for r in range(R + 1):
-        turn(new[r * head : (r + 1) * head], cos, sin, scale if r < R else f32(1))
+        rotate(new[r * head : (r + 1) * head], cos, sin, scale if r < R else f32(1))
+    # k and v go into the cache
     for i in range(rows):
-        new_at, by = places[i] * head + i, R * head + i
+        new_at, by = lengths[i] * head + i, R * head + i
         for d in range(D):
             k[new_at + d * W], v[new_at + d * W] = new[by + d * W], new[by + head + d * W]
+    # scores
     mixed[:] = 0
     if W == LANES:
         scores_of_rows(new, k, R, D, scores)
     else:
         scores_of_row(new, k, R, D, scores)
+    # softmax over the slots that a row has; longer rows of the block have more
     for r in range(R):
         for i in range(rows):
-            for s in range(places[i] + 1, S):  # what others have, and it has not
+            for s in range(lengths[i] + 1, S):
                 scores[(r * S + s) * W + i] = LOWEST
         if W == LANES:
             softmax_rows(scores[r * S * W : (r + 1) * S * W])
         else:
             softmax_row(scores[r * S : (r + 1) * S])
+    # the values, weighted
     if W == LANES:
         add_values_of_rows(scores, v, R, D, mixed)
     else:
@@ -202,41 +207,29 @@ def attend(qkv, at, B, g, H, G, cos_SC, sin_SC, scale, places, k_SDW, v_SDW, out
 
 @loop
 def decode_attention_loop(qkv_INDC, cos_SC, sin_SC, scale, lengths_B, k, v, out_IHDC):
-    """RoPE and attention of one new token a row.
+    """RoPE and attention of one new token per row. The new keys and values are written into the
+    cache.
 
-    qkv are the N = H + 2 G heads of the new tokens, scale that of the scores, cos and sin of every place;
-    lengths (int64) how many tokens the cache has of each row so far. The new keys and values are written
-    behind them. Keys and values: [blocks, G, S, D, W], where W, the rows of a block, is 8 or 1, and S a
-    multiple of 4. All of it must be finite. qkv and out have the rows in tiles of C columns, a multiple of W:
-    there may be more columns than rows, and one tile may have them all.
+    qkv: the N = H + 2 G heads of the new tokens. scale: that of the scores. cos, sin: the angles of
+    every position. lengths: int64, the tokens of each row that the cache holds so far. k, v:
+    [blocks, G, S, D, W], where W is 8 or 1 and S a multiple of 4; all of them must be finite. qkv
+    and out hold the rows in tiles of C columns, a multiple of W. There may be more columns than
+    rows, and one tile may hold all rows.
     """
     _, H, D, C = out_IHDC.shape
     G, W, qkv, out = k.shape[1], k.shape[4], qkv_INDC.reshape(-1), out_IHDC.reshape(-1)
     for n in numba.prange((len(lengths_B) + W - 1) // W * G):
         i, g = n // G, n % G
-        places = lengths_B[i * W : (i + 1) * W]
+        lengths = lengths_B[i * W : (i + 1) * W]
         tile, first = i * W // C, i * W % C
-        attend(
-            qkv,
-            tile * (H + 2 * G) * D * C + first,
-            C,
-            g,
-            H,
-            G,
-            cos_SC,
-            sin_SC,
-            scale,
-            places,
-            k[i, g],
-            v[i, g],
-            out,
-            tile * H * D * C + first,
-        )
+        at, to = tile * (H + 2 * G) * D * C + first, tile * H * D * C + first
+        attend(qkv, at, C, g, H, G, cos_SC, sin_SC, scale, lengths, k[i, g], v[i, g], out, to)
 
 
 @loop
 def write_rows_loop(new_TGD, firsts_B, lengths_B, rows_B, cache):
-    """Keys or values of the lengths_B tokens from firsts_B on into rows of the cache [blocks, G, S, D, W]."""
+    """Write keys or values of the lengths_B tokens from firsts_B on into rows of the cache [blocks,
+    G, S, D, W]."""
     _, G, S, D, W = cache.shape
     new, flat = new_TGD.reshape(-1), cache.reshape(-1)
     for i in numba.prange(len(rows_B) * G):
@@ -248,7 +241,7 @@ def write_rows_loop(new_TGD, firsts_B, lengths_B, rows_B, cache):
 
 @loop
 def move_rows_loop(by_B, lengths_B, to_B, cache):
-    """The first lengths_B places of rows into other rows."""
+    """Copy the first lengths_B slots of rows by_B into rows to_B."""
     _, G, S, D, W = cache.shape
     flat = cache.reshape(-1)
     for i in numba.prange(len(to_B) * G):

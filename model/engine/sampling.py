@@ -15,14 +15,10 @@ Shapes: B rows, V vocabulary.
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from ...kernels.cpu import compile as cpu
-from ...kernels.cpu import sampling as cpu_sampling
+from ...kernels.sampling import invert_cdf, sample_logits
 
 Filters = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # top_k, top_p and min_p, each [B]
-
-BLOCK = 32  # tokens that are summed before the cumulative sum, which is then a 32nd as long
 
 
 class NonFiniteError(RuntimeError):
@@ -110,29 +106,6 @@ def _without_greedy(filters: Filters, greedy: torch.Tensor) -> Filters:
 # ---- one token per row ----
 
 
-def invert_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """[B] the token at which the cumulative sum of probs [B, V] first passes uniforms [B].
-
-    First the block of tokens is found, then the token in it. A token of probability 0 is never
-    sampled.
-    """
-    zero = probs.new_zeros(())
-    if probs.shape[1] % BLOCK:
-        probs = F.pad(probs, (0, -probs.shape[1] % BLOCK))
-    blocks = probs.view(len(probs), -1, BLOCK)
-    ends = blocks.sum(-1).cumsum(-1)
-    total = ends[:, -1]
-    # Rounding may lift the threshold to the total itself: it must stay below.
-    threshold = torch.minimum(uniforms.float() * total, torch.nextafter(total, zero))[:, None]
-    block = torch.searchsorted(ends, threshold, right=True)
-
-    # Within the block, what is left of the threshold.
-    before = ends.gather(1, (block - 1).clamp_(min=0)).masked_fill_(block == 0, 0.0)
-    inner = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1)
-    rest = torch.minimum(threshold - before, torch.nextafter(inner[:, -1:], zero))
-    return (block * BLOCK + torch.searchsorted(inner, rest, right=True))[:, 0]
-
-
 def sample_tokens(
     logits: torch.Tensor,
     temperature: float | torch.Tensor,
@@ -158,9 +131,9 @@ def sample_tokens(
 
     # The usual case has a kernel of its own.
     plain = not per_row and not greedy and filters is None and not top_n
-    if plain and cpu.serves(None, logits):
-        tokens, logp = cpu_sampling.draw(logits, uniforms)
-        check_finite(tokens >= 0, temperature)
+    if plain:
+        tokens, logp = sample_logits(logits, uniforms)
+        check_finite(tokens >= 0, temperature)  # -1 marks a row that is not finite
         return tokens, logp
 
     check_finite(torch.isfinite(logits.sum(-1)), "given" if per_row else temperature)

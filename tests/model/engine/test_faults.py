@@ -166,14 +166,14 @@ def test_slots_grow_layer_by_layer(monkeypatch):
     engine = Engine(Transformer(config).init_weights(0))
     engine.submit([Request([5], 300, 1)])
     engine.step()
-    cache, seen = engine.cache, []
-    assert isinstance(cache, Slots)
-    old, zeros = cache.kv[0].shape, np.zeros
+    assert isinstance(engine.cache, Slots)
+    decoder, seen = engine.cache.decoder, []
+    old, zeros = decoder.kv[0].shape, np.zeros
 
     def watched(*shape, **options):
-        seen.append(sum(x.shape == old for x in cache.kv))  # old ones that are still there
+        seen.append(sum(x.shape == old for x in decoder.kv))  # old ones that are still there
         return zeros(*shape, **options)
 
     monkeypatch.setattr(np, "zeros", watched)
-    cache._make_room(1, 2000)
+    decoder._make_room(1, 2000)
     assert seen[-1] == 1

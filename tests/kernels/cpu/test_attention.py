@@ -8,17 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from r1zero.kernels.attention import attention
 from r1zero.kernels.cpu import compile as cpu
-from r1zero.kernels.cpu.attention import attention_of_heads
+from r1zero.kernels.cpu.attention import rope_attention, rope_attention_refuses
 from r1zero.kernels.cpu.attention_tiles import KEYS, QUERIES
 from r1zero.kernels.rope import rope_table
 from r1zero.model.packed import pack
 
-from .naive_ops import assert_close, cu, naive_attention, same, value_and_gradients
-
-if cpu.HAS_NUMBA:
-    from r1zero.kernels.cpu.registers import exp_up_to_88, load, store
+from ..naive_ops import assert_close, cu, naive_attention, same, value_and_gradients
+from .cases import inputs, of, results
 
 pytestmark = pytest.mark.skipif(not cpu.HAS_NUMBA, reason="Numba is not installed")
 NAN, INF = torch.nan, torch.inf
@@ -35,18 +32,6 @@ def nan_in_new_tensors():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def of(lengths, lengths_k=None, impl="cpu", lse=True, **options):
-    keys = {"cu_seqlens_k": cu(lengths_k), "max_seqlen_k": max(lengths_k)} if lengths_k else {}
-    options |= {**keys, "return_lse": lse, "impl": impl}
-    return lambda q, k, v: attention(q, k, v, cu(lengths), max(lengths), **options)
-
-
-def inputs(lengths, lengths_k, H, G, D):
-    shapes = (sum(lengths), H, D), *[(sum(lengths_k or lengths), G, D)] * 2
-    upstream = [torch.randn(shapes[0]), torch.randn(shapes[0][:2])]
-    return [torch.randn(shape) for shape in shapes], upstream
 
 
 def wide(tensors):
@@ -120,7 +105,7 @@ def test_all_heads_with_rope_and_shared_prefixes(after, H, G, D, layout):
           "expanded": torch.randn(()).expand(T, H, D)}[layout]
 
     def ours(qkv):
-        return attention_of_heads(qkv, cos, sin, packed.cu_seqlens, cu_k, packed.keys, G)
+        return rope_attention(qkv, cos, sin, packed.cu_seqlens, packed.max_seqlen, G, packed.keys, cu_k)
 
     def naive(qkv):
         z = torch.complex(*qkv.chunk(2, -1)) * torch.complex(cos, sin).to(torch.complex128)[:, None]
@@ -141,46 +126,19 @@ def test_all_heads_with_rope_and_shared_prefixes(after, H, G, D, layout):
 
 
 @pytest.mark.parametrize("bad,message", [
-    ({"cu_q": cu([5])}, r"cu_q is \[0, 5\]; .* end at 6"),
-    ({"cu_k": cu([7, -1])}, "cu_k is .*never decrease"),
+    ({"cu_seqlens": cu([5])}, r"cu_q is \[0, 5\]; .* end at 6"),
+    ({"cu_keys": cu([7, -1])}, "cu_k is .*never decrease"),
     ({"cos": torch.zeros(5, 8)}, r"cos \(5, 8\), .*expected \(6, 8\)"),
     ({"keys": torch.arange(1, 7)}, "keys are 1 to 6; expected indices of the 6 tokens"),
     ({"keys": torch.tensor([0, 1, 2, 3, 4, 4])}, "each at least once")])
-def test_places_outside_are_refused(bad, message):
+def test_indices_outside_are_refused(bad, message):
     cos, sin = rope_table(torch.arange(6), 16, 1e4)
-    given = {"qkv": torch.randn(6, 3, 16), "cos": cos, "sin": sin, "cu_q": cu([6]), "cu_k": cu([6]),
-             "keys": torch.arange(6), "n_kv_heads": 1}
+    given = {"qkv": torch.randn(6, 3, 16), "cos": cos, "sin": sin, "cu_seqlens": cu([6]), "max_seqlen": 6,
+             "n_kv_heads": 1, "keys": torch.arange(6), "cu_keys": cu([6])}
     turned = given | {"qkv": given["qkv"].mT.contiguous().mT}
-    assert same([attention_of_heads(**given)], [attention_of_heads(**turned)])
+    assert same([rope_attention(**given)], [rope_attention(**turned)])
     with pytest.raises(ValueError, match=message):
-        attention_of_heads(**given | bad)
-
-
-def test_exp_up_to_88():
-    @cpu.numba.njit(error_model="numpy")
-    def run(x, y):
-        for i in range(0, len(x), 8):
-            store(y, i, exp_up_to_88(load(x, i)))
-
-    x = torch.tensor([0.0, -0.0, -INF, NAN, -1e4, -87.0, 88.0, -3e38])
-    x = torch.cat([x, torch.linspace(-100, 88, 80_000)])
-    y = torch.empty_like(x)
-    run(x.numpy(), y.numpy())
-    exact, inside = x.double().exp(), x >= -87
-    assert ((y - exact).abs() / exact)[inside].max() <= 3e-7
-    assert not y[x < -87].any() and torch.equal(y.isnan(), x.isnan()) and y[0] == y[1] == 1
-
-
-def pieces(tensors, lengths, lengths_k):
-    """Of (out, lse, dq) and (dk, dv), by sequence."""
-    queries, keys = (list(zip(*[x.split(n) for x in part], strict=True))
-                     for part, n in ((tensors[:3], lengths), (tensors[3:], lengths_k)))
-    return [[*a, *b] for a, b in zip(queries, keys, strict=True)]
-
-
-def results(qkv, upstream, lengths, lengths_k):
-    q, k, v = qkv
-    return pieces(value_and_gradients(of(lengths, lengths_k), [q, k, v], upstream), lengths, lengths_k)
+        rope_attention(**given | bad)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
@@ -202,24 +160,18 @@ def test_sequences_do_not_touch_each_other(bad):
         assert not all(x.isfinite().all() for x in got[3])
 
 
-def all_results():
-    torch.manual_seed(0)
-    lengths, lengths_k = [5, 100, 1, 64, 200], [5, 107, 9, 71, 200]
-    return sum(results(*inputs(lengths, lengths_k, 4, 2, 32), lengths, lengths_k), [])
-
-
 def test_the_same_bits_for_one_thread_and_two():
     """In a process of its own, for Numba never has more threads than it began with."""
     code = """if True:
         import numba, torch
-        from tests.test_cpu_packed_attention import all_results
+        from tests.kernels.cpu.cases import all_results
         torch.set_num_threads(1)
         one = all_results()
         torch.set_num_threads(2)
         two = all_results()
         assert torch.get_num_threads() == numba.get_num_threads() == 2
         assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))"""
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2],
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3],
                    env=os.environ | {"NUMBA_NUM_THREADS": "2"}, check=True)
 
 
@@ -256,3 +208,11 @@ def test_who_is_served_and_by_what(monkeypatch):
     assert same(of(lengths, impl=None)(*qkv), plain)
     with pytest.raises(ValueError, match="missing: pip install numba"):
         of(lengths)(*qkv)
+
+
+def test_what_rope_attention_refuses():
+    qkv, (cos, sin) = torch.randn(6, 3, 16), rope_table(torch.arange(6), 16, 1e4)
+    rest = cu([6]), 6, 1
+    assert rope_attention_refuses(qkv, cos, sin, *rest) is None
+    assert "torch.float64" in rope_attention_refuses(qkv.double(), cos, sin, *rest)
+    assert "head_dim is 8" in rope_attention_refuses(qkv[..., :8], cos[:, :4], sin[:, :4], *rest)

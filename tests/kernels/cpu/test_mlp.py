@@ -5,13 +5,11 @@ from torch.nn.functional import silu
 
 from r1zero.kernels.cpu import compile as cpu
 from r1zero.kernels.cpu import mlp as cpu_mlp
-from r1zero.kernels.reference import swiglu
-from r1zero.model import mlp
 from r1zero.model.config import ModelConfig
 from r1zero.model.packed import pack
 from r1zero.model.transformer import Transformer
 
-from .naive_ops import assert_close, value_and_gradients
+from ..naive_ops import assert_close, value_and_gradients
 
 pytestmark = pytest.mark.skipif(not cpu.HAS_NUMBA, reason="Numba is not installed")
 NAN, INF = torch.nan, torch.inf
@@ -38,9 +36,9 @@ def inputs(T, M, F):
 
 def check(tensors, dy, tolerance=2e-6):
     expected = value_and_gradients(naive, [x.double() for x in tensors], [dy.double()])
-    assert_close(value_and_gradients(cpu_mlp.mlp, tensors, [dy]), expected, tolerance)
+    assert_close(value_and_gradients(cpu_mlp.swiglu_mlp, tensors, [dy]), expected, tolerance)
     with torch.no_grad():
-        assert_close([cpu_mlp.mlp(*tensors)], expected[:1], tolerance)
+        assert_close([cpu_mlp.swiglu_mlp(*tensors)], expected[:1], tolerance)
 
 
 # parts of more and of fewer tokens than are taken at one time; products deeper than one pass
@@ -80,7 +78,7 @@ def test_the_slope_of_a_large_gate_is_1(gate):
 def test_what_is_not_finite_stays_in_its_row(bad):
     (x, gate_up, down), T = inputs(3 * FEW, 32, 16), 3 * FEW
     x[50, 3] = bad
-    y, dx, *dw = value_and_gradients(cpu_mlp.mlp, [x, gate_up, down], [torch.ones(T, 32)])
+    y, dx, *dw = value_and_gradients(cpu_mlp.swiglu_mlp, [x, gate_up, down], [torch.ones(T, 32)])
     for found in (y, dx):
         assert found[50].isnan().all() and torch.cat([found[:50], found[51:]]).isfinite().all()
     assert all(g.isnan().any() for g in dw)
@@ -93,17 +91,17 @@ def test_the_same_bits_for_any_number_of_threads_and_beside_any_others():
     try:
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            found.append(value_and_gradients(cpu_mlp.mlp, [x, gate_up, down], [dy]))
+            found.append(value_and_gradients(cpu_mlp.swiglu_mlp, [x, gate_up, down], [dy]))
     finally:
         torch.set_num_threads(n_threads)
     assert all(a.equal(b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
     with torch.no_grad():
-        assert found[0][0][:FEW].equal(cpu_mlp.mlp(x[:FEW], gate_up, down))
+        assert found[0][0][:FEW].equal(cpu_mlp.swiglu_mlp(x[:FEW], gate_up, down))
 
 
 def test_a_second_gradient_is_refused():
     x, gate_up, down = (y.requires_grad_() for y in inputs(FEW, 16, 16))
-    first, = torch.autograd.grad(cpu_mlp.mlp(x, gate_up, down).square().sum(), x, create_graph=True)
+    first, = torch.autograd.grad(cpu_mlp.swiglu_mlp(x, gate_up, down).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
 
@@ -111,23 +109,24 @@ def test_a_second_gradient_is_refused():
 def test_which_ones_fit(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     x, gate_up, down = inputs(4 * FEW, 32, 48)
-    assert cpu_mlp.fits(x, gate_up, down) and cpu_mlp.fits(x.view(4, FEW, 32), gate_up, down)
+    assert cpu_mlp.refuses(x, gate_up, down) is None
+    assert cpu_mlp.refuses(x.view(4, FEW, 32), gate_up, down) is None
     for other in ((x[: 2 * FEW - 1], gate_up, down), (x[:, :16], gate_up, down), (x, gate_up[:48], down),
                   inputs(4 * FEW, 32, 40), inputs(4 * FEW, 24, 48), (x.double(), gate_up, down),
                   (x, gate_up.bfloat16(), down), (x, gate_up, down.double())):
-        assert not cpu_mlp.fits(*other)
+        assert cpu_mlp.refuses(*other)
     monkeypatch.setattr(cpu_mlp, "MOST", 3 * 32 * 48 - 1)
-    assert not cpu_mlp.fits(x, gate_up, down)
+    assert cpu_mlp.refuses(x, gate_up, down)
     monkeypatch.undo()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    assert not cpu_mlp.fits(*inputs(10_000, 32, 48))
+    assert cpu_mlp.refuses(*inputs(10_000, 32, 48))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     for n_threads, T in ((1, 1024), (2, 1024), (3, 4096), (4, 2048), (16, 8192), (17, 8192)):
         monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)  # noqa: B023
-        assert cpu_mlp.fits(*inputs(T, 32, 48)) and not cpu_mlp.fits(*inputs(T - 1, 32, 48))
+        assert cpu_mlp.refuses(*inputs(T, 32, 48)) is None and cpu_mlp.refuses(*inputs(T - 1, 32, 48))
     for n_threads in (5, 12, 20, 64):  # some would have nothing to do, or as much again as the others
         monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)  # noqa: B023
-        assert not cpu_mlp.fits(*inputs(10_000, 32, 48))
+        assert cpu_mlp.refuses(*inputs(10_000, 32, 48))
     assert [cpu_mlp.parts_of(n) for n in (0, 511, 512, 1023, 1024, 2047, 2048, 1 << 20)] == \
         [0, 0, 1, 1, 2, 2, 4, 16]
 
@@ -137,8 +136,8 @@ def test_a_model_that_takes_them(monkeypatch):
                     max_seq_len=256)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     model, batch = Transformer(c).init_weights(0), pack([[i % 40 for i in range(n)] for n in (200, 9, 131)])
-    calls, ours, upstream = [], cpu_mlp.mlp, torch.randn(len(batch.tokens), 32)
-    monkeypatch.setattr(cpu_mlp, "mlp", lambda *args: calls.append(1) or ours(*args))
+    calls, ours, upstream = [], cpu_mlp.swiglu_mlp, torch.randn(len(batch.tokens), 32)
+    monkeypatch.setattr(cpu_mlp, "swiglu_mlp", lambda *args: calls.append(1) or ours(*args))
 
     def hidden_and_gradients():
         hidden = model.hidden_states(batch)
@@ -146,7 +145,6 @@ def test_a_model_that_takes_them(monkeypatch):
 
     found = hidden_and_gradients()
     assert len(calls) == 2
-    monkeypatch.setattr(cpu_mlp, "fits", lambda *_: False)
-    monkeypatch.setattr(mlp, "swiglu", swiglu)
+    monkeypatch.setattr(cpu_mlp, "MOST", 0)
     assert_close(found, hidden_and_gradients(), 1e-5)
     assert len(calls) == 2

@@ -1,4 +1,4 @@
-"""The compiled loops for a CPU against fp64: values, gradients, extremes, threads, decoding, draws."""
+"""The element-wise loops for a CPU, and slices of logits, against fp64: values, gradients, extremes."""
 import os
 import subprocess
 import sys
@@ -11,16 +11,18 @@ import torch
 
 from r1zero.kernels import reference
 from r1zero.kernels.cpu import compile as cpu
-from r1zero.kernels.cpu import sampling as cpu_decode
+from r1zero.kernels.cpu import elementwise, sampling
 from r1zero.kernels.linear_logprob import linear_logprob
 from r1zero.kernels.mlp import swiglu
 from r1zero.kernels.rmsnorm import rmsnorm
 from r1zero.kernels.rope import rope, rope_table
 
-from .naive_ops import assert_close, same, value_and_gradients
+from ..naive_ops import assert_close, same, value_and_gradients
 
 pytestmark = pytest.mark.skipif(not cpu.HAS_NUMBA, reason="Numba is not installed")
-NAN, INF, NEAR_ONE, f32, f64 = torch.nan, torch.inf, 1 - 2.0**-53, np.float32, torch.float64
+NAN, INF, f32, f64 = torch.nan, torch.inf, np.float32, torch.float64
+
+
 def laid_out(layout, shape):
     """A gradient as autograd may hand it down."""
     turned = torch.randn(shape[::-1]).permute(*reversed(range(len(shape))))
@@ -55,12 +57,13 @@ def test_rows_of_wider_tensors_and_features_first():
     check(lambda x, impl: swiglu(x[1::2, 3:13], impl), [wide], [torch.randn(4, 5)])
     check(lambda x, impl: rmsnorm(x[::2, :10], w.to(x.dtype), 0.1, x[:5, 4:14], impl), [wide],
           list(torch.randn(2, 5, 10)))
-    for M, B in ((1, 1), (6, 63), (5, 64), (7, 129)):  # as model/cache.py has them
+    for M, B in ((1, 1), (6, 63), (5, 64), (7, 129)):  # as the decoder has them
         x, y, w = torch.randn(2, M, B), torch.empty(M, B), torch.randn(M)
-        cpu.swiglu_fwd_loop(x.numpy().reshape(-1), B, M * B, y.numpy())
+        cpu.prepare()
+        elementwise.swiglu_fwd_loop(x.numpy().reshape(-1), B, M * B, y.numpy())
         normed = reference.rmsnorm(x.double().mT, w.double(), 0.1)
         assert_close([y], [reference.swiglu(x.double().view(-1, B).T).T], 1e-6)
-        cpu_decode.rmsnorm_columns_loop(x.numpy(), w.numpy(), f32(0.1), x.numpy())
+        elementwise.rmsnorm_columns_loop(x.numpy(), w.numpy(), f32(0.1), x.numpy())
         assert_close([x.mT], [normed], 2e-6)
 
 
@@ -106,8 +109,8 @@ def test_linear_logprob_can_run_backward_again(columns, monkeypatch):
 def test_exp_over_the_whole_range():
     x = torch.tensor([0.0, -0.0, 1e4, -1e4, INF, -INF, 3e38, -3e38, 88.0, -87.0, NAN, 1e-3, -1e-3, 1e-7])
     x = torch.cat([x, torch.linspace(-200, 200, 400_001)])
-    y, ends = torch.empty_like(x), np.empty(-(-len(x) // cpu_decode.DRAW_BLOCK))
-    compiled = cpu.numba.njit(fastmath=cpu.EXACT_ENOUGH, error_model="numpy")(cpu_decode.soften_and_sum)
+    y, ends = torch.empty_like(x), np.empty(-(-len(x) // sampling.SUM_BLOCK))
+    compiled = cpu.numba.njit(fastmath=cpu.EXACT_ENOUGH, error_model="numpy")(sampling.exp_and_sum)
     compiled(x.numpy(), f32(0), y.numpy(), ends)  # that is, exp of each
     exact, inside = x.double().exp(), (x >= -87) & (x <= 88)
     assert ((y - exact).abs() / exact)[inside].max() <= 3e-7
@@ -155,33 +158,18 @@ def test_rows_do_not_touch_each_other_and_nan_stays_nan(name, bad, monkeypatch):
         assert_close(results(clean, at), [y[at] for y in expected], 4e-6 * (name == "linear_logprob"))
 
 
-def all_loops():
-    """What every loop gives for some inputs, but decoding, which would be compiled anew."""
-    torch.manual_seed(0)
-    x, residual, w, a, b = *torch.randn(2, 129, 24), torch.randn(24), *torch.randn(2, 129)
-    outs = value_and_gradients(lambda x, w, r: rmsnorm(x, w, 0.1, r, "cpu"), [x, w, residual], [x * 2, x * 3])
-    outs += value_and_gradients(partial(swiglu, impl="cpu"), [x], [x[:, 5:17]])
-    heads, table = x.view(129, 4, 6), rope_table(torch.arange(129), 6, 1e4)
-    outs += value_and_gradients(lambda x: rope(x, *table, "cpu"), [heads], [heads])
-    targets, (peak, total, weighted) = torch.arange(129) % 24, torch.zeros(3, 129)
-    exps = cpu.take_in(x.clone(), peak, total, weighted)
-    return [*outs, peak, total, weighted, exps, cpu.dlogits_of_exps(exps.clone(), total, a, targets, 0),
-            cpu.dlogits_of_logits(x.clone(), total.log(), b, a, b, targets, 3),
-            *cpu_decode.draw(x, torch.rand(129, dtype=f64))]
-
-
 def test_the_same_bits_for_one_thread_and_two():
     """In a process of its own, for Numba never has more threads than it began with."""
     code = """if True:
         import numba, torch
-        from tests.test_cpu import all_loops
+        from tests.kernels.cpu.cases import all_loops
         results = []
         for n in (1, 2):
             torch.set_num_threads(n)
             results.append([x.detach() for x in all_loops()])
             assert torch.get_num_threads() == numba.get_num_threads() == n  # PyTorch's are left alone
         assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))"""
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2],
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3],
                    env=os.environ | {"NUMBA_NUM_THREADS": "2"}, check=True)
 
 
