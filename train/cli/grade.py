@@ -28,6 +28,11 @@ from ...rl.rewards import RewardConfig, reward_one
 EXAMPLES = "; ".join(f"{name}: {task.example}" for name, task in TASKS.items())
 
 
+def tasks_with(flag: str) -> str:
+    """The names of the tasks whose problem is given by --problem, or by --answer."""
+    return " or ".join(name for name, task in TASKS.items() if task.problem_flag == flag)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GradeConfig:
     """Say what reward a response earns, and why: one response, or a file of them."""
@@ -44,10 +49,20 @@ class GradeConfig:
     ] = None
     response: str | None = None
     """Text of one response to grade, instead of a file."""
-    problem: str | None = None
-    """Problem that --response answers: "3 7 9 -> 13" for countdown, "17+25" for arithmetic."""
-    answer: str | None = None
-    """Right answer to the problem that --response answers, for gsm8k."""
+    problem: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help=f"Problem that --response answers, such as '3 7 9 -> 13'; for --task "
+            f"{tasks_with('problem')}."
+        ),
+    ] = None
+    answer: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help=f"Right answer to the problem that --response answers; for --task "
+            f"{tasks_with('answer')}."
+        ),
+    ] = None
     out: str | None = None
     """File to write the grades to, instead of the screen."""
     rewards: RewardConfig = field(default_factory=RewardConfig)
