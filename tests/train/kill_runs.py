@@ -1,6 +1,6 @@
 """Runs of pretrain and grpo in child processes that are killed or interrupted at many moments, then resumed,
 and compared with an unbroken run. A process of its own for test_resume.py, because one with threads cannot
-safely fork:
+safely fork. Its environment needs NUMBA_THREADING_LAYER=workqueue, the layer that can.
 
     python -m tests.train.kill_runs EMPTY_FOLDER         at some moments
     python -m tests.train.kill_runs EMPTY_FOLDER every   at every call that touches the disk, after every step
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import tyro  # noqa: F401  (the command line imports it late; the children then have it)
+from tqdm import tqdm
 
 from r1zero.train.cli.main import main
 from r1zero.train.grpo import grpo
@@ -158,17 +159,20 @@ def interrupted_by_hand(root: Path, data: str, expected: dict) -> dict[str, str]
 
 if __name__ == "__main__":
     os.fsync = lambda descriptor: None  # slow, and of no effect on what survives a killed process
-    torch.set_num_threads(1)  # no threads in the parent: it forks
+    torch.set_num_threads(1)  # no threads in the parent: it forks (Numba's workqueue may be forked)
     torch.optim.SGD([torch.zeros(1)], lr=1.0)  # imports much of torch; the children then have it
     root = Path(sys.argv[1])
     data, base = text_file(root), save_base(root / "base")
     every = sys.argv[2:] == ["every"]
+    tqdm.monitor_interval = 0  # its thread
     loops = {  # the loop, its config, how many disk calls to die at, how many steps it has
         "pretrain": (pretrain, lambda run, **more: pretrain_config(run, data, **more), 9, 8),
         "grpo": (grpo, lambda run, **more: grpo_config(
             run, base, algo="ppo", updates_per_step=2, ref_refresh=2, dynamic_sampling=2, eval_every=2,
             eval_problems=4, **more), 6, 5),
     }
+    for name, (loop, config, _, _) in loops.items():  # loads the compiled loops once, for all children
+        loop(config(root / f"warm_{name}", steps=1))
     done: dict = {"killed": {}}
     for name, (loop, config, n_moments, n_steps) in loops.items():
         folder = root / name

@@ -22,8 +22,8 @@ FINISHING = "finishing this step, then saving; Ctrl-C again breaks off at once"
 
 def run_kills(folder, *words: str) -> dict:
     command = [sys.executable, "-m", "tests.train.kill_runs", str(folder), *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          timeout=1800)
+    one_thread = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "NUMBA_THREADING_LAYER": "workqueue"}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | one_thread, timeout=1800)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

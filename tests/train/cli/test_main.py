@@ -245,8 +245,8 @@ def test_from_text_to_an_answer(tmp_path, capsys, monkeypatch):
                  "--seq-len", "16", "--batch-tokens", "64", *small]) == 0
     assert "bits per byte" in capsys.readouterr().out
     assert main(["sft", "--run", "tuned", "--base", "base", "--data", "pairs.jsonl", *small]) == 0
-    assert main(["grpo", "--run", "rl", "--base", "base", "--options", "n_numbers=2", "--prompts-per-step",
-                 "2", "--group-size", "2", "--max-new-tokens", "4", *small]) == 0
+    assert main(["grpo", "--run", "rl", "--base", "base", "--options", "n_numbers=2",
+                 "--prompts-per-step", "2", "--group-size", "2", "--max-new-tokens", "4", *small]) == 0
     assert main(["eval", "--run", "rl", "--n", "3", "--samples", "2", "--max-new-tokens", "4"]) == 0
     assert "countdown: 3 problems x 2 samples" in capsys.readouterr().out
     assert main(["chat", "--run", "tuned", "--problem", "Who sat?", "--max-new-tokens", "4"]) == 0
