@@ -30,11 +30,12 @@ from .common import finish, show, spread, table, time_of
 
 GROUPS = {  # kind of work: prefixes of the profiler's operators; the first kind that fits counts
     "matrix products": ("aten::mm", "aten::addmm", "MLP"),  # the MLP is one loop with its SwiGLU
-    "attention": ("aten::bmm", "aten::baddbmm", "aten::_softmax", "Attention"),
+    "attention": ("aten::bmm", "aten::baddbmm", "aten::_softmax", "Attention", "RopeAttention"),
     "optimizer": ("aten::_fused_adamw", "aten::_foreach", "Optimizer."),
     "data": ("data",),
     "copies and gathers": ("aten::copy_", "aten::cat", "aten::index", "aten::_index", "aten::embedding",
-                           "aten::fill_", "aten::gather", "aten::zero_", "aten::repeat_interleave"),
+                           "aten::fill_", "aten::gather", "aten::zero_", "aten::repeat_interleave",
+                           "PutRows", "TakeRows"),
     "norms, RoPE, SwiGLU, loss": ("aten::", "RMSNorm", "RoPE", "SwiGLU", "LinearLogprob"),
     "Python, autograd": ("",),
 }
