@@ -1,5 +1,6 @@
-"""The benchmarks run at toy size, say what they are asked to say, and their arithmetic is right. Nothing is
-timed."""
+"""The benchmarks run at toy size and report everything that they should, and their arithmetic is right.
+
+No test depends on how long anything takes."""
 import dataclasses
 import importlib.metadata
 import json
