@@ -1,4 +1,4 @@
-"""What the benchmarks share: medians and quantiles, a table for people, and one line of JSON for it all."""
+"""What the benchmarks share: medians and quantiles, a table for people, one line of JSON with everything."""
 import json
 import platform
 import time
@@ -19,19 +19,19 @@ def time_of(function) -> float:
 
 
 def spread(values) -> dict[str, float]:
-    """Median, and the quantiles that leave a fifth on either side."""
+    """The median, and the 20 % and 80 % quantiles."""
     p20, median, p80 = np.quantile(np.asarray(values, np.float64), [0.2, 0.5, 0.8])
     return {"median": float(median), "p20": float(p20), "p80": float(p80)}
 
 
-def show(s: dict[str, float], unit: str = "", scale: float = 1.0, digits: int = 2) -> str:
+def show(spread_of: dict[str, float], unit: str = "", scale: float = 1.0, digits: int = 2) -> str:
     """"median (p20 to p80) unit", for a table."""
-    median, p20, p80 = (f"{s[name] * scale:.{digits}f}" for name in ("median", "p20", "p80"))
+    median, p20, p80 = (f"{spread_of[name] * scale:.{digits}f}" for name in ("median", "p20", "p80"))
     return f"{median} ({p20} to {p80}){unit}"
 
 
 def table(header: list[str], rows: list[list]) -> None:
-    """Print columns, the first to the left, the others to the right."""
+    """Print columns, the first one left-aligned, the others right-aligned."""
     cells = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for first, *others in cells:
@@ -41,7 +41,7 @@ def table(header: list[str], rows: list[list]) -> None:
 
 
 def cpu_name() -> str:
-    """Number and name of the processors where Linux tells it, else their kind."""
+    """Number and name of the processors where Linux says it, else their kind."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -50,13 +50,14 @@ def cpu_name() -> str:
     return f"{len(names)} x {names[0]}" if names else platform.processor() or platform.machine()
 
 
-def finish(name: str, figures: dict, out: str | None, peers: tuple[str, ...] = ()) -> dict:
-    """Print the figures as one line of JSON, with date, hardware and versions; write it to `out` if given.
+def finish(name: str, results: dict, out: str | None, peers: tuple[str, ...] = ()) -> dict:
+    """Print the results as one line of JSON, with date, hardware and versions; write it to `out` if given.
 
-    peers: packages whose versions belong to the result too; one that is not installed is named as missing.
+    peers: packages whose versions belong to the results. One that is not installed is named as missing.
+    Returns what the line holds.
     """
     record = {"benchmark": name, "date": datetime.now(UTC).isoformat(timespec="seconds"),
-              "machine": {**describe_machine(), "cpu": cpu_name()}, **figures}
+              "machine": {**describe_machine(), "cpu": cpu_name()}, **results}
     for package in peers:
         try:
             record["machine"]["versions"][package] = version(package)

@@ -1,10 +1,10 @@
 """The engine against transformers' `generate` and against a static batch of our own, on the same weights.
 
-    python -m benchmarks.generation                   on a CPU, about four minutes on two cores
+    python -m benchmarks.generation                   on a CPU, about two minutes on two cores
     python -m benchmarks.generation --rounds 9 --out generation.json
     python -m benchmarks.generation --device cuda     on a GPU: share of the memory bandwidth, by batch size
 
-On a CPU, fp32, three cases, whose sides take turns, in each round in another order:
+On a CPU, in fp32, there are three cases. In each round their sides take turns, in rotating order:
 
     equal    256 requests (16 prompts x 16) of 64 new tokens each, the 0.92 M Qwen2 shape of vs_trl.py
     spread   the same, ended by stop tokens after 8 to 128 tokens (log-uniform: half of them before 32);
@@ -13,13 +13,14 @@ On a CPU, fp32, three cases, whose sides take turns, in each round in another or
     larger   64 requests of 32 new tokens, 25 M parameters
 
 transformers gets its prompts as a tensor, without padding, and in "spread" a stopping criterion that ends
-each row at its length; ours gets lists, and makes requests and completions. Each figure is also a share of
-the rate of a 1024 x 1024 matrix product in the same round; the FLOPs counted are those of the model at the
-useful tokens.
+each row at its length. Ours gets lists, and makes requests and completions. Each rate is also given as a
+share of the rate of a 1024 x 1024 matrix product in the same round. The FLOPs counted are those of the model
+at the useful tokens.
 
-On a GPU: random weights in the shape of Qwen2.5-1.5B, bf16. Tokens/s of decoding at batch 1, 8, 64 and 512,
-as a share of what the bandwidth measured in the same run allows (all weights and all keys and values once a
-token), then 64 prompts x 8 samples x 512 tokens, beside transformers' `generate` and vLLM where installed.
+On a GPU: random weights in the shape of Qwen2.5-1.5B, in bf16. First, tokens/s of decoding at batch 1, 8, 64
+and 512, as a share of what the bandwidth measured in the same run allows (all weights and all keys and values
+are read once per token). Then 64 prompts x 8 samples x 512 tokens, beside transformers' `generate` and vLLM
+where they are installed.
 
 Left out: transformers' continuous batching (experimental, and for GPUs), and torch.compile on either side.
 """
@@ -47,26 +48,29 @@ from .timing import Timer, ceilings
 from .vs_trl import qwen2_of, qwen2_shaped
 
 PEERS = ("transformers", "vllm")
-SHORTEST, LONGEST = 8, 128  # answers in "spread"
+SHORTEST, LONGEST = 8, 128  # tokens of an answer in "spread"
 
 
 @dataclass(frozen=True)
 class Flags:
-    """The engine against transformers."""
+    """Measure the engine against transformers."""
 
     rounds: int = 5
-    """Timed turns of each side."""
+    """Number of timed turns per side (CPU)."""
     warmup: int = 1
-    """Turns before them."""
+    """Number of turns per side before the timed ones (CPU)."""
     prompts: int = 16
+    """Number of prompts (CPU). The case "larger" takes a quarter of them."""
     group_size: int = 16
-    """Samples of a prompt."""
+    """Number of samples per prompt (CPU)."""
     prompt_tokens: int = 8
+    """Number of tokens per prompt (CPU)."""
     new_tokens: int = 64
-    """In "equal"; in "larger" half of them, for a quarter of the requests."""
+    """Number of new tokens per sample in "equal" (CPU). The case "larger" generates half of it."""
     cases: str = "equal,spread,larger"
+    """Names of the cases to measure, with commas (CPU)."""
     device: str = "cpu"
-    """cpu or cuda."""
+    """Device to measure: cpu or cuda."""
     out: str | None = None
     """File for the line of JSON."""
 
@@ -80,26 +84,29 @@ def larger() -> ModelConfig:
 # ---- the sides ----
 
 def requests_of(prompts: list[list[int]], group_size: int, new_tokens: int) -> list[Request]:
-    """At temperature 1, and without an end: the end token lies outside every vocabulary."""
+    """Requests at temperature 1 that never end early: the end token lies outside every vocabulary."""
     seeds = sample_seeds(len(prompts) * group_size, 0)
     return group_requests(prompts, group_size, new_tokens, 1.0, seeds, stop_ids=(1 << 31,))
 
 
 def with_stops(engine: Engine, requests: list[Request],
                lengths: np.ndarray) -> tuple[list[Request], np.ndarray]:
-    """Each request with a stop token that ends it near its length (where the token stands for the first
-    time), and the lengths that come of it."""
+    """The requests with a stop token each, and the lengths that come of it.
+
+    The stop token is the last one within the wanted length that does not occur earlier in the answer.
+    """
     stopped = []
-    for r, c, length in zip(requests, engine.generate(requests), lengths, strict=True):
-        tokens = c.tokens.tolist()
+    for request, completion, length in zip(requests, engine.generate(requests), lengths, strict=True):
+        tokens = completion.tokens.tolist()
         end = next(n for n in range(int(length), 0, -1) if tokens[n - 1] not in tokens[: n - 1])
-        stopped.append(Request(r.prompt, r.max_new_tokens, r.seed, stop_ids=(tokens[end - 1],)))
-    found = np.array([len(c.tokens) for c in engine.generate(stopped)])
+        stopped.append(Request(request.prompt, request.max_new_tokens, request.seed,
+                               stop_ids=(tokens[end - 1],)))
+    found = np.array([len(completion.tokens) for completion in engine.generate(stopped)])
     return stopped, found
 
 
-def of_transformers(model: Transformer, requests: list[Request], lengths: np.ndarray):
-    """A function that generates as many tokens for the same prompts."""
+def transformers_side(model: Transformer, requests: list[Request], lengths: np.ndarray):
+    """A function that generates as many tokens for the same prompts by transformers."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import StoppingCriteria, StoppingCriteriaList
 
@@ -108,7 +115,7 @@ def of_transformers(model: Transformer, requests: list[Request], lengths: np.nda
             return torch.from_numpy(lengths <= ids.shape[1] - len(requests[0].prompt)).to(ids.device)
 
     peer = qwen2_of(model).eval()
-    prompts = torch.tensor([list(r.prompt) for r in requests])
+    prompts = torch.tensor([list(request.prompt) for request in requests])
     longest, alike = int(lengths.max()), lengths.min() == lengths.max()
     options = {"attention_mask": torch.ones_like(prompts), "do_sample": True, "temperature": 1.0, "top_k": 0,
                "top_p": 1.0, "max_new_tokens": longest, "pad_token_id": 0}
@@ -123,73 +130,88 @@ def of_transformers(model: Transformer, requests: list[Request], lengths: np.nda
 
 # ---- CPU ----
 
-def case_of(name: str, f: Flags) -> tuple[Transformer, dict, int, float]:
+def case_of(name: str, flags: Flags) -> tuple[Transformer, dict, int, float]:
     """(model, sides, useful tokens, FLOPs for them)."""
-    config = larger() if name == "larger" else qwen2_shaped()
+    is_larger = name == "larger"
+    config = larger() if is_larger else qwen2_shaped()
+    n_prompts = max(1, flags.prompts // 4) if is_larger else flags.prompts
+    new_tokens = flags.new_tokens // 2 if is_larger else flags.new_tokens
+    n_requests = n_prompts * flags.group_size
     model = Transformer(config).init_weights(0)
-    n_prompts = max(1, f.prompts // 4) if name == "larger" else f.prompts
-    n, rng = n_prompts * f.group_size, np.random.default_rng(0)
-    prompts = rng.integers(config.vocab_size, size=(n_prompts, f.prompt_tokens)).tolist()
-    engine = Engine(model, max_rows=max(n, 1))
-    new_tokens = f.new_tokens // 2 if name == "larger" else f.new_tokens
+    engine = Engine(model, max_rows=max(n_requests, 1))
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(config.vocab_size, size=(n_prompts, flags.prompt_tokens)).tolist()
+
     sides = {}
     if name == "spread":
-        requests = requests_of(prompts, f.group_size, LONGEST)
+        requests = requests_of(prompts, flags.group_size, LONGEST)
         sides["static"] = lambda: engine.generate(requests)
-        wanted = np.exp(rng.uniform(np.log(SHORTEST), np.log(LONGEST), n)).round()
+        wanted = np.exp(rng.uniform(np.log(SHORTEST), np.log(LONGEST), n_requests)).round()
         ours, lengths = with_stops(engine, requests, wanted)
     else:
-        ours, lengths = requests_of(prompts, f.group_size, new_tokens), np.full(n, new_tokens)
+        ours, lengths = requests_of(prompts, flags.group_size, new_tokens), np.full(n_requests, new_tokens)
 
     def serve():
-        assert [len(c.tokens) for c in engine.generate(ours)] == lengths.tolist()
+        assert [len(completion.tokens) for completion in engine.generate(ours)] == lengths.tolist()
 
     sides = {"ours": serve, **sides}
     if importlib.util.find_spec("transformers"):
-        sides["transformers"] = of_transformers(model, ours, lengths)
-    flops = sum(int(k) * flops_per_token(config, 2 * (f.prompt_tokens + k / 2), False) for k in lengths)
+        sides["transformers"] = transformers_side(model, ours, lengths)
+    # A token sees all that stand before it: on average the prompt and half of the answer.
+    flops = sum(int(n) * flops_per_token(config, 2 * (flags.prompt_tokens + n / 2), False) for n in lengths)
     return model, sides, int(lengths.sum()), flops
 
 
-def on_cpu(f: Flags) -> dict:
-    x, figures = torch.randn(1024, 1024), {}
-    for name in f.cases.split(","):
-        model, sides, tokens, flops = case_of(name, f)
-        turns = {side: [] for side in (*sides, "product")}
-        names = list(sides)
-        for i in range(f.warmup + f.rounds):
-            for side in names[i % len(names) :] + names[: i % len(names)]:
-                gc.collect()  # each pays for its own
-                turns[side].append(time_of(sides[side]))
-            turns["product"].append(min(time_of(lambda: x @ x) for _ in range(8)))
-        turns = {side: np.array(seconds[f.warmup:]) for side, seconds in turns.items()}
-        rate = 2 * 1024**3 / turns["product"]
-        figures[name] = {
-            "parameters": count_parameters(model.config), "tokens": tokens,
-            "product_gflops": spread(rate / 1e9),
-            "tokens_per_s": {side: spread(tokens / turns[side]) for side in sides},
-            "share_of_product": {side: spread(flops / turns[side] / rate) for side in sides},
-            "ours_over": {side: spread(turns[side] / turns["ours"]) for side in sides if side != "ours"}}
+def take_turns(sides: dict, rounds: int, warmup: int) -> dict[str, np.ndarray]:
+    """Seconds of each side in each timed round, and of a 1024 x 1024 matrix product ("product")."""
+    x = torch.randn(1024, 1024)
+    seconds = {side: [] for side in (*sides, "product")}
+    names = list(sides)
+    for i in range(warmup + rounds):
+        first = i % len(names)
+        for side in names[first:] + names[:first]:
+            gc.collect()  # each side pays for its own garbage
+            seconds[side].append(time_of(sides[side]))
+        seconds["product"].append(min(time_of(lambda: x @ x) for _ in range(8)))
+    return {side: np.array(values[warmup:]) for side, values in seconds.items()}
+
+
+def on_cpu(flags: Flags) -> dict:
+    """Measure and print each case; returns the results by case."""
+    results = {}
+    for name in flags.cases.split(","):
+        model, sides, tokens, flops = case_of(name, flags)
+        seconds = take_turns(sides, flags.rounds, flags.warmup)
+        rate = 2 * 1024**3 / seconds["product"]
+        found = results[name] = {
+            "parameters": count_parameters(model.config), "tokens": tokens, "product_gflops": spread(rate / 1e9),
+            "tokens_per_s": {side: spread(tokens / seconds[side]) for side in sides},
+            "share_of_product": {side: spread(flops / seconds[side] / rate) for side in sides},
+            "ours_over": {side: spread(seconds[side] / seconds["ours"]) for side in sides if side != "ours"}}
         print(f"{name}: {tokens:,} useful tokens, {count_parameters(model.config):,} parameters, fp32, "
-              f"{torch.get_num_threads()} threads, products at {show(figures[name]['product_gflops'])} "
-              "GFLOP/s")
+              f"{torch.get_num_threads()} threads, products at {show(found['product_gflops'])} GFLOP/s")
         table(["", "useful tokens/s", "share of the product's rate", "ours is faster by"],
-              [[side, show(figures[name]["tokens_per_s"][side], digits=0),
-                show(figures[name]["share_of_product"][side], " %", 100, 1),
-                show(figures[name]["ours_over"][side], " x") if side != "ours" else ""] for side in sides])
-    return figures
+              [[side, show(found["tokens_per_s"][side], digits=0),
+                show(found["share_of_product"][side], " %", 100, 1),
+                show(found["ours_over"][side], " x") if side != "ours" else ""] for side in sides])
+    return results
 
 
 # ---- GPU ----
 
 def decode_shares(model: Transformer, bandwidth: float) -> list[dict]:
-    """Decoding after prompts of 512 tokens: tokens/s and the share of the least time."""
+    """Decoding after prompts of 512 tokens, by batch size: tokens/s, and the least time over the time.
+
+    bandwidth: bytes per second. The least time is that for reading all weights and the cache once.
+    """
     def step(engine):
         engine.step()
         torch.cuda.synchronize()
 
-    c, rows = model.config, []
-    weights = 2 * (count_parameters(c) - (0 if c.tie_embeddings else c.vocab_size * c.d_model))
+    config = model.config
+    embedding = 0 if config.tie_embeddings else config.vocab_size * config.d_model  # it is only looked up
+    weight_bytes = 2 * (count_parameters(config) - embedding)
+    rows = []
     for batch in (1, 8, 64, 512):
         engine = Engine(model, max_rows=batch, tokens_per_step=65536)
         engine.submit([Request(list(range(1000 + i, 1512 + i)), 96, i) for i in range(batch)])
@@ -198,21 +220,36 @@ def decode_shares(model: Transformer, bandwidth: float) -> list[dict]:
         for _ in range(16):
             engine.step()  # captures the graph
         torch.cuda.synchronize()
-        times = []
-        for _ in range(48):
-            times.append(time_of(partial(step, engine)))
-        least = (weights + batch * 570 * engine.token_bytes) / bandwidth
-        s = spread(times)
-        rows.append({"batch": batch, "step_s": s, "tokens_per_s": batch / s["median"],
-                     "share_of_bandwidth": least / s["median"]})
+        seconds = spread([time_of(partial(step, engine)) for _ in range(48)])
+        cache_bytes = batch * 570 * engine.token_bytes
+        least = (weight_bytes + cache_bytes) / bandwidth
+        rows.append({"batch": batch, "step_s": seconds, "tokens_per_s": batch / seconds["median"],
+                     "share_of_bandwidth": least / seconds["median"]})
         del engine
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_memory()
     return rows
 
 
-def of_vllm(peer, prompts: list[list[int]], n_samples: int, new_tokens: int) -> float | str:
-    """Tokens/s of vLLM on the same weights, or why not."""
+def free_memory() -> None:
+    """Give the GPU's memory back, so that the next side finds all of it."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def rate_of_transformers(peer, prompts: list[list[int]], n_samples: int, device: torch.device) -> float:
+    """Tokens/s of transformers' `generate`, from 64 tokens per sample: its loop is too slow for more."""
+    ids = torch.tensor(prompts, device=device).repeat_interleave(n_samples, 0)
+    new_tokens = 64
+    with torch.inference_mode():
+        started = time.perf_counter()
+        peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, pad_token_id=0,
+                      min_new_tokens=new_tokens, max_new_tokens=new_tokens)
+        torch.cuda.synchronize()
+        return len(ids) * new_tokens / (time.perf_counter() - started)
+
+
+def rate_of_vllm(peer, prompts: list[list[int]], n_samples: int, new_tokens: int) -> float | str:
+    """Tokens/s of vLLM on the same weights, or why there is none."""
     try:
         from vllm import LLM, SamplingParams
         with tempfile.TemporaryDirectory() as folder:
@@ -228,7 +265,8 @@ def of_vllm(peer, prompts: list[list[int]], n_samples: int, new_tokens: int) -> 
         return f"missing: {type(error).__name__}: {str(error)[:150]}"
 
 
-def on_gpu(f: Flags) -> dict:
+def on_gpu() -> dict:
+    """Measure and print decoding by batch size, then generation beside the peers; returns the results."""
     device = torch.device("cuda")
     copy = ceilings(Timer(device))["copy"]
     bandwidth = copy["bytes"] / (spread(copy["ms"])["median"] / 1000)
@@ -236,41 +274,34 @@ def on_gpu(f: Flags) -> dict:
     model = Transformer(config, torch.bfloat16).init_weights(0).to(device, torch.bfloat16)
     rows = decode_shares(model, bandwidth)
     print(f"{torch.cuda.get_device_name()}: copies {bandwidth / 1e9:.0f} GB/s\n")
-    table(["batch", "tokens/s", "ms a step", "share of the bandwidth"],
-          [[r["batch"], f"{r['tokens_per_s']:.0f}", show(r["step_s"], scale=1000),
-            f"{r['share_of_bandwidth']:.0%}"] for r in rows])
+    table(["batch", "tokens/s", "ms per step", "share of the bandwidth"],
+          [[row["batch"], f"{row['tokens_per_s']:.0f}", show(row["step_s"], scale=1000),
+            f"{row['share_of_bandwidth']:.0%}"] for row in rows])
+
     n_prompts, n_samples, new_tokens = 64, 8, 512
     prompts = np.random.default_rng(0).integers(151_000, size=(n_prompts, 64)).tolist()
     engine = Engine(model, max_rows=n_prompts * n_samples, tokens_per_step=65536)
     print(engine.plan())
     requests = requests_of(prompts, n_samples, new_tokens)
-    engine.generate(requests[: n_samples])
+    engine.generate(requests[:n_samples])
     rates = {"ours": n_prompts * n_samples * new_tokens / time_of(partial(engine.generate, requests))}
     del engine
-    gc.collect()
-    torch.cuda.empty_cache()
+    free_memory()
     if importlib.util.find_spec("transformers"):
         peer = qwen2_of(model.cpu().float()).to(device, torch.bfloat16).eval()
-        ids = torch.tensor(prompts, device=device).repeat_interleave(n_samples, 0)
-        few = 64  # a share of the tokens: a step of its loop takes long
-        with torch.inference_mode():
-            started = time.perf_counter()
-            peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, pad_token_id=0,
-                          min_new_tokens=few, max_new_tokens=few)
-            torch.cuda.synchronize()
-            rates["transformers"] = len(ids) * few / (time.perf_counter() - started)
-        rates["vllm"] = of_vllm(peer, prompts, n_samples, new_tokens)
+        rates["transformers"] = rate_of_transformers(peer, prompts, n_samples, device)
+        rates["vllm"] = rate_of_vllm(peer, prompts, n_samples, new_tokens)
     for name, rate in rates.items():
         print(f"{name}: {rate if isinstance(rate, str) else f'{rate:,.0f} tokens/s'}")
     return {"bandwidth": bandwidth, "decode": rows, "tokens_per_s": rates}
 
 
-def main(f: Flags) -> dict:
+def main(flags: Flags) -> dict:
     reuse_memory()
     if not importlib.util.find_spec("transformers"):
         print("missing: transformers; so ours alone (pip install -e '.[trl]' brings the peer)")
-    figures = on_gpu(f) if f.device == "cuda" else on_cpu(f)
-    return finish("generation", {"flags": vars(f), "figures": figures}, f.out, PEERS)
+    results = on_gpu() if flags.device == "cuda" else on_cpu(flags)
+    return finish("generation", {"flags": vars(flags), "figures": results}, flags.out, PEERS)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,15 @@
     python -m benchmarks.vs_trl --rounds 15 --out vs_trl.json
 
 What both do: sample 16 answers to each of 16 prompts of 8 tokens, grade them, normalise the rewards within
-each group, one AdamW step on the token-mean clipped loss, gradient clipped to 1; fp32, temperature 1, no KL,
-on-policy. Both start from the same weights (copied into a Qwen2 of transformers; the log-probs of the two are
-compared first) and see the same prompts. The end token lies outside the model's vocabulary, so every answer
-has all its tokens and no side pays for suppressing it. Hardly a sample has the mean reward of its group, so
-next to none can be left out of the update.
+each group, and take one AdamW step on the token-mean clipped loss, with the gradient clipped to 1. Both work
+in fp32, at temperature 1, without KL, on-policy. Both start from the same weights (copied into a Qwen2 of
+transformers; the log-probs of the two are compared first) and see the same prompts. The end token lies
+outside the model's vocabulary, so every answer has all its tokens, and neither side pays for suppressing it.
+Hardly any sample has the mean reward of its group, so next to none can be left out of the update.
 
 What favours TRL: its step is timed without data loader, logging and progress bar, and its generation without
-tokenising and decoding, which are in ours; and it profits from `reuse_memory()`. Steps of the two take turns.
+tokenising and decoding, which are timed in ours. It profits from `reuse_memory()` too. Steps of the two
+alternate.
 
 Left out: vLLM (no GPU), transformers' continuous batching, torch.compile on either side.
 """
@@ -50,38 +51,39 @@ def qwen2_shaped() -> ModelConfig:
 
 @dataclass(frozen=True)
 class Flags:
-    """A GRPO step against TRL's."""
+    """Measure a GRPO step against TRL's."""
 
     rounds: int = 9
-    """Timed steps of each side."""
+    """Number of timed steps per side."""
     warmup: int = 2
-    """Steps of each side before them."""
+    """Number of steps per side before the timed ones."""
     prompts: int = 16
-    """Prompts in a step."""
+    """Number of prompts per step."""
     prompt_tokens: int = 8
-    """Tokens of a prompt."""
+    """Number of tokens per prompt."""
     group_size: int = 16
-    """Answers to each."""
+    """Number of answers per prompt."""
     new_tokens: int = 64
-    """Tokens of an answer."""
+    """Number of new tokens per answer."""
     trl_micro: int | None = None
-    """Answers in one forward and backward pass of TRL's. By default all, as in ours."""
+    """Number of answers in one forward and backward pass of TRL. By default all of a step, as in ours."""
     model: ModelConfig = field(default_factory=qwen2_shaped)
+    """Shape of the model; by default 0.92 M parameters."""
     out: str | None = None
     """File for the line of JSON."""
 
 
-# ---- the work: texts are token ids in decimal, so that the tokenizers do next to nothing ----
+# ---- the task: texts are token ids in decimal, so that the tokenizers do next to nothing ----
 
 def reward_of(text: str, vocab_size: int) -> float:
-    """The mean token id of an answer, from 0 to 1: cheap, and hardly ever the same twice."""
+    """The mean token id of an answer over the vocabulary size: cheap, and hardly ever the same twice."""
     ids = [int(word) for word in text.split()]
     return sum(ids) / (len(ids) * vocab_size)
 
 
 @dataclass(frozen=True)
 class TokenIdTask:
-    """Random prompts, a fixed function of their index."""
+    """Random prompts, each a fixed function of its index."""
 
     vocab_size: int
     prompt_tokens: int
@@ -103,6 +105,8 @@ class TokenIdTask:
 
 @dataclass(frozen=True)
 class TokenIdTokenizer:
+    """Token ids in decimal, with spaces between them."""
+
     eos_ids: tuple[int, ...]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -114,23 +118,25 @@ class TokenIdTokenizer:
 
 # ---- ours ----
 
-def our_step(f: Flags):
-    """A function that does the next step and returns (seconds of the step, seconds of the rollout)."""
+def our_step(flags: Flags):
+    """A function that takes the next step and returns (seconds of the step, seconds of generation)."""
+    n = flags.prompts * flags.group_size
     optim = OptimConfig(lr=LEARNING_RATE, warmup=0, schedule="constant", weight_decay=0.0)
     config = resolve("r1_zero", dict(
-        steps=1, prompts_per_step=f.prompts, group_size=f.group_size, max_new_tokens=f.new_tokens, kl_samples=0,
-        micro_tokens=f.prompts * f.group_size * (f.prompt_tokens + f.new_tokens), optim=optim))
-    model, reference = (Transformer(f.model).init_weights(0) for _ in range(2))
-    task, tokenizer = TokenIdTask(f.model.vocab_size, f.prompt_tokens), TokenIdTokenizer((f.model.vocab_size,))
-    learner, n_done = make_learner(config, model, reference, Engine(model, tokenizer)), 0
+        steps=1, prompts_per_step=flags.prompts, group_size=flags.group_size, max_new_tokens=flags.new_tokens,
+        kl_samples=0, micro_tokens=n * (flags.prompt_tokens + flags.new_tokens), optim=optim))
+    # The reference is never asked: there is no KL in the loss, and none for the log.
+    model, reference = (Transformer(flags.model).init_weights(0) for _ in range(2))
+    task = TokenIdTask(flags.model.vocab_size, flags.prompt_tokens)
+    tokenizer = TokenIdTokenizer((flags.model.vocab_size,))
+    learner = make_learner(config, model, reference, Engine(model, tokenizer))
+    n_done = 0
 
     def step() -> tuple[float, float]:
         nonlocal n_done
-        # the reference is never asked: no KL in the loss, and none for the log
         metrics = timed_step(learner, task, config, n_done)
         n_done += 1
-        n = f.prompts * f.group_size
-        assert metrics["tokens"] == n * f.new_tokens, "ours generated another number of tokens"
+        assert metrics["tokens"] == n * flags.new_tokens, "ours generated another number of tokens"
         assert metrics["trained_samples"] >= 0.99 * n, "ours left samples out of the update"
         return metrics["step_s"], metrics["rollout_s"]
 
@@ -140,39 +146,51 @@ def our_step(f: Flags):
 # ---- TRL's ----
 
 def missing() -> list[str]:
+    """The packages of the peer that are not installed."""
     return [name for name in PEERS if importlib.util.find_spec(name) is None]
+
+
+def qwen2_weights(model: Transformer) -> dict[str, torch.Tensor]:
+    """The weights of `model` under the names of transformers' Qwen2ForCausalLM."""
+    config = model.config
+    rows_of_qkv = [config.head_dim * n for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
+    weights = {"model.embed_tokens.weight": model.embed, "model.norm.weight": model.norm,
+               "lm_head.weight": model.head}
+    for i, block in enumerate(model.blocks):
+        attn, mlp = block.attn, block.mlp
+        parts = zip("qkv", attn.qkv.weight.split(rows_of_qkv), attn.qkv.bias.split(rows_of_qkv), strict=True)
+        for name, weight, bias in parts:
+            weights[f"model.layers.{i}.self_attn.{name}_proj.weight"] = weight
+            weights[f"model.layers.{i}.self_attn.{name}_proj.bias"] = bias
+        gate, up = mlp.gate_up.weight.chunk(2)
+        weights |= {f"model.layers.{i}.{name}.weight": weight for name, weight in {
+            "self_attn.o_proj": attn.out.weight, "mlp.gate_proj": gate, "mlp.up_proj": up,
+            "mlp.down_proj": mlp.down.weight,
+            "input_layernorm": block.attn_norm, "post_attention_layernorm": block.mlp_norm}.items()}
+    return weights
 
 
 def qwen2_of(model: Transformer):
     """The same function as `model`, as a Qwen2ForCausalLM. Raises RuntimeError if their log-probs differ."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
-    c = model.config
+    config = model.config
     peer = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=c.vocab_size, hidden_size=c.d_model, intermediate_size=c.d_ff,
-        num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads,
-        max_position_embeddings=c.max_seq_len, rms_norm_eps=c.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        tie_word_embeddings=c.tie_embeddings, bos_token_id=None, eos_token_id=None, pad_token_id=None))
-    weights = {"model.embed_tokens.weight": model.embed, "model.norm.weight": model.norm,
-               "lm_head.weight": model.head}
-    for i, block in enumerate(model.blocks):
-        heads = [c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim]
-        attn, mlp = block.attn, block.mlp
-        for name, w, b in zip("qkv", attn.qkv.weight.split(heads), attn.qkv.bias.split(heads), strict=True):
-            weights[f"model.layers.{i}.self_attn.{name}_proj.weight"] = w
-            weights[f"model.layers.{i}.self_attn.{name}_proj.bias"] = b
-        gate, up = mlp.gate_up.weight.chunk(2)
-        weights |= {f"model.layers.{i}.{name}.weight": w for name, w in {
-            "self_attn.o_proj": attn.out.weight, "mlp.gate_proj": gate, "mlp.up_proj": up,
-            "mlp.down_proj": mlp.down.weight,
-            "input_layernorm": block.attn_norm, "post_attention_layernorm": block.mlp_norm}.items()}
-    peer.load_state_dict(weights)
-    rows = torch.randint(c.vocab_size, (4, 33), generator=torch.Generator().manual_seed(0))
+        vocab_size=config.vocab_size, hidden_size=config.d_model, intermediate_size=config.d_ff,
+        num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads, max_position_embeddings=config.max_seq_len,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=config.tie_embeddings, bos_token_id=None, eos_token_id=None, pad_token_id=None))
+    peer.load_state_dict(qwen2_weights(model))
+
+    # Both score the same random tokens.
+    rows = torch.randint(config.vocab_size, (4, 33), generator=torch.Generator().manual_seed(0))
+    inputs, targets = rows[:, :-1], rows[:, 1:].flatten()
     with torch.no_grad():
-        hidden = model.hidden_states(pack(list(rows[:, :-1].numpy())))
-        ours, _ = model.logprobs(hidden, rows[:, 1:].flatten())
-        logits = peer(rows[:, :-1]).logits.flatten(0, 1)
-        theirs = -torch.nn.functional.cross_entropy(logits, rows[:, 1:].flatten(), reduction="none")
+        hidden = model.hidden_states(pack(list(inputs.numpy())))
+        ours, _ = model.logprobs(hidden, targets)
+        logits = peer(inputs).logits.flatten(0, 1)
+        theirs = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     gap = float((ours - theirs).abs().max())
     if not gap < 1e-3:
         raise RuntimeError(f"ours and transformers' Qwen2 differ by {gap} in log-prob: this version of "
@@ -193,22 +211,48 @@ def qwen2_tokenizer(vocab_size: int):
                                    unk_token="<eos>")
 
 
-def trl_micro(f: Flags) -> int:
-    n = f.prompts * f.group_size
-    return min(f.trl_micro or n, n)
+def trl_micro(flags: Flags) -> int:
+    """Number of answers in one pass of TRL."""
+    n = flags.prompts * flags.group_size
+    return min(flags.trl_micro or n, n)
 
 
-def take_turns_with_trl(f: Flags, step) -> tuple[list, list]:
-    """Let TRL train, and do a step of ours after each of its own. Returns both sides' (step, generation)
-    seconds."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is to be fetched; read at import
+def trl_trainer(flags: Flags, callbacks: list, folder: str):
+    """TRL's trainer with the settings of `our_step`."""
     from datasets import Dataset
-    from transformers import TrainerCallback
     from trl import GRPOConfig as TRLConfig
     from trl import GRPOTrainer
-    task = TokenIdTask(f.model.vocab_size, f.prompt_tokens)
-    n, n_steps = f.prompts * f.group_size, f.warmup + f.rounds
-    ours, theirs, generated = [], [], {"seconds": 0.0, "tokens": 0}
+    n, n_steps = flags.prompts * flags.group_size, flags.warmup + flags.rounds
+    micro = trl_micro(flags)
+    task = TokenIdTask(flags.model.vocab_size, flags.prompt_tokens)
+    problems = task.problems("train", flags.prompts * n_steps)
+
+    def mean_id(completions, **rest):
+        return [reward_of(text, flags.model.vocab_size) for text in completions]
+
+    config = TRLConfig(
+        output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=n_steps,
+        per_device_train_batch_size=micro, gradient_accumulation_steps=n // micro,
+        num_generations=flags.group_size, max_completion_length=flags.new_tokens, temperature=1.0, beta=0.0,
+        learning_rate=LEARNING_RATE, lr_scheduler_type="constant", weight_decay=0.0,
+        max_grad_norm=1.0, shuffle_dataset=False, report_to="none", save_strategy="no",
+        logging_strategy="no", disable_tqdm=True)
+    return GRPOTrainer(
+        model=qwen2_of(Transformer(flags.model).init_weights(0)), reward_funcs=mean_id,
+        train_dataset=Dataset.from_list([{"prompt": task.prompt(problem)} for problem in problems]),
+        processing_class=qwen2_tokenizer(flags.model.vocab_size), callbacks=callbacks, args=config)
+
+
+def take_turns_with_trl(flags: Flags, step) -> tuple[list, list]:
+    """Let TRL train, and take a step of ours after each of its own.
+
+    Returns the (step, generation) seconds of ours and of TRL.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # fetch nothing; the libraries read it at import
+    from transformers import TrainerCallback
+    n = flags.prompts * flags.group_size
+    ours, theirs = [], []
+    generated = {"seconds": 0.0, "tokens": 0}  # of TRL's last step
 
     class Turns(TrainerCallback):
         def on_step_begin(self, args, state, control, **rest):
@@ -216,33 +260,18 @@ def take_turns_with_trl(f: Flags, step) -> tuple[list, list]:
 
         def on_step_end(self, args, state, control, **rest):
             theirs.append((time.perf_counter() - self.started, generated["seconds"]))
-            assert generated["tokens"] == n * f.new_tokens, "TRL generated another number of tokens"
+            assert generated["tokens"] == n * flags.new_tokens, "TRL generated another number of tokens"
             ours.append(step())
 
-    def mean_id(completions, **rest):
-        return [reward_of(text, f.model.vocab_size) for text in completions]
-
-    prompts = [{"prompt": task.prompt(p)} for p in task.problems("train", f.prompts * n_steps)]
-    micro = trl_micro(f)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = GRPOTrainer(
-            model=qwen2_of(Transformer(f.model).init_weights(0)), reward_funcs=mean_id,
-            train_dataset=Dataset.from_list(prompts), processing_class=qwen2_tokenizer(f.model.vocab_size),
-            callbacks=[Turns()],
-            args=TRLConfig(
-                output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=n_steps,
-                per_device_train_batch_size=micro, gradient_accumulation_steps=n // micro,
-                num_generations=f.group_size, max_completion_length=f.new_tokens, temperature=1.0, beta=0.0,
-                learning_rate=LEARNING_RATE, lr_scheduler_type="constant", weight_decay=0.0,
-                max_grad_norm=1.0, shuffle_dataset=False, report_to="none", save_strategy="no",
-                logging_strategy="no", disable_tqdm=True))
+        trainer = trl_trainer(flags, [Turns()], folder)
         model_generate = trainer.model.generate
 
         def timed_generate(*args, **kwargs):
             started = time.perf_counter()
             result = model_generate(*args, **kwargs)
             generated["seconds"] = time.perf_counter() - started
-            generated["tokens"] = (result.shape[1] - f.prompt_tokens) * result.shape[0]
+            generated["tokens"] = (result.shape[1] - flags.prompt_tokens) * result.shape[0]
             return result
 
         trainer.model.generate = timed_generate
@@ -250,46 +279,53 @@ def take_turns_with_trl(f: Flags, step) -> tuple[list, list]:
     return ours, theirs
 
 
-# ---- the whole ----
+# ---- both ----
 
-def figures_of(pairs: list[tuple[float, float]], f: Flags) -> dict:
-    step, generation = np.array(pairs)[f.warmup:].T
-    tokens = f.prompts * f.group_size * f.new_tokens
+def results_of(seconds: list[tuple[float, float]], flags: Flags) -> dict:
+    """The spread of a side's times, from its (step, generation) seconds."""
+    step, generation = np.array(seconds)[flags.warmup:].T
+    tokens = flags.prompts * flags.group_size * flags.new_tokens
     return {"step_s": spread(step), "generation_s": spread(generation), "rest_s": spread(step - generation),
             "generated_tokens_per_s": spread(tokens / generation)}
 
 
-def main(f: Flags) -> dict:
+def ratios_of(ours: list[tuple[float, float]], theirs: list[tuple[float, float]], warmup: int) -> dict:
+    """TRL's time over ours, step by step."""
+    our_step, our_generation = np.array(ours)[warmup:].T
+    their_step, their_generation = np.array(theirs)[warmup:].T
+    return {"step": spread(their_step / our_step), "generation": spread(their_generation / our_generation),
+            "rest": spread((their_step - their_generation) / (our_step - our_generation))}
+
+
+def main(flags: Flags, find_missing=missing) -> dict:
     reuse_memory()
-    n = f.prompts * f.group_size
-    if n % trl_micro(f):
-        raise ValueError(f"--trl-micro is {f.trl_micro}, expected a divisor of the {n} answers of a step")
-    step, absent = our_step(f), missing()
+    n = flags.prompts * flags.group_size
+    if n % trl_micro(flags):
+        raise ValueError(f"--trl-micro is {flags.trl_micro}, expected a divisor of the {n} answers of a step")
+    step, absent = our_step(flags), find_missing()
+    ratios = {}
     if absent:
         print(f"missing: {', '.join(absent)}; so ours alone (pip install -e '.[trl]' brings the peer)")
-        sides = {"ours": [step() for _ in range(f.warmup + f.rounds)]}
+        sides = {"ours": [step() for _ in range(flags.warmup + flags.rounds)]}
     else:
-        sides = dict(zip(("ours", "trl"), take_turns_with_trl(f, step), strict=True))
-    figures = {name: figures_of(pairs, f) for name, pairs in sides.items()}
-    ratios = {}
-    if "trl" in sides:
-        ours, theirs = (np.array(sides[name])[f.warmup:] for name in ("ours", "trl"))
-        ratios = {"step": spread(theirs[:, 0] / ours[:, 0]), "generation": spread(theirs[:, 1] / ours[:, 1]),
-                  "rest": spread((theirs[:, 0] - theirs[:, 1]) / (ours[:, 0] - ours[:, 1]))}
+        ours, theirs = take_turns_with_trl(flags, step)
+        sides = {"ours": ours, "trl": theirs}
+        ratios = ratios_of(ours, theirs, flags.warmup)
+    results = {name: results_of(seconds, flags) for name, seconds in sides.items()}
 
-    length = f.prompt_tokens + f.new_tokens
-    flops = n * length * sum(flops_per_token(f.model, length, training) for training in (False, True))
-    print(f"\nGRPO step: {f.prompts} prompts of {f.prompt_tokens} tokens x {f.group_size} answers of "
-          f"{f.new_tokens} tokens, {count_parameters(f.model):,} parameters, fp32, {torch.get_num_threads()} "
-          f"threads;\nabout {flops / 1e9:.0f} GFLOPs of matrix products; median (20 % to 80 % quantile) of "
-          f"{f.rounds} steps\n")
-    table(["", "step, s", "generation, s", "rest, s", "generated tokens/s"],
-          [[name, show(x["step_s"]), show(x["generation_s"]), show(x["rest_s"]),
-            show(x["generated_tokens_per_s"], digits=0)] for name, x in figures.items()]
-          + ([["TRL / ours", *[show(ratios[part], " x") for part in ("step", "generation", "rest")], ""]]
-             if ratios else []))
-    return finish("vs_trl", {"flags": {**vars(f), "model": f.model.to_dict()}, "missing": absent,
-                             "flops": flops, "sides": figures, "ratio": ratios}, f.out, PEERS)
+    length = flags.prompt_tokens + flags.new_tokens
+    flops = n * length * sum(flops_per_token(flags.model, length, training) for training in (False, True))
+    print(f"\nGRPO step: {flags.prompts} prompts of {flags.prompt_tokens} tokens x {flags.group_size} "
+          f"answers of {flags.new_tokens} tokens, {count_parameters(flags.model):,} parameters, fp32, "
+          f"{torch.get_num_threads()} threads;\nabout {flops / 1e9:.0f} GFLOPs of matrix products; median "
+          f"(20 % to 80 % quantile) of {flags.rounds} steps\n")
+    rows = [[name, show(found["step_s"]), show(found["generation_s"]), show(found["rest_s"]),
+             show(found["generated_tokens_per_s"], digits=0)] for name, found in results.items()]
+    if ratios:
+        rows.append(["TRL / ours", *[show(ratio, " x") for ratio in ratios.values()], ""])
+    table(["", "step, s", "generation, s", "rest, s", "generated tokens/s"], rows)
+    return finish("vs_trl", {"flags": {**vars(flags), "model": flags.model.to_dict()}, "missing": absent,
+                             "flops": flops, "sides": results, "ratio": ratios}, flags.out, PEERS)
 
 
 if __name__ == "__main__":
