@@ -1,7 +1,7 @@
-"""What `pip install` needs to know: the five folders are imported as r1zero.kernels, r1zero.model and so on.
+"""What `pip install` needs to know: the five folders are imported as r1zero.kernels and so on.
 
-They are namespace packages (no __init__.py), so that a package of the same name in another project can never
-take their place; each of them, and each sub-folder to come, is listed here by name.
+They are namespace packages (no __init__.py), so that a package of the same name in another project
+can never take their place. Each of them, and each sub-folder, is listed here by name.
 """
 
 from setuptools import setup

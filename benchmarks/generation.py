@@ -184,7 +184,8 @@ def on_cpu(flags: Flags) -> dict:
         seconds = take_turns(sides, flags.rounds, flags.warmup)
         rate = 2 * 1024**3 / seconds["product"]
         found = results[name] = {
-            "parameters": count_parameters(model.config), "tokens": tokens, "product_gflops": spread(rate / 1e9),
+            "parameters": count_parameters(model.config), "tokens": tokens,
+            "product_gflops": spread(rate / 1e9),
             "tokens_per_s": {side: spread(tokens / seconds[side]) for side in sides},
             "share_of_product": {side: spread(flops / seconds[side] / rate) for side in sides},
             "ours_over": {side: spread(seconds[side] / seconds["ours"]) for side in sides if side != "ours"}}

@@ -126,7 +126,7 @@ def policy_loss(
     """(loss [], metrics) of a batch: [R] inputs, one number per response token; offsets [n + 1].
 
     kernels/grpo.py has the maths and the errors raised. On-policy the ratio is 1 and the loss is
-about 0, for the advantages of a group sum to 0: its gradient is what counts.
+    about 0, for the advantages of a group sum to 0: its gradient is what counts.
     """
     if config.kl_coef == 0 or config.kl_in != "loss":  # the reference is not looked at
         ref_logp = None

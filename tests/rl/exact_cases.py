@@ -144,8 +144,8 @@ def plain(**changes) -> tuple[AdvantageConfig, LossConfig]:
 def expected_update(case: Case, config: tuple[AdvantageConfig, LossConfig], sizes=(2,),
                     shows: tuple[str, ...] = ()) -> torch.Tensor:
     """[P, V] minus the gradient of the loss, in expectation over all batches of groups of these sizes that
-    the sampler could draw. A batch is one update, put together as rl/update.py does; shows: metrics that must not
-    be 0."""
+    the sampler could draw. A batch is one update, put together as rl/update.py does. shows: metrics that must
+    not be 0."""
     (advantage, loss), toy = config, case.toy
     chances = dict(zip(toy.answers, toy.answer_logp(case.sampler).exp().tolist(), strict=True))
     rewards = dict(zip(toy.answers, case.rewards, strict=True))
