@@ -43,6 +43,7 @@ test-all: $(VENV)/installed-dev
 
 lint: $(VENV)/installed-dev
 	$(IN_VENV) -m ruff check $(ARGS) .
+	$(IN_VENV) -m ruff format --check kernels model eval rl train
 
 gpu:
 	@for candidate in $(PYTHON) $(IN_VENV) python3; do
