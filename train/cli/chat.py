@@ -24,6 +24,7 @@ from ...eval.response import grade_response, parse_response
 from ...eval.sampler import ModelSampler
 from ...eval.tasks.countdown import Countdown, CountdownProblem
 from ..machine import pick_device, reuse_memory
+from ..run import at_least
 from .eval import load_run
 from .main import printable
 
@@ -48,8 +49,7 @@ class ChatConfig:
     """Device to compute on: auto (the GPU if there is one), cpu or cuda."""
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens is {self.max_new_tokens}, expected 1 or more")
+        at_least(self, 1, "max_new_tokens")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"--temperature is {self.temperature}, expected a number of 0 or more")
 

@@ -27,6 +27,7 @@ from ...model.checkpoint import Checkpoint, atomic_write_json, load_model
 from ...model.tokenizer import Tokenizer
 from ...model.transformer import Transformer
 from ..machine import pick_device, reuse_memory
+from ..run import at_least
 from ..task_flags import TaskFlags
 
 DEFAULT_PROBLEMS = 512  # of a task that makes its own; the interval is about ± 4 points then
@@ -61,12 +62,9 @@ class EvalConfig:
     """Device to compute on: auto (the GPU if there is one), cpu or cuda."""
 
     def __post_init__(self):
-        for name in ("samples", "batch", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} is {getattr(self, name)}, expected 1 or more")
-        if self.n is not None and self.n < 1:
-            raise ValueError(f"--n is {self.n}, expected 1 or more")
+        at_least(self, 1, "samples", "batch", "max_new_tokens")
+        if self.n is not None:
+            at_least(self, 1, "n")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"--temperature is {self.temperature}, expected a number of 0 or more")
         for k in self.ks:

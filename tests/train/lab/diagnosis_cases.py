@@ -1,7 +1,7 @@
 """Logs and flags of made-up runs, for the rules of the diagnosis."""
 from dataclasses import asdict, replace
 
-from r1zero.train.grpo import GRPOConfig
+from r1zero.train.grpo import grpo_config
 
 NAN = float("nan")
 HEALTHY = {"accuracy": (0.33, 0.8), "format": (0.86, 0.88), "length": (37.0, 72.0), "truncated": (0.0, 0.09),
@@ -27,7 +27,7 @@ def log(steps: int = 60, wobble: float = 0.02, **changes) -> list[dict]:
 
 def flags(**changes) -> dict:
     """The flags of a preset as run.json has them, with flags like loss__kl_coef changed."""
-    c = GRPOConfig(run=".", base=".", algo=changes.pop("algo", "r1_zero"))
+    c = grpo_config(changes.pop("algo", "r1_zero"), run=".", base=".")
     for name, value in changes.items():
         outer, _, inner = name.partition("__")
         c = replace(c, **{outer: replace(getattr(c, outer), **{inner: value}) if inner else value})

@@ -53,6 +53,19 @@ CASES = [
 
 # ---- each rule ----
 
+def test_every_flag_that_a_rule_reads_exists():
+    """A flag that was not logged silences a rule, so a wrong name would go unnoticed."""
+    read = []
+    for call in ast.walk(ast.parse(Path(diagnosis.__file__).read_text())):
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("option", "choice"):
+            read.append((call.func.attr, [ast.literal_eval(arg) for arg in call.args]))
+    assert len(read) > 10
+    history = History(log(), C)
+    for kind, path in read:
+        found = getattr(history, kind)(*path)
+        assert found != "" and found == found, f"history.{kind}{*path,} is no flag of a run"
+
+
 def test_every_rule_has_a_case():
     assert {name for name, *_ in CASES} == {rule.__name__ for rule in RULES}
 
