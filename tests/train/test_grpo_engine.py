@@ -30,10 +30,10 @@ def test_grpo_logs_the_gap_and_stops_when_it_is_too_large(tmp_path):
     c = grpo_config(tmp_path / "run", save_base(tmp_path / "base"), steps=4, save_every=1)
 
     def disagreeing(learner, task, config, step):
-        sample = type(learner.sampler).sample
+        sample = learner.sampler.sample
 
         def sample_and_spoil(*args):
-            rollouts = sample(learner.sampler, *args)
+            rollouts = sample(*args)
             if step == 2:
                 for logp in rollouts.sampler_logp:
                     logp[0] -= 0.01
