@@ -67,12 +67,15 @@ def choose(op: str, backends: Sequence[Backend], impl: str | None, *args) -> Cal
     """
     if impl is not None:
         return _named(op, backends, impl, args).run
+    without_triton = None
     for backend in backends:
         reason = backend.refuses(*args)
         if reason is None:
+            if without_triton:
+                warn_once(f"{without_triton}: the slower {backend.name} runs instead")
             return backend.run
         if backend.name == "triton" and (args[0].is_cuda or INTERPRETING):
-            warn_once(f"{reason}: the slower plain torch reference runs instead")
+            without_triton = reason
     raise ValueError(f"{op}: no back end serves these arguments; the last one says: {reason}")
 
 

@@ -1,10 +1,10 @@
-"""GRPO in two launches: rewards to advantages, and log-probs to loss, gradient and metrics.
+"""What GRPO adds to a Transformer: rewards to advantages, log-probs to loss, gradient and metrics.
 
 Advantages (DeepSeekMath, eq. 3, arXiv 2402.03300): A = (r - mean) / std of the group, the
 population's std; Dr. GRPO (arXiv 2503.20783) leaves the std out. They are computed from differences
 to one reward of the group, so that nothing cancels. A group whose rewards span less than
-EQUAL_REWARDS, or that share of the largest if it is above 1, gets exactly 0: in floating point 0.1
-* 3 and 0.3 differ.
+EQUAL_REWARDS, or that share of the largest if it is above 1, gets exactly 0, since in floating
+point 0.1 * 3 and 0.3 differ.
 
 Loss, a sum over tokens with weights w, which carry the mean (rl/losses.py):
     x = logp - old_logp, r = e^x      loss = sum w (-J + kl_coef k)
@@ -266,9 +266,8 @@ def policy_loss_fwd_kernel(
         clipped = tl.where(too_high, 1 + clip_high, tl.where(too_low, 1 - clip_low, ratio))
 
         # -- J and its slope dJ/dlogp --
-        if (
-            OBJECTIVE == "reinforce"
-        ):  # no ratio: nothing to clip, and no gradient to lose to the cut
+        # reinforce has no ratio: nothing to clip, and no gradient to lose to the cut
+        if OBJECTIVE == "reinforce":
             gain = a * logp
             grad = -a
         elif OBJECTIVE == "cispo":

@@ -44,6 +44,10 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be written or used; the message says which, why, and how to mend it."""
 
 
+class VersionError(CheckpointError):
+    """A checkpoint has another format than this r1zero reads."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """What `load_checkpoint` read."""
@@ -194,9 +198,7 @@ def _read_content(path: Path) -> dict:
     version = document.get("version")
     if version != VERSION:
         mend = "train the run again with this one" if version == 1 else "use the one that wrote it"
-        raise CheckpointError(
-            f"its format is version {version}, this r1zero reads {VERSION}; {mend}"
-        )
+        raise VersionError(f"its format is version {version}, this r1zero reads {VERSION}; {mend}")
     content = document.get("content")
     if zlib.crc32(json.dumps(content).encode()) != document.get("crc32"):
         raise CheckpointError("state.json does not match its checksum")
@@ -452,19 +454,22 @@ def load_checkpoint(folder: str | Path, which: str | int = "last") -> Checkpoint
         raise CheckpointError(
             f"cannot read {folder}: {error.strerror}; give one you may read"
         ) from error
-    reasons = []
+    errors = {}
     for path in paths:
         try:
             checkpoint = _read_folder(path)
         except CheckpointError as error:
-            reasons.append(f"{path.name}: {error}")
+            errors[path.name] = error
             continue
-        if reasons:
-            unusable = "; ".join(reasons)
+        if errors:
+            unusable = "; ".join(f"{name}: {error}" for name, error in errors.items())
             warnings.warn(f"using {path} because others cannot be used: {unusable}", stacklevel=2)
         return checkpoint
+    if all(isinstance(error, VersionError) for error in errors.values()):
+        raise VersionError(f"{paths[0]} cannot be used: {errors[paths[0].name]}")
+    reasons = "; ".join(f"{name}: {error}" for name, error in errors.items())
     raise CheckpointError(
-        f"no usable checkpoint in {folder} ({'; '.join(reasons)}). Restore it from a copy, "
+        f"no usable checkpoint in {folder} ({reasons}). Restore it from a copy, "
         "name another step, or start the run afresh in another folder"
     )
 

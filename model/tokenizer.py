@@ -429,8 +429,8 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to the text; they may be a part of a character.
 
-        None for a special token, U+FFFD's for an id that is no token. Raises ValueError for an id
-        out of range.
+        No bytes for a special token, U+FFFD's for an id that is no token. Raises ValueError for an
+        id out of range.
         """
         [token_id] = self.checked([token_id])
         return self.bytes_of_id[token_id]

@@ -111,11 +111,12 @@ def group_advantages(
 
     rewards_N: [N], samples sorted by group; group_offsets: [G + 1] from 0 to N. The std is the
     population's: divided by the group size, not by one less. Without `normalise_std` it is
-    r - mean, as in Dr. GRPO (arXiv 2503.20783). The answers of a dead group get exactly 0.
-    device: where it is computed; on a GPU in float32 by a kernel (kernels/grpo.py).
+    r - mean, as in Dr. GRPO (arXiv 2503.20783). The answers of a dead group get exactly 0: that is
+    decided here, in float64. device: where the rest is computed; on a GPU in float32 by a kernel
+    (kernels/grpo.py).
 
-    The expected gradient is that of the expected reward times 1 - 1/n for groups of n, for an
-    answer's own reward is in its baseline. Dividing by the std changes the gradient's direction,
+    The expected gradient is that of the expected reward times 1 - 1/n for groups of n, because
+    an answer's own reward is in its baseline. Dividing by the std changes the gradient's direction,
     except for rewards of 0 and 1, where it only weighs problems: those solved almost always or
     almost never count more (from groups of 4 on).
     """
@@ -124,7 +125,10 @@ def group_advantages(
     rewards = torch.from_numpy(rewards_N).to(device, torch.float64 if on_cpu else torch.float32)
     offsets = torch.from_numpy(np.asarray(group_offsets)).to(device)
     advantages, _ = grpo_advantages(rewards, offsets, normalise_std)
-    return advantages.double().cpu().numpy()
+    advantages_N = advantages.double().cpu().numpy()
+    dead_G = dead_groups(rewards_N, group_offsets)
+    advantages_N[np.repeat(dead_G, np.diff(group_offsets))] = 0.0
+    return advantages_N
 
 
 def leave_one_out(

@@ -17,7 +17,8 @@ a configuration into the objects that `grpo_step` uses.
     ppo            arXiv 1707.06347   critic          batch   token, 0.2       token      k1, reward
 """
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..model.engine.engine import Engine
@@ -129,7 +130,8 @@ class Algorithm:
     ref_offload: bool = False
     """Keep the reference in the CPU's memory between uses."""
     kl_samples: int = 32
-    """Number of answers per step on which the KL to the reference is measured for the log."""
+    """Number of answers per step on which the KL to the reference is measured for the log. 0 turns
+    the measurement off."""
     seed: int = 0
     """Seed of sampling and of the order of samples. (The order of problems is the task's: --options
     seed=1.)"""
@@ -198,7 +200,7 @@ def check_combinations(config: Algorithm) -> None:
         )
 
 
-PARTS = {"advantage": AdvantageConfig, "loss": LossConfig, "rewards": RewardConfig}
+PARTS = ("advantage", "loss", "rewards", "optim", "critic_optim")  # configs in the config
 
 
 def resolve(algo: str, overrides: dict[str, Any] | None = None, config_class: type = Algorithm):
@@ -206,19 +208,36 @@ def resolve(algo: str, overrides: dict[str, Any] | None = None, config_class: ty
 
     overrides: option -> value; a part is a dict of its own options, {"loss": {"clip_high": 0.3}},
     or a whole new part. config_class: Algorithm, or a class that adds fields to it. Raises
-    ValueError for an unknown preset and as Algorithm does.
+    ValueError for an unknown preset or option, and as Algorithm does.
     """
     if algo not in PRESETS:
         raise ValueError(f"--algo is {algo!r}, expected one of {', '.join(PRESETS)}")
+    overrides = overrides or {}
+    if overrides.get("algo", algo) != algo:
+        raise ValueError(
+            f"resolve: the overrides of {algo} have algo {overrides['algo']!r}; resolve that preset"
+        )
     options: dict[str, Any] = {"algo": algo}
-    for given in (PRESETS[algo], overrides or {}):
+    for given in (PRESETS[algo], overrides):
         for name, value in given.items():
             extends = name in PARTS and isinstance(value, dict)
             options[name] = options.get(name, {}) | value if extends else value
-    for name, part_class in PARTS.items():
+
+    defaults = {field.name: field for field in fields(config_class)}
+    check_names(options, defaults, config_class.__name__)
+    for name in PARTS:
         if isinstance(options.get(name), dict):
-            options[name] = part_class(**options[name])
+            default = defaults[name].default_factory()
+            check_names(options[name], asdict(default), name)
+            options[name] = replace(default, **options[name])
     return config_class(**options)
+
+
+def check_names(given: dict, known: Iterable[str], where: str) -> None:
+    """Raise ValueError for the first name that is no option."""
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{where} has no option {name!r}; expected {', '.join(known)}")
 
 
 def in_words(config: Algorithm) -> str:

@@ -137,4 +137,7 @@ def main(base: str) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m r1zero.rl.naive BASE    (a run folder that holds a base model)")
-    main(sys.argv[1])
+    try:
+        main(sys.argv[1])
+    except ValueError as error:
+        sys.exit(str(error))

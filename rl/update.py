@@ -238,6 +238,8 @@ class Reference:
 
     def logprobs(self, batches: list[MicroBatch], temperature: float) -> list[torch.Tensor]:
         """[R] for each batch: the log-probs of its response tokens."""
+        if not batches:
+            return []
         with self.in_use() as model:
             return logprobs_of(model, batches, temperature)
 

@@ -33,7 +33,7 @@ from ..model.transformer import Transformer
 from ..rl import family
 from ..rl.family import Algorithm, in_words
 from ..rl.step import Learner, grpo_step
-from ..rl.update import LogpGapError
+from ..rl.update import LogpGapError, gap_limit
 from .lab.diagnosis import Diagnosis
 from .lab.mistakes import MISTAKES, warn_of
 from .machine import peak_memory, pick_device, reuse_memory
@@ -98,7 +98,9 @@ def make_learner(config: GRPOConfig, task: Task, device: torch.device) -> Learne
     """Load the base model, and make everything that a step uses of it."""
     policy, tokenizer, base = load_model(config.base, device)
     model_config, weights = base.state["model_config"], base.tensors["model"]
-    reference = build_model(model_config, weights, device)
+    # Where it lives between uses, before the engine measures how much memory is free.
+    home = torch.device("cpu") if config.ref_offload else device
+    reference = build_model(model_config, weights, home)
     has_critic = config.advantage.baseline == "critic"
     critic_trunk = build_model(model_config, weights, device) if has_critic else None
     engine = make_engine(config, task, policy, tokenizer, has_critic)
@@ -110,7 +112,7 @@ def make_learner(config: GRPOConfig, task: Task, device: torch.device) -> Learne
 
 def make_engine(config: GRPOConfig, task: Task, policy, tokenizer, has_critic: bool) -> Engine:
     """An engine whose cache is for what a step samples, and leaves room for the first update."""
-    # A few prompts tell how long they are; longer ones later mean fewer rows at a time.
+    # Measure a few prompts. If later ones are longer, fewer rows run at a time.
     problems = task.problems("train", config.prompts_per_step)
     prompts = tokenizer.encode_batch([task.prompt(problem) for problem in problems])
     longest = max(map(len, prompts)) + config.max_new_tokens
@@ -202,9 +204,9 @@ def timed_step(learner: Learner, task: Task, config: Algorithm, step: int) -> di
 def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> Transformer:
     """Run the loop; returns the trained model.
 
-    step_of, score_of: what does a step, and what measures on held-out problems. Raises ValueError
-    for bad flags, FloatingPointError or NonFiniteError for NaN, and LogpGapError for a sampler that
-    is not the trainer's equal.
+    step_of runs one step; score_of measures on held-out problems. Raises ValueError for bad flags,
+    FloatingPointError or NonFiniteError for NaN, and LogpGapError if sampler and trainer disagree
+    about log-probs.
     """
     reuse_memory()
     device, task = pick_device(config.device), config.task.make()
@@ -217,7 +219,8 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
         counters = run.restore(policy, engine.tokenizer, learner.optimizer, more)
         learner.sampler.position = counters.get("position", 0)
         tqdm.write(engine.plan(), file=sys.stderr)
-        tqdm.write(in_words(config), file=sys.stderr)
+        limit = f"max_logp_gap {gap_limit(policy, config):g}"
+        tqdm.write(f"{in_words(config)}, {limit}", file=sys.stderr)
         diagnosis = Diagnosis(asdict(config), read_metrics(run.folder))
         for step in run.steps():
             with explained(run, step):
@@ -227,7 +230,7 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
             if config.ref_refresh and (step + 1) % config.ref_refresh == 0:
                 learner.reference.refresh(policy)
 
-            # Now and then, measure on held-out problems: the best checkpoint is kept by it.
+            # Every eval_every steps, measure on held-out problems, to know the best checkpoint.
             score = None
             is_last = step + 1 == config.steps
             if config.eval_every and ((step + 1) % config.eval_every == 0 or is_last):
@@ -244,7 +247,7 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
 
 
 def trained_modules(learner: Learner, config: GRPOConfig) -> tuple[torch.nn.Module, dict]:
-    """(what is looked through for NaN, what a checkpoint holds beside the policy)."""
+    """(the modules checked for NaN, what a checkpoint holds besides the policy)."""
     trained, more = learner.policy, {}
     if config.ref_refresh:
         more["reference"] = (learner.reference.model, None)
@@ -258,7 +261,7 @@ def trained_modules(learner: Learner, config: GRPOConfig) -> tuple[torch.nn.Modu
 
 @contextmanager
 def explained(run: Run, step: int):
-    """What stops a step says which step it was, and which checkpoint is left."""
+    """Add to an error the step that it stopped, and the checkpoint that remains."""
     try:
         yield
     except NonFiniteError as error:

@@ -42,9 +42,8 @@ class Output:
         self.columns = self._allocate(max(LEAST_COLUMNS, 2 * n_kept), top_n)
         for name in self.columns.keys() & old.keys():
             kept = old[name][:n, first:end]
-            if (
-                kept.ndim == 3
-            ):  # the sequences of now may ask for more of the likeliest, or for fewer
+            # The sequences of now may ask for more of the likeliest tokens, or for fewer.
+            if kept.ndim == 3:
                 kept = with_last_size(kept, top_n)
             self.columns[name][:n, :n_kept] = kept
         self.first_step = oldest

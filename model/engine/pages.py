@@ -13,10 +13,12 @@ Shapes: B rows, T flat tokens of a prefill, P prompts, N pages, G kv heads, D wi
 width of a value, W pages of the longest sequence, V vocabulary.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 from ...kernels.decode_attention import decode_attention
 from ..attention import KV, RecordingKV
@@ -50,6 +52,13 @@ class PagedKV(KV):
         return decode_attention(q_BHD, k_cache, v_cache, self.table, self.lengths)
 
 
+def cast_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
+    """The same modules, whatever they are, over weights of their own in `dtype`."""
+    # deepcopy takes what the memo has in the place of a parameter, so none is copied as it is.
+    cast = {id(p): nn.Parameter(p.detach().to(dtype), False) for p in model.parameters()}
+    return copy.deepcopy(model, cast)
+
+
 class Pages:
     """A `Cache` of `n_tokens` in pages, for at most `n_rows` rows."""
 
@@ -62,7 +71,7 @@ class Pages:
         self.weights = model
         self.copy_bytes = 0
         if model.embed.dtype != self.dtype and self.device.type == "cuda":
-            self.weights = type(model)(model.config, self.dtype).to(self.device, self.dtype)
+            self.weights = cast_copy(model, self.dtype)
             self.copy_bytes = sum(p.numel() * p.element_size() for p in self.weights.parameters())
         self.refresh()
 
@@ -98,9 +107,9 @@ class Pages:
         """Rewrite the copy of the weights in place, if there is one: graphs hold its addresses."""
         if self.weights is self.model:
             return
-        pairs = zip(self.weights.parameters(), self.model.parameters(), strict=True)
-        for mine, theirs in pairs:
-            mine.copy_(theirs)
+        theirs = dict(self.model.named_parameters())
+        for name, mine in self.weights.named_parameters():
+            mine.copy_(theirs[name])
 
     def clear(self) -> None:
         for cache in self.caches:

@@ -108,8 +108,7 @@ def group_requests(
     ]
 
 
-# ---- checks: a request that nobody could serve is refused, since later it would end others, too
-# ----
+# ---- checks: a request that nobody could serve is refused, before it ends others, too ----
 
 
 def check_requests(model: Transformer, requests: Sequence[Request], tokenizer=None) -> None:

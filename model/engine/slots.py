@@ -19,15 +19,20 @@ from ..attention import Attention, RecordingKV
 from ..linear import plain
 from ..mlp import MLP
 from ..packed import pack
-from ..transformer import Transformer
+from ..transformer import Block, Transformer
 from .cache import PAGE
 
 
 def gather_weights(model: Transformer) -> DecoderWeights | None:
-    """The weights as the decoder takes them; None if a layer is no attention with a dense MLP, or
-    one of its matrices is more than its weight (see linear.py)."""
+    """The weights as the decoder takes them. None if the model does more than they say: a forward
+    of its own, a layer that is no attention with a dense MLP, a matrix that is more than its weight
+    (see linear.py)."""
     layers = []
+    if type(model).forward is not Transformer.forward:
+        return None
     for block in model.blocks:
+        if type(block) is not Block:
+            return None
         attn, mlp = block.attn, block.mlp
         if type(attn) is not Attention or type(mlp) is not MLP:
             return None
@@ -55,7 +60,7 @@ def gather_weights(model: Transformer) -> DecoderWeights | None:
 def refuses(model: Transformer, weights: DecoderWeights | None) -> str | None:
     """Why the decoder cannot serve this model, in words; None if it can."""
     if weights is None:
-        return "a layer of the model is not an attention with a dense MLP of plain matrices"
+        return "the model is more than attention and dense MLPs of plain matrices"
     return decoder_refuses(weights, model.compute_dtype)
 
 
@@ -94,10 +99,7 @@ class Slots:
         weights = gather_weights(self.model)
         reason = refuses(self.model, weights)
         if reason:
-            raise ValueError(
-                "engine: paged is False, but slots are for float32 on a CPU with Numba, and "
-                f"{reason}; expected paged=True or None"
-            )
+            raise ValueError(f"engine: paged is False, but {reason}; expected paged=True or None")
         return weights
 
     def refresh(self) -> None:

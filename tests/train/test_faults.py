@@ -39,7 +39,8 @@ def test_a_poisoned_weight_stops_pretraining_and_is_named(tmp_path):
             model.blocks[1].mlp.down.weight.data[3, 4] = NAN
 
     c = pretrain_config(tmp_path / "run", text_file(tmp_path))
-    with fails(FloatingPointError, "loss is nan at step 6 .*weight blocks.1.mlp.down.weight.*checkpoint of step 3"):
+    with fails(FloatingPointError, "loss is nan at step 6 .*weight blocks.1.mlp.down.weight.*"
+                                   "checkpoint of step 3"):
         pretrain_on_text(c, spoil=poison)
     assert checkpoint_steps(c.run) == [3] and finite(c.run)
     assert [row["step"] for row in read_metrics(c.run)] == [1, 2, 3, 4, 5]

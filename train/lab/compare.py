@@ -21,10 +21,10 @@ from ..report.plots import CONTROL, RL, Line, Panel, plot
 from ..run import read_metrics
 from .mistakes import MISTAKES
 
-SHOWN = ("accuracy", "length")  # beside the figure that the mistake shows in
+SHOWN = ("accuracy", "length")  # beside the metric that the mistake shows in
 PANELS = {name: (title, unit, is_share) for name, _, title, unit, is_share, _ in CURVES} | {
     "gradient_norm": ("Size of the gradient", "norm before clipping, log scale", False),
-    "trained_samples": ("Answers trained on", "answers a step", False),
+    "trained_samples": ("Answers trained on", "answers per step", False),
     "truncated": ("Answers cut off", "share of answers", True),
 }
 
@@ -44,15 +44,15 @@ class CompareConfig(GRPOConfig):
     """Number of steps of each run."""
 
 
-def grpo_config(c: CompareConfig, broken: bool) -> GRPOConfig:
+def config_of_run(config: CompareConfig, broken: bool) -> GRPOConfig:
     """One of the two runs; they differ in `mistake` and the folder alone."""
-    options = {f.name: getattr(c, f.name) for f in fields(GRPOConfig)}
-    options["mistake"] = c.mistake if broken else None
-    options["run"] = str(Path(c.run) / ("broken" if broken else "right"))
-    config = GRPOConfig(**options)
-    for name, value in MISTAKES[c.mistake].shows_with.items():
-        config = with_option(config, name, value)
-    return config
+    options = {f.name: getattr(config, f.name) for f in fields(GRPOConfig)}
+    options["mistake"] = config.mistake if broken else None
+    options["run"] = str(Path(config.run) / ("broken" if broken else "right"))
+    made = GRPOConfig(**options)
+    for name, value in MISTAKES[config.mistake].shows_with.items():
+        made = with_option(made, name, value)
+    return made
 
 
 def with_option(config: Any, name: str, value: Any) -> Any:
@@ -63,42 +63,41 @@ def with_option(config: Any, name: str, value: Any) -> Any:
     return replace(config, **{outer: value})
 
 
-def compare(c: CompareConfig) -> Path | None:
+def compare(config: CompareConfig) -> Path | None:
     """Do both runs and draw them; returns the picture's path, or None if Ctrl-C stopped a run."""
     rows, fell = {}, ""
     for broken in (False, True):
-        config = grpo_config(c, broken)
+        run_config = config_of_run(config, broken)
         try:
-            grpo(config)
+            grpo(run_config)
         except (FloatingPointError, NonFiniteError) as error:
-            rows[broken] = read_metrics(config.run)
+            rows[broken] = read_metrics(run_config.run)
             if not broken or not rows[broken]:
                 raise
-            fell = (
-                f"the broken run ended after {rows[broken][-1]['step']} of {c.steps} steps: {error}"
-            )
+            last = rows[broken][-1]["step"]
+            fell = f"the broken run ended after {last} of {config.steps} steps: {error}"
             continue
-        rows[broken] = read_metrics(config.run)
-        if rows[broken][-1]["step"] < c.steps:
-            print(f"stopped; go on with: r1zero compare --resume and the same flags ({c.run})")
+        rows[broken] = read_metrics(run_config.run)
+        if rows[broken][-1]["step"] < config.steps:
+            print(f"stopped; go on with: r1zero compare --resume and the same flags ({config.run})")
             return None
-    path = picture(c, rows)
-    print(summary(c, rows))
+    path = picture(config, rows)
+    print(summary(config, rows))
     if fell:
         print(fell)
     print(path)
     return path
 
 
-def shown(c: CompareConfig) -> list[str]:
-    """The figures that both runs are compared by."""
-    return [*dict.fromkeys((*SHOWN, MISTAKES[c.mistake].watch))]
+def shown(config: CompareConfig) -> list[str]:
+    """The metrics that both runs are compared by."""
+    return [*dict.fromkeys((*SHOWN, MISTAKES[config.mistake].watch))]
 
 
-def picture(c: CompareConfig, rows: dict[bool, list[dict]]) -> Path:
+def picture(config: CompareConfig, rows: dict[bool, list[dict]]) -> Path:
     """rows: of the run that is broken (True) and of the right one."""
     panels = []
-    for name in shown(c):
+    for name in shown(config):
         title, unit, is_share = PANELS[name]
         lines = [
             Line(
@@ -109,35 +108,34 @@ def picture(c: CompareConfig, rows: dict[bool, list[dict]]) -> Path:
             )
             for broken, label, colour in (
                 (False, "right", RL),
-                (True, f"broken: {c.mistake}", CONTROL),
+                (True, f"broken: {config.mistake}", CONTROL),
             )
         ]
         panels.append(
             Panel(title, unit, lines, percent=is_share, log_scale=name == "gradient_norm")
         )
-    return plot(panels, Path(c.run) / "compare.png", 5 * len(panels), 4.4, one_line(c))
+    return plot(panels, Path(config.run) / "compare.png", 5 * len(panels), 4.4, one_line(config))
 
 
-def one_line(c: CompareConfig) -> str:
-    return f"{c.mistake}: {MISTAKES[c.mistake].what}"
+def one_line(config: CompareConfig) -> str:
+    return f"{config.mistake}: {MISTAKES[config.mistake].what}"
 
 
-def summary(c: CompareConfig, rows: dict[bool, list[dict]]) -> str:
-    """Both runs' figures over their last quarter, and what is to be expected of the mistake."""
-    last = max(1, c.steps // 4)
+def summary(config: CompareConfig, rows: dict[bool, list[dict]]) -> str:
+    """Both runs' metrics over their last quarter, and what is to be expected of the mistake."""
+    last = max(1, config.steps // 4)
     lines = [
-        f"{one_line(c)}.",
+        f"{one_line(config)}.",
         f"  {f'mean of the last {last} steps':<26} {'right':>9} {'broken':>9}",
     ]
-    for name in shown(c):
+    for name in shown(config):
         right, wrong = (
             sum(row[name] for row in rows[broken][-last:]) / len(rows[broken][-last:])
             for broken in (False, True)
         )
         lines.append(f"  {name:<26} {right:9.3f} {wrong:9.3f}")
-    dials = MISTAKES[c.mistake].shows_with
-    flags = [f"--{name.replace('_', '-')} {value:g}" for name, value in dials.items()]
-    lines += [f"Both runs had {' '.join(flags)}, with which it shows."] if flags else []
-    return "\n".join(
-        [*lines, f"What 16 steps from the demo's base showed: {MISTAKES[c.mistake].seen}"]
-    )
+    mistake = MISTAKES[config.mistake]
+    if mistake.flags:
+        lines.append(f"Both runs had {mistake.flags}, with which it shows.")
+    lines.append(f"What 16 steps from the demo's base showed: {mistake.seen}")
+    return "\n".join(lines)

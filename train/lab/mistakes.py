@@ -32,6 +32,13 @@ class Mistake:
     shows_with: dict = field(default_factory=dict)
     """Options of grpo that both runs need for it to show, as on the command line."""
 
+    @property
+    def flags(self) -> str:
+        """`shows_with` as on the command line."""
+        return " ".join(
+            f"--{name.replace('_', '-')} {value:g}" for name, value in self.shows_with.items()
+        )
+
     def make(self, learner) -> None:
         """Make the mistake in a Learner (rl/step.py)."""
         owner = learner.credit if self.replaces == "advantages" else learner
@@ -252,8 +259,7 @@ MISTAKES = {
 def warn_of(name: str) -> None:
     """Print a banner that nobody overlooks."""
     mistake, line = MISTAKES[name], "!" * 100
-    flags = [f"--{name.replace('_', '-')} {value:g}" for name, value in mistake.shows_with.items()]
-    shows = f" (shows with {' '.join(flags)})" if flags else ""
+    shows = f" (shows with {mistake.flags})" if mistake.flags else ""
     banner = [
         line,
         f"! BROKEN ON PURPOSE: --break {name}",

@@ -36,6 +36,7 @@ class Watched(Transformer):
         super().__init__(CONFIG, dtype)
         self.init_weights(0)
         self.eos_bias, self.prefilled = eos_bias, []
+        self.register_forward_pre_hook(note_prefill)
         with torch.no_grad():
             self.lm_head.weight.mul_(1.5)  # sharper choices
             for name, p in self.named_parameters():
@@ -47,10 +48,11 @@ class Watched(Transformer):
         logits[:, EOS] += self.eos_bias
         return logits
 
-    def forward(self, tokens, positions, kv):
-        if isinstance(kv, RecordingKV):
-            self.prefilled.append(kv.packed.cu_seqlens.diff().tolist())
-        return super().forward(tokens, positions, kv)
+
+def note_prefill(model, args) -> None:
+    _, _, kv = args
+    if isinstance(kv, RecordingKV):
+        model.prefilled.append(kv.packed.cu_seqlens.diff().tolist())
 
 
 ORACLE = {}  # its answers so far: it is slow, and many tests ask the same

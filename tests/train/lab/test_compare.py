@@ -12,7 +12,7 @@ from r1zero.model.optimizer import OptimConfig
 from r1zero.train import grpo as grpo_module
 from r1zero.train.cli.main import main
 from r1zero.train.lab import compare as module
-from r1zero.train.lab.compare import PANELS, CompareConfig, compare, grpo_config, shown, summary
+from r1zero.train.lab.compare import PANELS, CompareConfig, compare, config_of_run, shown, summary
 from r1zero.train.lab.mistakes import MISTAKES
 from r1zero.train.run import read_metrics
 
@@ -39,7 +39,7 @@ def figures(folder) -> list[dict]:
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_both_runs_are_equal_but_for_the_mistake(mistake, tmp_path):
     c = config(tmp_path, mistake=mistake, seed=3)
-    right, wrong = (asdict(grpo_config(c, broken)) for broken in (False, True))
+    right, wrong = (asdict(config_of_run(c, broken)) for broken in (False, True))
     assert {name for name in right if right[name] != wrong[name]} == {"run", "mistake"}
     assert (right["mistake"], wrong["mistake"]) == (None, mistake)
     changed = {option.partition(".")[0] for option in MISTAKES[mistake].shows_with}
