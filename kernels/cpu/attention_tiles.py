@@ -319,8 +319,8 @@ def attend_back(q, q_in, token, n_q, k, k_in, v, v_in, keys, R, D, cos, sin, sca
             # P = share exp(S - peak), and dS = scale P (dP - delta)
             for i in range(rows):
                 end, at = end_of(max(diagonal + i + 1, 0)), to + i * H
-                p, dp = probs[i * W :], dprobs[i * W :]
-                dscores(p, dp, end, peaks[at], shares[at], deltas[i], scale)
+                dscores(probs[i * W :], dprobs[i * W :], end,
+                        peaks[at], shares[at], deltas[i], scale)  # fmt: skip
             # dq = dS k, rotated back
             times_rows(dprobs, W, rows, diagonal, k_rows, D, D, dq_rows, D)
             for i in range(rows):

@@ -69,7 +69,11 @@ LOCK = threading.Lock()  # of this list, and of Numba's setting
 
 
 def loop(fn, fastmath=EXACT_ENOUGH):
-    """Compile at the first call, for all threads. Call `prepare` before a loop."""
+    """Compile at the first call, for all threads. Call `prepare` before a loop.
+
+    Inside, named tuples of integers are free, but one that holds an array costs atomic counts of
+    its references. So arrays are passed one by one, each beside where its numbers lie.
+    """
     compiled = numba.njit(fastmath=fastmath, error_model="numpy", parallel=True, nogil=True)(fn)
     UNCACHED.append(compiled)
     return compiled

@@ -163,8 +163,8 @@ def finish_layer_loop(x, mixed, eps, w_out, mlp_norm, w_up, w_down, zeros, n_blo
         multiply_blocks(w_up, 2 * F, M, y, zeros, 0, 0, gate_up, 2 * wide, C, first, end)
         for b in range(first, end):
             up, after = (2 * b + 1) * wide, (2 * b + 2) * wide
-            gate = gate_up[up - wide : up]
-            swiglu_fwd_row(gate, gate_up[up:after], act[b * wide : (b + 1) * wide])
+            swiglu_fwd_row(gate_up[up - wide : up], gate_up[up:after],
+                           act[b * wide : (b + 1) * wide])  # fmt: skip
         multiply_blocks(w_down, M, F, act, x, step, C, x, step, C, first, end)
         project(x, eps, norm, w, bias, head_norms, D, first, end, y, out, out_block, out_row)
 

@@ -51,8 +51,8 @@ def swiglu_bwd_row(dy, gate, up, dgate, dup):
 def swiglu_bwd_loop(dy_RF, gate_up_RF, grad_RF):
     R, F = dy_RF.shape
     for i in numba.prange(R):
-        gate, up = gate_up_RF[i, :F], gate_up_RF[i, F:]
-        swiglu_bwd_row(dy_RF[i], gate, up, grad_RF[i, :F], grad_RF[i, F:])
+        swiglu_bwd_row(dy_RF[i], gate_up_RF[i, :F], gate_up_RF[i, F:],
+                       grad_RF[i, :F], grad_RF[i, F:])  # fmt: skip
 
 
 def swiglu_fwd(gate_up: torch.Tensor) -> torch.Tensor:

@@ -105,7 +105,8 @@ def multiply(x, at, row, T, K, w, N, zeros, out, to, out_row):
             depth = min(DEPTH, K - k)
             x_in = Layout(at + k, row, 1)
             w_in = Layout(n * K + k * TILE_COLUMNS, TILE_COLUMNS, LANES)
-            start, start_in = (out, out_in) if k else (zeros, Layout(0, 0, LANES))
+            start, start_at, start_row = (out, to + n, out_row) if k else (zeros, 0, 0)
+            start_in = Layout(start_at, start_row, LANES)
             product(x, x_in, T, depth, w, w_in, start, start_in, out, out_in)
 
 
@@ -149,8 +150,8 @@ def mlp_fwd_loop(x, up_panels, down_panels, zeros, M, F, keep, gate_up, a_PTF, y
             multiply(x, t * M, M, n, M, up_panels, 2 * F, zeros, gate_up, at, 2 * F)
             for i in range(n):
                 up = at + (2 * i + 1) * F
-                gate = gate_up[up - F : up]
-                swiglu_fwd_row(gate, gate_up[up : up + F], a[i * a_row : i * a_row + F])
+                swiglu_fwd_row(gate_up[up - F : up], gate_up[up : up + F],
+                               a[i * a_row : i * a_row + F])  # fmt: skip
             multiply(a, 0, a_row, n, F, down_panels, M, zeros, y, t * M, M)
 
 
@@ -174,9 +175,9 @@ def mlp_bwd_loop(dy, x, gate_up, down_panels, up_panels, zeros, F, a_PTF, d_PTF,
             multiply(dys, 0, row, n, M, down_panels, F, zeros, a, 0, a_row)
             for i in range(n):
                 up, to = (2 * (t + i) + 1) * F, i * d_row + F
-                da = a[i * a_row : i * a_row + F]
-                gate, dgate = gate_up[up - F : up], d[to - F : to]
-                swiglu_back_row(da, gate, gate_up[up : up + F], dgate, d[to : to + F])
+                swiglu_back_row(a[i * a_row : i * a_row + F],
+                                gate_up[up - F : up], gate_up[up : up + F],
+                                d[to - F : to], d[to : to + F])  # fmt: skip
             multiply(d, 0, d_row, n, 2 * F, up_panels, M, zeros, dx, t * M, M)
             add_gradient(d, d_row, n, 2 * F, xs, row, M, dup)
             add_gradient(a, a_row, n, F, dys, row, M, ddown)
