@@ -1,6 +1,6 @@
 """What GRPO adds to a Transformer: rewards to advantages, log-probs to loss, gradient and metrics.
 
-Advantages (DeepSeekMath, eq. 3, arXiv 2402.03300): A = (r - mean) / std of the group, the
+Advantages (DeepSeek-R1, eq. 3, arXiv 2501.12948): A = (r - mean) / std of the group, the
 population's std; Dr. GRPO (arXiv 2503.20783) leaves the std out. They are computed from differences
 to one reward of the group, so that nothing cancels. A group whose rewards span less than
 EQUAL_REWARDS, or that share of the largest if it is above 1, gets exactly 0, since in floating

@@ -5,8 +5,8 @@ Gradient, with s = sigmoid(gate):
     dgate = dy * up * s * (1 + gate * (1 - s))
     dup   = dy * silu(gate)
 
-SwiGLU is memory-bound. Least bytes in 16 bit: 6 R F forward, 10 R F backward. Backward reads gate,
-up and dy, and computes the sigmoid again, so nothing but the input is kept.
+SwiGLU is memory-bound. Bytes that must be moved in 16 bit: 6 R F forward, 10 R F backward. Backward
+reads gate, up and dy, and computes the sigmoid again, so nothing but the input is kept.
 
     program -> a tile of ROWS x BLOCK_F features; the row holds gate, then up
 
@@ -15,7 +15,8 @@ up and dy, and computes the sigmoid again, so nothing but the input is kept.
     y        |   [tile]          |                       and writes one
 
 The MLP is down(swiglu(gate_up(x))): 6 R M F FLOPs forward. On a GPU its two products are PyTorch's.
-On a CPU one compiled loop takes some tokens through all of it, while they lie in the cache.
+On a CPU with AVX2 one compiled loop takes a few tokens at a time through the whole MLP, so that
+they stay in the cache; kernels/cpu/mlp.py says when that is faster.
 
 Shapes: R rows (tokens), M d_model, F d_ff.
 """
@@ -177,7 +178,7 @@ def swiglu(gate_up: torch.Tensor, impl: str | None = None) -> torch.Tensor:
 
 
 def mlp_of_products(x, gate_up, down, impl: str | None) -> torch.Tensor:
-    """Two products of PyTorch's with SwiGLU between them, which `impl` is for."""
+    """PyTorch's two matrix products with SwiGLU between them; `impl` chooses SwiGLU's back end."""
     hidden = swiglu(linear(x, gate_up.to(x.dtype)), impl)
     return linear(hidden, down.to(x.dtype))
 
@@ -197,7 +198,7 @@ def swiglu_mlp(
     x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, impl: str | None = None
 ) -> torch.Tensor:
     """The whole MLP, down(swiglu(gate_up(x))): x [..., M] -> [..., M] in x's dtype, differentiable
-    in all.
+    in all three arguments.
 
     gate_up: [2F, M], gate's rows before up's; down: [M, F]; both of any float dtype, cast to x's.
     impl: "triton" or "reference" for SwiGLU between two products of PyTorch's, "cpu" for one

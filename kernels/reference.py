@@ -539,7 +539,7 @@ def segment_sum(x: torch.Tensor, segment: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def grpo_advantages(rewards_N: torch.Tensor, offsets_G: torch.Tensor, normalise_std: bool = True):
-    """(advantages [N], dead [G]): A = (r - mean) / std of the group (DeepSeekMath, eq. 3)."""
+    """(advantages [N], dead [G]): A = (r - mean) / std of the group (DeepSeek-R1, eq. 3)."""
     r = wide(rewards_N)
     sizes = offsets_G.diff().long()
     G, n = len(sizes), sizes.clamp(min=1)

@@ -99,7 +99,7 @@ class PackedKV(KV):
 
 
 class RecordingKV(KV):
-    """As PackedKV without shared prefixes, and keeps what a cache is filled with.
+    """Like PackedKV without shared prefixes; it also keeps the keys and values that fill a cache.
 
     kept: the keys [T, G, D], rotated, and the values [T, G, E] of each layer, in order.
     """

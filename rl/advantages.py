@@ -13,7 +13,7 @@
     batch           (A - mean) / std of A over all response tokens of the step          PPO
 
 Which of these are the gradient of the expected reward, and how far the others are from it, is
-enumerated in tests/rl/test_exact.py and told beside each function.
+checked by enumeration in tests/rl/test_exact.py, and noted at each function.
 
 Shapes: N answers, G groups, R response tokens of all answers.
 """
@@ -91,8 +91,9 @@ def checked_rewards(rewards_N: np.ndarray, group_offsets: np.ndarray) -> np.ndar
 def dead_groups(rewards_N: np.ndarray, group_offsets: np.ndarray) -> np.ndarray:
     """[G] bool: the groups whose rewards are all alike, and teach nothing.
 
-    Alike is what spans less than EQUAL_REWARDS, or than that share of the largest reward if it is
-    above 1: in floating point 0.1 * 3 and 0.3 differ. A group of no answer is dead.
+    Rewards are alike if they differ by less than EQUAL_REWARDS, or by less than that fraction of
+    the largest one if it is above 1: in floating point 0.1 * 3 and 0.3 differ. A group of no answer
+    is dead.
     """
     rewards_N = checked_rewards(rewards_N, group_offsets)
     dead_G = np.ones(len(group_offsets) - 1, bool)
@@ -104,10 +105,16 @@ def dead_groups(rewards_N: np.ndarray, group_offsets: np.ndarray) -> np.ndarray:
     return dead_G
 
 
+def sum_per_answer(values_R: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """[N]: the sum over each answer's tokens; offsets: [N + 1], where the tokens begin."""
+    sums_before = np.append(0.0, np.cumsum(values_R))
+    return np.diff(sums_before[offsets])
+
+
 def group_advantages(
     rewards_N: np.ndarray, group_offsets: np.ndarray, normalise_std: bool = True, device="cpu"
 ) -> np.ndarray:
-    """[N] float64: A = (r - mean of group) / (std of group)        (DeepSeekMath, eq. 3)
+    """[N] float64: A = (r - mean of group) / (std of group)         (DeepSeek-R1, eq. 3)
 
     rewards_N: [N], samples sorted by group; group_offsets: [G + 1] from 0 to N. The std is the
     population's: divided by the group size, not by one less. Without `normalise_std` it is
@@ -240,7 +247,7 @@ def advantages(
     whiten = config.scale == "batch"
     if config.baseline in PER_ANSWER:
         if kl_R is not None:
-            rewards_N = rewards_N - np.diff(np.append(0.0, np.cumsum(kl_R))[response_offsets])
+            rewards_N = rewards_N - sum_per_answer(kl_R, response_offsets)
         compare = PER_ANSWER[config.baseline]
         found_N = compare(rewards_N, group_offsets, config.scale == "std", device)
     elif config.baseline == "none" and kl_R is None:

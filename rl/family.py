@@ -1,8 +1,8 @@
 """The family: each member is a complete set of options for the same four steps.
 
 A preset is what its paper has. `resolve("dapo", {"loss": {"clip_high": 0.3}})` gives the complete
-configuration, with the options that are given besides winning over the preset. `make_learner` turns
-a configuration into the objects that `grpo_step` uses.
+configuration, with the options that are given explicitly overriding the preset's. `make_learner`
+turns a configuration into the objects that `grpo_step` uses.
 
     name           source             baseline        scale   ratio, clip      mean       KL
     r1_zero        the demo           group           std     token, 0.2       token      -
@@ -87,7 +87,7 @@ class Algorithm:
 
     algo: str = "r1_zero"
     """The preset: r1_zero, grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, reinforce or ppo.
-    Options that are given besides win over it; run.json records what was used."""
+    Options that are given explicitly override it; run.json records what was used."""
     steps: int = 100
     """Number of steps in all; the learning rate's schedule ends with the last."""
     prompts_per_step: int = 16
@@ -99,7 +99,7 @@ class Algorithm:
     temperature: float = 1.0
     """Temperature of sampling, and of the log-probs in the loss."""
     updates_per_step: int = 1
-    """Number of optimizer steps on each batch of rollouts; they share the samples out."""
+    """Number of optimizer steps on each batch of rollouts; the samples are split among them."""
     dynamic_sampling: int = 1
     """Dynamic sampling (DAPO): replace problems whose answers all got the same reward, until this
     many times --prompts-per-step were sampled. 1 turns it off."""
@@ -108,16 +108,16 @@ class Algorithm:
     """Soft overlong penalty (DAPO): the share of --max-new-tokens, at its end, over which the
     reward falls by up to 1. 0 turns it off."""
     control: bool = False
-    """Deal the rewards out at random within each group: the control that shows what the machinery
-    does without information."""
+    """Shuffle the rewards within each group. This control shows what training does when rewards
+    carry no information."""
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=rl_optim)
     critic_optim: OptimConfig = field(default_factory=rl_optim)
     """The critic's optimizer (PPO)."""
     value_clip: float = 0.5
-    """The critic's value earns nothing more beyond this distance from the old one (PPO). 0 turns
-    the clip off."""
+    """PPO's value clip: moving the critic's value further than this from its old value earns
+    nothing. 0 turns the clip off."""
     micro_tokens: int = 4096
     """Maximum number of tokens per forward and backward pass; it changes memory and speed, not the
     gradient."""

@@ -45,10 +45,11 @@ class LossConfig:
     one ratio per sequence (arXiv 2507.18071). "cispo": the clipped ratio as a constant weight
     (arXiv 2506.13585). "reinforce": no ratio."""
     clip_low: float = 0.2
-    """The ratio to the old policy earns nothing more below 1 - clip_low."""
+    """The ratio to the old policy earns nothing by falling below 1 - clip_low. (cispo: the lowest
+    weight is 1 - clip_low.)"""
     clip_high: float = 0.2
-    """The ratio to the old policy earns nothing more above 1 + clip_high (DAPO, arXiv 2503.14476:
-    0.28; GSPO: 0.0004)."""
+    """The ratio to the old policy earns nothing by rising above 1 + clip_high (DAPO, arXiv
+    2503.14476: 0.28; GSPO: 0.0004). (cispo: the highest weight is 1 + clip_high.)"""
     mean: str = "token"
     """What the mean is taken over. "token": all tokens of the batch (DAPO). "sequence": the tokens
     of each answer, then the answers (DeepSeekMath). "constant": the answers, with their tokens
@@ -58,12 +59,13 @@ class LossConfig:
     kl_in: str = "loss"
     """Where the KL counts: in the "loss" (GRPO) or in the "reward" (PPO, RLOO, REINFORCE++)."""
     kl_estimator: str = "k3"
-    """The estimator of the KL: k1, k2 or k3. k1 in the loss does nothing."""
+    """The estimator of the KL: k1, k2 or k3. k1 in the loss adds only noise."""
     entropy_coef: float = 0.0
     """Weight of a bonus for the entropy of each token's distribution."""
     max_importance: float = 0.0
-    """Weigh each token by (trainer's probability / sampler's), at most this: it corrects for a
-    sampler that rounds otherwise (truncated importance sampling). 0 turns it off."""
+    """Cap on the weight (trainer's probability / sampler's) of each token, or of each sequence with
+    gspo. It corrects for a sampler that rounds differently (truncated importance sampling). 0 turns
+    it off."""
     overlong_filter: bool = False
     """Leave answers that were cut off out of the loss and its mean; they still count in the
     baseline."""
@@ -126,7 +128,7 @@ def policy_loss(
     """(loss [], metrics) of a batch: [R] inputs, one number per response token; offsets [n + 1].
 
     kernels/grpo.py has the maths and the errors raised. On-policy the ratio is 1 and the loss is
-    about 0, for the advantages of a group sum to 0: its gradient is what counts.
+    near 0, because the advantages of a group sum to 0; only its gradient matters.
     """
     if config.kl_coef == 0 or config.kl_in != "loss":  # the reference is not looked at
         ref_logp = None

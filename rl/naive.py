@@ -7,9 +7,13 @@ answers, plain log_softmax. rl/step.py does the same four things, fast and for t
 tests/rl/test_naive.py holds one against the other: same tokens, same advantages, same gradient.
 
 Left out, because the lesson stands without it: the KL to a reference model, several updates per
-batch and the clip (with one update the ratio is 1, and clipping does nothing), checkpoints, logs.
+batch and the clip (with one update the ratio is 1, and clipping does nothing), the learning rate's
+schedule, checkpoints, logs.
 
-Sources: DeepSeekMath (arXiv 2402.03300), section 4; R1-Zero (arXiv 2501.12948), section 2.2.
+Sources: DeepSeekMath (arXiv 2402.03300), section 4; DeepSeek-R1 (arXiv 2501.12948), section 2.2.
+
+A suffix names a tensor's dimensions: N answers of a group, T tokens of a prompt and its answer, R
+tokens of an answer, V vocabulary.
 """
 
 import sys
@@ -43,7 +47,7 @@ def reward_of(task, problem, text: str) -> float:
 def advantages_of(rewards: list[float]) -> torch.Tensor:
     """How much better was each answer than the rest of its group?
 
-    A_i = (r_i - mean) / std                                              (DeepSeekMath, eq. 3)
+    A_i = (r_i - mean) / std                                               (DeepSeek-R1, eq. 3)
     """
     rewards_N = torch.tensor(rewards, dtype=torch.float64)
     if rewards_N.max() - rewards_N.min() < 1e-6:  # all alike: nothing to prefer, nothing to learn
@@ -96,10 +100,11 @@ def grpo_gradient(model, tokenizer, task, problems: list, step: int) -> dict:
         # 4. Make the tokens of better answers more likely, and those of worse answers less.
         for answer, advantage in zip(answers, advantages.tolist(), strict=True):
             logp_R = log_probs(model, prompt, answer)
-            # The ratio of new to old probability is 1, but its gradient is that of logp.   (eq. 1)
+            # The objective (DeepSeek-R1, eq. 1). The old policy is this same one, so the ratio of
+            # new to old probability is exp(0) = 1. Its gradient is not 0: d ratio = ratio * d logp.
             ratio_R = (logp_R - logp_R.detach()).exp()
-            # Every answer has the same weight, whatever its length; the number of answers in a
-            # step does not change the size of the step.
+            # Every answer has the same weight, whatever its length: that is `--algo grpo`. (The
+            # default of r1zero, r1_zero, gives every token of the step the same weight.)
             loss = -(ratio_R * advantage).mean() / (len(problems) * GROUP_SIZE)
             loss.backward()
 

@@ -82,10 +82,10 @@ class Grader:
 
     def __call__(self, task, rollouts) -> Rewards:
         """Grade all answers of the rollouts."""
-        problems = np.repeat(np.arange(len(rollouts.problems)), np.diff(rollouts.group_offsets))
+        group_of = np.repeat(np.arange(len(rollouts.problems)), np.diff(rollouts.group_offsets))
         graded = [
             reward_one(task, rollouts.problems[group], text, self.config)
-            for group, text in zip(problems, rollouts.texts, strict=True)
+            for group, text in zip(group_of, rollouts.texts, strict=True)
         ]
 
         def column(name: str) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Rollouts: groups of sampled answers, flat, with everything that training needs to know of them.
 
 Samples are stored sorted by group, and a group is a slice given by offsets, never found by
-comparing prompts: two equal problems in a batch stay two groups. Reward and advantage are no fields
-of it; nothing here is overwritten.
+comparing prompts: two equal problems in a batch stay two groups. Rewards and advantages are not
+stored here, and nothing here is ever overwritten.
 
 A `MicroBatch` is some of the samples, laid out for one forward and backward pass. It carries
 everything that their loss needs, one number per response token.
@@ -144,7 +144,7 @@ class DynamicSampler(GroupSampler):
         live = [self.live_groups(task, rounds[0])]
         left = (config.dynamic_sampling - 1) * config.prompts_per_step
         while True:
-            missing = config.prompts_per_step - sum(map(len, live))
+            missing = config.prompts_per_step - sum(len(groups) for groups in live)
             wanted = min(left, missing)
             if wanted <= 0:
                 break
@@ -152,7 +152,8 @@ class DynamicSampler(GroupSampler):
             rounds.append(self.sample_next(task, config, wanted, step, len(rounds)))
             live.append(self.live_groups(task, rounds[-1]))
             left -= wanted
-        if not any(map(len, live)):  # no signal at all: a step like any other, that changes nothing
+        if sum(len(groups) for groups in live) == 0:
+            # No group has a signal: keep the first round, for a step that changes nothing.
             live[0] = np.arange(len(rounds[0].problems))
         others = [
             np.setdiff1d(np.arange(len(part.problems)), kept)
@@ -169,8 +170,8 @@ class DynamicSampler(GroupSampler):
 
 def samples_of(rollouts: Rollouts, groups: np.ndarray) -> np.ndarray:
     """The indices of the samples of the given groups, in their order."""
-    ranges = [np.arange(*rollouts.group_offsets[g : g + 2]) for g in groups]
-    return np.concatenate([np.arange(0), *ranges])
+    per_group = [np.arange(*rollouts.group_offsets[g : g + 2]) for g in groups]
+    return np.concatenate([np.arange(0), *per_group])
 
 
 def merge(parts: list[Rollouts], groups: list[np.ndarray]) -> Rollouts:
@@ -252,11 +253,13 @@ def micro_batch(rollouts: Rollouts, samples: np.ndarray, device) -> MicroBatch:
     else:
         first_with = np.unique(prefix_of, return_index=True)[1]
         shared, skipped = [prefixes[i] for i in first_with], prompt_lengths - 1
+        # Which sequence each one continues, as pack() wants it: -1 for a prefix, which begins.
         after = np.append(np.full(len(shared), -1), prefix_of)
     own = [seq[skip:-1] for seq, skip in zip(sequences, skipped, strict=True)]
     packed = pack([*shared, *own], device, after)
 
-    # Response token t of a sample is predicted by the token before it.
+    # Where each sample's own tokens begin in the flat batch, behind the shared prefixes. The last
+    # token of its prompt predicts the first of the response, and so on.
     starts = packed.cu_seqlens[len(shared) : -1].cpu().numpy().astype(np.int64)
     first_predictors = starts + prompt_lengths - skipped - 1
     predictors = ranges(first_predictors, response_lengths)

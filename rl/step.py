@@ -40,7 +40,8 @@ class Learner:
     credit: Credit
     """From rewards to advantages."""
     loss_weights: Callable = loss_weights
-    """The weight of each answer's tokens in the mean."""
+    """The weight of each answer's tokens in the mean. (This one always, unless
+    train/lab/mistakes.py breaks it on purpose; the same goes for policy_loss.)"""
     policy_loss: Callable = policy_loss
     """The objective that is minimised."""
 
@@ -54,10 +55,10 @@ def grpo_step(learner: Learner, task: Task, config, step: int) -> dict:
     # 2. Grade each answer by rule: is it right, is it well formed?
     rewards = learner.grader(task, rollouts)
 
-    # 3. How much better than the rest of its group was each answer?        (DeepSeekMath, eq. 3)
+    # 3. How much better than the rest of its group was each answer?         (DeepSeek-R1, eq. 3)
     advantages = learner.credit(rewards, rollouts)
 
-    # 4. Make the better ones more likely, within the trust region.         (DeepSeekMath, eq. 1)
+    # 4. Make the better ones more likely, within the trust region.          (DeepSeek-R1, eq. 1)
     metrics = update_policy(learner, rollouts, advantages, config, step)
 
     return metrics | {

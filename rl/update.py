@@ -1,14 +1,15 @@
 """One update of the policy from rollouts and their advantages.
 
-Several optimizer steps on the same rollouts share the samples out among them, and each process has
-its own; the old policy is the one before the first step. The weight of every token is fixed for the
-whole batch beforehand. So the gradient depends neither on the cut into micro-batches, nor on
-leaving out the samples that teach nothing (they still count in the mean's denominator), nor on how
-many processes share the work.
+With several optimizer steps on the same rollouts, the samples are split among the steps, and each
+process has samples of its own. The old policy is the one before the first step. The weight of every
+token is fixed for the whole batch beforehand. So the gradient depends neither on the cut into
+micro-batches, nor on leaving out the samples that teach nothing (they still count in the mean's
+denominator), nor on how many processes share the work.
 
 Shapes: N answers, R response tokens of a batch or of all rollouts.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from ..kernels.grpo import POLICY_METRICS
 from ..kernels.linear_logprob import check_targets
 from ..model.distributed import all_sum, sum_gradients
 from ..model.optimizer import learning_rate, optimizer_step
-from .advantages import Advantages
+from .advantages import Advantages, sum_per_answer
 from .losses import entropy_bonus, importance_weights, kl_estimate, mean_metrics
 from .rollouts import (
     MicroBatch,
@@ -51,14 +52,15 @@ def update_policy(learner, rollouts: Rollouts, advantages: Advantages, config, s
     for batches in updates:
         # Add up the gradient over micro-batches...
         for batch in batches:
-            loss, metrics = batch_loss(learner, batch, rollouts.temperature, config)
+            loss, *measured = batch_loss(learner, batch, rollouts.temperature, config)
             loss.backward()
-            log.add(batch, *metrics)
+            log.add(batch, *measured)
         # ... and over processes, after all of them have found their log-probs to be right.
-        if log.any_process_has_batches(batches):
+        if log.check_gaps_and_count(batches) > 0:
             sum_gradients(policy)
             norm = optimizer_step(policy, learner.optimizer, rate, config.optim)
             log.gradient_norms.append(norm)
+    # PPO alone: its critic learns from the same rollouts. (Without one this does nothing.)
     critic_metrics = learner.credit.critic.update(rollouts, advantages, step)
     return log.summary(config.updates_per_step) | advantages.metrics | critic_metrics
 
@@ -77,10 +79,9 @@ def lay_out_updates(
 
     # Samples that teach nothing are left out: those whose advantages are all 0, if nothing else
     # (the KL, the entropy bonus) has a gradient.
-    signal_R = advantages.per_token != 0
-    has_signal_N = np.diff(np.append(0, np.cumsum(signal_R))[rollouts.response_offsets]) > 0
-    all_teach = config.kl_in_loss or config.loss.entropy_coef > 0
-    live = np.flatnonzero(weights_N if all_teach else weights_N * has_signal_N)
+    has_signal_N = sum_per_answer(advantages.per_token != 0, rollouts.response_offsets) > 0
+    others_teach = config.kl_in_loss or config.loss.entropy_coef > 0
+    live = np.flatnonzero(weights_N * (has_signal_N | others_teach))
 
     def on_device(values_R: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values_R).float().to(device)
@@ -121,7 +122,7 @@ def deal_samples(samples: np.ndarray, config, step: int) -> list[np.ndarray]:
 
 
 def batch_loss(learner, batch: MicroBatch, temperature: float, config) -> tuple:
-    """(loss, (metrics, entropy [R], gap [R])) of one micro-batch."""
+    """(loss, metrics, entropy [R], gap [R]) of one micro-batch."""
     options = config.loss
     logp, entropy = response_logprobs(learner.policy, batch, temperature)
     old_logp = logp.detach() if batch.old_logp is None else batch.old_logp
@@ -139,7 +140,7 @@ def batch_loss(learner, batch: MicroBatch, temperature: float, config) -> tuple:
         loss, metrics = loss + bonus, metrics.clone()
         metrics[LOSS] += bonus.detach()
     gap = (old_logp - batch.sampler_logp).abs()
-    return loss, (metrics, entropy.detach(), gap)
+    return loss, metrics, entropy.detach(), gap
 
 
 def gap_limit(policy, config) -> float:
@@ -173,11 +174,11 @@ class UpdateLog:
         self.tokens += len(gap)
         self.unread.append(torch.stack([entropy.sum(), gap.sum(), gap.max()]))
 
-    def any_process_has_batches(self, batches: list[MicroBatch]) -> bool:
-        """Whether there is a gradient to step with, in this process or another.
+    def check_gaps_and_count(self, batches: list[MicroBatch]) -> int:
+        """How many micro-batches all processes have together: 0 leaves nothing to step with.
 
         Every process must call it. Raises LogpGapError in all processes if one has a gap that is
-        too large: one that left alone would leave the others waiting.
+        too large: a process that stopped alone would leave the others waiting.
         """
         if self.unread:
             entropies, gaps, maxima = torch.stack(self.unread).double().cpu().T
@@ -186,8 +187,8 @@ class UpdateLog:
             self.gap_sum += float(gaps.sum())
             # A maximum would pass over NaN, which is the largest gap of all.
             worst = float("nan") if maxima.isnan().any() else float(maxima.max())
-            self.gap_max = max(self.gap_max, worst) if worst == worst else worst
-        too_large = not self.gap_max <= self.largest_gap
+            self.gap_max = worst if math.isnan(worst) else max(self.gap_max, worst)
+        too_large = not self.gap_max <= self.largest_gap  # NaN is too large, too
         n_batches, n_too_large = all_sum(np.array([len(batches), too_large]))
         if n_too_large:
             where = "" if too_large else " on another process"
@@ -195,7 +196,7 @@ class UpdateLog:
                 f"the sampler's log-prob of a token is {self.gap_max:.3g} from the trainer's own, "
                 f"more than --max-logp-gap {self.largest_gap:g}{where}"
             )
-        return n_batches > 0
+        return int(n_batches)
 
     def summary(self, n_updates: int) -> dict:
         n_tokens = max(1, self.tokens)

@@ -1,6 +1,7 @@
 """The rules of the house, read off the syntax tree. Each rule is a function from source to complaints, and is
 shown to complain about a breach before the repository is held against it."""
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -353,15 +354,22 @@ def test_dependencies_are_pinned_within_what_setup_allows():
     assert unpinned(extras["dev"] + extras["bpe"], (ROOT / "requirements-dev.txt").read_text()) == []
 
 
-def test_a_wheel_holds_the_library_and_nothing_else(tmp_path):
-    source, target = tmp_path / "source", tmp_path / "target"
+def build_wheel(tmp_path: Path) -> Path:
+    """A wheel of setup.py, from a copy of the library alone."""
+    source = tmp_path / "source"
     for folder in FLOORS:
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("setup.py", "pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / file, source)
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*pip, "--wheel-dir", tmp_path, source], check=True)
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+    [wheel] = tmp_path.glob("*.whl")
+    return wheel
+
+
+def test_a_wheel_holds_the_library_and_nothing_else(tmp_path):
+    target = tmp_path / "target"
+    with zipfile.ZipFile(build_wheel(tmp_path)) as wheel:
         wheel.extractall(target)
     files = {path.relative_to(target) for path in target.rglob("*") if path.is_file()}
     assert {path for path in files if path.suffix == ".py"} == {"r1zero" / path for path in LIBRARY}
@@ -371,3 +379,29 @@ def test_a_wheel_holds_the_library_and_nothing_else(tmp_path):
     found = subprocess.run([sys.executable, "-c", find], cwd=ROOT, env={"PYTHONPATH": str(target)},
                            capture_output=True, text=True, check=True)
     assert found.stdout.strip() == str(target / "r1zero/model/config.py")
+
+
+@pytest.mark.slow
+def test_an_installed_wheel_runs_outside_the_checkout(tmp_path):
+    """From text to a checkpoint to an answer, in an empty folder, by the command that pip installs."""
+    target, here = tmp_path / "target", tmp_path / "here"
+    here.mkdir()
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target]
+    subprocess.run([*pip, build_wheel(tmp_path)], check=True)
+    environment = {**os.environ, "PYTHONPATH": str(target), "PYTHONSAFEPATH": "1"}
+
+    def r1zero(*words: str) -> str:
+        ran = subprocess.run([sys.executable, target / "bin" / "r1zero", *words], cwd=here, env=environment,
+                             capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    where = subprocess.run([sys.executable, "-c", "import r1zero.rl.step as s; print(s.__file__)"], cwd=here,
+                           env=environment, capture_output=True, text=True, check=True)
+    assert where.stdout.strip() == str(target / "r1zero/rl/step.py")
+    r1zero("pretrain", "--run", "base", "--data", "countdown", "--documents", "200", "--steps", "4",
+           "--batch-tokens", "256")
+    r1zero("grpo", "--run", "rl", "--base", "base", "--steps", "2", "--prompts-per-step", "2",
+           "--group-size", "2", "--max-new-tokens", "4")
+    assert "countdown: 3 problems" in r1zero("eval", "--run", "rl", "--n", "3", "--samples", "1",
+                                             "--max-new-tokens", "4")

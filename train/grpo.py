@@ -9,8 +9,8 @@ and memory.
 
 Left out: a reward model, and a separate sampler. The engine samples with the trainer's own weights,
 so rollouts are never stale. On a GPU it does so in 16 bit and with other kernels: `logp_gap_mean`
-and `logp_gap` in the log tell how far its log-probs are from the trainer's, and a run stops where
-they part. Source: DeepSeek-R1, arXiv 2501.12948.
+and `logp_gap` in the log show how far its log-probs are from the trainer's, and the run stops if
+they differ too much (--max-logp-gap). Source: DeepSeek-R1, arXiv 2501.12948.
 """
 
 import sys
@@ -40,7 +40,7 @@ from .machine import peak_memory, pick_device, reuse_memory
 from .run import Run, RunConfig, at_least, read_metrics
 from .task_flags import TaskFlags
 
-# Metrics of which a NaN ends the run.
+# A NaN or an infinity in any of these metrics ends the run.
 CHECKED = ("loss", "gradient_norm", "value_loss", "critic_gradient_norm")
 
 
@@ -73,7 +73,7 @@ class GRPOConfig(Algorithm, RunConfig):
 
     @classmethod
     def defaults_of(cls, flags: list[str]) -> "GRPOConfig":
-        """What options that are not given stand for on the command line: those of --algo's preset.
+        """The defaults of the command line: the values of --algo's preset.
 
         Raises ValueError for an unknown preset.
         """

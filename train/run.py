@@ -92,7 +92,8 @@ def fixed_settings(config: RunConfig) -> dict:
 
 
 def read_metrics(folder: str | Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl; the half line that a killed run leaves is left out."""
+    """The rows of a run's metrics.jsonl; lines that are not whole are skipped, such as the last of
+    a killed run."""
     rows = []
     for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         try:
@@ -155,7 +156,8 @@ class Interrupt:
         self.requested = True
         signal.signal(signal.SIGINT, self._former_handler)
         print(
-            "\nfinishing this step, then saving; Ctrl-C again breaks off at once", file=sys.stderr
+            "\nfinishing this step, then saving; press Ctrl-C again to stop at once",
+            file=sys.stderr,
         )
 
 
@@ -163,7 +165,7 @@ class Interrupt:
 
 
 def first_bad_tensor(model: torch.nn.Module) -> str:
-    """Where NaN or infinity shows first, in words: in a weight, else in a gradient."""
+    """Where NaN or infinity is found first, in words: in a weight, else in a gradient."""
     parameters = list(model.named_parameters())
     tensors = [(f"weight {name}", p.data) for name, p in parameters]
     tensors += [(f"gradient of {name}", p.grad) for name, p in parameters]
@@ -208,7 +210,7 @@ class Run:
         steps = checkpoint_steps(self.folder)
         if (steps or record.exists()) and not self.config.resume:
             raise ValueError(
-                f"{self.folder} holds a run already; add --resume to go on with it, or give "
+                f"{self.folder} already holds a run; add --resume to continue it, or give "
                 "another folder"
             )
 

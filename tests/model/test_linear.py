@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from r1zero.model.engine.pages import cast_copy
 from r1zero.model.linear import Linear, plain
 from r1zero.model.mlp import MLP
 from r1zero.model.packed import pack
@@ -32,6 +33,22 @@ def replaced(linear, kind):
     new = kind(n_in, n_out, linear.bias is not None).to(linear.weight.dtype)
     new.load_state_dict(linear.state_dict())
     return new
+
+
+def test_a_copy_in_another_dtype_keeps_what_the_layers_are():
+    """The engine's copy on a GPU: same modules, same function, weights of its own."""
+    model = scattered(CONFIGS["plain"], dtype=torch.float32)
+    model.blocks[1].mlp.down = replaced(model.blocks[1].mlp.down, Doubled)
+    copied = cast_copy(model, torch.float64)
+    assert type(copied.blocks[1].mlp.down) is Doubled
+    theirs = dict(model.named_parameters())
+    assert theirs.keys() == dict(copied.named_parameters()).keys()
+    for name, mine in copied.named_parameters():
+        assert mine.dtype == torch.float64 and mine.equal(theirs[name].double()) and not mine.requires_grad
+        assert mine.data_ptr() != theirs[name].data_ptr()
+    batch = pack(sequences(5, 9))
+    with torch.no_grad():
+        assert (copied.hidden_states(batch) - model.hidden_states(batch)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("bias", [False, True])

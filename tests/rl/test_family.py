@@ -46,8 +46,18 @@ def test_a_preset_is_complete_and_what_is_given_wins():
         assert config == expected, algo
     whole = LossConfig(objective="cispo")
     assert resolve("dapo", {"loss": whole}).loss is whole  # a part that is given whole replaces the preset's
-    with pytest.raises(TypeError, match="clip_hihg"):
-        resolve("grpo", {"loss": {"clip_hihg": 0.3}})
+    assert resolve("dapo", {"optim": {"lr": 0.5}}).optim == dataclasses.replace(Algorithm().optim, lr=0.5)
+
+
+@pytest.mark.parametrize("overrides, message", [
+    ({"loss": {"clip_hihg": 0.3}}, "loss has no option 'clip_hihg'; expected .*clip_high"),
+    ({"optim": {"lrr": 0.3}}, "optim has no option 'lrr'; expected lr"),
+    ({"lr": 0.3}, "Algorithm has no option 'lr'; expected "),
+    ({"algo": "ppo"}, "the overrides of dapo have algo 'ppo'; resolve that preset"),
+])
+def test_an_option_that_is_none_is_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        resolve("dapo", overrides)
 
 
 def test_what_was_used_is_what_is_recorded_and_said(tmp_path, capsys):
@@ -57,7 +67,7 @@ def test_what_was_used_is_what_is_recorded_and_said(tmp_path, capsys):
     assert recorded["algo"] == "dapo" and recorded["loss"]["clip_high"] == 0.28
     said = capsys.readouterr().err
     assert "dapo: baseline group, scale std, objective clip, clip_low 0.2, clip_high 0.28, mean token, " \
-        "dynamic_sampling 3, overlong_buffer 0.2\n" in said
+        "dynamic_sampling 3, overlong_buffer 0.2, max_logp_gap 0.001\n" in said
     assert in_words(grpo_config("", "", algo="reinforce_pp")) == \
         "reinforce_pp: baseline none, scale batch, gamma 1.0, lam 1.0, objective clip, clip_low 0.2, " \
         "clip_high 0.2, mean token, kl_coef 0.001, kl_in reward, kl_estimator k1"

@@ -259,4 +259,5 @@ def test_kl_to_the_base_is_logged_over_the_asked_samples():
     assert kl_to_reference(another, rollouts, c, 0) == pytest.approx(expected, rel=1e-4)
     assert expected > 0.1
     c.kl_samples = 0
+    another.in_use = None  # it is not even brought to the device
     assert kl_to_reference(another, rollouts, c, 0) == 0

@@ -17,7 +17,7 @@ from r1zero.train.sft import SFTConfig, sft
 from .loop_cases import grpo_config, pretrain_config, save_base, text_file
 from .run_cases import assert_same, broken_at, outcome, pretrain_on_text
 
-FINISHING = "finishing this step, then saving; Ctrl-C again breaks off at once"
+FINISHING = "finishing this step, then saving; press Ctrl-C again to stop at once"
 
 
 def run_kills(folder, *words: str) -> dict:

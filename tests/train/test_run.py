@@ -112,7 +112,7 @@ def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path, left):
         for path in sorted((tmp_path / "run/checkpoints").rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
     before = outcome(tmp_path / "run")
-    with pytest.raises(ValueError, match="holds a run already; add --resume"):
+    with pytest.raises(ValueError, match="already holds a run; add --resume"):
         pretrain(c)
     assert outcome(tmp_path / "run") == before
 

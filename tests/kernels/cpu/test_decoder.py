@@ -11,7 +11,7 @@ from r1zero.model.engine.engine import Engine
 from r1zero.model.engine.pages import Pages
 from r1zero.model.engine.slots import Slots, gather_weights
 from r1zero.model.packed import pack
-from r1zero.model.transformer import Transformer
+from r1zero.model.transformer import Block, Transformer
 
 from ...model.engine.cases import Watched, agree, mixed_requests
 from ..naive_ops import assert_close
@@ -124,12 +124,36 @@ class OtherMLP(torch.nn.Module):
         return self.dense(x)
 
 
+class OtherBlock(Block):
+    """Half of what a block adds."""
+
+    def forward(self, x, residual, cos, sin, kv):
+        x, residual = super().forward(x, residual, cos, sin, kv)
+        return x / 2, residual
+
+
+class OtherModel(Watched):
+    def forward(self, tokens, positions, kv):
+        return super().forward(tokens, positions, kv) / 2
+
+
+def test_a_forward_of_its_own_goes_by_pages():
+    """The decoder reads weights alone, and would pass over it."""
+    model, requests = Watched(1.5), mixed_requests(6)
+    assert Slots.serves(model) and not Slots.serves(OtherModel())
+    other = OtherBlock(model.config, 1)
+    other.load_state_dict(model.blocks[1].state_dict())
+    model.blocks[1] = other
+    assert not Slots.serves(model)
+    agree(model, requests, Engine(model).generate(requests))
+
+
 def test_other_layers_go_by_pages():
     model, requests = Watched(1.0), mixed_requests(6)
     assert Slots.serves(model)
     model.blocks[1].mlp = OtherMLP(model.blocks[1].mlp)
     assert not Slots.serves(model)
-    with pytest.raises(ValueError, match="paged is False, but .* not an attention with a dense MLP"):
+    with pytest.raises(ValueError, match="paged is False, but the model is more than attention and dense"):
         Engine(model, paged=False)
     engine = Engine(model)
     assert isinstance(engine.cache, Pages)

@@ -220,7 +220,7 @@ def test_bf16_is_near_fp32():
     requests = group_requests(PROMPTS, 4, 2, 1.0, sample_seeds(24, 7), (EOS,))
     engines = [Engine(Watched(dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
     assert [type(engine.cache) for engine in engines] == [Slots, Pages]
-    with pytest.raises(ValueError, match="paged is False, but slots are for float32 .* computes in torch.bf"):
+    with pytest.raises(ValueError, match="paged is False, but the decoder computes in float32, .* torch.bf"):
         Engine(Watched(dtype=torch.bfloat16), paged=False)
     wide, narrow = (engine.generate(requests) for engine in engines)
     pairs = [(a, b) for a, b in zip(wide, narrow, strict=True) if a.tokens.tolist() == b.tokens.tolist()]

@@ -251,7 +251,7 @@ def test_from_text_to_an_answer(tmp_path, capsys, monkeypatch):
     assert "countdown: 3 problems x 2 samples" in capsys.readouterr().out
     assert main(["chat", "--run", "tuned", "--problem", "Who sat?", "--max-new-tokens", "4"]) == 0
     assert capsys.readouterr().out.startswith("Who sat?\n")
-    fails(capsys, ["pretrain", "--run", "base", "--data", "text.txt", *small], 2, "base holds a run already")
+    fails(capsys, ["pretrain", "--run", "base", "--data", "text.txt", *small], 2, "base already holds a run")
     assert cli.main(["grade", "--input", "rl/eval_countdown_step2.jsonl", "--out", "graded.jsonl"]) == 0
     assert len((tmp_path / "graded.jsonl").read_text().splitlines()) == 6
 

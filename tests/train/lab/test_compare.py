@@ -120,7 +120,7 @@ def test_ctrl_c_stops_and_resume_ends_where_an_unbroken_comparison_does(at, tmp_
     for part in ("right", "broken"):
         assert figures(tmp_path / "both" / part) == figures(tmp_path / "whole" / part)
     assert compare(replace(c, resume=True)) == path and len(taken) == 6  # nothing is left to do
-    with pytest.raises(ValueError, match="holds a run already; add --resume"):
+    with pytest.raises(ValueError, match="already holds a run; add --resume"):
         compare(c)
 
 
