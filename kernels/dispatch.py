@@ -72,7 +72,7 @@ def choose(op: str, backends: Sequence[Backend], impl: str | None, *args) -> Cal
         reason = backend.refuses(*args)
         if reason is None:
             if without_triton:
-                warn_once(f"{without_triton}: the slower {backend.name} runs instead")
+                warn_once(f"{without_triton}: the slower back end '{backend.name}' runs instead")
             return backend.run
         if backend.name == "triton" and (args[0].is_cuda or INTERPRETING):
             without_triton = reason

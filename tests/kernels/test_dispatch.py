@@ -93,7 +93,7 @@ def test_a_cpu_tensor_is_served_without_triton_and_without_a_word():
 
 def test_what_a_cuda_tensor_goes_without_is_said_once():
     warn_once.cache_clear()
-    with pytest.warns(UserWarning, match="^it is too old: the slower plain torch refer") as said:
+    with pytest.warns(UserWarning, match="^it is too old: the slower back end 'cpu' runs instead") as said:
         for _ in range(3):
             assert choose("op", backends("it is too old"), None, OnCuda())() == "cpu"
     assert len(said) == 1
