@@ -76,16 +76,22 @@ BACK_ENDS = ("triton", "numba")  # packages that only kernels/ may import
 
 
 def names_a_back_end(path: Path, source: str) -> list[str]:
-    """Outside kernels/ nobody imports a back end, or forces one with `impl=`."""
+    """Outside kernels/ nobody imports a back end, or forces one with `impl`."""
     if path.parts[0] not in FLOORS[1:]:
         return []
     complaints = []
     for line, name, _ in imported(path, source):
         if name.split(".")[0] in BACK_ENDS or name.startswith("r1zero.kernels.cpu"):
             complaints.append(f"{path}:{line}: imports {name}, which kernels/ hides behind its ops")
+    ops = {name.split(".")[-1] for _, name, _ in imported(path, source) if name.startswith("r1zero.kernels.")}
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.keyword) and node.arg == "impl":
-            complaints.append(f"{path}:{node.lineno}: forces a back end with impl=")
+        if not isinstance(node, ast.Call):
+            continue
+        by_name = any(keyword.arg == "impl" for keyword in node.keywords)
+        words = {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+        by_place = ast.unparse(node.func).split(".")[-1] in ops and words & {"triton", "cpu", "reference"}
+        if by_name or by_place:
+            complaints.append(f"{path}:{node.lineno}: forces a back end with impl")
     return complaints
 
 
@@ -242,6 +248,8 @@ def test_code_rule(source, fine):
     ("model/deep/a.py", "from ...kernels.cpu.mlp import mlp", False),
     ("rl/a.py", "import numba", False),
     ("train/a.py", "f(x, impl='reference')", False),
+    ("model/a.py", "from ..kernels.mlp import swiglu\nswiglu(x, 'cpu')", False),
+    ("model/a.py", "from ..kernels.mlp import swiglu\nimport torch\ntorch.device('cpu')", True),
 ])
 def test_back_end_rule(path, source, fine):
     assert bool(names_a_back_end(Path(path), source)) != fine
