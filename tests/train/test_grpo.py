@@ -1,4 +1,5 @@
 """GRPO raises a reward and its control does not; what it leaves can be trained on."""
+import json
 import math
 
 import numpy as np
@@ -6,8 +7,10 @@ import pytest
 import torch
 
 from r1zero.model.checkpoint import load_checkpoint
+from r1zero.model.engine.engine import Engine
 from r1zero.model.tokenizer import Tokenizer
-from r1zero.train.grpo import grpo
+from r1zero.train import grpo as grpo_module
+from r1zero.train.grpo import grpo, timed_step
 from r1zero.train.run import read_metrics
 
 from ..rl.cases import Bandit
@@ -53,3 +56,48 @@ def test_all_groups_dead_changes_nothing_and_says_so(tmp_path):
     assert row["dead_groups"] == 1 and row["trained_samples"] == row["gradient_norm"] == row["loss"] == 0
     before, after = (load_checkpoint(folder).tensors["model"] for folder in (base, c.run))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# ---- what the loop asks of the engine, and does about log-probs that are not the trainer's ----
+
+def test_grpo_says_what_a_step_needs(tmp_path, monkeypatch):
+    asked = {}
+
+    class Asked(Engine):
+        def __init__(self, *args, **options):
+            asked.update(options)
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(grpo_module, "Engine", Asked)
+    c = grpo_config(tmp_path / "run", save_base(tmp_path / "base"), steps=1, save_every=1)
+    policy = grpo_module.grpo(c)
+    assert asked["reserve"] == 12 * sum(p.numel() for p in policy.parameters())
+    assert c.max_new_tokens < asked["longest"] and asked["max_rows"] == c.prompts_per_step * c.group_size
+
+
+def test_grpo_logs_the_gap_and_stops_when_it_is_too_large(tmp_path):
+    c = grpo_config(tmp_path / "run", save_base(tmp_path / "base"), steps=4, save_every=1)
+
+    def disagreeing(learner, task, config, step):
+        sample = learner.sampler.sample
+
+        def sample_and_spoil(*args):
+            rollouts = sample(*args)
+            if step == 2:
+                for logp in rollouts.sampler_logp:
+                    logp[0] -= 0.01
+            return rollouts
+
+        learner.sampler.sample = sample_and_spoil
+        return timed_step(learner, task, config, step)
+
+    with pytest.raises(FloatingPointError, match="is 0.01 from the trainer's own, more than --max-logp-gap "
+                                                 "0.001, at step 3; the checkpoint of step 2 is kept"):
+        grpo(c, step_of=disagreeing)
+    rows = read_metrics(c.run)
+    assert len(rows) == 2 and all(0 <= row["logp_gap_mean"] <= row["logp_gap"] < 1e-4 for row in rows)
+    assert rows[0]["logp_gap"] > 0
+    with pytest.raises(ValueError, match="--max-logp-gap is -1"):
+        grpo_config("", "", max_logp_gap=-1.0)
+    grpo(grpo_config(c.run, c.base, steps=4, save_every=1, resume=True, max_logp_gap=0.1))
+    assert len(json.dumps(read_metrics(c.run))) and len(read_metrics(c.run)) == 4
