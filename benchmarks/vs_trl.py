@@ -34,6 +34,7 @@ from r1zero.model.optimizer import OptimConfig
 from r1zero.model.packed import pack
 from r1zero.model.transformer import Transformer, count_parameters, flops_per_token
 from r1zero.rl.family import make_learner, resolve
+from r1zero.rl.update import Reference
 from r1zero.train.grpo import timed_step
 from r1zero.train.machine import reuse_memory
 
@@ -129,7 +130,7 @@ def our_step(flags: Flags):
     model, reference = (Transformer(flags.model).init_weights(0) for _ in range(2))
     task = TokenIdTask(flags.model.vocab_size, flags.prompt_tokens)
     tokenizer = TokenIdTokenizer((flags.model.vocab_size,))
-    learner = make_learner(config, model, reference, Engine(model, tokenizer))
+    learner = make_learner(config, model, Reference(reference, model.device), Engine(model, tokenizer))
     n_done = 0
 
     def step() -> tuple[float, float]:

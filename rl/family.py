@@ -262,7 +262,7 @@ def in_words(config: Algorithm) -> str:
 def make_learner(
     config: Algorithm,
     policy: Transformer,
-    reference: Transformer,
+    reference: Reference,
     engine: Engine,
     critic_trunk: Transformer | None = None,
 ) -> Learner:
@@ -272,21 +272,20 @@ def make_learner(
     """
     device = policy.device
     grader = Grader(config)
-    held_reference = Reference(reference, device, config.ref_offload)
 
     dynamic = config.dynamic_sampling > 1
     sampler = DynamicSampler(engine, grader) if dynamic else GroupSampler(engine)
 
     kl_cost, critic = no_kl, None
     if config.kl_in_reward:
-        kl_cost = kl_cost_to(held_reference, config)
+        kl_cost = kl_cost_to(reference, config)
     if config.advantage.baseline == "critic":
         network = Critic(critic_trunk)
         critic = CriticLearner(network, make_optimizer(network, config.critic_optim), config)
     return Learner(
         policy=policy,
         optimizer=make_optimizer(policy, config.optim),
-        reference=held_reference,
+        reference=reference,
         sampler=sampler,
         grader=grader,
         credit=Credit(config.advantage, device, kl_cost, critic),

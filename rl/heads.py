@@ -43,10 +43,10 @@ class CriticLearner:
 
     def values(self, rollouts: Rollouts) -> np.ndarray:
         """[R] float64: V of the state before each response token of all rollouts."""
-        everyone = np.arange(len(rollouts.texts))
-        device = self.critic.value.device
-        batches = micro_batches(rollouts, everyone, self.config.micro_tokens, device)
-        return over_all_tokens(self.critic, rollouts, batches).double().cpu().numpy()
+        values_R = over_all_tokens(
+            self.critic, rollouts, self.config.micro_tokens, self.critic.value.device
+        )
+        return values_R.double().cpu().numpy()
 
     def update(self, rollouts: Rollouts, advantages: Advantages, step: int) -> dict:
         """As many optimizer steps on the critic as on the policy; returns the metrics to log."""

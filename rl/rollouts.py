@@ -317,9 +317,10 @@ def response_logprobs(
 
 
 @torch.no_grad()
-def over_all_tokens(function: Callable, rollouts: Rollouts, batches: list[MicroBatch]):
-    """[R of all rollouts]: function(batch) [R of the batch] in the order of the rollouts, and 0 for
-    the tokens of no batch."""
+def over_all_tokens(function: Callable, rollouts: Rollouts, tokens_per_batch: int, device):
+    """[R of all rollouts]: function(batch) [R of the batch], in the order of the rollouts."""
+    everyone = np.arange(len(rollouts.texts))
+    batches = micro_batches(rollouts, everyone, tokens_per_batch, device)
     n_tokens = int(rollouts.response_offsets[-1])
     whole = torch.zeros(n_tokens)
     for batch in batches:

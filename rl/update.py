@@ -271,13 +271,12 @@ def kl_cost_to(reference: Reference, config) -> Callable[[Rollouts], np.ndarray]
     """For the KL in the reward: a function of rollouts that gives what each token costs, [R]."""
 
     def kl_cost(rollouts: Rollouts) -> np.ndarray:
-        everyone = np.arange(len(rollouts.texts))
-        batches = micro_batches(rollouts, everyone, config.micro_tokens, reference.device)
         with reference.in_use() as model:
             ref_logp_R = over_all_tokens(
                 lambda batch: response_logprobs(model, batch, rollouts.temperature)[0],
                 rollouts,
-                batches,
+                config.micro_tokens,
+                reference.device,
             )
         logp_R = np.concatenate(rollouts.sampler_logp).astype(np.float64)
         kl_R = kl_estimate(logp_R, ref_logp_R.double().cpu().numpy(), config.loss.kl_estimator)

@@ -33,7 +33,7 @@ from ..model.transformer import Transformer
 from ..rl import family
 from ..rl.family import Algorithm, in_words
 from ..rl.step import Learner, grpo_step
-from ..rl.update import LogpGapError, gap_limit
+from ..rl.update import LogpGapError, Reference, gap_limit
 from .lab.diagnosis import Diagnosis
 from .lab.mistakes import MISTAKES, warn_of
 from .machine import peak_memory, pick_device, reuse_memory
@@ -98,9 +98,9 @@ def make_learner(config: GRPOConfig, task: Task, device: torch.device) -> Learne
     """Load the base model, and make everything that a step uses of it."""
     policy, tokenizer, base = load_model(config.base, device)
     model_config, weights = base.state["model_config"], base.tensors["model"]
-    # Where it lives between uses, before the engine measures how much memory is free.
-    home = torch.device("cpu") if config.ref_offload else device
-    reference = build_model(model_config, weights, home)
+    # Built on the device, which decides what it computes in, and at home before the engine measures
+    # how much memory is free.
+    reference = Reference(build_model(model_config, weights, device), device, config.ref_offload)
     has_critic = config.advantage.baseline == "critic"
     critic_trunk = build_model(model_config, weights, device) if has_critic else None
     engine = make_engine(config, task, policy, tokenizer, has_critic)

@@ -113,10 +113,6 @@ class Slots:
         """Rows in use."""
         return self.decoder.n
 
-    @property
-    def n_tokens(self) -> int:
-        return self.decoder.n_slots
-
     def allocate(self, n_tokens: int) -> None:
         """Set the limit; memory is allocated as it is needed."""
         self.decoder.n_slots = n_tokens

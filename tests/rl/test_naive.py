@@ -17,6 +17,7 @@ from r1zero.model.transformer import Transformer
 from r1zero.rl import naive
 from r1zero.rl.family import make_learner, resolve
 from r1zero.rl.step import grpo_step
+from r1zero.rl.update import Reference
 
 from .cases import Bandit, Capture, assert_same_gradient, tiny
 
@@ -29,7 +30,8 @@ def fast_learner(model, tokenizer, **overrides):
     options = {"loss": {"kl_coef": 0.0}, "prompts_per_step": PROBLEMS, "group_size": naive.GROUP_SIZE,
                "max_new_tokens": naive.MAX_NEW_TOKENS, "seed": naive.SEED, "optim": still, **overrides}
     config = resolve("grpo", options)
-    learner = make_learner(config, model, tiny(dtype=torch.float64), Engine(model, tokenizer))
+    reference = Reference(tiny(dtype=torch.float64), model.device)
+    learner = make_learner(config, model, reference, Engine(model, tokenizer))
     learner.optimizer = Capture(model)
     return learner, config
 
