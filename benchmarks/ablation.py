@@ -117,7 +117,7 @@ def one_run(preset: str, seed: int, flags: Flags) -> dict:
     """Train until the budget is spent, then measure. The preset "base" is measured as it is."""
     config = config_of("r1_zero" if preset == "base" else preset, seed, flags)
     task = config.task.make()
-    learner = make_learner(config, task, pick_device("auto"))
+    learner = make_learner(config, task, load_model(config.base, pick_device("auto")))
     rows, started = [], time.perf_counter()
     with tqdm(total=flags.budget, desc=f"{preset} {seed}", unit="token", leave=False) as bar:
         while preset != "base" and sum(row["tokens"] for row in rows) < flags.budget:

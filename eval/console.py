@@ -6,6 +6,7 @@ else happens: every write of this project that only informs goes through this fi
 
     say(text)           a message on stderr, above a progress bar that is shown there
     show(text)          a result on stdout. Write it to its file first
+    shout(text)         a message from a signal handler
     Bar(total, ...)     a progress bar on stderr
 
 Left out: text that is a command's product, such as the grades of `r1zero grade`. If nobody can read
@@ -76,6 +77,14 @@ def say(text: str) -> None:
 def show(text: str) -> None:
     """Write a result on stdout. Never raises, so what must not be lost goes to a file first."""
     _write(text, sys.stdout)
+
+
+def shout(text: str) -> None:
+    """`say` for a signal handler, which may interrupt a write to the same stream. Never raises."""
+    try:
+        os.write(2, f"\n{text}\n".encode(errors="replace"))
+    except OSError:
+        pass
 
 
 def _write(text: str, stream) -> None:

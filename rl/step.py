@@ -63,7 +63,7 @@ def grpo_step(learner: Learner, task: Task, config, step: int) -> dict:
 
     return metrics | {
         **sampling_metrics(learner, task, rollouts, rewards),
-        "kl_to_reference": kl_to_reference(learner.reference, rollouts, config, step),
+        **kl_to_reference(learner.reference, rollouts, config, step),
     }
 
 

@@ -62,7 +62,8 @@ def update_policy(learner, rollouts: Rollouts, advantages: Advantages, config, s
             log.gradient_norms.append(norm)
     # PPO alone: its critic learns from the same rollouts. (Without one this does nothing.)
     critic_metrics = learner.credit.critic.update(rollouts, advantages, step)
-    return log.summary(config.updates_per_step) | advantages.metrics | critic_metrics
+    metrics = log.summary(config.updates_per_step) | advantages.metrics | critic_metrics
+    return metrics | {"lr": rate}
 
 
 def lay_out_updates(
@@ -199,14 +200,20 @@ class UpdateLog:
         return int(n_batches)
 
     def summary(self, n_updates: int) -> dict:
-        n_tokens = max(1, self.tokens)
-        return {
-            **mean_metrics(self.metrics, n_updates),
-            "entropy": self.entropy_sum / n_tokens,
+        """The metrics of a step. Where no answer taught anything, no token was looked at, and what
+        is measured on tokens is left out."""
+        metrics = {
+            "loss": 0.0,
             "gradient_norm": np.max(self.gradient_norms),
-            "logp_gap": self.gap_max,
-            "logp_gap_mean": self.gap_sum / n_tokens,
             "trained_samples": self.samples,
+        }
+        if self.tokens == 0:
+            return metrics
+        return metrics | {
+            **mean_metrics(self.metrics, n_updates),
+            "entropy": self.entropy_sum / self.tokens,
+            "logp_gap": self.gap_max,
+            "logp_gap_mean": self.gap_sum / self.tokens,
         }
 
 
@@ -249,12 +256,15 @@ class Reference:
         self.model.load_state_dict(policy.state_dict())
 
 
-def kl_to_reference(reference: Reference, rollouts: Rollouts, config, step: int) -> float:
-    """The k3 estimate of KL(policy || reference), in nats per token, on a random few samples.
+def kl_to_reference(reference: Reference, rollouts: Rollouts, config, step: int) -> dict:
+    """{"kl_to_reference": k3 estimate of KL(policy || reference), in nats per token}.
 
-    The policy's log-probs are those that the samples came with, so only the reference has to run.
+    It is measured on a random few samples; without samples the dict is empty. The policy's
+    log-probs are those that the samples came with, so only the reference has to run.
     """
     n_samples = min(config.kl_samples, len(rollouts.texts))
+    if n_samples == 0:
+        return {}
     rng = np.random.default_rng([config.seed, step, 1])
     some = np.sort(rng.choice(len(rollouts.texts), n_samples, replace=False))
     batches = micro_batches(rollouts, some, config.micro_tokens, reference.device)
@@ -264,7 +274,7 @@ def kl_to_reference(reference: Reference, rollouts: Rollouts, config, step: int)
         d = ref - batch.sampler_logp
         total += float((d.exp() - d - 1).sum())
         count += len(d)
-    return total / max(1, count)
+    return {"kl_to_reference": total / count}
 
 
 def kl_cost_to(reference: Reference, config) -> Callable[[Rollouts], np.ndarray]:

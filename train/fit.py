@@ -61,7 +61,7 @@ def fit(run: Run, model: Transformer, tokenizer: Tokenizer, batches, config) -> 
     """Train `model` for the steps that `run` has left.
 
     batches: its `batch(step)` is the data of a step, so a resumed run needs no more than the step.
-    config: has `steps`, `save_every`, `optim` and `micro_tokens`.
+    config: has `save_every`, `optim` and `micro_tokens`.
     Raises FloatingPointError for a loss or gradient that is not finite.
     """
     optimizer = make_optimizer(model, config.optim)
@@ -69,11 +69,12 @@ def fit(run: Run, model: Transformer, tokenizer: Tokenizer, batches, config) -> 
     n_tokens, started = 0, time.perf_counter()
     for step in run.steps():
         batch = batches.batch(step)
-        lr = learning_rate(step, config.steps, config.optim)
+        lr = learning_rate(step, run.schedule_steps, config.optim)
         loss, gradient_norm = train_step(
             model, optimizer, batch, lr, config.optim, config.micro_tokens
         )
         run.check_finite(step, model, loss=loss, gradient_norm=gradient_norm)
+        run.done(step)
 
         n_tokens += len(batch.targets)
         metrics = {
@@ -85,4 +86,4 @@ def fit(run: Run, model: Transformer, tokenizer: Tokenizer, batches, config) -> 
         }
         run.log(step, metrics, show=("loss", "tokens_per_s"))
         if run.due(step, config.save_every):
-            run.save(step, model, tokenizer, optimizer)
+            run.save(step)

@@ -13,33 +13,43 @@ and `logp_gap` in the log show how far its log-probs are from the trainer's, and
 they differ too much (--max-logp-gap). Source: DeepSeek-R1, arXiv 2501.12948.
 """
 
-import sys
 import time
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 import torch
 import tyro
-from tqdm import tqdm
 
+from ..eval.console import say
 from ..eval.harness import evaluate
 from ..eval.sampler import ModelSampler
 from ..eval.tasks.base import Task
-from ..model.checkpoint import build_model, load_model
+from ..model.checkpoint import (
+    Checkpoint,
+    build_model,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+)
 from ..model.engine.engine import Engine
 from ..model.engine.sampling import NonFiniteError
+from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ..rl import family
 from ..rl.family import Algorithm, in_words
 from ..rl.step import Learner, grpo_step
 from ..rl.update import LogpGapError, Reference, gap_limit
+from .inputs import base_parts, file_parts
 from .lab.diagnosis import Diagnosis
 from .lab.mistakes import MISTAKES, warn_of
+from .log import read_metrics
 from .machine import peak_memory, pick_device, reuse_memory
-from .run import Run, RunConfig, at_least, read_metrics
+from .run import Run, RunConfig, at_least
 from .task_flags import TaskFlags
 
+START = "start"  # folder in a run's folder: the model that the run began with
 # A NaN or an infinity in any of these metrics ends the run.
 CHECKED = ("loss", "gradient_norm", "value_loss", "critic_gradient_norm")
 
@@ -48,8 +58,10 @@ CHECKED = ("loss", "gradient_norm", "value_loss", "critic_gradient_norm")
 class GRPOConfig(Algorithm, RunConfig):
     """Reinforcement learning of a base model by rule rewards."""
 
-    # Options that may change on resume, besides those of all loops.
+    # Options that may change on resume, besides those of all loops; and those that name a file or
+    # folder, whose content is compared instead.
     FREE: ClassVar[tuple[str, ...]] = ("max_logp_gap", "eval_every", "eval_problems", "ref_offload")
+    PATHS: ClassVar[tuple[str, ...]] = ("base", "task.data")
 
     base: str
     """Folder of the run (or checkpoint) to start from; it is also the reference of the KL."""
@@ -94,13 +106,23 @@ def grpo_config(algo: str = "r1_zero", **overrides) -> GRPOConfig:
 # ---- the learner ----
 
 
-def make_learner(config: GRPOConfig, task: Task, device: torch.device) -> Learner:
-    """Load the base model, and make everything that a step uses of it."""
-    policy, tokenizer, base = load_model(config.base, device)
-    model_config, weights = base.state["model_config"], base.tensors["model"]
+def make_learner(
+    config: GRPOConfig,
+    task: Task,
+    base: tuple[Transformer, Tokenizer, Checkpoint],
+    reference_weights: dict[str, torch.Tensor] | None = None,
+) -> Learner:
+    """Make everything that a step uses. base: as `load_model` gives it; its model is trained.
+
+    reference_weights: of the model that the KL is measured to; None is the base's.
+    """
+    policy, tokenizer, checkpoint = base
+    device, model_config = policy.device, checkpoint.state["model_config"]
+    weights = checkpoint.tensors["model"]
     # Built on the device, which decides what it computes in, and at home before the engine measures
     # how much memory is free.
-    reference = Reference(build_model(model_config, weights, device), device, config.ref_offload)
+    reference = build_model(model_config, reference_weights or weights, device)
+    reference = Reference(reference, device, config.ref_offload)
     has_critic = config.advantage.baseline == "critic"
     critic_trunk = build_model(model_config, weights, device) if has_critic else None
     engine = make_engine(config, task, policy, tokenizer, has_critic)
@@ -110,12 +132,48 @@ def make_learner(config: GRPOConfig, task: Task, device: torch.device) -> Learne
     return learner
 
 
+def inputs_of(config: GRPOConfig, base: tuple[Transformer, Tokenizer, Checkpoint]) -> dict:
+    """What the run depends on: the base, and the file of problems if there is one."""
+    _, tokenizer, checkpoint = base
+    inputs = {"base": base_parts(checkpoint, tokenizer)}
+    if getattr(config.task, "data", None):
+        inputs["problems"] = file_parts([Path(config.task.data)])
+    return inputs
+
+
+def start_weights(run: Run) -> dict[str, torch.Tensor] | None:
+    """The weights that a resumed run began with, and its KL is measured to; None if it begins now.
+
+    The run keeps a copy of them, in case that the base changes or goes.
+    """
+    start = run.folder / START
+    return load_checkpoint(start).tensors["model"] if run.resumed and start.exists() else None
+
+
+def keep_start(run: Run, learner: Learner) -> None:
+    """Keep the weights that the run begins with, for `start_weights`."""
+    state = {
+        "settings": run.settings,
+        "model_config": learner.policy.config.to_dict(),
+        "tokenizer": learner.sampler.engine.tokenizer.to_dict(),
+    }
+    tensors = {"model": dict(learner.reference.model.named_parameters())}
+    save_checkpoint(run.folder / START, 0, tensors, state)
+
+
 def make_engine(config: GRPOConfig, task: Task, policy, tokenizer, has_critic: bool) -> Engine:
     """An engine whose cache is for what a step samples, and leaves room for the first update."""
     # Measure a few prompts. If later ones are longer, fewer rows run at a time.
     problems = task.problems("train", config.prompts_per_step)
     prompts = tokenizer.encode_batch([task.prompt(problem) for problem in problems])
     longest = max(map(len, prompts)) + config.max_new_tokens
+    limit = policy.config.max_seq_len
+    if longest > limit:
+        raise ValueError(
+            f"--max-new-tokens is {config.max_new_tokens}, and a prompt has up to "
+            f"{longest - config.max_new_tokens} tokens; the base has room for {limit} in all. "
+            f"Give at most {limit - longest + config.max_new_tokens}"
+        )
     # Bytes per parameter that the first update makes: gradients and two moments, all in fp32, of
     # the policy and of the critic, and the reference when it comes back from the CPU.
     bytes_per_parameter = 12
@@ -212,23 +270,30 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
     device, task = pick_device(config.device), config.task.make()
     if config.mistake:
         warn_of(config.mistake)
-    learner = make_learner(config, task, device)
+    run = Run(config, "control" if config.control else config.algo)
+    # A resumed run keeps the learning rate's schedule that it began with.
+    algorithm = replace(config, steps=run.schedule_steps)
+    base = load_model(config.base, device)
+    run.check_inputs(inputs_of(config, base))
+    learner = make_learner(algorithm, task, base, start_weights(run))
     policy, engine = learner.policy, learner.sampler.engine
     trained, more = trained_modules(learner, config)
-    with Run(config, "control" if config.control else config.algo) as run:
+    with run:
         counters = run.restore(policy, engine.tokenizer, learner.optimizer, more)
         learner.sampler.position = counters.get("position", 0)
-        tqdm.write(engine.plan(), file=sys.stderr)
-        limit = f"max_logp_gap {gap_limit(policy, config):g}"
-        tqdm.write(f"{in_words(config)}, {limit}", file=sys.stderr)
+        if not run.resumed:
+            keep_start(run, learner)
+        say(engine.plan())
+        say(f"{in_words(config)}, max_logp_gap {gap_limit(policy, config):g}")
         diagnosis = Diagnosis(asdict(config), read_metrics(run.folder))
         for step in run.steps():
             with explained(run, step):
-                metrics = step_of(learner, task, config, step)
+                metrics = step_of(learner, task, algorithm, step)
             checked = {name: metrics[name] for name in CHECKED if name in metrics}
             run.check_finite(step, trained, **checked)
             if config.ref_refresh and (step + 1) % config.ref_refresh == 0:
                 learner.reference.refresh(policy)
+            run.done(step, {"position": learner.sampler.position})
 
             # Every eval_every steps, measure on held-out problems, to know the best checkpoint.
             score = None
@@ -239,10 +304,9 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
             metrics = {name: float(value) for name, value in metrics.items()}
             run.log(step, metrics, show=("accuracy", "format", "length", "kl_to_reference"))
             for advice in diagnosis.observe(metrics):
-                tqdm.write(advice, file=sys.stderr)
+                say(advice)
             if run.due(step, config.save_every) or score is not None:
-                counters = {"position": learner.sampler.position}
-                run.save(step, policy, engine.tokenizer, learner.optimizer, score, more, counters)
+                run.save(step, score)
     return policy
 
 

@@ -14,28 +14,37 @@ The loop itself is in fit.py. Left out: data too large for memory, mixing of sou
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 
+from ..eval.console import show
 from ..eval.tasks.countdown import Countdown
+from ..model.checkpoint import atomic_write_json
 from ..model.config import preset
 from ..model.optimizer import OptimConfig
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer, count_parameters, flops_per_token
 from .batches import DocumentBatches, TokenStream, tail_batches
-from .data import encode_documents, read_documents, split_tail
+from .data import encode_documents, read_documents, split_tail, text_files
 from .fit import fit
+from .inputs import file_parts
 from .machine import pick_device, reuse_memory
 from .recipes.demo_corpus import CorpusConfig, documents, words
 from .run import Run, RunConfig, at_least
 
+CORPUS = ("countdown",)  # the --data that stands for the demo's corpus
 TAIL_BATCH = 16  # windows of held-out text that are scored at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig):
     """Pretrain a model from random weights."""
+
+    # Compared by content on resume.
+    PATHS: ClassVar[tuple[str, ...]] = ("data", "tokenizer")
 
     data: tuple[str, ...]
     """Text files, .jsonl files (field `text`) or folders of them. The single word countdown stands
@@ -119,6 +128,14 @@ def first_share(texts: list[str], share: float) -> list[str]:
     return kept
 
 
+def inputs_of(config: PretrainConfig) -> dict[str, dict[str, str]]:
+    """What the run depends on: the content of its files. (The flags say all about the corpus.)"""
+    if config.data == CORPUS:
+        return {"data": {CORPUS[0]: "by its flags"}}
+    files = [file for path in config.data for file in text_files(Path(path))]
+    return {"data": file_parts(files)}
+
+
 # ---- how well a held-out text is predicted ----
 
 
@@ -167,35 +184,41 @@ def pretrain(config: PretrainConfig) -> Transformer:
     """
     reuse_memory()
     device = pick_device(config.device)
+    run = Run(config, "pretrain")
 
     # 1. What to train on: the demo's corpus, or a real text with its end held out.
     tail = None
-    if config.data == ("countdown",):
+    if config.data == CORPUS:
         tokenizer, batches = corpus_batches(config)
     else:
         tokenizer, batches, tail = text_batches(config)
+        # Before the training: a tail without text is refused here.
+        n_bytes = tokenizer.count_bytes(tail[1:])
+        unigram = unigram_bits_per_byte(batches.tokens, tail[1:], n_bytes, tokenizer.vocab_size)
+
+    run.check_inputs(inputs_of(config))
 
     # 2. A model with random weights, as large as the preset and the vocabulary say.
     model_config = preset(config.model, tokenizer.vocab_size)
     compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = Transformer(model_config, compute_dtype)
     model.init_weights(config.seed).to(device)
-    print(
+    show(
         f"model {config.model}: {count_parameters(model_config):,} parameters, "
         f"vocabulary {tokenizer.vocab_size:,}, "
         f"{flops_per_token(model_config, config.seq_len, True) / 1e6:.1f} MFLOPs per training token"
     )
 
     # 3. Train it.
-    with Run(config, "pretrain") as run:
+    with run:
         fit(run, model, tokenizer, batches, config)
 
-    # 4. Score the held-out text.
+    # 4. Score the held-out text. The result goes to a file before it is shown.
     if tail is not None:
-        n_bytes = tokenizer.count_bytes(tail[1:])
-        unigram = unigram_bits_per_byte(batches.tokens, tail[1:], n_bytes, tokenizer.vocab_size)
         bits = bits_per_byte(model, tail, n_bytes, config.seq_len)
-        print(
+        result = {"bytes": n_bytes, "bits_per_byte": bits, "unigram_bits_per_byte": unigram}
+        atomic_write_json(run.folder / "held_out.json", result)
+        show(
             f"held-out tail of {n_bytes:,} bytes: {bits:.3f} bits per byte; a unigram "
             f"model reaches {unigram:.3f}"
         )

@@ -4,31 +4,32 @@
     <run>/metrics.jsonl     one JSON object per step; cut back to the checkpoint's step on resume
     <run>/checkpoints/      see model/checkpoint.py
 
-Ctrl-C asks the loop to stop: it finishes its step, saves and leaves. A second Ctrl-C breaks off at
-once. wandb gets the metrics of metrics.jsonl when asked. `WANDB_MODE=offline`, its own variable,
-works as usual.
+A folder holds a run from its first checkpoint on. Before that, a corrected command may use it
+again.
+
+Ctrl-C, SIGTERM and SIGHUP ask the loop to stop: it finishes its step, saves and leaves
+(interrupt.py). If an error ends the loop, the last whole step is saved first.
+
+A resumed run is compared with the one that began: its flags must be equal, and the content of its
+inputs (inputs.py). The learning rate keeps the schedule that it began with.
 
 Left out: how fast and on what the run computes (machine.py), and every decision about training.
 """
 
-import json
 import math
 import os
-import signal
-import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from ..eval.console import Bar, say
 from ..model.checkpoint import (
     Checkpoint,
     CheckpointError,
     atomic_write_json,
-    atomic_write_text,
     check_config,
     checkpoint_steps,
     load_checkpoint,
@@ -38,7 +39,12 @@ from ..model.checkpoint import (
 from ..model.optimizer import load_optimizer_tensors, optimizer_tensors
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
+from .inputs import check_inputs
+from .interrupt import Interrupt
+from .log import MetricsLog
 from .machine import describe_machine
+from .settings import check_settings, settings_of
+from .wandb_log import NoWandb, WandbLog
 
 # ---- flags ---------------------------------------------------------------------------------------
 
@@ -64,7 +70,8 @@ class RunConfig:
     resume: bool = False
     """Continue from the last sound checkpoint in the folder, or from the start if there is none."""
     steps: int = 100
-    """Total number of optimizer steps."""
+    """Total number of optimizer steps. The learning rate's schedule ends with the last step that
+    the run began with."""
     save_every: int = 100
     """Number of steps between checkpoints. One is always written at the end and on Ctrl-C."""
     keep_last: int = 2
@@ -73,92 +80,14 @@ class RunConfig:
     """Device to compute on: auto (the GPU if there is one), cpu or cuda."""
     wandb: bool = False
     """Also log to Weights & Biases."""
+    accept_changes: bool = False
+    """Resume although the base or the data has another content than when the run began."""
 
     def __post_init__(self):
+        # (While the command line gathers its defaults, it is no text yet.)
+        if isinstance(self.run, str) and not self.run.strip():
+            raise ValueError("--run is empty, expected the name of a folder")
         at_least(self, 1, "steps", "save_every", "keep_last")
-
-
-def fixed_settings(config: RunConfig) -> dict:
-    """The flags that must not change on resume, as JSON types.
-
-    A loop names further flags that may change in its config's `FREE`.
-    """
-    free = {f.name for f in fields(RunConfig)} | set(getattr(config, "FREE", ()))
-    kept = {name: value for name, value in asdict(config).items() if name not in free}
-    return json.loads(json.dumps(kept))
-
-
-# ---- the log -------------------------------------------------------------------------------------
-
-
-def read_metrics(folder: str | Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl; lines that are not whole are skipped, such as the last of
-    a killed run."""
-    rows = []
-    for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
-    return rows
-
-
-class MetricsLog:
-    """metrics.jsonl, open for appending. Each row is flushed as soon as it is written."""
-
-    def __init__(self, folder: Path, last_step: int):
-        """last_step: rows after it are dropped, because those steps are done again."""
-        path = folder / "metrics.jsonl"
-        if path.exists():
-            kept = [row for row in read_metrics(folder) if row["step"] <= last_step]
-            atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = open(path, "a", encoding="utf-8")
-
-    def write(self, row: dict) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-
-    def sync(self) -> None:
-        """Return when every row is on the disk."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-
-
-# ---- Ctrl-C --------------------------------------------------------------------------------------
-
-
-class Interrupt:
-    """Ctrl-C as a request, within a `with` block: the first press only sets `requested`.
-
-    The second press does what Ctrl-C did before the block.
-    """
-
-    def __init__(self):
-        self.requested = False
-        self._former_handler = None
-
-    def __enter__(self):
-        try:
-            self._former_handler = signal.signal(signal.SIGINT, self._on_press)
-        except ValueError:  # not the main thread: then Ctrl-C is not ours to catch
-            self._former_handler = None
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if self._former_handler is not None:
-            signal.signal(signal.SIGINT, self._former_handler)
-
-    def _on_press(self, signal_number, frame):
-        self.requested = True
-        signal.signal(signal.SIGINT, self._former_handler)
-        print(
-            "\nfinishing this step, then saving; press Ctrl-C again to stop at once",
-            file=sys.stderr,
-        )
 
 
 # ---- NaN -----------------------------------------------------------------------------------------
@@ -181,87 +110,154 @@ def first_bad_tensor(model: torch.nn.Module) -> str:
 class Run:
     """Folder, log, bar and checkpoints of one loop; a context manager that also takes over Ctrl-C.
 
-    `with Run(config, title) as run: for step in run.steps(): ...; run.log(step, {...})`
+    run = Run(config, title)            # reads what is there, refuses what does not fit
+    run.check_inputs({"base": ...})
+    with run:
+        run.restore(model, tokenizer, optimizer)
+        for step in run.steps():
+            ...
+            run.done(step)
+            run.log(step, {...})
+            if run.due(step, config.save_every):
+                run.save(step)
 
-    Raises ValueError for a folder that already holds a run, and on resume for settings that differ
-    from those that the run began with.
+    Nothing is written before the `with` block. Raises ValueError for a folder that already holds a
+    run, and on resume for settings that differ from those that the run began with.
     """
 
     def __init__(self, config: RunConfig, title: str):
         self.config = config
         self.title = title
         self.folder = Path(config.run)
-        self.settings = fixed_settings(config)
+        self.loop = type(config).__name__.removesuffix("Config").lower()
+        self.settings = settings_of(config, free={field.name for field in fields(RunConfig)})
+        self.inputs: dict[str, dict[str, str]] = {}
         self.interrupt = Interrupt()
+        self.resumed = self._checkpoint_to_resume()
+        self.first_step = self.resumed.step if self.resumed else 0
+        state = self.resumed.state if self.resumed else {}
+        self.schedule_steps: int = state.get("schedule_steps", config.steps)
+        """Number of steps of the learning rate's schedule: those that the run began with."""
+        self._modules: dict[str, tuple] = {}
+        self._tokenizer: Tokenizer | None = None
+        self._saved_step = self._done_step = self.first_step - 1
+        self._counters: dict = {}
+        self._updates: list[float] = []
+        self._score: float | None = None
+
+    # ---- what is there, and whether it fits ----
+
+    def _checkpoint_to_resume(self) -> Checkpoint | None:
+        """The checkpoint to go on from; None for a run that begins."""
+        nearest = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            why = "is not writable" if nearest.is_dir() else "is a file"
+            raise ValueError(
+                f"cannot use the run folder {self.folder}: {nearest} {why}; give another one"
+            )
+        if not checkpoint_steps(self.folder):
+            return None
+        if not self.config.resume:
+            raise ValueError(
+                f"{self.folder} already holds a run; add --resume to continue it, or give "
+                "another folder"
+            )
+        resumed = load_checkpoint(self.folder)
+        loop = resumed.state.get("loop", self.loop)
+        if loop != self.loop:
+            raise CheckpointError(
+                f"{self.folder} is a run of {loop}, not of {self.loop}; resume it with "
+                f"r1zero {loop}, or take another run folder"
+            )
+        then = resumed.state.get("settings", {})
+        check_settings(then, self.settings, self.config, resumed.path)
+        return resumed
+
+    def check_inputs(self, inputs: dict[str, dict[str, str]]) -> None:
+        """Note what the run depends on (inputs.py), and compare it with what it began with.
+
+        Raises CheckpointError, saying what changed, unless --accept-changes was given.
+        """
+        self.inputs = inputs
+        if self.resumed and not self.config.accept_changes:
+            check_inputs(self.resumed.state.get("inputs", {}), inputs, self.resumed.path)
+
+    # ---- beginning and end ----
+
+    def __enter__(self):
         try:
-            self.resumed = self._open_folder()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._wandb = NoWandb()
+            if self.config.wandb:
+                self._wandb = WandbLog(self.folder, self.settings, self.resumed is not None)
+            self._write_record()
+            self._log = MetricsLog(self.folder, last_step=self.first_step)
         except OSError as error:
             raise ValueError(
                 f"cannot use the run folder {self.folder}: {error.strerror}; give another one, "
                 "or make it writable"
             ) from error
-        self.first_step = self.resumed.step if self.resumed else 0
-        self._saved_step = self.first_step - 1
-
-    def _open_folder(self) -> Checkpoint | None:
-        """Make the folder, or load the checkpoint to go on from; then write run.json."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        record = self.folder / "run.json"
-        steps = checkpoint_steps(self.folder)
-        if (steps or record.exists()) and not self.config.resume:
-            raise ValueError(
-                f"{self.folder} already holds a run; add --resume to continue it, or give "
-                "another folder"
-            )
-
-        resumed = None
-        if steps:
-            resumed = load_checkpoint(self.folder)
-            check_config(resumed.state.get("settings", {}), self.settings, resumed.path)
-            # A run that died after it saved its best checkpoint has not marked it yet.
-            score = resumed.state.get("score")
-            if score is not None:
-                mark_best(self.folder, resumed.step, score)
-
-        atomic_write_json(
-            record,
-            {
-                "title": self.title,
-                "config": asdict(self.config),
-                "machine": describe_machine(),
-                "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-            },
-        )
-        return resumed
-
-    def __enter__(self):
-        self._log = MetricsLog(self.folder, last_step=self.first_step)
-        self._bar = tqdm(
+        if notice := schedule_notice(self.config, self.first_step, self.schedule_steps):
+            say(notice)
+        self._bar = Bar(
             total=self.config.steps,
             initial=self.first_step,
             desc=self.title,
             unit="step",
-            dynamic_ncols=True,
             smoothing=0.1,
         )
-        self._wandb = None
-        if self.config.wandb:
-            import wandb  # takes a second to import, so only when asked
-
-            self._wandb = wandb.init(
-                project="r1zero", name=self.folder.name, config=self.settings, dir=str(self.folder)
-            )
         self.interrupt.__enter__()
         return self
 
+    def _write_record(self) -> None:
+        if self.resumed:
+            # A run that died after it saved its best checkpoint has not marked it yet.
+            score = self.resumed.state.get("score")
+            if score is not None:
+                mark_best(self.folder, self.resumed.step, score)
+        record = {
+            "title": self.title,
+            "config": asdict(self.config),
+            "machine": describe_machine(),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        }
+        atomic_write_json(self.folder / "run.json", record)
+
     def __exit__(self, kind, error, trace):
+        if isinstance(error, Exception):
+            self._save_before_leaving(error)
         self.interrupt.__exit__(kind, error, trace)
         self._bar.close()
         self._log.close()
-        if self._wandb:
-            self._wandb.finish(exit_code=0 if kind is None else 1)
+        self._wandb.finish(failed=kind is not None)
         if self.interrupt.requested and kind is None:
-            print(f"stopped and saved in {self.folder}; go on with --resume", file=sys.stderr)
+            say(f"stopped and saved in {self.folder}; go on with --resume")
+
+    def _save_before_leaving(self, error: Exception) -> None:
+        """Save the last whole step, which an error would lose, if its weights are still there."""
+        step = self._done_step
+        is_lost = step > self._saved_step and self._count_updates() == self._updates
+        if not is_lost or isinstance(error, CheckpointError) or not self._is_finite():
+            return
+        try:
+            self.save(step, self._score)
+        except Exception as second:  # the first error is the one to report
+            say(f"step {step + 1} could not be saved before leaving: {second}")
+        else:
+            say(f"saved step {step + 1} in {self.folder} before leaving; --resume goes on from it")
+
+    def _is_finite(self) -> bool:
+        parameters = [p for module, _ in self._modules.values() for p in module.parameters()]
+        return all(bool(torch.isfinite(p).all()) for p in parameters)
+
+    def _count_updates(self) -> list[float]:
+        """How many updates each optimizer has made."""
+        counts = []
+        for _, optimizer in self._modules.values():
+            if optimizer is not None:
+                states = list(optimizer.state.values())
+                counts.append(float(states[0]["step"]) if states else 0.0)
+        return counts
 
     # ---- steps and metrics ----
 
@@ -279,16 +275,6 @@ class Run:
         is_last = step + 1 == self.config.steps
         return self.interrupt.requested or is_last or (step + 1) % every == 0
 
-    def log(self, step: int, metrics: dict, show: tuple[str, ...] = ()) -> None:
-        """Write the metrics of 0-based `step`, under "step": step + 1, the number of steps done.
-
-        show: names of the metrics that the progress bar shows.
-        """
-        self._log.write({"step": step + 1, **metrics})
-        self._bar.set_postfix({name: f"{metrics[name]:.3g}" for name in show}, refresh=False)
-        if self._wandb:
-            self._wandb.log(metrics, step=step + 1)
-
     def check_finite(self, step: int, model: torch.nn.Module, **metrics: float) -> None:
         """Raise FloatingPointError for a NaN or infinite metric; the last good checkpoint stays."""
         for name, value in metrics.items():
@@ -299,6 +285,26 @@ class Run:
                     "the learning rate, or look at the data of that step"
                 )
 
+    def done(self, step: int, counters: dict | None = None) -> None:
+        """Say that 0-based `step` is whole: from now on, an error does not lose it.
+
+        counters: name -> number, numbers beside the weights that a resumed run needs.
+        """
+        self._done_step = step
+        self._counters = counters or {}
+        self._updates = self._count_updates()
+        self._score = None
+
+    def log(self, step: int, metrics: dict, show: tuple[str, ...] = ()) -> None:
+        """Write the metrics of 0-based `step`, under "step": step + 1, the number of steps done.
+
+        show: names of the metrics that the progress bar shows, as far as they were measured.
+        """
+        self._log.write({"step": step + 1, **metrics})
+        shown = {name: f"{metrics[name]:.3g}" for name in show if name in metrics}
+        self._bar.set_postfix(shown, refresh=False)
+        self._wandb.log(metrics, step=step + 1)
+
     def last_good(self) -> str:
         """Which checkpoint a run that must stop leaves, in words."""
         steps = checkpoint_steps(self.folder)
@@ -307,35 +313,61 @@ class Run:
 
     # ---- checkpoints ----
 
-    def save(
-        self,
-        step: int,
-        model: Transformer,
-        tokenizer: Tokenizer,
-        optimizer,
-        score: float | None = None,
-        more: dict | None = None,
-        counters: dict | None = None,
-    ) -> None:
+    def restore(
+        self, model: Transformer, tokenizer: Tokenizer, optimizer, more: dict | None = None
+    ) -> dict:
+        """Name what the checkpoints of this run hold, and load it from the one to go on from.
+
+        more: name -> (module, its optimizer or None), further modules that change. Returns the
+        counters saved there, or an empty dict. Raises CheckpointError if the model has another
+        shape, or if the tokenizer, which is made from the data each time, has other tokens.
+        """
+        self._modules = {"model": (model, optimizer), **(more or {})}
+        self._tokenizer = tokenizer
+        if not self.resumed:
+            return {}
+        state, tensors = self.resumed.state, self.resumed.tensors
+        check_config(state["model_config"], model.config.to_dict(), self.resumed.path)
+        saved_tokenizer = Tokenizer.from_dict(state["tokenizer"])
+        if saved_tokenizer.fingerprint() != tokenizer.fingerprint():
+            raise CheckpointError(
+                f"{self.resumed.path} was made with another tokenizer: the data, the base or "
+                "--tokenizer has changed since. Restore it, or give another run folder"
+            )
+
+        for name, (module, its_optimizer) in self._modules.items():
+            module.load_state_dict(tensors[name])
+            if its_optimizer is not None:
+                key = optimizer_key(name)
+                load_optimizer_tensors(
+                    its_optimizer, module.named_parameters(), tensors[key], state[key]
+                )
+        self.done(self.first_step - 1, state.get("counters", {}))
+        return self._counters
+
+    def save(self, step: int, score: float | None = None) -> None:
         """Write a checkpoint of what 0-based `step` left: weights, optimizers and counters.
 
         Data and random numbers follow from the step, so they need not be saved.
-        score: held-out score; the best checkpoint is kept. more: name -> (module, its optimizer or
-        None), further modules that change. counters: name -> number, further numbers that change.
+        score: held-out score; the best checkpoint is kept.
         """
+        self._score = score
         # The log goes to the disk first, so that no checkpoint is ahead of it.
         self._log.sync()
 
+        model, _ = self._modules["model"]
         state = {
+            "loop": self.loop,
             "settings": self.settings,
+            "inputs": self.inputs,
+            "schedule_steps": self.schedule_steps,
             "model_config": model.config.to_dict(),
-            "tokenizer": tokenizer.to_dict(),
-            "counters": counters or {},
+            "tokenizer": self._tokenizer.to_dict(),
+            "counters": self._counters,
             "score": score,
         }
         tensors = {}
-        modules = {"model": (model, optimizer), **(more or {})}
-        for name, (module, its_optimizer) in modules.items():
+        for name, (module, its_optimizer) in self._modules.items():
             tensors[name] = dict(module.named_parameters())
             if its_optimizer is not None:
                 key = optimizer_key(name)
@@ -347,37 +379,27 @@ class Run:
         save_checkpoint(self.folder, step + 1, tensors, state, keep_last=keep_last, score=score)
         self._saved_step = step
 
-    def restore(
-        self, model: Transformer, tokenizer: Tokenizer, optimizer, more: dict | None = None
-    ) -> dict:
-        """Load the checkpoint that the run goes on from, if any, into a model and its optimizer.
-
-        more: as in `save`. Returns the counters saved there, or an empty dict.
-        Raises CheckpointError if the model has another shape, or if the tokenizer, which is made
-        from the data each time, has other tokens.
-        """
-        if not self.resumed:
-            return {}
-        state, tensors = self.resumed.state, self.resumed.tensors
-        check_config(state["model_config"], model.config.to_dict(), self.resumed.path)
-        saved_tokenizer = Tokenizer.from_dict(state["tokenizer"])
-        if saved_tokenizer.fingerprint() != tokenizer.fingerprint():
-            raise CheckpointError(
-                f"{self.resumed.path} was made with another tokenizer: the data or the "
-                "base has changed since. Restore it, or give another run folder"
-            )
-
-        modules = {"model": (model, optimizer), **(more or {})}
-        for name, (module, its_optimizer) in modules.items():
-            module.load_state_dict(tensors[name])
-            if its_optimizer is not None:
-                key = optimizer_key(name)
-                load_optimizer_tensors(
-                    its_optimizer, module.named_parameters(), tensors[key], state[key]
-                )
-        return state.get("counters", {})
-
 
 def optimizer_key(name: str) -> str:
     """What a checkpoint calls the state of a module's optimizer."""
     return "optimizer" if name == "model" else f"{name}_optimizer"
+
+
+def schedule_notice(config: RunConfig, first_step: int, schedule_steps: int) -> str | None:
+    """What to tell of a resumed run whose --steps are not those that it began with."""
+    if first_step >= config.steps:
+        return f"nothing to do: --steps is {config.steps}, and {first_step} are done"
+    if first_step == 0 or config.steps == schedule_steps:
+        return None
+    is_constant = getattr(config, "optim", None) and config.optim.schedule == "constant"
+    if is_constant:
+        return None
+    if config.steps > schedule_steps:
+        return (
+            f"the learning rate's schedule ends with step {schedule_steps}, as the run began; "
+            "later steps keep its final rate"
+        )
+    return (
+        f"the run ends at step {config.steps}, before the learning rate's schedule, which ends "
+        f"with step {schedule_steps}, as the run began"
+    )

@@ -9,6 +9,8 @@ Left out: chat templates and multi-turn conversations. A pair is trained as it s
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
 
 from ..model.checkpoint import load_model
 from ..model.optimizer import OptimConfig
@@ -16,6 +18,7 @@ from ..model.transformer import Transformer
 from .batches import DocumentBatches
 from .data import encode_pairs, read_pairs
 from .fit import fit
+from .inputs import base_parts, file_parts
 from .machine import pick_device, reuse_memory
 from .run import Run, RunConfig, at_least
 
@@ -23,6 +26,9 @@ from .run import Run, RunConfig, at_least
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(RunConfig):
     """Fine-tune a model on pairs."""
+
+    # Compared by content on resume.
+    PATHS: ClassVar[tuple[str, ...]] = ("base", "data")
 
     base: str
     """Folder of the run (or checkpoint) to start from."""
@@ -47,7 +53,9 @@ class SFTConfig(RunConfig):
 def sft(config: SFTConfig) -> Transformer:
     """Run the loop; returns the trained model. Raises ValueError for bad flags or data."""
     reuse_memory()
-    model, tokenizer, _ = load_model(config.base, pick_device(config.device))
+    run = Run(config, "sft")
+    model, tokenizer, base = load_model(config.base, pick_device(config.device))
+    run.check_inputs({"base": base_parts(base, tokenizer), "data": file_parts([Path(config.data)])})
     documents, prompt_lengths = encode_pairs(tokenizer, read_pairs(config.data))
     batches = DocumentBatches(
         documents,
@@ -56,6 +64,6 @@ def sft(config: SFTConfig) -> Transformer:
         config.seed,
         prompt_lengths,
     )
-    with Run(config, "sft") as run:
+    with run:
         fit(run, model, tokenizer, batches, config)
     return model

@@ -17,7 +17,7 @@ from r1zero.rl.rewards import overlong_penalty
 from r1zero.rl.rollouts import merge, micro_batches
 from r1zero.rl.update import update_policy
 from r1zero.train.grpo import grpo
-from r1zero.train.run import read_metrics
+from r1zero.train.log import read_metrics
 
 from ..train.loop_cases import grpo_config, save_base
 from .cases import (
@@ -68,7 +68,7 @@ def test_what_was_used_is_what_is_recorded_and_said(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "dapo: baseline group, scale std, objective clip, clip_low 0.2, clip_high 0.28, mean token, " \
         "dynamic_sampling 3, overlong_buffer 0.2, max_logp_gap 0.001\n" in said
-    assert in_words(grpo_config("", "", algo="reinforce_pp")) == \
+    assert in_words(grpo_config("none", "", algo="reinforce_pp")) == \
         "reinforce_pp: baseline none, scale batch, gamma 1.0, lam 1.0, objective clip, clip_low 0.2, " \
         "clip_high 0.2, mean token, kl_coef 0.001, kl_in reward, kl_estimator k1"
     assert recorded["dynamic_sampling"] == 3 and recorded["overlong_buffer"] == 0.2
@@ -89,8 +89,8 @@ def test_what_was_used_is_what_is_recorded_and_said(tmp_path, capsys):
 ])
 def test_dials_that_do_not_go_together_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        grpo_config("", "", **changes)
-    grpo_config("", "", algo="reinforce_pp", loss=dict(objective="gspo", kl_coef=0.0))  # no KL: one a
+        grpo_config("none", "", **changes)
+    grpo_config("none", "", algo="reinforce_pp", loss=dict(objective="gspo", kl_coef=0.0))  # no KL: one a
     # sequence, so this goes
 
 

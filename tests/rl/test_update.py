@@ -251,13 +251,13 @@ def test_kl_to_the_base_is_logged_over_the_asked_samples():
     rollouts = rollouts_by_hand(model)
     c = SimpleNamespace(kl_samples=100, micro_tokens=20, seed=0)
     same, another = (Reference(reference, "cpu") for reference in (tiny(), other))
-    assert kl_to_reference(same, rollouts, c, 0) == pytest.approx(0, abs=1e-6)
+    assert kl_to_reference(same, rollouts, c, 0)["kl_to_reference"] == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         d = torch.cat([naive_logp(other, s, int(p), 1.0)[0] - torch.from_numpy(mine) for s, p, mine in
                        zip(rollouts.sequences, rollouts.prompt_lengths, rollouts.sampler_logp, strict=True)])
     expected = float((d.exp() - d - 1).mean())
-    assert kl_to_reference(another, rollouts, c, 0) == pytest.approx(expected, rel=1e-4)
+    assert kl_to_reference(another, rollouts, c, 0)["kl_to_reference"] == pytest.approx(expected, rel=1e-4)
     assert expected > 0.1
     c.kl_samples = 0
     another.in_use = None  # it is not even brought to the device
-    assert kl_to_reference(another, rollouts, c, 0) == 0
+    assert kl_to_reference(another, rollouts, c, 0) == {}

@@ -8,8 +8,9 @@ from r1zero.model.checkpoint import load_checkpoint
 from r1zero.model.config import preset
 from r1zero.model.transformer import Transformer
 from r1zero.train.fit import fit
-from r1zero.train.pretrain import PretrainConfig, text_batches
-from r1zero.train.run import Run, read_metrics
+from r1zero.train.log import read_metrics
+from r1zero.train.pretrain import PretrainConfig, inputs_of, text_batches
+from r1zero.train.run import Run
 
 from .loop_cases import TIMES
 
@@ -50,12 +51,15 @@ def pretrain_on_text(config: PretrainConfig, run_class: type = Run, spoil=lambda
             spoil(step, model)
             return batches.batch(step)
 
-    with run_class(config, "pretrain") as run:
+    run = run_class(config, "pretrain")
+    run.check_inputs(inputs_of(config))
+    with run:
         fit(run, model, tokenizer, Spoiled(), config)
 
 
-class Broken(Exception):
-    """The end of a run that a test breaks off."""
+class Broken(BaseException):
+    """The end of a run that a test breaks off. It is no Exception: nothing is saved before it, as before a
+    kill."""
 
 
 def broken_at(monkeypatch, step: int, loop, config) -> None:

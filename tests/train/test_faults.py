@@ -17,11 +17,12 @@ from r1zero.model.optimizer import OptimConfig
 from r1zero.rl.losses import LossConfig, policy_loss
 from r1zero.rl.rewards import RewardConfig
 from r1zero.train.grpo import GRPOConfig, grpo, timed_step
+from r1zero.train.log import read_metrics
 from r1zero.train.machine import pick_device
 from r1zero.train.pretrain import PretrainConfig, pretrain
 from r1zero.train.recipes.demo import DemoConfig
 from r1zero.train.recipes.demo_corpus import CorpusConfig
-from r1zero.train.run import Run, RunConfig, read_metrics
+from r1zero.train.run import Run, RunConfig
 from r1zero.train.sft import SFTConfig, sft
 
 from ..rl.cases import Bandit
@@ -222,5 +223,6 @@ def test_an_unknown_preset_or_device_is_told_at_once_and_names_what_is_known(tmp
 
 def test_a_prompt_that_leaves_no_room_is_told_before_anything_is_sampled(tmp_path):
     c = grpo_config(tmp_path / "run", save_base(tmp_path / "base"), max_new_tokens=255)
-    with fails(ValueError, "max_seq_len 256; ask for fewer new tokens"):
+    with fails(ValueError, "--max-new-tokens is 255, .* room for 256 in all. Give at most 254"):
         grpo(c)
+    assert not (tmp_path / "run").exists()

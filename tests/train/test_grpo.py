@@ -11,7 +11,7 @@ from r1zero.model.engine.engine import Engine
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.train import grpo as grpo_module
 from r1zero.train.grpo import grpo, timed_step
-from r1zero.train.run import read_metrics
+from r1zero.train.log import read_metrics
 
 from ..rl.cases import Bandit
 from .loop_cases import grpo_config, save_base
@@ -98,6 +98,6 @@ def test_grpo_logs_the_gap_and_stops_when_it_is_too_large(tmp_path):
     assert len(rows) == 2 and all(0 <= row["logp_gap_mean"] <= row["logp_gap"] < 1e-4 for row in rows)
     assert rows[0]["logp_gap"] > 0
     with pytest.raises(ValueError, match="--max-logp-gap is -1"):
-        grpo_config("", "", max_logp_gap=-1.0)
+        grpo_config("none", "", max_logp_gap=-1.0)
     grpo(grpo_config(c.run, c.base, steps=4, save_every=1, resume=True, max_logp_gap=0.1))
     assert len(json.dumps(read_metrics(c.run))) and len(read_metrics(c.run)) == 4

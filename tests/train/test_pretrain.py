@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
+from r1zero.train.log import read_metrics
 from r1zero.train.pretrain import bits_per_byte, first_share, pretrain, text_batches, unigram_bits_per_byte
-from r1zero.train.run import read_metrics
 
 from ..rl.cases import naive_logp, tiny
 from .loop_cases import SENTENCE, pretrain_config, text_file

@@ -8,8 +8,9 @@ from r1zero.model.checkpoint import CheckpointError, checkpoint_steps
 from r1zero.model.optimizer import OptimConfig
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.train.grpo import grpo
+from r1zero.train.log import read_metrics
 from r1zero.train.pretrain import pretrain
-from r1zero.train.run import Run, RunConfig, at_least, read_metrics
+from r1zero.train.run import Run, RunConfig, at_least
 
 from ..rl.cases import Bandit
 from .loop_cases import grpo_config, pretrain_config, save_base, text_file
@@ -57,7 +58,6 @@ def finished(tmp_path_factory):
     (dict(model="depth=1"), "model is tiny there and depth=1 here"),
     (dict(optim=OptimConfig(lr=5e-3)), "optim is .*0.01.* there and .*0.005"),
     (dict(batch_tokens=32, seq_len=8), "batch_tokens is 64 there and 32 here; seq_len is 16 there and 8"),
-    (dict(data=("other.txt",)), "data is .*text.txt.* there and .*other.txt.* here"),
 ])
 def test_to_resume_with_other_settings_is_refused_by_their_names(finished, changes, named):
     before = outcome(finished / "pretrain")
@@ -79,7 +79,7 @@ def test_to_resume_grpo_with_other_settings_is_refused(finished, changes, named)
 
 
 def test_to_resume_the_run_of_another_loop_is_refused(finished):
-    with pytest.raises(CheckpointError, match="group_size is missing there and 4 here"):
+    with pytest.raises(CheckpointError, match="is a run of pretrain, not of grpo; .* with r1zero pretrain"):
         grpo(grpo_config(finished / "pretrain", finished / "base", resume=True))
 
 
@@ -91,8 +91,8 @@ def test_to_resume_on_changed_data_with_another_tokenizer_is_refused(tmp_path):
     pytest.importorskip("tokenizers")
     pretrain(config("the cat and the dog " * 60))
     pretrain(config("the cat and the dog " * 60, resume=True))
-    with pytest.raises(CheckpointError, match="another tokenizer: the data or the base has changed"):
-        pretrain(config("some other words then " * 60, resume=True))
+    with pytest.raises(CheckpointError, match="another tokenizer: the data, the base or --tokenizer has"):
+        pretrain(config("some other words then " * 60, resume=True, accept_changes=True))
 
 
 def test_what_is_free_to_change_may_change(finished):
@@ -102,15 +102,12 @@ def test_what_is_free_to_change_may_change(finished):
     assert checkpoint_steps(finished / "pretrain") == [3]
 
 
-@pytest.mark.parametrize("left", ["all of it", "checkpoints", "run.json"])
+@pytest.mark.parametrize("left", ["all of it", "checkpoints"])
 def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path, left):
     c = pretrain_config(tmp_path / "run", text_file(tmp_path), steps=2)
     pretrain(c)
     if left == "checkpoints":
         (tmp_path / "run/run.json").unlink()
-    elif left == "run.json":
-        for path in sorted((tmp_path / "run/checkpoints").rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
     before = outcome(tmp_path / "run")
     with pytest.raises(ValueError, match="already holds a run; add --resume"):
         pretrain(c)

@@ -10,8 +10,8 @@ from r1zero.model.checkpoint import load_model
 from r1zero.model.engine.engine import Engine
 from r1zero.model.engine.requests import Request
 from r1zero.model.optimizer import OptimConfig
+from r1zero.train.log import read_metrics
 from r1zero.train.pretrain import pretrain
-from r1zero.train.run import read_metrics
 from r1zero.train.sft import SFTConfig, sft
 
 from ..rl.cases import naive_logp

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..lab.diagnosis import advice
 from ..lab.history import WINDOW, History
-from ..run import read_metrics
+from ..log import read_metrics
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,13 @@ from typing import Annotated, Any
 
 import tyro
 
+from ...eval.console import show
+from ...model.checkpoint import atomic_write_text
 from ...model.engine.sampling import NonFiniteError
 from ..grpo import GRPOConfig, grpo
+from ..log import read_metrics
 from ..report.demo_plots import CURVES
 from ..report.plots import CONTROL, RL, Line, Panel, plot
-from ..run import read_metrics
 from .mistakes import MISTAKES
 
 SHOWN = ("accuracy", "length")  # beside the metric that the mistake shows in
@@ -37,7 +39,8 @@ class CompareConfig(GRPOConfig):
     """The mistake: k1_loss, flipped_k3, flipped_clip, length_bias, micro_batch_mean, sum_of_groups,
     no_end_token, no_baseline, unguarded_std or wrong_group."""
     run: str
-    """Folder for both runs, right/ and broken/, and the picture, compare.png."""
+    """Folder for both runs, right/ and broken/, the picture compare.png and the text
+    compare.txt."""
     resume: bool = False
     """Go on with a comparison that was stopped."""
     steps: int = 20
@@ -79,13 +82,12 @@ def compare(config: CompareConfig) -> Path | None:
             continue
         rows[broken] = read_metrics(run_config.run)
         if rows[broken][-1]["step"] < config.steps:
-            print(f"stopped; go on with: r1zero compare --resume and the same flags ({config.run})")
+            show(f"stopped; go on with: r1zero compare --resume and the same flags ({config.run})")
             return None
     path = picture(config, rows)
-    print(summary(config, rows))
-    if fell:
-        print(fell)
-    print(path)
+    result = "\n".join(filter(None, [summary(config, rows), fell, str(path)]))
+    atomic_write_text(path.with_name("compare.txt"), f"{result}\n")
+    show(result)
     return path
 
 

@@ -5,13 +5,13 @@ of a Learner; nothing outside this file knows of them. Most were found in public
 where they went unnoticed because the curves still rose, only less, or because nobody looked.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
+from ...eval.console import say
 from ...kernels.grpo import POLICY_METRICS
 from ...rl.advantages import advantages
 from ...rl.losses import loss_weights, policy_loss
@@ -257,7 +257,7 @@ MISTAKES = {
 
 
 def warn_of(name: str) -> None:
-    """Print a banner that nobody overlooks."""
+    """Show a banner that nobody overlooks."""
     mistake, line = MISTAKES[name], "!" * 100
     shows = f" (shows with {mistake.flags})" if mistake.flags else ""
     banner = [
@@ -267,4 +267,4 @@ def warn_of(name: str) -> None:
         f"! Look at: {mistake.watch}{shows}. Keep nothing of this run but the lesson.",
         line,
     ]
-    print("\n".join(banner), file=sys.stderr)
+    say("\n".join(banner))

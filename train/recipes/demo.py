@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from ...eval.console import show
 from ...eval.harness import evaluate
 from ...eval.sampler import ModelSampler
 from ...eval.tasks.countdown import Countdown
@@ -37,12 +38,13 @@ from ...rl.family import rl_optim
 from ...rl.rewards import Grader, RewardConfig, Rewards
 from ...rl.rollouts import Rollouts, sample_groups
 from ..grpo import GRPOConfig, grpo
+from ..log import read_metrics
 from ..machine import describe_machine, pick_device, reuse_memory
 from ..pretrain import PretrainConfig, pretrain
 from ..report.behaviour import measure
 from ..report.record import PARTS
 from ..report.report import seeds_table, write_report
-from ..run import RunConfig, at_least, read_metrics
+from ..run import RunConfig, at_least
 from ..task_flags import TaskFlags
 from .demo_corpus import CorpusConfig
 
@@ -94,8 +96,9 @@ class DemoConfig:
         at_least(self, 1, "documents", "pretrain_steps", "rl_steps")
         at_least(self, 1, "eval_problems", "eval_samples")
         at_least(self, 0, "control_steps")
-        seeds = self.seeds.split(",")
-        if not all(seed.isdecimal() for seed in seeds) or len(set(seeds)) < len(seeds):
+        words = self.seeds.split(",")
+        seeds = [int(word) for word in words if word.isdecimal()]
+        if len(set(seeds)) < len(words):
             raise ValueError(
                 f"--seeds is {self.seeds!r}, expected different whole numbers with "
                 "commas, as in 0,1,2"
@@ -109,7 +112,9 @@ class DemoConfig:
                 f"--max-new-tokens is {self.max_new_tokens}, but --model {self.model} has "
                 f"room for {room} beside a problem; expected no more"
             )
-        grpo_config(self, Path(self.run), 0, control=False).task.make()
+        for seed in seeds:
+            base_config(self, Path(self.run), seed)
+            grpo_config(self, Path(self.run), seed, control=False).task.make()
 
     @property
     def seed_list(self) -> list[int]:
@@ -317,7 +322,7 @@ def one_seed(config: DemoConfig, folder: Path, seed: int) -> None:
         started = time.perf_counter()
         results.values[name] = {"steps": steps, **measure_model(config, folder, name, seed)}
         results.add_seconds(f"eval_{name}", time.perf_counter() - started)
-        print(results.in_words(name))
+        show(results.in_words(name))
 
     # 1. and 2. The base model, on a corpus that contains reasoning. One of its groups is kept.
     base = base_config(config, folder / "base", seed)
@@ -356,7 +361,9 @@ def demo(config: DemoConfig) -> Path | None:
     reuse_memory()
     folder = Path(config.run)
     record_path = folder / "demo.json"
-    if record_path.exists() and not config.resume:
+    # As with a run, the first checkpoint makes it a demo: before, a corrected command may go on.
+    is_begun = any(folder.glob("seed*/*/checkpoints/step_*"))
+    if is_begun and not config.resume:
         raise ValueError(
             f"{folder} holds a demo already; add --resume to go on with it, or give another --run"
         )
@@ -375,7 +382,7 @@ def demo(config: DemoConfig) -> Path | None:
         for seed in config.seed_list:
             one_seed(config, folder / f"seed{seed}", seed)
     except Stopped:
-        print(f"the demo was stopped; go on with: r1zero demo --run {folder} --resume")
+        show(f"the demo was stopped; go on with: r1zero demo --run {folder} --resume")
         return None
 
     # 5. The report, on all seeds.
@@ -384,6 +391,6 @@ def demo(config: DemoConfig) -> Path | None:
     record["finished"] = time.strftime("%Y-%m-%d %H:%M:%S")
     atomic_write_json(record_path, record)
     report = write_report(folder)
-    print(seeds_table(folder))
-    print(f"report: {report}   ({seconds / 60:.1f} minutes)")
+    show(seeds_table(folder))
+    show(f"report: {report}   ({seconds / 60:.1f} minutes)")
     return report

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
+from ...eval.console import Bar
 from ...eval.tasks.countdown import Countdown
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
@@ -181,5 +181,5 @@ def document(task: Countdown, index: int, config: CorpusConfig, seed: int) -> tu
 
 def documents(task: Countdown, n: int, config: CorpusConfig, seed: int) -> list[str]:
     """The first n documents as text, with a progress bar."""
-    indexes = tqdm(range(n), desc="corpus", unit="doc", dynamic_ncols=True)
+    indexes = Bar(range(n), desc="corpus", unit="doc")
     return ["".join(document(task, index, config, seed)) for index in indexes]

@@ -14,7 +14,7 @@ from r1zero.train.cli.main import main
 from r1zero.train.lab import compare as module
 from r1zero.train.lab.compare import PANELS, CompareConfig, compare, config_of_run, shown, summary
 from r1zero.train.lab.mistakes import MISTAKES
-from r1zero.train.run import read_metrics
+from r1zero.train.log import read_metrics
 
 from ...rl.cases import Bandit
 from ..loop_cases import TIMES, save_base

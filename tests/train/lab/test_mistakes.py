@@ -18,7 +18,7 @@ from r1zero.rl.update import update_policy
 from r1zero.train.grpo import grpo
 from r1zero.train.lab import compare as compare_module
 from r1zero.train.lab.mistakes import MISTAKES
-from r1zero.train.run import read_metrics
+from r1zero.train.log import read_metrics
 
 from ...rl.cases import (
     Bandit,

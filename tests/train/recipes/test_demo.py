@@ -6,9 +6,10 @@ import pytest
 from r1zero.model.checkpoint import load_checkpoint
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.train.cli.main import main
+from r1zero.train.log import read_metrics
 from r1zero.train.pretrain import pretrain
 from r1zero.train.recipes.demo import DemoConfig, part_done
-from r1zero.train.run import Run, read_metrics
+from r1zero.train.run import Run
 
 from ..loop_cases import pretrain_config, text_file
 

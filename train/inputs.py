@@ -1,0 +1,101 @@
+"""What a run depends on, known by its content: the base, the data, the problems of a task.
+
+The spelling of a path says nothing about what lies there. A slash at its end, a link or a moved
+folder change no input; another model under the same name does. So a checkpoint keeps fingerprints
+of its inputs, and a run that is resumed compares them.
+
+An input is a dict: name of a part -> fingerprint, such as {"weights": "3f0c...", "tokenizer": ...}
+for a base and {"a.jsonl": "91d2..."} for data. Parts are compared in their order. The name of a
+file is only for messages: a file that was renamed is the same file.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from ..model.checkpoint import Checkpoint, CheckpointError
+from ..model.tokenizer import Tokenizer
+
+MOST_NAMED = 5  # parts that a message names
+
+
+def digest(chunks: Iterable[bytes]) -> str:
+    """32 hex digits of all the bytes."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for chunk in chunks:
+        hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def base_parts(base: Checkpoint, tokenizer: Tokenizer) -> dict[str, str]:
+    """A base model as an input: its weights, its shape and its tokenizer."""
+    weights = base.tensors["model"]
+
+    def bytes_of_weights() -> Iterable[bytes]:
+        for name in sorted(weights):
+            tensor = weights[name].detach().contiguous()
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+            yield tensor.flatten().view(torch.uint8).numpy()
+
+    shape = json.dumps(base.state["model_config"], sort_keys=True)
+    return {
+        "weights": digest(bytes_of_weights()),
+        "shape": digest([shape.encode()]),
+        "tokenizer": tokenizer.fingerprint(),
+    }
+
+
+def file_parts(paths: Iterable[Path]) -> dict[str, str]:
+    """Files as an input. Raises ValueError for one that cannot be read."""
+    parts = {}
+    for path in paths:
+        try:
+            parts[str(path)] = digest([Path(path).read_bytes()])
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error.strerror}); check the path") from None
+    return parts
+
+
+def check_inputs(
+    found: dict[str, dict[str, str]], expected: dict[str, dict[str, str]], where: Path
+) -> None:
+    """Raise CheckpointError, saying what changed, unless inputs are as a checkpoint has them.
+
+    found: of the checkpoint at `where`; expected: of now. An input that the checkpoint does not
+    know (it is of an older version) is not compared.
+    """
+    changes = [
+        f"{name}: {difference}"
+        for name, parts in expected.items()
+        if name in found and (difference := difference_of(found[name], parts))
+    ]
+    if changes:
+        raise CheckpointError(
+            f"{where} was made with another content of its inputs: {'; '.join(changes)}. Restore "
+            "it or give the path where it is now, take another run folder, or add "
+            "--accept-changes to go on with what is there"
+        )
+
+
+def difference_of(found: dict[str, str], expected: dict[str, str]) -> str:
+    """What differs between two contents of an input, in words; empty if nothing does."""
+    if list(found.values()) == list(expected.values()):
+        return ""
+    gone = [name for name, value in found.items() if value not in expected.values()]
+    new = [name for name, value in expected.items() if value not in found.values()]
+    changed = [name for name in gone if name in new]
+    sentences = [
+        ("has changed", changed),
+        ("is gone", [name for name in gone if name not in changed]),
+        ("is new", [name for name in new if name not in changed]),
+    ]
+    words = [f"{listed(names)} {what}" for what, names in sentences if names]
+    return ", ".join(words) or "the same files come in another order"
+
+
+def listed(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more

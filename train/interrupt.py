@@ -1,0 +1,55 @@
+"""Ctrl-C and the signals of schedulers and terminals, as a request to stop.
+
+    SIGINT    Ctrl-C
+    SIGTERM   the machine is wanted back: kill, docker stop, Slurm, a spot instance
+    SIGHUP    the terminal went away
+
+The first one asks the loop to stop: it finishes its step, saves and leaves. After that, Ctrl-C
+breaks off at once. The other two are often sent twice (by `timeout`, or by a shell that ends), so
+they never break off; whoever means it sends SIGKILL. A signal that was ignored when the loop began
+(SIGHUP under nohup) stays ignored.
+
+Left out: saving in the middle of a step. Give a scheduler's grace period the length of a step.
+"""
+
+import signal
+
+from ..eval.console import shout
+
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+
+
+class Interrupt:
+    """Within a `with` block, a signal to stop only sets `requested`."""
+
+    def __init__(self):
+        self.requested = False
+        self._former_handlers = {}
+
+    def __enter__(self):
+        numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+        for number in numbers:
+            if signal.getsignal(number) == signal.SIG_IGN:
+                continue
+            try:
+                self._former_handlers[number] = signal.signal(number, self._on_signal)
+            except ValueError:  # not the main thread: then signals are not ours to catch
+                break
+        return self
+
+    def __exit__(self, kind, error, trace):
+        for number, handler in self._former_handlers.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number, frame):
+        first = not self.requested
+        self.requested = True
+        # From now on Ctrl-C does again what it did before.
+        if signal.SIGINT in self._former_handlers:
+            signal.signal(signal.SIGINT, self._former_handlers[signal.SIGINT])
+        if not first:
+            return
+        if number == signal.SIGINT:
+            shout("finishing this step, then saving; press Ctrl-C again to stop at once")
+        else:
+            shout(f"{signal.Signals(number).name}: finishing this step, then saving")

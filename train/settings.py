@@ -1,0 +1,69 @@
+"""Which flags must be the same when a run is resumed.
+
+All of them, but for those that only say where, how long or on what a run computes (the fields of
+RunConfig, and a config's `FREE`) and those that name a file or folder (a config's `PATHS`), whose
+content is compared instead (inputs.py).
+"""
+
+import json
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from pathlib import Path
+
+from ..model.checkpoint import check_config
+
+
+def settings_of(config, free: set[str]) -> dict:
+    """The flags that must not change, as JSON types: what a checkpoint keeps.
+
+    free: names of flags that may change, besides the config's own `FREE`.
+    """
+    free = free | set(getattr(config, "FREE", ()))
+    kept = {name: value for name, value in asdict(config).items() if name not in free}
+    return as_json(kept)
+
+
+def as_json(value) -> dict:
+    return json.loads(json.dumps(value))
+
+
+def defaults_of(config) -> dict:
+    """The flags that have a default, at it, as JSON types; those of parts too."""
+    defaults = {}
+    for field in fields(config):
+        value = field.default
+        if field.default_factory is not MISSING:
+            value = field.default_factory()
+        if value is not MISSING:
+            defaults[field.name] = asdict(value) if is_dataclass(value) else value
+    return as_json(defaults)
+
+
+def check_settings(then: dict, now: dict, config, where: Path) -> None:
+    """Raise CheckpointError, naming each difference, unless two `settings_of` say the same.
+
+    then: of the run that wrote the checkpoint at `where`; now: of this run, whose config is
+    `config`. A flag that did not exist then counts as its default.
+    """
+    then = dict(then)
+    for name, default in defaults_of(config).items():
+        if name not in now:
+            continue
+        then.setdefault(name, default)
+        if isinstance(now[name], dict) and isinstance(then[name], dict):
+            known = {inner: value for inner, value in default.items() if inner in now[name]}
+            then[name] = known | then[name]
+
+    paths = getattr(config, "PATHS", ())
+    check_config(without(then, paths), without(now, paths), where)
+
+
+def without(settings: dict, paths: tuple[str, ...]) -> dict:
+    """The settings without some flags; "task.data" is one of a part."""
+    kept = dict(settings)
+    for path in paths:
+        part, _, inner = path.rpartition(".")
+        if not part:
+            kept.pop(path, None)
+        elif isinstance(kept.get(part), dict):
+            kept[part] = {name: value for name, value in kept[part].items() if name != inner}
+    return kept
