@@ -14,6 +14,7 @@ Left out: pickles (they run code when read), saving in the background, sharded f
 CRC finds damage, not malice). Only one process may write to a run folder.
 """
 
+import errno
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import re
 import shutil
 import warnings
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +40,8 @@ VERSION = 2  # raise it when the names or the meaning of what is saved change
 FOLDER_NAME = re.compile(r"step_(\d{8,})(\.old)?")
 # A name that starts with this is unfinished; the next save removes it.
 UNFINISHED = ".tmp-"
+# How a file system says that it knows no flush, unlike a full or broken disk.
+CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
 class CheckpointError(ValueError):
@@ -64,10 +68,22 @@ class Checkpoint:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or the list of names in a folder, is on the disk, as far as that can be.
+
+    Windows cannot flush a folder, and some network file systems cannot flush at all.
+    """
+    try:
+        # Windows flushes only what is open for writing.
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():
+            return
+        raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_FLUSH:
+            raise
     finally:
         os.close(descriptor)
 
@@ -178,7 +194,8 @@ def _write_folder(folder: Path, step: int, groups: dict, state: dict) -> None:
     # 3. Readable as the umask says (save_file lets only the owner read), and flushed to the disk.
     mode = (folder / "state.json").stat().st_mode & 0o777
     for path in folder.iterdir():
-        path.chmod(mode)
+        with suppress(OSError):  # some mounts know no modes: then all files have the same
+            path.chmod(mode)
         _flush(path)
     _flush(folder)
 
@@ -205,13 +222,14 @@ def _read_content(path: Path) -> dict:
     return content
 
 
-def _read_folder(folder: Path) -> Checkpoint:
+def _read_folder(folder: Path, groups: tuple[str, ...] | None) -> Checkpoint:
     """Read and check one checkpoint. Raises CheckpointError with the bare reason."""
     content = _read_content(folder / "state.json")
     tensors = {}
     for name, expected in content["files"].items():
         group = name.removesuffix(".safetensors")
-        tensors[group] = _read_tensors(folder / name, expected)
+        if groups is None or group in groups:
+            tensors[group] = _read_tensors(folder / name, expected)
     return Checkpoint(content["step"], tensors, content["state"], folder)
 
 
@@ -440,11 +458,14 @@ def _choose(folder: Path, which: str | int) -> list[Path]:
     return [path for step in steps for path in folders[step]]
 
 
-def load_checkpoint(folder: str | Path, which: str | int = "last") -> Checkpoint:
+def load_checkpoint(
+    folder: str | Path, which: str | int = "last", groups: tuple[str, ...] | None = None
+) -> Checkpoint:
     """Read a checkpoint from a run folder, its checkpoints/ folder, or one checkpoint's folder.
 
     which: "last", "best" or a step. If the last or the best is damaged, a warning says so and the
         newest sound one is used. A step or folder that was named is never replaced by another.
+    groups: the groups of tensors to read; None is all. The files of the others may be missing.
     Raises CheckpointError if there is none to use.
     """
     folder = Path(folder)
@@ -457,7 +478,7 @@ def load_checkpoint(folder: str | Path, which: str | int = "last") -> Checkpoint
     errors = {}
     for path in paths:
         try:
-            checkpoint = _read_folder(path)
+            checkpoint = _read_folder(path, groups)
         except CheckpointError as error:
             errors[path.name] = error
             continue
@@ -509,11 +530,12 @@ def build_model(
 def load_model(
     folder: str, device: torch.device, which: str | int = "last"
 ) -> tuple[Transformer, Tokenizer, Checkpoint]:
-    """The model, tokenizer and whole checkpoint of a run; arguments as in `load_checkpoint`.
+    """The model, tokenizer and checkpoint of a run, without the optimizer's tensors.
 
+    Arguments as in `load_checkpoint`.
     Raises CheckpointError if there is none to use, ValueError if it holds no model.
     """
-    checkpoint = load_checkpoint(folder, which)
+    checkpoint = load_checkpoint(folder, which, groups=("model",))
     has_state = {"model_config", "tokenizer"} <= checkpoint.state.keys()
     if not has_state or "model" not in checkpoint.tensors:
         raise ValueError(

@@ -147,7 +147,9 @@ def start_weights(run: Run) -> dict[str, torch.Tensor] | None:
     The run keeps a copy of them, in case that the base changes or goes.
     """
     start = run.folder / START
-    return load_checkpoint(start).tensors["model"] if run.resumed and start.exists() else None
+    if not run.resumed or not start.exists():
+        return None
+    return load_checkpoint(start, groups=("model",)).tensors["model"]
 
 
 def keep_start(run: Run, learner: Learner) -> None:

@@ -41,6 +41,7 @@ from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from .inputs import check_inputs
 from .interrupt import Interrupt
+from .lock import FolderLock
 from .log import MetricsLog
 from .machine import describe_machine
 from .settings import check_settings, settings_of
@@ -133,6 +134,7 @@ class Run:
         self.settings = settings_of(config, free={field.name for field in fields(RunConfig)})
         self.inputs: dict[str, dict[str, str]] = {}
         self.interrupt = Interrupt()
+        self._lock = FolderLock(self.folder)
         self.resumed = self._checkpoint_to_resume()
         self.first_step = self.resumed.step if self.resumed else 0
         state = self.resumed.state if self.resumed else {}
@@ -186,17 +188,30 @@ class Run:
 
     def __enter__(self):
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._wandb = NoWandb()
-            if self.config.wandb:
-                self._wandb = WandbLog(self.folder, self.settings, self.resumed is not None)
-            self._write_record()
-            self._log = MetricsLog(self.folder, last_step=self.first_step)
+            self._open()
         except OSError as error:
+            self._lock.release()
             raise ValueError(
                 f"cannot use the run folder {self.folder}: {error.strerror}; give another one, "
                 "or make it writable"
             ) from error
+        except BaseException:
+            self._lock.release()
+            raise
+        self.interrupt.__enter__()
+        return self
+
+    def _open(self) -> None:
+        """Take the folder, and open the logs and the bar."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock.acquire()
+        self._wandb = NoWandb()
+        if self.config.wandb:
+            self._wandb = WandbLog(self.folder, self.settings, self.resumed is not None)
+        self._write_record()
+        self._log = MetricsLog(self.folder, last_step=self.first_step)
+        if self.config.resume and not self.resumed:
+            say(f"{self.folder} holds no checkpoint to resume yet: starting at step 1")
         if notice := schedule_notice(self.config, self.first_step, self.schedule_steps):
             say(notice)
         self._bar = Bar(
@@ -206,8 +221,6 @@ class Run:
             unit="step",
             smoothing=0.1,
         )
-        self.interrupt.__enter__()
-        return self
 
     def _write_record(self) -> None:
         if self.resumed:
@@ -229,6 +242,7 @@ class Run:
         self.interrupt.__exit__(kind, error, trace)
         self._bar.close()
         self._log.close()
+        self._lock.release()
         self._wandb.finish(failed=kind is not None)
         if self.interrupt.requested and kind is None:
             say(f"stopped and saved in {self.folder}; go on with --resume")

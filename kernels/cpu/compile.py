@@ -49,7 +49,7 @@ except ImportError:  # no wheel for this Python, or left out on purpose
 else:
     # PyTorch's own threads, where both find the same OpenMP library
     numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
-    HAS_NUMBA = True
+    HAS_NUMBA = not numba.config.DISABLE_JIT  # NUMBA_DISABLE_JIT=1: as if it were not there
 
 HERE = Path(__file__).parent
 # a product may be fused with a sum; NaN and infinity keep their meaning

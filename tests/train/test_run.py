@@ -1,10 +1,12 @@
 """A run's folder: what it leaves there, and the folders, settings and checkpoints that it refuses."""
 import json
+import shutil
+import zlib
 
 import pytest
 import torch
 
-from r1zero.model.checkpoint import CheckpointError, checkpoint_steps
+from r1zero.model.checkpoint import CheckpointError, checkpoint_steps, load_checkpoint
 from r1zero.model.optimizer import OptimConfig
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.train.grpo import grpo
@@ -14,7 +16,7 @@ from r1zero.train.run import Run, RunConfig, at_least
 
 from ..rl.cases import Bandit
 from .loop_cases import grpo_config, pretrain_config, save_base, text_file
-from .run_cases import fails, outcome
+from .run_cases import fails, outcome, pretrain_on_text
 
 
 def test_a_run_folder_that_cannot_be(tmp_path):
@@ -134,3 +136,126 @@ def test_a_flag_below_its_minimum_is_refused_by_name(value, is_fine):
     else:
         with fails(ValueError, f"--save-every is {value}, expected 1 or more"):
             at_least(config, 1, "steps", "save_every")
+
+
+# ---- a folder is a run from its first checkpoint on ----
+
+def test_a_corrected_command_works_after_one_that_failed_before_its_first_checkpoint(tmp_path):
+    data = text_file(tmp_path)
+    with pytest.raises(MemoryError):
+        pretrain_on_text(pretrain_config(tmp_path / "run", data, seed=1), spoil=fail_at_once)
+    assert (tmp_path / "run/run.json").exists() and checkpoint_steps(tmp_path / "run") == []
+    pretrain(pretrain_config(tmp_path / "run", data))
+    pretrain(pretrain_config(tmp_path / "other", data))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "other")
+
+
+def fail_at_once(step, model):
+    raise MemoryError
+
+
+def test_a_refused_command_leaves_no_folder(tmp_path):
+    base = save_base(tmp_path / "base")
+    for changes in [dict(base="none"), dict(max_new_tokens=300), dict(device="tpu")]:
+        with pytest.raises(ValueError):
+            grpo(grpo_config(tmp_path / "run", **{"base": base, **changes}))
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="the text has 3 tokens"):
+        pretrain(pretrain_config(tmp_path / "run", text_file(tmp_path, "ab")))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_a_run_without_a_name_is_refused(name):
+    with fails(ValueError, "--run is empty, expected the name of a folder"):
+        RunConfig(run=name)
+
+
+def test_to_resume_what_holds_nothing_says_so(tmp_path, capsys):
+    pretrain(pretrain_config(tmp_path / "typo", text_file(tmp_path), steps=1, resume=True))
+    assert "typo holds no checkpoint to resume yet: starting at step 1" in capsys.readouterr().err
+
+
+# ---- flags that are newer than a checkpoint ----
+
+def forget(run, *names: str) -> None:
+    """Make the last checkpoint one of an r1zero that did not know these settings and parts of its state."""
+    path = run / "checkpoints" / f"step_{checkpoint_steps(run)[-1]:08d}" / "state.json"
+    document = json.loads(path.read_text())
+    state = document["content"]["state"]
+    for name in names:
+        part, _, inner = name.rpartition(".")
+        (state["settings"][part] if part else state["settings"]).pop(inner, None)
+        state.pop(name, None)
+    document["crc32"] = zlib.crc32(json.dumps(document["content"]).encode())
+    path.write_text(json.dumps(document))
+
+
+def test_a_flag_that_is_newer_than_the_checkpoint_counts_as_its_default(tmp_path):
+    data = text_file(tmp_path)
+    pretrain(pretrain_config(tmp_path / "run", data, steps=2))
+    forget(tmp_path / "run", "seed", "optim.eps", "inputs", "schedule_steps", "loop")
+    with pytest.raises(CheckpointError, match="seed is 0 there and 5 here"):
+        pretrain(pretrain_config(tmp_path / "run", data, steps=3, seed=5, resume=True))
+    pretrain(pretrain_config(tmp_path / "run", data, steps=3, resume=True))
+    assert checkpoint_steps(tmp_path / "run")[-1] == 3
+
+
+# ---- more and fewer steps ----
+
+COSINE = OptimConfig(lr=1e-2, warmup=1, schedule="cosine", final_lr=0.1)
+
+
+def rates(run) -> list[float]:
+    return [row["lr"] for row in read_metrics(run)]
+
+
+@pytest.mark.parametrize("stopped_at", [4, 2])
+def test_more_steps_keep_the_final_rate_and_say_so(tmp_path, capsys, stopped_at):
+    """Whether the run had ended, or was stopped on its way."""
+    base = save_base(tmp_path / "base")
+    loops = {"pretrain": lambda run, **more: pretrain(
+                 pretrain_config(run, text_file(tmp_path), optim=COSINE, save_every=stopped_at, **more)),
+             "grpo": lambda run, **more: grpo(
+                 grpo_config(run, base, optim=COSINE, save_every=stopped_at, **more))}
+    for name, loop in loops.items():
+        whole, run = tmp_path / f"whole_{name}", tmp_path / name
+        loop(whole, steps=4)
+        loop(run, steps=4)
+        for path in (run / "checkpoints").iterdir():
+            if path.name > f"step_{stopped_at:08d}":
+                shutil.rmtree(path)
+        capsys.readouterr()
+        loop(run, steps=7, resume=True)
+        assert "schedule ends with step 4, as the run began; later steps keep its final rate" in \
+            capsys.readouterr().err
+        assert rates(run)[:4] == rates(whole) and rates(run)[4:] == [pytest.approx(1e-3)] * 3
+
+
+def test_the_critics_rate_follows_the_same_schedule(tmp_path):
+    base = save_base(tmp_path / "base")
+    options = dict(algo="ppo", optim=COSINE, critic_optim=COSINE, save_every=1, keep_last=9)
+    grpo(grpo_config(tmp_path / "run", base, steps=3, **options))
+    grpo(grpo_config(tmp_path / "run", base, steps=5, resume=True, **options))
+    rate_of = {step: load_checkpoint(tmp_path / "run", step).state["critic_optimizer"]["groups"][0]["lr"]
+               for step in (2, 3, 4, 5)}
+    assert rate_of[3] == rate_of[4] == rate_of[5] == pytest.approx(1e-3) != rate_of[2]
+
+
+def test_fewer_steps_say_so_and_keep_the_schedule(tmp_path, capsys):
+    data = text_file(tmp_path)
+    pretrain(pretrain_config(tmp_path / "run", data, optim=COSINE, keep_last=9))
+    expected = rates(tmp_path / "run")
+    for step in (6, 8):
+        shutil.rmtree(tmp_path / f"run/checkpoints/step_{step:08d}")
+    pretrain(pretrain_config(tmp_path / "run", data, optim=COSINE, steps=5, resume=True))
+    said = capsys.readouterr().err
+    assert "ends at step 5, before the learning rate's schedule, which ends with step 8" in said
+    assert rates(tmp_path / "run") == expected[:5]
+
+
+def test_a_run_that_has_its_steps_says_that_nothing_is_left(tmp_path, capsys):
+    data = text_file(tmp_path)
+    pretrain(pretrain_config(tmp_path / "run", data, steps=3))
+    pretrain(pretrain_config(tmp_path / "run", data, steps=2, resume=True))
+    assert "nothing to do: --steps is 2, and 3 are done" in capsys.readouterr().err

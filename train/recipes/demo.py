@@ -18,7 +18,7 @@ work throughout. README.md says how long it takes.
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -191,7 +191,7 @@ def run_part(loop: Callable, config: RunConfig) -> float:
     started = time.perf_counter()
     folder = Path(config.run)
     if not part_done(folder, config.steps):
-        loop(config)
+        loop(replace(config, resume=bool(checkpoint_steps(folder))))
         if not part_done(folder, config.steps):
             raise Stopped
     return time.perf_counter() - started

@@ -1,0 +1,95 @@
+"""wandb informs: it is refused early, in one line; it never ends a run; a resumed run continues its own."""
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from r1zero.train.log import read_metrics
+from r1zero.train.pretrain import pretrain
+
+from .loop_cases import pretrain_config, text_file
+from .run_cases import fails, outcome
+
+
+class FakeWandb(SimpleNamespace):
+    """Enough of wandb: it notes what it is told, and raises `errors` by the name of the call."""
+
+    def __init__(self, **errors):
+        super().__init__(errors=errors, started=[], logged=[], finished=[])
+
+    def _maybe_raise(self, call: str):
+        if call in self.errors:
+            raise self.errors[call]
+
+    def init(self, **options):
+        self._maybe_raise("init")
+        self.started.append(options)
+        return SimpleNamespace(id=options["id"] or f"id{len(self.started)}", log=self.log, finish=self.finish)
+
+    def log(self, metrics, step):
+        self._maybe_raise("log")
+        self.logged.append(step)
+
+    def finish(self, exit_code):
+        self._maybe_raise("finish")
+        self.finished.append(exit_code)
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """Put a stand-in where `import wandb` finds it."""
+    def put(fake):
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        return fake
+    return put
+
+
+def config(tmp_path, **changes):
+    changes = {"wandb": True, "steps": 4, **changes}
+    return pretrain_config(tmp_path / "run", text_file(tmp_path), **changes)
+
+
+@pytest.mark.parametrize("error, said", [
+    (RuntimeError("api_key not configured (no-tty).\ncall wandb.login()"), "api_key not configured"),
+    (ConnectionError("Run initialization has timed out after 90.0 sec."), "timed out after 90"),
+    (ValueError("API key must be 40 characters long, yours was 3"), "40 characters"),
+    (AssertionError(), "AssertionError"),
+])
+def test_a_wandb_that_cannot_start_is_told_before_anything_is_computed(tmp_path, use, error, said):
+    use(FakeWandb(init=error))
+    with fails(ValueError, f"--wandb: wandb cannot start: .*{said}.*wandb login.*WANDB_MODE=offline"):
+        pretrain(config(tmp_path))
+    assert not (tmp_path / "run/run.json").exists()
+    pretrain(config(tmp_path, wandb=False))  # the corrected command just works
+    assert len(read_metrics(tmp_path / "run")) == 4
+
+
+def test_a_missing_wandb_is_told_with_what_to_install(tmp_path, use):
+    use(None)  # what Python takes for a module that cannot be imported
+    with fails(ValueError, "--wandb needs the package wandb .*pip install wandb, or leave it out"):
+        pretrain(config(tmp_path))
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), RuntimeError("service died"),
+                                   ValueError("step must be larger")])
+def test_a_wandb_that_dies_on_the_way_ends_nothing_and_is_told_once(tmp_path, use, capsys, error):
+    use(FakeWandb(log=error, finish=error))
+    pretrain(config(tmp_path))
+    said = capsys.readouterr().err
+    assert said.count("the run goes on without it, metrics.jsonl has all rows") == 1
+    assert said.count("wandb could not finish") == 1
+    plain = pretrain_config(tmp_path / "plain", text_file(tmp_path), steps=4)
+    pretrain(plain)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "plain")
+
+
+def test_a_resumed_run_continues_its_wandb_run_and_another_has_its_own(tmp_path, use):
+    fake = use(FakeWandb())
+    pretrain(config(tmp_path, steps=2))
+    pretrain(config(tmp_path, steps=4, resume=True))
+    other = pretrain_config(tmp_path / "other", text_file(tmp_path), steps=2, wandb=True, resume=True)
+    pretrain(other)
+    assert [options["id"] for options in fake.started] == [None, "id1", None]
+    assert fake.logged == [1, 2, 3, 4, 1, 2] and fake.finished == [0, 0, 0]
+    assert fake.started[0]["name"] == "run" and json.dumps(fake.started[0]["config"])
