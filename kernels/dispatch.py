@@ -21,7 +21,10 @@ import torch
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no wheel for this platform
+except Exception as error:  # missing, or installed and broken, which raises all kinds
+    WHY_NO_TRITON = "Triton is not installed (pip install triton)"
+    if not isinstance(error, ModuleNotFoundError):
+        WHY_NO_TRITON = f"Triton cannot be imported: {error}"
 
     class _StandIn:
         """Enough of Triton for its decorators and annotations to be read."""
@@ -32,14 +35,12 @@ except ImportError:  # no wheel for this platform
             return self.jit if fn is None else fn
 
         def __getattr__(self, name):
-            raise ImportError(
-                f"triton.{name} is needed, but Triton is not installed: pip install triton"
-            )
+            raise ImportError(f"triton.{name} is needed, but {WHY_NO_TRITON}")
 
     triton = tl = _StandIn()
     HAS_TRITON = False
 else:
-    HAS_TRITON = True
+    HAS_TRITON, WHY_NO_TRITON = True, "Triton is not installed (pip install triton)"
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST_ARCH = 80  # the kernels are written for, and compiled ahead of time for, sm_80 and later
@@ -115,7 +116,7 @@ def why_not_triton(
     installed, interpreting: whether Triton is there, and whether its interpreter runs the kernels.
     """
     if not installed:
-        return "Triton is not installed (pip install triton)"
+        return WHY_NO_TRITON
     if dtype not in TRITON_DTYPES:
         return f"the Triton kernels take float32, float16 and bfloat16, not {dtype}"
     if interpreting:

@@ -40,6 +40,7 @@ VERSION = 2  # raise it when the names or the meaning of what is saved change
 FOLDER_NAME = re.compile(r"step_(\d{8,})(\.old)?")
 # A name that starts with this is unfinished; the next save removes it.
 UNFINISHED = ".tmp-"
+LISTINGS = 5  # how often a folder is looked at again, if what was in it is gone meanwhile
 # How a file system says that it knows no flush, unlike a full or broken disk.
 CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
@@ -68,10 +69,7 @@ class Checkpoint:
 
 
 def _flush(path: Path) -> None:
-    """Wait until a file, or the list of names in a folder, is on the disk, as far as that can be.
-
-    Windows cannot flush a folder, and some network file systems cannot flush at all.
-    """
+    """`flush_to_disk` of a file, or of the list of names in a folder, which Windows cannot do."""
     try:
         # Windows flushes only what is open for writing.
         descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
@@ -80,12 +78,21 @@ def _flush(path: Path) -> None:
             return
         raise
     try:
+        flush_to_disk(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_to_disk(descriptor: int) -> None:
+    """Wait until what was written to an open file is on the disk, where the file system can tell.
+
+    Raises OSError if it cannot be written.
+    """
+    try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in CANNOT_FLUSH:
             raise
-    finally:
-        os.close(descriptor)
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
@@ -163,6 +170,8 @@ def _read_tensors(path: Path, expected: dict) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path.name} is missing") from error
     except OSError as error:
         raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error}") from error
     return tensors | {name: tensors[first] for name, first in expected["same"].items()}
 
 
@@ -359,7 +368,6 @@ def save_checkpoint(
         _put_in_place(unfinished, final)
         if score is not None:
             _mark_best(root, step, score)
-        _prune(root, step, keep_last)
     # Every exception, also Ctrl-C or a state that is no JSON: leave nothing half-done.
     except BaseException as error:
         _tidy(root)
@@ -368,6 +376,11 @@ def save_checkpoint(
             needed = sum(tensor.nbytes for tensor in stored)
             raise CheckpointError(_cannot_save(root, step, needed, error)) from error
         raise
+    # It is saved. That an old one cannot be removed is no reason to stop.
+    try:
+        _prune(root, step, keep_last)
+    except OSError as error:
+        warnings.warn(f"an old checkpoint in {root} cannot be removed: {error}", stacklevel=2)
     return final
 
 
@@ -458,6 +471,34 @@ def _choose(folder: Path, which: str | int) -> list[Path]:
     return [path for step in steps for path in folders[step]]
 
 
+def _listed(folder: Path, which: str | int) -> list[Path]:
+    """The checkpoints to try, in order. Raises CheckpointError if there is none."""
+    try:
+        return _choose(folder, which)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {folder}: {error.strerror}; give one you may read"
+        ) from error
+
+
+def _first_sound(
+    paths: list[Path], groups: tuple[str, ...] | None
+) -> tuple[Checkpoint | None, dict[str, CheckpointError]]:
+    """(the first checkpoint that can be used, or None; what is wrong with those before it)."""
+    errors = {}
+    for path in paths:
+        try:
+            checkpoint = _read_folder(path, groups)
+        except CheckpointError as error:
+            errors[path.name] = error
+            continue
+        if errors:
+            unusable = "; ".join(f"{name}: {error}" for name, error in errors.items())
+            warnings.warn(f"using {path} because others cannot be used: {unusable}", stacklevel=3)
+        return checkpoint, errors
+    return None, errors
+
+
 def load_checkpoint(
     folder: str | Path, which: str | int = "last", groups: tuple[str, ...] | None = None
 ) -> Checkpoint:
@@ -469,23 +510,14 @@ def load_checkpoint(
     Raises CheckpointError if there is none to use.
     """
     folder = Path(folder)
-    try:
-        paths = _choose(folder, which)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot read {folder}: {error.strerror}; give one you may read"
-        ) from error
-    errors = {}
-    for path in paths:
-        try:
-            checkpoint = _read_folder(path, groups)
-        except CheckpointError as error:
-            errors[path.name] = error
-            continue
-        if errors:
-            unusable = "; ".join(f"{name}: {error}" for name, error in errors.items())
-            warnings.warn(f"using {path} because others cannot be used: {unusable}", stacklevel=2)
-        return checkpoint
+    for _ in range(LISTINGS):
+        paths = _listed(folder, which)
+        checkpoint, errors = _first_sound(paths, groups)
+        if checkpoint is not None:
+            return checkpoint
+        # A trainer that goes on beside us removes old checkpoints: then look again.
+        if _listed(folder, which) == paths:
+            break
     if all(isinstance(error, VersionError) for error in errors.values()):
         raise VersionError(f"{paths[0]} cannot be used: {errors[paths[0].name]}")
     reasons = "; ".join(f"{name}: {error}" for name, error in errors.items())

@@ -88,14 +88,19 @@ def make_optimizer(module: torch.nn.Module, config: OptimConfig) -> torch.optim.
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
-    """The learning rate of 0-based `step`: a linear warm-up, then flat or half a cosine."""
+    """The learning rate of 0-based `step`: a linear warm-up, then flat or half a cosine.
+
+    After `total_steps`, a cosine keeps the rate of its last step.
+    """
+    if config.schedule == "cosine":
+        step = min(step, total_steps - 1)
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     if config.schedule == "constant":
         return config.lr
     # `done` runs from 0 after the warm-up to 1 at the last step
     done = (step - config.warmup) / max(1, total_steps - 1 - config.warmup)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    cosine = 0.5 * (1 + math.cos(math.pi * done))
     return config.lr * (config.final_lr + (1 - config.final_lr) * cosine)
 
 

@@ -2,11 +2,13 @@
 
     SIGINT    Ctrl-C
     SIGTERM   the machine is wanted back: kill, docker stop, Slurm, a spot instance
+    SIGUSR1   the time is nearly up: Slurm's --signal=USR1@60
+    SIGXCPU   a limit on the processor's time (ulimit -t) is reached
     SIGHUP    the terminal went away
 
 The first one asks the loop to stop: it finishes its step, saves and leaves. After that, Ctrl-C
-breaks off at once. The other two are often sent twice (by `timeout`, or by a shell that ends), so
-they never break off; whoever means it sends SIGKILL. A signal that was ignored when the loop began
+breaks off at once. The others are often sent twice (by `timeout`, or by a shell that ends), so they
+never break off; whoever means it sends SIGKILL. A signal that was ignored when the loop began
 (SIGHUP under nohup) stays ignored.
 
 Left out: saving in the middle of a step. Give a scheduler's grace period the length of a step.
@@ -16,7 +18,7 @@ import signal
 
 from ..eval.console import shout
 
-NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGXCPU", "SIGHUP")  # Windows has the first two
 
 
 class Interrupt:

@@ -1,11 +1,10 @@
 """metrics.jsonl, the log of a run: one JSON object per step, read around what is broken."""
 
 import json
-import os
 import warnings
 from pathlib import Path
 
-from ..model.checkpoint import atomic_write_text
+from ..model.checkpoint import atomic_write_text, flush_to_disk
 
 MOST_NAMED = 5  # broken lines that a warning names
 
@@ -64,7 +63,7 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Return when every row is on the disk."""
-        os.fsync(self._file.fileno())
+        flush_to_disk(self._file.fileno())
 
     def close(self) -> None:
         try:

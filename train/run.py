@@ -1,6 +1,7 @@
 """A run: its folder, its log, its progress bar, and how it stops. It knows nothing of the loops.
 
-    <run>/run.json          config, machine and start: what it takes to make the run again
+    <run>/run.json          config, machine and start: what it takes to make the run again; the same
+                            of each time that it was resumed
     <run>/metrics.jsonl     one JSON object per step; cut back to the checkpoint's step on resume
     <run>/checkpoints/      see model/checkpoint.py
 
@@ -16,6 +17,7 @@ inputs (inputs.py). The learning rate keeps the schedule that it began with.
 Left out: how fast and on what the run computes (machine.py), and every decision about training.
 """
 
+import json
 import math
 import os
 import time
@@ -59,6 +61,18 @@ def at_least(config: Any, minimum: float, *names: str) -> None:
             raise ValueError(f"--{flag} is {value}, expected {minimum} or more")
 
 
+def check_folder_name(run: str) -> None:
+    """Raise ValueError for a --run that is empty, or that the files of a checkpoint cannot have."""
+    if not isinstance(run, str):  # no text yet, while the command line gathers its defaults
+        return
+    if not run.strip():
+        raise ValueError("--run is empty, expected the name of a folder")
+    try:
+        run.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"--run is {ascii(run)}, which is not UTF-8; take another name") from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Flags of every loop: where a run lives, how long it goes, what it keeps.
@@ -85,9 +99,7 @@ class RunConfig:
     """Resume although the base or the data has another content than when the run began."""
 
     def __post_init__(self):
-        # (While the command line gathers its defaults, it is no text yet.)
-        if isinstance(self.run, str) and not self.run.strip():
-            raise ValueError("--run is empty, expected the name of a folder")
+        check_folder_name(self.run)
         at_least(self, 1, "steps", "save_every", "keep_last")
 
 
@@ -228,13 +240,19 @@ class Run:
             score = self.resumed.state.get("score")
             if score is not None:
                 mark_best(self.folder, self.resumed.step, score)
-        record = {
+        path = self.folder / "run.json"
+        start = {
             "title": self.title,
             "config": asdict(self.config),
             "machine": describe_machine(),
-            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         }
-        atomic_write_json(self.folder / "run.json", record)
+        record = start
+        if self.resumed and (first := read_record(path)):
+            # The flags are those of now; how it began, and each time that it went on, stay.
+            earlier = first.get("starts", [first])
+            record = start | {"starts": [*earlier, start]}
+        atomic_write_json(path, record)
 
     def __exit__(self, kind, error, trace):
         if isinstance(error, Exception):
@@ -392,6 +410,15 @@ class Run:
         keep_last = self.config.keep_last
         save_checkpoint(self.folder, step + 1, tensors, state, keep_last=keep_last, score=score)
         self._saved_step = step
+
+
+def read_record(path: Path) -> dict:
+    """A run.json; an empty dict if there is none, or none that can be read."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def optimizer_key(name: str) -> str:

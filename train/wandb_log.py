@@ -50,7 +50,7 @@ class WandbLog:
                 resume="allow",
             )
         except Exception as error:  # wandb raises many kinds; none is a fault of the run
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise ValueError(f"--wandb: wandb cannot start: {reason}; {MEND}") from error
         if self._run.id != former:
             atomic_write_text(id_file, f"{self._run.id}\n")

@@ -25,6 +25,7 @@ import functools
 import hashlib
 import tempfile
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,14 @@ try:
     import numba
     from numba.extending import register_jitable
     from numba.misc.appdirs import AppDirs
-except ImportError:  # no wheel for this Python, or left out on purpose
+except Exception as error:  # missing, or installed and broken, which raises all kinds
+    WHY_NO_NUMBA = "missing: pip install numba"
+    if not isinstance(error, ModuleNotFoundError):
+        WHY_NO_NUMBA = f"installed, but it cannot be imported: {error}"
+        warnings.warn(
+            f"Numba is {WHY_NO_NUMBA}; plain PyTorch takes its place, which is slower",
+            stacklevel=2,
+        )
 
     class _StandIn:
         """Enough of Numba for its decorators to be read."""
@@ -49,7 +57,10 @@ except ImportError:  # no wheel for this Python, or left out on purpose
 else:
     # PyTorch's own threads, where both find the same OpenMP library
     numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
-    HAS_NUMBA = not numba.config.DISABLE_JIT  # NUMBA_DISABLE_JIT=1: as if it were not there
+    HAS_NUMBA = not numba.config.DISABLE_JIT
+    WHY_NO_NUMBA = "missing: pip install numba"
+    if not HAS_NUMBA:
+        WHY_NO_NUMBA = "switched off: NUMBA_DISABLE_JIT is set"
 
 HERE = Path(__file__).parent
 # a product may be fused with a sum; NaN and infinity keep their meaning
@@ -168,7 +179,7 @@ def refuses(*tensors: torch.Tensor | None) -> str | None:
     kinds = ", ".join(f"{tuple(x.shape)} {x.dtype} on {x.device.type}" for x in given)
     return (
         "the compiled loops take float32 tensors on a CPU, none of them empty, and Numba "
-        f"({'installed' if HAS_NUMBA else 'missing: pip install numba'}); got {kinds}"
+        f"({'installed' if HAS_NUMBA else WHY_NO_NUMBA}); got {kinds}"
     )
 
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import warnings
+import zlib
 from pathlib import Path
 
 import pytest
@@ -163,7 +164,9 @@ def test_a_disk_that_fails_at_any_call(tmp_path, monkeypatch, step, call):
             assert set(names(run)) <= {f"step_{step:08d}" for step in (1, 2, 3)}
             continue
         monkeypatch.setattr(os, call, real)
-        break
+        assert checkpoint_steps(run)[-1] == step
+        if next(count) <= number:  # it was not reached any more (else: an old checkpoint stays, with a warning)
+            break
     assert number > 2 and checkpoint_steps(run)[-1] == step
 
 
@@ -237,3 +240,77 @@ def test_atomic_text_and_json(tmp_path, monkeypatch):
             atomic_write_text(tmp_path / "a", "two")
         assert (tmp_path / "a").read_text() == "one"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+# ---- file systems that can do less, and trainers that go on beside a reader ----
+
+def refusing(call, number: int):
+    """`call`, refused with an errno."""
+    def refused(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+    return refused
+
+
+@pytest.mark.parametrize("name, number", [("fsync", errno.EINVAL), ("fsync", errno.EOPNOTSUPP),
+                                          ("fsync", errno.ENOSYS), ("chmod", errno.EPERM)])
+def test_a_mount_that_cannot_flush_or_change_modes_can_be_saved_to(tmp_path, monkeypatch, name, number):
+    monkeypatch.setattr(os, name, refusing(name, number))
+    save(tmp_path, 1)
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path).step == 1
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_is_broken_or_full_is_told(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(os, "fsync", refusing("fsync", number))
+    with pytest.raises(CheckpointError, match="cannot save the checkpoint of step 1"):
+        save(tmp_path, 1)
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "_discard", refusing("rename", errno.EBUSY))
+    with pytest.warns(UserWarning, match="an old checkpoint in .* cannot be removed: .*busy"):
+        save(tmp_path, 2, keep_last=1)
+    assert checkpoint_steps(tmp_path) == [1, 2] and load_checkpoint(tmp_path).step == 2
+
+
+def test_a_reader_beside_a_trainer_that_removes_old_checkpoints_finds_the_new_one(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    read, trained = checkpoint._read_folder, iter([2, 3])
+
+    def overtaken(path, groups):
+        step = next(trained, None)
+        if step:
+            save(tmp_path, step, keep_last=1)
+        return read(path, groups)
+
+    monkeypatch.setattr(checkpoint, "_read_folder", overtaken)
+    assert load_checkpoint(tmp_path).step == 3
+    with pytest.raises(CheckpointError, match="has no checkpoint 1"):
+        load_checkpoint(tmp_path, 1)
+
+
+def test_what_is_not_asked_for_may_be_missing(tmp_path):
+    save(tmp_path, 1)
+    [other] = [path for path in (tmp_path / "checkpoints/step_00000001").glob("*.safetensors")
+               if path.name != "model.safetensors"]
+    other.unlink()
+    found = load_checkpoint(tmp_path, groups=("model",))
+    assert set(found.tensors) == {"model"}
+    with pytest.raises(CheckpointError, match=f"{other.name} is missing"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_file_of_tensors_that_cannot_be_parsed_is_damage(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    folder = tmp_path / "checkpoints/step_00000002"
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "model.safetensors").write_bytes(b"\xff" * 100)
+    files = state["content"]["files"]
+    files["model.safetensors"] |= {"bytes": 100, "crc32": zlib.crc32(b"\xff" * 100)}
+    state["crc32"] = zlib.crc32(json.dumps(state["content"]).encode())
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.warns(UserWarning, match="model.safetensors cannot be read"):
+        assert load_checkpoint(tmp_path).step == 1

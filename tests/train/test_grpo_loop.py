@@ -197,17 +197,18 @@ def test_held_out_accuracy_marks_the_best_checkpoint(base, tmp_path):
     assert [row.get("eval_accuracy") for row in read_metrics(c.run)] == [None, 0.3, None, 0.9, 0.5]
 
 
-def test_a_run_that_died_between_its_best_checkpoint_and_the_mark_marks_it_on_resume(base, tmp_path,
-                                                                                     monkeypatch):
+@pytest.mark.parametrize("end", [Broken, KeyError])
+def test_a_run_that_ended_between_its_best_checkpoint_and_the_mark_marks_it_on_resume(base, tmp_path,
+                                                                                      monkeypatch, end):
     found, mark = iter([0.3, 0.9, 0.5]), checkpoint_module._mark_best
 
     def dying(root, step, score):
         if step == 4:
-            raise Broken
+            raise end
         mark(root, step, score)
 
     common = dict(steps=5, eval_every=2, save_every=100, keep_last=1)
-    with monkeypatch.context() as patch, pytest.raises(Broken):
+    with monkeypatch.context() as patch, pytest.raises(end):
         patch.setattr(checkpoint_module, "_mark_best", dying)
         grpo(grpo_config(tmp_path / "run", base, **common), score_of=lambda *rest: next(found))
     assert load_checkpoint(tmp_path / "run", "best").step == 2

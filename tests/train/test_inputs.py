@@ -181,6 +181,11 @@ def test_the_fingerprint_of_a_base_is_its_weights_shape_and_tokenizer(tmp_path):
     assert differ(same, bytes_) == set()
     same.tensors["model"] = {name: t.to(torch.bfloat16) for name, t in first_weights.items()}
     assert differ(same, bytes_) == {"weights"}
+    name, tensor = next((name, t) for name, t in first_weights.items() if t.ndim == 2)
+    same.tensors["model"] = first_weights | {name: tensor.reshape(-1, 2)}  # the same bytes in another shape
+    assert differ(same, bytes_) == {"weights"}
+    same.tensors["model"] = {f"{name}.": t for name, t in first_weights.items()}
+    assert differ(same, bytes_) == {"weights"}
     same.tensors["model"] = first_weights | {"embed.weight": first_weights[next(iter(first_weights))]}
     assert differ(same, bytes_) == {"weights"}
 

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from r1zero.train.interrupt import Interrupt
+from r1zero.train.interrupt import NAMES, Interrupt
 
 
 def send(number: int) -> None:
@@ -13,18 +13,18 @@ def send(number: int) -> None:
 
 @pytest.fixture
 def handlers():
-    """The handlers of the three signals, as a program has them that nobody has told otherwise; given back."""
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    """The handlers of all the signals, as a program has them that nobody has told otherwise; given back."""
+    numbers = [getattr(signal, name) for name in NAMES]
     former = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield lambda: [signal.getsignal(number) for number in numbers]
     for number, handler in former.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", NAMES)
 def test_each_signal_asks_to_stop_and_says_so_once(handlers, capfd, name):
     before = handlers()
     with Interrupt() as interrupt:
@@ -36,6 +36,7 @@ def test_each_signal_asks_to_stop_and_says_so_once(handlers, capfd, name):
 
 
 @pytest.mark.parametrize("signals", [("SIGTERM", "SIGTERM", "SIGHUP"), ("SIGHUP", "SIGHUP", "SIGTERM"),
+                                     ("SIGUSR1", "SIGUSR1", "SIGTERM"), ("SIGXCPU", "SIGXCPU"),
                                      ("SIGINT", "SIGTERM", "SIGHUP")])
 def test_what_schedulers_and_shells_send_twice_breaks_nothing_off(handlers, capfd, signals):
     with Interrupt() as interrupt:
@@ -45,7 +46,7 @@ def test_what_schedulers_and_shells_send_twice_breaks_nothing_off(handlers, capf
     assert capfd.readouterr().err.count("finishing this step") == 1
 
 
-@pytest.mark.parametrize("first", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("first", NAMES)
 def test_ctrl_c_after_a_request_breaks_off_at_once(handlers, first):
     before = handlers()
     with pytest.raises(KeyboardInterrupt), Interrupt():
@@ -54,7 +55,7 @@ def test_ctrl_c_after_a_request_breaks_off_at_once(handlers, first):
     assert handlers() == before
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_signal_that_was_ignored_at_the_start_stays_ignored(handlers, name):
     """As SIGHUP is under nohup, and SIGINT in a job that a shell script put into the background."""
     number = getattr(signal, name)
@@ -66,8 +67,9 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored(handlers, name):
     assert signal.getsignal(number) == signal.SIG_IGN
 
 
-def test_a_system_without_sighup_has_the_others(handlers, monkeypatch):
-    monkeypatch.delattr(signal, "SIGHUP")
+def test_a_system_without_the_signals_of_unix_has_the_others(handlers, monkeypatch):
+    for name in ("SIGHUP", "SIGUSR1", "SIGXCPU"):
+        monkeypatch.delattr(signal, name)
     with Interrupt() as interrupt:
         send(signal.SIGTERM)
     assert interrupt.requested

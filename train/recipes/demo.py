@@ -388,7 +388,7 @@ def demo(config: DemoConfig) -> Path | None:
     # 5. The report, on all seeds.
     seconds = time.perf_counter() - started
     record["seconds"]["all"] = seconds
-    record["finished"] = time.strftime("%Y-%m-%d %H:%M:%S")
+    record["finished"] = time.strftime("%Y-%m-%d %H:%M:%S %z")
     atomic_write_json(record_path, record)
     report = write_report(folder)
     show(seeds_table(folder))
