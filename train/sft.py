@@ -9,6 +9,7 @@ Left out: chat templates and multi-turn conversations. A pair is trained as it s
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..model.checkpoint import load_model
 from ..model.optimizer import OptimConfig
@@ -24,10 +25,15 @@ from .run import Run, RunConfig, at_least
 class SFTConfig(RunConfig):
     """Fine-tune a model on pairs."""
 
+    # It decides whether data is refused, never what is read of it.
+    FREE: ClassVar[tuple[str, ...]] = ("skip_bad",)
+
     base: str
     """Folder of the run (or checkpoint) to start from."""
     data: str
     """A .jsonl file with the fields prompt and response."""
+    skip_bad: bool = False
+    """Go on without the lines of the data that are bad, and say how many there are."""
     batch_tokens: int = 1024
     """Maximum number of tokens in one optimizer step. Pairs are never cut."""
     micro_tokens: int = 2048
@@ -48,7 +54,7 @@ def sft(config: SFTConfig) -> Transformer:
     """Run the loop; returns the trained model. Raises ValueError for bad flags or data."""
     reuse_memory()
     model, tokenizer, _ = load_model(config.base, pick_device(config.device))
-    documents, prompt_lengths = encode_pairs(tokenizer, read_pairs(config.data))
+    documents, prompt_lengths = encode_pairs(tokenizer, read_pairs(config.data, config.skip_bad))
     batches = DocumentBatches(
         documents,
         config.batch_tokens,
