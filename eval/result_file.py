@@ -35,9 +35,14 @@ def summary_path(out: str | Path) -> Path:
     return sibling(out, ".summary.json")
 
 
+def target_of(out: str | Path) -> Path:
+    """The file that is replaced: `out`, or what it leads to if it is a link."""
+    return Path(os.path.realpath(out) if os.path.islink(out) else out)
+
+
 def partial_path(out: str | Path) -> Path:
     """Where results are written until they are whole."""
-    return sibling(Path(os.path.realpath(out)), ".partial")
+    return sibling(target_of(out), ".partial")
 
 
 def check_result_path(out: str, inputs: Sequence[str] = (), make_parents: bool = False) -> None:
@@ -104,7 +109,7 @@ class ResultFile:
 
     def __init__(self, out: str | Path):
         self.out = Path(out)
-        self.target = Path(os.path.realpath(out))
+        self.target = target_of(out)
         self.writes_aside = not is_stream(out)
         self.partial = partial_path(out)
         self.n_written = 0

@@ -22,6 +22,15 @@ def test_a_line_ends_with_a_line_feed_and_with_nothing_else(tmp_path):
     assert numbered(path) == []
 
 
+def test_a_byte_that_is_no_text_makes_its_own_line_bad_alone(tmp_path):
+    path = tmp_path / "f"
+    path.write_bytes(b"a\n\xc3\nb\0c\n\xff\n" + "é".encode())
+    reasons = "line 2: its byte 1 is not UTF-8; line 3: its byte 2 is 0; line 4: its byte 1"
+    with pytest.raises(ValueError, match=reasons):
+        parse_lines(path, read_lines(path), str, "letters")
+    assert parse_lines(path, read_lines(path), str, "letters", skip_bad=True) == [(1, "a"), (5, "é")]
+
+
 @pytest.mark.parametrize("content, why", [
     (b"\xff\xfea\0", "UTF-16"), (b"\xfe\xff\0a", "UTF-16"), (b"\x1f\x8b\x08", "gzip"),
     (None, "No such file")])

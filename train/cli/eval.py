@@ -57,7 +57,7 @@ class EvalConfig:
     """Maximum number of new tokens per response."""
     out: str | None = None
     """File for the responses, instead of one in the run's folder; the summary goes beside it, with
-    .summary.json behind the same name."""
+    .summary.json behind the same name. Missing folders are made."""
     batch: int = 64
     """Number of problems sampled at one time. Changes memory and speed, not the result."""
     seed: int = 0
