@@ -333,6 +333,13 @@ class Gone:
         return False
 
 
+class GoneLate(Gone):
+    """One that keeps what is written until it is flushed."""
+
+    def write(self, text):
+        return len(text)
+
+
 def test_what_is_shown_never_fails_an_eval(runs, tmp_path):
     config = EvalConfig(run=str(runs / "text"), n=2, samples=1, max_new_tokens=2, out=str(tmp_path / "out"))
     for where in (redirect_stdout, redirect_stderr):
@@ -346,8 +353,9 @@ def test_the_grades_are_the_product_and_their_summary_is_not(tmp_path, capsys):
     path = write_lines(tmp_path / "in.jsonl", [COUNTDOWN])
     with redirect_stderr(Gone()):
         assert len(grade(GradeConfig(input=path))) == 1
-    with pytest.raises(BrokenPipeError), redirect_stdout(Gone()):
-        grade(GradeConfig(input=path))
+    for stdout in (Gone(), GoneLate()):
+        with pytest.raises(BrokenPipeError), redirect_stdout(stdout):
+            grade(GradeConfig(input=path))
     assert "responses: accuracy" not in capsys.readouterr().err
 
 
