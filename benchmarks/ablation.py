@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 from r1zero.eval.harness import evaluate
 from r1zero.eval.sampler import ModelSampler
-from r1zero.model.checkpoint import atomic_write_json, load_model
+from r1zero.model.checkpoint import load_model
+from r1zero.model.files import atomic_write_json
 from r1zero.model.optimizer import OptimConfig
 from r1zero.rl.family import PRESETS
 from r1zero.train.grpo import GRPOConfig, grpo_config, make_learner, timed_step

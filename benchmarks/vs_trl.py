@@ -113,7 +113,7 @@ class TokenIdTokenizer:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [[int(word) for word in text.split()] for text in texts]
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], keep_special: bool = False) -> str:
         return " ".join(map(str, ids))
 
 

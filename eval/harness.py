@@ -12,7 +12,6 @@ Left out: significance tests between two runs (on the same problems, compare the
 problem, from the JSON lines), and anything that knows a model: a sampler is any callable.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -20,9 +19,9 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
-from .response import grade_response
+from .console import Bar
+from .response import Sample, grade_response
+from .result_file import ResultFile
 from .tasks.base import Task
 
 Z95 = 1.959964  # 97.5 % quantile of the normal distribution
@@ -37,6 +36,8 @@ class Sampled(NamedTuple):
     n_tokens: int
     finish_reason: str
     """ "length" if it was cut at the token limit; any other word otherwise."""
+    tokens: tuple[int, ...] = ()
+    """The token ids, for graders that look at them; empty where a sampler does not know them."""
 
 
 class Estimate(NamedTuple):
@@ -141,18 +142,9 @@ def interval(scores: Sequence[float], n_samples: int = 1) -> Estimate:
     return Estimate(mean, low, high)
 
 
-def _open_lines(out: str | Path | None):
-    if out is None:
-        return nullcontext()
-    try:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        return open(out, "w", encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"cannot write the responses to {out}: {error}") from None
-
-
 def _row(index: int, problem: Any, prompt: str, sampled: Sampled, task: Task) -> dict[str, Any]:
-    graded = grade_response(task, problem, sampled.text)
+    sample = Sample(problem, sampled.text, sampled.tokens, sampled.finish_reason)
+    graded = grade_response(task, sample)
     return {
         "index": index,
         "problem": asdict(problem) if is_dataclass(problem) else problem,
@@ -216,9 +208,10 @@ def evaluate(
 ) -> EvalResult:
     """Sample `n_samples` responses to each problem, grade them, and sum up.
 
-    ks: the k of each pass@k that is wanted. out: a file for one JSON line per response, written
-    batch by batch; what was there is overwritten. batch: problems in one call of the sampler.
-    progress: show a bar on stderr.
+    ks: the k of each pass@k that is wanted. out: a file for one JSON line per response. Lines are
+    written batch by batch to `<out>.partial`, which replaces `out` at the end; an evaluation that
+    is broken off leaves `out` as it was, and its own lines in `<out>.partial`. batch: problems in
+    one call of the sampler. progress: show a bar on stderr.
 
     Raises ValueError for no problems, a k above n_samples, counts below 1, a file that cannot be
     written, and a sampler that returns the wrong number of responses.
@@ -227,8 +220,8 @@ def evaluate(
     _check(len(problems), n_samples, ks, batch)
     kept: list[dict[str, Any]] = []
     with (
-        _open_lines(out) as file,
-        tqdm(total=len(problems), disable=not progress, unit="problem") as bar,
+        nullcontext() if out is None else ResultFile(out) as file,
+        Bar(total=len(problems), disable=not progress, unit="problem") as bar,
     ):
         for start in range(0, len(problems), batch):
             # 1. Sample a group of responses to each problem of the batch.
@@ -247,8 +240,7 @@ def evaluate(
                 rows += [_row(index, problem, prompt, sampled, task) for sampled in group]
             # 3. Write them to the disk before the next batch, and keep what the summary needs.
             if file is not None:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
-                file.flush()
+                file.write(rows)
             kept += [{name: row[name] for name in SUMMED} for row in rows]
             bar.update(len(chunk))
     return _summary(task.name, kept, n_samples, ks)

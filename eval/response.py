@@ -4,12 +4,21 @@
 
 Format and answer are judged apart, because accuracy and format are two rewards: a right answer in a
 broken frame still counts as right. Tags are case-sensitive and have no attributes: `<Answer>` and
-`< answer>` are plain text. Only fixed strings are searched for, so each character is looked at a
-few times at most.
+`< answer>` are plain text.
 
+White space is free only as far as text needs it, or a model could fill its answer with it and be
+paid: 16 characters before, between and after the blocks (the paper's template has one, others two
+line breaks), and 100 in one run anywhere (deeply indented code has 40).
+
+A response that was cut off at the token limit is not well formed, whatever its text is: it never
+ended. Its answer block counts as it stands.
+
+Only fixed strings and simple patterns are searched for, so the time is linear in the text's length.
 Left out: mending of broken tags, because the format reward is there to teach them.
 """
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +26,37 @@ from .tasks.base import Task
 
 FRAME = ("<think>", "</think>", "<answer>", "</answer>")
 WHITE_SPACE = " \t\r\n"  # the only white space that a format or an answer may hold
+MAX_SPACE_AROUND = 16  # characters of white space before, between and after the blocks
+MAX_SPACE_RUN = 100  # characters of white space in one run anywhere
+LONG_RUN = re.compile(rf"(?<!\s)\s{{{MAX_SPACE_RUN + 1}}}")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled response: all that a grader or a reward may look at."""
+
+    problem: Any
+    """A problem of the task."""
+    text: str
+    """The response as `response_text` spells it."""
+    tokens: Sequence[int] = ()
+    """Token ids of the response, with the end token if it has one; empty where they are unknown."""
+    finish_reason: str | None = None
+    """"length" if it was cut at the token limit; another word, or None, otherwise."""
+
+    @property
+    def cut_off(self) -> bool:
+        return self.finish_reason == "length"
+
+
+def response_text(tokenizer, tokens: Sequence[int]) -> str:
+    """The text of a response's tokens: all of it, but for the end token that stopped it.
+
+    Any other special token is spelled, like `<|bos|>`: what was sampled must not look like the text
+    without it.
+    """
+    ended = len(tokens) > 0 and tokens[-1] in tokenizer.eos_ids
+    return tokenizer.decode(tokens[:-1] if ended else tokens, keep_special=True)
 
 
 @dataclass(frozen=True)
@@ -26,7 +66,8 @@ class Response:
     answer: str | None
     """Text of the last complete answer block, None if there is none; also if not well formed."""
     well_formed: bool
-    """Exactly one think block, then exactly one answer block, and only white space around them."""
+    """Exactly one think block, then exactly one answer block, and only white space around them, of
+    which there is no more than the bounds above."""
     why: str
     """One plain sentence: what is wrong with the form, or that it is right."""
 
@@ -44,7 +85,7 @@ class Graded:
     why: str
     """The task's reason for the accuracy, in one plain sentence."""
     why_format: str
-    """The reason for the format, in one plain sentence."""
+    """The reason for the format, in plain words."""
 
 
 def quoted(text: str, limit: int = 40) -> str:
@@ -81,7 +122,7 @@ def _fault(text: str) -> str | None:
     if starts != sorted(starts):
         order = sorted(FRAME, key=text.find)
         return f"The tags are out of order: {' '.join(order)}."
-    # 3. Nothing but white space outside the two blocks.
+    # 3. Nothing but a little white space outside the two blocks.
     think, think_end, answer, answer_end = starts
     outside = (
         ("before <think>", text[:think]),
@@ -91,6 +132,14 @@ def _fault(text: str) -> str | None:
     for where, stray in outside:
         if stray.strip(WHITE_SPACE):
             return f"There is text {where}: {quoted(stray.strip(WHITE_SPACE))}."
+        if len(stray) > MAX_SPACE_AROUND:
+            return (
+                f"There are {len(stray)} characters of white space {where}, and at most "
+                f"{MAX_SPACE_AROUND} are allowed."
+            )
+    # 4. No padding inside of them.
+    if LONG_RUN.search(text):
+        return f"There are more than {MAX_SPACE_RUN} characters of white space in one run."
     return None
 
 
@@ -111,14 +160,46 @@ def parse_response(text: str) -> Response:
     )
 
 
-def grade_response(task: Task | type[Task], problem: Any, text: str) -> Graded:
+def own_response(text: str, next_question: str) -> str:
+    """The response without what a base model runs on into: the next question of the prompt's form.
+
+    next_question: how such a question begins, a line break included. What stands inside the think
+    block that the response begins with is thought, not asked. Linear in the length of `text`.
+    """
+    # Where the thoughts end, if they do before another think block begins.
+    opening, closing = text.find("<think>"), text.find("</think>")
+    begins_with_thoughts = 0 <= opening < closing and next_question not in text[:opening]
+    if not begins_with_thoughts or "<think>" in text[opening + 1 : closing]:
+        closing = 0
+    end = text.find(next_question, closing)
+    return text if end < 0 else text[:end]
+
+
+def answer_of(text: str, next_question: re.Pattern) -> str | None:
+    """The answer block that counts: the last complete one before the next question.
+
+    A base model that has answered may run on into another question of the prompt's form, and answer
+    that. next_question: matches such a question, from its line break on. It is looked for behind
+    the first complete answer block. None if there is no complete block.
+    """
+    first_end = text.find("</answer>", max(text.find("<answer>"), 0))
+    if first_end >= 0 and (asked := next_question.search(text, first_end)):
+        text = text[: asked.start()]
+    return parse_response(text).answer
+
+
+def grade_response(task: Task | type[Task], sample: Sample) -> Graded:
     """Grade a response: is it right, and is it well formed? A task's class is enough."""
-    grade = task.grade(problem, text)
-    response = parse_response(text)
+    grade = task.grade(sample.problem, sample.text)
+    response = parse_response(sample.text)
+    why_format = response.why
+    if sample.cut_off:
+        fault = "" if response.well_formed else f" {response.why}"
+        why_format = f"It was cut off at the token limit.{fault}"
     return Graded(
         accuracy=grade.accuracy,
-        format=float(response.well_formed),
+        format=float(response.well_formed and not sample.cut_off),
         answer=grade.answer,
         why=grade.why,
-        why_format=response.why,
+        why_format=why_format,
     )

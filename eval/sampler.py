@@ -20,6 +20,7 @@ from ..model.engine.sampling import sample_seeds
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from .harness import Sampled
+from .response import response_text
 
 
 class ModelSampler:
@@ -74,8 +75,9 @@ class ModelSampler:
         return [responses[i : i + n_samples] for i in range(0, len(responses), n_samples)]
 
     def _sampled(self, completion: Completion) -> Sampled:
-        text = self.tokenizer.decode(completion.tokens)
-        return Sampled(text, len(completion.tokens), completion.finish_reason)
+        tokens = tuple(completion.tokens.tolist())
+        text = response_text(self.tokenizer, tokens)
+        return Sampled(text, len(tokens), completion.finish_reason, tokens)
 
     def _requests(self, prompts: list[str], n_samples: int) -> list[Request]:
         ids = self.tokenizer.encode_batch(prompts)

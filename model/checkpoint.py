@@ -14,10 +14,8 @@ Left out: pickles (they run code when read), saving in the background, sharded f
 CRC finds damage, not malice). Only one process may write to a run folder.
 """
 
-import errno
 import json
 import math
-import os
 import re
 import shutil
 import warnings
@@ -31,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .config import ModelConfig
+from .files import UNFINISHED, atomic_write_json, flush
 from .tokenizer import Tokenizer
 from .transformer import Transformer
 
@@ -38,11 +37,7 @@ FORMAT = "r1zero checkpoint"
 VERSION = 2  # raise it when the names or the meaning of what is saved change
 # .old: the checkpoint that is being replaced, between two renames
 FOLDER_NAME = re.compile(r"step_(\d{8,})(\.old)?")
-# A name that starts with this is unfinished; the next save removes it.
-UNFINISHED = ".tmp-"
 LISTINGS = 5  # how often a folder is looked at again, if what was in it is gone meanwhile
-# How a file system says that it knows no flush, unlike a full or broken disk.
-CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
 class CheckpointError(ValueError):
@@ -65,56 +60,7 @@ class Checkpoint:
     path: Path
 
 
-# ---- files that appear whole or not at all ----
-
-
-def _flush(path: Path) -> None:
-    """`flush_to_disk` of a file, or of the list of names in a folder, which Windows cannot do."""
-    try:
-        # Windows flushes only what is open for writing.
-        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    except PermissionError:
-        if path.is_dir():
-            return
-        raise
-    try:
-        flush_to_disk(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def flush_to_disk(descriptor: int) -> None:
-    """Wait until what was written to an open file is on the disk, where the file system can tell.
-
-    Raises OSError if it cannot be written.
-    """
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in CANNOT_FLUSH:
-            raise
-
-
-def atomic_write_text(path: str | Path, text: str) -> None:
-    """Replace the file at `path`: at any moment a reader sees the old text or the new one.
-
-    Raises OSError with the file's name (no space, no permission); the old text is then still there.
-    """
-    path = Path(path)
-    unfinished = path.with_name(f"{UNFINISHED}{path.name}")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        _flush(unfinished)
-        os.replace(unfinished, path)
-        _flush(path.parent)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def atomic_write_json(path: str | Path, value: object) -> None:
-    """`atomic_write_text` of a JSON value, indented for people."""
-    atomic_write_text(path, json.dumps(value, indent=1) + "\n")
+# ---- tensors in one file ----
 
 
 def _crc32(path: Path) -> int:
@@ -123,9 +69,6 @@ def _crc32(path: Path) -> int:
         while block := file.read(1 << 20):
             crc = zlib.crc32(block, crc)
     return crc
-
-
-# ---- tensors in one file ----
 
 
 def _split_repeats(
@@ -205,8 +148,8 @@ def _write_folder(folder: Path, step: int, groups: dict, state: dict) -> None:
     for path in folder.iterdir():
         with suppress(OSError):  # some mounts know no modes: then all files have the same
             path.chmod(mode)
-        _flush(path)
-    _flush(folder)
+        flush(path)
+    flush(folder)
 
 
 def _read_content(path: Path) -> dict:
@@ -285,7 +228,7 @@ def _put_in_place(unfinished: Path, final: Path) -> None:
     if final.exists():
         final.rename(old)
     unfinished.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
     if old.exists():
         _discard(old)
 

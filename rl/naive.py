@@ -20,7 +20,7 @@ import sys
 
 import torch
 
-from ..eval.response import parse_response
+from ..eval.response import parse_response, response_text
 from ..eval.tasks.countdown import Countdown
 from ..model.checkpoint import load_model
 from ..model.engine.naive import generate_naive
@@ -37,10 +37,15 @@ FORMAT_WEIGHT = 0.2
 SEED = 0
 
 
-def reward_of(task, problem, text: str) -> float:
-    """1 for a right answer and 0.2 for a well-formed one: two rules, no model judges."""
+def reward_of(task, problem, answer: list[int], tokenizer) -> float:
+    """1 for a right answer and 0.2 for a well-formed one: two rules, no model judges.
+
+    An answer without its end token was cut off, and what was cut off is not well formed.
+    """
+    text = response_text(tokenizer, answer)
     right = task.grade(problem, text).accuracy
-    well_formed = parse_response(text).well_formed
+    finished = answer[-1] in tokenizer.eos_ids
+    well_formed = finished and parse_response(text).well_formed
     return right + FORMAT_WEIGHT * well_formed
 
 
@@ -92,7 +97,7 @@ def grpo_gradient(model, tokenizer, task, problems: list, step: int) -> dict:
         answers = [sample_answer(model, prompt, seed, tokenizer.eos_ids) for seed in group_seeds]
 
         # 2. Grade each answer by rule: is it right, is it well formed?
-        rewards = [reward_of(task, problem, tokenizer.decode(answer)) for answer in answers]
+        rewards = [reward_of(task, problem, answer, tokenizer) for answer in answers]
 
         # 3. Compare each answer with the rest of its group.
         advantages = advantages_of(rewards)

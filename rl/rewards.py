@@ -1,8 +1,12 @@
 """R1-Zero's two rule rewards: is the answer right, and is the response well formed?
 
 Accuracy is the task's grader's verdict on the last answer block. Format is 1 for exactly one think
-block followed by exactly one answer block and nothing else. No model judges anything, so there is
-nothing to hack but the rules (arXiv 2501.12948, section 2.2.2).
+block followed by exactly one answer block and nothing else, and 0 for an answer that was cut off.
+No model judges anything, so there is nothing to hack but the rules (arXiv 2501.12948, section
+2.2.2).
+
+What is graded is a `Sample` (eval/response.py): the problem, the text, the tokens and how sampling
+ended.
 
 A `Grader` is made once per run. It may change what is trained on (DAPO's penalty for long answers,
 the control's shuffle), never what is logged.
@@ -15,7 +19,7 @@ from functools import partial
 
 import numpy as np
 
-from ..eval.response import grade_response
+from ..eval.response import Sample, grade_response
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,9 @@ class Rewards:
     """The grader's reason in plain words, one per answer."""
 
 
-def reward_one(task, problem, response: str, config: RewardConfig) -> dict:
+def reward_one(task, sample: Sample, config: RewardConfig) -> dict:
     """Grade a single response: a dict of accuracy, format, reward, answer and why."""
-    graded = grade_response(task, problem, response)
+    graded = grade_response(task, sample)
     reward = config.accuracy_weight * graded.accuracy + config.format_weight * graded.format
     return {
         "accuracy": graded.accuracy,
@@ -82,11 +86,7 @@ class Grader:
 
     def __call__(self, task, rollouts) -> Rewards:
         """Grade all answers of the rollouts."""
-        group_of = np.repeat(np.arange(len(rollouts.problems)), np.diff(rollouts.group_offsets))
-        graded = [
-            reward_one(task, rollouts.problems[group], text, self.config)
-            for group, text in zip(group_of, rollouts.texts, strict=True)
-        ]
+        graded = [reward_one(task, sample, self.config) for sample in rollouts.samples()]
 
         def column(name: str) -> np.ndarray:
             return np.array([row[name] for row in graded], np.float64)

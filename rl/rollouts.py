@@ -18,6 +18,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from ..eval.response import Sample, response_text
 from ..model.engine.engine import Engine
 from ..model.engine.requests import group_requests
 from ..model.engine.sampling import sample_seeds
@@ -42,7 +43,7 @@ class Rollouts:
     finish_reasons: list[str]
     """"stop" or "length"."""
     texts: list[str]
-    """Decoded responses, without the end token."""
+    """Decoded responses, without the end token; other special tokens are spelled."""
     temperature: float
     """The temperature that they were sampled at, and must be scored at."""
     weights_version: int
@@ -59,6 +60,21 @@ class Rollouts:
     def response_offsets(self) -> np.ndarray:
         """[N + 1] int64: where each answer's response tokens begin among those of all answers."""
         return np.append(0, np.cumsum(self.response_lengths))
+
+    def samples(self) -> list[Sample]:
+        """N samples, as graders and rewards take them."""
+        group_of = np.repeat(np.arange(len(self.problems)), np.diff(self.group_offsets))
+        return [
+            Sample(self.problems[group], text, sequence[start:], reason)
+            for group, text, sequence, start, reason in zip(
+                group_of,
+                self.texts,
+                self.sequences,
+                self.prompt_lengths,
+                self.finish_reasons,
+                strict=True,
+            )
+        ]
 
 
 def sample_groups(
@@ -92,7 +108,7 @@ def sample_groups(
         group_offsets=np.arange(len(prompts) + 1) * group_size,
         sampler_logp=[completion.logp for completion in completions],
         finish_reasons=[completion.finish_reason for completion in completions],
-        texts=[tokenizer.decode(completion.tokens.tolist()) for completion in completions],
+        texts=[response_text(tokenizer, completion.tokens) for completion in completions],
         temperature=temperature,
         weights_version=engine.version,
     )

@@ -8,13 +8,14 @@ Left out: worker processes and memory maps (the text is read whole; it is expect
 downloads, mixing of sources.
 """
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ..eval.lines import Kept, json_object, parse_lines, read_bytes, read_lines
+from ..eval.response import quoted
 from ..model.tokenizer import Tokenizer
 
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl")  # the files that are read from a directory
@@ -32,19 +33,13 @@ class Pair(NamedTuple):
 
 def read_text(path: Path) -> str:
     """The file's text, without a byte-order mark. Raises ValueError if it has none."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(
-            f"data file {path} cannot be read ({error.strerror}); check the path"
-        ) from None
-
+    data = read_bytes(path)
     mend = "expected UTF-8 text (.txt, .md or .jsonl); convert the file or leave it out"
     nul = data.find(b"\0")
     if nul >= 0:
         raise ValueError(f"data file {path} is binary: byte {nul} is 0; {mend}")
     try:
-        text = data.decode("utf-8").removeprefix("\ufeff")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"data file {path} is not UTF-8 at byte {error.start}; {mend}") from None
     if not text.strip():
@@ -52,35 +47,25 @@ def read_text(path: Path) -> str:
     return text
 
 
-def read_jsonl(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """Yield (number of the line, texts of `fields`) for each line that is not blank.
+def texts_of(line: str, fields: Sequence[str]) -> list[str]:
+    """The texts in these fields of a line of JSON; ValueError for a field without text."""
+    record = json_object(line)
+    for field in fields:
+        if not isinstance(record.get(field), str):
+            found = quoted(", ".join(record))
+            raise ValueError(f"no text in a field `{field}` (its fields: {found})")
+    return [record[field] for field in fields]
 
-    Raises ValueError, with the line's number, for a line that is not a JSON object or that lacks a
-    field with text.
-    """
-    example = "{" + ", ".join(f'"{field}": "..."' for field in fields) + "}"
-    lines = read_text(path).split("\n")  # splitlines() would also cut at U+2028
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"data file {path}, line {number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{where} is not JSON ({error}); each line must be {example}"
-            ) from None
-        if not isinstance(record, dict):
-            raise ValueError(
-                f"{where} is a JSON {type(record).__name__}; each line must be {example}"
-            )
-        for field in fields:
-            if not isinstance(record.get(field), str):
-                raise ValueError(
-                    f"{where} has no text in a field `{field}` (its fields: {list(record)[:8]}); "
-                    f"each line must be {example}"
-                )
-        yield number, [record[field] for field in fields]
+
+def text_of(line: str) -> str:
+    """The field `text` of a line of JSON."""
+    [text] = texts_of(line, ["text"])
+    return text
+
+
+def example_of(fields: Sequence[str]) -> str:
+    """What a file with these fields holds, for its errors."""
+    return "lines like {" + ", ".join(f'"{field}": "..."' for field in fields) + "}"
 
 
 def text_files(path: Path) -> list[Path]:
@@ -103,23 +88,25 @@ def text_files(path: Path) -> list[Path]:
     return found
 
 
-def read_documents(paths: str | Path | Sequence[str | Path]) -> list[str]:
+def read_documents(paths: str | Path | Sequence[str | Path], skip_bad: bool = False) -> Kept[str]:
     """The documents of files and directories, in order.
 
     A .jsonl file has one document in the field `text` of each line; empty ones are left out. Any
     other text file is one document. A directory stands for its .txt, .md and .jsonl files.
+    skip_bad: leave the bad lines of .jsonl files out, and count them.
 
     Raises ValueError, in one line that says how to mend it, for a file that is missing, empty or
-    binary (with the byte), for a line of .jsonl that is not JSON or lacks `text` (with the line),
-    and if there is no document at all.
+    binary (with the byte), for lines of .jsonl that are not JSON or lack `text` (with their
+    numbers), and if there is no document at all.
     """
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
-    documents: list[str] = []
+    documents: Kept[str] = Kept([])
     for path in paths:
         for file in text_files(Path(path)):
             if file.suffix.lower() == ".jsonl":
-                texts = [text for _, [text] in read_jsonl(file, ["text"])]
-                documents += [text for text in texts if text.strip()]
+                lines = parse_lines(file, read_lines(file), text_of, example_of(["text"]), skip_bad)
+                documents += [text for text in lines.values() if text.strip()]
+                documents.n_skipped += lines.n_skipped
             else:
                 documents.append(read_text(file))
     if not documents:
@@ -130,20 +117,20 @@ def read_documents(paths: str | Path | Sequence[str | Path]) -> list[str]:
     return documents
 
 
-def read_pairs(path: str | Path) -> list[Pair]:
+def read_pairs(path: str | Path, skip_bad: bool = False) -> Kept[Pair]:
     """The prompts and responses of a .jsonl file, for supervised fine-tuning.
 
-    Raises ValueError as `read_documents` does, and for an empty prompt or response (with the line).
+    Raises ValueError as `read_documents` does; a line with an empty prompt or response is bad.
     """
-    pairs = []
-    for number, texts in read_jsonl(Path(path), Pair._fields):
+
+    def pair_of(line: str) -> Pair:
+        texts = texts_of(line, Pair._fields)
         for field, text in zip(Pair._fields, texts, strict=True):
             if not text.strip():
-                raise ValueError(
-                    f"data file {path}, line {number}: `{field}` is empty; fill it or drop the line"
-                )
-        pairs.append(Pair(*texts))
-    return pairs
+                raise ValueError(f"`{field}` is empty; fill it or drop the line")
+        return Pair(*texts)
+
+    return parse_lines(path, read_lines(path), pair_of, example_of(Pair._fields), skip_bad).values()
 
 
 # ---- text to tokens ------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ class GRPOConfig(Algorithm, RunConfig):
     # Options that may change on resume, besides those of all loops; and those that name a file or
     # folder, whose content is compared instead.
     FREE: ClassVar[tuple[str, ...]] = ("max_logp_gap", "eval_every", "eval_problems", "ref_offload")
-    PATHS: ClassVar[tuple[str, ...]] = ("base", "task.data")
+    PATHS: ClassVar[tuple[str, ...]] = ("base", "task.data", "task.skip_bad")
 
     base: str
     """Folder of the run (or checkpoint) to start from; it is also the reference of the KL."""

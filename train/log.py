@@ -4,7 +4,7 @@ import json
 import warnings
 from pathlib import Path
 
-from ..model.checkpoint import atomic_write_text, flush_to_disk
+from ..model.files import atomic_write_text, flush_to_disk
 
 MOST_NAMED = 5  # broken lines that a warning names
 

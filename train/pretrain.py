@@ -22,8 +22,8 @@ import torch
 
 from ..eval.console import show
 from ..eval.tasks.countdown import Countdown
-from ..model.checkpoint import atomic_write_json
 from ..model.config import preset
+from ..model.files import atomic_write_json
 from ..model.optimizer import OptimConfig
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer, count_parameters, flops_per_token
@@ -43,12 +43,15 @@ TAIL_BATCH = 16  # windows of held-out text that are scored at a time
 class PretrainConfig(RunConfig):
     """Pretrain a model from random weights."""
 
-    # Compared by content on resume.
+    # Compared by content on resume. (skip_bad decides whether data is refused, never what is read.)
     PATHS: ClassVar[tuple[str, ...]] = ("data", "tokenizer")
+    FREE: ClassVar[tuple[str, ...]] = ("skip_bad",)
 
     data: tuple[str, ...]
     """Text files, .jsonl files (field `text`) or folders of them. The single word countdown stands
     for the demo's corpus."""
+    skip_bad: bool = False
+    """Go on without the lines of .jsonl files that are bad, and say how many there are."""
     tokenizer: str = "bpe"
     """Tokenizer for real text: bpe (trained on the data), bytes, or a .tiktoken file of ranks. The
     demo's corpus brings its own."""
@@ -81,6 +84,10 @@ class PretrainConfig(RunConfig):
                 f"--tail-share is {self.tail_share}, expected more than 0 and "
                 "less than 1, such as 0.1"
             )
+        if self.skip_bad and self.data == ("countdown",):
+            raise ValueError(
+                "--skip-bad is for text from files, and countdown is made here; leave it out"
+            )
         # An unknown preset is refused now, not after the data is made.
         preset(self.model, self.vocab_size)
 
@@ -108,7 +115,7 @@ def corpus_batches(config: PretrainConfig) -> tuple[Tokenizer, DocumentBatches]:
 
 def text_batches(config: PretrainConfig) -> tuple[Tokenizer, TokenStream, np.ndarray]:
     """Tokenizer, training windows and held-out tail of a real text."""
-    texts = read_documents(config.data)
+    texts = read_documents(config.data, config.skip_bad)
     # The tokenizer is trained on the training part only, or the tail would not be held out.
     training_texts = first_share(texts, 1 - config.tail_share)
     tokenizer = make_tokenizer(config.tokenizer, training_texts, config.vocab_size)

@@ -31,13 +31,13 @@ from ..eval.console import Bar, say
 from ..model.checkpoint import (
     Checkpoint,
     CheckpointError,
-    atomic_write_json,
     check_config,
     checkpoint_steps,
     load_checkpoint,
     mark_best,
     save_checkpoint,
 )
+from ..model.files import atomic_write_json
 from ..model.optimizer import load_optimizer_tensors, optimizer_tensors
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer

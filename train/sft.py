@@ -27,13 +27,16 @@ from .run import Run, RunConfig, at_least
 class SFTConfig(RunConfig):
     """Fine-tune a model on pairs."""
 
-    # Compared by content on resume.
+    # Compared by content on resume. (skip_bad decides whether data is refused, never what is read.)
     PATHS: ClassVar[tuple[str, ...]] = ("base", "data")
+    FREE: ClassVar[tuple[str, ...]] = ("skip_bad",)
 
     base: str
     """Folder of the run (or checkpoint) to start from."""
     data: str
     """A .jsonl file with the fields prompt and response."""
+    skip_bad: bool = False
+    """Go on without the lines of the data that are bad, and say how many there are."""
     batch_tokens: int = 1024
     """Maximum number of tokens in one optimizer step. Pairs are never cut."""
     micro_tokens: int = 2048
@@ -56,7 +59,7 @@ def sft(config: SFTConfig) -> Transformer:
     run = Run(config, "sft")
     model, tokenizer, base = load_model(config.base, pick_device(config.device))
     run.check_inputs({"base": base_parts(base, tokenizer), "data": file_parts([Path(config.data)])})
-    documents, prompt_lengths = encode_pairs(tokenizer, read_pairs(config.data))
+    documents, prompt_lengths = encode_pairs(tokenizer, read_pairs(config.data, config.skip_bad))
     batches = DocumentBatches(
         documents,
         config.batch_tokens,

@@ -1,4 +1,7 @@
-"""The flags that choose a task, for every command that needs one: --task, --options and --data."""
+"""The flags that choose a task, for every command that needs one.
+
+They are --task, --options, --data and --skip-bad.
+"""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -32,6 +35,8 @@ class TaskFlags:
             help=f"File of problems, for a task that reads them from one: {', '.join(FILE_TASKS)}.",
         ),
     ] = None
+    skip_bad: Annotated[bool, tyro.conf.arg(prefix_name=False)] = False
+    """Go on without the lines of --data that are bad, and say how many there are."""
 
     def make(self) -> Task:
         """The task. Raises ValueError for an unknown task or option, or a wrong value."""
@@ -44,14 +49,25 @@ class TaskFlags:
                     f"makes its own; leave it out, or choose --task {' or '.join(FILE_TASKS)}"
                 )
             values["path"] = self.data
+        if self.skip_bad:
+            if "skip_bad" not in types:
+                raise ValueError(
+                    f"--skip-bad is for a task that reads its problems from a file, and "
+                    f"{self.name} makes its own; leave it out"
+                )
+            values["skip_bad"] = True
         return make_task(self.name, **values)
 
     @staticmethod
-    def _parse(option: str, types: dict[str, type]) -> tuple[str, str | int | float]:
-        """(name, value) of "name=value"; a number where the task wants one."""
+    def _parse(option: str, types: dict[str, type]) -> tuple[str, str | int | float | bool]:
+        """(name, value) of "name=value"; a number, or true or false, where the task wants one."""
         name, equals, text = option.partition("=")
         if not equals:
             raise ValueError(f"--options got {option!r}, expected name=value, for example high=30")
+        if types.get(name) is bool:
+            if text not in ("true", "false"):
+                raise ValueError(f"--options {name} is {text!r}, expected true or false")
+            return name, text == "true"
         if types.get(name) not in (int, float):
             return name, text
         try:

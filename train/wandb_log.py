@@ -8,7 +8,7 @@ file `wandb_id` of the run's folder. WANDB_MODE=offline and wandb's other variab
 from pathlib import Path
 
 from ..eval.console import say
-from ..model.checkpoint import atomic_write_text
+from ..model.files import atomic_write_text
 
 MEND = "log in with `wandb login`, set WANDB_MODE=offline, or leave --wandb out"
 

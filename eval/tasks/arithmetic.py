@@ -5,17 +5,19 @@
 
 Numbers have up to `digits` digits. Operators are sampled from + - *, and * binds before + and -, as
 usual. Only the answer block is read, so the same grader serves responses with and without thoughts.
-Problems are sampled, not listed; 17+25 and 25+17 have the same numbers and operators, so they are
-always in the same split.
+A response that runs on into another sum, on a new line behind its answer, is judged by its own
+answer. Problems are sampled, not listed; 17+25 and 25+17 have the same numbers and operators, so
+they are always in the same split.
 
 Left out: division (quotients that are no integers need a rule of their own) and brackets.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..response import WHITE_SPACE, parse_response, quoted
+from ..response import WHITE_SPACE, answer_of, quoted
 from .base import (
     Grade,
     Task,
@@ -26,12 +28,14 @@ from .base import (
     required_fields,
     stable_hash,
 )
-from .expression import DIGITS, ExpressionError, parse_expression
+from .expression import ExpressionError, parse_expression
+from .numbers import read_number
 
 OPERATIONS = "+-*"
 MAX_OPERANDS = 8
 MAX_DIGITS = 9
 MAX_TRIES = 10_000  # before giving up on options that leave a split empty
+NEXT_QUESTION = re.compile(r"\n[ \t]*+[0-9][-+*0-9 \t]*+=")
 
 
 @dataclass(frozen=True)
@@ -119,14 +123,14 @@ class Arithmetic(Task):
 
     @staticmethod
     def grade(problem: ArithmeticProblem, response: str) -> Grade:
-        """Right if the last answer block is the integer as usually written: `-7`, not `042`."""
-        answer = parse_response(response).answer
+        """Right if the last answer block is the number and nothing else: `-7`, not `042`."""
+        answer = answer_of(response, NEXT_QUESTION)
         if answer is None:
             return Grade(0.0, None, "There is no complete <answer>...</answer> block.")
-        number = answer.strip(WHITE_SPACE)
-        if number == str(problem.answer):
-            return Grade(1.0, answer, f"The answer is {number}.")
-        digits = number.removeprefix("-")
-        if not digits or not set(digits) <= set(DIGITS):
-            return Grade(0.0, answer, f"The answer {quoted(answer)} is not an integer.")
-        return Grade(0.0, answer, f"The answer is {quoted(number)}, not {problem.answer}.")
+        number = read_number(answer)
+        if number is None:
+            return Grade(0.0, answer, f"The answer {quoted(answer)} is not a number.")
+        if number != problem.answer:
+            given = quoted(answer.strip(WHITE_SPACE))
+            return Grade(0.0, answer, f"The answer is {given}, not {problem.answer}.")
+        return Grade(1.0, answer, f"The answer is {problem.answer}.")

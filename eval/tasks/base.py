@@ -47,7 +47,10 @@ class Task(Protocol):
     """The flag of `r1zero grade` whose text `problem_from_text` reads: "problem", or "answer" for a
     task whose grader needs only the right answer."""
     file_format: ClassVar[str | None] = None
-    """What the file of a task with an option `path` holds; None for a task without one."""
+    """What the file of a task with an option `path` holds; None for a task without one. Such a task
+    has an option `skip_bad` too."""
+    lines_skipped: int = 0
+    """How many bad lines of that file were left out."""
 
     def problem(self, split: str, index: int) -> Any:
         """Problem `index` (from 0) of "train" or "test"; ValueError if there is none."""
@@ -67,7 +70,11 @@ class Task(Protocol):
 
     @staticmethod
     def grade(problem: Any, response: str) -> Grade:
-        """Judge one response, any text at all. Never raises; linear in the text's length."""
+        """Judge one response, any text at all. Never raises; linear in the text's length.
+
+        A base model may run on into another question of the prompt's form, and answer that: the
+        answer is looked for before it (`own_response` and `answer_of` in response.py).
+        """
         ...
 
     @staticmethod

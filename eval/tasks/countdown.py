@@ -10,7 +10,10 @@ Three numbers from 1 to 9 with + and - give 550 problems, from 1 to 20 give 5,64
 
 The grader asks less than the generator: any of the four operations may be used, and values on the
 way may be negative or fractions, because the prompt does not forbid it. What counts is every number
-exactly once and the exact target.
+exactly once and the exact target. A problem from elsewhere may have a negative target.
+
+A response that runs on into another problem, on a new line behind its answer, is judged by its own
+answer.
 
 Left out: near misses and partial credit (they teach short wrong answers), and using only some of
 the numbers.
@@ -18,6 +21,7 @@ the numbers.
 
 import csv
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,7 +31,8 @@ from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..response import WHITE_SPACE, parse_response, quoted
+from ..lines import Kept, Line, parse_lines, read_lines
+from ..response import WHITE_SPACE, answer_of, quoted
 from .base import (
     Grade,
     Task,
@@ -39,12 +44,14 @@ from .base import (
     required_fields,
     stable_hash,
 )
-from .expression import DIGITS, MAX_DIGITS, ExpressionError, parse_expression
+from .expression import MAX_DIGITS, ExpressionError, parse_expression
+from .numbers import read_number, whole_in_file
 from .solver import MAX_NUMBERS, OPERATIONS, apply, reachable, solutions
 
 # How many multisets of numbers are listed, by n_numbers: listing them takes a second or two.
 MAX_LISTED = {2: 5_000, 3: 5_000, 4: 1_000}
 MAX_TRIES = 10_000  # before giving up on options that leave no problem
+NEXT_QUESTION = re.compile(r"\n[ \t]*+[0-9][0-9, \t]*+(?:->|→)")
 
 
 @dataclass(frozen=True)
@@ -52,19 +59,27 @@ class CountdownProblem:
     numbers: tuple[int, ...]
     """1 to 6 whole numbers from 0 to 999,999,999, in the prompt's order. A list is taken too."""
     target: int
-    """A whole number of the same range. (ValueError for anything else.)"""
+    """A whole number of the same range, or a negative one of as many digits. (ValueError for
+    anything else.)"""
 
     def __post_init__(self):
         if not isinstance(self.numbers, tuple | list) or not 1 <= len(self.numbers) <= MAX_NUMBERS:
             given = quoted(repr(self.numbers))
             raise ValueError(f"Countdown takes a list of 1 to {MAX_NUMBERS} numbers, got {given}")
         object.__setattr__(self, "numbers", tuple(self.numbers))
-        for value in (*self.numbers, self.target):
-            if type(value) is not int or not 0 <= value < 10**MAX_DIGITS:
+        limit = 10**MAX_DIGITS
+        for value in self.numbers:
+            if type(value) is not int or not 0 <= value < limit:
                 given = quoted(repr(value))
                 raise ValueError(
-                    f"Countdown takes whole numbers of up to {MAX_DIGITS} digits, got {given}"
+                    f"Countdown takes whole numbers of up to {MAX_DIGITS} digits, not negative, "
+                    f"got {given}"
                 )
+        if type(self.target) is not int or not -limit < self.target < limit:
+            given = quoted(repr(self.target))
+            raise ValueError(
+                f"Countdown takes a whole target of up to {MAX_DIGITS} digits, got {given}"
+            )
 
     @property
     def key(self) -> tuple[tuple[int, ...], int]:
@@ -75,8 +90,9 @@ class CountdownProblem:
 def parse_prompt(text: str) -> CountdownProblem:
     """The problem that a user typed: "3 7 9 -> 13".
 
-    Spaces or commas may stand between the numbers, and the arrow may be `→`. Raises ValueError with
-    what was expected. The problem may have no solution: `solve` tells.
+    Spaces or commas may stand between the numbers, and the arrow may be `→`. Only the target may be
+    negative. Raises ValueError with what was expected. The problem may have no solution: `solve`
+    tells.
     """
     expected = f"expected numbers, an arrow and a target, like 3 7 9 -> 13; got {quoted(text)}"
     sides = text.replace("→", "->").split("->", 2)
@@ -85,38 +101,42 @@ def parse_prompt(text: str) -> CountdownProblem:
     words, targets = sides[0].replace(",", " ").split(), sides[1].split()
     if not words or len(targets) != 1:
         raise ValueError(expected)
-    for word in words + targets:
-        if len(word) > MAX_DIGITS or not set(word) <= set(DIGITS):
-            raise ValueError(
-                f"{expected}: {quoted(word)} is not a whole number of at most {MAX_DIGITS} digits"
-            )
-    return CountdownProblem(tuple(int(word) for word in words), int(targets[0]))
+    try:
+        return CountdownProblem([whole_in_file(word) for word in words], whole_in_file(targets[0]))
+    except ValueError as error:
+        raise ValueError(f"{expected}: {error}") from None
 
 
-def load_game24(path: str | Path) -> list[CountdownProblem]:
+def load_game24(path: str | Path, skip_bad: bool = False) -> Kept[CountdownProblem]:
     """The puzzles of a Game-of-24 CSV file: column `Puzzles` holds numbers like "1 1 4 6".
 
-    Raises ValueError for a file that cannot be read or a line that is no puzzle, with the line's
-    number.
+    Raises ValueError for a file that cannot be read and for lines that are no puzzles, as
+    eval/lines.py does.
     """
-    problems = []
+    header, *lines = read_lines(path) or [Line(1, b"")]
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file)
-            if "Puzzles" not in (rows.fieldnames or ()):
-                raise ValueError(
-                    f"{path} has no column Puzzles in its first line; is it a Game-of-24 file?"
-                )
-            for row in rows:
-                try:
-                    problems.append(parse_prompt(f"{row['Puzzles'] or ''} -> 24"))
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {rows.line_num}: {error}") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"cannot read Game-of-24 puzzles from {path}: {error}") from None
-    if not problems:
+        column = csv_cells(header.text).index("Puzzles")
+    except ValueError:
+        raise ValueError(
+            f"{path} has no column Puzzles in its first line; is it a Game-of-24 file?"
+        ) from None
+    if not lines:
         raise ValueError(f"{path} holds no puzzles")
-    return problems
+
+    def puzzle_of(line: str) -> CountdownProblem:
+        puzzle = csv_cells(line)[column : column + 1]
+        return parse_prompt(f"{''.join(puzzle)} -> 24")
+
+    expected = "puzzles like 1 1 4 6 in the column Puzzles"
+    return parse_lines(path, lines, puzzle_of, expected, skip_bad).values()
+
+
+def csv_cells(line: str) -> list[str]:
+    """The cells of one line of CSV. Raises ValueError for a quote that does not end."""
+    try:
+        return next(csv.reader([line], strict=True), [])
+    except csv.Error as error:
+        raise ValueError(f"not CSV: {error}") from None
 
 
 def solve(problem: CountdownProblem, ops: str = OPERATIONS, whole: bool = True) -> Iterator[str]:
@@ -159,7 +179,7 @@ def _fault(problem: CountdownProblem, answer: str) -> str | None:
     # 3. The exact target.
     if value != problem.target:
         return f"The answer equals {_shown(value)}, not {problem.target}."
-    if equals and right_side.strip(WHITE_SPACE) != str(problem.target):
+    if equals and read_number(right_side) != problem.target:
         return f"The right side of the answer is {quoted(right_side)}, not {problem.target}."
     return None
 
@@ -296,9 +316,11 @@ class Countdown(Task):
 
     @staticmethod
     def problem_from_record(record: Mapping[str, Any]) -> CountdownProblem:
-        """The problem of {"numbers": [3, 7, 9], "target": 13}."""
+        """The problem of {"numbers": [3, 7, 9], "target": 13}; a number may be text, like "13"."""
         numbers, target = required_fields(record, "numbers", "target")
-        return CountdownProblem(numbers, target)
+        if isinstance(numbers, list):
+            numbers = [whole_in_file(number) for number in numbers]
+        return CountdownProblem(numbers, whole_in_file(target))
 
     @staticmethod
     def prompt(problem: CountdownProblem) -> str:
@@ -311,7 +333,7 @@ class Countdown(Task):
 
         `(9-3)+7 = 13` counts too, but only with the target itself on the right side.
         """
-        answer = parse_response(response).answer
+        answer = answer_of(response, NEXT_QUESTION)
         if answer is None:
             return Grade(0.0, None, "There is no complete <answer>...</answer> block.")
         fault = _fault(problem, answer)

@@ -4,9 +4,9 @@
     product = factor (("*" | "/") factor)*            left to right, before sums
     factor  = integer | "(" sum ")"
 
-`×`, `÷` and `−` count as `*`, `/` and `-`. Integers have ASCII digits, at most nine, and no leading
-zero. Space, tab and line breaks may stand between the tokens. Values are exact fractions, so
-8/(3-8/3) is 24 and nothing is rounded.
+`×` and `÷` count as `*` and `/`, and the Unicode forms of plus and minus (numbers.py) as those.
+Integers have ASCII digits, at most nine, and no leading zero. Space, tab and line breaks may stand
+between the tokens. Values are exact fractions, so 8/(3-8/3) is 24 and nothing is rounded.
 
 Left out on purpose: signs (`-3`, `+3`: numbers are given without a sign, and `3--4` invites
 mistakes), powers, `//`, decimals, underscores, digits of other scripts, comments, implied
@@ -18,23 +18,16 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from ..response import WHITE_SPACE
+from .numbers import DIGITS, MINUS, PLUS
 
 MAX_LENGTH = 200  # characters of one expression; bounds the time and the size of every value
 MAX_DEPTH = 20  # brackets inside brackets; bounds the recursion
 MAX_DIGITS = 9  # digits of one integer
 
-DIGITS = "0123456789"
-OPERATOR = {
-    "+": "+",
-    "-": "-",
-    "*": "*",
-    "/": "/",
-    "×": "*",
-    "÷": "/",
-    "−": "-",
-    "(": "(",
-    ")": ")",
-}
+OPERATOR = {char: char for char in "*/()"}
+OPERATOR |= {"×": "*", "÷": "/"}
+OPERATOR |= dict.fromkeys(PLUS, "+")
+OPERATOR |= dict.fromkeys(MINUS, "-")
 
 
 class ExpressionError(ValueError):

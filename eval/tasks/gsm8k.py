@@ -4,29 +4,31 @@ The file is the user's own copy: one JSON object per line with `question` and `a
 number after the last `####` of `answer`. It is a test set: there are no training problems.
 
 The answer of a response is its last complete answer block, or else what follows its last `####` on
-that line. It must be a number and nothing else: an optional minus, `$` and `%`, commas between
-thousands, one trailing dot. `1,234`, `$12`, `12.50` and `12.` are numbers; `12 eggs` and `1/2` are
-not. Numbers are compared as exact fractions.
+that line; a mark with nothing behind it changes nothing. It must be a number and nothing else, as
+people write one (numbers.py, prose): `1,234`, `$12`, `12.50` and `12.` are numbers; `12 eggs` and
+`1/2` are not. Numbers are compared as exact fractions.
+
+A base model that has answered often runs on into a next `Question:`, and answers that. Its response
+is judged up to there.
 
 Left out: taking the last number of a text without a mark. It pays for numbers that were never given
 as the answer.
 """
 
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..response import WHITE_SPACE, parse_response, quoted
+from ..lines import Kept, json_object, parse_lines, read_lines
+from ..response import WHITE_SPACE, own_response, parse_response, quoted
 from .base import Grade, Task, check_position, required_fields
+from .numbers import number_text, read_number
 
 MARK = "####"
-MAX_NUMBER_LENGTH = 40  # characters of one number; bounds the cost of comparing
-NUMBER = re.compile(r"(-?)\$?(-?)([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(\.[0-9]+)?%?\.?")
+NEXT_QUESTION = "\nQuestion:"
+EXPECTED = "JSON lines with the fields question and answer"
 
 
 @dataclass(frozen=True)
@@ -36,64 +38,47 @@ class GSM8KProblem:
     """The right answer as written in the file, after the mark."""
 
 
-def read_number(text: str) -> Fraction | None:
-    """The exact value of `1,234`, `-$12.50`, `15%` or `12.`; None for other or long text."""
-    text = text.strip(WHITE_SPACE)
-    if len(text) > MAX_NUMBER_LENGTH:
-        return None
-    match = NUMBER.fullmatch(text)
-    if match is None:
-        return None
-    minus_before_dollar, minus_after_dollar, whole, decimals = match.groups()
-    if minus_before_dollar and minus_after_dollar:
-        return None
-    value = Fraction(whole.replace(",", "") + (decimals or ""))
-    return -value if minus_before_dollar or minus_after_dollar else value
+def marked(text: str) -> str | None:
+    """What follows the last `####` that has anything behind it on its line; None without one."""
+    for piece in reversed(text.split(MARK)[1:]):
+        rest_of_line = piece.partition("\n")[0].lstrip("#")
+        if rest_of_line.strip(WHITE_SPACE):
+            return rest_of_line
+    return None
 
 
 def gold_number(answer: str) -> str:
     """What follows the last `####`, or all of `answer`; ValueError if that is not a number."""
-    gold = answer.rpartition(MARK)[2].strip(WHITE_SPACE)
-    if read_number(gold) is None:
+    gold = answer if MARK not in answer else marked(answer) or ""
+    gold = gold.strip(WHITE_SPACE)
+    if read_number(gold, prose=True) is None:
         raise ValueError(
             f"expected a number after {MARK}, like '... {MARK} 18'; got {quoted(gold)}"
         )
     return gold
 
 
-def load_gsm8k(path: str | Path) -> list[GSM8KProblem]:
-    """All problems of a file; ValueError, with the line's number, if one cannot be used."""
+def gold_of(record: Mapping[str, Any], name: str) -> str:
+    """The gold number in a field that is text or a number of JSON; ValueError for other kinds."""
+    [value] = required_fields(record, name)
+    if isinstance(value, str):
+        return gold_number(value)
     try:
-        # Not splitlines(), which would cut at U+2028 too.
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:  # ValueError: no text, or a null byte in the path
-        raise ValueError(f"cannot read GSM8K problems from {path}: {error}") from None
-    problems = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            problems.append(_parse_line(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
-    if not problems:
-        raise ValueError(
-            f"{path} is empty; expected JSON lines with the fields question and answer"
-        )
-    return problems
+        return number_text(value)
+    except ValueError as error:
+        raise ValueError(f'"{name}" should be text or a number: {error}') from None
+
+
+def load_gsm8k(path: str | Path, skip_bad: bool = False) -> Kept[GSM8KProblem]:
+    """All problems of a file; ValueError for bad lines, unless they are skipped (eval/lines.py)."""
+    return parse_lines(path, read_lines(path), _parse_line, EXPECTED, skip_bad).values()
 
 
 def _parse_line(line: str) -> GSM8KProblem:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from None
-    for field in ("question", "answer"):
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            raise ValueError(
-                f'expected an object with "question" and "answer" as text; "{field}" is missing'
-            )
-    return GSM8KProblem(record["question"], gold_number(record["answer"]))
+    record = json_object(line)
+    if not isinstance(record.get("question"), str):
+        raise ValueError('there is no text "question"')
+    return GSM8KProblem(record["question"], gold_of(record, "answer"))
 
 
 @dataclass(frozen=True)
@@ -103,18 +88,25 @@ class GSM8K(Task):
     name: ClassVar[str] = "gsm8k"
     example: ClassVar[str] = '{"answer": "#### 42", "response": "..."}'
     problem_flag: ClassVar[str] = "answer"
-    file_format: ClassVar[str] = "JSON lines with the fields question and answer"
+    file_format: ClassVar[str] = EXPECTED
 
     path: str
     """A file of JSON lines with `question` and `answer`."""
+    skip_bad: bool = False
+    """Go on without the lines of the file that are bad, and count them."""
 
     def __post_init__(self):
         # Read the file now, so that a bad one is named before the work begins.
         assert self._test
 
     @cached_property
-    def _test(self) -> list[GSM8KProblem]:
-        return load_gsm8k(self.path)
+    def _test(self) -> Kept[GSM8KProblem]:
+        return load_gsm8k(self.path, self.skip_bad)
+
+    @property
+    def lines_skipped(self) -> int:
+        """How many bad lines of the file were left out."""
+        return self._test.n_skipped
 
     def size(self, split: str) -> int:
         """How many problems the file holds for "test", 0 for "train"."""
@@ -144,12 +136,7 @@ class GSM8K(Task):
         ValueError for another kind of value.
         """
         name = "gold" if "gold" in record else "answer"
-        [value] = required_fields(record, name)
-        if type(value) in (int, float):
-            value = str(value)
-        if not isinstance(value, str):
-            raise ValueError(f'"{name}" is {quoted(repr(value))}, expected text')
-        return GSM8K.problem_from_text(value)
+        return GSM8KProblem("", gold_of(record, name))
 
     @staticmethod
     def prompt(problem: GSM8KProblem) -> str:
@@ -162,17 +149,21 @@ class GSM8K(Task):
 
     @staticmethod
     def grade(problem: GSM8KProblem, response: str) -> Grade:
-        """Right if the last answer block, or else what follows the last `####`, is the gold one."""
-        answer = parse_response(response).answer
-        if answer is None and MARK in response:
-            answer = response.rpartition(MARK)[2].partition("\n")[0]
+        """Right if the last answer block, or else what follows the last `####`, is the gold one.
+
+        What comes behind the next `Question:` is not read.
+        """
+        own = own_response(response, NEXT_QUESTION)
+        answer = parse_response(own).answer
+        if answer is None:
+            answer = marked(own)
         if answer is None:
             why = f"There is neither a complete answer block nor a number after {MARK}."
             return Grade(0.0, None, why)
-        value = read_number(answer)
+        value = read_number(answer, prose=True)
         if value is None:
             return Grade(0.0, answer, f"The answer {quoted(answer)} is not a number.")
-        if value != read_number(problem.gold):
-            why = f"The answer is {answer.strip(WHITE_SPACE)}, not {problem.gold}."
+        if value != read_number(problem.gold, prose=True):
+            why = f"The answer is {quoted(answer.strip(WHITE_SPACE))}, not {problem.gold}."
             return Grade(0.0, answer, why)
         return Grade(1.0, answer, f"The answer is {problem.gold}.")

@@ -28,7 +28,7 @@ class Oracle:
     def sample(self, i, s):
         answer = f"<answer>{self.answers[i] if self.right(i, s) else '1+1'}</answer>"
         text = f"<think>hm</think>{answer}" if s % 2 == 0 else answer
-        return Sampled(text, self.n_tokens(i, s), "length" if s == 0 else "eos")
+        return Sampled(text, self.n_tokens(i, s), "length" if s == 1 else "eos")
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])
@@ -134,7 +134,7 @@ def test_evaluate_counts_everything(tmp_path):
         "answer": "1+1",
         "why": TASK.grade(problems[1], "<answer>1+1</answer>").why,
         "n_tokens": 2,
-        "finish_reason": "eos",
+        "finish_reason": "length",
     }
 
 
@@ -160,11 +160,11 @@ def test_duplicate_problems_stay_apart():
 
 def test_lines_are_written_as_it_goes(tmp_path):
     """After a crash the finished batches are in the file, whole lines only, whatever the text holds."""
-    problems, out = TASK.problems("test", 6), tmp_path / "out.jsonl"
+    problems, out, partial = TASK.problems("test", 6), tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
     calls, nasty = [], "line\nbreak \ud800 \x00 \u2028"
 
     def failing(prompts, n_samples):
-        calls.append(len(out.read_bytes().splitlines()))
+        calls.append(len(partial.read_bytes().splitlines()))
         if len(calls) == 3:
             raise KeyboardInterrupt
         return [[Sampled(nasty, 3, "eos")] * n_samples for _ in prompts]
@@ -172,7 +172,8 @@ def test_lines_are_written_as_it_goes(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         evaluate(failing, TASK, problems, n_samples=2, out=out, batch=2, progress=False)
     assert calls == [0, 4, 8]  # on the disk before the next batch is sampled
-    text = out.read_bytes().decode("ascii")
+    text = partial.read_bytes().decode("ascii")
+    assert not out.exists()
     assert text.count("\n") == 8 and text.endswith("\n")
     assert [json.loads(line)["response"] for line in text.split("\n")[:-1]] == [nasty] * 8
 
@@ -196,7 +197,7 @@ def test_faults_of_the_caller(tmp_path):
         ({"ks": (0,)}, "pass@0"),
         ({"sampler": lambda prompts, n: [[]] * len(prompts)}, "must give each of 3 prompts 1 responses"),
         ({"sampler": lambda prompts, n: sampler(prompts[1:], n)}, "must give each of 3 prompts"),
-        ({"out": tmp_path}, "cannot write the responses"),
+        ({"out": tmp_path}, "cannot write results"),
     ):
         with pytest.raises(ValueError, match=why):
             run(**changes)

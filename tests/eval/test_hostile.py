@@ -19,10 +19,12 @@ from r1zero.eval.response import parse_response
 from r1zero.eval.tasks.arithmetic import Arithmetic, ArithmeticProblem
 from r1zero.eval.tasks.countdown import Countdown, CountdownProblem, parse_prompt, solve
 from r1zero.eval.tasks.expression import ExpressionError, parse_expression
-from r1zero.eval.tasks.gsm8k import GSM8K, GSM8KProblem, read_number
+from r1zero.eval.tasks.gsm8k import GSM8K, GSM8KProblem
+from r1zero.eval.tasks.numbers import read_number
 
 TASK = Countdown(high=9)
 WS = " \t\r\n"
+DIGITS = "0123456789"
 NODES = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
@@ -37,11 +39,49 @@ def tree_value(node, numbers):
     raise ValueError(node)
 
 
-def oracle_answer(text):
-    for piece in reversed(text.split("</answer>")[:-1]):
-        if "<answer>" in piece:
-            return piece.rsplit("<answer>", 1)[1]
-    return None
+SIGNS_OF = {"-": "-", "−": "-", "﹣": "-", "－": "-", "+": "+", "﹢": "+", "＋": "+"}
+
+
+def oracle_answer(text, asks=lambda line: False):
+    """The last complete block; asks(line): whether a line is the next question, where all ends."""
+    answer, first = None, True
+    pieces = text.split("</answer>")
+    for i, piece in enumerate(pieces):
+        if not first:  # behind a complete block: the next question ends the response
+            lines = piece.split("\n")
+            ends = [n for n, line in enumerate(lines) if n > 0 and asks(line)]
+            if ends:
+                break
+        if i < len(pieces) - 1 and "<answer>" in piece:
+            answer, first = piece.rsplit("<answer>", 1)[1], False
+    return answer
+
+
+def asks_countdown(line):
+    left, arrow, _ = line.replace("→", "->").partition("->")
+    return bool(arrow and left.strip(" \t,")) and left.lstrip(" \t")[0] in DIGITS and set(left) <= set(
+        DIGITS + " \t,")
+
+
+def asks_sum(line):
+    left, equals, _ = line.partition("=")
+    left = left.lstrip(" \t")
+    return bool(equals and left[1:]) and left[0] in DIGITS and set(left) <= set(DIGITS + "+-* \t")
+
+
+def oracle_number(text):
+    """A number as all tasks read one, by splitting."""
+    text = text.strip(WS)
+    sign = SIGNS_OF.get(text[:1], "")
+    whole, dot, decimals = (text[1:] if sign else text).partition(".")
+    groups = whole.split(",")
+    thousands = len(groups) == 1 or (1 <= len(groups[0]) <= 3 and all(len(g) == 3 for g in groups[1:]))
+    digits = "".join(groups)
+    if len(text) > 40 or not thousands or not digits or not set(digits + decimals) <= set(DIGITS):
+        return None
+    if (dot and not decimals) or (digits[0] == "0" and len(digits) > 1):
+        return None
+    return Fraction(Decimal(f"{sign}{digits}.{decimals or 0}"))
 
 
 def oracle_right(problem, answer):
@@ -49,11 +89,11 @@ def oracle_right(problem, answer):
         return False
     if "=" in answer:
         answer, right_side = answer.split("=", 1)
-        if right_side.strip(WS) != str(problem.target):
+        if oracle_number(right_side) != problem.target:
             return False
-    if len(answer) > 200 or not set(answer) <= set("0123456789+-*/()×÷−" + WS):
+    if len(answer) > 200 or not set(answer) <= set("0123456789*/()×÷" + WS) | set(SIGNS_OF):
         return False
-    text = answer.translate(str.maketrans("×÷−\t\r\n", "*/-   ")).strip()
+    text = answer.translate(str.maketrans("×÷\t\r\n", "*/   ") | str.maketrans(SIGNS_OF)).strip()
     depths = [text[:i].count("(") - text[:i].count(")") for i in range(len(text) + 1)]
     if max(depths) > 20 or re.search(r"[0-9]{10}|(?<![0-9])0[0-9]", text):
         return False
@@ -65,34 +105,40 @@ def oracle_right(problem, answer):
     return value == problem.target and sorted(numbers) == sorted(problem.numbers)
 
 
-def oracle_well_formed(text):
-    text = text.strip(WS)
+def oracle_well_formed(whole):
+    text = whole.strip(WS)
     inside, _, after = text.partition("</think>")
     once = all(text.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
     answer = after.strip(WS)
     framed = answer.startswith("<answer>") and answer.endswith("</answer>")
-    return once and inside.startswith("<think>") and framed
+    around = max(len(whole) - len(whole.lstrip(WS)), len(whole) - len(whole.rstrip(WS)),
+                 len(after) - len(after.lstrip(WS)))
+    runs = "".join("s" if c.isspace() else "x" for c in whole).split("x")
+    return once and inside.startswith("<think>") and framed and around <= 16 and max(map(len, runs)) <= 100
 
 
 def check(problem, text):
     """Grade `text` by every task and compare with the oracles; returns (right, well formed)."""
     grade, response = TASK.grade(problem, text), parse_response(text)
-    assert grade.answer == response.answer == oracle_answer(text), text
+    assert response.answer == oracle_answer(text), text
+    assert grade.answer == oracle_answer(text, asks_countdown), text
     assert grade.accuracy == float(oracle_right(problem, grade.answer)), text
     assert response.well_formed == oracle_well_formed(text), text
     for why in (grade.why, response.why):
         assert why.isascii() and why.isprintable() and why.endswith(".") and len(why) < 400
 
     arithmetic = Arithmetic().grade(ArithmeticProblem("7+6", 13), text)
-    assert arithmetic.accuracy == float((response.answer or "").strip(WS) == "13")
+    assert arithmetic.answer == oracle_answer(text, asks_sum), text
+    assert arithmetic.accuracy == float(oracle_number(arithmetic.answer or "") == 13)
     gsm8k = GSM8K.grade(GSM8KProblem("", "13"), text)
     if gsm8k.accuracy:  # what remains without the trimmings is thirteen, as another reader of numbers sees it
-        assert Decimal(re.sub(r"[$,%]|\.$", "", gsm8k.answer.strip(WS))) == 13
+        assert Decimal(re.sub(r"[$€£¥,%+﹢＋]|\.$", "", gsm8k.answer.strip(WS))) == 13
     return grade.accuracy == 1.0, response.well_formed
 
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<Answer>", "<", ">", "</", "think>", "answer"]
-SIGNS = ["(", ")", "+", "-", "*", "/", "=", "×", "÷", "−", " ", "\n", "\t", "13", "1", "0", "**", "//", "()"]
+SIGNS = ["(", ")", "+", "-", "*", "/", "=", "×", "÷", "−", "－", " ", "\n", "\t", "13", "1", "0", "**", "//",
+         "()", " " * 17, "\xa0" * 101, "\n3 4 -> 7\n", "\n7+6="]
 STRANGE = ["#", "_", "e", ".", "３", "٧", "²", "\x00", "\ud800", "####", "$", "ok", ";", "\u2028", "\xa0"]
 PIECES = TAGS + SIGNS + STRANGE
 
@@ -172,7 +218,8 @@ def test_any_expression_number_and_prompt(text):
         assert isinstance(value, Fraction) and all(type(number) is int for number in numbers)
     except ExpressionError as error:
         assert str(error).isascii()
-    number = read_number(text)
+    assert read_number(text) == oracle_number(text)
+    number = read_number(text, prose=True)
     try:
         plain = Decimal(text.strip(WS))
     except InvalidOperation:
@@ -235,6 +282,10 @@ AROUND = {
     "marks 10^5": "####" * 10**5,
     "attributes": '<answer type="sum">(9-3)+7</answer>',
     "entities": "&lt;answer&gt;(9-3)+7&lt;/answer&gt;",
+    "questions 10^5": "<answer>1</answer>" + "\n3 7 9" * 10**5,
+    "spaced questions": "<answer>1</answer>\n" + " " * 10**6 + "3" * 10**6,
+    "question marks 10^5": "\nQuestion" * 10**5,
+    "runs of spaces": ("x" + " " * 100) * 10**4,
     "full-width tags": "＜answer＞(9-3)+7＜/answer＞",
 }
 
@@ -254,4 +305,4 @@ def test_nasty_responses(name):
     assert time.process_time() - start < 2.0
     assert sum(grade.accuracy for grade in graded) == 0.0
     assert max(len(grade.why) for grade in graded) < 300 and len(response.why) < 300
-    assert response.well_formed == (name in INSIDE)
+    assert response.well_formed == (name in INSIDE and name != "spaces 10^6")  # which is padding

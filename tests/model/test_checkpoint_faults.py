@@ -20,14 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from r1zero.model import checkpoint
-from r1zero.model.checkpoint import (
-    CheckpointError,
-    atomic_write_json,
-    atomic_write_text,
-    checkpoint_steps,
-    load_checkpoint,
-    save_checkpoint,
-)
+from r1zero.model.checkpoint import CheckpointError, checkpoint_steps, load_checkpoint, save_checkpoint
+from r1zero.model.files import atomic_write_json, atomic_write_text
 
 from .checkpoint_cases import assert_sound, fails, names, save, two_saved
 
@@ -165,7 +159,7 @@ def test_a_disk_that_fails_at_any_call(tmp_path, monkeypatch, step, call):
             continue
         monkeypatch.setattr(os, call, real)
         assert checkpoint_steps(run)[-1] == step
-        if next(count) <= number:  # it was not reached any more (else: an old checkpoint stays, with a warning)
+        if next(count) <= number:  # not reached any more (else: an old checkpoint stays, with a warning)
             break
     assert number > 2 and checkpoint_steps(run)[-1] == step
 

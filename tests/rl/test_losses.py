@@ -12,6 +12,7 @@ from r1zero.kernels.grpo import MAX_LOG_RATIO, POLICY_METRICS
 from r1zero.rl.advantages import dead_groups, group_advantages
 from r1zero.rl.losses import LossConfig, loss_weights, mean_metrics, policy_loss
 from r1zero.rl.rewards import Grader, permute_within_groups
+from r1zero.rl.rollouts import Rollouts
 
 from .cases import Bandit, algorithm, loss_config
 
@@ -21,14 +22,15 @@ def test_rewards_are_the_weighted_sum_of_two_parts_that_stay_apart():
     responses = ["<think>x</think><answer>1</answer>", "<think>x</think>",
                  "é<think></think><answer></answer>"]
     grader = Grader(algorithm(rewards=dict(accuracy_weight=2.0, format_weight=0.5)))
-    groups = dict(problems=[0, 1], group_offsets=np.array([0, 2, 3]))
-    found = grader(Bandit(), SimpleNamespace(texts=responses, **groups))
+    rest = dict(sequences=[np.zeros(2, int)] * 3, prompt_lengths=np.ones(3, int), sampler_logp=[],
+                finish_reasons=["stop"] * 3, temperature=1.0, weights_version=0, texts=responses)
+    found = grader(Bandit(), Rollouts([0, 1], group_offsets=np.array([0, 2, 3]), **rest))
     assert found.training is found.total
     assert found.accuracy.tolist() == [1, 1, 0] and found.format.tolist() == [1, 0, 0]
     assert found.total.tolist() == [2.5, 2.0, 0.0]
     assert "Format" not in found.why[0] and "Format: There is no <answer> tag." in found.why[1]
     with pytest.raises(ValueError):
-        grader(Bandit(), SimpleNamespace(problems=[0], group_offsets=np.array([0, 2]), texts=responses))
+        grader(Bandit(), Rollouts([0], group_offsets=np.array([0, 2]), **rest))
 
 
 def shuffled(rewards, offsets, seed, step):

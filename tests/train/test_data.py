@@ -34,12 +34,13 @@ def test_files_directories_and_their_order(tmp_path):
 @pytest.mark.parametrize(("name", "content", "match"), [
     ("a.txt", "", "is empty"), ("a.txt", " \n\t", "is empty"), ("a.jsonl", "\n", "is empty"),
     ("a.txt", "ab\0c", "binary: byte 2"), ("a.txt", b"ab\xffc", "UTF-8 at byte 2"),
-    ("a.txt", "text".encode("utf-16"), "binary: byte 3"), ("a.txt", "café".encode("latin-1"), "at byte 3"),
-    ("a.jsonl", b'{"text": "a"}\n\xff', "UTF-8 at byte 14"),
-    ("a.jsonl", '{"text": "a"}\n\n{"text": ""', "line 3 is not JSON"), ("a.jsonl", "x", "line 1 is not JSON"),
-    ("a.jsonl", "[" * 100_000, "line 1 is not JSON"), ("a.jsonl", "[1]", "line 1 is a JSON list"),
-    ("a.jsonl", '{"text": "a"}\n{"T": "b"}', r"line 2 has no text in a field `text` \(its fields: \['T'\]"),
-    ("a.jsonl", '{"text": 3}', "line 1 has no text"), ("a.jsonl", "{}", "line 1 has no text"),
+    ("a.txt", "text".encode("utf-16"), "not UTF-8 text but UTF-16"),
+    ("a.txt", "café".encode("latin-1"), "at byte 3"),
+    ("a.jsonl", b'{"text": "a"}\n\xff', "line 2: its byte 1 is not UTF-8"),
+    ("a.jsonl", '{"text": "a"}\n\n{"text": ""', "line 3: not JSON"), ("a.jsonl", "x", "line 1: not JSON"),
+    ("a.jsonl", "[" * 100_000, "line 1: not JSON"), ("a.jsonl", "[1]", "line 1: a JSON list"),
+    ("a.jsonl", '{"text": "a"}\n{"T": "b"}', r"line 2: no text in a field `text` \(its fields: 'T'\)"),
+    ("a.jsonl", '{"text": 3}', "line 1: no text"), ("a.jsonl", "{}", "line 1: no text"),
     ("a.jsonl", '{"text": ""}', "no documents in"), ("d/a.csv", "a,b", "holds no .txt")])
 def test_bad_files_name_the_place(tmp_path, name, content, match):
     path = file(tmp_path, name, content)
@@ -50,11 +51,11 @@ def test_bad_files_name_the_place(tmp_path, name, content, match):
 
 def test_missing_files(tmp_path):
     for read in (read_documents, read_pairs):
-        with pytest.raises(ValueError, match="no.txt cannot be read .*No such file"):
+        with pytest.raises(ValueError, match="no.txt cannot be read: No such file"):
             read(tmp_path / "no.txt")
     with pytest.raises(ValueError, match="no documents in an empty list"):
         read_documents([])
-    with pytest.raises(ValueError, match="cannot be read .*directory"):
+    with pytest.raises(ValueError, match="cannot be read: .*directory"):
         read_pairs(tmp_path)
 
 
@@ -67,6 +68,17 @@ def test_pairs(tmp_path):
                        ('{"prompt": "a", "response": ""}', "`response` is empty")]:
         with pytest.raises(ValueError, match="line 2.*" + match):
             read_pairs(file(tmp_path, "bad.jsonl", json.dumps(lines[0]) + "\n" + bad))
+
+
+def test_bad_lines_of_pairs_and_documents_are_skipped_and_counted(tmp_path, capsys):
+    good = {"prompt": "a", "response": "b", "text": "c"}
+    lines = [json.dumps(good), "{", json.dumps({**good, "prompt": " ", "text": 3}), json.dumps(good)]
+    path = file(tmp_path, "d.jsonl", "\n".join(lines))
+    for read, expected in ((read_pairs, [("a", "b")] * 2), (read_documents, ["c"] * 2)):
+        kept = read(path, skip_bad=True)
+        assert (kept, kept.n_skipped) == (expected, 2) and "skipped 2 of 4 lines" in capsys.readouterr().err
+        with pytest.raises(ValueError, match="line 2: .*; line 3: "):
+            read(path)
 
 
 # ---- tokens ------------------------------------------------------------------------------------------------

@@ -157,8 +157,8 @@ def test_bad_data_for_pretraining(tmp_path, content, match):
 
 @pytest.mark.parametrize("content, match", [
     ("", "is empty"),
-    ("not json\n", "line 1 is not JSON"),
-    ('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n', "line 2 has no text in a field `response`"),
+    ("not json\n", "line 1: not JSON"),
+    ('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n', "line 2: no text in a field `response`"),
     ('{"prompt": "a", "response": " "}\n', "line 1: `response` is empty"),
     (json.dumps({"prompt": "a" * 300, "response": "b"}), "max_seq_len 256 has room"),
 ])

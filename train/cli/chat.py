@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import tyro
 
 from ...eval.harness import Sampled
-from ...eval.response import grade_response, parse_response
+from ...eval.response import Sample, grade_response, parse_response
 from ...eval.sampler import ModelSampler
 from ...eval.tasks.countdown import Countdown, CountdownProblem
 from ..machine import pick_device, reuse_memory
@@ -79,7 +79,8 @@ def remarks(problem: CountdownProblem | None, sampled: Sampled) -> str:
     """The grade of a response to a Countdown problem, and whether it was cut off."""
     parts = []
     if problem:
-        graded = grade_response(Countdown, problem, sampled.text)
+        sample = Sample(problem, sampled.text, sampled.tokens, sampled.finish_reason)
+        graded = grade_response(Countdown, sample)
         parts.append(("grade", f"{'right' if graded.accuracy else 'wrong'}. {graded.why}"))
         if not graded.format:
             parts.append(("format", graded.why_format))

@@ -4,8 +4,10 @@
     r1zero eval --run runs/rl --task gsm8k --data gsm8k_test.jsonl --samples 1
 
 Writes two files into the run's folder: eval_<task>_step<n>.jsonl has one line per response, and
-eval_<task>_step<n>.summary.json has the metrics with all flags. The next evaluation of that task
-and step replaces them, unless `--out` names another file.
+eval_<task>_step<n>.jsonl.summary.json has the metrics with all flags. The next evaluation of that
+task and step replaces them when it is whole, unless `--out` names another file. The summary says
+which responses it sums up: their number of lines, and the CRC-32 of their file (`responses`). Where
+these differ from the file beside it, an evaluation was killed between the two.
 
 A prompt that does not fit the model's max_seq_len beside the new tokens is cut at its beginning,
 and a warning counts how many were cut: so a tiny model gets an honest number on a whole test set.
@@ -14,16 +16,18 @@ Left out: several models in one call. Compare their lines problem by problem.
 """
 
 import math
-import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
+from ...eval.console import say, show
 from ...eval.harness import EvalResult, evaluate
+from ...eval.result_file import check_result_path, fingerprint, is_stream, summary_path
 from ...eval.sampler import ModelSampler
 from ...eval.tasks.base import Task
-from ...model.checkpoint import Checkpoint, atomic_write_json, load_model
+from ...model.checkpoint import Checkpoint, load_model
+from ...model.files import atomic_write_json
 from ...model.tokenizer import Tokenizer
 from ...model.transformer import Transformer
 from ..machine import pick_device, reuse_memory
@@ -53,7 +57,8 @@ class EvalConfig:
     max_new_tokens: int = 160
     """Maximum number of new tokens per response."""
     out: str | None = None
-    """File for the responses, instead of one in the run's folder; the summary goes beside it."""
+    """File for the responses, instead of one in the run's folder; the summary goes beside it, with
+    .summary.json behind the same name. Missing folders are made."""
     batch: int = 64
     """Number of problems sampled at one time. Changes memory and speed, not the result."""
     seed: int = 0
@@ -72,11 +77,18 @@ class EvalConfig:
                 raise ValueError(
                     f"--ks has {k}, expected 1 to --samples ({self.samples}); raise --samples"
                 )
-        data = self.task.data
-        if self.out and data and Path(self.out).resolve() == Path(data).resolve():
-            raise ValueError(
-                f"--out {self.out} is the --data file, which would be lost; give another one"
-            )
+        if self.out is not None:
+            check_result_path(self.out, self.inputs, make_parents=True)
+            if is_stream(self.out):
+                raise ValueError(
+                    f"--out {self.out} is a device or a pipe, and the summary needs a place beside "
+                    "the responses; give a file"
+                )
+
+    @property
+    def inputs(self) -> list[str]:
+        """The files that are read, and must not be replaced."""
+        return [self.task.data] if self.task.data is not None else []
 
 
 def load_run(
@@ -113,15 +125,29 @@ def choose_problems(task: Task, n: int | None) -> list:
 
 def output_path(config: EvalConfig, checkpoint: Checkpoint) -> Path:
     """--out, or a file in the run's folder, or in the checkpoint's where it belongs to no run."""
-    if config.out:
+    if config.out is not None:
         return Path(config.out)
     root = checkpoint.path.parent
     folder = root.parent if root.name == "checkpoints" else checkpoint.path
     return folder / f"eval_{config.task.name}_step{checkpoint.step}.jsonl"
 
 
+def summary_of(
+    config: EvalConfig, checkpoint: Checkpoint, result: EvalResult, out: Path, prompts_cut: int
+) -> dict:
+    """What the summary holds: the metrics, all flags, and which responses they sum up."""
+    return {
+        "checkpoint": str(checkpoint.path),
+        "step": checkpoint.step,
+        "flags": asdict(config),
+        "responses": {"file": out.name, **fingerprint(out)},
+        "prompts_cut": prompts_cut,
+        **result.to_dict(),
+    }
+
+
 def run_eval(config: EvalConfig) -> EvalResult:
-    """Load, sample, grade, print, write. ValueError for bad flags, NonFiniteError for NaN."""
+    """Load, sample, grade, write, show. ValueError for bad flags, NonFiniteError for NaN."""
     reuse_memory()
     # 1. The problems first: they are quick to refuse, before a model is loaded.
     task = config.task.make()
@@ -129,6 +155,8 @@ def run_eval(config: EvalConfig) -> EvalResult:
     # 2. The model, as a sampler.
     device = pick_device(config.device)
     model, tokenizer, checkpoint = load_run(config.run, config.which, device)
+    out = output_path(config, checkpoint)
+    check_result_path(str(out), config.inputs, make_parents=True)
     sampler = ModelSampler(
         model,
         tokenizer,
@@ -137,24 +165,15 @@ def run_eval(config: EvalConfig) -> EvalResult:
         config.seed,
         cut_prompts=True,
     )
-    # 3. Sample and grade. An earlier summary goes first: were this evaluation broken off, it would
-    # stand beside responses that it does not sum up.
-    out = output_path(config, checkpoint)
-    summary = out.with_suffix(".summary.json")
-    summary.unlink(missing_ok=True)
+    # 3. Sample and grade. The responses take the place of earlier ones when all are there.
     ks = config.ks or sorted({1, config.samples})
     result = evaluate(sampler, task, problems, config.samples, ks, out, config.batch)
-    # 4. Say what came out, and keep it with all flags.
-    print(f"{checkpoint.path}\n{result.table()}")
+    # 4. Keep what came out, and then say it.
+    record = summary_of(config, checkpoint, result, out, sampler.n_cut)
+    record["lines_skipped"] = task.lines_skipped
+    atomic_write_json(summary_path(out), record)
+    show(f"{checkpoint.path}\n{result.table()}")
     if message := sampler.cut_message():
-        warnings.warn(message, stacklevel=2)
-    record = {
-        "checkpoint": str(checkpoint.path),
-        "step": checkpoint.step,
-        "flags": asdict(config),
-        "prompts_cut": sampler.n_cut,
-        **result.to_dict(),
-    }
-    atomic_write_json(summary, record)
-    print(f"responses: {out}")
+        say(f"r1zero eval: warning: {message}")
+    show(f"responses: {out}")
     return result

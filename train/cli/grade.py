@@ -7,20 +7,24 @@
 A line of the file is a JSON object with `response` and the fields of the problem; --help shows an
 example for each task. The file that `r1zero eval` writes is taken too: there the problem is an
 object `problem`. For each response comes one JSON object with accuracy, format, reward, answer
-(what was read as one) and why. The file is read whole before anything is written, so that a bad
-line costs nothing.
+(what was read as one) and why. A line with `finish_reason` "length" was cut off, and earns no
+format reward. The file is read whole before anything is written, so that a bad line costs nothing;
+`--skip-bad` goes on without bad lines. `--out` is replaced when all grades are written.
 """
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Annotated, Any
 
 import tyro
 
+from ...eval.console import say
+from ...eval.lines import Parsed, json_object, parse_lines, read_lines
+from ...eval.response import Sample, quoted
+from ...eval.result_file import ResultFile, check_result_path
 from ...eval.tasks.base import Task
 from ...eval.tasks.catalogue import TASKS, find_task
 from ...rl.rewards import RewardConfig, reward_one
@@ -65,6 +69,8 @@ class GradeConfig:
     ] = None
     out: str | None = None
     """File to write the grades to, instead of the screen."""
+    skip_bad: bool = False
+    """Go on without the lines of --input that are bad, and say how many there are."""
     rewards: RewardConfig = field(default_factory=RewardConfig)
 
     def __post_init__(self):
@@ -82,10 +88,10 @@ class GradeConfig:
                 f"--response for {self.task} needs {needed} beside it; got "
                 f"{' and '.join(given) or 'neither'}"
             )
-        if self.out and self.input and Path(self.out).resolve() == Path(self.input).resolve():
-            raise ValueError(
-                f"--out {self.out} is the --input file, which would be lost; give another one"
-            )
+        if self.skip_bad and self.input is None:
+            raise ValueError("--skip-bad is for the lines of --input; leave it out")
+        if self.out is not None:
+            check_result_path(self.out, [self.input] if self.input is not None else [])
 
 
 def problem_of_line(task: type[Task], record: dict) -> Any:
@@ -95,36 +101,25 @@ def problem_of_line(task: type[Task], record: dict) -> Any:
     return task.problem_from_record(problem if isinstance(problem, dict) else record)
 
 
-def read_responses(path: str, task: type[Task]) -> Iterator[tuple[int, Any, str]]:
-    """Yield (number of the line, problem, response); lines of white space are left out.
+def sample_of_line(task: type[Task], line: str) -> Sample:
+    """The response of a line, with its problem. Raises ValueError for a field that is missing or of
+    the wrong kind."""
+    record = json_object(line)
+    response, finish_reason = record.get("response"), record.get("finish_reason")
+    if not isinstance(response, str):
+        raise ValueError('there is no text "response"')
+    if not isinstance(finish_reason, str | None):
+        raise ValueError(f'"finish_reason" is {quoted(repr(finish_reason))}, expected text')
+    return Sample(problem_of_line(task, record), response, finish_reason=finish_reason)
 
-    Raises ValueError, with the line's number and an example, for a file or line that cannot be
-    used.
+
+def read_responses(path: str, task: type[Task], skip_bad: bool = False) -> Parsed[Sample]:
+    """(number of the line, sample) of each line that holds more than white space.
+
+    Raises ValueError for bad lines, unless they are skipped, as eval/lines.py does.
     """
-    try:
-        # Not splitlines(), which would cut at U+2028 too.
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:  # bytes that are not UTF-8, or a null byte in the path
-        raise ValueError(f"cannot read {path}: it is not UTF-8 text ({error})") from None
-    empty = True
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        empty = False
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or not isinstance(record.get("response"), str):
-                raise ValueError('there is no text "response"')
-            problem = problem_of_line(task, record)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path}, line {number}: {error}; expected a line like {task.example}"
-            ) from None
-        yield number, problem, record["response"]
-    if empty:
-        raise ValueError(f"{path} is empty; expected lines like {task.example}")
+    parse = partial(sample_of_line, task)
+    return parse_lines(path, read_lines(path), parse, f"lines like {task.example}", skip_bad)
 
 
 def summary(graded: list[dict]) -> str:
@@ -139,20 +134,32 @@ def summary(graded: list[dict]) -> str:
     )
 
 
+def write_grades(graded: Iterable[dict], out: str | None) -> None:
+    """Write the grades as lines of JSON: to `out`, or to stdout, where they are the product.
+
+    Raises BrokenPipeError if the reader of stdout has gone, OSError for what cannot be written.
+    """
+    if out is not None:
+        with ResultFile(out) as file:
+            file.write(graded)
+        return
+    for row in graded:
+        sys.stdout.write(json.dumps(row) + "\n")
+    sys.stdout.flush()
+
+
 def grade(config: GradeConfig) -> list[dict]:
     """Grade and write; returns what was written. ValueError for what cannot be read."""
     task = find_task(config.task)
     if config.input is None:
         problem = task.problem_from_text(getattr(config, task.problem_flag))
-        graded = [reward_one(task, problem, config.response, config.rewards)]
+        graded = [reward_one(task, Sample(problem, config.response), config.rewards)]
     else:
         graded = [
-            {"line": number, **reward_one(task, problem, response, config.rewards)}
-            for number, problem, response in read_responses(config.input, task)
+            {"line": number, **reward_one(task, sample, config.rewards)}
+            for number, sample in read_responses(config.input, task, config.skip_bad)
         ]
-    with open(config.out, "w", encoding="utf-8") if config.out else nullcontext(sys.stdout) as file:
-        for row in graded:
-            file.write(json.dumps(row) + "\n")
+    write_grades(graded, config.out)
     if config.input is not None:
-        print(summary(graded), file=sys.stderr)
+        say(summary(graded))
     return graded

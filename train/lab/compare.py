@@ -15,8 +15,8 @@ from typing import Annotated, Any
 import tyro
 
 from ...eval.console import show
-from ...model.checkpoint import atomic_write_text
 from ...model.engine.sampling import NonFiniteError
+from ...model.files import atomic_write_text
 from ..grpo import GRPOConfig, grpo
 from ..log import read_metrics
 from ..report.demo_plots import CURVES

@@ -27,10 +27,11 @@ from ...eval.console import show
 from ...eval.harness import evaluate
 from ...eval.sampler import ModelSampler
 from ...eval.tasks.countdown import Countdown
-from ...model.checkpoint import atomic_write_json, checkpoint_steps, load_model
+from ...model.checkpoint import checkpoint_steps, load_model
 from ...model.config import preset
 from ...model.engine.engine import Engine
 from ...model.engine.sampling import sample_seeds
+from ...model.files import atomic_write_json
 from ...model.optimizer import OptimConfig
 from ...model.transformer import count_parameters
 from ...rl.advantages import group_advantages

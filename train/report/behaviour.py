@@ -16,7 +16,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from ...eval.response import parse_response
 from ...eval.tasks.attempts import Attempt, follows, is_valid, parse_attempts
 from ...eval.tasks.countdown import Countdown, CountdownProblem
 
@@ -92,7 +91,7 @@ def measure(problems: Sequence[CountdownProblem], responses: Sequence[str]) -> B
     answered: list[Answered] = []
     for problem, response, group in zip(problems, responses, made, strict=True):
         attempts += [(problem, attempt) for attempt in group]
-        answer = parse_response(response).answer
+        answer = Countdown.grade(problem, response).answer  # the one that the grader judges
         if group and answer is not None:
             answered.append(Answered(problem, response, answer, group[-1]))
 

@@ -15,7 +15,7 @@ what is not.
 from collections.abc import Callable
 from pathlib import Path
 
-from ...model.checkpoint import atomic_write_text
+from ...model.files import atomic_write_text
 from . import page, plots
 from .background import how_to_go_on, settings, spent, what_was_done
 from .demo_plots import plot_demo

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from r1zero.eval.response import grade_response, parse_response
+from r1zero.eval.response import Sample, grade_response, parse_response
 from r1zero.eval.tasks.catalogue import TASKS, find_task, make_task, option_types
 from r1zero.eval.tasks.countdown import Countdown, CountdownProblem
 
@@ -15,9 +15,9 @@ def test_a_class_reads_its_own_example_and_grades_it(name):
     task = find_task(name)
     assert task.name == name
     problem = task.problem_from_record(json.loads(task.example))
-    right = grade_response(task, problem, f"<think></think><answer>{RIGHT[name]}</answer>")
+    right = grade_response(task, Sample(problem, f"<think></think><answer>{RIGHT[name]}</answer>"))
     assert (right.accuracy, right.format, right.answer) == (1.0, 1.0, RIGHT[name])
-    wrong = grade_response(task, problem, "<answer>7</answer>")
+    wrong = grade_response(task, Sample(problem, "<answer>7</answer>"))
     assert (wrong.accuracy, wrong.format) == (0.0, 0.0)
     assert wrong.why == task.grade(problem, "<answer>7</answer>").why
     assert wrong.why_format == parse_response("<answer>7</answer>").why
@@ -26,8 +26,8 @@ def test_a_class_reads_its_own_example_and_grades_it(name):
 @pytest.mark.parametrize("name", TASKS)
 def test_options_have_types_that_a_flag_can_give_and_only_files_are_required(name):
     task, types = TASKS[name], option_types(TASKS[name])
-    assert set(types.values()) <= {int, float, str}
-    assert ("path" in types) == (task.file_format is not None)
+    assert set(types.values()) <= {int, float, str, bool}
+    assert ("path" in types) == ("skip_bad" in types) == (task.file_format is not None)
     if "path" not in types:
         assert make_task(name) == task()
 
@@ -40,5 +40,5 @@ def test_what_a_prompt_says_can_be_typed_again():
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("record", [{}, {"numbers": None, "target": 1}, {"expression": 3}, {"answer": [1]}])
 def test_a_record_that_is_no_problem_is_refused(name, record):
-    with pytest.raises(ValueError, match="is missing|expected text"):
+    with pytest.raises(ValueError, match="is missing|expected text|is not a number"):
         TASKS[name].problem_from_record(record)

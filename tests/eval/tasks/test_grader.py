@@ -7,7 +7,7 @@ from r1zero.eval.response import parse_response, quoted
 from r1zero.eval.tasks.arithmetic import Arithmetic, ArithmeticProblem
 from r1zero.eval.tasks.countdown import Countdown, CountdownProblem
 from r1zero.eval.tasks.expression import MAX_DEPTH, MAX_LENGTH, ExpressionError, parse_expression
-from r1zero.eval.tasks.gsm8k import GSM8K, GSM8KProblem, gold_number, read_number
+from r1zero.eval.tasks.gsm8k import GSM8K, GSM8KProblem, gold_number
 
 COUNTDOWN = Countdown(high=9)
 PROBLEM = CountdownProblem((3, 7, 9), 13)
@@ -190,7 +190,8 @@ def test_the_last_answer_counts_for_countdown():
 
 @pytest.mark.parametrize(
     ("answer", "accuracy"),
-    [("-7", 1), (" -7\n", 1), ("7", 0), ("-07", 0), ("--7", 0), ("−7", 0), ("-7.0", 0), ("", 0), ("-٧", 0)],
+    [("-7", 1), (" -7\n", 1), ("7", 0), ("-07", 0), ("--7", 0), ("−7", 1), ("-7.0", 1), ("", 0), ("-٧", 0),
+     ("–7", 0), ("-7.", 0), ("-7%", 0), ("-$7", 0), ("-7.5", 0)],
 )
 def test_arithmetic_grades(answer, accuracy):
     grade = Arithmetic().grade(ArithmeticProblem("5-12", -7), f"<answer>{answer}</answer>")
@@ -202,36 +203,7 @@ def test_arithmetic_reads_the_answer_block_only():
     assert Arithmetic().grade(problem, "<think>17+25=41</think><answer>42</answer>").accuracy == 1.0
     assert Arithmetic().grade(problem, "42").accuracy == 0.0
     assert Arithmetic().grade(problem, "<answer>41</answer>").why == "The answer is '41', not 42."
-    assert Arithmetic().grade(problem, "<answer>ten</answer>").why == "The answer 'ten' is not an integer."
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("18", 18),
-        ("1,234", 1234),
-        ("1,234,567.50", Fraction(123456750, 100)),
-        ("$12", 12),
-        ("-$12.50", Fraction(-25, 2)),
-        ("$-3", -3),
-        ("12.", 12),
-        ("15%", 15),
-        ("0012", 12),
-        (" 7\n", 7),
-        ("9" * 30, 10**30 - 1),
-    ],
-)
-def test_numbers_that_gsm8k_reads(text, value):
-    assert read_number(text) == value
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "-", "$", ".", "-.5", "--3", "-$-3", "12 eggs", "1 2", "1,23", "1,2345", "1234,567", "1/2", "1e3",
-     "1_000", "١٢", "²", "inf", "nan", "12..", "1.2.3", "9" * 41, "0x10", "½"],
-)  # fmt: skip
-def test_numbers_that_gsm8k_does_not_read(text):
-    assert read_number(text) is None
+    assert Arithmetic().grade(problem, "<answer>ten</answer>").why == "The answer 'ten' is not a number."
 
 
 @pytest.mark.parametrize(
@@ -247,6 +219,10 @@ def test_numbers_that_gsm8k_does_not_read(text):
         ("#### 1234 dollars", 0.0),
         ("#### about 1234", 0.0),
         ("####\n1234", 0.0),
+        ("#### 1234\n####", 1.0),  # a mark with nothing behind it changes nothing
+        ("#### 1234 ####", 1.0),
+        ("#### 1234\n#### \t\r\n########", 1.0),
+        ("#### −1234", 0.0),
         ("####", 0.0),
     ],
 )

@@ -182,6 +182,12 @@ def test_arithmetic_answers(task):
         assert task.grade(problem, f"<answer>{problem.answer + 1}</answer>").accuracy == 0.0
 
 
+@pytest.mark.parametrize("text", ["3 7 -> -4", "3 7 → −4", "3,7 -> ﹣4", "3 7 ->－4", "3 7 -> -4.0"])
+def test_a_typed_target_may_be_negative(text):
+    assert parse_prompt(text) == CountdownProblem((3, 7), -4)
+    assert Countdown.prompt(parse_prompt(text)) == "3 7 -> -4"
+
+
 @pytest.mark.parametrize("text", ["3 7 9 -> 13", " 3,7, 9→13 ", "3\t7 9->13\n"])
 def test_typed_problems(text):
     assert parse_prompt(text) == CountdownProblem((3, 7, 9), 13)
@@ -191,7 +197,8 @@ def test_typed_problems(text):
 @pytest.mark.parametrize(
     "text",
     ["", "3 7 9", "-> 13", "3 7 9 ->", "3 7 9 -> 1 3", "3 7 9 -> 13 -> 4", "3 x 9 -> 13", "3 7.5 -> 4",
-     "3 -7 -> 4", "3 ٧ -> 10", "1234567890 1 -> 2", "1 1 1 1 1 1 1 -> 7", "3 7 -> -4"],
+     "3 -7 -> 4", "3 ٧ -> 10", "1234567890 1 -> 2", "1 1 1 1 1 1 1 -> 7", "3 7 -> --4", "3 7 -> –4",
+     "3 −7 -> 4", "3 7 -> -1234567890", "3 7 -> 4.5"],
 )  # fmt: skip
 def test_typed_problems_that_are_malformed(text):
     for typed in (text, text * 10**4):

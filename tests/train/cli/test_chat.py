@@ -54,7 +54,8 @@ def test_think_answer_and_the_graders_word_stand_apart():
     assert shown(None, right).splitlines() == ["think   9-3=6", "6+7", "answer  (9-3)+7"]
     cut = Sampled("<answer>9</answer>\x1b[31m", 5, "length")
     assert shown(PROBLEM, cut).splitlines() == [
-        "answer  9", "grade   wrong. The answer does not use 3.", "format  There is no <think> tag.",
+        "answer  9", "grade   wrong. The answer does not use 3.",
+        "format  It was cut off at the token limit. There is no <think> tag.",
         "note    cut off after 5 tokens"]
     assert shown(None, Sampled("some \x1b[2J text\x00", 9, "stop")) == "some \\x1b[2J text\\x00"
     assert shown(PROBLEM, Sampled("eh", 1, "stop")).splitlines()[0] == "text    eh"

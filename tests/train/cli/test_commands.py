@@ -1,10 +1,13 @@
 """What stands beside the training loops: the model as a sampler, and the commands eval and grade."""
 import json
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
 
 from r1zero.eval.harness import Sampled, evaluate
+from r1zero.eval.response import response_text
+from r1zero.eval.result_file import fingerprint
 from r1zero.eval.sampler import ModelSampler
 from r1zero.eval.tasks.catalogue import make_task
 from r1zero.model.checkpoint import save_checkpoint
@@ -14,8 +17,8 @@ from r1zero.model.engine.requests import Request
 from r1zero.model.engine.sampling import sample_seeds
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.model.transformer import Transformer
-from r1zero.train.cli import eval as eval_command
-from r1zero.train.cli.eval import choose_problems
+from r1zero.train.cli.eval import EvalConfig, choose_problems, run_eval
+from r1zero.train.cli.grade import GradeConfig, grade
 from r1zero.train.cli.main import main
 
 BYTES = Tokenizer.bytes()
@@ -73,7 +76,9 @@ def test_responses_depend_on_seed_problem_and_sample_and_on_nothing_else():
     for p, s in ((0, 0), (3, 2), (4, 1)):
         seed = int(sample_seeds(3, 5, p)[s])
         naive = generate_naive(model, Request(BYTES.encode(prompts[p]), 12, seed, stop_ids=(BYTES.eos_id,)))
-        assert whole[p][s] == Sampled(BYTES.decode(naive.tokens), len(naive.tokens), naive.finish_reason)
+        tokens = tuple(naive.tokens.tolist())
+        text = response_text(BYTES, tokens)
+        assert whole[p][s] == Sampled(text, len(tokens), naive.finish_reason, tokens)
 
 
 def test_a_long_prompt_is_refused_or_cut_and_counted():
@@ -103,13 +108,13 @@ def test_gsm8k_from_a_file_with_long_prompts(runs, tmp_path, capsys):
     assert error.count("r1zero eval: warning: 1 of 3 prompts are longer than the 248 tokens") == 1
     rows = read_lines(runs / "text" / "eval_gsm8k_step3.jsonl")
     assert [row["index"] for row in rows] == [0, 0, 1, 1, 2, 2] and rows[2]["problem"]["gold"] == "1,233"
-    summary = json.loads((runs / "text" / "eval_gsm8k_step3.summary.json").read_text())
+    summary = json.loads((runs / "text" / "eval_gsm8k_step3.jsonl.summary.json").read_text())
     assert (summary["step"], summary["n_problems"], summary["prompts_cut"]) == (3, 3, 1)
     assert summary["accuracy"] == 0 and summary["flags"]["task"]["data"] == data
     # The same responses in batches of one, from the same weights at another step, to a file of the user's.
     kept = tmp_path / "deep" / "kept.jsonl"
     assert main([*argv, "--samples", "2", "--batch", "1", "--which", "1", "--out", str(kept)]) == 0
-    assert read_lines(kept) == rows and (tmp_path / "deep" / "kept.summary.json").exists()
+    assert read_lines(kept) == rows and (tmp_path / "deep" / "kept.jsonl.summary.json").exists()
     assert main([*argv[:2], str(runs / "text/checkpoints/step_00000001"), *argv[3:], "--n", "1"]) == 0
     assert len(read_lines(runs / "text" / "eval_gsm8k_step1.jsonl")) == 4
 
@@ -133,7 +138,9 @@ def test_how_many_problems(tmp_path):
     ("--which newest", "'newest'"), ("--n 99999", "--n is 99999"), ("--device tpu", "'tpu'"),
     ("--task chess", "'chess'"), ("--task gsm8k", "--data FILE"), ("--task gsm8k --data DATA", "line 2"),
     ("--task gsm8k --data DATA --out DATA", "would be lost"), ("--data DATA", "makes its own"),
-    ("--out OUTER", "cannot write the responses"), ("--run OUTER/none", "does not exist"),
+    ("--out OUTER", "it is a folder"), ("--out OUTER/bad.jsonl/x", "is not a folder"),
+    ("--task gsm8k --data DATA --out OUTER/./bad.jsonl", "would be lost"), ("--out /dev/null", "give a file"),
+    ("--run OUTER/none", "does not exist"),
     ("--run RUNS", "holds several runs; give one of them: "), ("--run DATA", "is a file"),
 ])
 def test_eval_refuses(flags, fragment, runs, tmp_path, capsys):
@@ -145,15 +152,27 @@ def test_eval_refuses(flags, fragment, runs, tmp_path, capsys):
     assert sorted(runs.rglob("*")) == before and len(read_lines(tmp_path / "bad.jsonl")) == 2
 
 
-def test_a_broken_off_eval_leaves_no_summary_of_an_earlier_one(runs, tmp_path, capsys, monkeypatch):
-    argv = ["eval", "--run", str(runs / "text"), "--n", "2", "--max-new-tokens", "2"]
-    argv += ["--out", str(tmp_path / "e.jsonl")]
-    assert main(argv) == 0 and (tmp_path / "e.summary.json").exists()
+def test_a_broken_off_eval_leaves_the_earlier_result_whole(runs, tmp_path, capsys):
+    """Both files of the call before, whatever broke this one off; a refused one touches nothing."""
+    out, summary = tmp_path / "e.v1", tmp_path / "e.v1.summary.json"
+    argv = ["eval", "--run", str(runs / "text"), "--n", "4", "--samples", "1", "--max-new-tokens", "2"]
+    argv += ["--batch", "2", "--out", str(out)]
+    assert main(argv) == 0
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert kept.keys() == {"e.v1", "e.v1.summary.json"}
+    nan = [*argv[:2], str(runs / "nan"), *argv[3:]]
+    assert main(nan) == 1 and main([*argv, "--which", "7"]) == 2
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
 
-    def broken_off(*args, **kwargs):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(eval_command, "evaluate", broken_off)
-    assert main(argv) == 130 and not (tmp_path / "e.summary.json").exists()
+    # The summary says which responses it sums up, so a kill between the two renames can be noticed.
+    record = json.loads(summary.read_text())
+    assert record["responses"] == {"file": "e.v1", **fingerprint(out)} and record["responses"]["lines"] == 4
+    evaluate(ModelSampler(model_of(), BYTES, 2, seed=9), make_task("countdown"),
+             make_task("countdown").problems("test", 4), out=out, progress=False)  # killed before its summary
+    assert json.loads(summary.read_text()) == record
+    assert record["responses"] != {"file": "e.v1", **fingerprint(out)}
+    # Names that differ behind the last dot have summaries of their own.
+    assert main([*argv[:-1], str(tmp_path / "e.v2")]) == 0 and json.loads(summary.read_text()) == record
 
 
 def test_weights_that_are_nan_end_eval_and_chat_with_code_1(runs, capsys):
@@ -219,13 +238,18 @@ def test_grading_what_eval_wrote_gives_the_same_words(name, tmp_path, capsys):
         [row[key] for key in keys] for row in read_lines(tmp_path / "e.jsonl")]
 
 
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
 BAD_LINES = [("countdown", line) for line in ("[1]", "{", "null", "1" * 5000, "[" * 100_000, {})]
 BAD_LINES += [("countdown", {**COUNTDOWN, "numbers": numbers}) for numbers in (
-    "3 7 9", [], [1] * 7, [True, 7, 9], [-3, 7, 9], [3, 7, 10**9], None)]
-BAD_LINES += [("countdown", {**COUNTDOWN, "target": target}) for target in (13.0, None, NAN, "13")]
+    "3 7 9", [], [1] * 7, [True, 7, 9], [-3, 7, 9], [3, 7, 10**9], None, [3, 7.5, 9],
+    ["3", "x", 9], [[3], 7])]
+BAD_LINES += [("countdown", {**COUNTDOWN, "target": target}) for target in (
+    13.5, None, NAN, INF, True, "13.5", "x", "1e3", -(10**9), 10**400)]
+BAD_LINES += [("countdown", json.dumps({**COUNTDOWN, "target": 0}).replace(": 0", ": 1e400"))]
+BAD_LINES += [("countdown", {**COUNTDOWN, "finish_reason": 3})]
 BAD_LINES += [("countdown", {**COUNTDOWN, "response": None}), ("countdown", {**COUNTDOWN, "problem": {}})]
-BAD_LINES += [("gsm8k", {"response": "x", "answer": answer}) for answer in ("twelve", None, True, [12], NAN)]
+BAD_LINES += [("gsm8k", {"response": "x", "answer": answer}) for answer in (
+    "twelve", None, True, [12], NAN, -INF, 10**400, 1e300, "####")]
 BAD_LINES += [("arithmetic", {"response": "x", "expression": expression}) for expression in (
     "1/2", "2**9", "", 7, "__import__('os')", "9" * 400)]
 
@@ -256,13 +280,112 @@ def test_a_file_that_cannot_be_read(content, fragment, tmp_path, capsys):
     (["--response", "x", "--problem", "3 7 13"], "like 3 7 9 -> 13"), (["--task", "chess"], "'chess'"),
     (["--task", "gsm8k", "--response", "x", "--answer", "many"], "expected a number"),
     (["--task", "arithmetic", "--response", "x", "--problem", "1+"], "not valid arithmetic"),
-    (["--response", "x", "--problem", "1 2 -> 3", "--out", "/nowhere/x"], "/nowhere/x: No such file"),
+    (["--response", "x", "--problem", "1 2 -> 3", "--out", "/nowhere/x"], "there is no folder /nowhere"),
     (["--input", "in.jsonl", "--out", "./in.jsonl"], "would be lost")])
 def test_grade_refuses(argv, fragment, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_lines(tmp_path / "in.jsonl", [COUNTDOWN])
     refused(capsys, ["grade", *argv], fragment)
     assert read_lines(tmp_path / "in.jsonl") == [COUNTDOWN]
+
+
+def test_a_line_that_was_cut_off_earns_no_format(tmp_path, capsys):
+    whole = {**COUNTDOWN, "response": "<think></think><answer>(9-3)+7</answer>"}
+    reasons = [{}, {"finish_reason": "stop"}, {"finish_reason": None}, {"finish_reason": "length"}]
+    path = write_lines(tmp_path / "in.jsonl", [{**whole, **reason} for reason in reasons])
+    rows = graded(capsys, "--input", path)
+    assert [(row["accuracy"], row["format"]) for row in rows] == [(1, 1), (1, 1), (1, 1), (1, 0)]
+    assert "cut off" in rows[3]["why"]
+
+
+def test_bad_lines_are_named_at_once_or_skipped_and_counted(tmp_path, capsys):
+    path = write_lines(tmp_path / "in.jsonl", [COUNTDOWN, "{", COUNTDOWN, {"numbers": [1]}])
+    refused(capsys, ["grade", "--input", path], "in.jsonl, line 2: not JSON")
+    refused(capsys, ["grade", "--input", path], "; line 4: ")
+    assert main(["grade", "--input", path, "--skip-bad"]) == 0
+    out, error = capsys.readouterr()
+    assert [json.loads(line)["line"] for line in out.splitlines()] == [1, 3]
+    assert "skipped 2 of 4 lines" in error and "2 responses: " in error
+    refused(capsys, ["grade", "--response", "x", "--problem", "1 2 -> 3", "--skip-bad"], "--skip-bad is for")
+
+
+def test_an_eval_without_bad_lines_counts_them_in_its_summary(runs, tmp_path, capsys):
+    data = write_lines(tmp_path / "t.jsonl", [GSM8K[0], "{", GSM8K[1], {"question": "?", "answer": True}])
+    argv = ["eval", "--run", str(runs / "text"), "--task", "gsm8k", "--data", data, "--samples", "1"]
+    argv += ["--max-new-tokens", "2", "--out", str(tmp_path / "out")]
+    refused(capsys, argv, "line 4: ")
+    assert main([*argv, "--skip-bad"]) == 0 and "skipped 2 of 4 lines" in capsys.readouterr().err
+    summary = json.loads((tmp_path / "out.summary.json").read_text())
+    assert (summary["lines_skipped"], summary["n_problems"]) == (2, 2)
+    assert len(read_lines(tmp_path / "out")) == 2
+    refused(capsys, ["eval", "--run", str(runs / "text"), "--skip-bad"], "--skip-bad is for a task that")
+
+
+class Gone:
+    """A stream whose reader has gone, as a pipe or a terminal can."""
+
+    def write(self, text=""):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    flush = write
+
+    def isatty(self):
+        return False
+
+
+class GoneLate(Gone):
+    """One that keeps what is written until it is flushed."""
+
+    def write(self, text):
+        return len(text)
+
+
+def test_what_is_shown_never_fails_an_eval(runs, tmp_path):
+    config = EvalConfig(run=str(runs / "text"), n=2, samples=1, max_new_tokens=2, out=str(tmp_path / "out"))
+    for where in (redirect_stdout, redirect_stderr):
+        with where(Gone()):
+            assert run_eval(config).n_problems == 2
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.summary.json"]
+        (tmp_path / "out").unlink()
+
+
+def test_the_grades_are_the_product_and_their_summary_is_not(tmp_path, capsys):
+    path = write_lines(tmp_path / "in.jsonl", [COUNTDOWN])
+    with redirect_stderr(Gone()):
+        assert len(grade(GradeConfig(input=path))) == 1
+    for stdout in (Gone(), GoneLate()):
+        with pytest.raises(BrokenPipeError), redirect_stdout(stdout):
+            grade(GradeConfig(input=path))
+    assert "responses: accuracy" not in capsys.readouterr().err
+
+
+def test_grades_in_a_file_replace_it_when_all_are_written_and_never_the_input(tmp_path, capsys):
+    source, out = write_lines(tmp_path / "in.jsonl", [COUNTDOWN]), tmp_path / "out"
+    out.write_text("earlier")
+    for other in ("soft", "in.jsonl.partial"):
+        (tmp_path / other).symlink_to(source)
+        refused(capsys, ["grade", "--input", source, "--out", str(tmp_path / other).removesuffix(".partial")],
+                "would be lost")
+    bad = write_lines(tmp_path / "bad.jsonl", [COUNTDOWN, "{"])
+    refused(capsys, ["grade", "--input", bad, "--out", str(out)], "line 2")
+    assert out.read_text() == "earlier" and not (tmp_path / "out.partial").exists()
+    assert main(["grade", "--input", source, "--out", str(out)]) == 0 and len(read_lines(out)) == 1
+    for folder in ("no/such", "in.jsonl"):
+        refused(capsys, ["grade", "--input", source, "--out", str(tmp_path / folder / "x")], "folder")
+
+
+@pytest.mark.parametrize("task, rows, accuracies", [
+    ("countdown", [{"numbers": ["3", 7, 9.0], "target": target, "response": "<answer>(9-3)+7</answer>"}
+                   for target in (13, 13.0, "13", "13.0")], [1, 1, 1, 1]),
+    ("countdown", [{"numbers": [3, 7], "target": target, "response": "<answer>3−7 = −4</answer>"}
+                   for target in (-4, "-4", "−4", -4.0, 4)], [1, 1, 1, 1, 0]),
+    ("gsm8k", [{"answer": answer, "response": "#### 72"}
+               for answer in (72, 72.0, "72", "#### 72", "$72", -72)],
+     [1, 1, 1, 1, 1, 0]),
+])
+def test_numbers_in_files_may_be_text_or_decimals(task, rows, accuracies, tmp_path, capsys):
+    path = write_lines(tmp_path / "in.jsonl", rows)
+    assert [row["accuracy"] for row in graded(capsys, "--task", task, "--input", path)] == accuracies
 
 
 # ---- diagnose ----

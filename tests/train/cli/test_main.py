@@ -22,6 +22,7 @@ from r1zero.train.cli.eval import EvalConfig
 from r1zero.train.cli.main import COMMANDS, explain, main, parse_flags
 from r1zero.train.grpo import GRPOConfig
 from r1zero.train.pretrain import PretrainConfig
+from r1zero.train.sft import SFTConfig
 from r1zero.train.task_flags import TaskFlags
 
 RIGHT = ["--problem", "3 7 9 -> 13", "--response", "<think>9-3</think><answer>(9-3)+7</answer>",
@@ -179,8 +180,23 @@ def test_a_tuple_takes_several_values_and_task_flags_are_flat():
         base = ["--base", "b"] if command == "grpo" else []
         flags = parse_flags(command, config_class, ["--run", "r", *base, *task]).task
         assert flags == TaskFlags("arithmetic", ("digits=1", "ops=-+")) and flags.make().digits == 1
-    config = parse_flags("eval", EvalConfig, "--run r --task gsm8k --data f.jsonl --ks 1 4".split())
-    assert config.task == TaskFlags("gsm8k", data="f.jsonl") and config.ks == (1, 4)
+    words = "--run r --task gsm8k --data f.jsonl --skip-bad --ks 1 4".split()
+    config = parse_flags("eval", EvalConfig, words)
+    assert config.task == TaskFlags("gsm8k", data="f.jsonl", skip_bad=True) and config.ks == (1, 4)
+
+
+@pytest.mark.parametrize("flags, config_class", [
+    ("sft --run r --base b --data d", SFTConfig), ("pretrain --run r --data d", PretrainConfig),
+    ("grpo --run r --base b", GRPOConfig), ("eval --run r", EvalConfig),
+    ("grade --input f", grade.GradeConfig)])
+def test_every_command_that_reads_lines_can_skip_bad_ones(flags, config_class):
+    command, *words = flags.split()
+    for given in (False, True):
+        config = parse_flags(command, config_class, [*words, *["--skip-bad"] * given])
+        holder = config.task if command in ("grpo", "eval") else config
+        assert holder.skip_bad is given
+    with pytest.raises(ValueError, match="countdown is made here"):
+        PretrainConfig(run="r", data=("countdown",), skip_bad=True)
 
 
 @pytest.mark.parametrize("flags, fragment", [
@@ -193,6 +209,8 @@ def test_a_tuple_takes_several_values_and_task_flags_are_flat():
     (TaskFlags("gsm8k"), "--task gsm8k needs --data FILE"),
     (TaskFlags("gsm8k", data="/nowhere"), "/nowhere"),
     (TaskFlags("countdown", data="f"), "--data is for a task that reads"),
+    (TaskFlags("countdown", skip_bad=True), "--skip-bad is for a task that reads"),
+    (TaskFlags("gsm8k", ("skip_bad=yes",), data="f"), "--options skip_bad is 'yes', expected true or false"),
 ])
 def test_a_wrong_task_is_named(flags, fragment):
     with pytest.raises(ValueError) as caught:
@@ -231,7 +249,7 @@ def test_a_task_that_stands_in_the_catalogue_needs_nothing_else_to_be_graded(cap
         assert json.loads(capsys.readouterr().out)["accuracy"] == accuracy
     (tmp_path / "f.jsonl").write_text('{"word": "hi", "response": "<answer>hi</answer>"}\n{"response": ""}\n')
     fails(capsys, ["grade", "--task", "repeat", "--input", str(tmp_path / "f.jsonl")], 2,
-          'line 2: "word" is missing; expected a line like {"word": "hi", "response": "..."}')
+          'line 2: "word" is missing; expected lines like {"word": "hi", "response": "..."}')
 
 
 # ---- every loop once, at toy size ----

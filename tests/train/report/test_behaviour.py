@@ -119,6 +119,15 @@ def test_answers_that_do_not_follow_count_against_the_share():
     assert (b.answer_follows_last, b.n_answered) == (1 / 3, 3)
 
 
+def test_the_answer_is_the_one_that_the_grader_reads():
+    """A response that runs on into the next problem is measured by its own answer."""
+    own = "<think>9-3=6,6+7=13,13-13=0 ok</think><answer>(9-3)+7</answer>"
+    [alone, running] = [measure([CountdownProblem((3, 7, 9), 13)], [own + behind])
+                        for behind in ("", "\n1 2 -> 3\n<think>1+2=3</think><answer>1+2</answer>")]
+    assert alone.answer_follows_last == running.answer_follows_last == 1.0
+    assert alone.right_after_ok == running.right_after_ok == 1.0
+
+
 def test_right_after_ok():
     wrong_ok = "9+7=16,16-7=9,9-13=-4 ok"
     b = measured(framed(OK), framed(wrong_ok, "(9+7)-7"), framed(NO, "(9+7)-3"), f"<think>{OK}")

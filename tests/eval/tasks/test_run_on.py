@@ -1,0 +1,88 @@
+"""A base model that runs on into the next question of its prompt's form is judged by its own answer."""
+import random
+
+import pytest
+
+from r1zero.eval.response import parse_response
+from r1zero.eval.tasks.arithmetic import Arithmetic, ArithmeticProblem
+from r1zero.eval.tasks.countdown import Countdown, CountdownProblem
+from r1zero.eval.tasks.gsm8k import GSM8K, GSM8KProblem
+from r1zero.train.recipes.demo_corpus import CorpusConfig, document
+
+NEXT = "\n\nQuestion: Ann has 2 pens and buys 3. How many?\nAnswer: 2+3=5\n"
+OWN_72 = [" Half of 48 is 24, and 48 more is 72.\n#### 72",
+          "<think>\nQuestion: how many?\n</think><answer>72</answer>",
+          "#### 71\nNo.\n#### 72", "<answer>72</answer>\n<answer>7"]
+
+
+@pytest.mark.parametrize("own", OWN_72)
+@pytest.mark.parametrize("behind", [
+    "", f"{NEXT}#### 5", f"{NEXT}####", f"{NEXT}#### 5{NEXT}#### 6", f"{NEXT}<answer>5</answer>",
+    f"{NEXT}<think>x</think><answer>5</answer>", "\nQuestion:", "\n####", "\n#### \n####"])
+def test_gsm8k_is_judged_by_its_own_answer(own, behind):
+    assert GSM8K.grade(GSM8KProblem("", "72"), own + behind).accuracy == 1.0
+    assert GSM8K.grade(GSM8KProblem("", "5"), own + behind).accuracy == 0.0
+
+
+@pytest.mark.parametrize("own", ["", " I do not know.", "<think>hm", "#### ", "<answer>"])
+def test_gsm8k_without_an_answer_of_its_own_earns_nothing_for_the_next_one(own):
+    for ending in ("#### 5", "<answer>5</answer>", "<think>a</think><answer>5</answer>"):
+        grade = GSM8K.grade(GSM8KProblem("", "5"), own + NEXT + ending)
+        assert (grade.accuracy, grade.answer) == (0.0, None)
+
+
+SUMS = [("<answer>42</answer>", "\n3+4=<think>x</think><answer>7</answer>"),
+        ("<think>17+25=42\n1+1=2</think><answer>42</answer>", "\n\n 3 + 4 = <answer>7</answer>"),
+        ("<answer>41</answer>\nNo: <answer>42</answer>",
+         "\n12*3-4=<answer>32</answer>\n1+1=<answer>2</answer>")]
+
+
+@pytest.mark.parametrize("own, behind", SUMS)
+def test_arithmetic_is_judged_by_its_own_answer(own, behind):
+    for text in (own, own + behind):
+        grade = Arithmetic.grade(ArithmeticProblem("17+25", 42), text)
+        assert (grade.accuracy, grade.answer) == (1.0, "42")
+    last = parse_response(own + behind).answer
+    assert Arithmetic.grade(ArithmeticProblem("3+4", int(last)), own + behind).accuracy == 0.0
+
+
+COUNTDOWN_BEHIND = ["\n3 4 -> 7\n<think>x</think><answer>3+4</answer>", "\n\n 3, 4 → 7<answer>3+4</answer>",
+                    "\r\n9 7 3 -> −1\n<answer>9-7-3</answer>\n3 4 -> 7\n<answer>3+4</answer>"]
+
+
+@pytest.mark.parametrize("behind", COUNTDOWN_BEHIND)
+@pytest.mark.parametrize("own", [
+    "<think>3 7 9 -> 13\n3 7 9 -> 13</think><answer>9-3+7</answer>", "<answer>9-3+7</answer>",
+    "<answer>9+3+7</answer> no\n<answer>9-3+7</answer>"])
+def test_countdown_is_judged_by_its_own_answer(own, behind):
+    for text in (own, own + behind):
+        grade = Countdown.grade(CountdownProblem((3, 7, 9), 13), text)
+        assert (grade.accuracy, grade.answer) == (1.0, "9-3+7")
+    assert not parse_response(own + behind).well_formed  # the form is of the whole response
+
+
+def test_a_new_line_of_another_form_is_no_question():
+    for stray in ("\nSo 3 7 9 -> 13", "\n-> 13", "\n3 7 9", "\n3 x -> 4", " 3 7 9 -> 13", "\n=5", "\n5"):
+        text = f"<answer>1</answer>{stray}<answer>9-3+7</answer>"
+        assert Countdown.grade(CountdownProblem((3, 7, 9), 13), text).accuracy == 1.0
+        text = f"<answer>1</answer>{stray}<answer>42</answer>"
+        assert Arithmetic.grade(ArithmeticProblem("17+25", 42), text).accuracy == 1.0 or "=" in stray[2:]
+
+
+@pytest.mark.parametrize("broken", [0.0, 1.0])
+def test_the_demos_documents_are_graded_as_before_alone_and_run_together(broken):
+    """Their answer is the last complete block, and stays it with the next documents behind a line break."""
+    task, config, rng = Countdown(), CorpusConfig(broken_share=broken), random.Random(0)
+    n_right = n_answered = 0
+    for index in range(300):
+        response = document(task, index, config, seed=1)[1]
+        problem = task.problem("train", index)
+        grade = task.grade(problem, response)
+        assert grade.answer == parse_response(response).answer
+        n_right += grade.accuracy
+        if grade.answer is None:
+            continue
+        n_answered += 1
+        behind = ["".join(document(task, rng.randrange(10**4), config, seed=1)) for _ in range(3)]
+        assert task.grade(problem, "\n".join([response, *behind])) == grade
+    assert n_answered > 150 and 30 < n_right < n_answered
