@@ -50,21 +50,31 @@ def check_result_path(out: str, inputs: Sequence[str] = (), make_parents: bool =
     """Raise ValueError, in one line, for a path that results cannot be written to. Touches nothing.
 
     inputs: files that the results, or what is written beside them, must not replace under any
-    spelling. make_parents: missing folders will be made.
+    spelling; the files of a run or a checkpoint are never replaced. make_parents: missing folders
+    will be made.
     """
     if not out or "\0" in out:
         raise ValueError(f"--out is {out!r}, expected the path of a file")
+    inputs = [*inputs, *map(str, files_of_a_run(Path(out).parent))]
     _refuse_folder(Path(out))
     for path in (Path(out), partial_path(out), summary_path(out)):
         _refuse_folder(path)
         for given in inputs:
             if _same_file(path, given):
                 raise ValueError(
-                    f"--out {out} would replace the file {given} that is read, which would be "
-                    "lost; give another one"
+                    f"--out {out} would replace the file {given}, which would be lost; give "
+                    "another one"
                 )
     if not is_stream(out):
         _check_folder(Path(os.path.realpath(out)).parent, out, make_parents)
+
+
+def files_of_a_run(folder: Path) -> list[Path]:
+    """The files of the run, or of the checkpoint, whose folder this is; none if it is neither."""
+    if os.path.exists(folder / "state.json"):
+        return [folder / "state.json", *folder.glob("*.safetensors")]
+    is_run = os.path.exists(folder / "run.json")
+    return [folder / "run.json", folder / "metrics.jsonl"] if is_run else []
 
 
 def _refuse_folder(path: Path) -> None:

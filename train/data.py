@@ -8,17 +8,21 @@ Left out: worker processes and memory maps (the text is read whole; it is expect
 downloads, mixing of sources.
 """
 
+import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from ..eval.console import say
 from ..eval.lines import Kept, json_object, parse_lines, read_bytes, read_lines
 from ..eval.response import quoted
 from ..model.tokenizer import Tokenizer
 
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl")  # the files that are read from a directory
+MOST_KINDS = 5  # kinds of other files that a message names
 
 
 class Pair(NamedTuple):
@@ -44,7 +48,25 @@ def read_text(path: Path) -> str:
         raise ValueError(f"data file {path} is not UTF-8 at byte {error.start}; {mend}") from None
     if not text.strip():
         raise ValueError(f"data file {path} is empty; fill it or leave it out")
+    if text.startswith("version https://git-lfs"):
+        raise ValueError(f"data file {path} is a pointer of Git LFS; fetch the file: git lfs pull")
+    if path.suffix.lower() not in TEXT_SUFFIXES and is_json(text):
+        raise ValueError(
+            f"data file {path} holds JSON, and would be trained on as it stands, brackets and "
+            "all; make it JSON lines and call it .jsonl, or call it .txt if that is meant"
+        )
     return text
+
+
+def is_json(text: str) -> bool:
+    """Whether a text, or its first line, is JSON that holds something."""
+    for part in (text.strip().partition("\n")[0], text):
+        try:
+            if isinstance(json.loads(part), dict | list):
+                return True
+        except (ValueError, RecursionError):
+            pass
+    return False
 
 
 def texts_of(line: str, fields: Sequence[str]) -> list[str]:
@@ -78,14 +100,26 @@ def text_files(path: Path) -> list[Path]:
 
     found = []
     for file in sorted(path.rglob("*")):
-        is_text = file.suffix.lower() in TEXT_SUFFIXES and file.is_file()
-        if is_text and not is_hidden(file):
-            found.append(file)
+        is_text = file.suffix.lower() in TEXT_SUFFIXES and not file.is_dir()
+        if not is_text or is_hidden(file):
+            continue
+        if not file.exists():
+            raise ValueError(f"data file {file} is a link to nothing; mend it or remove it")
+        found.append(file)
     if not found:
         raise ValueError(
             f"data directory {path} holds no {', '.join(TEXT_SUFFIXES)} file; give one that does"
         )
     return found
+
+
+def say_what_is_left_out(path: Path, n_read: int) -> None:
+    """Name the kinds of files in a directory that are not read, if there are some."""
+    kinds = Counter(file.suffix or file.name for file in path.rglob("*") if not file.is_dir())
+    others = [kind for kind in kinds if kind.lower() not in TEXT_SUFFIXES]
+    if others:
+        named = ", ".join(f"{kinds[kind]} {kind}" for kind in others[:MOST_KINDS])
+        say(f"{path}: {n_read} files are read, others are left out ({named})")
 
 
 def read_documents(paths: str | Path | Sequence[str | Path], skip_bad: bool = False) -> Kept[str]:
@@ -102,7 +136,9 @@ def read_documents(paths: str | Path | Sequence[str | Path], skip_bad: bool = Fa
     paths = [paths] if isinstance(paths, str | Path) else list(paths)
     documents: Kept[str] = Kept([])
     for path in paths:
-        for file in text_files(Path(path)):
+        files = text_files(Path(path))
+        say_what_is_left_out(Path(path), len(files))
+        for file in files:
             if file.suffix.lower() == ".jsonl":
                 lines = parse_lines(file, read_lines(file), text_of, example_of(["text"]), skip_bad)
                 documents += [text for text in lines.values() if text.strip()]

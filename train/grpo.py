@@ -46,10 +46,9 @@ from .lab.diagnosis import Diagnosis
 from .lab.mistakes import MISTAKES, warn_of
 from .log import read_metrics
 from .machine import peak_memory, pick_device, reuse_memory
-from .run import Run, RunConfig, at_least
+from .run import START, Run, RunConfig, at_least
 from .task_flags import TaskFlags
 
-START = "start"  # folder in a run's folder: the model that the run began with
 # A NaN or an infinity in any of these metrics ends the run.
 CHECKED = ("loss", "gradient_norm", "value_loss", "critic_gradient_norm")
 

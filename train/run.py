@@ -4,6 +4,7 @@
                             of each time that it was resumed
     <run>/metrics.jsonl     one JSON object per step; cut back to the checkpoint's step on resume
     <run>/checkpoints/      see model/checkpoint.py
+    <run>/start/            of GRPO: the model that the run began with, which the KL is measured to
 
 A folder holds a run from its first checkpoint on. Before that, a corrected command may use it
 again.
@@ -48,6 +49,8 @@ from .log import MetricsLog
 from .machine import describe_machine
 from .settings import check_settings, settings_of
 from .wandb_log import NoWandb, WandbLog
+
+START = "start"  # folder in the folder of a GRPO run: the model that it began with
 
 # ---- flags ---------------------------------------------------------------------------------------
 

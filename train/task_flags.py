@@ -62,6 +62,8 @@ class TaskFlags:
     def _parse(option: str, types: dict[str, type]) -> tuple[str, str | int | float | bool]:
         """(name, value) of "name=value"; a number, or true or false, where the task wants one."""
         name, equals, text = option.partition("=")
+        if name == "path":
+            raise ValueError("--options got a path; give the file as --data FILE")
         if not equals:
             raise ValueError(f"--options got {option!r}, expected name=value, for example high=30")
         if types.get(name) is bool:

@@ -97,7 +97,7 @@ class GSM8K(Task):
 
     def __post_init__(self):
         # Read the file now, so that a bad one is named before the work begins.
-        assert self._test
+        self.size("test")
 
     @cached_property
     def _test(self) -> Kept[GSM8KProblem]:

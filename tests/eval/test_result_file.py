@@ -119,3 +119,17 @@ def test_a_folder_that_is_not_writable_is_refused(tmp_path):
     (tmp_path / "folder").mkdir(mode=0o500)
     with pytest.raises(ValueError, match="is not writable"):
         check_result_path(str(tmp_path / "folder" / "x"))
+
+
+def test_results_never_replace_the_files_of_a_run_or_a_checkpoint(tmp_path):
+    run, checkpoint = tmp_path / "run", tmp_path / "run/checkpoints/step_00000001"
+    checkpoint.mkdir(parents=True)
+    for path in (run / "run.json", run / "metrics.jsonl", checkpoint / "state.json",
+                 checkpoint / "model.safetensors"):
+        path.touch()
+        with pytest.raises(ValueError, match="would replace the file"):
+            check_result_path(str(path.parent / "." / path.name))
+    for path in (run / "eval.jsonl", checkpoint / "eval.jsonl", tmp_path / "metrics.jsonl"):
+        for _ in range(2):  # a result may replace a result
+            check_result_path(str(path))
+            path.touch()

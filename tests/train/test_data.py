@@ -100,3 +100,35 @@ def test_split_tail():
             split_tail(np.arange(100), share)
     with pytest.raises(ValueError, match="has 3 tokens"):
         split_tail(np.arange(3), 0.1)
+
+
+# ---- files that would be read as something else ----
+
+@pytest.mark.parametrize("name, content", [
+    ("part.json", '{"text": "a"}\n{"text": "b"}\n'), ("part.ndjson", '{"text": "a"}\n'), ("63", '["a"]'),
+    ("pretty.json", '{\n  "text": "a"\n}\n')])
+def test_json_under_another_name_is_not_trained_on_as_it_stands(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match="holds JSON, and would be trained on as it stands"):
+        read_documents(tmp_path / name)
+    (tmp_path / "meant.txt").write_text(content)
+    assert read_documents(tmp_path / "meant.txt") == [content]
+
+
+def test_a_pointer_of_git_lfs_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    with pytest.raises(ValueError, match="a.txt is a pointer of Git LFS; fetch the file: git lfs pull"):
+        read_documents(tmp_path / "a.txt")
+
+
+def test_what_a_directory_holds_besides_is_named_and_a_broken_link_is_refused(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "sub").mkdir()
+    assert read_documents(tmp_path) == ["a"] and capsys.readouterr().err == ""
+    for name in ("b.json", "c.json", "sub/d.gz"):
+        (tmp_path / name).touch()
+    assert read_documents(tmp_path) == ["a"]
+    assert "1 files are read, others are left out (2 .json, 1 .gz)" in capsys.readouterr().err
+    (tmp_path / "e.txt").symlink_to(tmp_path / "none")
+    with pytest.raises(ValueError, match="e.txt is a link to nothing"):
+        read_documents(tmp_path)

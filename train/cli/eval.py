@@ -31,7 +31,7 @@ from ...model.files import atomic_write_json
 from ...model.tokenizer import Tokenizer
 from ...model.transformer import Transformer
 from ..machine import pick_device, reuse_memory
-from ..run import at_least
+from ..run import START, at_least
 from ..task_flags import TaskFlags
 
 DEFAULT_PROBLEMS = 512  # of a task that makes its own; the interval is about ± 4 points then
@@ -99,9 +99,9 @@ def load_run(
     Raises ValueError, with the names of the runs inside, for a folder of several runs.
     """
     folder = Path(run)
-    inside = sorted(
-        str(path.parent) for depth in ("*", "*/*") for path in folder.glob(f"{depth}/checkpoints")
-    )
+    found = [path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/checkpoints")]
+    # A run of GRPO keeps the model that it began with; that is no run of its own.
+    inside = sorted(str(path) for path in found if path.name != START)
     if inside and not (folder / "checkpoints").exists():
         raise ValueError(f"{run} holds several runs; give one of them: {', '.join(inside[:8])}")
     return load_model(run, device, int(which) if which.isdecimal() else which)

@@ -17,9 +17,10 @@ from r1zero.model.engine.requests import Request
 from r1zero.model.engine.sampling import sample_seeds
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.model.transformer import Transformer
-from r1zero.train.cli.eval import EvalConfig, choose_problems, run_eval
+from r1zero.train.cli.eval import EvalConfig, choose_problems, load_run, run_eval
 from r1zero.train.cli.grade import GradeConfig, grade
 from r1zero.train.cli.main import main
+from r1zero.train.task_flags import TaskFlags
 
 BYTES = Tokenizer.bytes()
 GSM8K = [{"question": "Two hens lay 3 eggs each. How many?", "answer": "2*3 = 6 #### 6"},
@@ -389,3 +390,16 @@ def test_numbers_in_files_may_be_text_or_decimals(task, rows, accuracies, tmp_pa
 
 
 # ---- diagnose ----
+
+
+def test_the_model_that_a_run_began_with_is_no_run_of_its_own(tmp_path):
+    for name in ("base", "rl", "rl/start"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds several runs; give one of them: [^,]*base, [^,]*rl$"):
+        load_run(str(tmp_path), "last", torch.device("cpu"))
+
+
+def test_the_file_of_problems_is_given_as_data_alone():
+    """As an option of the task, it would be compared by its spelling when a run is resumed."""
+    with pytest.raises(ValueError, match="--options got a path; give the file as --data FILE"):
+        TaskFlags(name="gsm8k", options=("path=x.jsonl",)).make()
