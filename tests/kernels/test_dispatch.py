@@ -157,7 +157,7 @@ for work in (lambda: mlp.swiglu(x, impl="triton"), lambda: dispatch.triton.cdiv(
     except (ValueError, ImportError) as error:
         print(error)
 """, PYTHONPATH=os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]))
-    said = ['impl is "triton", but Triton cannot be imported', "triton.cdiv is needed", "triton.arange is need"]
+    said = ['impl is "triton", but Triton cannot be imported', "triton.cdiv is need", "triton.arange is need"]
     assert re.findall("|".join(said), out) == said
 
 
