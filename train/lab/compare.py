@@ -8,7 +8,7 @@ same base, problems, seeds and options. Some mistakes show only with options tha
 Ctrl-C goes on with --resume, like any run.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +33,7 @@ PANELS = {name: (title, unit, is_share) for name, _, title, unit, is_share, _ in
 class CompareConfig(GRPOConfig):
     """Run a classic mistake and the right thing, and plot both."""
 
-    mistake: Annotated[str, tyro.conf.arg(name="break")]
+    mistake: Annotated[str, tyro.conf.arg(name="break")] = field()
     """The mistake: k1_loss, flipped_k3, flipped_clip, length_bias, micro_batch_mean, sum_of_groups,
     no_end_token, no_baseline, unguarded_std or wrong_group."""
     run: str
