@@ -273,13 +273,14 @@ def check_names(given: list[Given]) -> None:
     """Refuse a name that comes twice in a list of name=value."""
     seen: dict[tuple[str, str], str] = {}
     for one in given:
-        for value in one.values:
+        for value in one.values if one.name in NAMED else ():
             name = value.partition("=")[0]
-            if one.name in NAMED and seen.setdefault((one.name, name), value) is not value:
+            key = one.name, name
+            if key in seen:
                 raise ValueError(
-                    f"{one.name} has {name!r} twice, as {seen[one.name, name]} and as {value}; "
-                    "give it once"
+                    f"{one.name} has {name!r} twice, as {seen[key]} and as {value}; give it once"
                 )
+            seen[key] = value
 
 
 # ---- tyro ----
