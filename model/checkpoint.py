@@ -65,7 +65,14 @@ class Checkpoint:
 
 def _flush(path: Path) -> None:
     """Wait until a file, or the list of names in a folder, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    is_folder = path.is_dir()
+    try:
+        # Windows flushes only what is open for writing.
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    except PermissionError:
+        if is_folder:
+            return  # Windows opens no folder
+        raise
     try:
         os.fsync(descriptor)
     finally:

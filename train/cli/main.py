@@ -28,7 +28,6 @@ from importlib import import_module
 from typing import NamedTuple
 
 from ...eval.console import say
-from ..versions import package_version
 from .errors import explain
 from .flags import parse_flags
 from .streams import Output, ready_streams
@@ -127,6 +126,8 @@ def usage() -> str:
 
 def versions() -> str:
     """The text of `r1zero --version`: what is installed, without importing it."""
+    from ..versions import package_version
+
     parts = [f"{name} {package_version(name)}" for name in ("r1zero", "torch")]
     return f"{parts[0]} (Python {platform.python_version()}, {parts[1]})"
 
