@@ -17,11 +17,13 @@ turns a configuration into the objects that `grpo_step` uses.
     ppo            arXiv 1707.06347   critic          batch   token, 0.2       token      k1, reward
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..model.engine.engine import Engine
+from ..model.engine.requests import LEAST_TEMPERATURE
 from ..model.optimizer import OptimConfig, make_optimizer
 from ..model.transformer import Transformer
 from .advantages import AdvantageConfig, Credit, no_kl
@@ -174,9 +176,10 @@ def check_ranges(config: Algorithm) -> None:
             f"--group-size is {config.group_size}; an answer is compared with others of its group, "
             "so it must be 2 or more"
         )
-    if not config.temperature > 0:
+    if not LEAST_TEMPERATURE <= config.temperature < math.inf:
         raise ValueError(
-            f"--temperature is {config.temperature}; exploration needs a temperature above 0"
+            f"--temperature is {config.temperature}; exploration needs a temperature above 0, and "
+            f"the engine one of {LEAST_TEMPERATURE:g} or more"
         )
     if config.dynamic_sampling < 1 or not 0 <= config.overlong_buffer <= 1:
         raise ValueError(
