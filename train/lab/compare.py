@@ -17,6 +17,7 @@ import tyro
 from ...model.engine.sampling import NonFiniteError
 from ..grpo import GRPOConfig, grpo
 from ..report.demo_plots import CURVES
+from ..report.metrics import column, mean, number
 from ..report.plots import CONTROL, RL, Line, Panel, plot
 from ..run import read_metrics
 from .mistakes import MISTAKES
@@ -104,7 +105,7 @@ def picture(config: CompareConfig, rows: dict[bool, list[dict]]) -> Path:
                 label,
                 colour,
                 [row["step"] for row in rows[broken]],
-                [row[name] for row in rows[broken]],
+                [row.get(name) for row in rows[broken]],
             )
             for broken, label, colour in (
                 (False, "right", RL),
@@ -129,11 +130,9 @@ def summary(config: CompareConfig, rows: dict[bool, list[dict]]) -> str:
         f"  {f'mean of the last {last} steps':<26} {'right':>9} {'broken':>9}",
     ]
     for name in shown(config):
-        right, wrong = (
-            sum(row[name] for row in rows[broken][-last:]) / len(rows[broken][-last:])
-            for broken in (False, True)
-        )
-        lines.append(f"  {name:<26} {right:9.3f} {wrong:9.3f}")
+        means = (mean(column(rows[broken][-last:], name)) for broken in (False, True))
+        right, wrong = (number(value, 3) for value in means)  # a dash where it was not measured
+        lines.append(f"  {name:<26} {right:>9} {wrong:>9}")
     mistake = MISTAKES[config.mistake]
     if mistake.flags:
         lines.append(f"Both runs had {mistake.flags}, with which it shows.")
