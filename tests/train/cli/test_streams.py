@@ -27,10 +27,10 @@ def shell(command: str, **environment: str) -> tuple[int, str, str]:
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("redirected, why", [(">/dev/full", "No space left"), (">&-", "closed")])
 def test_a_product_that_cannot_be_written_is_an_error_of_one_line(redirected, why, unbuffered):
-    for command in (GRADE, f"{R1ZERO} --help", f"{R1ZERO} --version"):
+    for command in (GRADE, f"{R1ZERO} --help"):
         code, out, error = shell(f"{command} {redirected}", PYTHONUNBUFFERED=unbuffered)
         assert code == 1 and error.count("\n") == 1 and why in error and "standard output" in error, error
-    assert shell(f"{GRADE} {redirected} 2>&-") == (1, "", "")
+    assert shell(f"{R1ZERO} --version {redirected} 2>&-") == (1, "", "")
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -44,7 +44,6 @@ def test_a_reader_who_leaves_is_told_nothing(unbuffered):
 def test_a_message_that_cannot_be_written_changes_nothing(redirected, tmp_path):
     code, out, error = shell(f"{GRADE} {redirected}")
     assert code == 0 and json.loads(out)["accuracy"] == 1.0 and error == ""
-    assert shell(f"{R1ZERO} grade --frob {redirected}")[:2] == (2, "")
     assert shell(f"{R1ZERO} nothing {redirected}")[:2] == (2, "")
 
 

@@ -83,6 +83,7 @@ def test_a_metric_that_was_not_measured_is_a_gap_and_a_dash(tmp_path):
             for broken in (False, True)}
     lines = [line.split() for line in summary(c, rows).splitlines()]
     assert ["accuracy", "0.500", "0.500"] in lines and [MISTAKES["k1_loss"].watch, "–", "–"] in lines
+    (tmp_path / "both").mkdir()
     assert module.picture(c, rows).exists()
 
 
