@@ -47,7 +47,9 @@ def test_the_environment_does_not_lead_elsewhere(theirs, tmp_path, monkeypatch):
     git(theirs / "own", "commit", "-q", "--allow-empty", "-m", "ours")
     ours = git(theirs / "own", "rev-parse", "HEAD")
     monkeypatch.setenv("GIT_DIR", str(theirs / ".git"))
-    monkeypatch.setenv("GIT_WORK_TREE", str(theirs))
+    folders = {"GIT_WORK_TREE": "", "GIT_COMMON_DIR": ".git", "GIT_OBJECT_DIRECTORY": ".git/objects"}
+    for name, folder in folders.items():
+        monkeypatch.setenv(name, str(theirs / folder))
     assert git_commit(theirs / "own") == ours
     assert git_commit(theirs / "nothing") is None
 
@@ -60,7 +62,8 @@ def test_a_repository_that_git_cannot_read_has_none(tmp_path):
 
 
 def test_a_git_that_is_missing_slow_or_talkative_is_none(theirs):
-    for name, script in (("slow", "sleep 60"), ("talk", "echo not a commit"), ("fail", "exit 1")):
+    for name, script in (("slow", "sleep 60"), ("talk", "echo not a commit"),
+                         ("fail", f"echo {'0' * 40}; exit 1")):
         tool = theirs / name
         tool.write_text(f"#!/bin/sh\nexec {script}\n" if name == "slow" else f"#!/bin/sh\n{script}\n")
         tool.chmod(0o755)

@@ -55,6 +55,13 @@ def test_no_file_gets_the_number_of_a_closed_stream(tmp_path):
     assert [json.loads(line)["accuracy"] for line in out.read_text().splitlines()] == [1.0, 1.0]
 
 
+def test_what_a_library_writes_to_a_closed_stream_lands_in_no_file(tmp_path):
+    code = ("import os, sys\nfrom r1zero.train.cli.streams import ready_streams\nwith ready_streams():\n"
+            "    file = open(sys.argv[1], 'w')\n    [os.write(number, b'noise') for number in (1, 2)]")
+    out = tmp_path / "out.txt"
+    assert shell(f"{sys.executable} -c \"{code}\" {out} <&- >&- 2>&-")[0] == 0 and out.read_text() == ""
+
+
 def test_output_remembers_the_first_error():
     class Full:
         def write(self, text):
