@@ -17,6 +17,10 @@ GPU_OUT ?= results_gpu
 VENV := .venv
 IN_VENV := $(VENV)/bin/python
 PIP := $(IN_VENV) -m pip --disable-pip-version-check
+# Compile now what is imported later: where Python may not write bytecode, as in most containers, every start would
+# compile it again (torch alone takes seconds). pip compiles one file after the other; this takes all processors. The
+# editable install is compiled by nobody else. Some packages ship files that no Python can compile: hence the `|| true`.
+COMPILE := $(IN_VENV) -m compileall -qq -j 0 $(VENV)/lib kernels model eval rl train benchmarks || true
 
 # A virtual environment names its own place, and the editable install names this folder. In a moved or copied
 # checkout they would run the code of the old place; so note where they were made, and make them again elsewhere.
@@ -83,11 +87,13 @@ $(VENV)/installed: requirements.txt setup.py pyproject.toml $(MOVED)
 	if [ -n "$(TORCH_INDEX)" ]; then
 	    $(PIP) install --no-compile --no-deps --index-url "$(TORCH_INDEX)" "$$(grep '^torch==' requirements.txt)"
 	fi
-	$(PIP) install --no-compile -r requirements.txt  # Python compiles what it imports, when it does
+	$(PIP) install --no-compile -r requirements.txt
 	$(PIP) install --no-deps --no-build-isolation -e .
+	$(COMPILE)
 	echo "$(CURDIR)" > $(VENV)/made-in
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	@$(PIP) install --no-compile -r requirements-dev.txt
+	$(COMPILE)
 	touch $@

@@ -18,7 +18,7 @@ def flush(path: Path) -> None:
     """`flush_to_disk` of a file, or of the list of names in a folder, which Windows cannot do."""
     try:
         # Windows flushes only what is open for writing.
-        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     except PermissionError:
         if path.is_dir():
             return

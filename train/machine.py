@@ -6,15 +6,14 @@ Left out: any decision about speed. The kernels choose their own back end (kerne
 import ctypes
 import os
 import platform
-import resource
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
+import sys
 from pathlib import Path
 
 import torch
 
+from .versions import PACKAGES, git_commit, package_version
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and values of glibc's mallopt(3)
-PACKAGES = ("r1zero", "torch", "triton", "numpy", "tiktoken")  # whose versions are recorded
 
 
 def reuse_memory() -> None:
@@ -51,11 +50,19 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: by PyTorch's tensors on a GPU, by the whole process on a CPU."""
+def peak_memory(device: torch.device) -> int | None:
+    """Most bytes held so far: by PyTorch's tensors on a GPU, by the whole process on a CPU.
+
+    None on a system that does not tell.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes, on Linux
+    try:
+        import resource  # Windows has none
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on a Mac, else kilobytes
 
 
 def describe_machine() -> dict:
@@ -78,21 +85,3 @@ def cpu_name() -> str:
         return names[0].partition(":")[2].strip()
     except (OSError, IndexError):
         return platform.processor() or platform.machine()
-
-
-def package_version(name: str) -> str:
-    """The version of an installed package, or "missing"."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "missing"
-
-
-def git_commit() -> str | None:
-    """The commit of this checkout, None outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None

@@ -12,17 +12,15 @@ In a terminal the response appears token by token, and Ctrl-C ends it and asks f
 Left out: memory of earlier lines (the models here answer one prompt), colours.
 """
 
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-import tyro
 
 from ...eval.harness import Sampled
 from ...eval.response import Sample, grade_response, parse_response
 from ...eval.sampler import ModelSampler
 from ...eval.tasks.countdown import Countdown, CountdownProblem
+from ..checks import check_temperature
 from ..machine import pick_device, reuse_memory
 from ..run import at_least
 from .eval import load_run
@@ -37,8 +35,8 @@ class ChatConfig:
     """Folder of the run, or of a checkpoint."""
     which: str = "last"
     """Which checkpoint of the run to load: last, best, or a step number."""
-    problem: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Problem to answer before leaving, instead of asking for lines. May be given several times."""
+    problem: tuple[str, ...] = ()
+    """Problems to answer before leaving, instead of asking for lines."""
     max_new_tokens: int = 160
     """Maximum number of new tokens per answer."""
     temperature: float = 1.0
@@ -50,8 +48,7 @@ class ChatConfig:
 
     def __post_init__(self):
         at_least(self, 1, "max_new_tokens")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"--temperature is {self.temperature}, expected a number of 0 or more")
+        check_temperature(self.temperature)
 
 
 def knows_countdown_only(settings: dict) -> bool:

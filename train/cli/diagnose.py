@@ -41,7 +41,7 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
     try:
         config = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
         rows = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{folder} has no readable run.json and metrics.jsonl ({error!r})"
         ) from error
@@ -55,6 +55,15 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
     return config, rows
 
 
+def accuracy_in_words(history: History) -> str:
+    """How accuracy was at first and is now, as far as it was measured."""
+    first, now = history.first_mean("accuracy"), history.mean("accuracy")
+    if math.isnan(now):
+        return "accuracy was not measured of late"
+    at_first = "" if math.isnan(first) else f"{first:.1%} at first, "
+    return f"accuracy {at_first}{now:.1%} of late"
+
+
 def diagnose(config: DiagnoseConfig) -> None:
     """Print the advice of each rule that holds. Raises ValueError as `read_run` does."""
     flags, rows = read_run(Path(config.run))
@@ -62,9 +71,6 @@ def diagnose(config: DiagnoseConfig) -> None:
     steps = history.option("steps")
     of_all = "" if math.isnan(steps) else f" of {steps:.0f}"
     wait = "" if history.is_long else f"; most rules wait for {WINDOW} steps"
-    print(
-        f"{len(rows)}{of_all} steps: accuracy {history.first_mean('accuracy'):.1%} at first, "
-        f"{history.mean('accuracy'):.1%} of late{wait}"
-    )
+    print(f"{len(rows)}{of_all} steps: {accuracy_in_words(history)}{wait}")
     found = [f"[{name}] {text}" for name, text in advice(rows, flags).items()]
     print("\n".join(found) or "nothing to complain about")

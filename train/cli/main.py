@@ -9,8 +9,9 @@ grade` do not wait for torch. To add a command, add a line to COMMANDS.
 
     exit code   what happened
     0           done, or stopped by Ctrl-C after saving
-    1           the computation failed (NaN, out of memory), or a fault of r1zero itself
-    2           flags, files or data that the user can mend; one line says how
+    1           the computation failed (NaN, out of memory, the GPU), its text could not be
+                written, or a fault of r1zero itself
+    2           flags, files, data or packages that the user can mend; one line says how
     130         broken off by Ctrl-C
 
 `--traceback`, anywhere, shows where an error came from instead. Left out: shell completion beyond
@@ -18,14 +19,18 @@ tyro's own, config files (a shell script with flags is one), an alias for every 
 """
 
 import difflib
-import io
-import os
+import platform
 import sys
 import traceback
 import warnings
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from importlib import import_module
 from typing import NamedTuple
+
+from ...eval.console import say
+from .errors import explain
+from .flags import parse_flags
+from .streams import Output, ready_streams
 
 
 class Command(NamedTuple):
@@ -37,6 +42,8 @@ class Command(NamedTuple):
     """The function in that module that does the work; it takes the config."""
     purpose: str
     """What it does, for the list of commands."""
+    is_text: bool = False
+    """Whether its work is the text on stdout. Then it has failed if nobody can take that."""
 
 
 COMMANDS = {
@@ -75,6 +82,7 @@ COMMANDS = {
         config="DiagnoseConfig",
         function="diagnose",
         purpose="say in plain words what a GRPO run's log means",
+        is_text=True,
     ),
     "eval": Command(
         module="cli.eval",
@@ -87,26 +95,16 @@ COMMANDS = {
         config="GradeConfig",
         function="grade",
         purpose="say what reward a response earns, and why",
+        is_text=True,
     ),
     "chat": Command(
         module="cli.chat",
         config="ChatConfig",
         function="chat",
         purpose="type problems, see what the model thinks and answers",
+        is_text=True,
     ),
 }
-
-# The flags that decide how much memory a command takes, as far as it has them.
-MEMORY_FLAGS = (
-    "micro_tokens",
-    "batch",
-    "samples",
-    "prompts_per_step",
-    "group_size",
-    "max_new_tokens",
-    "seq_len",
-    "model",
-)
 
 
 def usage() -> str:
@@ -120,9 +118,18 @@ def usage() -> str:
             *lines,
             "",
             "r1zero <command> --help lists the flags of a command;",
-            "--traceback shows where an error came from. Start with: r1zero demo",
+            "--traceback shows where an error came from, --version what is installed.",
+            "Start with: r1zero demo",
         ]
     )
+
+
+def versions() -> str:
+    """The text of `r1zero --version`: what is installed, without importing it."""
+    from ..versions import package_version
+
+    parts = [f"{name} {package_version(name)}" for name in ("r1zero", "torch")]
+    return f"{parts[0]} (Python {platform.python_version()}, {parts[1]})"
 
 
 # ---- text for a terminal ----
@@ -143,125 +150,67 @@ def short_warnings(command: str):
     """Warnings on one line, like errors, without the line of code that they came from."""
 
     def show(message, category, filename, lineno, file=None, line=None):
-        print(f"r1zero {command}: warning: {one_line(str(message))}", file=sys.stderr)
+        say(f"r1zero {command}: warning: {one_line(str(message))}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show  # the hook that the module documents for this
         yield
 
 
-# ---- flags ----
-
-
-def refusal_behind(error: BaseException | None) -> ValueError | None:
-    """The ValueError of a config's __post_init__ behind `error`, None if there is none."""
-    while error is not None:
-        names = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if isinstance(error, ValueError) and "__post_init__" in names:
-            return error
-        error = error.__context__
-    return None
-
-
-def parse_flags(command: str, config_class: type, flags: list[str]):
-    """The command's config from its flags.
-
-    Raises SystemExit as tyro does, with tyro's own text, for --help and unknown flags; ValueError
-    for a value that the config refuses.
-    """
-    import tyro  # a quarter of a second, not needed for the list of commands
-
-    # tyro frames a refused value over several lines; its text is held back, to print one line
-    # instead.
-    text = io.StringIO()
-    try:
-        with redirect_stderr(text):
-            # A preset's options are the defaults of the flags that are not given.
-            presets = getattr(config_class, "defaults_of", None)
-            default = {"default": presets(flags)} if presets else {}
-            return tyro.cli(config_class, args=flags, prog=f"r1zero {command}", **default)
-    except SystemExit as stop:
-        if refusal := refusal_behind(stop):
-            raise refusal from None
-        sys.stderr.write(text.getvalue())
-        raise
-
-
-# ---- errors ----
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Python's and NumPy's MemoryError, and what torch raises on a GPU and on a CPU."""
-    if isinstance(error, MemoryError):
-        return True
-    words = ("out of memory", "not enough memory", "can't allocate memory")
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(word in text for word in words)
-
-
-def is_non_finite(error: BaseException) -> bool:
-    """A NaN or infinity that stopped the computation."""
-    if isinstance(error, RuntimeError):
-        # Imports torch, which a RuntimeError mostly comes from.
-        from ...model.engine.sampling import NonFiniteError
-
-        return isinstance(error, NonFiniteError)
-    return isinstance(error, FloatingPointError)
-
-
-def explain(error: BaseException, config) -> tuple[int, str | None]:
-    """(exit code, what to tell the user); None for a fault of r1zero."""
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "broken off"
-    if is_out_of_memory(error):
-        flags = [f"--{name.replace('_', '-')}" for name in MEMORY_FLAGS if hasattr(config, name)]
-        advice = (
-            f"lower {', '.join(flags)}" if flags else "close other programs, or give it less data"
-        )
-        return 1, f"out of memory; {advice} ({str(error)[:200] or type(error).__name__})"
-    if is_non_finite(error):
-        return 1, str(error)
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return 2, f"{where}{error.strerror or error}"
-    if isinstance(error, ValueError):  # a CheckpointError is one
-        return 2, str(error)
-    return 1, None
-
-
 # ---- the command ----
 
 
-def run(name: str, flags: list[str], show_traceback: bool) -> int:
+def tell_of_lost_text(error: Exception) -> int:
+    """Say that stdout cannot be written; returns the exit code."""
+    # A reader who went away, as in `r1zero grade ... | head`, need not be told.
+    if not isinstance(error, BrokenPipeError):
+        why = getattr(error, "strerror", None) or error
+        say(f"r1zero: the text cannot be written to standard output: {why}")
+    return 1
+
+
+def tell_of(error: BaseException, name: str, config) -> int:
+    """Say what an error means; returns the exit code."""
+    code, message = explain(error, config)
+    if message is None:
+        say("".join(traceback.format_exception(error)).rstrip())
+        message = (
+            "this is a fault of r1zero, not of yours; please report it with the lines above "
+            "and the command that you gave"
+        )
+    say(f"r1zero {name}: {one_line(message) or type(error).__name__}")
+    return code
+
+
+def run(name: str, flags: list[str], show_traceback: bool, output: Output) -> int:
     """Parse the flags, call the command, and turn what it raises into an exit code."""
     command = COMMANDS[name]
-    config = None
+    is_text, config, code = command.is_text, None, 0
     try:
         with short_warnings(name):
             module = import_module(f"..{command.module}", package=__package__)
             config = parse_flags(name, getattr(module, command.config), flags)
             getattr(module, command.function)(config)
-            sys.stdout.flush()  # so that a reader who went away is noticed here
-        return 0
-    except SystemExit as stop:  # tyro's
-        return stop.code if isinstance(stop.code, int) else 2
-    except BrokenPipeError:
-        # Whoever read our output has gone, as in `r1zero grade ... | head`. Python would complain
-        # as it ends, if stdout still led there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except SystemExit as stop:  # tyro's, after --help
+        code, is_text = stop.code or 0, True
     except (Exception, KeyboardInterrupt) as error:
         if show_traceback:
             raise
-        code, message = explain(error, config)
-        if message is None:
-            traceback.print_exception(error)
-            message = (
-                "this is a fault of r1zero, not of yours; please report it with the lines above "
-                "and the command that you gave"
-            )
-        print(f"r1zero {name}: {one_line(message) or type(error).__name__}", file=sys.stderr)
-        return code
+        if error is not output.error:
+            return tell_of(error, name, config)
+        is_text = True
+    lost = output.lost() if is_text else None
+    return tell_of_lost_text(lost) if lost else code
+
+
+def print_text(text: str, output: Output) -> int:
+    """Print what was asked for; returns the exit code."""
+    try:
+        print(text)
+    except (OSError, ValueError):
+        pass  # `output` knows
+    lost = output.lost()
+    return tell_of_lost_text(lost) if lost else 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -269,25 +218,23 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in argv
     argv = [word for word in argv if word != "--traceback"]
-    # A model can write characters that a terminal lacks, and a pipe can bring bytes that are no
-    # text.
-    for stream, errors in ((sys.stdout, "backslashreplace"), (sys.stdin, "replace")):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    name, *flags = argv
-    if name not in COMMANDS:
+    with ready_streams() as output:
+        name, *flags = argv or ["--help"]
+        if name == "help" and flags[:1] and flags[0] in COMMANDS:
+            name, flags = flags[0], ["--help"]
+        if name in ("-h", "--help", "help"):
+            return print_text(usage(), output)
+        if name in ("-V", "--version", "version"):
+            return print_text(versions(), output)
+        if name in COMMANDS:
+            return run(name, flags, show_traceback, output)
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
-        print(
+        say(
             f"r1zero: there is no command {one_line(name)!r}{hint}; the commands are "
-            f"{', '.join(COMMANDS)}, and r1zero --help says what they do",
-            file=sys.stderr,
+            f"{', '.join(COMMANDS)}, and r1zero --help says what they do"
         )
         return 2
-    return run(name, flags, show_traceback)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ same base, problems, seeds and options. Some mistakes show only with options tha
 Ctrl-C goes on with --resume, like any run.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from ...model.files import atomic_write_text
 from ..grpo import GRPOConfig, grpo
 from ..log import read_metrics
 from ..report.demo_plots import CURVES
+from ..report.metrics import column, mean, number
 from ..report.plots import CONTROL, RL, Line, Panel, plot
 from .mistakes import MISTAKES
 
@@ -35,7 +36,7 @@ PANELS = {name: (title, unit, is_share) for name, _, title, unit, is_share, _ in
 class CompareConfig(GRPOConfig):
     """Run a classic mistake and the right thing, and plot both."""
 
-    mistake: Annotated[str, tyro.conf.arg(name="break")]
+    mistake: Annotated[str, tyro.conf.arg(name="break")] = field()
     """The mistake: k1_loss, flipped_k3, flipped_clip, length_bias, micro_batch_mean, sum_of_groups,
     no_end_token, no_baseline, unguarded_std or wrong_group."""
     run: str
@@ -106,7 +107,7 @@ def picture(config: CompareConfig, rows: dict[bool, list[dict]]) -> Path:
                 label,
                 colour,
                 [row["step"] for row in rows[broken]],
-                [row[name] for row in rows[broken]],
+                [row.get(name) for row in rows[broken]],
             )
             for broken, label, colour in (
                 (False, "right", RL),
@@ -131,11 +132,9 @@ def summary(config: CompareConfig, rows: dict[bool, list[dict]]) -> str:
         f"  {f'mean of the last {last} steps':<26} {'right':>9} {'broken':>9}",
     ]
     for name in shown(config):
-        right, wrong = (
-            sum(row[name] for row in rows[broken][-last:]) / len(rows[broken][-last:])
-            for broken in (False, True)
-        )
-        lines.append(f"  {name:<26} {right:9.3f} {wrong:9.3f}")
+        means = (mean(column(rows[broken][-last:], name)) for broken in (False, True))
+        right, wrong = (number(value, 3) for value in means)  # a dash where it was not measured
+        lines.append(f"  {name:<26} {right:>9} {wrong:>9}")
     mistake = MISTAKES[config.mistake]
     if mistake.flags:
         lines.append(f"Both runs had {mistake.flags}, with which it shows.")

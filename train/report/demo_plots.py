@@ -4,6 +4,7 @@ stops.
 plots.py does the plotting.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -96,6 +97,11 @@ def line_of(seed: Seed, part: str, name: str, label: str) -> Line:
     return Line(label, COLOURS[part], steps, with_gaps)
 
 
+def is_measured(line: Line) -> bool:
+    """Whether any step of a line has a value."""
+    return any(math.isfinite(value) for value in line.values)
+
+
 def marks_of(seed: Seed, name: str) -> list[Mark]:
     """Held-out measurements: of the base at step 0, of the others at the end of their logs."""
     found = []
@@ -113,7 +119,8 @@ def panel_of(seeds: Sequence[Seed], curve: Curve, labels: dict[str, str]) -> Pan
     """One curve of all seeds, for the parts that `labels` names."""
     lines = []
     for part, label in labels.items():
-        lines += [line_of(seed, part, curve.name, label) for seed in seeds if seed.logs[part]]
+        lines += [line_of(seed, part, curve.name, label) for seed in seeds]
+    lines = [line for line in lines if is_measured(line)]
     marks = []
     if curve.measured:
         for seed in seeds:
@@ -151,7 +158,8 @@ def plot_demo(
     if first.logs["rl"]:
         for curve in CURVES:
             panel = panel_of([first], curve, SHORT)
-            plots[curve.name] = plot([panel], folder / f"{curve.name}.png", 5, 3.6)
+            if panel.lines:  # a metric that was not measured has no picture
+                plots[curve.name] = plot([panel], folder / f"{curve.name}.png", 5, 3.6)
     if first.logs["base"]:
         loss = Panel(
             "Pretraining",

@@ -5,6 +5,8 @@ matplotlib's Figure is used directly, without pyplot: no window, no global list 
 style that the user has set at home changes nothing. The colours are Okabe and Ito's, which
 colour-blind readers can tell apart.
 
+matplotlib takes a second to import, so it is imported where something is plotted.
+
 Left out: interactive plots; they need scripts.
 """
 
@@ -13,10 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib import style
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from .record import finite
 
 RL, CONTROL, BASE = "#0072B2", "#D55E00", "#6A6A6A"
 GRID, INK, AXIS = "#E3E3E3", "#333333", "#999999"
@@ -106,6 +105,8 @@ def fitted_line(points: list[tuple[float, float]], x: float) -> float:
 
 def plot_panel(axes, panel: Panel) -> None:
     """Lines, marks, and axes that begin at 0."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
     for line in panel.lines:
         plot_line(axes, line, panel.log_scale)
     for mark in panel.marks:
@@ -132,14 +133,16 @@ def plot_panel(axes, panel: Panel) -> None:
 
 
 def plot_line(axes, line: Line, log_scale: bool) -> None:
-    """The values thin, and smoothed over about a fifth of them thick."""
-    axes.plot(line.steps, line.values, color=line.colour, alpha=0.28, linewidth=0.8)
-    half = min(8, max(2, len(line.values) // 10))
+    """The values thin, and smoothed over about a fifth of them thick; a gap where there is none."""
+    numbers = [finite(value) for value in line.values]
+    values = [math.nan if value is None else value for value in numbers]
+    axes.plot(line.steps, values, color=line.colour, alpha=0.28, linewidth=0.8)
+    half = min(8, max(2, len(values) // 10))
     if log_scale:
-        logs = [math.log(value) if value > 0 else math.nan for value in line.values]
+        logs = [math.log(value) if value > 0 else math.nan for value in values]
         smoothed = [math.exp(y) for y in smooth(line.steps, logs, half)]
     else:
-        smoothed = smooth(line.steps, line.values, half)
+        smoothed = smooth(line.steps, values, half)
     axes.plot(
         line.steps,
         smoothed,
@@ -176,8 +179,17 @@ def plot_mark(axes, mark: Mark) -> None:
 # ---- whole plots ----
 
 
-def save(figure: Figure, path: Path) -> Path:
+def new_figure(width: float, height: float, dpi: int):
+    """An empty white figure."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=dpi, layout="constrained", facecolor="white")
+
+
+def save(figure, path: Path) -> Path:
     """Write a PNG file; returns its path."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     FigureCanvasAgg(figure).print_png(str(path))
     return path
 
@@ -191,8 +203,10 @@ def plot(
     dpi: int = DPI,
 ) -> Path:
     """The panels side by side, with one legend for all. Sizes are in inches, of `dpi` dots each."""
+    from matplotlib import style
+
     with style.context("default"):
-        figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained", facecolor="white")
+        figure = new_figure(width, height, dpi)
         all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
         legend: dict = {}
         for axes, panel in zip(all_axes, panels, strict=True):
@@ -217,8 +231,10 @@ def plot_bars(
     dpi: int = DPI,
 ) -> Path:
     """Shares as bars in groups, with the values on top."""
+    from matplotlib import style
+
     with style.context("default"):
-        figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained", facecolor="white")
+        figure = new_figure(width, height, dpi)
         axes = figure.subplots()
         thick = 0.8 / len(series)
         for n, bars in enumerate(series):
@@ -238,7 +254,7 @@ def plot_bars(
         return save(figure, path)
 
 
-def add_legend(figure: Figure, n_columns: int, *handles_and_labels) -> None:
+def add_legend(figure, n_columns: int, *handles_and_labels) -> None:
     """One legend below the whole figure."""
     figure.legend(
         *handles_and_labels,

@@ -54,8 +54,13 @@ def dig(value: Any, *path: str) -> Any:
 
 def finite(value: Any) -> float | None:
     """A finite number as a float, None for anything else."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+    return number if math.isfinite(number) else None
 
 
 def read_dict(path: Path) -> dict:
@@ -83,7 +88,7 @@ def json_objects(texts: list[str]) -> list[dict]:
     for text in texts:
         try:
             value = json.loads(text)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # ValueError: an integer of thousands of digits too
             continue
         if isinstance(value, dict):
             found.append(value)

@@ -43,6 +43,17 @@ def test_diagnose_of_a_real_run_says_what_the_loop_said(tmp_path, capsys):
     assert head.startswith("2 of 2 steps") and len(lines) == 1 and lines[0].split("(")[0] in told_live
 
 
+@pytest.mark.parametrize("rows, said", [
+    ([{"step": n} for n in range(12)], "12 of 60 steps: accuracy was not measured of late"),
+    ([{"step": n, **({"accuracy": 0.5} if n > 10 else {})} for n in range(30)], "accuracy 50.0% of late"),
+    ([{"step": n, "accuracy": "x", "loss": None} for n in range(12)], "accuracy was not measured"),
+])
+def test_what_was_not_measured_is_said_in_words(rows, said, tmp_path, capsys):
+    assert main(["diagnose", "--run", str(run_folder(tmp_path / "run", rows))]) == 0
+    out = capsys.readouterr().out
+    assert said in out and "nan" not in out
+
+
 @pytest.mark.parametrize("changes", [
     {"loss": None}, {"loss": {"max_importance": "x"}}, {"loss": 3}, {"optim": []}, {"steps": 10**400},
     {"group_size": None}, {"updates_per_step": NAN}, {"advantage": {"lam": []}}])
@@ -57,12 +68,12 @@ def test_diagnose_refuses_what_is_no_run_of_grpo(tmp_path, capsys):
     run_folder(tmp_path / "new", []), run_folder(tmp_path / "odd", log(2))
     (tmp_path / "odd/run.json").write_text("[1]")
     (run_folder(tmp_path / "torn", log(2)) / "run.json").write_text("{")
-    run_folder(tmp_path / "bytes", []).joinpath("metrics.jsonl").write_bytes(b"\xff\xfe")
+    (run_folder(tmp_path / "deep", log(2)) / "run.json").write_text("[" * 100_000)
     capsys.readouterr()
     for folder, words in {"base": "is no run of GRPO", "empty": "holds no run (no run.json)",
                           "none": "does not exist", "text.txt": "is a file", "new": "has no steps yet",
                           "odd": "no readable run.json", "torn": "no readable run.json",
-                          "bytes": "no readable run.json", ".": "holds several runs; give one of them: base, "
+                          "deep": "no readable run.json", ".": "holds several runs; give one of them: base, "
                           }.items():
         assert main(["diagnose", "--run", str(tmp_path / folder)]) == 2
         error = capsys.readouterr().err

@@ -77,6 +77,16 @@ def test_the_summary_is_the_mean_of_the_last_quarter(tmp_path):
     assert "mean of the last 2 steps" in summary(c, rows)
 
 
+def test_a_metric_that_was_not_measured_is_a_gap_and_a_dash(tmp_path):
+    c = config(tmp_path, mistake="k1_loss")
+    rows = {broken: [{"step": n, "accuracy": 0.5, **({"length": 3.0} if n == 1 else {})} for n in (1, 2)]
+            for broken in (False, True)}
+    lines = [line.split() for line in summary(c, rows).splitlines()]
+    assert ["accuracy", "0.500", "0.500"] in lines and [MISTAKES["k1_loss"].watch, "–", "–"] in lines
+    (tmp_path / "both").mkdir()
+    assert module.picture(c, rows).exists()
+
+
 def test_lines_of_the_picture_have_their_labels_units_and_title(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(module, "plot", lambda *rest: drawn.append(rest))
@@ -131,7 +141,9 @@ def test_ctrl_c_stops_and_resume_ends_where_an_unbroken_comparison_does(at, tmp_
     ("--steps 0", "--steps is 0"), ("--optim.lr 0", "expected lr and clip_grad above 0"),
     ("--break flipped_clip --max-new-tokens 0", "--max-new-tokens is 0"), ("--device tpu", "'tpu'")])
 def test_compare_refuses_bad_flags_before_anything_is_written(flags, words, tmp_path, capsys):
-    argv = ["compare", "--break", "k1_loss", "--base", str(save_base(tmp_path / "base"))]
+    argv = ["compare", "--base", str(save_base(tmp_path / "base"))]
+    if "--break" not in flags:
+        argv += ["--break", "k1_loss"]
     assert main([*argv, "--run", str(tmp_path / "run"), *flags.split()]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1 and not (tmp_path / "run").exists()

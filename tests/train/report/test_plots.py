@@ -14,6 +14,13 @@ def test_gaps_can_be_plotted(tmp_path):
     assert plots.plot_bars("t", ["x"], [plots.Bars("a", plots.RL, [None])], tmp_path / "b.png", 4, 2).exists()
 
 
+def test_values_that_are_no_numbers_are_gaps_on_any_scale(tmp_path):
+    values = [1.0, None, "x", math.nan, 10**400, 2.0]
+    line = plots.Line("a", plots.RL, range(6), values)
+    panels = [plots.Panel("t", "y", [line], log_scale=is_log) for is_log in (True, False)]
+    assert plots.plot(panels, tmp_path / "a.png", 4, 2, dpi=25).exists()
+
+
 def test_smoothing_keeps_straight_lines_and_skips_gaps():
     steps = list(range(20))
     assert plots.smooth(steps, [2.0 * step + 1 for step in steps], 3) == pytest.approx(

@@ -13,7 +13,7 @@ from r1zero.train.cli.main import COMMANDS, parse_flags
 from r1zero.train.grpo import GRPOConfig
 from r1zero.train.recipes.demo import DemoConfig
 from r1zero.train.report import plots
-from r1zero.train.report.demo_plots import line_of
+from r1zero.train.report.demo_plots import CURVES, line_of
 from r1zero.train.report.record import read_demo
 from r1zero.train.report.report import seeds_table, write_report
 from r1zero.train.report.results import what_got_worse
@@ -25,6 +25,9 @@ PARTS = ["What was done", "The training", "What changed in the thinking", "One g
          "Configuration", "Machine, time and tokens", "How to go on"]
 PICTURES = ["curves", "accuracy", "length", "format", "dead_groups", "entropy", "kl_to_reference",
             "pretraining", "behaviour"]
+
+
+TITLES = {curve.name: curve.title for curve in CURVES}
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +150,43 @@ def test_half_a_line_and_figures_that_are_none_leave_gaps(demo):
     line = line_of(seed, "rl", "accuracy", "")
     assert len(line.values) == 41 and math.isnan(line.values[40])
     assert "the loss says nothing" in report(demo)
+
+
+NO_NUMBERS = [None, "x", [], {}, True, "NaN", "1" * 400, "Infinity"]
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=lambda value: repr(value)[:9])
+def test_metrics_that_are_no_numbers_leave_gaps(demo, value):
+    for part in ("base", "rl", "control"):
+        path = demo / "seed0" / part / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        raw = value if isinstance(value, str) and value not in ("x",) else json.dumps(value)
+        texts = ["{" + ", ".join(f'"{name}": {n if name == "step" else raw}' for name, n in row.items()) + "}"
+                 for row in rows]
+        path.write_text("\n".join(texts))
+    assert re.findall("<h2>(.*?)</h2>", report(demo)) == PARTS
+
+
+def test_an_integer_of_thousands_of_digits_is_read_around(demo):
+    path = demo / "seed0" / "rl" / "metrics.jsonl"
+    whole = read_demo(demo)[1][0].logs["rl"]
+    path.write_text('{"step": ' + "9" * 5000 + "}\n" + path.read_text())
+    assert read_demo(demo)[1][0].logs["rl"] == whole
+
+
+@pytest.mark.parametrize("name", ["kl_to_reference", "entropy", "accuracy", "loss"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_metric_that_was_not_measured_in_all_or_some_steps_has_no_picture_or_gaps(demo, name, every):
+    for part in ("rl", "control"):
+        path = demo / "seed0" / part / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows[::every]:
+            del row[name]
+        lines(path, rows)
+    text = report(demo)
+    assert re.findall("<h2>(.*?)</h2>", text) == PARTS and "nan" not in Tags(text).text.split()
+    is_shown = f'alt="{TITLES.get(name)} over the steps of GRPO"' in text
+    assert name == "loss" or is_shown == (every == 2)
 
 
 def test_no_demo_is_a_clear_error(tmp_path):
