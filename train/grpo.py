@@ -246,6 +246,9 @@ def timed_step(learner: Learner, task: Task, config: Algorithm, step: int) -> di
     rollout_s = learner.sampler.seconds
     update_s = step_s - rollout_s
     tokens, replaced = metrics["tokens"], metrics["replaced_tokens"]
+    memory = peak_memory(learner.policy.device)
+    if memory is not None:
+        metrics = metrics | {"memory_gb": memory / 1e9}
     return metrics | {
         "step_s": step_s,
         "rollout_s": rollout_s,
@@ -253,7 +256,6 @@ def timed_step(learner: Learner, task: Task, config: Algorithm, step: int) -> di
         "replaced_s": rollout_s * replaced / tokens,
         "update_s": update_s,
         "update_tokens_per_s": (tokens - replaced) / update_s,
-        "memory_gb": peak_memory(learner.policy.device) / 1e9,
     }
 
 

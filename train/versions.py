@@ -1,6 +1,5 @@
 """Which code a run was made with: the versions of the packages, and the commit of r1zero."""
 
-import os
 import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -26,13 +25,9 @@ def git_commit(root: Path = ROOT, git: str = "git", seconds: float = 5.0) -> str
     repository = root / ".git"  # a folder; in a worktree or submodule a file
     if not repository.exists():
         return None
-    # GIT_DIR and its like in the environment speak of another repository.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     command = [git, f"--git-dir={repository}", "rev-parse", "--verify", "HEAD"]
     try:
-        found = subprocess.run(
-            command, capture_output=True, text=True, timeout=seconds, env=environment
-        )
+        found = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return None
     commit = found.stdout.strip()

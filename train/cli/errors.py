@@ -9,6 +9,7 @@ it keeps its traceback, and is to be reported.
 """
 
 import errno
+import pickle
 import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -168,9 +169,26 @@ def say_system(error: OSError, config: Any) -> str:
 
 def is_deep_json(error: BaseException) -> bool:
     """JSON of thousands of brackets, one in the other, which Python's reader gives up on."""
+    is_deep = isinstance(error, RecursionError)
+    return is_deep and any(name.startswith("json") for name in modules_of(error))
+
+
+def modules_of(error: BaseException) -> list[str]:
+    """The modules that an error came through."""
     frames = traceback.walk_tb(error.__traceback__)
-    files = [frame.f_globals.get("__name__", "") for frame, _ in frames]
-    return isinstance(error, RecursionError) and any(name.startswith("json") for name in files)
+    return [frame.f_globals.get("__name__", "") for frame, _ in frames]
+
+
+def is_loop_cache(error: BaseException) -> bool:
+    """A damaged file among the compiled loops that Numba keeps."""
+    is_damage = isinstance(error, (EOFError, pickle.UnpicklingError))
+    return is_damage and "numba.core.caching" in modules_of(error)
+
+
+def say_loop_cache(error: BaseException, config: Any) -> str:
+    from ...kernels.cpu.compile import cache_folder
+
+    return f"the compiled loops in {cache_folder()} are damaged ({error}); delete that folder"
 
 
 def say_deep_json(error: BaseException, config: Any) -> str:
@@ -212,6 +230,7 @@ KINDS = (
     Kind(is_import, 2, say_import),
     Kind(is_device, 1, say_device),
     Kind(is_deep_json, 2, say_deep_json),
+    Kind(is_loop_cache, 2, say_loop_cache),
     Kind(is_value, 2, say_itself),
     Kind(is_too_large, 2, say_too_large),
     Kind(is_of_library, 2, say_of_library),

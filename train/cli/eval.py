@@ -15,7 +15,6 @@ and a warning counts how many were cut: so a tiny model gets an honest number on
 Left out: several models in one call. Compare their lines problem by problem.
 """
 
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from ...model.checkpoint import Checkpoint, load_model
 from ...model.files import atomic_write_json
 from ...model.tokenizer import Tokenizer
 from ...model.transformer import Transformer
+from ..checks import check_temperature
 from ..machine import pick_device, reuse_memory
 from ..run import START, at_least
 from ..task_flags import TaskFlags
@@ -70,8 +70,7 @@ class EvalConfig:
         at_least(self, 1, "samples", "batch", "max_new_tokens")
         if self.n is not None:
             at_least(self, 1, "n")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"--temperature is {self.temperature}, expected a number of 0 or more")
+        check_temperature(self.temperature)
         for k in self.ks:
             if not 1 <= k <= self.samples:
                 raise ValueError(

@@ -153,6 +153,9 @@ def short_warnings(command: str):
         say(f"r1zero {command}: warning: {one_line(str(message))}")
 
     with warnings.catch_warnings():
+        # A warning informs. Under PYTHONWARNINGS=error it would end the work.
+        if any(option.startswith("error") for option in sys.warnoptions):
+            warnings.simplefilter("default")
         warnings.showwarning = show  # the hook that the module documents for this
         yield
 

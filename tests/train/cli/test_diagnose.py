@@ -78,3 +78,14 @@ def test_diagnose_refuses_what_is_no_run_of_grpo(tmp_path, capsys):
         assert main(["diagnose", "--run", str(tmp_path / folder)]) == 2
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1, error
+
+
+def test_a_broken_line_and_a_broken_byte_of_the_log_are_read_around_and_named(tmp_path, capsys):
+    run = run_folder(tmp_path / "run", log(30))
+    lines = (run / "metrics.jsonl").read_bytes().splitlines()
+    lines[3:3] = [b"half a li", b'{"step": 4, "\xff": 1}']
+    (run / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    assert main(["diagnose", "--run", str(run)]) == 0
+    found = capsys.readouterr()
+    assert found.out.startswith("30 of 60 steps")
+    assert "warning" in found.err and "line 4, 5 cannot be read and is left out" in found.err

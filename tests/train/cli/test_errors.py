@@ -87,3 +87,16 @@ def test_a_fault_of_ours_stays_one(error):
 
 def test_a_number_of_the_system_that_has_no_advice_is_told_as_it_is():
     assert explain(OSError(errno.ENOENT, "No such file", "x"), None) == (2, "x: No such file")
+
+
+def test_a_damaged_cache_of_compiled_loops_names_the_folder_to_delete():
+    """Numba reads its index with pickle, in numba.core.caching, and lets what that raises through."""
+    from_numba = {"__name__": "numba.core.caching"}
+    exec("def load(): raise EOFError('Ran out of input')", from_numba)
+    code, message = explain(raised(from_numba["load"]), None)
+    assert code == 2 and "the compiled loops in " in message and "delete that folder" in message
+
+    def elsewhere():
+        raise EOFError("Ran out of input")
+
+    assert explain(raised(elsewhere), None) == (1, None)

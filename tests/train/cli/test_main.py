@@ -25,6 +25,9 @@ from r1zero.train.pretrain import PretrainConfig
 from r1zero.train.sft import SFTConfig
 from r1zero.train.task_flags import TaskFlags
 
+from ..loop_cases import pretrain_config, text_file
+from ..run_cases import pretrain_on_text
+
 RIGHT = ["--problem", "3 7 9 -> 13", "--response", "<think>9-3</think><answer>(9-3)+7</answer>",
          "--rewards.format-weight", "0.5"]
 
@@ -274,3 +277,16 @@ def test_the_demo_at_toy_size(tmp_path, capsys, monkeypatch):
     fails(capsys, ["chat", "--run", "d"], 2, "d holds several runs; give one of them: ", "d/seed0/rl")
     assert main(["chat", "--run", "d/seed0/rl", "--problem", "1 2 3 -> 6"]) == 0
     assert "\ngrade   wrong. " in capsys.readouterr().out
+
+
+def test_a_warning_never_ends_the_work_whatever_the_environment_asks(tmp_path, monkeypatch, capsys):
+    """PYTHONWARNINGS=error, as images of continuous integration have it."""
+    c = pretrain_config(tmp_path / "run", text_file(tmp_path), steps=4, save_every=2)
+    pretrain_on_text(c)
+    weights = tmp_path / "run/checkpoints/step_00000004/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    monkeypatch.setattr(sys, "warnoptions", ["error"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main(["chat", "--run", str(tmp_path / "run"), "--problem", "a", "--max-new-tokens", "2"]) == 0
+    assert "warning: using " in capsys.readouterr().err
