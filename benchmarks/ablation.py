@@ -96,7 +96,7 @@ def config_of(preset: str, seed: int, flags: Flags) -> GRPOConfig:
     algo, _, updates = preset.partition("@")
     optim = OptimConfig(lr=flags.lr, warmup=5, schedule="constant", weight_decay=0.0, eps=1e-8)
     demo = DemoConfig()
-    return grpo_config("r1_zero" if algo == "control" else algo, run="", base=flags.base, seed=seed,
+    return grpo_config("r1_zero" if algo == "control" else algo, run="none", base=flags.base, seed=seed,
                        task=task_of(demo, 0), max_new_tokens=demo.max_new_tokens,
                        micro_tokens=2048, updates_per_step=int(updates or flags.updates_per_step),
                        control=algo == "control", optim=optim, critic_optim=replace(optim, lr=3 * flags.lr))

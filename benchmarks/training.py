@@ -149,7 +149,7 @@ def breakdown(step: Steps, n: int) -> dict:
 def main(flags: Flags) -> dict:
     reuse_memory()
     tokenizer, documents = corpus_batches(PretrainConfig(
-        run="", data=("countdown",), model=flags.model, documents=flags.documents,
+        run="none", data=("countdown",), model=flags.model, documents=flags.documents,
         batch_tokens=flags.batch_tokens))
     windows = TokenStream(documents.tokens, flags.seq_len, max(1, flags.batch_tokens // flags.seq_len))
     kinds = {"documents": Steps(documents, tokenizer.vocab_size, flags),

@@ -186,9 +186,10 @@ def is_loop_cache(error: BaseException) -> bool:
 
 
 def say_loop_cache(error: BaseException, config: Any) -> str:
-    from ...kernels.cpu.compile import cache_folder
-
-    return f"the compiled loops in {cache_folder()} are damaged ({error}); delete that folder"
+    return (
+        f"the compiled loops that Numba keeps are damaged ({error}); delete the folders loops-* in "
+        "kernels/cpu/__pycache__, or below NUMBA_CACHE_DIR"
+    )
 
 
 def say_deep_json(error: BaseException, config: Any) -> str:
