@@ -96,7 +96,7 @@ def test_a_damaged_cache_of_compiled_loops_names_the_folder_to_delete():
     def load():
         raise EOFError("Ran out of input")
 
-    in_numba = types.FunctionType(load.__code__, {"__name__": "numba.core.caching", **vars(builtins)})
+    in_numba = types.FunctionType(load.__code__, vars(builtins) | {"__name__": "numba.core.caching"})
     code, message = explain(raised(in_numba), None)
     assert code == 2 and "the compiled loops that Numba keeps are damaged" in message and "loops-*" in message
     assert explain(raised(load), None) == (1, None)
