@@ -15,8 +15,7 @@ that, the command ends.
 
 import os
 import sys
-
-from tqdm import tqdm
+from collections.abc import Iterable
 
 # A bar in a file of messages is a line per update, so it is written there more seldom.
 SECONDS_ON_TERMINAL = 0.1
@@ -89,18 +88,58 @@ def shout(text: str) -> None:
 
 def _write(text: str, stream) -> None:
     careful = Careful(stream)
-    tqdm.write(text, file=careful)
+    if Bar.tqdm is None:
+        careful.write(f"{text}\n")
+    else:
+        Bar.tqdm.write(text, file=careful)  # clears a bar before, and draws it again after
     careful.flush()
 
 
-class Bar(tqdm):
-    """A progress bar on stderr: tqdm's, on a stream that never raises."""
+class Bar:
+    """A progress bar on stderr: tqdm's, on a stream that never raises.
 
-    def __init__(self, iterable=None, **options):
+    If tqdm cannot be used (it is missing or broken, or a TQDM_ variable of the environment is no
+    number), there is no bar, and nothing else changes.
+    """
+
+    tqdm = None  # the library, once a bar was made
+
+    def __init__(self, iterable: Iterable | None = None, **options):
+        """iterable: what `for` goes over; options: tqdm's."""
         stream = Careful(sys.stderr)
         seconds = SECONDS_ON_TERMINAL if stream.isatty() else SECONDS_ELSEWHERE
-        defaults = {"dynamic_ncols": True, "mininterval": seconds}
-        super().__init__(iterable, file=stream, **{**defaults, **options})
+        options = {"dynamic_ncols": True, "mininterval": seconds, "file": stream, **options}
+        self._iterable = iterable
+        try:
+            from tqdm import tqdm  # takes a while to import, and commands without a bar start fast
+
+            self._bar = tqdm(iterable, **options)
+            Bar.tqdm = tqdm
+        except Exception:
+            self._bar = None
+
+    def __iter__(self):
+        return iter(self._iterable if self._bar is None else self._bar)
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.close()
+
+    def update(self, n: int = 1) -> None:
+        """`n` more are done."""
+        if self._bar is not None:
+            self._bar.update(n)
+
+    def set_postfix(self, texts: dict[str, str]) -> None:
+        """Texts to show behind the bar, at its next update."""
+        if self._bar is not None:
+            self._bar.set_postfix(texts, refresh=False)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 def leave_quietly() -> bool:

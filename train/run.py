@@ -337,7 +337,7 @@ class Run:
         """
         self._log.write({"step": step + 1, **metrics})
         shown = {name: f"{metrics[name]:.3g}" for name in show if name in metrics}
-        self._bar.set_postfix(shown, refresh=False)
+        self._bar.set_postfix(shown)
         self._wandb.log(metrics, step=step + 1)
 
     def last_good(self) -> str:

@@ -4,9 +4,9 @@ The file is the user's own copy: one JSON object per line with `question` and `a
 number after the last `####` of `answer`. It is a test set: there are no training problems.
 
 The answer of a response is its last complete answer block, or else what follows its last `####` on
-that line; a mark with nothing behind it changes nothing. It must be a number and nothing else, as
-people write one (numbers.py, prose): `1,234`, `$12`, `12.50` and `12.` are numbers; `12 eggs` and
-`1/2` are not. Numbers are compared as exact fractions.
+that line. A mark may stand inside the block, and one with nothing behind it changes nothing. The
+answer must be a number and nothing else, as people write one (numbers.py, prose): `1,234`, `$12`,
+`12.50` and `12.` are numbers; `12 eggs` and `1/2` are not. Numbers are compared as exact fractions.
 
 A base model that has answered often runs on into a next `Question:`, and answers that. Its response
 is judged up to there.
@@ -154,9 +154,10 @@ class GSM8K(Task):
         What comes behind the next `Question:` is not read.
         """
         own = own_response(response, NEXT_QUESTION)
-        answer = parse_response(own).answer
+        block = parse_response(own).answer
+        answer = marked(own if block is None else block)  # a mark may stand inside the block
         if answer is None:
-            answer = marked(own)
+            answer = block
         if answer is None:
             why = f"There is neither a complete answer block nor a number after {MARK}."
             return Grade(0.0, None, why)

@@ -19,10 +19,9 @@ def test_messages_results_and_bars_survive_a_stream_that_cannot_be_written(monke
     with Bar(total=3, desc="work") as bar:
         for _ in range(3):
             bar.update(1)
-            bar.set_postfix(loss="1", refresh=True)
+            bar.set_postfix({"loss": "1"})
             say("a message above the bar")
             show("a result")
-    assert bar.n == 3
     assert list(Bar(range(4))) == [0, 1, 2, 3]
 
 
@@ -39,7 +38,8 @@ def test_a_bar_fits_any_width(monkeypatch, columns, capsys):
     monkeypatch.setenv("LINES", "24")
     with Bar(total=2, desc="work") as bar:
         bar.update(2)
-        bar.set_postfix(accuracy="0.5", kl_to_reference="0.001")
+        bar.set_postfix({"accuracy": "0.5", "kl_to_reference": "0.001"})
+        bar.update(0)
     assert "work" in capsys.readouterr().err or columns == "1"
 
 
@@ -102,3 +102,26 @@ sys.exit(4)
 
 def test_leaving_says_that_all_was_written_where_it_was():
     assert leave_quietly()
+
+
+@pytest.mark.parametrize("variable", ["TQDM_NCOLS=abc", "TQDM_MININTERVAL=x", "TQDM_DISABLE=1"])
+def test_no_variable_of_the_bar_ends_the_work(variable):
+    name, _, value = variable.partition("=")
+    done = run_python("""
+from r1zero.eval.console import Bar, say
+with Bar(range(3), desc="work") as bar:
+    assert list(bar) == [0, 1, 2]
+    bar.update(1)
+    bar.set_postfix({"a": "1"})
+say("done")
+""", env=os.environ | {name: value})
+    assert done.returncode == 0 and "done" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_without_the_library_there_is_no_bar_and_the_work_goes_on(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert list(Bar(range(3), total=3)) == [0, 1, 2]
+    with Bar(total=2) as bar:
+        bar.update(2)
+    say("done")
+    assert capsys.readouterr().err == "done\n"

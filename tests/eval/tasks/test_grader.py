@@ -214,6 +214,10 @@ def test_arithmetic_reads_the_answer_block_only():
         ("#### 7\n#### 1234", 1.0),  # the last mark counts
         ("#### 1234\n#### 7", 0.0),
         ("<think>#### 7</think><answer>$1,234</answer>", 1.0),
+        ("<answer>#### 1234</answer>", 1.0),  # a mark may stand inside a block
+        ("<answer>it is\n#### 1234</answer>", 1.0),
+        ("<answer>#### 7</answer> #### 1234", 0.0),
+        ("<answer>#### </answer> #### 1234", 0.0),
         ("<answer>7</answer>\n#### 1234", 0.0),  # an answer block goes before the mark
         ("1234", 0.0),
         ("#### 1234 dollars", 0.0),
