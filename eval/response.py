@@ -18,7 +18,7 @@ Left out: mending of broken tags, because the format reward is there to teach th
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,32 +160,24 @@ def parse_response(text: str) -> Response:
     )
 
 
-def own_response(text: str, next_question: str) -> str:
+def own_response(
+    text: str, question: re.Pattern, is_own: Callable[[re.Match], bool] = lambda match: False
+) -> str:
     """The response without what a base model runs on into: the next question of the prompt's form.
 
-    next_question: how such a question begins, a line break included. What stands inside the think
-    block that the response begins with is thought, not asked. Linear in the length of `text`.
+    question: matches such a question, from the line break or the closing tag before it. is_own:
+    whether a match only says the problem again that was asked. What stands inside the think block
+    that the response begins with is thought, not asked. Linear in the length of `text`.
     """
     # Where the thoughts end, if they do before another think block begins.
     opening, closing = text.find("<think>"), text.find("</think>")
-    begins_with_thoughts = 0 <= opening < closing and next_question not in text[:opening]
+    begins_with_thoughts = 0 <= opening < closing and not question.search(text, 0, opening)
     if not begins_with_thoughts or "<think>" in text[opening + 1 : closing]:
         closing = 0
-    end = text.find(next_question, closing)
-    return text if end < 0 else text[:end]
-
-
-def answer_of(text: str, next_question: re.Pattern) -> str | None:
-    """The answer block that counts: the last complete one before the next question.
-
-    A base model that has answered may run on into another question of the prompt's form, and answer
-    that. next_question: matches such a question, from its line break on. It is looked for behind
-    the first complete answer block. None if there is no complete block.
-    """
-    first_end = text.find("</answer>", max(text.find("<answer>"), 0))
-    if first_end >= 0 and (asked := next_question.search(text, first_end)):
-        text = text[: asked.start()]
-    return parse_response(text).answer
+    for match in question.finditer(text, closing):
+        if not is_own(match):
+            return text[: match.start()]
+    return text
 
 
 def grade_response(task: Task | type[Task], sample: Sample) -> Graded:

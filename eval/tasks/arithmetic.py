@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..response import WHITE_SPACE, answer_of, quoted
+from ..response import WHITE_SPACE, own_response, parse_response, quoted
 from .base import (
     Grade,
     Task,
@@ -35,7 +35,8 @@ OPERATIONS = "+-*"
 MAX_OPERANDS = 8
 MAX_DIGITS = 9
 MAX_TRIES = 10_000  # before giving up on options that leave a split empty
-NEXT_QUESTION = re.compile(r"\n[ \t]*+[0-9][-+*0-9 \t]*+=")
+# A sum that is asked, not worked out: no number follows it.
+QUESTION = re.compile(r"(?:\n|(?<=</answer>))[ \t]*+([0-9][-+*0-9 \t]*+)=(?![ \t\r\n]*+[-−0-9])")
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,11 @@ class Arithmetic(Task):
     @staticmethod
     def grade(problem: ArithmeticProblem, response: str) -> Grade:
         """Right if the last answer block is the number and nothing else: `-7`, not `042`."""
-        answer = answer_of(response, NEXT_QUESTION)
+
+        def is_own(match: re.Match) -> bool:
+            return "".join(match[1].split()) == problem.expression
+
+        answer = parse_response(own_response(response, QUESTION, is_own)).answer
         if answer is None:
             return Grade(0.0, None, "There is no complete <answer>...</answer> block.")
         number = read_number(answer)

@@ -73,7 +73,7 @@ class Task(Protocol):
         """Judge one response, any text at all. Never raises; linear in the text's length.
 
         A base model may run on into another question of the prompt's form, and answer that: the
-        answer is looked for before it (`own_response` and `answer_of` in response.py).
+        answer is looked for before it (`own_response` in response.py).
         """
         ...
 

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..lines import Kept, Line, parse_lines, read_lines
-from ..response import WHITE_SPACE, answer_of, quoted
+from ..response import WHITE_SPACE, own_response, parse_response, quoted
 from .base import (
     Grade,
     Task,
@@ -51,7 +51,9 @@ from .solver import MAX_NUMBERS, OPERATIONS, apply, reachable, solutions
 # How many multisets of numbers are listed, by n_numbers: listing them takes a second or two.
 MAX_LISTED = {2: 5_000, 3: 5_000, 4: 1_000}
 MAX_TRIES = 10_000  # before giving up on options that leave no problem
-NEXT_QUESTION = re.compile(r"\n[ \t]*+[0-9][0-9, \t]*+(?:->|→)")
+QUESTION = re.compile(
+    r"(?:\n|(?<=</answer>))[ \t]*+([0-9][0-9, \t]*+)(?:->|→)[ \t]*+([-−]?[0-9]*+)"
+)
 
 
 @dataclass(frozen=True)
@@ -333,7 +335,13 @@ class Countdown(Task):
 
         `(9-3)+7 = 13` counts too, but only with the target itself on the right side.
         """
-        answer = answer_of(response, NEXT_QUESTION)
+
+        def is_own(match: re.Match) -> bool:
+            words = match[1].replace(",", " ").split()
+            same_numbers = sorted(words) == sorted(map(str, problem.numbers))
+            return same_numbers and match[2].replace("−", "-") == str(problem.target)
+
+        answer = parse_response(own_response(response, QUESTION, is_own)).answer
         if answer is None:
             return Grade(0.0, None, "There is no complete <answer>...</answer> block.")
         fault = _fault(problem, answer)

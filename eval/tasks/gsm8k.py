@@ -15,6 +15,7 @@ Left out: taking the last number of a text without a mark. It pays for numbers t
 as the answer.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +28,7 @@ from .base import Grade, Task, check_position, required_fields
 from .numbers import number_text, read_number
 
 MARK = "####"
-NEXT_QUESTION = "\nQuestion:"
+QUESTION = re.compile(r"\nQuestion:[ \t]*+")
 EXPECTED = "JSON lines with the fields question and answer"
 
 
@@ -153,7 +154,11 @@ class GSM8K(Task):
 
         What comes behind the next `Question:` is not read.
         """
-        own = own_response(response, NEXT_QUESTION)
+
+        def is_own(match: re.Match) -> bool:
+            return bool(problem.question) and response.startswith(problem.question, match.end())
+
+        own = own_response(response, QUESTION, is_own)
         block = parse_response(own).answer
         answer = marked(own if block is None else block)  # a mark may stand inside the block
         if answer is None:

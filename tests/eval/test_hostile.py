@@ -42,31 +42,47 @@ def tree_value(node, numbers):
 SIGNS_OF = {"-": "-", "−": "-", "﹣": "-", "－": "-", "+": "+", "﹢": "+", "＋": "+"}
 
 
-def oracle_answer(text, asks=lambda line: False):
-    """The last complete block; asks(line): whether a line is the next question, where all ends."""
-    answer, first = None, True
+def oracle_answer(text):
+    """The last complete block."""
+    answer = None
     pieces = text.split("</answer>")
     for i, piece in enumerate(pieces):
-        if not first:  # behind a complete block: the next question ends the response
-            lines = piece.split("\n")
-            ends = [n for n, line in enumerate(lines) if n > 0 and asks(line)]
-            if ends:
-                break
         if i < len(pieces) - 1 and "<answer>" in piece:
-            answer, first = piece.rsplit("<answer>", 1)[1], False
+            answer = piece.rsplit("<answer>", 1)[1]
     return answer
 
 
-def asks_countdown(line):
-    left, arrow, _ = line.replace("→", "->").partition("->")
-    return bool(arrow and left.strip(" \t,")) and left.lstrip(" \t")[0] in DIGITS and set(left) <= set(
-        DIGITS + " \t,")
+def oracle_own(text, asks):
+    """The response up to the next question; asks(rest of the text): whether one begins here."""
+    begins = [(n, n + 1) for n, c in enumerate(text) if c == "\n"]
+    begins += [(m.end(), m.end()) for m in re.finditer("</answer>", text)]
+    begins = [end for end, begin in sorted(begins) if asks(text[begin:].lstrip(" \t"))]
+    before, opens, rest = text.partition("<think>")
+    thoughts, closes, _ = rest.partition("</think>")
+    if opens and closes and "</think>" not in before and "<think>" not in thoughts:
+        if not any(end < len(before) for end in begins):
+            begins = [end for end in begins if end >= len(before + opens + thoughts)]
+    return text[: min(begins, default=len(text))]
 
 
-def asks_sum(line):
-    left, equals, _ = line.partition("=")
-    left = left.lstrip(" \t")
-    return bool(equals and left[1:]) and left[0] in DIGITS and set(left) <= set(DIGITS + "+-* \t")
+def asks_countdown(problem):
+    def asks(rest):
+        found = re.match(r"([0-9 \t,]+)(?:->|→)[ \t]*([-−]?[0-9]*)", rest)
+        if not found or rest[0] not in DIGITS:
+            return False
+        numbers = re.split(r"[ \t,]+", found[1].strip(" \t,"))
+        target = found[2].replace("−", "-")
+        return (sorted(numbers), target) != (sorted(map(str, problem.numbers)), str(problem.target))
+    return asks
+
+
+def asks_sum(expression):
+    def asks(rest):
+        left, equals, right = rest.partition("=")
+        is_sum = equals and left and left[0] in DIGITS and set(left) <= set(DIGITS + "+-* \t")
+        is_worked_out = right.lstrip(WS)[:1] in {*DIGITS, "-", "−"}
+        return bool(is_sum) and not is_worked_out and re.sub(r"\s", "", left) != expression
+    return asks
 
 
 def oracle_number(text):
@@ -121,14 +137,14 @@ def check(problem, text):
     """Grade `text` by every task and compare with the oracles; returns (right, well formed)."""
     grade, response = TASK.grade(problem, text), parse_response(text)
     assert response.answer == oracle_answer(text), text
-    assert grade.answer == oracle_answer(text, asks_countdown), text
+    assert grade.answer == oracle_answer(oracle_own(text, asks_countdown(problem))), text
     assert grade.accuracy == float(oracle_right(problem, grade.answer)), text
     assert response.well_formed == oracle_well_formed(text), text
     for why in (grade.why, response.why):
         assert why.isascii() and why.isprintable() and why.endswith(".") and len(why) < 400
 
     arithmetic = Arithmetic().grade(ArithmeticProblem("7+6", 13), text)
-    assert arithmetic.answer == oracle_answer(text, asks_sum), text
+    assert arithmetic.answer == oracle_answer(oracle_own(text, asks_sum("7+6"))), text
     assert arithmetic.accuracy == float(oracle_number(arithmetic.answer or "") == 13)
     gsm8k = GSM8K.grade(GSM8KProblem("", "13"), text)
     if gsm8k.accuracy:  # what remains without the trimmings is thirteen, as another reader of numbers sees it
@@ -138,7 +154,7 @@ def check(problem, text):
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<Answer>", "<", ">", "</", "think>", "answer"]
 SIGNS = ["(", ")", "+", "-", "*", "/", "=", "×", "÷", "−", "－", " ", "\n", "\t", "13", "1", "0", "**", "//",
-         "()", " " * 17, "\xa0" * 101, "\n3 4 -> 7\n", "\n7+6="]
+         "()", " " * 17, "\xa0" * 101, "\n3 4 -> 7\n", "\n7+6=", "\n1+2=", " 1+2="]
 STRANGE = ["#", "_", "e", ".", "３", "٧", "²", "\x00", "\ud800", "####", "$", "ok", ";", "\u2028", "\xa0"]
 PIECES = TAGS + SIGNS + STRANGE
 

@@ -1,4 +1,5 @@
 """What was sampled reaches the grader: how it ended, its special tokens, its padding, and where it ends."""
+import re
 import time
 
 import pytest
@@ -102,6 +103,7 @@ def test_padding_with_white_space_is_not_paid_wherever_it_is(space):
 # ---- where a response ends ----
 
 ASKS = "\nQuestion:"
+QUESTION = re.compile(ASKS)
 
 
 @pytest.mark.parametrize("text, own", [
@@ -112,12 +114,12 @@ ASKS = "\nQuestion:"
     ("<think>x\nQuestion: b", "<think>x"), ("a\nQuestion: b<think>c</think>", "a"),
     ("</think>\nQuestion: b", "</think>"), ("</think><think>\nQuestion: b", "</think><think>")])
 def test_a_response_ends_where_the_next_question_begins(text, own):
-    assert own_response(text, ASKS) == own
+    assert own_response(text, QUESTION) == own
 
 
 @pytest.mark.parametrize("text", ["<think>" * 10**5 + ASKS * 10**5, "\nQuestion" * 10**5, "</think>" * 10**6,
                                   "<think>" + "\n" * 10**6])
 def test_finding_the_end_takes_linear_time(text):
     started = time.process_time()
-    own_response(text, ASKS)
+    own_response(text, QUESTION)
     assert time.process_time() - started < 1.0

@@ -43,7 +43,7 @@ def test_arithmetic_is_judged_by_its_own_answer(own, behind):
         grade = Arithmetic.grade(ArithmeticProblem("17+25", 42), text)
         assert (grade.accuracy, grade.answer) == (1.0, "42")
     last = parse_response(own + behind).answer
-    assert Arithmetic.grade(ArithmeticProblem("3+4", int(last)), own + behind).accuracy == 0.0
+    assert Arithmetic.grade(ArithmeticProblem("5+5", int(last)), own + behind).accuracy == 0.0
 
 
 COUNTDOWN_BEHIND = ["\n3 4 -> 7\n<think>x</think><answer>3+4</answer>", "\n\n 3, 4 → 7<answer>3+4</answer>",
@@ -61,12 +61,47 @@ def test_countdown_is_judged_by_its_own_answer(own, behind):
     assert not parse_response(own + behind).well_formed  # the form is of the whole response
 
 
-def test_a_new_line_of_another_form_is_no_question():
-    for stray in ("\nSo 3 7 9 -> 13", "\n-> 13", "\n3 7 9", "\n3 x -> 4", " 3 7 9 -> 13", "\n=5", "\n5"):
+def test_another_form_or_the_own_problem_said_again_is_no_question():
+    for stray in ("\nSo 3 7 9 -> 13", "\n-> 13", "\n3 7 9", "\n3 x -> 4", " 3 7 9 -> 13", "\n=5", "\n5",
+                  "\n3 7 9 -> 13", "\n9 7 3 -> 13", "\nWait:\n17+25=42 so ", "\n17+25=",
+                  "\n40+2=42\n"):
         text = f"<answer>1</answer>{stray}<answer>9-3+7</answer>"
         assert Countdown.grade(CountdownProblem((3, 7, 9), 13), text).accuracy == 1.0
         text = f"<answer>1</answer>{stray}<answer>42</answer>"
-        assert Arithmetic.grade(ArithmeticProblem("17+25", 42), text).accuracy == 1.0 or "=" in stray[2:]
+        assert Arithmetic.grade(ArithmeticProblem("17+25", 42), text).accuracy == 1.0
+
+
+def test_what_the_thoughts_hold_is_no_answer_and_no_question():
+    text = "<think>maybe <answer>3+7</answer>\n3 7 -> 10 no</think><answer>(9-3)+7</answer>"
+    assert Countdown.grade(CountdownProblem((3, 7, 9), 13), text).accuracy == 1.0
+    text = "<think>maybe <answer>3</answer>\n1+2=<answer>3</answer></think><answer>42</answer>"
+    assert Arithmetic.grade(ArithmeticProblem("17+25", 42), text).accuracy == 1.0
+
+
+RUNS_ON = [(Arithmetic, ArithmeticProblem("40+2", 42), "17+25=<answer>42</answer>"),
+           (Countdown, CountdownProblem((3, 7, 9), 13), "4 9 -> 13\n<think>x</think><answer>9-3+7</answer>"),
+           (GSM8K, GSM8KProblem("How many?", "42"), "Question: And now?\nAnswer: #### 42")]
+
+
+@pytest.mark.parametrize("task, problem, behind", RUNS_ON)
+def test_an_answer_to_the_next_question_alone_earns_nothing(task, problem, behind):
+    for own in ("", "I do not know.", "<think>hm</think>", "<answer>"):
+        grade = task.grade(problem, f"{own}\n{behind}")
+        assert (grade.accuracy, grade.answer) == (0.0, None)
+    assert task.grade(problem, f"<answer>0</answer>\n{behind}").accuracy == 0.0
+
+
+def test_a_next_question_needs_no_line_break_behind_an_answer_block():
+    for task, problem, behind in RUNS_ON[:2]:
+        for gap in ("", " "):
+            assert task.grade(problem, f"<answer>0</answer>{gap}{behind}").accuracy == 0.0
+
+
+def test_the_question_said_again_is_the_own_one():
+    problem = GSM8KProblem("How many eggs?\nAnd hens?", "18")
+    text = "Restating.\nQuestion: How many eggs?\nAnd hens?\nAnswer: #### 18\nQuestion: And now?\n#### 5"
+    assert GSM8K.grade(problem, text).accuracy == 1.0
+    assert GSM8K.grade(GSM8KProblem("", "18"), text).accuracy == 0.0  # where the question is not known
 
 
 @pytest.mark.parametrize("broken", [0.0, 1.0])
@@ -83,6 +118,8 @@ def test_the_demos_documents_are_graded_as_before_alone_and_run_together(broken)
         if grade.answer is None:
             continue
         n_answered += 1
+        if "</think>" not in response:  # then the thoughts seem to end in a document behind
+            continue
         behind = ["".join(document(task, rng.randrange(10**4), config, seed=1)) for _ in range(3)]
         assert task.grade(problem, "\n".join([response, *behind])) == grade
     assert n_answered > 150 and 30 < n_right < n_answered
