@@ -24,6 +24,9 @@ from typing import Any
 from ..model.files import flush, flush_to_disk
 from .console import say
 
+# What a run has in its folder, besides results.
+RUN_FILES = ("run.json", "metrics.jsonl", "held_out.json", "wandb_id", ".lock")
+
 
 def sibling(path: str | Path, suffix: str) -> Path:
     """The file beside `path` with `suffix` behind its whole name: a.v1 and a.v2 never share one."""
@@ -71,10 +74,12 @@ def check_result_path(out: str, inputs: Sequence[str] = (), make_parents: bool =
 
 def files_of_a_run(folder: Path) -> list[Path]:
     """The files of the run, or of the checkpoint, whose folder this is; none if it is neither."""
+    if folder.name == "checkpoints":
+        return [folder / "best.json"]
     if os.path.exists(folder / "state.json"):
         return [folder / "state.json", *folder.glob("*.safetensors")]
-    is_run = os.path.exists(folder / "run.json")
-    return [folder / "run.json", folder / "metrics.jsonl"] if is_run else []
+    is_run = os.path.exists(folder / "run.json") or os.path.exists(folder / "checkpoints")
+    return [folder / name for name in RUN_FILES] if is_run else []
 
 
 def _refuse_folder(path: Path) -> None:

@@ -90,6 +90,11 @@ def example_of(fields: Sequence[str]) -> str:
     return "lines like {" + ", ".join(f'"{field}": "..."' for field in fields) + "}"
 
 
+def is_jsonl(path: Path) -> bool:
+    """Whether a file is read line by line, by its name."""
+    return path.suffix.lower() == ".jsonl"
+
+
 def text_files(path: Path) -> list[Path]:
     """The file itself, or the text files below a directory, sorted; hidden ones are left out."""
     if not path.is_dir():
@@ -139,7 +144,7 @@ def read_documents(paths: str | Path | Sequence[str | Path], skip_bad: bool = Fa
         files = text_files(Path(path))
         say_what_is_left_out(Path(path), len(files))
         for file in files:
-            if file.suffix.lower() == ".jsonl":
+            if is_jsonl(file):
                 lines = parse_lines(file, read_lines(file), text_of, example_of(["text"]), skip_bad)
                 documents += [text for text in lines.values() if text.strip()]
                 documents.n_skipped += lines.n_skipped

@@ -74,8 +74,6 @@ def fit(run: Run, model: Transformer, tokenizer: Tokenizer, batches, config) -> 
             model, optimizer, batch, lr, config.optim, config.micro_tokens
         )
         run.check_finite(step, model, loss=loss, gradient_norm=gradient_norm)
-        run.done(step)
-
         n_tokens += len(batch.targets)
         metrics = {
             "loss": loss,
@@ -84,6 +82,7 @@ def fit(run: Run, model: Transformer, tokenizer: Tokenizer, batches, config) -> 
             "tokens": len(batch.targets),
             "tokens_per_s": n_tokens / (time.perf_counter() - started),
         }
+        run.done(step, metrics)
         run.log(step, metrics, show=("loss", "tokens_per_s"))
         if run.due(step, config.save_every):
             run.save(step)

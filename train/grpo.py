@@ -28,6 +28,7 @@ from ..eval.sampler import ModelSampler
 from ..eval.tasks.base import Task
 from ..model.checkpoint import (
     Checkpoint,
+    CheckpointError,
     build_model,
     load_checkpoint,
     load_model,
@@ -49,6 +50,7 @@ from .machine import peak_memory, pick_device, reuse_memory
 from .run import START, Run, RunConfig, at_least
 from .task_flags import TaskFlags
 
+MEASURED = 10_000  # prompts per split whose length is looked at before a run
 # A NaN or an infinity in any of these metrics ends the run.
 CHECKED = ("loss", "gradient_norm", "value_loss", "critic_gradient_norm")
 
@@ -141,14 +143,22 @@ def inputs_of(config: GRPOConfig, base: tuple[Transformer, Tokenizer, Checkpoint
 
 
 def start_weights(run: Run) -> dict[str, torch.Tensor] | None:
-    """The weights that a resumed run began with, and its KL is measured to; None if it begins now.
+    """The weights that a resumed run began with, and its KL is measured to; None are the base's.
 
-    The run keeps a copy of them, in case that the base changes or goes.
+    The run keeps a copy of them, in case that the base changes or goes. Raises CheckpointError if
+    the copy is gone, and the base is another one.
     """
     start = run.folder / START
-    if not run.resumed or not start.exists():
+    if not run.resumed:
         return None
-    return load_checkpoint(start, groups=("model",)).tensors["model"]
+    if start.exists():
+        return load_checkpoint(start, groups=("model",)).tensors["model"]
+    if not run.began_with("base"):
+        raise CheckpointError(
+            f"{start} is gone, and --base is not the model that the run began with, which its KL "
+            "is measured to; give that one, or take another run folder"
+        )
+    return None
 
 
 def keep_start(run: Run, learner: Learner) -> None:
@@ -162,19 +172,35 @@ def keep_start(run: Run, learner: Learner) -> None:
     save_checkpoint(run.folder / START, 0, tensors, state)
 
 
+def longest_prompt(task: Task, tokenizer: Tokenizer, problems: list) -> int:
+    """The number of tokens of the longest prompt."""
+    return max(map(len, tokenizer.encode_batch([task.prompt(problem) for problem in problems])))
+
+
+def check_room(config: GRPOConfig, task: Task, policy: Transformer, tokenizer: Tokenizer) -> None:
+    """Raise ValueError unless the model has room for each prompt and its answer.
+
+    All prompts are measured where they can be counted, else the first MEASURED.
+    """
+    splits = ("train", "test") if config.eval_every else ("train",)
+    sizes = {split: task.size(split) or MEASURED for split in splits}
+    longest = max(
+        longest_prompt(task, tokenizer, task.problems(split, min(size, MEASURED)))
+        for split, size in sizes.items()
+    )
+    limit = policy.config.max_seq_len
+    if longest + config.max_new_tokens > limit:
+        raise ValueError(
+            f"--max-new-tokens is {config.max_new_tokens}, and a prompt has up to {longest} "
+            f"tokens; the base has room for {limit} in all. Give at most {limit - longest}"
+        )
+
+
 def make_engine(config: GRPOConfig, task: Task, policy, tokenizer, has_critic: bool) -> Engine:
     """An engine whose cache is for what a step samples, and leaves room for the first update."""
     # Measure a few prompts. If later ones are longer, fewer rows run at a time.
-    problems = task.problems("train", config.prompts_per_step)
-    prompts = tokenizer.encode_batch([task.prompt(problem) for problem in problems])
-    longest = max(map(len, prompts)) + config.max_new_tokens
-    limit = policy.config.max_seq_len
-    if longest > limit:
-        raise ValueError(
-            f"--max-new-tokens is {config.max_new_tokens}, and a prompt has up to "
-            f"{longest - config.max_new_tokens} tokens; the base has room for {limit} in all. "
-            f"Give at most {limit - longest + config.max_new_tokens}"
-        )
+    few = task.problems("train", config.prompts_per_step)
+    longest = longest_prompt(task, tokenizer, few) + config.max_new_tokens
     # Bytes per parameter that the first update makes: gradients and two moments, all in fp32, of
     # the policy and of the critic, and the reference when it comes back from the CPU.
     bytes_per_parameter = 12
@@ -276,10 +302,12 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
     run = Run(config, "control" if config.control else config.algo)
     # A resumed run keeps the learning rate's schedule that it began with.
     algorithm = replace(config, steps=run.schedule_steps)
-    base = load_model(config.base, device)
+    policy, tokenizer, _ = base = load_model(config.base, device)
     run.check_inputs(inputs_of(config, base))
+    run.check_model(policy, tokenizer)
+    check_room(config, task, policy, tokenizer)
     learner = make_learner(algorithm, task, base, start_weights(run))
-    policy, engine = learner.policy, learner.sampler.engine
+    engine = learner.sampler.engine
     trained, more = trained_modules(learner, config)
     with run:
         counters = run.restore(policy, engine.tokenizer, learner.optimizer, more)
@@ -296,7 +324,8 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
             run.check_finite(step, trained, **checked)
             if config.ref_refresh and (step + 1) % config.ref_refresh == 0:
                 learner.reference.refresh(policy)
-            run.done(step, {"position": learner.sampler.position})
+            metrics = {name: float(value) for name, value in metrics.items()}
+            run.done(step, metrics, {"position": learner.sampler.position})
 
             # Every eval_every steps, measure on held-out problems, to know the best checkpoint.
             score = None
@@ -304,7 +333,6 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
             if config.eval_every and ((step + 1) % config.eval_every == 0 or is_last):
                 score = metrics["eval_accuracy"] = score_of(learner, task, config)
 
-            metrics = {name: float(value) for name, value in metrics.items()}
             run.log(step, metrics, show=("accuracy", "format", "length", "kl_to_reference"))
             for advice in diagnosis.observe(metrics):
                 say(advice)

@@ -4,13 +4,14 @@ The spelling of a path says nothing about what lies there. A slash at its end, a
 folder change no input; another model under the same name does. So a checkpoint keeps fingerprints
 of its inputs, and a run that is resumed compares them.
 
-An input is a dict: name of a part -> fingerprint, such as {"weights": "3f0c...", "tokenizer": ...}
-for a base and {"a.jsonl": "91d2..."} for data. Parts are compared in their order. The name of a
-file is only for messages: a file that was renamed is the same file.
+An input is a list of parts, each with a name and a fingerprint: [["weights", "3f0c..."], ...] for a
+base, [["a.jsonl", "91d2..."], ...] for data. Parts are compared in their order. A name is only for
+messages: a file that was renamed is the same file.
 """
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from ..model.tokenizer import Tokenizer
 
 MOST_NAMED = 5  # parts that a message names
 
+Parts = list[list[str]]
+Inputs = dict[str, Parts]
+
 
 def digest(chunks: Iterable[bytes]) -> str:
     """32 hex digits of all the bytes."""
@@ -30,7 +34,7 @@ def digest(chunks: Iterable[bytes]) -> str:
     return hasher.hexdigest()
 
 
-def base_parts(base: Checkpoint, tokenizer: Tokenizer) -> dict[str, str]:
+def base_parts(base: Checkpoint, tokenizer: Tokenizer) -> Parts:
     """A base model as an input: its weights, its shape and its tokenizer."""
     weights = base.tensors["model"]
 
@@ -41,27 +45,25 @@ def base_parts(base: Checkpoint, tokenizer: Tokenizer) -> dict[str, str]:
             yield tensor.flatten().view(torch.uint8).numpy()
 
     shape = json.dumps(base.state["model_config"], sort_keys=True)
-    return {
-        "weights": digest(bytes_of_weights()),
-        "shape": digest([shape.encode()]),
-        "tokenizer": tokenizer.fingerprint(),
-    }
+    return [
+        ["weights", digest(bytes_of_weights())],
+        ["shape", digest([shape.encode()])],
+        ["tokenizer", tokenizer.fingerprint()],
+    ]
 
 
-def file_parts(paths: Iterable[Path]) -> dict[str, str]:
+def file_parts(paths: Iterable[Path]) -> Parts:
     """Files as an input. Raises ValueError for one that cannot be read."""
-    parts = {}
+    parts = []
     for path in paths:
         try:
-            parts[str(path)] = digest([Path(path).read_bytes()])
+            parts.append([str(path), digest([Path(path).read_bytes()])])
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}); check the path") from None
     return parts
 
 
-def check_inputs(
-    found: dict[str, dict[str, str]], expected: dict[str, dict[str, str]], where: Path
-) -> None:
+def check_inputs(found: Inputs, expected: Inputs, where: Path) -> None:
     """Raise CheckpointError, saying what changed, unless inputs are as a checkpoint has them.
 
     found: of the checkpoint at `where`; expected: of now. An input that the checkpoint does not
@@ -80,22 +82,35 @@ def check_inputs(
         )
 
 
-def difference_of(found: dict[str, str], expected: dict[str, str]) -> str:
+def difference_of(found: Parts, expected: Parts) -> str:
     """What differs between two contents of an input, in words; empty if nothing does."""
-    if list(found.values()) == list(expected.values()):
+    then, now = [value for _, value in found], [value for _, value in expected]
+    if then == now:
         return ""
-    gone = [name for name, value in found.items() if value not in expected.values()]
-    new = [name for name, value in expected.items() if value not in found.values()]
+    gone = names_without(found, now)
+    new = names_without(expected, then)
     changed = [name for name in gone if name in new]
-    sentences = [
-        ("has changed", changed),
-        ("is gone", [name for name in gone if name not in changed]),
-        ("is new", [name for name in new if name not in changed]),
+    words = [
+        listed("changed", changed),
+        listed("gone", [name for name in gone if name not in changed]),
+        listed("new", [name for name in new if name not in changed]),
     ]
-    words = [f"{listed(names)} {what}" for what, names in sentences if names]
-    return ", ".join(words) or "the same files come in another order"
+    return ", ".join(filter(None, words)) or "the same files in another order"
 
 
-def listed(names: list[str]) -> str:
+def names_without(parts: Parts, values: list[str]) -> list[str]:
+    """The names of the parts whose fingerprint is not among the values; each value serves once."""
+    left = Counter(values)
+    names = []
+    for name, value in parts:
+        if left[value]:
+            left[value] -= 1
+        else:
+            names.append(name)
+    return names
+
+
+def listed(what: str, names: list[str]) -> str:
+    """ "changed: a, b"; empty without names."""
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-    return ", ".join(names[:MOST_NAMED]) + more
+    return f"{what}: {', '.join(names[:MOST_NAMED])}{more}" if names else ""

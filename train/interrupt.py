@@ -31,7 +31,8 @@ class Interrupt:
     def __enter__(self):
         numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
         for number in numbers:
-            if signal.getsignal(number) == signal.SIG_IGN:
+            # None: the handler is not Python's, and could not be given back.
+            if signal.getsignal(number) in (signal.SIG_IGN, None):
                 continue
             try:
                 self._former_handlers[number] = signal.signal(number, self._on_signal)

@@ -29,7 +29,7 @@ def read_metrics(folder: str | Path) -> list[dict]:
         named = ", ".join(map(str, broken[:MOST_NAMED]))
         more = f" and {len(broken) - MOST_NAMED} more" if len(broken) > MOST_NAMED else ""
         warnings.warn(
-            f"{path}: line {named}{more} cannot be read and is left out; the others are used",
+            f"{path}: lines that cannot be read are left out: {named}{more}; the others are used",
             stacklevel=2,
         )
     return rows

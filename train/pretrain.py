@@ -28,9 +28,9 @@ from ..model.optimizer import OptimConfig
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer, count_parameters, flops_per_token
 from .batches import DocumentBatches, TokenStream, tail_batches
-from .data import encode_documents, read_documents, split_tail, text_files
+from .data import encode_documents, is_jsonl, read_documents, split_tail, text_files
 from .fit import fit
-from .inputs import file_parts
+from .inputs import Inputs, file_parts
 from .machine import pick_device, reuse_memory
 from .recipes.demo_corpus import CorpusConfig, documents, words
 from .run import Run, RunConfig, at_least
@@ -135,12 +135,16 @@ def first_share(texts: list[str], share: float) -> list[str]:
     return kept
 
 
-def inputs_of(config: PretrainConfig) -> dict[str, dict[str, str]]:
-    """What the run depends on: the content of its files. (The flags say all about the corpus.)"""
+def inputs_of(config: PretrainConfig) -> Inputs:
+    """What the run depends on: the content of its files, and whether they are read line by line.
+
+    (The flags say all about the demo's corpus.)
+    """
     if config.data == CORPUS:
-        return {"data": {CORPUS[0]: "by its flags"}}
+        return {"data": [[CORPUS[0], "by its flags"]]}
     files = [file for path in config.data for file in text_files(Path(path))]
-    return {"data": file_parts(files)}
+    kinds = [[str(file), "lines" if is_jsonl(file) else "text"] for file in files]
+    return {"data": file_parts(files), "kind of data": kinds}
 
 
 # ---- how well a held-out text is predicted ----
@@ -216,12 +220,15 @@ def pretrain(config: PretrainConfig) -> Transformer:
         f"{flops_per_token(model_config, config.seq_len, True) / 1e6:.1f} MFLOPs per training token"
     )
 
+    run.check_model(model, tokenizer)
+
     # 3. Train it.
     with run:
         fit(run, model, tokenizer, batches, config)
 
-    # 4. Score the held-out text. The result goes to a file before it is shown.
-    if tail is not None:
+    # 4. Score the held-out text, unless the run was stopped on its way. The result goes to a file
+    #    before it is shown.
+    if tail is not None and not run.interrupt.requested:
         bits = bits_per_byte(model, tail, n_bytes, config.seq_len)
         result = {"bytes": n_bytes, "bits_per_byte": bits, "unigram_bits_per_byte": unigram}
         atomic_write_json(run.folder / "held_out.json", result)

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from ..model.files import atomic_write_json
 from ..model.optimizer import load_optimizer_tensors, optimizer_tensors
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
-from .inputs import check_inputs
+from .inputs import Inputs, check_inputs, difference_of
 from .interrupt import Interrupt
 from .lock import FolderLock
 from .log import MetricsLog
@@ -147,9 +148,10 @@ class Run:
         self.folder = Path(config.run)
         self.loop = type(config).__name__.removesuffix("Config").lower()
         self.settings = settings_of(config, free={field.name for field in fields(RunConfig)})
-        self.inputs: dict[str, dict[str, str]] = {}
+        self.inputs: Inputs = {}
         self.interrupt = Interrupt()
         self._lock = FolderLock(self.folder)
+        self._wandb = NoWandb()
         self.resumed = self._checkpoint_to_resume()
         self.first_step = self.resumed.step if self.resumed else 0
         state = self.resumed.state if self.resumed else {}
@@ -160,6 +162,7 @@ class Run:
         self._saved_step = self._done_step = self.first_step - 1
         self._counters: dict = {}
         self._updates: list[float] = []
+        self._unlogged: dict | None = None
         self._score: float | None = None
 
     # ---- what is there, and whether it fits ----
@@ -172,7 +175,8 @@ class Run:
             raise ValueError(
                 f"cannot use the run folder {self.folder}: {nearest} {why}; give another one"
             )
-        if not checkpoint_steps(self.folder):
+        self._steps_seen = checkpoint_steps(self.folder)
+        if not self._steps_seen:
             return None
         if not self.config.resume:
             raise ValueError(
@@ -180,6 +184,11 @@ class Run:
                 "another folder"
             )
         resumed = load_checkpoint(self.folder)
+        if "optimizer" not in resumed.tensors:
+            raise CheckpointError(
+                f"{resumed.path} has no optimizer to go on with; it is a model to begin from "
+                "(--base), so take another run folder"
+            )
         loop = resumed.state.get("loop", self.loop)
         if loop != self.loop:
             raise CheckpointError(
@@ -190,29 +199,53 @@ class Run:
         check_settings(then, self.settings, self.config, resumed.path)
         return resumed
 
-    def check_inputs(self, inputs: dict[str, dict[str, str]]) -> None:
+    def check_inputs(self, inputs: Inputs) -> None:
         """Note what the run depends on (inputs.py), and compare it with what it began with.
 
         Raises CheckpointError, saying what changed, unless --accept-changes was given.
         """
         self.inputs = inputs
-        if self.resumed and not self.config.accept_changes:
-            check_inputs(self.resumed.state.get("inputs", {}), inputs, self.resumed.path)
+        if not self.resumed:
+            return
+        if "inputs" not in self.resumed.state:
+            say(
+                f"{self.resumed.path} has no fingerprints: nobody can tell whether its data changed"
+            )
+        elif not self.config.accept_changes:
+            check_inputs(self.resumed.state["inputs"], inputs, self.resumed.path)
+
+    def began_with(self, name: str) -> bool:
+        """Whether an input is the one that the resumed run has, as far as that is known."""
+        known = self.resumed.state.get("inputs", {})
+        return name not in known or not difference_of(known[name], self.inputs[name])
+
+    def check_model(self, model: Transformer, tokenizer: Tokenizer) -> None:
+        """Raise CheckpointError unless a resumed run has this tokenizer and this shape of model."""
+        if not self.resumed:
+            return
+        state, path = self.resumed.state, self.resumed.path
+        saved_tokenizer = Tokenizer.from_dict(state["tokenizer"])
+        if saved_tokenizer.fingerprint() != tokenizer.fingerprint():
+            raise CheckpointError(
+                f"{path} was made with another tokenizer: the data, the base or --tokenizer has "
+                "changed since. Restore it, or give another run folder"
+            )
+        check_config(state["model_config"], model.config.to_dict(), path)
 
     # ---- beginning and end ----
 
     def __enter__(self):
         try:
             self._open()
-        except OSError as error:
+        except BaseException as error:
             self._lock.release()
+            self._wandb.finish(failed=True)
+            if not isinstance(error, OSError):
+                raise
             raise ValueError(
                 f"cannot use the run folder {self.folder}: {error.strerror}; give another one, "
                 "or make it writable"
             ) from error
-        except BaseException:
-            self._lock.release()
-            raise
         self.interrupt.__enter__()
         return self
 
@@ -220,7 +253,11 @@ class Run:
         """Take the folder, and open the logs and the bar."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock.acquire()
-        self._wandb = NoWandb()
+        if checkpoint_steps(self.folder) != self._steps_seen:
+            raise ValueError(
+                f"another process has trained in {self.folder} while this one was loading; "
+                "start it again"
+            )
         if self.config.wandb:
             self._wandb = WandbLog(self.folder, self.settings, self.resumed is not None)
         self._write_record()
@@ -275,6 +312,9 @@ class Run:
         if not is_lost or isinstance(error, CheckpointError) or not self._is_finite():
             return
         try:
+            if self._unlogged is not None:
+                with suppress(OSError):  # perhaps a full disk is the error
+                    self._log.write({"step": step + 1, **self._unlogged})
             self.save(step, self._score)
         except Exception as second:  # the first error is the one to report
             say(f"step {step + 1} could not be saved before leaving: {second}")
@@ -320,12 +360,14 @@ class Run:
                     "the learning rate, or look at the data of that step"
                 )
 
-    def done(self, step: int, counters: dict | None = None) -> None:
+    def done(self, step: int, metrics: dict, counters: dict | None = None) -> None:
         """Say that 0-based `step` is whole: from now on, an error does not lose it.
 
-        counters: name -> number, numbers beside the weights that a resumed run needs.
+        metrics: those to log, if an error comes before `log`. counters: name -> number, numbers
+        beside the weights that a resumed run needs.
         """
         self._done_step = step
+        self._unlogged = metrics
         self._counters = counters or {}
         self._updates = self._count_updates()
         self._score = None
@@ -336,6 +378,7 @@ class Run:
         show: names of the metrics that the progress bar shows, as far as they were measured.
         """
         self._log.write({"step": step + 1, **metrics})
+        self._unlogged = None
         shown = {name: f"{metrics[name]:.3g}" for name in show if name in metrics}
         self._bar.set_postfix(shown)
         self._wandb.log(metrics, step=step + 1)
@@ -354,22 +397,14 @@ class Run:
         """Name what the checkpoints of this run hold, and load it from the one to go on from.
 
         more: name -> (module, its optimizer or None), further modules that change. Returns the
-        counters saved there, or an empty dict. Raises CheckpointError if the model has another
-        shape, or if the tokenizer, which is made from the data each time, has other tokens.
+        counters saved there, or an empty dict. Raises CheckpointError as `check_model`.
         """
         self._modules = {"model": (model, optimizer), **(more or {})}
         self._tokenizer = tokenizer
         if not self.resumed:
             return {}
+        self.check_model(model, tokenizer)
         state, tensors = self.resumed.state, self.resumed.tensors
-        check_config(state["model_config"], model.config.to_dict(), self.resumed.path)
-        saved_tokenizer = Tokenizer.from_dict(state["tokenizer"])
-        if saved_tokenizer.fingerprint() != tokenizer.fingerprint():
-            raise CheckpointError(
-                f"{self.resumed.path} was made with another tokenizer: the data, the base or "
-                "--tokenizer has changed since. Restore it, or give another run folder"
-            )
-
         for name, (module, its_optimizer) in self._modules.items():
             module.load_state_dict(tensors[name])
             if its_optimizer is not None:
@@ -377,7 +412,7 @@ class Run:
                 load_optimizer_tensors(
                     its_optimizer, module.named_parameters(), tensors[key], state[key]
                 )
-        self.done(self.first_step - 1, state.get("counters", {}))
+        self.done(self.first_step - 1, {}, state.get("counters", {}))
         return self._counters
 
     def save(self, step: int, score: float | None = None) -> None:

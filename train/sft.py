@@ -59,6 +59,7 @@ def sft(config: SFTConfig) -> Transformer:
     run = Run(config, "sft")
     model, tokenizer, base = load_model(config.base, pick_device(config.device))
     run.check_inputs({"base": base_parts(base, tokenizer), "data": file_parts([Path(config.data)])})
+    run.check_model(model, tokenizer)
     documents, prompt_lengths = encode_pairs(tokenizer, read_pairs(config.data, config.skip_bad))
     batches = DocumentBatches(
         documents,

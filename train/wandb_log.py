@@ -10,7 +10,7 @@ from pathlib import Path
 from ..eval.console import say
 from ..model.files import atomic_write_text
 
-MEND = "log in with `wandb login`, set WANDB_MODE=offline, or leave --wandb out"
+MEND = "log in (wandb login), set WANDB_MODE=offline, or leave --wandb out"
 
 
 class NoWandb:

@@ -72,6 +72,9 @@ class Task(Protocol):
     def grade(problem: Any, response: str) -> Grade:
         """Judge one response, any text at all. Never raises; linear in the text's length.
 
+        response: as `response_text` spells it, special tokens too. That it was cut off costs the
+        reward for the form (`grade_response`), not this one.
+
         A base model may run on into another question of the prompt's form, and answer that: the
         answer is looked for before it (`own_response` in response.py).
         """

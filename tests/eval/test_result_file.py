@@ -124,8 +124,8 @@ def test_a_folder_that_is_not_writable_is_refused(tmp_path):
 def test_results_never_replace_the_files_of_a_run_or_a_checkpoint(tmp_path):
     run, checkpoint = tmp_path / "run", tmp_path / "run/checkpoints/step_00000001"
     checkpoint.mkdir(parents=True)
-    for path in (run / "run.json", run / "metrics.jsonl", checkpoint / "state.json",
-                 checkpoint / "model.safetensors"):
+    for path in (run / "run.json", run / "metrics.jsonl", run / "held_out.json", run / ".lock",
+                 run / "checkpoints/best.json", checkpoint / "state.json", checkpoint / "model.safetensors"):
         path.touch()
         with pytest.raises(ValueError, match="would replace the file"):
             check_result_path(str(path.parent / "." / path.name))

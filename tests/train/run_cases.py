@@ -1,10 +1,12 @@
 """What the tests of runs share: what a run left, how it is broken off, and errors of one line."""
+import json
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 
-from r1zero.model.checkpoint import load_checkpoint
+from r1zero.model.checkpoint import checkpoint_steps, load_checkpoint
 from r1zero.model.config import preset
 from r1zero.model.transformer import Transformer
 from r1zero.train.fit import fit
@@ -74,3 +76,16 @@ def broken_at(monkeypatch, step: int, loop, config) -> None:
     with monkeypatch.context() as patch, pytest.raises(Broken):
         patch.setattr(Run, "log", breaking)
         loop(config)
+
+
+def forget(run, *names: str) -> None:
+    """Make the last checkpoint one of an r1zero that did not know these settings and parts of its state."""
+    path = run / "checkpoints" / f"step_{checkpoint_steps(run)[-1]:08d}" / "state.json"
+    document = json.loads(path.read_text())
+    state = document["content"]["state"]
+    for name in names:
+        part, _, inner = name.rpartition(".")
+        (state["settings"][part] if part else state["settings"]).pop(inner, None)
+        state.pop(name, None)
+    document["crc32"] = zlib.crc32(json.dumps(document["content"]).encode())
+    path.write_text(json.dumps(document))

@@ -1,4 +1,6 @@
 """A run knows its inputs by content: paths may change as one likes, replaced content is refused."""
+import base64
+import dataclasses
 import json
 import os
 import shutil
@@ -16,7 +18,7 @@ from r1zero.train.pretrain import pretrain
 from r1zero.train.sft import SFTConfig, sft
 
 from .loop_cases import SENTENCE, grpo_config, pretrain_config, save_base, text_file
-from .run_cases import fails, outcome
+from .run_cases import fails, forget, outcome
 
 
 def linked(path):
@@ -81,7 +83,7 @@ def test_another_base_under_the_same_path_is_refused_and_named(tmp_path):
     save_base(base, seed=1)
     for resumed in (lambda: sft(sft_config(tmp_path / "sft", base, pairs, steps=3, resume=True)),
                     lambda: grpo(grpo_config(tmp_path / "grpo", base, steps=2, resume=True))):
-        with fails(CheckpointError, "content of its inputs: base: weights has changed.*--accept-changes"):
+        with fails(CheckpointError, "content of its inputs: base: changed: weights\\..*--accept-changes"):
             resumed()
     assert (outcome(tmp_path / "sft"), outcome(tmp_path / "grpo")) == before
     sft(sft_config(tmp_path / "sft", base, pairs, steps=3, resume=True, accept_changes=True))
@@ -94,7 +96,7 @@ def test_a_base_that_was_trained_on_is_another_one(tmp_path):
     pretrain(pretrain_config(tmp_path / "base", data, steps=2))  # it keeps two checkpoints: 2 and 4
     grpo(grpo_config(tmp_path / "grpo", tmp_path / "base", steps=1))
     pretrain(pretrain_config(tmp_path / "base", data, steps=4, save_every=2, resume=True))
-    with fails(CheckpointError, "base: weights has changed"):
+    with fails(CheckpointError, "base: changed: weights"):
         grpo(grpo_config(tmp_path / "grpo", tmp_path / "base", steps=2, resume=True))
     step_2 = tmp_path / "base/checkpoints/step_00000002"
     grpo(grpo_config(tmp_path / "grpo", step_2, steps=2, resume=True))
@@ -143,7 +145,7 @@ def test_other_data_under_the_same_path_are_refused_and_named(tmp_path, change):
     base, pairs = save_base(tmp_path / "base"), pairs_file(tmp_path)
     sft(sft_config(tmp_path / "run", base, pairs))
     CHANGES[change](tmp_path)
-    with fails(CheckpointError, "data: .*pairs.jsonl has changed"):
+    with fails(CheckpointError, "data: changed: .*pairs.jsonl"):
         sft(sft_config(tmp_path / "run", base, pairs, steps=3, resume=True))
     sft(sft_config(tmp_path / "run", base, pairs, steps=3, resume=True, accept_changes=True))
 
@@ -160,7 +162,7 @@ def test_a_folder_of_texts_is_compared_file_by_file(tmp_path):
     (folder / "b.txt").write_text(SENTENCE)
     (folder / "c.txt").unlink()
     (folder / "d.txt").write_text("new")
-    with fails(CheckpointError, "data: .*b.txt has changed, .*c.txt is gone, .*d.txt is new"):
+    with fails(CheckpointError, "data: changed: .*b.txt, gone: .*c.txt, new: .*d.txt"):
         pretrain(pretrain_config(tmp_path / "run", str(folder), steps=3, resume=True))
 
 
@@ -172,7 +174,7 @@ def test_the_fingerprint_of_a_base_is_its_weights_shape_and_tokenizer(tmp_path):
     assert base_parts(first, bytes_) == base_parts(same, bytes_)
 
     def differ(checkpoint, tokenizer) -> set:
-        found, expected = base_parts(checkpoint, tokenizer), base_parts(first, bytes_)
+        found, expected = dict(base_parts(checkpoint, tokenizer)), dict(base_parts(first, bytes_))
         return {name for name in expected if found[name] != expected[name]}
 
     assert differ(other, bytes_) == {"weights"} and differ(first, words) == {"tokenizer"}
@@ -194,8 +196,82 @@ def test_files_in_another_order_are_other_data_and_a_missing_one_is_told(tmp_pat
     a, b = tmp_path / "a", tmp_path / "b"
     a.write_text("1")
     b.write_text("2")
-    with fails(CheckpointError, "data: the same files come in another order"):
+    with fails(CheckpointError, "data: the same files in another order"):
         check_inputs({"data": file_parts([a, b])}, {"data": file_parts([b, a])}, tmp_path)
     check_inputs({}, {"data": file_parts([a])}, tmp_path)  # a checkpoint of before fingerprints
     with fails(ValueError, "none cannot be read .*check the path"):
         file_parts([tmp_path / "none"])
+
+
+# What a run began with, what it is resumed with, and what is said of it.
+OTHER_DATA = {
+    "the same file once, not twice": (("a.txt", "a.txt"), ("a.txt",), "data: gone: .*a.txt"),
+    "a folder without its file besides": ((".", "a.txt"), (".",), "data: gone: .*a.txt"),
+    "one of two equal files": (("a.txt", "b.txt"), ("b.txt",), "data: gone: .*b.txt"),
+    "lines that are read as text": (("c.jsonl",), ("c.txt",), "kind of data: gone: .*c.jsonl, new: .*c.txt"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_DATA)
+def test_the_same_bytes_can_be_other_data(tmp_path, kind):
+    first, then, said = OTHER_DATA[kind]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_text(SENTENCE * 9)
+    if "c.jsonl" in first:
+        (folder / "c.jsonl").write_text(json.dumps({"text": SENTENCE * 9}) + "\n")
+        (folder / "c.txt").write_bytes((folder / "c.jsonl").read_bytes())
+
+    def config(names, **changes):
+        c = pretrain_config(tmp_path / "run", "", steps=1)
+        return dataclasses.replace(c, data=tuple(str(folder / name) for name in names), **changes)
+
+    pretrain(config(first))
+    with fails(CheckpointError, said):
+        pretrain(config(then, steps=2, resume=True))
+
+
+# ---- the model that a run of GRPO began with ----
+
+def test_without_its_copy_the_base_must_be_the_one_of_the_start(tmp_path):
+    base = save_base(tmp_path / "base")
+    grpo(grpo_config(tmp_path / "run", base, steps=1))
+    shutil.rmtree(tmp_path / "run/start")
+    grpo(grpo_config(tmp_path / "run", base, steps=2, resume=True))
+    shutil.rmtree(base)
+    save_base(base, seed=1)
+    with fails(CheckpointError, "start is gone, and --base is not the model that the run began with"):
+        grpo(grpo_config(tmp_path / "run", base, steps=3, resume=True, accept_changes=True))
+    assert checkpoint_steps(tmp_path / "run")[-1] == 2
+
+
+def test_a_base_of_another_shape_or_tokenizer_is_refused_even_if_changes_are_accepted(tmp_path):
+    base = save_base(tmp_path / "base")
+    grpo(grpo_config(tmp_path / "run", base, steps=1))
+    before = (tmp_path / "run/run.json").read_bytes()
+    data = text_file(tmp_path)
+    pretrain(pretrain_config(tmp_path / "wide", data, steps=1, model="depth=1"))
+    with fails(CheckpointError, "made with another config: .*n_layers"):
+        grpo(grpo_config(tmp_path / "run", tmp_path / "wide", steps=2, resume=True, accept_changes=True))
+    assert (tmp_path / "run/run.json").read_bytes() == before
+
+
+def test_a_refused_resume_leaves_the_folder_as_it_was(tmp_path):
+    data = text_file(tmp_path)
+    pretrain(pretrain_config(tmp_path / "run", data, steps=2))
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    ranks = tmp_path / "ranks.tiktoken"
+    tokens = [bytes([n]) for n in range(256)] + [b"the"]
+    ranks.write_text("".join(f"{base64.b64encode(token).decode()} {n}\n" for n, token in enumerate(tokens)))
+    with fails(CheckpointError, "made with another tokenizer: the data, the base or --tokenizer has changed"):
+        pretrain(pretrain_config(tmp_path / "run", data, steps=4, resume=True, tokenizer=str(ranks)))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_checkpoint_of_before_fingerprints_says_that_nothing_can_be_compared(tmp_path, capsys):
+    data = text_file(tmp_path)
+    pretrain(pretrain_config(tmp_path / "run", data, steps=1))
+    forget(tmp_path / "run", "inputs")
+    pretrain(pretrain_config(tmp_path / "run", data, steps=2, resume=True))
+    assert "has no fingerprints: nobody can tell whether its data changed" in capsys.readouterr().err

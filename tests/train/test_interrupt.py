@@ -73,3 +73,13 @@ def test_a_system_without_the_signals_of_unix_has_the_others(handlers, monkeypat
     with Interrupt() as interrupt:
         send(signal.SIGTERM)
     assert interrupt.requested
+
+
+def test_a_handler_that_is_not_pythons_is_left_alone(handlers, monkeypatch):
+    """getsignal returns None for one that a library in C has set; None cannot be set again."""
+    real = signal.getsignal
+    foreign = signal.SIGUSR1
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == foreign else real(number))
+    with Interrupt() as interrupt:
+        send(signal.SIGTERM)
+    assert interrupt.requested

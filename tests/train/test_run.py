@@ -1,7 +1,6 @@
 """A run's folder: what it leaves there, and the folders, settings and checkpoints that it refuses."""
 import json
 import shutil
-import zlib
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from r1zero.train.run import Run, RunConfig, at_least
 
 from ..rl.cases import Bandit
 from .loop_cases import grpo_config, pretrain_config, save_base, text_file
-from .run_cases import fails, outcome, pretrain_on_text
+from .run_cases import fails, forget, outcome, pretrain_on_text
 
 
 def test_a_run_folder_that_cannot_be(tmp_path):
@@ -177,19 +176,6 @@ def test_to_resume_what_holds_nothing_says_so(tmp_path, capsys):
 
 
 # ---- flags that are newer than a checkpoint ----
-
-def forget(run, *names: str) -> None:
-    """Make the last checkpoint one of an r1zero that did not know these settings and parts of its state."""
-    path = run / "checkpoints" / f"step_{checkpoint_steps(run)[-1]:08d}" / "state.json"
-    document = json.loads(path.read_text())
-    state = document["content"]["state"]
-    for name in names:
-        part, _, inner = name.rpartition(".")
-        (state["settings"][part] if part else state["settings"]).pop(inner, None)
-        state.pop(name, None)
-    document["crc32"] = zlib.crc32(json.dumps(document["content"]).encode())
-    path.write_text(json.dumps(document))
-
 
 def test_a_flag_that_is_newer_than_the_checkpoint_counts_as_its_default(tmp_path):
     data = text_file(tmp_path)

@@ -9,7 +9,7 @@ import torch
 
 from r1zero.model.checkpoint import CheckpointError, checkpoint_steps
 from r1zero.train.grpo import grpo, timed_step
-from r1zero.train.log import MetricsLog
+from r1zero.train.log import MetricsLog, read_metrics
 from r1zero.train.pretrain import pretrain
 from r1zero.train.run import Run
 
@@ -112,7 +112,9 @@ def test_an_error_while_measuring_on_held_out_problems_saves_the_step(tmp_path):
     with pytest.raises(KeyError):
         grpo(grpo_config(tmp_path / "run", base, **options), score_of=failing)
     assert checkpoint_steps(tmp_path / "run") == [3]
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3]
     grpo(grpo_config(tmp_path / "run", base, resume=True, **options), score_of=lambda *rest: 0.5)
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
     weights = "checkpoints/step_00000005/model.safetensors"
     assert outcome(tmp_path / "run")["files"][weights] == outcome(tmp_path / "whole")["files"][weights]
 
@@ -204,3 +206,30 @@ def test_the_lock_goes_with_the_run(tmp_path):
         pretrain_on_text(c, spoil=out_of_memory_at(1))
     pretrain(pretrain_config(c.run, c.data[0], resume=True))
     assert checkpoint_steps(tmp_path / "run")[-1] == 8
+
+
+def test_a_run_that_another_process_overtook_while_loading_touches_nothing(tmp_path):
+    """As after a scheduler's requeue: the new process reads the folder while the old one still saves."""
+    data = text_file(tmp_path)
+    pretrain(pretrain_config(tmp_path / "run", data, steps=2, save_every=2))
+    for resume in (True, False):
+        folder = tmp_path / ("run" if resume else "new")
+        slow = Run(pretrain_config(folder, data, resume=resume), "pretrain")
+        pretrain(pretrain_config(folder, data, steps=5, resume=resume))
+        before = outcome(folder)
+        with fails(ValueError, "another process has trained in .* while this one was loading"), slow:
+            raise AssertionError("it has begun")
+        assert outcome(folder) == before
+
+
+def test_a_stopped_run_does_not_spend_its_last_seconds_on_a_score(tmp_path, monkeypatch):
+    c = pretrain_config(tmp_path / "run", text_file(tmp_path))
+    log = Run.log
+
+    def stopped(run, step, *rest, **options):
+        log(run, step, *rest, **options)
+        run.interrupt.requested = True
+
+    monkeypatch.setattr(Run, "log", stopped)
+    pretrain(c)
+    assert checkpoint_steps(c.run) == [1] and not (tmp_path / "run/held_out.json").exists()

@@ -125,10 +125,14 @@ class Responder:
     def stream(self, line: str) -> None:
         """Print the answer token by token, then the remarks. Raises ValueError likewise."""
         problem, prompt = self.read(line)
+        shown = ""
         for text, sampled in self.sampler.stream(prompt):
             print(printable(text), end="", flush=True)
+            shown += text
             whole = sampled  # None until the last text
         print()
+        if shown != whole.text:  # special tokens are not streamed, but they are graded
+            print(labelled([("sampled", whole.text)]))
         if notes := remarks(problem, whole):
             print(notes)
 

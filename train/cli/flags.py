@@ -195,6 +195,11 @@ def check_words(given: list[Given], flags: list[Flag], names: dict) -> None:
     for one in given:
         if one.flag is None:
             raise ValueError(unknown(one.name, names))
+        if not one.values and not one.flag.is_switch:
+            raise ValueError(
+                f"{one.name} needs a value behind it; one that begins with a hyphen is given as "
+                f"{one.name}=-x"
+            )
         if not one.flag.is_list:
             check_once(first.setdefault(one.flag.name, one), one)
         for value in one.values:
@@ -225,8 +230,6 @@ def check_once(first: Given, second: Given) -> None:
             )
         if first.name != second.name:
             raise ValueError(f"{first.name} and {second.name} were both given; give one of them")
-    elif not second.values:
-        raise ValueError(f"{second.name} needs a value behind it")
     elif first is not second:
         raise ValueError(
             f"{second.name} was given twice, as {first.values[0]!r} and as {second.values[0]!r}; "
@@ -236,6 +239,8 @@ def check_once(first: Given, second: Given) -> None:
 
 def check_value(flag: Flag, text: str) -> None:
     if flag.is_optional and text == "None":
+        if flag.name in TEXTS:
+            raise ValueError(f"{flag.name} None would be no text; give that text in a file")
         return
     if flag.type is str and not text and flag.name not in TEXTS:
         raise ValueError(f"{flag.name} is empty; give it a value, or leave it out")

@@ -82,6 +82,10 @@ def compare(config: CompareConfig) -> Path | None:
             fell = f"the broken run ended after {last} of {config.steps} steps: {error}"
             continue
         rows[broken] = read_metrics(run_config.run)
+        if not rows[broken]:
+            raise ValueError(
+                f"the log of {run_config.run} is gone; remove that folder to have the run again"
+            )
         if rows[broken][-1]["step"] < config.steps:
             show(f"stopped; go on with: r1zero compare --resume and the same flags ({config.run})")
             return None

@@ -88,4 +88,4 @@ def test_a_broken_line_and_a_broken_byte_of_the_log_are_read_around_and_named(tm
     assert main(["diagnose", "--run", str(run)]) == 0
     found = capsys.readouterr()
     assert found.out.startswith("30 of 60 steps")
-    assert "warning" in found.err and "line 4, 5 cannot be read and is left out" in found.err
+    assert "warning" in found.err and "lines that cannot be read are left out: 4, 5;" in found.err

@@ -51,8 +51,10 @@ def test_a_list_that_is_given_twice_has_the_values_of_both(command, flag):
     whole = parsed(command, name, first, second, without=name)
     assert whole != parsed(command, name, first, without=name)
     for words in ([name, first, name, second], [f"{name}={first}", name, second],
-                  [name, first, f"{snake}={second}"], [name, first, second, name]):
+                  [name, first, f"{snake}={second}"]):
         assert parsed(command, *words, without=name) == whole, words
+    with pytest.raises(ValueError, match=f"{name} needs a value behind it"):
+        parsed(command, name, first, name, without=name)
 
 
 def test_there_are_lists_to_test():

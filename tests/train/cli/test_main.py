@@ -156,7 +156,7 @@ def test_a_warning_is_one_line(capsys, monkeypatch):
     (["grpo", "--run", "x", "--base", "y", "--loss.mean", "median"], "loss: mean is 'median'"),
     (["grade", *RIGHT[:-1], "-1"], "weights are accuracy 1.0 and format -1.0"),
     (["demo", "--rl-steps", "0"], "--rl-steps is 0"),
-    (["pretrain", "--run", "x", "--data"], "no documents"),
+    (["pretrain", "--run", "x", "--data"], "--data needs a value behind it"),
 ])
 def test_a_value_out_of_range_is_one_clean_line(argv, fragment, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
