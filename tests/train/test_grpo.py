@@ -101,3 +101,28 @@ def test_grpo_logs_the_gap_and_stops_when_it_is_too_large(tmp_path):
         grpo_config("none", "", max_logp_gap=-1.0)
     grpo(grpo_config(c.run, c.base, steps=4, save_every=1, resume=True, max_logp_gap=0.1))
     assert len(json.dumps(read_metrics(c.run))) and len(read_metrics(c.run)) == 4
+
+
+# ---- answers that the model has no room for ----
+
+class Growing(Bandit):
+    """Its prompts grow from the eighth on; the held-out ones are longer still."""
+
+    def prompt(self, problem):
+        return ":" * (2 if problem < 8 else 6 if problem < 1000 else 9)
+
+    def problems(self, split, n, start=0):
+        first = start + (1000 if split == "test" else 0)
+        return list(range(first, first + n))
+
+    def size(self, split):
+        return 12
+
+
+@pytest.mark.parametrize("eval_every, longest", [(0, 6), (1, 9)])
+def test_the_longest_prompt_of_the_task_decides_about_the_room(tmp_path, eval_every, longest):
+    base = save_base(tmp_path / "base")
+    options = dict(task=Growing(), eval_every=eval_every, eval_problems=4, steps=3, save_every=9)
+    with pytest.raises(ValueError, match=f"a prompt has up to {longest} tokens; .* at most {256 - longest}"):
+        grpo(grpo_config(tmp_path / "run", base, max_new_tokens=257 - longest, **options))
+    assert not (tmp_path / "run").exists()

@@ -13,7 +13,7 @@ from r1zero.model.checkpoint import save_checkpoint
 from r1zero.model.config import preset
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.model.transformer import Transformer
-from r1zero.train.cli.chat import knows_countdown_only, shown
+from r1zero.train.cli.chat import Responder, knows_countdown_only, shown
 from r1zero.train.cli.main import main
 from r1zero.train.grpo import GRPOConfig
 from r1zero.train.pretrain import PretrainConfig
@@ -122,3 +122,16 @@ def test_chat_refuses(flags, fragment, runs, capsys):
     assert main(["chat", *run, *flags]) == 2
     out, error = capsys.readouterr()
     assert fragment in error and error.count("\n") == 1 and out == ""
+
+
+def test_what_is_graded_is_shown_where_it_is_not_what_was_streamed(capsys):
+    """Special tokens are not streamed, but the grader sees them."""
+    class Sampler:
+        def stream(self, prompt):
+            yield "<answer>(9-3)+7", None
+            yield "</answer>", Sampled("<answer>(9-3)<|bos|>+7</answer>", 9, "stop")
+
+    Responder(Sampler(), countdown_only=True).stream("3 7 9 -> 13")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["<answer>(9-3)+7</answer>", "sampled <answer>(9-3)<|bos|>+7</answer>"]
+    assert lines[2].startswith("grade   wrong.")

@@ -177,3 +177,16 @@ def test_the_table_follows_nested_configs_and_given_names():
     assert parse_flags("x", Outer, words.split()) == Outer(Inner((1.0, 2.0), False, 3), ["a", "b"])
     with pytest.raises(ValueError, match="--inner.loud and --inner.no-loud"):
         parse_flags("x", Outer, ["--inner.loud", "--inner.no-loud"])
+
+
+def test_a_value_that_begins_with_a_hyphen_is_told_how_to_be_given():
+    with pytest.raises(ValueError, match="--response needs a value .* begins with a hyphen .*--response=-x"):
+        parse_flags("grade", config_of("grade"), ["--problem", "3 7 -> 10", "--response", "-x"])
+    config = parse_flags("grade", config_of("grade"), ["--problem", "3 7 -> 10", "--response=-x"])
+    assert config.response == "-x"
+
+
+@pytest.mark.parametrize("flag", ["--response", "--problem", "--answer"])
+def test_a_text_that_would_be_taken_for_no_text_is_refused(flag):
+    with pytest.raises(ValueError, match=f"{flag} None would be no text"):
+        parse_flags("grade", config_of("grade"), ["--task", "gsm8k", flag, "None"])

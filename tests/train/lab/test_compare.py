@@ -134,6 +134,14 @@ def test_ctrl_c_stops_and_resume_ends_where_an_unbroken_comparison_does(at, tmp_
         compare(c)
 
 
+def test_a_comparison_whose_log_is_gone_says_which_folder_to_remove(tmp_path):
+    c = config(tmp_path, steps=1)
+    compare(c)
+    (tmp_path / "both/right/metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match="the log of .*right is gone; remove that folder"):
+        compare(replace(c, resume=True))
+
+
 # ---- flags ----
 
 @pytest.mark.parametrize("flags, words", [
