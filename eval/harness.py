@@ -221,7 +221,9 @@ def evaluate(
     kept: list[dict[str, Any]] = []
     with (
         nullcontext() if out is None else ResultFile(out) as file,
-        Bar(total=len(problems), disable=not progress, unit="problem") as bar,
+        Bar(
+            total=len(problems), disable=not progress, desc=f"{task.name} problems", unit="problem"
+        ) as bar,
     ):
         for start in range(0, len(problems), batch):
             # 1. Sample a group of responses to each problem of the batch.

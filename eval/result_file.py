@@ -49,12 +49,12 @@ def partial_path(out: str | Path) -> Path:
     return sibling(target_of(out), ".partial")
 
 
-def check_result_path(out: str, inputs: Sequence[str] = (), make_parents: bool = False) -> None:
+def check_result_path(out: str, inputs: Sequence[str] = ()) -> None:
     """Raise ValueError, in one line, for a path that results cannot be written to. Touches nothing.
 
     inputs: files that the results, or what is written beside them, must not replace under any
-    spelling; the files of a run or a checkpoint are never replaced. make_parents: missing folders
-    will be made.
+    spelling; the files of a run or a checkpoint are never replaced. Missing folders are no fault:
+    they will be made.
     """
     if not out or "\0" in out:
         raise ValueError(f"--out is {out!r}, expected the path of a file")
@@ -69,7 +69,7 @@ def check_result_path(out: str, inputs: Sequence[str] = (), make_parents: bool =
                     "another one"
                 )
     if not is_stream(out):
-        _check_folder(Path(os.path.realpath(out)).parent, out, make_parents)
+        _check_folder(Path(os.path.realpath(out)).parent, out)
 
 
 def files_of_a_run(folder: Path) -> list[Path]:
@@ -93,14 +93,12 @@ def _refuse_folder(path: Path) -> None:
         raise ValueError(f"cannot write results to {path}: it is a folder; give a file in it")
 
 
-def _check_folder(folder: Path, out: str, make_parents: bool) -> None:
+def _check_folder(folder: Path, out: str) -> None:
     existing = folder
     while not os.path.lexists(existing):
         existing = existing.parent
     if not existing.is_dir():
         raise ValueError(f"cannot write results to {out}: {existing} is not a folder")
-    if existing != folder and not make_parents:
-        raise ValueError(f"cannot write results to {out}: there is no folder {folder}; make it")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"cannot write results to {out}: {existing} is not writable")
 

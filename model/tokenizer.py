@@ -344,8 +344,8 @@ class Tokenizer:
             from tokenizers import models, pre_tokenizers, trainers
         except ImportError:
             raise ValueError(
-                "training a BPE needs the library `tokenizers`: `pip install r1zero[bpe]`, or "
-                "use `--tokenizer bytes` or a .tiktoken ranks file"
+                "training a BPE needs the library `tokenizers`: pip install tokenizers, or use "
+                "--tokenizer bytes or a .tiktoken ranks file"
             ) from None
         # This pre-tokenizer splits as GPT2_PATTERN does.
         library = Library(models.BPE())

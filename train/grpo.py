@@ -292,8 +292,8 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
     """Run the loop; returns the trained model.
 
     step_of runs one step; score_of measures on held-out problems. Raises ValueError for bad flags,
-    FloatingPointError or NonFiniteError for NaN, and LogpGapError if sampler and trainer disagree
-    about log-probs.
+    FloatingPointError or NonFiniteError for NaN, LogpGapError if sampler and trainer disagree about
+    log-probs, and Stopped after Ctrl-C.
     """
     reuse_memory()
     device, task = pick_device(config.device), config.task.make()

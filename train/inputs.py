@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ..model.checkpoint import Checkpoint, CheckpointError
+from ..model.checkpoint import Checkpoint
 from ..model.tokenizer import Tokenizer
 
 MOST_NAMED = 5  # parts that a message names
@@ -63,23 +63,17 @@ def file_parts(paths: Iterable[Path]) -> Parts:
     return parts
 
 
-def check_inputs(found: Inputs, expected: Inputs, where: Path) -> None:
-    """Raise CheckpointError, saying what changed, unless inputs are as a checkpoint has them.
+def changes_of(found: Inputs, expected: Inputs) -> str:
+    """What changed between the inputs of a checkpoint and those of now, in words; "" if nothing.
 
-    found: of the checkpoint at `where`; expected: of now. An input that the checkpoint does not
-    know (it is of an older version) is not compared.
+    An input that the checkpoint does not know (it is of an older version) is not compared.
     """
     changes = [
-        f"{name}: {difference}"
+        f"{name} ({difference})"
         for name, parts in expected.items()
         if name in found and (difference := difference_of(found[name], parts))
     ]
-    if changes:
-        raise CheckpointError(
-            f"{where} was made with another content of its inputs: {'; '.join(changes)}. Restore "
-            "it or give the path where it is now, take another run folder, or add "
-            "--accept-changes to go on with what is there"
-        )
+    return ", ".join(changes)
 
 
 def difference_of(found: Parts, expected: Parts) -> str:

@@ -6,19 +6,53 @@
     SIGXCPU   a limit on the processor's time (ulimit -t) is reached
     SIGHUP    the terminal went away
 
-The first one asks the loop to stop: it finishes its step, saves and leaves. After that, Ctrl-C
-breaks off at once. The others are often sent twice (by `timeout`, or by a shell that ends), so they
-never break off; whoever means it sends SIGKILL. A signal that was ignored when the loop began
-(SIGHUP under nohup) stays ignored.
+The first one asks the loop to stop: it finishes its step, saves, and raises Stopped. After that,
+Ctrl-C breaks off at once. The others are often sent twice (by `timeout`, or by a shell that ends),
+so they never break off; whoever means it sends SIGKILL. A signal that was ignored when the loop
+began (SIGHUP under nohup) stays ignored.
 
 Left out: saving in the middle of a step. Give a scheduler's grace period the length of a step.
 """
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ..eval.console import shout
 
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGXCPU", "SIGHUP")  # Windows has the first two
+
+
+class Stopped(KeyboardInterrupt):
+    """Work that a signal ended. It is no Exception: nobody who mends errors should go on."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + number
+        """As a shell tells that a program was ended by this signal."""
+
+
+@contextmanager
+def ends_like_ctrl_c() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP raise Stopped, unless the caller has other plans."""
+
+    def end(number, frame):
+        raise Stopped(number, f"ended by {signal.Signals(number).name}")
+
+    former = {}
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is None or signal.getsignal(number) != signal.SIG_DFL:
+            continue
+        try:
+            former[number] = signal.signal(number, end)
+        except ValueError:  # not the main thread
+            break
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 class Interrupt:
@@ -26,6 +60,8 @@ class Interrupt:
 
     def __init__(self):
         self.requested = False
+        self.number = 0
+        """Of the signal that came first."""
         self._former_handlers = {}
 
     def __enter__(self):
@@ -46,7 +82,8 @@ class Interrupt:
 
     def _on_signal(self, number, frame):
         first = not self.requested
-        self.requested = True
+        if first:
+            self.requested, self.number = True, number
         # From now on Ctrl-C does again what it did before.
         if signal.SIGINT in self._former_handlers:
             signal.signal(signal.SIGINT, self._former_handlers[signal.SIGINT])

@@ -191,7 +191,8 @@ def unigram_bits_per_byte(
 def pretrain(config: PretrainConfig) -> Transformer:
     """Run the loop; returns the trained model.
 
-    Raises ValueError for bad flags or data, FloatingPointError for a loss that is not finite.
+    Raises ValueError for bad flags or data, FloatingPointError for a loss that is not finite, and
+    Stopped after Ctrl-C.
     """
     reuse_memory()
     device = pick_device(config.device)
@@ -226,9 +227,8 @@ def pretrain(config: PretrainConfig) -> Transformer:
     with run:
         fit(run, model, tokenizer, batches, config)
 
-    # 4. Score the held-out text, unless the run was stopped on its way. The result goes to a file
-    #    before it is shown.
-    if tail is not None and not run.interrupt.requested:
+    # 4. Score the held-out text. The result goes to a file before it is shown.
+    if tail is not None:
         bits = bits_per_byte(model, tail, n_bytes, config.seq_len)
         result = {"bytes": n_bytes, "bits_per_byte": bits, "unigram_bits_per_byte": unigram}
         atomic_write_json(run.folder / "held_out.json", result)

@@ -9,7 +9,7 @@
 A folder holds a run from its first checkpoint on. Before that, a corrected command may use it
 again.
 
-Ctrl-C, SIGTERM and SIGHUP ask the loop to stop: it finishes its step, saves and leaves
+Ctrl-C, SIGTERM and SIGHUP ask the loop to stop: it finishes its step, saves and raises Stopped
 (interrupt.py). If an error ends the loop, the last whole step is saved first.
 
 A resumed run is compared with the one that began: its flags must be equal, and the content of its
@@ -43,8 +43,8 @@ from ..model.files import atomic_write_json
 from ..model.optimizer import load_optimizer_tensors, optimizer_tensors
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
-from .inputs import Inputs, check_inputs, difference_of
-from .interrupt import Interrupt
+from .inputs import Inputs, changes_of
+from .interrupt import Interrupt, Stopped
 from .lock import FolderLock
 from .log import MetricsLog
 from .machine import describe_machine
@@ -211,13 +211,21 @@ class Run:
             say(
                 f"{self.resumed.path} has no fingerprints: nobody can tell whether its data changed"
             )
-        elif not self.config.accept_changes:
-            check_inputs(self.resumed.state["inputs"], inputs, self.resumed.path)
+            return
+        changes = changes_of(self.resumed.state["inputs"], inputs)
+        if changes and not self.config.accept_changes:
+            raise CheckpointError(
+                f"the inputs of {self.resumed.path} have changed: {changes}. Restore them or give "
+                "their new path, take another run folder, or add --accept-changes to go on with "
+                "what is there"
+            )
+        if changes:
+            say(f"accepted, and compared with from now on: {changes}")
 
     def began_with(self, name: str) -> bool:
         """Whether an input is the one that the resumed run has, as far as that is known."""
         known = self.resumed.state.get("inputs", {})
-        return name not in known or not difference_of(known[name], self.inputs[name])
+        return not changes_of(known, {name: self.inputs[name]})
 
     def check_model(self, model: Transformer, tokenizer: Tokenizer) -> None:
         """Raise CheckpointError unless a resumed run has this tokenizer and this shape of model."""
@@ -301,9 +309,7 @@ class Run:
         self._bar.close()
         self._log.close()
         self._lock.release()
-        self._wandb.finish(failed=kind is not None)
-        if self.interrupt.requested and kind is None:
-            say(f"stopped and saved in {self.folder}; go on with --resume")
+        self._wandb.finish(failed=isinstance(error, Exception))
 
     def _save_before_leaving(self, error: Exception) -> None:
         """Save the last whole step, which an error would lose, if its weights are still there."""
@@ -337,13 +343,17 @@ class Run:
     # ---- steps and metrics ----
 
     def steps(self):
-        """Yield the 0-based steps that are left. After Ctrl-C it ends once a step is saved."""
+        """Yield the 0-based steps that are left; Stopped after a signal, once a step is saved."""
         for step in range(self.first_step, self.config.steps):
             yield step
             self._bar.update(1)
+            is_last = step + 1 == self.config.steps
             # If Ctrl-C came after `due` had said no, this step is not saved: the next one will be.
-            if self.interrupt.requested and self._saved_step == step:
-                return
+            if self.interrupt.requested and self._saved_step == step and not is_last:
+                raise Stopped(
+                    self.interrupt.number,
+                    f"stopped and saved in {self.folder}; go on with --resume and the same flags",
+                )
 
     def due(self, step: int, every: int) -> bool:
         """True after every `every`-th step, after the last one, and when Ctrl-C was pressed."""
@@ -379,7 +389,7 @@ class Run:
         """
         self._log.write({"step": step + 1, **metrics})
         self._unlogged = None
-        shown = {name: f"{metrics[name]:.3g}" for name in show if name in metrics}
+        shown = {name: short(metrics[name]) for name in show if name in metrics}
         self._bar.set_postfix(shown)
         self._wandb.log(metrics, step=step + 1)
 
@@ -457,6 +467,11 @@ def read_record(path: Path) -> dict:
     except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def short(value: float) -> str:
+    """A number for the bar: 0.125, 25.2k."""
+    return f"{value / 1000:.3g}k" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def optimizer_key(name: str) -> str:

@@ -54,7 +54,19 @@ def check_settings(then: dict, now: dict, config, where: Path) -> None:
             then[name] = known | then[name]
 
     paths = getattr(config, "PATHS", ())
-    check_config(without(then, paths), without(now, paths), where)
+    check_config(as_flags(without(then, paths)), as_flags(without(now, paths)), where)
+
+
+def as_flags(settings: dict, prefix: str = "--") -> dict:
+    """The settings under the names of their flags: {"--optim.lr": 0.01, ...}."""
+    flags = {}
+    for name, value in settings.items():
+        flag = prefix + name.replace("_", "-")
+        if isinstance(value, dict):
+            flags |= as_flags(value, f"{flag}.")
+        else:
+            flags[flag] = value
+    return flags
 
 
 def without(settings: dict, paths: tuple[str, ...]) -> dict:

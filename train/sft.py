@@ -54,7 +54,10 @@ class SFTConfig(RunConfig):
 
 
 def sft(config: SFTConfig) -> Transformer:
-    """Run the loop; returns the trained model. Raises ValueError for bad flags or data."""
+    """Run the loop; returns the trained model.
+
+    Raises ValueError for bad flags or data, and Stopped after Ctrl-C.
+    """
     reuse_memory()
     run = Run(config, "sft")
     model, tokenizer, base = load_model(config.base, pick_device(config.device))

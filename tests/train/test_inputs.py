@@ -12,7 +12,7 @@ import torch
 from r1zero.model.checkpoint import CheckpointError, checkpoint_steps, load_checkpoint
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.train.grpo import grpo
-from r1zero.train.inputs import base_parts, check_inputs, file_parts
+from r1zero.train.inputs import base_parts, changes_of, file_parts
 from r1zero.train.log import read_metrics
 from r1zero.train.pretrain import pretrain
 from r1zero.train.sft import SFTConfig, sft
@@ -74,7 +74,7 @@ def test_the_same_content_under_another_path_goes_on(tmp_path, spelling):
     assert [checkpoint_steps(tmp_path / name)[-1] for name in ("sft", "grpo", "pretrain")] == [3, 2, 2]
 
 
-def test_another_base_under_the_same_path_is_refused_and_named(tmp_path):
+def test_another_base_under_the_same_path_is_refused_and_named(tmp_path, capsys):
     base, pairs = save_base(tmp_path / "base"), pairs_file(tmp_path)
     sft(sft_config(tmp_path / "sft", base, pairs))
     grpo(grpo_config(tmp_path / "grpo", base, steps=1))
@@ -83,11 +83,15 @@ def test_another_base_under_the_same_path_is_refused_and_named(tmp_path):
     save_base(base, seed=1)
     for resumed in (lambda: sft(sft_config(tmp_path / "sft", base, pairs, steps=3, resume=True)),
                     lambda: grpo(grpo_config(tmp_path / "grpo", base, steps=2, resume=True))):
-        with fails(CheckpointError, "content of its inputs: base: changed: weights\\..*--accept-changes"):
+        with fails(CheckpointError, "have changed: base .changed: weights..*--accept-changes"):
             resumed()
     assert (outcome(tmp_path / "sft"), outcome(tmp_path / "grpo")) == before
+    capsys.readouterr()
     sft(sft_config(tmp_path / "sft", base, pairs, steps=3, resume=True, accept_changes=True))
+    said = "accepted, and compared with from now on: base (changed: weights)"
+    assert said in capsys.readouterr().err
     sft(sft_config(tmp_path / "sft", base, pairs, steps=4, resume=True))  # what was accepted is what it has
+    assert said not in capsys.readouterr().err
 
 
 def test_a_base_that_was_trained_on_is_another_one(tmp_path):
@@ -96,7 +100,7 @@ def test_a_base_that_was_trained_on_is_another_one(tmp_path):
     pretrain(pretrain_config(tmp_path / "base", data, steps=2))  # it keeps two checkpoints: 2 and 4
     grpo(grpo_config(tmp_path / "grpo", tmp_path / "base", steps=1))
     pretrain(pretrain_config(tmp_path / "base", data, steps=4, save_every=2, resume=True))
-    with fails(CheckpointError, "base: changed: weights"):
+    with fails(CheckpointError, "base .changed: weights"):
         grpo(grpo_config(tmp_path / "grpo", tmp_path / "base", steps=2, resume=True))
     step_2 = tmp_path / "base/checkpoints/step_00000002"
     grpo(grpo_config(tmp_path / "grpo", step_2, steps=2, resume=True))
@@ -145,7 +149,7 @@ def test_other_data_under_the_same_path_are_refused_and_named(tmp_path, change):
     base, pairs = save_base(tmp_path / "base"), pairs_file(tmp_path)
     sft(sft_config(tmp_path / "run", base, pairs))
     CHANGES[change](tmp_path)
-    with fails(CheckpointError, "data: changed: .*pairs.jsonl"):
+    with fails(CheckpointError, "data .changed: .*pairs.jsonl"):
         sft(sft_config(tmp_path / "run", base, pairs, steps=3, resume=True))
     sft(sft_config(tmp_path / "run", base, pairs, steps=3, resume=True, accept_changes=True))
 
@@ -162,7 +166,7 @@ def test_a_folder_of_texts_is_compared_file_by_file(tmp_path):
     (folder / "b.txt").write_text(SENTENCE)
     (folder / "c.txt").unlink()
     (folder / "d.txt").write_text("new")
-    with fails(CheckpointError, "data: changed: .*b.txt, gone: .*c.txt, new: .*d.txt"):
+    with fails(CheckpointError, "data .changed: .*b.txt, gone: .*c.txt, new: .*d.txt"):
         pretrain(pretrain_config(tmp_path / "run", str(folder), steps=3, resume=True))
 
 
@@ -196,19 +200,19 @@ def test_files_in_another_order_are_other_data_and_a_missing_one_is_told(tmp_pat
     a, b = tmp_path / "a", tmp_path / "b"
     a.write_text("1")
     b.write_text("2")
-    with fails(CheckpointError, "data: the same files in another order"):
-        check_inputs({"data": file_parts([a, b])}, {"data": file_parts([b, a])}, tmp_path)
-    check_inputs({}, {"data": file_parts([a])}, tmp_path)  # a checkpoint of before fingerprints
+    both, swapped = file_parts([a, b]), file_parts([b, a])
+    assert changes_of({"data": both}, {"data": swapped}) == "data (the same files in another order)"
+    assert changes_of({"data": both}, {"data": both}) == changes_of({}, {"data": both}) == ""
     with fails(ValueError, "none cannot be read .*check the path"):
         file_parts([tmp_path / "none"])
 
 
 # What a run began with, what it is resumed with, and what is said of it.
 OTHER_DATA = {
-    "the same file once, not twice": (("a.txt", "a.txt"), ("a.txt",), "data: gone: .*a.txt"),
-    "a folder without its file besides": ((".", "a.txt"), (".",), "data: gone: .*a.txt"),
-    "one of two equal files": (("a.txt", "b.txt"), ("b.txt",), "data: gone: .*b.txt"),
-    "lines that are read as text": (("c.jsonl",), ("c.txt",), "kind of data: gone: .*c.jsonl, new: .*c.txt"),
+    "the same file once, not twice": (("a.txt", "a.txt"), ("a.txt",), "data .gone: .*a.txt"),
+    "a folder without its file besides": ((".", "a.txt"), (".",), "data .gone: .*a.txt"),
+    "one of two equal files": (("a.txt", "b.txt"), ("b.txt",), "data .gone: .*b.txt"),
+    "lines that are read as text": (("c.jsonl",), ("c.txt",), "kind of data .gone: .*c.jsonl, new: .*c.txt"),
 }
 
 

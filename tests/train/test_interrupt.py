@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from r1zero.train.interrupt import NAMES, Interrupt
+from r1zero.train.interrupt import NAMES, Interrupt, ends_like_ctrl_c
 
 
 def send(number: int) -> None:
@@ -76,10 +76,26 @@ def test_a_system_without_the_signals_of_unix_has_the_others(handlers, monkeypat
 
 
 def test_a_handler_that_is_not_pythons_is_left_alone(handlers, monkeypatch):
-    """getsignal returns None for one that a library in C has set; None cannot be set again."""
-    real = signal.getsignal
-    foreign = signal.SIGUSR1
-    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == foreign else real(number))
+    """signal tells None for one that a library in C has set, and None cannot be set again."""
+    get, set_, foreign = signal.getsignal, signal.signal, signal.SIGUSR1
+
+    def set_handler(number, handler):
+        former = set_(number, handler)  # raises TypeError for None
+        return None if number == foreign else former
+
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == foreign else get(number))
+    monkeypatch.setattr(signal, "signal", set_handler)
     with Interrupt() as interrupt:
         send(signal.SIGTERM)
     assert interrupt.requested
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_other_work_is_broken_off_by_them_as_by_ctrl_c(handlers, name):
+    number, before = getattr(signal, name), handlers()
+    with pytest.raises(KeyboardInterrupt, match=f"ended by {name}") as end, ends_like_ctrl_c():
+        send(number)
+    assert end.value.exit_code == 128 + number and handlers() == before
+    signal.signal(number, signal.SIG_IGN)
+    with ends_like_ctrl_c():
+        send(number)

@@ -10,6 +10,7 @@ import torch
 
 from r1zero.model.checkpoint import checkpoint_steps, load_checkpoint
 from r1zero.train.grpo import grpo
+from r1zero.train.interrupt import Stopped
 from r1zero.train.log import read_metrics
 from r1zero.train.pretrain import pretrain
 from r1zero.train.run import Run
@@ -61,16 +62,17 @@ def interrupted(step: int, method: str) -> type:
 
 
 @pytest.mark.parametrize("method", ["log", "due", "save"])
-def test_ctrl_c_never_leaves_without_saving(tmp_path, capfd, method):
+def test_ctrl_c_never_leaves_without_saving(tmp_path, method):
     """Whether it comes before the step's checkpoint, between the question and the saving, or after it."""
     expected = pretrain_config(tmp_path / "whole", text_file(tmp_path))
     pretrain(expected)
     c = pretrain_config(tmp_path / "run", text_file(tmp_path))
-    pretrain_on_text(c, interrupted(6 if method == "save" else 4, method))
+    with pytest.raises(Stopped, match="stopped and saved in .*run; go on with --resume") as end:
+        pretrain_on_text(c, interrupted(6 if method == "save" else 4, method))
+    assert end.value.exit_code == 128 + signal.SIGINT
     last = checkpoint_steps(c.run)[-1]
     assert last == {"log": 4, "due": 5, "save": 6}[method]
     assert [row["step"] for row in read_metrics(c.run)] == list(range(1, last + 1))
-    assert "stopped and saved" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # given back
     pretrain(pretrain_config(c.run, text_file(tmp_path), resume=True))
     found, whole = outcome(tmp_path / "run"), outcome(tmp_path / "whole")

@@ -3,12 +3,14 @@ import errno
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from r1zero.model.checkpoint import CheckpointError, checkpoint_steps
 from r1zero.train.grpo import grpo, timed_step
+from r1zero.train.interrupt import Stopped
 from r1zero.train.log import MetricsLog, read_metrics
 from r1zero.train.pretrain import pretrain
 from r1zero.train.run import Run
@@ -34,7 +36,7 @@ def same_end(run, whole: dict) -> None:
 # ---- signals ----
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_scheduler_or_a_terminal_ends_a_run_like_ctrl_c(tmp_path, capfd, name):
+def test_a_scheduler_or_a_terminal_ends_a_run_like_ctrl_c(tmp_path, name):
     whole = pretrain_whole(tmp_path)
     number = getattr(signal, name)
     before = signal.signal(number, signal.SIG_DFL)
@@ -48,11 +50,13 @@ def test_a_scheduler_or_a_terminal_ends_a_run_like_ctrl_c(tmp_path, capfd, name)
 
     try:
         c = pretrain_config(tmp_path / "run", text_file(tmp_path))
-        pretrain_on_text(c, Ended)
+        with pytest.raises(Stopped, match="stopped and saved") as end:
+            pretrain_on_text(c, Ended)
+        assert end.value.exit_code == 128 + number
         assert signal.getsignal(number) == signal.SIG_DFL
     finally:
         signal.signal(number, before)
-    assert checkpoint_steps(c.run)[-1] == 4 and "stopped and saved" in capfd.readouterr().err
+    assert checkpoint_steps(c.run)[-1] == 4
     pretrain(pretrain_config(c.run, text_file(tmp_path), resume=True))
     same_end(tmp_path / "run", whole)
 
@@ -222,14 +226,48 @@ def test_a_run_that_another_process_overtook_while_loading_touches_nothing(tmp_p
         assert outcome(folder) == before
 
 
-def test_a_stopped_run_does_not_spend_its_last_seconds_on_a_score(tmp_path, monkeypatch):
-    c = pretrain_config(tmp_path / "run", text_file(tmp_path))
+def pressed_at(monkeypatch, step: int) -> None:
+    """From now on, Ctrl-C is pressed when the line of `step` is in the log."""
     log = Run.log
 
-    def stopped(run, step, *rest, **options):
-        log(run, step, *rest, **options)
-        run.interrupt.requested = True
+    def pressed(run, at, *rest, **options):
+        log(run, at, *rest, **options)
+        if at + 1 == step:
+            os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Run, "log", stopped)
-    pretrain(c)
+    monkeypatch.setattr(Run, "log", pressed)
+
+
+def test_a_stopped_run_does_not_spend_its_last_seconds_on_a_score(tmp_path, monkeypatch):
+    c = pretrain_config(tmp_path / "run", text_file(tmp_path))
+    pressed_at(monkeypatch, 1)
+    with pytest.raises(Stopped):
+        pretrain(c)
     assert checkpoint_steps(c.run) == [1] and not (tmp_path / "run/held_out.json").exists()
+
+
+def test_ctrl_c_in_the_last_step_ends_a_run_that_is_done(tmp_path, monkeypatch):
+    c = pretrain_config(tmp_path / "run", text_file(tmp_path), steps=3)
+    pressed_at(monkeypatch, 3)
+    pretrain(c)
+    assert checkpoint_steps(c.run) == [3] and (tmp_path / "run/held_out.json").exists()
+
+
+def test_no_checkpoint_is_on_the_disk_before_its_line_of_the_log(tmp_path, monkeypatch):
+    events, fsync, rename = [], os.fsync, os.rename
+    log = tmp_path / "run/metrics.jsonl"
+
+    def noted(descriptor):
+        if log.exists() and os.fstat(descriptor).st_ino == log.stat().st_ino:
+            events.append(len(read_metrics(tmp_path / "run")))
+        fsync(descriptor)
+
+    def renamed(old, new):
+        if Path(new).name.startswith("step_"):
+            events.append(Path(new).name)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "rename", renamed)
+    pretrain(pretrain_config(tmp_path / "run", text_file(tmp_path), steps=2, save_every=1))
+    assert events == [1, "step_00000001", 2, "step_00000002"]

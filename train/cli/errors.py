@@ -5,7 +5,7 @@ it keeps its traceback, and is to be reported.
 
     1    the computation failed: out of memory, NaN, the GPU
     2    what the user can mend: flags, files, packages, the account of a service
-    130  Ctrl-C
+    128 + n  ended by signal n: 130 by Ctrl-C, 143 by SIGTERM
 """
 
 import errno
@@ -13,6 +13,8 @@ import pickle
 import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from ..interrupt import Stopped
 
 # The flags that decide how much memory a command takes, as far as it has them.
 MEMORY_FLAGS = (
@@ -48,8 +50,7 @@ SYSTEM_ADVICE = {
     errno.EACCES: "give another path, or the right to use this one",
     errno.EPERM: "give another path, or the right to use this one",
 }
-# Packages of an extra, and packages whose name on the index is another than in `import`.
-EXTRAS = {"tokenizers": "bpe", "trl": "trl", "transformers": "trl"}
+# Packages whose name on the index is another than in `import`.
 INDEX_NAMES = {"PIL": "pillow", "yaml": "pyyaml", "dateutil": "python-dateutil"}
 # What to do about an error that a library has named itself.
 LIBRARY_ADVICE = {
@@ -84,6 +85,10 @@ def package_of(error: BaseException) -> str:
 
 
 # ---- Ctrl-C, memory, NaN ----
+
+
+def is_stopped(error: BaseException) -> bool:
+    return isinstance(error, Stopped)
 
 
 def is_ctrl_c(error: BaseException) -> bool:
@@ -134,8 +139,6 @@ def say_import(error: ImportError, config: Any) -> str:
         return f"{error}; a package does not fit the others: pip install -r requirements.txt"
     package = error.name.partition(".")[0]
     wanted = INDEX_NAMES.get(package, package)
-    if package in EXTRAS:
-        wanted = f'"r1zero[{EXTRAS[package]}]"'
     return f"the package {package} is not installed; pip install {wanted}"
 
 
@@ -225,6 +228,7 @@ def is_other_value(error: BaseException) -> bool:
 
 
 KINDS = (
+    Kind(is_stopped, 130, say_itself),
     Kind(is_ctrl_c, 130, lambda error, config: "broken off"),
     Kind(is_out_of_memory, 1, say_out_of_memory),
     Kind(is_non_finite, 1, say_itself),
@@ -244,5 +248,6 @@ def explain(error: BaseException, config: Any) -> tuple[int, str | None]:
     """(exit code, what to tell the user); None for a fault of r1zero."""
     for kind in KINDS:
         if kind.is_it(error):
-            return kind.code, kind.say(error, config)
+            code = error.exit_code if isinstance(error, Stopped) else kind.code
+            return code, kind.say(error, config)
     return 1, None

@@ -77,7 +77,7 @@ class EvalConfig:
                     f"--ks has {k}, expected 1 to --samples ({self.samples}); raise --samples"
                 )
         if self.out is not None:
-            check_result_path(self.out, self.inputs, make_parents=True)
+            check_result_path(self.out, self.inputs)
             if is_stream(self.out):
                 raise ValueError(
                     f"--out {self.out} is a device or a pipe, and the summary needs a place beside "
@@ -155,7 +155,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
     device = pick_device(config.device)
     model, tokenizer, checkpoint = load_run(config.run, config.which, device)
     out = output_path(config, checkpoint)
-    check_result_path(str(out), config.inputs, make_parents=True)
+    check_result_path(str(out), config.inputs)
     sampler = ModelSampler(
         model,
         tokenizer,

@@ -216,7 +216,7 @@ def unknown(word: str, names: dict) -> str:
     if not word.startswith("-"):
         return f"there is no flag before {word!r}; a value follows its flag, as in --steps 10"
     close = difflib.get_close_matches(hyphened(word), names, n=1)
-    return f"there is no flag {word}" + (f" (did you mean {close[0]}?)" if close else "")
+    return f"there is no flag {word}" + (f"; did you mean {close[0]}?" if close else "")
 
 
 def check_once(first: Given, second: Given) -> None:

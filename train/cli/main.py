@@ -8,11 +8,11 @@ takes it. Its module is imported when the command is called, so that `r1zero --h
 grade` do not wait for torch. To add a command, add a line to COMMANDS.
 
     exit code   what happened
-    0           done, or stopped by Ctrl-C after saving
+    0           done
     1           the computation failed (NaN, out of memory, the GPU), its text could not be
                 written, or a fault of r1zero itself
     2           flags, files, data or packages that the user can mend; one line says how
-    130         broken off by Ctrl-C
+    128 + n     ended by signal n: 130 by Ctrl-C, 143 by SIGTERM. A loop has saved before
 
 `--traceback`, anywhere, shows where an error came from instead. Left out: shell completion beyond
 tyro's own, config files (a shell script with flags is one), an alias for every flag.
@@ -28,6 +28,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from ...eval.console import say
+from ..interrupt import ends_like_ctrl_c
 from .errors import explain
 from .flags import parse_flags
 from .streams import Output, ready_streams
@@ -221,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in argv
     argv = [word for word in argv if word != "--traceback"]
-    with ready_streams() as output:
+    with ready_streams() as output, ends_like_ctrl_c():
         name, *flags = argv or ["--help"]
         if name == "help" and flags[:1] and flags[0] in COMMANDS:
             name, flags = flags[0], ["--help"]

@@ -67,8 +67,8 @@ def with_option(config: Any, name: str, value: Any) -> Any:
     return replace(config, **{outer: value})
 
 
-def compare(config: CompareConfig) -> Path | None:
-    """Do both runs and draw them; returns the picture's path, or None if Ctrl-C stopped a run."""
+def compare(config: CompareConfig) -> Path:
+    """Do both runs and draw them; returns the picture's path. Raises Stopped after Ctrl-C."""
     rows, fell = {}, ""
     for broken in (False, True):
         run_config = config_of_run(config, broken)
@@ -86,9 +86,6 @@ def compare(config: CompareConfig) -> Path | None:
             raise ValueError(
                 f"the log of {run_config.run} is gone; remove that folder to have the run again"
             )
-        if rows[broken][-1]["step"] < config.steps:
-            show(f"stopped; go on with: r1zero compare --resume and the same flags ({config.run})")
-            return None
     path = picture(config, rows)
     result = "\n".join(filter(None, [summary(config, rows), fell, str(path)]))
     atomic_write_text(path.with_name("compare.txt"), f"{result}\n")

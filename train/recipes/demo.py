@@ -173,10 +173,6 @@ def grpo_config(config: DemoConfig, folder: Path, seed: int, control: bool) -> G
     )
 
 
-class Stopped(Exception):
-    """A part was stopped by Ctrl-C before its end."""
-
-
 def part_done(folder: Path, steps: int) -> bool:
     """Whether a part's run has reached and saved its last step."""
     # The log does not show it: it has the line of a step a moment before the step is saved.
@@ -187,14 +183,12 @@ def part_done(folder: Path, steps: int) -> bool:
 def run_part(loop: Callable, config: RunConfig) -> float:
     """Run a part to its end, whether it was begun or not; returns the seconds that it took now.
 
-    Raises Stopped if Ctrl-C ended it before.
+    Raises Stopped after Ctrl-C.
     """
     started = time.perf_counter()
     folder = Path(config.run)
     if not part_done(folder, config.steps):
         loop(replace(config, resume=bool(checkpoint_steps(folder))))
-        if not part_done(folder, config.steps):
-            raise Stopped
     return time.perf_counter() - started
 
 
@@ -354,10 +348,11 @@ def one_seed(config: DemoConfig, folder: Path, seed: int) -> None:
     results.write()
 
 
-def demo(config: DemoConfig) -> Path | None:
-    """Run everything that is not done yet; returns the report's path, or None if Ctrl-C stopped it.
+def demo(config: DemoConfig) -> Path:
+    """Run everything that is not done yet; returns the report's path.
 
-    Raises ValueError if the folder already holds a demo and --resume was not given.
+    Raises ValueError if the folder already holds a demo and --resume was not given, and Stopped
+    after Ctrl-C.
     """
     reuse_memory()
     folder = Path(config.run)
@@ -379,12 +374,8 @@ def demo(config: DemoConfig) -> Path | None:
     }
     atomic_write_json(record_path, record)
 
-    try:
-        for seed in config.seed_list:
-            one_seed(config, folder / f"seed{seed}", seed)
-    except Stopped:
-        show(f"the demo was stopped; go on with: r1zero demo --run {folder} --resume")
-        return None
+    for seed in config.seed_list:
+        one_seed(config, folder / f"seed{seed}", seed)
 
     # 5. The report, on all seeds.
     seconds = time.perf_counter() - started

@@ -112,7 +112,7 @@ def test_values_that_begin_with_a_hyphen():
 
 @pytest.mark.parametrize("words, fragment", [
     (["--data", "a", "--data=--odd"], "--data=--odd"), (["--data", "a", "--", "b"], "there is no flag --"),
-    (["--data", "a", "--sav-every", "3"], "--sav-every (did you mean --save-every?)"),
+    (["--data", "a", "--sav-every", "3"], "--sav-every; did you mean --save-every?"),
     (["--data", "a", "-x"], "there is no flag -x"), (["--steps", "--data", "a"], "--steps needs a value"),
     (["stray", "--data", "a"], "before 'stray'"), ([], "--data must be given"),
 ])

@@ -11,6 +11,7 @@ from r1zero.model.checkpoint import load_checkpoint
 from r1zero.model.optimizer import OptimConfig
 from r1zero.train import grpo as grpo_module
 from r1zero.train.cli.main import main
+from r1zero.train.interrupt import Stopped
 from r1zero.train.lab import compare as module
 from r1zero.train.lab.compare import PANELS, CompareConfig, compare, config_of_run, shown, summary
 from r1zero.train.lab.mistakes import MISTAKES
@@ -108,7 +109,7 @@ def test_lines_of_the_picture_have_their_labels_units_and_title(tmp_path, monkey
 # ---- Ctrl-C and --resume ----
 
 @pytest.mark.parametrize("at", [2, 5])  # of the steps of both runs together: in the first, in the second
-def test_ctrl_c_stops_and_resume_ends_where_an_unbroken_comparison_does(at, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_stops_and_resume_ends_where_an_unbroken_comparison_does(at, tmp_path, monkeypatch):
     whole = config(tmp_path, run=str(tmp_path / "whole"), steps=3)
     compare(whole)
     taken, step_of = [], grpo_module.grpo_step
@@ -121,8 +122,9 @@ def test_ctrl_c_stops_and_resume_ends_where_an_unbroken_comparison_does(at, tmp_
 
     monkeypatch.setattr(grpo_module, "grpo_step", pressed)
     c = config(tmp_path, steps=3)
-    assert compare(c) is None and len(taken) == at
-    assert "go on with: r1zero compare --resume" in capsys.readouterr().out
+    with pytest.raises(Stopped, match="go on with --resume and the same flags"):
+        compare(c)
+    assert len(taken) == at
     assert not (tmp_path / "both/compare.png").exists()
     assert (tmp_path / "both/broken").exists() == (at > 3)
     path = compare(replace(c, resume=True))
