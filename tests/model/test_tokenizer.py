@@ -373,5 +373,5 @@ def test_training_without_the_library_says_what_to_do(monkeypatch):
             raise ImportError(name)
         return real_import(name, *args, **kwargs)
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ValueError, match=r"pip install r1zero\[bpe\].*--tokenizer bytes"):
+    with pytest.raises(ValueError, match=r"pip install tokenizers.*--tokenizer bytes"):
         Tokenizer.train(["a"], 300)
