@@ -23,7 +23,7 @@ from .checkpoint import CheckpointError
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Options of AdamW and of its learning rate. Raises ValueError for values out of range."""
+    """Options of AdamW and of its learning rate."""
 
     lr: float = 3e-3
     """Peak learning rate."""
@@ -46,6 +46,7 @@ class OptimConfig:
     """Largest norm of the whole gradient; a larger gradient is scaled down to it."""
 
     def __post_init__(self):
+        """Raises ValueError for values out of range."""
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f"--optim.schedule is {self.schedule!r}, expected cosine or constant")
         # each alone, for NaN: it is not >= 0, but min() may pass over it

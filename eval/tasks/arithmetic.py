@@ -47,7 +47,7 @@ class ArithmeticProblem:
 
 @dataclass(frozen=True)
 class Arithmetic(Task):
-    """The task and its options; ValueError for an option out of range."""
+    """Arithmetic and its options."""
 
     name: ClassVar[str] = "arithmetic"
     example: ClassVar[str] = '{"expression": "17+25", "response": "..."}'
@@ -64,6 +64,7 @@ class Arithmetic(Task):
     """Changes the training problems; the test problems are the same for every seed."""
 
     def __post_init__(self):
+        """Raises ValueError for an option out of range."""
         if not 2 <= self.n_operands <= MAX_OPERANDS:
             raise ValueError(
                 f"arithmetic: n_operands is {self.n_operands}; it must be 2 to {MAX_OPERANDS}"

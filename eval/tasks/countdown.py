@@ -192,7 +192,7 @@ def _shown(value: Fraction) -> str:
 
 @dataclass(frozen=True)
 class Countdown(Task):
-    """The task and its options; ValueError for an option out of range, or an empty split."""
+    """Countdown and its options."""
 
     name: ClassVar[str] = "countdown"
     example: ClassVar[str] = '{"numbers": [3, 7, 9], "target": 13, "response": "..."}'
@@ -213,6 +213,7 @@ class Countdown(Task):
     """Changes the order of the training problems; the test problems are the same for every seed."""
 
     def __post_init__(self):
+        """Raises ValueError for an option out of range, or an empty split."""
         if not 2 <= self.n_numbers <= MAX_NUMBERS:
             raise ValueError(
                 f"countdown: n_numbers is {self.n_numbers}; it must be 2 to {MAX_NUMBERS}"

@@ -273,11 +273,11 @@ def form_without_sense(history: History) -> str | None:
 
 
 def flat(history: History) -> str | None:
-    """Accuracy does not move in a long run."""
+    """Accuracy does not move in a long run. (If it is 0 or 1 all along, other rules say why.)"""
     change = history.mean("accuracy") - history.first_mean("accuracy")
     noise = history.noise("accuracy")
     is_still = abs(change) < max(0.02, noise) and history.best_mean("accuracy") < 0.9
-    if not (len(history.rows) >= 50 and is_real_run(history) and is_still):
+    if not (len(history.rows) >= 50 and is_real_run(history) and is_still and noise > 0):
         return None
     prompts, group_size = history.option("prompts_per_step"), history.option("group_size")
     answers = ""
