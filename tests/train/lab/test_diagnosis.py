@@ -115,7 +115,7 @@ def test_what_explains_the_others_comes_first_and_consequences_are_left_out():
     assert list(advice(collapse, c)) == ["sampler_is_off", "degenerate", "wild_ratios", "far_from_reference"]
     hopeless = log(accuracy=0.0, wobble=0, format=0.0, truncated=0.9, all_wrong=1.0, dead_groups=1.0,
                    gradient_norm=0.0, trained_samples=0, loss=0.0)
-    assert list(advice(hopeless, c)) == ["cut_off", "too_hard", "nothing_changes", "flat"]
+    assert list(advice(hopeless, c)) == ["cut_off", "too_hard", "nothing_changes"]
     assert list(advice(log(), C))[-1] == list(advice(log(accuracy=0.4), C))[-1] == "loss_is_zero"
 
 
