@@ -681,7 +681,9 @@ attention_fwd_op.register_autograd(backward, setup_context=keep_for_backward)
 
 
 def triton_attention(q, k, v, cu_q, max_q, scale, cu_k, max_k, window, softcap, return_lse):
-    window = -1 if window is None else window
+    # One that is as long as the longest sequence hides nothing. (And 32 bits would overflow if
+    # positions were added to one near 2^31.)
+    window = -1 if window is None or window >= max_k else window
     settings = (max_q, max_k, scale, window, softcap or 0.0)
     out, lse = attention_fwd_op(q, k, v, cu_q, cu_k, *settings)
     return (out, lse.T) if return_lse else out

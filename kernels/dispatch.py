@@ -67,17 +67,29 @@ def choose(op: str, backends: Sequence[Backend], impl: str | None, *args) -> Cal
     cannot serve.
     """
     if impl is not None:
-        return _named(op, backends, impl, args).run
+        return on_device_of(args[0], _named(op, backends, impl, args))
     without_triton = None
     for backend in backends:
         reason = backend.refuses(*args)
         if reason is None:
             if without_triton:
                 warn_once(f"{without_triton}: the slower back end '{backend.name}' runs instead")
-            return backend.run
+            return on_device_of(args[0], backend)
         if backend.name == "triton" and (args[0].is_cuda or INTERPRETING):
             without_triton = reason
     raise ValueError(f"{op}: no back end serves these arguments; the last one says: {reason}")
+
+
+def on_device_of(x: torch.Tensor, backend: Backend) -> Callable:
+    """The back end's `run`. Triton launches on the current device, so it becomes that of `x`."""
+    if backend.name != "triton" or not x.is_cuda:
+        return backend.run
+
+    def run(*args):
+        with torch.cuda.device(x.device):
+            return backend.run(*args)
+
+    return run
 
 
 def _named(op: str, backends: Sequence[Backend], impl: str, args: tuple) -> Backend:

@@ -32,7 +32,7 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 def rmsnorm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; rounded before the weight, too.
 
     With a residual: the pair (rmsnorm of x + residual, x + residual).
     """
@@ -41,7 +41,8 @@ def rmsnorm(
         return rmsnorm(total, weight, eps), total
     x_wide = wide(x)
     mean_square = x_wide.square().mean(-1, keepdim=True)
-    return (x_wide * (mean_square + eps).rsqrt() * weight).to(x.dtype)
+    normed = (x_wide * (mean_square + eps).rsqrt()).to(x.dtype)
+    return (wide(normed) * weight).to(x.dtype)
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,9 @@
 
     y = x / rms(x) * w,  rms(x) = sqrt(mean(x^2) + eps)
 
+In 16 bit, n = x / rms(x) is rounded before it is multiplied by w, and the product once more: so do
+the models that are trained with it (transformers' LlamaRMSNorm and Qwen2RMSNorm; Gemma does not).
+
 With a residual, the add before the norm is done in the same pass: s = x + residual, y = s / rms(s)
 * w. Both y and s are returned, so that a transformer block never reads the residual stream just to
 add to it.
@@ -67,7 +70,8 @@ def rmsnorm_fwd_kernel(
     x = x.to(tl.float32)
     r = tl.rsqrt(tl.sum(x * x, 1) / M + eps)
     tl.store(r_R + row, r, row < R)
-    y = x * r[:, None] * w.to(tl.float32)
+    n = (x * r[:, None]).to(y_RM.dtype.element_ty)
+    y = n.to(tl.float32) * w.to(tl.float32)
     tl.store(y_RM + offsets, y.to(y_RM.dtype.element_ty), mask)
 
 

@@ -38,6 +38,10 @@ def pick_device(name: str) -> torch.device:
 
     Raises ValueError for an unknown name and for a device that is not there.
     """
+    # Sums of 16-bit products stay in fp32: on a GPU, cuBLAS may otherwise add parts of one in 16
+    # bit, and the log-probs of sampler and trainer differ by more than they must.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):

@@ -1,4 +1,5 @@
 """Which back end runs, what runs where Triton is missing, and what the element-wise ops refuse."""
+import contextlib
 import os
 import re
 import subprocess
@@ -44,6 +45,7 @@ class OnCuda:
     """Stands in for a CUDA tensor, of which only this much is asked."""
 
     is_cuda = True
+    device = torch.device("cuda", 0)
 
 
 def backends(triton=None, loops=None):
@@ -91,7 +93,8 @@ def test_a_cpu_tensor_is_served_without_triton_and_without_a_word():
             assert run is SWIGLU[-1].run
 
 
-def test_what_a_cuda_tensor_goes_without_is_said_once():
+def test_what_a_cuda_tensor_goes_without_is_said_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     warn_once.cache_clear()
     with pytest.warns(UserWarning, match="^it is too old: the slower back end 'cpu' runs instead") as said:
         for _ in range(3):
@@ -253,3 +256,30 @@ def test_the_mlp_names_shapes_and_back_ends_that_do_not_fit():
         swiglu_mlp(x, gate_up, down, "cpu")  # six tokens are too few
     with pytest.raises(ValueError, match="swiglu_mlp: impl is 'gpu'"):
         swiglu_mlp(x, gate_up, down, "gpu")
+
+
+def test_triton_launches_on_the_device_of_the_tensor_and_others_are_left_alone(monkeypatch):
+    """With two GPUs the current one is not always the tensor's."""
+    entered = []
+
+    class Entered:
+        def __init__(self, device):
+            entered.append(device)
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *rest):
+            pass
+
+    class OnTheSecondGPU:
+        is_cuda, device = True, torch.device("cuda", 1)
+
+    monkeypatch.setattr(torch.cuda, "device", Entered)
+    x = OnTheSecondGPU()
+    table = (Backend("triton", lambda x: "ran", lambda x: None),
+             Backend("reference", lambda x: "plain", serves_all))
+    for impl in (None, "triton"):
+        assert choose("op", table, impl, x)(x) == "ran" and entered == [x.device]
+        entered.clear()
+    assert choose("op", table, "reference", torch.zeros(1))(torch.zeros(1)) == "plain" and entered == []

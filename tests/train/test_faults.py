@@ -222,6 +222,14 @@ def test_an_unknown_preset_or_device_is_told_at_once_and_names_what_is_known(tmp
         pretrain(pretrain_config(tmp_path / "run", text_file(tmp_path), tokenizer="none"))
 
 
+def test_products_in_16_bit_are_summed_in_fp32_from_the_choice_of_the_device_on():
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = True
+    pick_device("cpu")
+    assert not matmul.allow_bf16_reduced_precision_reduction
+    assert not matmul.allow_fp16_reduced_precision_reduction
+
+
 def test_a_prompt_that_leaves_no_room_is_told_before_anything_is_sampled(tmp_path):
     c = grpo_config(tmp_path / "run", save_base(tmp_path / "base"), max_new_tokens=255)
     with fails(ValueError, "--max-new-tokens is 255, .* room for 256 in all. Give at most 254"):

@@ -77,6 +77,19 @@ def test_queries_at_the_end_of_longer_keys(lengths, lengths_k, options):
     check(lengths, (4, 2), 32, lengths_k=lengths_k, **options)
 
 
+@pytest.mark.parametrize("window", [129, 2**30, 2**31 - 2, 2**31 - 1])
+def test_a_window_that_hides_nothing_is_none_whatever_its_size(window):
+    """Positions are added to it in 32 bits; the largest must not overflow into gradients of zero."""
+    qkv = inputs(LONGER, None, 2, 1, 32, torch.float32)
+    upstream = [torch.randn(sum(LONGER), 2, 32)]
+
+    def with_window(window):
+        return value_and_gradients(
+            lambda *x: attention(*x, cu(LONGER), max(LONGER), impl="triton", window=window), qkv, upstream)
+
+    assert all(torch.equal(a, b) for a, b in zip(with_window(window), with_window(None), strict=True))
+
+
 def test_views_are_read_in_place():
     """Slices of one projection, as the model has them, and q, k and v each with strides of its own."""
     lengths, H, G, D = [9, 40], 4, 2, 32
