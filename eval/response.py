@@ -171,7 +171,9 @@ def own_response(
     """
     # Where the thoughts end, if they do before another think block begins.
     opening, closing = text.find("<think>"), text.find("</think>")
-    begins_with_thoughts = 0 <= opening < closing and not question.search(text, 0, opening)
+    begins_with_thoughts = 0 <= opening < closing and all(
+        is_own(match) for match in question.finditer(text, 0, opening)
+    )
     if not begins_with_thoughts or "<think>" in text[opening + 1 : closing]:
         closing = 0
     for match in question.finditer(text, closing):

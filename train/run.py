@@ -309,7 +309,7 @@ class Run:
         self._bar.close()
         self._log.close()
         self._lock.release()
-        self._wandb.finish(failed=isinstance(error, Exception))
+        self._wandb.finish(failed=error is not None and not isinstance(error, Stopped))
 
     def _save_before_leaving(self, error: Exception) -> None:
         """Save the last whole step, which an error would lose, if its weights are still there."""
@@ -347,12 +347,12 @@ class Run:
         for step in range(self.first_step, self.config.steps):
             yield step
             self._bar.update(1)
-            is_last = step + 1 == self.config.steps
             # If Ctrl-C came after `due` had said no, this step is not saved: the next one will be.
-            if self.interrupt.requested and self._saved_step == step and not is_last:
+            if self.interrupt.requested and self._saved_step == step:
+                is_last = step + 1 == self.config.steps
+                where = f"{'done' if is_last else 'stopped'} and saved in {self.folder}"
                 raise Stopped(
-                    self.interrupt.number,
-                    f"stopped and saved in {self.folder}; go on with --resume and the same flags",
+                    self.interrupt.number, f"{where}; go on with --resume and the same flags"
                 )
 
     def due(self, step: int, every: int) -> bool:
@@ -471,7 +471,7 @@ def read_record(path: Path) -> dict:
 
 def short(value: float) -> str:
     """A number for the bar: 0.125, 25.2k."""
-    return f"{value / 1000:.3g}k" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value / 1000:.3g}k" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def optimizer_key(name: str) -> str:

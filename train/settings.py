@@ -10,6 +10,7 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 
 from ..model.checkpoint import check_config
+from .cli.flags import flags_of
 
 
 def settings_of(config, free: set[str]) -> dict:
@@ -54,19 +55,20 @@ def check_settings(then: dict, now: dict, config, where: Path) -> None:
             then[name] = known | then[name]
 
     paths = getattr(config, "PATHS", ())
-    check_config(as_flags(without(then, paths)), as_flags(without(now, paths)), where)
+    names = {flag.path: flag.name for flag in flags_of(type(config))}
+    check_config(as_flags(without(then, paths), names), as_flags(without(now, paths), names), where)
 
 
-def as_flags(settings: dict, prefix: str = "--") -> dict:
+def as_flags(settings: dict, names: dict[tuple[str, ...], str], path: tuple[str, ...] = ()) -> dict:
     """The settings under the names of their flags: {"--optim.lr": 0.01, ...}."""
-    flags = {}
+    found = {}
     for name, value in settings.items():
-        flag = prefix + name.replace("_", "-")
+        at = (*path, name)
         if isinstance(value, dict):
-            flags |= as_flags(value, f"{flag}.")
+            found |= as_flags(value, names, at)
         else:
-            flags[flag] = value
-    return flags
+            found[names.get(at, ".".join(at))] = value
+    return found
 
 
 def without(settings: dict, paths: tuple[str, ...]) -> dict:

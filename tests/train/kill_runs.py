@@ -137,7 +137,7 @@ def interrupted_by_hand(root: Path, data: str, expected: dict) -> dict[str, str]
              "--optim.lr", "1e-2", "--optim.warmup", "2", "--optim.schedule", "constant", "--device", "cpu",
              "--task.n-numbers", "2", "--task.high", "9"]
     texts = {}
-    for name, step, signals, code in [("once", 4, 1, 130), ("twice", 5, 2, 130), ("last", 8, 1, 0)]:
+    for name, step, signals, code in [("once", 4, 1, 130), ("twice", 5, 2, 130), ("last", 8, 1, 130)]:
         run, messages = root / name, root / f"{name}.txt"
 
         def broken(run=run, step=step, signals=signals):

@@ -1,10 +1,12 @@
 """Signals as a request to stop: which ones, how often, and what stays as it was."""
+import copy
 import os
+import pickle
 import signal
 
 import pytest
 
-from r1zero.train.interrupt import NAMES, Interrupt, ends_like_ctrl_c
+from r1zero.train.interrupt import NAMES, Interrupt, Stopped, ends_like_ctrl_c
 
 
 def send(number: int) -> None:
@@ -90,7 +92,7 @@ def test_a_handler_that_is_not_pythons_is_left_alone(handlers, monkeypatch):
     assert interrupt.requested
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", NAMES[1:])
 def test_other_work_is_broken_off_by_them_as_by_ctrl_c(handlers, name):
     number, before = getattr(signal, name), handlers()
     with pytest.raises(KeyboardInterrupt, match=f"ended by {name}") as end, ends_like_ctrl_c():
@@ -99,3 +101,18 @@ def test_other_work_is_broken_off_by_them_as_by_ctrl_c(handlers, name):
     signal.signal(number, signal.SIG_IGN)
     with ends_like_ctrl_c():
         send(number)
+
+
+def test_two_signals_at_once_end_work_once(handlers):
+    with pytest.raises(Stopped) as end, ends_like_ctrl_c():
+        try:
+            send(signal.SIGTERM)
+        finally:
+            send(signal.SIGHUP)  # while the first is being told of
+    assert end.value.exit_code == 128 + signal.SIGTERM
+
+
+def test_the_end_can_be_copied_and_pickled():
+    """As a process pool does with what its workers raise."""
+    for again in (copy.copy(Stopped(15, "ended")), pickle.loads(pickle.dumps(Stopped(15, "ended")))):
+        assert str(again) == "ended" and again.exit_code == 143

@@ -246,11 +246,16 @@ def test_a_stopped_run_does_not_spend_its_last_seconds_on_a_score(tmp_path, monk
     assert checkpoint_steps(c.run) == [1] and not (tmp_path / "run/held_out.json").exists()
 
 
-def test_ctrl_c_in_the_last_step_ends_a_run_that_is_done(tmp_path, monkeypatch):
+def test_ctrl_c_in_the_last_step_is_no_less_a_wish_to_stop(tmp_path, monkeypatch):
+    """What comes behind the run, such as the next part of a demo, must not begin."""
     c = pretrain_config(tmp_path / "run", text_file(tmp_path), steps=3)
-    pressed_at(monkeypatch, 3)
-    pretrain(c)
-    assert checkpoint_steps(c.run) == [3] and (tmp_path / "run/held_out.json").exists()
+    with monkeypatch.context() as patch:
+        pressed_at(patch, 3)
+        with pytest.raises(Stopped, match="done and saved in"):
+            pretrain(c)
+    assert checkpoint_steps(c.run) == [3] and not (tmp_path / "run/held_out.json").exists()
+    pretrain(pretrain_config(c.run, c.data[0], steps=3, resume=True))
+    assert (tmp_path / "run/held_out.json").exists()
 
 
 def test_no_checkpoint_is_on_the_disk_before_its_line_of_the_log(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from ...eval.response import Sample, grade_response, parse_response
 from ...eval.sampler import ModelSampler
 from ...eval.tasks.countdown import Countdown, CountdownProblem
 from ..checks import check_temperature
+from ..interrupt import Stopped
 from ..machine import pick_device, reuse_memory
 from ..run import at_least
 from .eval import load_run
@@ -179,6 +180,8 @@ def answer_person(responder: Responder, name: str) -> None:
             responder.stream(line)
         except ValueError as error:
             print(error, flush=True)
+        except Stopped:
+            raise
         except KeyboardInterrupt:
             print()  # the answer was broken off; the next line is asked for
 

@@ -52,6 +52,8 @@ class Flag:
     is_optional: bool
     """Whether it may be None."""
     is_required: bool
+    path: tuple[str, ...]
+    """The field that it sets: ("loss", "kl_coef")."""
 
     @property
     def is_switch(self) -> bool:
@@ -64,7 +66,7 @@ class Flag:
         return f"--{before}{dot}no-{last}"
 
 
-def flags_of(config_class: type, prefix: str = "") -> list[Flag]:
+def flags_of(config_class: type, prefix: str = "", path: tuple[str, ...] = ()) -> list[Flag]:
     """All flags of a config, those of the configs within it too."""
     hints = typing.get_type_hints(config_class, include_extras=True)
     found = []
@@ -74,14 +76,15 @@ def flags_of(config_class: type, prefix: str = "") -> list[Flag]:
         if options.get("prefix_name", True):
             name = prefix + name
         if is_dataclass(hint):
-            found += flags_of(hint, f"{name}.")
+            found += flags_of(hint, f"{name}.", (*path, field.name))
             continue
         kind, is_optional = without_none(hint)
         is_list = typing.get_origin(kind) in (tuple, list)
         if is_list:
             kind = typing.get_args(kind)[0]
         is_required = field.default is field.default_factory is MISSING
-        found.append(Flag(f"--{name}", kind, is_list, is_optional, is_required))
+        at = (*path, field.name)
+        found.append(Flag(f"--{name}", kind, is_list, is_optional, is_required, at))
     return found
 
 

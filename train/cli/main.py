@@ -28,7 +28,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from ...eval.console import say
-from ..interrupt import ends_like_ctrl_c
+from ..interrupt import Stopped, ends_like_ctrl_c
 from .errors import explain
 from .flags import parse_flags
 from .streams import Output, ready_streams
@@ -198,7 +198,7 @@ def run(name: str, flags: list[str], show_traceback: bool, output: Output) -> in
     except SystemExit as stop:  # tyro's, after --help
         code, is_text = stop.code or 0, True
     except (Exception, KeyboardInterrupt) as error:
-        if show_traceback:
+        if show_traceback and not isinstance(error, Stopped):
             raise
         if error is not output.error:
             return tell_of(error, name, config)

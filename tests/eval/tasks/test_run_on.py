@@ -78,6 +78,11 @@ def test_what_the_thoughts_hold_is_no_answer_and_no_question():
     assert Arithmetic.grade(ArithmeticProblem("17+25", 42), text).accuracy == 1.0
 
 
+def test_the_problem_said_again_before_the_thoughts_leaves_them_thoughts():
+    text = "\n3 7 9 -> 13\n<think>like\n1 2 -> 3\nso</think><answer>(9-3)+7</answer>"
+    assert Countdown.grade(CountdownProblem((3, 7, 9), 13), text).accuracy == 1.0
+
+
 RUNS_ON = [(Arithmetic, ArithmeticProblem("40+2", 42), "17+25=<answer>42</answer>"),
            (Countdown, CountdownProblem((3, 7, 9), 13), "4 9 -> 13\n<think>x</think><answer>9-3+7</answer>"),
            (GSM8K, GSM8KProblem("How many?", "42"), "Question: And now?\nAnswer: #### 42")]

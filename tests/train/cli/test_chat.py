@@ -13,9 +13,10 @@ from r1zero.model.checkpoint import save_checkpoint
 from r1zero.model.config import preset
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.model.transformer import Transformer
-from r1zero.train.cli.chat import Responder, knows_countdown_only, shown
+from r1zero.train.cli.chat import Responder, answer_person, knows_countdown_only, shown
 from r1zero.train.cli.main import main
 from r1zero.train.grpo import GRPOConfig
+from r1zero.train.interrupt import Stopped
 from r1zero.train.pretrain import PretrainConfig
 from r1zero.train.task_flags import TaskFlags
 
@@ -135,3 +136,20 @@ def test_what_is_graded_is_shown_where_it_is_not_what_was_streamed(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["<answer>(9-3)+7</answer>", "sampled <answer>(9-3)<|bos|>+7</answer>"]
     assert lines[2].startswith("grade   wrong.")
+
+
+def test_ctrl_c_ends_an_answer_and_a_signal_to_stop_ends_the_chat(monkeypatch, capsys):
+    ends = iter([KeyboardInterrupt(), Stopped(15, "ended by SIGTERM")])
+
+    class Broken:
+        countdown_only = True
+
+        def stream(self, line):
+            raise next(ends)
+
+    stdin = io.StringIO("1 2 -> 3\n1 2 -> 3\nnever read\n")
+    stdin.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", stdin)
+    with pytest.raises(Stopped):
+        answer_person(Broken(), "a run")
+    assert stdin.read() == "never read\n"

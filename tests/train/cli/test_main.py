@@ -21,6 +21,7 @@ from r1zero.train.cli import main as cli
 from r1zero.train.cli.eval import EvalConfig
 from r1zero.train.cli.main import COMMANDS, explain, main, parse_flags
 from r1zero.train.grpo import GRPOConfig
+from r1zero.train.interrupt import Stopped
 from r1zero.train.pretrain import PretrainConfig
 from r1zero.train.sft import SFTConfig
 from r1zero.train.task_flags import TaskFlags
@@ -290,3 +291,14 @@ def test_a_warning_never_ends_the_work_whatever_the_environment_asks(tmp_path, m
         warnings.simplefilter("error")
         assert main(["chat", "--run", str(tmp_path / "run"), "--problem", "a", "--max-new-tokens", "2"]) == 0
     assert "warning: using " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--traceback"]])
+def test_work_that_a_signal_ended_tells_which_one(monkeypatch, capsys, more):
+    def ended(config):
+        raise Stopped(15, "stopped and saved in runs/x; go on with --resume and the same flags")
+
+    monkeypatch.setattr(grade, "grade", ended)
+    assert main(["grade", *RIGHT, *more]) == 143
+    assert capsys.readouterr().err == \
+        "r1zero grade: stopped and saved in runs/x; go on with --resume and the same flags\n"

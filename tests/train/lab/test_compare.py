@@ -108,7 +108,8 @@ def test_lines_of_the_picture_have_their_labels_units_and_title(tmp_path, monkey
 
 # ---- Ctrl-C and --resume ----
 
-@pytest.mark.parametrize("at", [2, 5])  # of the steps of both runs together: in the first, in the second
+# of the steps of both runs together: in the first run, in its last step, in the second run
+@pytest.mark.parametrize("at", [2, 3, 5])
 def test_ctrl_c_stops_and_resume_ends_where_an_unbroken_comparison_does(at, tmp_path, monkeypatch):
     whole = config(tmp_path, run=str(tmp_path / "whole"), steps=3)
     compare(whole)
