@@ -25,7 +25,17 @@ Shapes: B rows, H query heads, G kv heads, R = H / G, D head_dim, P pages, W pag
 import torch
 
 from . import reference
-from .dispatch import Backend, check_tensors, choose, serves_all, tl, triton, triton_refuses
+from .dispatch import (
+    Backend,
+    arch_of,
+    check_tensors,
+    choose,
+    serves_all,
+    tl,
+    triton,
+    triton_refuses,
+    why_not_triton,
+)
 
 MAX_HEAD_DIM = 256
 SPLIT = 256  # positions per program
@@ -156,6 +166,11 @@ def decode_attention_config(head_dim: int, dtype: torch.dtype, per_group: int) -
     }
 
 
+def decode_attention_grid(n_rows: int, n_kv_heads: int, n_positions: int, split: int = SPLIT):
+    """(B, G, splits): the programs of the first kernel, for a table of so many positions a row."""
+    return n_rows, n_kv_heads, max(1, -(-n_positions // split))
+
+
 def decode_attention_fwd(
     q: torch.Tensor,
     k_pages: torch.Tensor,
@@ -165,10 +180,15 @@ def decode_attention_fwd(
     scale: float,
     split: int = SPLIT,
 ) -> torch.Tensor:
-    """Launch both kernels. Their grid depends on the table's width only, as CUDA graphs need."""
+    """Launch both kernels. Their grid depends on the table's width only, as CUDA graphs need.
+
+    So a caller passes no more columns of the table than its longest row may use: a program behind
+    the end of its row does nothing, but there is one for every row, kv head and split of the table.
+    """
     B, H, D = q.shape
     _, G, page, _ = k_pages.shape
-    n_splits = max(1, triton.cdiv(table.shape[1] * page, split))
+    grid = decode_attention_grid(B, G, table.shape[1] * page, split)
+    n_splits = grid[2]
     out = torch.empty((B, H, D), dtype=q.dtype, device=q.device)
     parts = q.new_empty((B, n_splits, H, D), dtype=torch.float32)
     lse = q.new_empty((B, n_splits, H), dtype=torch.float32)
@@ -176,7 +196,7 @@ def decode_attention_fwd(
         return out
     block_d = max(16, triton.next_power_of_2(D))
     per_group = H // G
-    decode_attention_fwd_kernel[(B, G, n_splits)](
+    decode_attention_fwd_kernel[grid](
         q,
         k_pages,
         v_pages,
@@ -204,6 +224,11 @@ def decode_attention_fwd(
         parts, lse, lengths, out, n_splits, H=H, D=D, SPLIT=split, BLOCK_D=block_d, num_warps=1
     )
     return out
+
+
+def can_capture(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a CUDA graph can hold this op. The plain PyTorch one reads lengths on the host."""
+    return why_not_triton(dtype, device.type, arch_of(device)) is None
 
 
 DECODE_ATTENTION = (

@@ -5,12 +5,16 @@ Attention finds those of a row through a table of page numbers (page_table.py), 
 al. 2023, arXiv 2309.06180). So rows of any length lie in one memory without gaps, and the samples
 of a group share the pages of their prompt.
 
-A decoding step is captured at a few batch sizes, once each, and replayed: a small model's step is
-otherwise bound by the launching of its kernels. Everything that a graph reads or writes is a static
-tensor.
+A decoding step is captured and replayed: a small model's step is otherwise bound by the launching
+of its kernels. A graph's work is fixed by two numbers, the rows and the columns of the page table
+that it reads. Both are rounded up to powers of two, so that a step costs what is in use, not what
+the model's longest sequence would. There is one graph for each pair that occurs, captured at its
+first step. Everything that a graph reads or writes is a static tensor, or lies in a memory pool
+that all graphs share: they run one after another. The logits are computed behind the graph, since a
+pool could give their memory to nobody else.
 
 Shapes: B rows, T flat tokens of a prefill, P prompts, N pages, G kv heads, D width of a key, E
-width of a value, W pages of the longest sequence, V vocabulary.
+width of a value, W pages that a row may have, M d_model, V vocabulary.
 """
 
 import copy
@@ -20,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...kernels.decode_attention import decode_attention
+from ...kernels.decode_attention import SPLIT, can_capture, decode_attention
 from ..attention import KV, RecordingKV
 from ..packed import pack
 from ..transformer import Transformer
@@ -85,10 +89,13 @@ class Pages:
         self.table = self._zeros(self.n_rows, width, dtype=torch.int32)
         self.lengths = self._zeros(self.n_rows, dtype=torch.int32)
         self.tokens = self._zeros(self.n_rows, dtype=torch.int64)
-        # Batch sizes: the powers of two, and all rows.
-        n_powers = self.n_rows.bit_length() + 1
-        self.sizes = sorted({min(self.n_rows, 1 << i) for i in range(n_powers)})
-        self.graphs: dict[int, Callable[[], torch.Tensor]] = {}
+        self.sizes = doublings(1, self.n_rows)
+        # Fewer pages than a program of attention reads would save none.
+        self.widths = doublings(SPLIT // PAGE, width)
+        # At most len(sizes) * len(widths), but rows grow longer and fewer: most pairs never occur.
+        self.graphs: dict[tuple[int, int], Callable[[], torch.Tensor]] = {}
+        self.captures = self.device.type == "cuda" and can_capture(self.dtype, self.device)
+        self.graph_pool = torch.cuda.graph_pool_handle() if self.captures else None
 
     def _zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -208,6 +215,11 @@ class Pages:
     def width(self, n: int) -> int:
         return next(size for size in self.sizes if size >= n) if n else 0
 
+    def table_width(self, n: int) -> int:
+        """Columns of the page table that n rows need for one token more, rounded up."""
+        n_pages = pages_for(self.page_table.lengths[:n].max() + 1)
+        return next(width for width in self.widths if width >= n_pages)
+
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         # A row whose last page is full gets another one for its new token.
         n, table = self.n, self.page_table
@@ -217,41 +229,52 @@ class Pages:
             self.table.copy_(torch.from_numpy(table.pages))
 
         # Rows n and up to the batch size have length 0 and page 0: what they compute is not read.
-        size = self.width(n)
-        if size not in self.graphs:
-            self.graphs[size] = self._graph(size)
+        shape = self.width(n), self.table_width(n)
+        if shape not in self.graphs:
+            self.graphs[shape] = self._graph(*shape)
         self.tokens[:n] = tokens
-        logits = self.graphs[size]()[:n]
+        hidden_BM = self.graphs[shape]()
+        logits = self.weights.logits(hidden_BM)[:n]
 
         table.lengths[:n] += 1
         self.lengths[:n] += 1
         return logits
 
-    def _graph(self, n: int) -> Callable[[], torch.Tensor]:
-        """A function that decodes n rows: on a GPU the replay of a graph, captured here."""
-        if self.device.type != "cuda":
-            return lambda: self._step(n)
+    def _graph(self, n: int, width: int) -> Callable[[], torch.Tensor]:
+        """A function that decodes n rows of `width` pages: on a GPU the replay of a graph, captured
+        here."""
+        if not self.captures:
+            return lambda: self._step(n, width)
         # Kernels are compiled in a run before the capture.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._step(n)
+            self._step(n, width)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self._step(n)
+        with torch.cuda.graph(graph, pool=self.graph_pool):
+            hidden_BM = self._step(n, width)
 
         def replay() -> torch.Tensor:
+            """The next replay of any graph may write over what this returns."""
             graph.replay()
-            return logits
+            return hidden_BM
 
         return replay
 
-    def _step(self, n: int) -> torch.Tensor:
-        """Logits [n, V] after the newest token of each row, which is written to the cache."""
-        kv = PagedKV(self.caches, self.table[:n], self.lengths[:n])
-        hidden_BM = self.weights(self.tokens[:n], kv.positions, kv)
-        return self.weights.logits(hidden_BM)
+    def _step(self, n: int, width: int) -> torch.Tensor:
+        """Hidden states [n, M] of the newest token of each row, which is written to the cache."""
+        kv = PagedKV(self.caches, self.table[:n, :width], self.lengths[:n])
+        return self.weights(self.tokens[:n], kv.positions, kv)
+
+
+def doublings(least: int, most: int) -> list[int]:
+    """least, 2 least, 4 least ... below `most`, and `most`."""
+    sizes = []
+    while least < most:
+        sizes.append(least)
+        least *= 2
+    return [*sizes, most]
 
 
 def slots_of(pages: np.ndarray, n: int) -> np.ndarray:

@@ -32,8 +32,8 @@ def mixed_requests(n=24, temperature=1.0):
 class Watched(Transformer):
     """Adds a constant to the end token's logit, and writes down what is prefilled."""
 
-    def __init__(self, eos_bias=0.0, dtype=torch.float32):
-        super().__init__(CONFIG, dtype)
+    def __init__(self, eos_bias=0.0, dtype=torch.float32, config=CONFIG):
+        super().__init__(config, dtype)
         self.init_weights(0)
         self.eos_bias, self.prefilled = eos_bias, []
         self.register_forward_pre_hook(note_prefill)
