@@ -86,8 +86,10 @@ class Pages:
         # What graphs read and write: keys and values, and the device's copy of the page table.
         shapes = [block.attn.cache_shape for block in self.model.blocks]
         self.caches = [self._layer_cache(n_pages, shape) for shape in shapes]
-        self.table = self._zeros(self.n_rows, width, dtype=torch.int32)
-        self.lengths = self._zeros(self.n_rows, dtype=torch.int32)
+        # It lies in one tensor, so that a step's changes are one copy and one write.
+        self.table_and_lengths = self._zeros(self.n_rows * (width + 1), dtype=torch.int32)
+        table, self.lengths = self.table_and_lengths.split([self.n_rows * width, self.n_rows])
+        self.table = table.view(self.n_rows, width)
         self.tokens = self._zeros(self.n_rows, dtype=torch.int64)
         self.sizes = doublings(1, self.n_rows)
         # Fewer pages than a program of attention reads would save none.
@@ -124,7 +126,7 @@ class Pages:
                 values.zero_()  # in place: graphs hold its address
         self.n = 0
         self.page_table.reset()
-        self._upload()
+        self.table_and_lengths.zero_()
 
     # ---- is there room? ----
 
@@ -156,7 +158,6 @@ class Pages:
             for values, new_values in zip(cache, new, strict=True):
                 values[pages, :, offsets] = new_values.to(self.dtype)[tokens]
         self.n = max(self.n, int(rows.max()) + 1)
-        self._upload()
 
         # The last token of each prompt predicts the first one of its samples.
         last = packed.cu_seqlens[1:].long() - 1
@@ -187,10 +188,7 @@ class Pages:
             slots.append(slots_of(own, length % PAGE))
             tokens.append(start + np.arange(n_shared, length))
             table.begin(row, np.concatenate([shared[prompt], own]), length)
-        return self._on_device(slots), self._on_device(tokens)
-
-    def _on_device(self, parts: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(parts)).to(self.device)
+        return self._send(np.concatenate(slots)), self._send(np.concatenate(tokens))
 
     def move(self, dst: np.ndarray, src: np.ndarray) -> None:
         for to, by in zip(dst.tolist(), src.tolist(), strict=True):
@@ -199,16 +197,23 @@ class Pages:
     def cut(self, n: int) -> None:
         self.page_table.release(range(n, self.n))
         self.n = n
-        self._upload()
 
     def empty(self, rows: np.ndarray) -> None:
         self.page_table.release(rows.tolist())
-        self._upload()
 
     def _upload(self) -> None:
-        """Bring the device's copy of the page table up to date."""
-        self.table.copy_(torch.from_numpy(self.page_table.pages))
-        self.lengths.copy_(torch.from_numpy(self.page_table.lengths))
+        """Write what has changed in the page table to the device's copy of it."""
+        changes = self.page_table.changes()
+        if changes.shape[1]:
+            index, values = self._send(changes)
+            self.table_and_lengths[index] = values.int()
+
+    def _send(self, array: np.ndarray) -> torch.Tensor:
+        """A copy on the device. Nobody waits for it: its memory on the host is pinned."""
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     # ---- one token per row ----
 
@@ -226,7 +231,7 @@ class Pages:
         full = table.full(n)
         if len(full):
             table.extend(full)
-            self.table.copy_(torch.from_numpy(table.pages))
+        self._upload()
 
         # Rows n and up to the batch size have length 0 and page 0: what they compute is not read.
         shape = self.width(n), self.table_width(n)

@@ -1,4 +1,4 @@
-"""What a decoding step costs beside its arithmetic: programs, and one graph per size that occurs.
+"""What a decoding step costs beside its arithmetic: programs, bytes from the host, waits for the device.
 
 The presets are counted on the meta device, at their own max_seq_len, so no memory is needed.
 """
@@ -7,6 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from r1zero.kernels.decode_attention import SPLIT, decode_attention_grid
 from r1zero.model.config import preset
@@ -16,9 +18,9 @@ from r1zero.model.engine.pages import PagedKV, Pages, doublings
 from r1zero.model.engine.requests import Request
 from r1zero.model.transformer import Transformer
 
-from .cases import CONFIG, Watched, agree, everything_is_free
+from .cases import CONFIG, PROMPTS, Watched, agree, everything_is_free, mixed_requests
 
-ROWS, STEPS = 256, 520
+ROWS, STEPS = 256, 512
 
 
 class NoLayers:
@@ -34,6 +36,24 @@ class NoLayers:
 
     def logits(self, hidden):
         return torch.empty(len(hidden), self.config.vocab_size, device="meta")
+
+
+class Transfers(TorchDispatchMode):
+    """Counts what operators bring from the host to the meta device, and how often the host waits for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = self.waits = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        sent = [x.nbytes for x in tensors if x.is_cpu and x.ndim]
+        if sent and isinstance(result, torch.Tensor) and result.is_meta:
+            given = dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | (kwargs or {})
+            self.bytes += sum(sent)
+            self.waits += not given.get("non_blocking", False)
+        return result
 
 
 @torch.inference_mode()
@@ -58,7 +78,7 @@ def decode(cache):
 
 @pytest.mark.parametrize("name", ["qwen2.5-0.5b", "qwen2.5-1.5b"])
 def test_the_programs_of_a_step_follow_the_pages_in_use(name):
-    """256 rows of 600 tokens need 1,536 programs of attention per layer.
+    """256 rows of 592 to 599 tokens need 1,536 programs of attention per layer.
 
     With a grid that follows max_seq_len they were 65,536 (0.5b) and 262,144 (1.5b).
     """
@@ -74,6 +94,57 @@ def test_the_programs_of_a_step_follow_the_pages_in_use(name):
     assert list(cache.graphs) == [(256, 16), (256, 32), (256, 64)]
     # One graph for each size that occurs, and not many that may.
     assert len(cache.sizes) * len(cache.widths) <= 9 * 10
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b", "qwen2.5-1.5b"])
+def test_a_step_sends_the_pages_that_are_new(name):
+    """256 rows of 80 to 87 tokens go on for 512. A row takes a page every 16 steps.
+
+    When the whole table was sent, a step sent 1.0 MB on average and 2.1 MB at most (0.5b), 4.1 MB and 8.4 MB
+    (1.5b), and the host waited for the device in every other step.
+    """
+    cache, _ = begin(name)
+    decode(cache)  # sends the prompts' pages and lengths
+    steps = []
+    for _ in range(STEPS):
+        with Transfers() as transfers:
+            decode(cache)
+        steps.append((transfers.bytes, transfers.waits))
+    sent, waits = np.array(steps).T
+    entry = 2 * 8  # an index and a value
+    assert sent.max() == ROWS // 8 * entry and sent.sum() == entry * ROWS * STEPS // PAGE
+    assert waits.sum() == 0
+    with torch.inference_mode(), Transfers() as transfers:
+        cache.cut(ROWS - 5)
+        cache.decode(torch.zeros(cache.n, dtype=torch.int64, device="meta"))
+    assert transfers.bytes <= (5 * 2 + ROWS // 8) * entry and transfers.waits == 0
+
+
+def test_the_devices_table_is_the_hosts():
+    """In any step, as far as it is read: rows begin, grow, move, end, wait again and are cancelled."""
+    model = Watched(1.0)
+    requests = mixed_requests(40) + [Request(PROMPTS[i % 6], 40, i) for i in range(9)]
+    engine = Engine(model, max_rows=13, cache_tokens=18 * PAGE, paged=True)
+    cache, step, seen = engine.cache, engine.cache._step, []
+
+    def checked(n, width):
+        host = cache.page_table
+        assert torch.equal(cache.lengths[:n].long(), torch.from_numpy(host.lengths[:n]))
+        for row in range(n):
+            read = host.lengths[row] // PAGE + 1  # with the new token's page
+            assert cache.table[row, :read].tolist() == host.pages[row, :read].tolist()
+            assert (host.pages[row, :read] > 0).all() if row < cache.n else read == 1
+        seen.append((n, cache.n))
+        return step(n, width)
+
+    cache._step = checked
+    preempted, preempt = [], engine.scheduler.preempt
+    engine.scheduler.preempt = lambda: preempted.append(1) or preempt()
+    for event in engine.stream(requests):
+        if event.index in (41, 45) and len(event.tokens) == 1:
+            engine.cancel(event.id)
+    assert preempted and any(n > rows for n, rows in seen)
+    everything_is_free(engine)
 
 
 @torch.inference_mode()
