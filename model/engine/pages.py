@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from ...kernels.decode_attention import SPLIT, can_capture, decode_attention
-from ..attention import KV, RecordingKV
-from ..packed import pack
+from ..attention import KV, PrefillKV
+from ..packed import Packed, pack
 from ..transformer import Transformer
 from .cache import PAGE, pages_for
 from .page_table import PageTable
@@ -54,6 +54,21 @@ class PagedKV(KV):
         k_cache[self.pages, :, self.offsets] = k_BGD
         v_cache[self.pages, :, self.offsets] = v_BGE
         return decode_attention(q_BHD, k_cache, v_cache, self.table, self.lengths)
+
+
+class PageWritingKV(PrefillKV):
+    """Writes each layer's keys and values of a prefill to their pages as they come, so that none is
+    held until the last layer."""
+
+    def __init__(self, packed: Packed, caches: list, slots: torch.Tensor, tokens: torch.Tensor):
+        """caches: as in PagedKV. slots, tokens: [K], as `Pages._lay_out` returns them."""
+        super().__init__(packed)
+        self.caches, self.tokens = caches, tokens
+        self.pages, self.offsets = slots // PAGE, slots % PAGE
+
+    def keep(self, layer: int, k_TGD: torch.Tensor, v_TGE: torch.Tensor) -> None:
+        for cache, new in zip(self.caches[layer], (k_TGD, v_TGE), strict=True):
+            cache[self.pages, :, self.offsets] = new[self.tokens].to(cache.dtype)
 
 
 def cast_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
@@ -146,18 +161,14 @@ class Pages:
     def admit(
         self, rows: np.ndarray, prompts: list[Sequence[int]], which: np.ndarray
     ) -> torch.Tensor:
-        # Prefill all prompts as one flat batch, each once.
-        packed = pack(prompts, self.device)
-        kv = RecordingKV(packed)
-        hidden_TM = self.weights(packed.tokens, packed.positions, kv)
-
-        # Copy the keys and values of their tokens to the pages of the rows, in every layer.
         slots, tokens = self._lay_out(rows, which, [len(prompt) for prompt in prompts])
-        pages, offsets = slots // PAGE, slots % PAGE
-        for cache, new in zip(self.caches, kv.kept, strict=True):
-            for values, new_values in zip(cache, new, strict=True):
-                values[pages, :, offsets] = new_values.to(self.dtype)[tokens]
         self.n = max(self.n, int(rows.max()) + 1)
+
+        # Prefill all prompts as one flat batch, each once. Every layer writes the keys and values
+        # of the tokens to the pages of the rows.
+        packed = pack(prompts, self.device)
+        kv = PageWritingKV(packed, self.caches, slots, tokens)
+        hidden_TM = self.weights(packed.tokens, packed.positions, kv)
 
         # The last token of each prompt predicts the first one of its samples.
         last = packed.cu_seqlens[1:].long() - 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from r1zero.kernels.cpu import compile as cpu
-from r1zero.model.attention import RecordingKV
+from r1zero.model.attention import PrefillKV
 from r1zero.model.config import ModelConfig
 from r1zero.model.engine.naive import generate_naive
 from r1zero.model.engine.pages import Pages
@@ -51,7 +51,7 @@ class Watched(Transformer):
 
 def note_prefill(model, args) -> None:
     _, _, kv = args
-    if isinstance(kv, RecordingKV):
+    if isinstance(kv, PrefillKV):
         model.prefilled.append(kv.packed.cu_seqlens.diff().tolist())
 
 
