@@ -10,7 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from r1zero.kernels.decode_attention import SPLIT, decode_attention_grid
+from r1zero.kernels import decode_attention as decode_attention_file
+from r1zero.kernels.decode_attention import SPLIT, can_capture, decode_attention_grid
+from r1zero.kernels.dispatch import HAS_TRITON
 from r1zero.model.config import preset
 from r1zero.model.engine.cache import PAGE
 from r1zero.model.engine.engine import Engine
@@ -155,6 +157,13 @@ def test_the_longest_row_decides_and_its_end_is_seen_at_once():
     decode(cache)
     assert [table.shape for table in layers.tables] == [(256, 256), (256, 16)]
     assert {table.stride(0) for table in layers.tables} == {2048}  # views, at an address that graphs may hold
+
+
+@pytest.mark.parametrize("arch,dtype,graphs", [(90, torch.bfloat16, True), (75, torch.float16, False),
+                                               (90, torch.float64, False)])
+def test_graphs_hold_the_kernel_and_not_plain_pytorch_which_reads_lengths(arch, dtype, graphs, monkeypatch):
+    monkeypatch.setattr(decode_attention_file, "arch_of", lambda device: arch)
+    assert can_capture(dtype, torch.device("cuda")) == (graphs and HAS_TRITON)
 
 
 def test_the_sizes_are_doublings():
