@@ -25,17 +25,7 @@ Shapes: B rows, H query heads, G kv heads, R = H / G, D head_dim, P pages, W pag
 import torch
 
 from . import reference
-from .dispatch import (
-    Backend,
-    arch_of,
-    check_tensors,
-    choose,
-    serves_all,
-    tl,
-    triton,
-    triton_refuses,
-    why_not_triton,
-)
+from .dispatch import Backend, check_tensors, choose, serves_all, tl, triton, triton_refuses
 
 MAX_HEAD_DIM = 256
 SPLIT = 256  # positions per program
@@ -166,11 +156,6 @@ def decode_attention_config(head_dim: int, dtype: torch.dtype, per_group: int) -
     }
 
 
-def decode_attention_grid(n_rows: int, n_kv_heads: int, n_positions: int, split: int = SPLIT):
-    """(B, G, splits): the programs of the first kernel, for a table of so many positions a row."""
-    return n_rows, n_kv_heads, max(1, -(-n_positions // split))
-
-
 def decode_attention_fwd(
     q: torch.Tensor,
     k_pages: torch.Tensor,
@@ -226,9 +211,14 @@ def decode_attention_fwd(
     return out
 
 
-def can_capture(dtype: torch.dtype, device: torch.device) -> bool:
+def decode_attention_grid(n_rows: int, n_kv_heads: int, n_positions: int, split: int = SPLIT):
+    """(B, G, splits): the programs of the first kernel, for a table of so many positions a row."""
+    return n_rows, n_kv_heads, max(1, -(-n_positions // split))
+
+
+def can_capture(pages: torch.Tensor) -> bool:
     """Whether a CUDA graph can hold this op. The plain PyTorch one reads lengths on the host."""
-    return why_not_triton(dtype, device.type, arch_of(device)) is None
+    return triton_refuses(pages) is None
 
 
 DECODE_ATTENTION = (

@@ -111,7 +111,7 @@ class Pages:
         self.widths = doublings(SPLIT // PAGE, width)
         # At most len(sizes) * len(widths), but rows grow longer and fewer: most pairs never occur.
         self.graphs: dict[tuple[int, int], Callable[[], torch.Tensor]] = {}
-        self.captures = self.device.type == "cuda" and can_capture(self.dtype, self.device)
+        self.captures = self.device.type == "cuda" and can_capture(self.caches[0][0])
         self.graph_pool = torch.cuda.graph_pool_handle() if self.captures else None
 
     def _zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:

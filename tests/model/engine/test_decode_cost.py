@@ -3,6 +3,7 @@
 The presets are counted on the meta device, at their own max_seq_len, so no memory is needed.
 """
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from r1zero.kernels import decode_attention as decode_attention_file
+from r1zero.kernels import dispatch
 from r1zero.kernels.decode_attention import SPLIT, can_capture, decode_attention_grid
 from r1zero.kernels.dispatch import HAS_TRITON
 from r1zero.model.config import preset
@@ -162,8 +163,9 @@ def test_the_longest_row_decides_and_its_end_is_seen_at_once():
 @pytest.mark.parametrize("arch,dtype,graphs", [(90, torch.bfloat16, True), (75, torch.float16, False),
                                                (90, torch.float64, False)])
 def test_graphs_hold_the_kernel_and_not_plain_pytorch_which_reads_lengths(arch, dtype, graphs, monkeypatch):
-    monkeypatch.setattr(decode_attention_file, "arch_of", lambda device: arch)
-    assert can_capture(dtype, torch.device("cuda")) == (graphs and HAS_TRITON)
+    monkeypatch.setattr(dispatch, "arch_of", lambda device: arch)
+    pages = SimpleNamespace(dtype=dtype, device=torch.device("cuda"))  # in place of a tensor on a GPU
+    assert can_capture(pages) == (graphs and HAS_TRITON)
 
 
 def test_the_sizes_are_doublings():
