@@ -165,10 +165,15 @@ def decode_attention_fwd(
     scale: float,
     split: int = SPLIT,
 ) -> torch.Tensor:
-    """Launch both kernels. Their grid depends on the table's width only, as CUDA graphs need."""
+    """Launch both kernels. Their grid depends on the table's width only, as CUDA graphs need.
+
+    So a caller passes no more columns of the table than its longest row may use: a program behind
+    the end of its row does nothing, but there is one for every row, kv head and split of the table.
+    """
     B, H, D = q.shape
     _, G, page, _ = k_pages.shape
-    n_splits = max(1, triton.cdiv(table.shape[1] * page, split))
+    grid = decode_attention_grid(B, G, table.shape[1] * page, split)
+    n_splits = grid[2]
     out = torch.empty((B, H, D), dtype=q.dtype, device=q.device)
     parts = q.new_empty((B, n_splits, H, D), dtype=torch.float32)
     lse = q.new_empty((B, n_splits, H), dtype=torch.float32)
@@ -176,7 +181,7 @@ def decode_attention_fwd(
         return out
     block_d = max(16, triton.next_power_of_2(D))
     per_group = H // G
-    decode_attention_fwd_kernel[(B, G, n_splits)](
+    decode_attention_fwd_kernel[grid](
         q,
         k_pages,
         v_pages,
@@ -204,6 +209,16 @@ def decode_attention_fwd(
         parts, lse, lengths, out, n_splits, H=H, D=D, SPLIT=split, BLOCK_D=block_d, num_warps=1
     )
     return out
+
+
+def decode_attention_grid(n_rows: int, n_kv_heads: int, n_positions: int, split: int = SPLIT):
+    """(B, G, splits): the programs of the first kernel, for a table of so many positions a row."""
+    return n_rows, n_kv_heads, max(1, -(-n_positions // split))
+
+
+def can_capture(pages: torch.Tensor) -> bool:
+    """Whether a CUDA graph can hold this op. The plain PyTorch one reads lengths on the host."""
+    return triton_refuses(pages) is None
 
 
 DECODE_ATTENTION = (

@@ -4,7 +4,7 @@
 values are, so it is a `KV` object's:
 
     PackedKV(packed)        in the batch itself: training, log-probs, evaluation
-    RecordingKV(packed)     in the batch, and recorded: the prefill of a cache
+    PrefillKV(packed)       in the batch, and kept for a cache, layer by layer
     engine/pages.py         in the pages of a cache: decoding, one new token per sequence
 
 One object serves all layers of a forward pass; `layer` says which of them calls.
@@ -98,21 +98,36 @@ class PackedKV(KV):
         )
 
 
-class RecordingKV(KV):
-    """Like PackedKV without shared prefixes; it also keeps the keys and values that fill a cache.
+class PrefillKV(KV):
+    """Like PackedKV without shared prefixes; a subclass keeps each layer's keys and values."""
+
+    def __init__(self, packed: Packed):
+        assert packed.keys is None, "a cache has no shared prefixes"
+        self.packed = packed
+
+    def keep(self, layer: int, k_TGD: torch.Tensor, v_TGE: torch.Tensor) -> None:
+        """Keep the keys, rotated, and the values of all tokens. Both are views of larger tensors,
+        with queries in them: to hold on to them costs much more than a copy."""
+        raise NotImplementedError
+
+    def attend(self, layer, q_THD, k_TGD, v_TGE):
+        self.keep(layer, k_TGD, v_TGE)
+        return attention(q_THD, k_TGD, v_TGE, self.packed.cu_seqlens, self.packed.max_seqlen)
+
+
+class RecordingKV(PrefillKV):
+    """Holds the keys and values of all layers until they are copied to a cache.
 
     kept: the keys [T, G, D], rotated, and the values [T, G, E] of each layer, in order.
     """
 
     def __init__(self, packed: Packed):
-        assert packed.keys is None, "a cache has no shared prefixes"
-        self.packed = packed
+        super().__init__(packed)
         self.kept: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def attend(self, layer, q_THD, k_TGD, v_TGE):
+    def keep(self, layer, k_TGD, v_TGE):
         assert layer == len(self.kept), "one forward pass for each RecordingKV"
         self.kept.append((k_TGD, v_TGE))
-        return attention(q_THD, k_TGD, v_TGE, self.packed.cu_seqlens, self.packed.max_seqlen)
 
 
 # ---- the layer ----

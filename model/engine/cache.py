@@ -17,6 +17,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from ..config import ModelConfig
+
+GPU_CACHE_SHARE = 0.85  # of the free memory, before what a step and others need is taken off
 PAGE = 16  # tokens per page; slots grow by as many columns
 
 
@@ -103,3 +106,34 @@ def tokens_within(
     affordable = int(n_bytes / token_bytes)
     at_least = PAGE * pages_for(max_seq_len)
     return max(at_least, min(wanted, affordable))
+
+
+def gpu_cache_bytes(free: int, reserve: int, step: int) -> float:
+    """Bytes of a GPU that a cache may take.
+
+    free: bytes that are free now. reserve: what others will need. step: see `step_bytes`. The part
+    of `free` that is left for nobody is for CUDA graphs, workspaces, and gaps between tensors.
+    """
+    return free * GPU_CACHE_SHARE - reserve - step
+
+
+def step_bytes(config: ModelConfig, dtype: torch.dtype, n_tokens: int, n_rows: int) -> int:
+    """The most memory that a step takes beside the cache and the weights: an estimate.
+
+    Prefill, per token: the stream between the layers, before and after a layer's norm, and the
+    larger of what the two halves of a layer make. Gradients need nothing: there are none. Kernels
+    that hold numbers in fp32 meanwhile, as plain PyTorch does, take more.
+
+    Sampling, per row and logit: fp32 logits of the decoded rows and of the new ones, apart and then
+    side by side, and a product in `dtype`. The filters sort, and take twice as much.
+
+    n_tokens: prefilled in one step. n_rows: sampled in one step.
+    """
+    c = config
+    stream = 5 * c.d_model
+    # q, k, v; q and k rotated; the output, and k and v once more on their way to the pages
+    attention = (3 * c.n_heads + 5 * c.n_kv_heads) * c.head_dim
+    mlp = 3 * c.d_ff  # gate and up side by side, and their product
+    prefill = n_tokens * (stream + max(attention, mlp)) * dtype.itemsize
+    sampling = n_rows * c.vocab_size * (3 * 4 + dtype.itemsize)
+    return prefill + sampling

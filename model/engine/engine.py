@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from ..transformer import Transformer
-from .cache import Cache, tokens_within
+from .cache import Cache, gpu_cache_bytes, step_bytes, tokens_within
 from .pages import Pages
 from .requests import Completion, Event, Request, check_requests
 from .rows import Rows
@@ -35,7 +35,6 @@ from .slots import Slots
 from .text import TextStream
 
 CPU_CACHE = 1 << 30  # bytes, where no size is given
-GPU_CACHE_SHARE = 0.85  # of the free memory
 
 
 class Engine:
@@ -64,7 +63,8 @@ class Engine:
         tokens_per_step: tokens decoded and prefilled in one step, but never less than one prompt.
         cache_tokens: size of the cache. None is enough for `max_rows` sequences of `longest` tokens
             (None: max_seq_len), within 1 GiB on a CPU, and on a GPU within 85 % of the free memory
-            less `reserve` bytes; never less than one sequence of max_seq_len.
+            less `reserve` bytes and an estimate of what a step needs beside the cache (step_bytes
+            in cache.py); never less than one sequence of max_seq_len.
         paged: True is pages, False is slots. None is slots where the compiled loops of a CPU can
             serve the model, and pages elsewhere.
         """
@@ -93,10 +93,15 @@ class Engine:
 
     def _cache_tokens(self, longest: int | None, reserve: int) -> int:
         n_bytes: float = CPU_CACHE
+        config = self.model.config
         if self.device.type == "cuda":
-            n_bytes = torch.cuda.mem_get_info(self.device)[0] * GPU_CACHE_SHARE - reserve
-        max_seq_len = self.model.config.max_seq_len
-        return tokens_within(n_bytes, self.token_bytes, self.max_rows, longest, max_seq_len)
+            free, _ = torch.cuda.mem_get_info(self.device)
+            # One prompt alone may be longer than a step's tokens.
+            longest_prompt = min(longest or config.max_seq_len, config.max_seq_len)
+            n_tokens = max(self.tokens_per_step, longest_prompt)
+            step = step_bytes(config, self.model.compute_dtype, n_tokens, self.max_rows)
+            n_bytes = gpu_cache_bytes(free, reserve, step)
+        return tokens_within(n_bytes, self.token_bytes, self.max_rows, longest, config.max_seq_len)
 
     def _reset(self) -> None:
         """Forget all requests."""

@@ -5,12 +5,16 @@ Attention finds those of a row through a table of page numbers (page_table.py), 
 al. 2023, arXiv 2309.06180). So rows of any length lie in one memory without gaps, and the samples
 of a group share the pages of their prompt.
 
-A decoding step is captured at a few batch sizes, once each, and replayed: a small model's step is
-otherwise bound by the launching of its kernels. Everything that a graph reads or writes is a static
-tensor.
+A decoding step is captured and replayed: a small model's step is otherwise bound by the launching
+of its kernels. A graph's work is fixed by two numbers, the rows and the columns of the page table
+that it reads. Both are rounded up to powers of two, so that a step costs what is in use, not what
+the model's longest sequence would. There is one graph for each pair that occurs, captured at its
+first step. Everything that a graph reads or writes is a static tensor, or lies in a memory pool
+that all graphs share: they run one after another. The logits are computed behind the graph, since a
+pool could give their memory to nobody else.
 
 Shapes: B rows, T flat tokens of a prefill, P prompts, N pages, G kv heads, D width of a key, E
-width of a value, W pages of the longest sequence, V vocabulary.
+width of a value, W pages that a row may have, M d_model, V vocabulary.
 """
 
 import copy
@@ -20,9 +24,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ...kernels.decode_attention import decode_attention
-from ..attention import KV, RecordingKV
-from ..packed import pack
+from ...kernels.decode_attention import SPLIT, can_capture, decode_attention
+from ..attention import KV, PrefillKV
+from ..packed import Packed, pack
 from ..transformer import Transformer
 from .cache import PAGE, pages_for
 from .page_table import PageTable
@@ -50,6 +54,21 @@ class PagedKV(KV):
         k_cache[self.pages, :, self.offsets] = k_BGD
         v_cache[self.pages, :, self.offsets] = v_BGE
         return decode_attention(q_BHD, k_cache, v_cache, self.table, self.lengths)
+
+
+class PageWritingKV(PrefillKV):
+    """Writes each layer's keys and values of a prefill to their pages as they come, so that none is
+    held until the last layer."""
+
+    def __init__(self, packed: Packed, caches: list, slots: torch.Tensor, tokens: torch.Tensor):
+        """caches: as in PagedKV. slots, tokens: [K], as `Pages._lay_out` returns them."""
+        super().__init__(packed)
+        self.caches, self.tokens = caches, tokens
+        self.pages, self.offsets = slots // PAGE, slots % PAGE
+
+    def keep(self, layer: int, k_TGD: torch.Tensor, v_TGE: torch.Tensor) -> None:
+        for cache, new in zip(self.caches[layer], (k_TGD, v_TGE), strict=True):
+            cache[self.pages, :, self.offsets] = new[self.tokens].to(cache.dtype)
 
 
 def cast_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
@@ -82,13 +101,18 @@ class Pages:
         # What graphs read and write: keys and values, and the device's copy of the page table.
         shapes = [block.attn.cache_shape for block in self.model.blocks]
         self.caches = [self._layer_cache(n_pages, shape) for shape in shapes]
-        self.table = self._zeros(self.n_rows, width, dtype=torch.int32)
-        self.lengths = self._zeros(self.n_rows, dtype=torch.int32)
+        # It lies in one tensor, so that a step's changes are one copy and one write.
+        self.table_and_lengths = self._zeros(self.n_rows * (width + 1), dtype=torch.int32)
+        table, self.lengths = self.table_and_lengths.split([self.n_rows * width, self.n_rows])
+        self.table = table.view(self.n_rows, width)
         self.tokens = self._zeros(self.n_rows, dtype=torch.int64)
-        # Batch sizes: the powers of two, and all rows.
-        n_powers = self.n_rows.bit_length() + 1
-        self.sizes = sorted({min(self.n_rows, 1 << i) for i in range(n_powers)})
-        self.graphs: dict[int, Callable[[], torch.Tensor]] = {}
+        self.sizes = doublings(1, self.n_rows)
+        # Fewer pages than a program of attention reads would save none.
+        self.widths = doublings(SPLIT // PAGE, width)
+        # At most len(sizes) * len(widths), but rows grow longer and fewer: most pairs never occur.
+        self.graphs: dict[tuple[int, int], Callable[[], torch.Tensor]] = {}
+        self.captures = self.device.type == "cuda" and can_capture(self.caches[0][0])
+        self.graph_pool = torch.cuda.graph_pool_handle() if self.captures else None
 
     def _zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -117,7 +141,7 @@ class Pages:
                 values.zero_()  # in place: graphs hold its address
         self.n = 0
         self.page_table.reset()
-        self._upload()
+        self.table_and_lengths.zero_()
 
     # ---- is there room? ----
 
@@ -137,19 +161,14 @@ class Pages:
     def admit(
         self, rows: np.ndarray, prompts: list[Sequence[int]], which: np.ndarray
     ) -> torch.Tensor:
-        # Prefill all prompts as one flat batch, each once.
-        packed = pack(prompts, self.device)
-        kv = RecordingKV(packed)
-        hidden_TM = self.weights(packed.tokens, packed.positions, kv)
-
-        # Copy the keys and values of their tokens to the pages of the rows, in every layer.
         slots, tokens = self._lay_out(rows, which, [len(prompt) for prompt in prompts])
-        pages, offsets = slots // PAGE, slots % PAGE
-        for cache, new in zip(self.caches, kv.kept, strict=True):
-            for values, new_values in zip(cache, new, strict=True):
-                values[pages, :, offsets] = new_values.to(self.dtype)[tokens]
         self.n = max(self.n, int(rows.max()) + 1)
-        self._upload()
+
+        # Prefill all prompts as one flat batch, each once. Every layer writes the keys and values
+        # of the tokens to the pages of the rows.
+        packed = pack(prompts, self.device)
+        kv = PageWritingKV(packed, self.caches, slots, tokens)
+        hidden_TM = self.weights(packed.tokens, packed.positions, kv)
 
         # The last token of each prompt predicts the first one of its samples.
         last = packed.cu_seqlens[1:].long() - 1
@@ -180,10 +199,7 @@ class Pages:
             slots.append(slots_of(own, length % PAGE))
             tokens.append(start + np.arange(n_shared, length))
             table.begin(row, np.concatenate([shared[prompt], own]), length)
-        return self._on_device(slots), self._on_device(tokens)
-
-    def _on_device(self, parts: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate(parts)).to(self.device)
+        return self._send(np.concatenate(slots)), self._send(np.concatenate(tokens))
 
     def move(self, dst: np.ndarray, src: np.ndarray) -> None:
         for to, by in zip(dst.tolist(), src.tolist(), strict=True):
@@ -192,21 +208,33 @@ class Pages:
     def cut(self, n: int) -> None:
         self.page_table.release(range(n, self.n))
         self.n = n
-        self._upload()
 
     def empty(self, rows: np.ndarray) -> None:
         self.page_table.release(rows.tolist())
-        self._upload()
 
     def _upload(self) -> None:
-        """Bring the device's copy of the page table up to date."""
-        self.table.copy_(torch.from_numpy(self.page_table.pages))
-        self.lengths.copy_(torch.from_numpy(self.page_table.lengths))
+        """Write what has changed in the page table to the device's copy of it."""
+        changes = self.page_table.changes()
+        if changes.shape[1]:
+            index, values = self._send(changes)
+            self.table_and_lengths[index] = values.int()
+
+    def _send(self, array: np.ndarray) -> torch.Tensor:
+        """A copy on the device. Nobody waits for it: its memory on the host is pinned."""
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     # ---- one token per row ----
 
     def width(self, n: int) -> int:
         return next(size for size in self.sizes if size >= n) if n else 0
+
+    def table_width(self, n: int) -> int:
+        """Columns of the page table that n rows need for one token more, rounded up."""
+        n_pages = pages_for(self.page_table.lengths[:n].max() + 1)
+        return next(width for width in self.widths if width >= n_pages)
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         # A row whose last page is full gets another one for its new token.
@@ -214,44 +242,55 @@ class Pages:
         full = table.full(n)
         if len(full):
             table.extend(full)
-            self.table.copy_(torch.from_numpy(table.pages))
+        self._upload()
 
         # Rows n and up to the batch size have length 0 and page 0: what they compute is not read.
-        size = self.width(n)
-        if size not in self.graphs:
-            self.graphs[size] = self._graph(size)
+        shape = self.width(n), self.table_width(n)
+        if shape not in self.graphs:
+            self.graphs[shape] = self._graph(*shape)
         self.tokens[:n] = tokens
-        logits = self.graphs[size]()[:n]
+        hidden_BM = self.graphs[shape]()
+        logits = self.weights.logits(hidden_BM)[:n]
 
         table.lengths[:n] += 1
         self.lengths[:n] += 1
         return logits
 
-    def _graph(self, n: int) -> Callable[[], torch.Tensor]:
-        """A function that decodes n rows: on a GPU the replay of a graph, captured here."""
-        if self.device.type != "cuda":
-            return lambda: self._step(n)
+    def _graph(self, n: int, width: int) -> Callable[[], torch.Tensor]:
+        """A function that decodes n rows of `width` pages: on a GPU the replay of a graph, captured
+        here."""
+        if not self.captures:
+            return lambda: self._step(n, width)
         # Kernels are compiled in a run before the capture.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._step(n)
+            self._step(n, width)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self._step(n)
+        with torch.cuda.graph(graph, pool=self.graph_pool):
+            hidden_BM = self._step(n, width)
 
         def replay() -> torch.Tensor:
+            """The next replay of any graph may write over what this returns."""
             graph.replay()
-            return logits
+            return hidden_BM
 
         return replay
 
-    def _step(self, n: int) -> torch.Tensor:
-        """Logits [n, V] after the newest token of each row, which is written to the cache."""
-        kv = PagedKV(self.caches, self.table[:n], self.lengths[:n])
-        hidden_BM = self.weights(self.tokens[:n], kv.positions, kv)
-        return self.weights.logits(hidden_BM)
+    def _step(self, n: int, width: int) -> torch.Tensor:
+        """Hidden states [n, M] of the newest token of each row, which is written to the cache."""
+        kv = PagedKV(self.caches, self.table[:n, :width], self.lengths[:n])
+        return self.weights(self.tokens[:n], kv.positions, kv)
+
+
+def doublings(least: int, most: int) -> list[int]:
+    """least, 2 least, 4 least ... below `most`, and `most`."""
+    sizes = []
+    while least < most:
+        sizes.append(least)
+        least *= 2
+    return [*sizes, most]
 
 
 def slots_of(pages: np.ndarray, n: int) -> np.ndarray:

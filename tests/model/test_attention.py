@@ -1,4 +1,6 @@
 """Attention and what its keys and values are read from: the batch, a recording prefill, a cache."""
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from r1zero.kernels.rope import rope_table
 from r1zero.model.attention import KV, PackedKV, RecordingKV, gather_keys, rotate
 from r1zero.model.config import preset
 from r1zero.model.engine.cache import PAGE
-from r1zero.model.engine.pages import PagedKV
+from r1zero.model.engine.pages import PagedKV, PageWritingKV
 from r1zero.model.packed import pack
 
 from ..kernels.naive_ops import naive_attention
@@ -75,6 +77,44 @@ def test_a_recording_serves_one_pass_without_shared_prefixes():
         model(packed.tokens, packed.positions, recording)
     with pytest.raises(AssertionError, match="no shared prefixes"):
         RecordingKV(pack([[1, 2], [3]], after=np.array([-1, 0])))
+
+
+class Held(PageWritingKV):
+    """Knows which layers' keys and values are alive, by weak references."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.alive = set()
+
+    def keep(self, layer, k_TGD, v_TGE):
+        assert not self.alive, "an earlier layer's keys or values are still held"
+        for entry in ((layer, "k", k_TGD), (layer, "v", v_TGE)):
+            self.alive.add(entry[:2])
+            weakref.finalize(entry[2], self.alive.discard, entry[:2])
+        super().keep(layer, k_TGD, v_TGE)
+
+
+@each_config
+def test_prefill_writes_pages_and_holds_nothing(config):
+    """Two rows share a prompt's full page, and each has its own copy of the last one."""
+    model, packed = scattered(config), pack(sequences(PAGE + 3, 5))
+    tokens = torch.tensor([*range(PAGE + 3), *range(PAGE, PAGE + 3), *range(PAGE + 3, PAGE + 8)])
+    slots = [*range(PAGE, 2 * PAGE)]
+    for page, n in ((3, 3), (5, 3), (4, 5)):
+        slots += range(page * PAGE, page * PAGE + n)
+    slots = torch.tensor(slots)
+    shape = (6, config.n_kv_heads, PAGE, config.head_dim)
+    caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.n_layers)]
+    recording, writing = RecordingKV(packed), Held(packed, caches, slots, tokens)
+    with torch.no_grad():
+        expected = model(packed.tokens, packed.positions, recording)
+        assert torch.equal(model(packed.tokens, packed.positions, writing), expected)
+    for cache, kept in zip(caches, recording.kept, strict=True):
+        for pages, values in zip(cache, kept, strict=True):
+            written = pages.transpose(1, 2).flatten(0, 1)  # [slots, G, D]
+            assert torch.equal(written[slots], values[tokens].float())
+            written[slots] = 0
+            assert not written.any()
 
 
 @each_config

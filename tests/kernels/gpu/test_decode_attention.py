@@ -55,7 +55,7 @@ def test_decode_attention_at_every_head_dim_and_group_size(D, per_group, dtype):
 def test_the_engine_on_graphs_is_the_engine_without(monkeypatch):
     config = preset("qwen2.5-0.5b", 1000, n_layers=3, max_seq_len=512)
     model = Transformer(config, torch.bfloat16).init_weights(0).cuda()
-    prompts = [[5, 6, 7], list(range(100)), [9]]
+    prompts = [[5, 6, 7], list(range(230)), [9]]  # one grows past a split, into a wider table
     requests = group_requests(prompts, 9, 60, 1.0, sample_seeds(27, 0), (3,))
     engine = Engine(model, max_rows=27)
     assert engine.cache.weights is not model and engine.cache.weights.embed.dtype == torch.bfloat16
@@ -63,7 +63,7 @@ def test_the_engine_on_graphs_is_the_engine_without(monkeypatch):
         with_graphs = engine.generate(requests)
         assert engine.cache.graphs
         plain = Engine(model, max_rows=27)
-        monkeypatch.setattr(plain.cache, "_graph", lambda n, cache=plain.cache: lambda: cache._step(n))
+        monkeypatch.setattr(plain.cache, "captures", False)
         for a, b in zip(with_graphs, plain.generate(requests), strict=True):
             assert a.tokens.tolist() == b.tokens.tolist() and abs(a.logp - b.logp).max() == 0
         with torch.no_grad():  # the same graphs see new weights

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from r1zero.kernels.cpu import compile as cpu
-from r1zero.model.attention import RecordingKV
+from r1zero.model.attention import PrefillKV
 from r1zero.model.config import ModelConfig
 from r1zero.model.engine.naive import generate_naive
 from r1zero.model.engine.pages import Pages
@@ -32,8 +32,8 @@ def mixed_requests(n=24, temperature=1.0):
 class Watched(Transformer):
     """Adds a constant to the end token's logit, and writes down what is prefilled."""
 
-    def __init__(self, eos_bias=0.0, dtype=torch.float32):
-        super().__init__(CONFIG, dtype)
+    def __init__(self, eos_bias=0.0, dtype=torch.float32, config=CONFIG):
+        super().__init__(config, dtype)
         self.init_weights(0)
         self.eos_bias, self.prefilled = eos_bias, []
         self.register_forward_pre_hook(note_prefill)
@@ -51,7 +51,7 @@ class Watched(Transformer):
 
 def note_prefill(model, args) -> None:
     _, _, kv = args
-    if isinstance(kv, RecordingKV):
+    if isinstance(kv, PrefillKV):
         model.prefilled.append(kv.packed.cu_seqlens.diff().tolist())
 
 

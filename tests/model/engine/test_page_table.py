@@ -43,3 +43,18 @@ def test_full_rows_get_a_page_for_their_next_token():
     table.extend(table.full(3))
     assert table.pages[0, 1] > 0 and table.pages[2, 0] > 0 and in_use(table) == 4
     assert len(set(table.pages[table.pages > 0].tolist())) == 4
+
+
+def test_what_has_changed_is_told_once_with_its_last_value():
+    table = PageTable(n_pages=6, n_rows=3, width=3)
+    assert table.changes().shape == (2, 0)
+    table.begin(0, table.take(1), PAGE)
+    table.extend(table.full(1))
+    table.begin(2, table.take(2), PAGE + 1)
+    assert table.changes().tolist() == [[0, 1, 6, 7, 9 + 0, 9 + 2], [1, 2, 3, 4, PAGE, PAGE + 1]]
+    assert table.changes().shape == (2, 0)
+    table.move(0, 2)
+    table.release([0])
+    # Row 0 had two pages for a moment. A row without tokens is read at its first entry alone.
+    index, values = table.changes()
+    assert index.tolist() == [0, 1, 6, 9, 11] and values.tolist() == [0] * 5
