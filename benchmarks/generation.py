@@ -6,7 +6,7 @@
 
 On a CPU, in fp32, there are three cases. In each round their sides take turns, in rotating order:
 
-    equal    256 requests (16 prompts x 16) of 64 new tokens each, the 0.92 M Qwen2 shape of vs_trl.py
+    equal    256 requests (16 prompts x 16) of 64 new tokens each, the 0.92 M Qwen2 shape of qwen2.py
     spread   the same, ended by stop tokens after 8 to 128 tokens (log-uniform: half of them before 32);
              only the tokens up to the stop count. "static" is our engine without the stops: every row runs
              to 128, as the rows of a static batch do
@@ -24,6 +24,7 @@ where they are installed.
 
 Left out: transformers' continuous batching (experimental, and for GPUs), and torch.compile on either side.
 """
+import argparse
 import gc
 import importlib.util
 import os
@@ -34,7 +35,6 @@ from functools import partial
 
 import numpy as np
 import torch
-import tyro
 
 from r1zero.model.config import ModelConfig, preset
 from r1zero.model.engine.engine import Engine
@@ -44,8 +44,8 @@ from r1zero.model.transformer import Transformer, count_parameters, flops_per_to
 from r1zero.train.machine import reuse_memory
 
 from .common import finish, show, spread, table, time_of
+from .qwen2 import qwen2_of, qwen2_shaped
 from .timing import Timer, ceilings
-from .vs_trl import qwen2_of, qwen2_shaped
 
 PEERS = ("transformers", "vllm")
 SHORTEST, LONGEST = 8, 128  # tokens of an answer in "spread"
@@ -53,26 +53,40 @@ SHORTEST, LONGEST = 8, 128  # tokens of an answer in "spread"
 
 @dataclass(frozen=True)
 class Flags:
-    """Measure the engine against transformers."""
+    """What to measure; `parsed` says what each one means."""
 
     rounds: int = 5
-    """Number of timed turns per side (CPU)."""
     warmup: int = 1
-    """Number of turns per side before the timed ones (CPU)."""
     prompts: int = 16
-    """Number of prompts (CPU). The case "larger" takes a quarter of them."""
     group_size: int = 16
-    """Number of samples per prompt (CPU)."""
     prompt_tokens: int = 8
-    """Number of tokens per prompt (CPU)."""
     new_tokens: int = 64
-    """Number of new tokens per sample in "equal" (CPU). The case "larger" generates half of it."""
     cases: str = "equal,spread,larger"
-    """Names of the cases to measure, with commas (CPU)."""
     device: str = "cpu"
-    """Device to measure: cpu or cuda."""
     out: str | None = None
-    """File for the line of JSON."""
+
+
+def parsed(argv: list[str] | None = None) -> Flags:
+    """The flags of a command line. Python's own parser: the machine with the GPU may have no other."""
+    parser = argparse.ArgumentParser(prog="benchmarks.generation", description="Measure the engine against "
+                                     "transformers.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def flag(name: str, meaning: str, **options) -> None:
+        default = getattr(Flags, name)
+        parser.add_argument("--" + name.replace("_", "-"), default=default, help=meaning,
+                            **{"type": type(default), **options})
+
+    flag("rounds", "Number of timed turns per side (CPU).")
+    flag("warmup", "Number of turns per side before the timed ones (CPU).")
+    flag("prompts", "Number of prompts (CPU). The case \"larger\" takes a quarter of them.")
+    flag("group_size", "Number of samples per prompt (CPU).")
+    flag("prompt_tokens", "Number of tokens per prompt (CPU).")
+    flag("new_tokens", "Number of new tokens per sample in \"equal\" (CPU). The case \"larger\" generates "
+                       "half of it.")
+    flag("cases", "Names of the cases to measure, with commas (CPU).")
+    flag("device", "Device to measure.", choices=("cpu", "cuda"))
+    flag("out", "File for the line of JSON.", type=str)
+    return Flags(**vars(parser.parse_args(argv)))
 
 
 def larger() -> ModelConfig:
@@ -306,4 +320,4 @@ def main(flags: Flags) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Flags, description=__doc__))
+    main(parsed())

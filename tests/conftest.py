@@ -3,7 +3,6 @@ import os
 import random
 import signal
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -16,9 +15,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 # A shell starts its background jobs deaf to Ctrl-C, and some tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The same examples on every run and machine; no clock decides whether a test passes.
-hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None)
-hypothesis.settings.load_profile("ci")
+try:
+    import hypothesis
+except ImportError:  # a machine with a GPU may not have it, and the tests of the GPU do without
+    pass
+else:
+    # The same examples on every run and machine; no clock decides whether a test passes.
+    hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None)
+    hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True)
