@@ -202,7 +202,11 @@ def test_stages_go_on_after_a_failure_and_the_exit_code_tells(tmp_path, capsys):
     stages = {"first": python("print('here'); open('{out}/written', 'w')"), "breaks": python("1 / 0"),
               "slow": python(slow, 3), "last": python("import r1zero.kernels.reference, benchmarks.common")}
     assert gpu.run(["last", "first", "breaks", "slow"], tmp_path / "out", stages) == 1
-    done = json.loads((tmp_path / "out" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    done, machine = summary["stages"], summary["machine"]
+    assert machine["cores"] >= 1 and machine["gpus"] == gpu.gpus() and "gpus_after" in done[0]
+    if HAS_TRITON:
+        assert machine["ptxas"]["ptxas"][:3] in ("12.", "13.")
     assert [(x["stage"], x["result"]) for x in done] == [
         ("first", "ok"), ("breaks", "failed"), ("slow", "out of time"), ("last", "ok")]
     assert (tmp_path / "out" / "first.log").read_text() == "here\n"
@@ -230,7 +234,7 @@ def test_stages_find_r1zero_where_it_is_not_installed(tmp_path, monkeypatch):
 
 def test_the_limits_keep_within_ten_minutes_and_make_gpu_passes_its_flags(tmp_path):
     assert sum(stage.limit for stage in gpu.STAGES.values()) < 600
-    assert list(gpu.STAGES) == ["correct", "kernels", "generation"]
+    assert list(gpu.STAGES) == ["compile", "correct", "kernels", "generation"]
     make = ["make", "-C", str(ROOT), "--no-print-directory", "gpu", f"GPU_OUT={tmp_path}/x"]
     said = subprocess.run([*make, "-n", "STAGES=kernels correct"], capture_output=True, text=True, check=True)
     assert f'-m benchmarks.gpu --out "{tmp_path}/x" --stages kernels correct' in said.stdout
