@@ -30,6 +30,7 @@ import importlib.util
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -227,7 +228,8 @@ def decode_shares(model: Transformer, bandwidth: float) -> list[dict]:
     embedding = 0 if config.tie_embeddings else config.vocab_size * config.d_model  # it is only looked up
     weight_bytes = 2 * (count_parameters(config) - embedding)
     rows = []
-    for batch in (1, 8, 64, 512):
+
+    def decoding(batch: int) -> dict:
         engine = Engine(model, max_rows=batch, tokens_per_step=65536)
         engine.submit([Request(list(range(1000 + i, 1512 + i)), 96, i) for i in range(batch)])
         while engine.scheduler.waiting:
@@ -238,11 +240,26 @@ def decode_shares(model: Transformer, bandwidth: float) -> list[dict]:
         seconds = spread([time_of(partial(step, engine)) for _ in range(48)])
         cache_bytes = batch * 570 * engine.token_bytes
         least = (weight_bytes + cache_bytes) / bandwidth
-        rows.append({"batch": batch, "step_s": seconds, "tokens_per_s": batch / seconds["median"],
-                     "share_of_bandwidth": least / seconds["median"]})
-        del engine
-        free_memory()
+        return {"batch": batch, "step_s": seconds, "tokens_per_s": batch / seconds["median"],
+                "share_of_bandwidth": least / seconds["median"]}
+
+    for batch in (1, 8, 64, 512):
+        row = unless_out_of_memory(partial(decoding, batch))
+        if isinstance(row, str):
+            print(f"batch {batch}: {row}")
+        else:
+            rows.append(row)
     return rows
+
+
+def unless_out_of_memory(measure: Callable):
+    """What it returns, or in words that the memory did not suffice; either way the memory is free again."""
+    try:
+        return measure()
+    except torch.OutOfMemoryError as error:
+        return f"out of memory: {str(error).splitlines()[0][:150]}"
+    finally:
+        free_memory()
 
 
 def free_memory() -> None:
@@ -295,16 +312,19 @@ def on_gpu() -> dict:
 
     n_prompts, n_samples, new_tokens = 64, 8, 512
     prompts = np.random.default_rng(0).integers(151_000, size=(n_prompts, 64)).tolist()
-    engine = Engine(model, max_rows=n_prompts * n_samples, tokens_per_step=65536)
-    print(engine.plan())
-    requests = requests_of(prompts, n_samples, new_tokens)
-    engine.generate(requests[:n_samples])
-    rates = {"ours": n_prompts * n_samples * new_tokens / time_of(partial(engine.generate, requests))}
-    del engine
-    free_memory()
+
+    def ours() -> float:
+        engine = Engine(model, max_rows=n_prompts * n_samples, tokens_per_step=65536)
+        print(engine.plan())
+        requests = requests_of(prompts, n_samples, new_tokens)
+        engine.generate(requests[:n_samples])
+        return n_prompts * n_samples * new_tokens / time_of(partial(engine.generate, requests))
+
+    rates = {"ours": unless_out_of_memory(ours)}
     if importlib.util.find_spec("transformers"):
         peer = qwen2_of(model.cpu().float()).to(device, torch.bfloat16).eval()
-        rates["transformers"] = rate_of_transformers(peer, prompts, n_samples, device)
+        rates["transformers"] = unless_out_of_memory(
+            partial(rate_of_transformers, peer, prompts, n_samples, device))
         rates["vllm"] = rate_of_vllm(peer, prompts, n_samples, new_tokens)
     for name, rate in rates.items():
         print(f"{name}: {rate if isinstance(rate, str) else f'{rate:,.0f} tokens/s'}")

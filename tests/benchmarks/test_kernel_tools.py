@@ -88,7 +88,7 @@ def test_ours_wrong_is_an_exit_code(tmp_path, monkeypatch, capsys):
 def test_kernels_leaves_out_what_is_late_and_refuses_what_it_cannot_do(tmp_path, monkeypatch, capsys):
     assert kernels.main(["--smoke", "--ops", "rope", "--minutes", "0", "--out-dir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "left out, as 0 minutes were over: rope T 8, D 8, H 2; rope" in out
+    assert "left out, as 0 minutes were over: rope: T 8, D 8, H 2; rope" in out
     assert json.loads(out.splitlines()[-1])["left_out"] and len(rows_of(tmp_path)) == 2
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert kernels.main([]) == tune.main(["attention"]) == 2
@@ -241,3 +241,31 @@ def test_the_limits_keep_within_ten_minutes_and_make_gpu_passes_its_flags(tmp_pa
     blind = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     said = subprocess.run(make, capture_output=True, text=True, env=blind)
     assert said.returncode == 2 and "sees a CUDA device" in said.stderr and not (tmp_path / "x").exists()
+
+
+# ---- what a first run needs
+
+def test_compiled_peers_come_last_and_memory_ends_one_case(tmp_path, monkeypatch, capsys):
+    def no_memory(case, device, impl):
+        if case.shape["F"] == 16:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return kernel_ops.ours_swiglu(case, device, impl)
+
+    monkeypatch.setitem(kernels.OPS, "swiglu", kernels.Op(**{**vars(OPS["swiglu"]), "ours": no_memory}))
+    assert kernels.main(["--smoke", "--ops", "rope,swiglu", "--out-dir", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path)[2:]
+    is_compiled = [row["provider"] in kernels.COMPILED for row in rows]
+    assert is_compiled == sorted(is_compiled)
+    last = rows[is_compiled.index(True):]
+    assert {row["op"] for row in last} == {"rope", "swiglu"}
+    [small] = [row for row in rows if row["op"] == "swiglu" and row["F"] == "16" and row not in last]
+    assert small["provider"] == "this case" and small["note"].startswith("out of memory: CUDA")
+    assert any(row["op"] == "swiglu" and row["F"] != "16" and row["ms_median"] for row in rows)
+
+
+def test_the_cache_is_flushed_by_reading():
+    timer = Timer(torch.device("cpu"))
+    timer.buffer.fill_(3)
+    version = timer.buffer._version
+    timer.flush()
+    assert timer.total.item() == 12 and timer.buffer._version == version

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from benchmarks import aot, correct, gpu, rehearse
+from benchmarks import aot, correct, generation, gpu, rehearse
 from r1zero.kernels import rope
 from r1zero.kernels.dispatch import HAS_TRITON, INTERPRETING
 
@@ -135,3 +135,13 @@ def test_driver_clocks_and_power_are_what_nvidia_smi_says(tmp_path):
     assert found["name"] == "NVIDIA H200" and found["driver_version"] == "570.1"
     assert found["clocks.sm"] == "1980 MHz"
     assert gpu.gpus(str(tmp_path / "none")) == []
+
+
+def test_generation_goes_on_where_memory_does_not_suffice():
+    def too_large():
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    assert generation.unless_out_of_memory(too_large) == "out of memory: CUDA out of memory."
+    assert generation.unless_out_of_memory(lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        generation.unless_out_of_memory(lambda: 1 / 0)
