@@ -35,7 +35,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from tqdm import tqdm
 
 from r1zero.kernels import dispatch
 
@@ -365,7 +364,12 @@ def faults(row: dict) -> list[str]:
 
 def compile_all(kernels: list[Kernel], jobs: int) -> Iterator[dict]:
     """A row for each kernel, in their order, as they are ready."""
-    bar = partial(tqdm, total=len(kernels), unit="kernel", disable=None)  # on a terminal only
+    try:
+        from tqdm import tqdm
+    except ImportError:  # not on every machine with a GPU
+        bar = iter
+    else:
+        bar = partial(tqdm, total=len(kernels), unit="kernel", disable=None)  # on a terminal only
     if jobs == 1:
         yield from bar(map(compiled, kernels))
         return

@@ -6,7 +6,7 @@
 
 On a CPU, in fp32, there are three cases. In each round their sides take turns, in rotating order:
 
-    equal    256 requests (16 prompts x 16) of 64 new tokens each, the 0.92 M Qwen2 shape of vs_trl.py
+    equal    256 requests (16 prompts x 16) of 64 new tokens each, the 0.92 M Qwen2 shape of qwen2.py
     spread   the same, ended by stop tokens after 8 to 128 tokens (log-uniform: half of them before 32);
              only the tokens up to the stop count. "static" is our engine without the stops: every row runs
              to 128, as the rows of a static batch do
@@ -24,17 +24,18 @@ where they are installed.
 
 Left out: transformers' continuous batching (experimental, and for GPUs), and torch.compile on either side.
 """
+import argparse
 import gc
 import importlib.util
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-import tyro
 
 from r1zero.model.config import ModelConfig, preset
 from r1zero.model.engine.engine import Engine
@@ -44,8 +45,8 @@ from r1zero.model.transformer import Transformer, count_parameters, flops_per_to
 from r1zero.train.machine import reuse_memory
 
 from .common import finish, show, spread, table, time_of
+from .qwen2 import qwen2_of, qwen2_shaped
 from .timing import Timer, ceilings
-from .vs_trl import qwen2_of, qwen2_shaped
 
 PEERS = ("transformers", "vllm")
 SHORTEST, LONGEST = 8, 128  # tokens of an answer in "spread"
@@ -53,26 +54,40 @@ SHORTEST, LONGEST = 8, 128  # tokens of an answer in "spread"
 
 @dataclass(frozen=True)
 class Flags:
-    """Measure the engine against transformers."""
+    """What to measure; `parsed` says what each one means."""
 
     rounds: int = 5
-    """Number of timed turns per side (CPU)."""
     warmup: int = 1
-    """Number of turns per side before the timed ones (CPU)."""
     prompts: int = 16
-    """Number of prompts (CPU). The case "larger" takes a quarter of them."""
     group_size: int = 16
-    """Number of samples per prompt (CPU)."""
     prompt_tokens: int = 8
-    """Number of tokens per prompt (CPU)."""
     new_tokens: int = 64
-    """Number of new tokens per sample in "equal" (CPU). The case "larger" generates half of it."""
     cases: str = "equal,spread,larger"
-    """Names of the cases to measure, with commas (CPU)."""
     device: str = "cpu"
-    """Device to measure: cpu or cuda."""
     out: str | None = None
-    """File for the line of JSON."""
+
+
+def parsed(argv: list[str] | None = None) -> Flags:
+    """The flags of a command line. Python's own parser: the machine with the GPU may have no other."""
+    parser = argparse.ArgumentParser(prog="benchmarks.generation", description="Measure the engine against "
+                                     "transformers.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def flag(name: str, meaning: str, **options) -> None:
+        default = getattr(Flags, name)
+        parser.add_argument("--" + name.replace("_", "-"), default=default, help=meaning,
+                            **{"type": type(default), **options})
+
+    flag("rounds", "Number of timed turns per side (CPU).")
+    flag("warmup", "Number of turns per side before the timed ones (CPU).")
+    flag("prompts", "Number of prompts (CPU). The case \"larger\" takes a quarter of them.")
+    flag("group_size", "Number of samples per prompt (CPU).")
+    flag("prompt_tokens", "Number of tokens per prompt (CPU).")
+    flag("new_tokens", "Number of new tokens per sample in \"equal\" (CPU). The case \"larger\" generates "
+                       "half of it.")
+    flag("cases", "Names of the cases to measure, with commas (CPU).")
+    flag("device", "Device to measure.", choices=("cpu", "cuda"))
+    flag("out", "File for the line of JSON.", type=str)
+    return Flags(**vars(parser.parse_args(argv)))
 
 
 def larger() -> ModelConfig:
@@ -213,7 +228,8 @@ def decode_shares(model: Transformer, bandwidth: float) -> list[dict]:
     embedding = 0 if config.tie_embeddings else config.vocab_size * config.d_model  # it is only looked up
     weight_bytes = 2 * (count_parameters(config) - embedding)
     rows = []
-    for batch in (1, 8, 64, 512):
+
+    def decoding(batch: int) -> dict:
         engine = Engine(model, max_rows=batch, tokens_per_step=65536)
         engine.submit([Request(list(range(1000 + i, 1512 + i)), 96, i) for i in range(batch)])
         while engine.scheduler.waiting:
@@ -224,11 +240,26 @@ def decode_shares(model: Transformer, bandwidth: float) -> list[dict]:
         seconds = spread([time_of(partial(step, engine)) for _ in range(48)])
         cache_bytes = batch * 570 * engine.token_bytes
         least = (weight_bytes + cache_bytes) / bandwidth
-        rows.append({"batch": batch, "step_s": seconds, "tokens_per_s": batch / seconds["median"],
-                     "share_of_bandwidth": least / seconds["median"]})
-        del engine
-        free_memory()
+        return {"batch": batch, "step_s": seconds, "tokens_per_s": batch / seconds["median"],
+                "share_of_bandwidth": least / seconds["median"]}
+
+    for batch in (1, 8, 64, 512):
+        row = unless_out_of_memory(partial(decoding, batch))
+        if isinstance(row, str):
+            print(f"batch {batch}: {row}")
+        else:
+            rows.append(row)
     return rows
+
+
+def unless_out_of_memory(measure: Callable):
+    """What it returns, or in words that the memory did not suffice; either way the memory is free again."""
+    try:
+        return measure()
+    except torch.OutOfMemoryError as error:
+        return f"out of memory: {str(error).splitlines()[0][:150]}"
+    finally:
+        free_memory()
 
 
 def free_memory() -> None:
@@ -281,16 +312,19 @@ def on_gpu() -> dict:
 
     n_prompts, n_samples, new_tokens = 64, 8, 512
     prompts = np.random.default_rng(0).integers(151_000, size=(n_prompts, 64)).tolist()
-    engine = Engine(model, max_rows=n_prompts * n_samples, tokens_per_step=65536)
-    print(engine.plan())
-    requests = requests_of(prompts, n_samples, new_tokens)
-    engine.generate(requests[:n_samples])
-    rates = {"ours": n_prompts * n_samples * new_tokens / time_of(partial(engine.generate, requests))}
-    del engine
-    free_memory()
+
+    def ours() -> float:
+        engine = Engine(model, max_rows=n_prompts * n_samples, tokens_per_step=65536)
+        print(engine.plan())
+        requests = requests_of(prompts, n_samples, new_tokens)
+        engine.generate(requests[:n_samples])
+        return n_prompts * n_samples * new_tokens / time_of(partial(engine.generate, requests))
+
+    rates = {"ours": unless_out_of_memory(ours)}
     if importlib.util.find_spec("transformers"):
         peer = qwen2_of(model.cpu().float()).to(device, torch.bfloat16).eval()
-        rates["transformers"] = rate_of_transformers(peer, prompts, n_samples, device)
+        rates["transformers"] = unless_out_of_memory(
+            partial(rate_of_transformers, peer, prompts, n_samples, device))
         rates["vllm"] = rate_of_vllm(peer, prompts, n_samples, new_tokens)
     for name, rate in rates.items():
         print(f"{name}: {rate if isinstance(rate, str) else f'{rate:,.0f} tokens/s'}")
@@ -306,4 +340,4 @@ def main(flags: Flags) -> dict:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Flags, description=__doc__))
+    main(parsed())

@@ -3,18 +3,24 @@
     make gpu                                       all stages into results_gpu/, under 10 minutes
     make gpu STAGES="correct kernels" GPU_OUT=out
     python -m benchmarks.gpu --stages kernels      the same without make
+    python -m benchmarks.gpu --plan --jobs 16      how many kernels, and minutes on 16 cores; needs no GPU
 
 A stage that fails or runs into its limit does not keep the next from running; the exit code is 1 in the end.
-The folder gets the log of each stage, what the stage itself writes, and summary.json, written after each.
-Nothing is installed: where r1zero is not, the stages find it through a folder of links.
+At its limit a stage is interrupted, and has some seconds to write what it has. A stage whose packages are not
+installed is left out, and one line says which. The folder gets the log of each stage, what the stage itself
+writes, and summary.json, written after each. Nothing is installed: where r1zero is not, the stages find it
+through a folder of links.
 """
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,21 +29,85 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("kernels", "model", "eval", "rl", "train")  # installed as r1zero.kernels, ...
 
 
+GRACE = 10  # seconds from the interrupt to the kill
+PACKAGES = ("torch", "triton", "numpy", "einops", "pytest")
+QUERY = ("name", "driver_version", "memory.total", "memory.used", "pstate", "clocks.sm", "clocks.max.sm",
+         "clocks.mem", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu")
+
+
 @dataclass(frozen=True)
 class Stage:
     command: tuple[str, ...]  # {out} stands for the folder
     limit: int  # seconds
+    needs: tuple[str, ...] = ()  # packages
 
 
 STAGES = {  # in this order; the limits add up to less than 10 minutes
-    "correct": Stage((sys.executable, "-m", "pytest", "-m", "gpu", "tests/kernels/gpu", "-q",
-                      "--durations=5"), 210),
+    "compile": Stage((sys.executable, "-m", "benchmarks.rehearse", "--out", "{out}/compile.json"), 120,
+                     PACKAGES),
+    "correct": Stage((sys.executable, "-m", "benchmarks.correct", "--out", "{out}"), 150, PACKAGES),
     "kernels": Stage((sys.executable, "-m", "benchmarks.kernels", "--out-dir", "{out}/kernels",
-                      "--minutes", "4"), 270),
+                      "--minutes", "2.75"), 190, (*PACKAGES[:4], "matplotlib")),
     "generation": Stage((sys.executable, "-m", "benchmarks.generation", "--device", "cuda", "--out",
-                         "{out}/generation.json"), 110),
+                         "{out}/generation.json"), 90, PACKAGES[:4]),
 }
 
+
+# ---- what is there
+
+def missing(names: tuple[str, ...]) -> list[str]:
+    """Which of these packages this Python does not have."""
+    return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def said(*command: str) -> str | None:
+    """What a program prints; None where there is none, or it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def gpus(nvidia_smi: str = "nvidia-smi") -> list[dict[str, str]]:
+    """Driver, clocks, power and memory of each GPU at this moment, as nvidia-smi names them."""
+    lines = said(nvidia_smi, f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader") or ""
+    return [dict(zip(QUERY, line.split(", "), strict=False)) for line in lines.splitlines()]
+
+
+def assemblers() -> dict[str, str | None]:
+    """The version of each ptxas that Triton may use: those of its wheel, and one named by the environment."""
+    spec = importlib.util.find_spec("triton")
+    folder = Path(spec.origin).parent / "backends/nvidia/bin" if spec and spec.origin else None
+    found = {path.name: path for path in sorted(folder.glob("ptxas*"))} if folder else {}
+    found |= {name: os.environ[name] for name in ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
+              if name in os.environ}
+    matches = {name: re.search(r"V(\d[\d.]*)", said(str(path), "--version") or "")
+               for name, path in found.items()}
+    return {name: match and match[1] for name, match in matches.items()}
+
+
+def machine() -> dict:
+    """What the results depend on and the stages do not say: assemblers, driver, clocks, power, cores."""
+    return {"python": sys.version.split()[0], "cores": len(os.sched_getaffinity(0)), "ptxas": assemblers(),
+            "gpus": gpus()}
+
+
+def cache_folder(out: Path) -> dict[str, str]:
+    """The variable that moves Triton's cache into `out` if its own folder cannot be written; else nothing."""
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or
+                  Path(os.environ.get("TRITON_HOME", Path.home())) / ".triton/cache")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return {}
+    except OSError as error:
+        print(f"Triton's cache goes to {out / 'triton'}: {folder} cannot be written ({error.strerror})",
+              flush=True)
+        return {"TRITON_CACHE_DIR": str(out / "triton")}
+
+
+# ---- the stages
 
 def links(folder: Path) -> Path:
     """A folder from which Python imports r1zero.kernels and so on out of this checkout."""
@@ -56,51 +126,92 @@ def environment(out: Path) -> dict[str, str]:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     if importlib.util.find_spec("r1zero") is None:
         paths.insert(0, str(links(out / "import")))
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, **cache_folder(out), "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
 
-def run_stage(name: str, stage: Stage, out: Path) -> dict:
+def stop(process: subprocess.Popen, grace: float) -> int:
+    """Interrupt a stage, so that it writes what it has; after `grace` seconds end it with all it started."""
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(grace)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
+
+
+def run_stage(name: str, stage: Stage, out: Path, env: dict[str, str]) -> dict:
     """Run one stage, its output in <out>/<name>.log. The result is "ok", "failed" or "out of time"."""
     command = [word.replace("{out}", str(out)) for word in stage.command]
     started, log = time.monotonic(), out / f"{name}.log"
+    before = gpus()
     with open(log, "w", encoding="utf-8") as file:
         # a session of its own, so that what it started ends with it
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-                                   env=environment(out), start_new_session=True)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=env,
+                                   start_new_session=True)
         try:
             code = process.wait(stage.limit)
-        except BaseException as error:  # Ctrl-C too must not leave it running
-            os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            result = "out of time"
+        except subprocess.TimeoutExpired:
+            code, result = stop(process, GRACE), "out of time"
+        except BaseException:  # Ctrl-C too must not leave it running
+            stop(process, 0)
+            raise
         else:
             result = "failed" if code else "ok"
     return {"stage": name, "result": result, "exit_code": code, "limit": stage.limit, "log": str(log),
-            "seconds": round(time.monotonic() - started, 1)}
+            "seconds": round(time.monotonic() - started, 1), "gpus_before": before, "gpus_after": gpus()}
 
 
 def run(names: list[str], out: Path, stages: dict[str, Stage]) -> int:
     """Run the named stages in the order of `stages`; 0 if all are ok."""
     out.mkdir(parents=True, exist_ok=True)
-    done = []
-    for name in [name for name in stages if name in names]:
-        print(f"{name}: at most {stages[name].limit} s, log in {out / name}.log", flush=True)
-        done.append(run_stage(name, stages[name], out))
-        (out / "summary.json").write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
-        print(f"{name}: {done[-1]['result']} after {done[-1]['seconds']} s", flush=True)
-        if done[-1]["result"] != "ok":
+    summary = {"machine": machine(), "stages": []}
+    picked, env = [name for name in stages if name in names], environment(out)
+    lacking = {name: missing(stages[name].needs) for name in picked}
+    if any(lacking.values()):
+        packages = list(dict.fromkeys(package for found in lacking.values() for package in found))
+        left_out = ", ".join(name for name in picked if lacking[name])
+        print(f"{sys.executable} has no {', '.join(packages)}, so these stages are left out: {left_out}; "
+              f"{sys.executable} -m pip install {' '.join(packages)}", flush=True)
+    for name in picked:
+        if lacking[name]:
+            done = {"stage": name, "result": "missing", "missing": lacking[name]}
+        else:
+            print(f"{name}: at most {stages[name].limit} s, log in {out / name}.log", flush=True)
+            done = run_stage(name, stages[name], out, env)
+            print(f"{name}: {done['result']} after {done['seconds']} s", flush=True)
+        summary["stages"].append(done)
+        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        if done["result"] in ("failed", "out of time"):
             lines = (out / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
             print("\n".join(f"    {line[:200]}" for line in lines[-15:]), flush=True)
-    return 0 if all(stage["result"] == "ok" for stage in done) else 1
+    return 0 if all(stage["result"] == "ok" for stage in summary["stages"]) else 1
+
+
+def plan(jobs: int | None, arch: int | None) -> int:
+    """Print how many kernels the tests need and how long they compile. Needs no GPU."""
+    if lacking := missing(PACKAGES):
+        print(f"{sys.executable} has no {', '.join(lacking)}; "
+              f"{sys.executable} -m pip install {' '.join(lacking)}", file=sys.stderr)
+        return 2
+    command = [sys.executable, "-m", "benchmarks.rehearse", "--plan"]
+    command += [f"--jobs={jobs}"] if jobs else []
+    command += [f"--arch={arch}"] if arch else []
+    with tempfile.TemporaryDirectory() as folder:
+        return subprocess.run(command, cwd=ROOT, env=environment(Path(folder))).returncode
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--out", default="results_gpu", help="folder for all that is written")
+    parser.add_argument("--plan", action="store_true",
+                        help="count the kernels, predict the time, run nothing")
+    parser.add_argument("--jobs", type=int, help="with --plan: cores; by default this machine's")
+    parser.add_argument("--arch", type=int, help="with --plan: compute capability, such as 90")
     flags = parser.parse_args(argv)
+    if flags.plan:
+        return plan(flags.jobs, flags.arch)
     return run(flags.stages, Path(flags.out).resolve(), STAGES)
 
 

@@ -7,17 +7,20 @@
 First come the two ceilings of this very machine, copy bandwidth and bf16 matrix product. Then for each op and
 shape every provider takes its turn: forward, backward, and both. Before it is timed, its outputs and
 all gradients are held against the reference in fp32: a wrong one is marked and not timed, and so is one that
-cannot be had here. `fraction_of_roofline` is the least time that the op's FLOPs and bytes allow at these
-ceilings (see benchmarks/kernel_ops.py), over the median time.
+cannot be had here, or has no memory left. Peers that torch.compile makes take up to half a minute a shape:
+they come last, in a second pass over all ops. `fraction_of_roofline` is the least time that the op's FLOPs
+and bytes allow at these ceilings (see benchmarks/kernel_ops.py), over the median time.
 
 Writes kernels.csv row by row, so that a stop loses nothing, a picture for each op, and kernels.json; prints
 tables and one line of JSON. The exit code is 1 if a kernel of ours is wrong or fails, 2 without a GPU.
 """
 import argparse
 import csv
+import gc
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,6 +39,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 COLUMNS = ("op", "provider", "mode", "dtype", *SHAPE, "ms_median", "ms_p20", "ms_p80", "tflops", "gbs",
            "fraction_of_roofline", "peak_memory_mb", "error", "note", "gpu", "torch", "triton", "date")
 LARGEST_ERROR = 0.05  # of a row; 16 bit gives about 0.01
+COMPILED = ("torch.compile", "flex_attention")  # peers that compile for long
+OUT_OF_MEMORY = "out of memory"
 SECONDS = 0.35  # of timing for one mode of one case, all providers
 SMOKE_SECONDS = 0.01
 
@@ -103,6 +108,8 @@ def call_of(function: Callable, mode: str, inputs: Tensors, upstream: Tensors) -
 
 
 def failure(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{OUT_OF_MEMORY}: {str(error).splitlines()[0][:150]}"
     return f"fails: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
 
 
@@ -120,12 +127,50 @@ def posed(op: Op, case: Case, device: torch.device, dtype: torch.dtype) -> tuple
     return inputs, upstream, with_gradients(reference, exact, [x.float() for x in upstream])
 
 
-def measure(op: Op, case: Case, timer: Timer, dtype: torch.dtype, impl: str | None, peaks: dict,
-            seconds: float) -> Iterator[dict]:
-    """The rows of one case."""
+@dataclass(frozen=True)
+class Measuring:
+    """What all cases of a run have in common."""
+
+    timer: Timer
+    dtype: torch.dtype
+    impl: str | None  # of ours
+    peaks: dict
+    seconds: float  # of timing for one mode of one case
+
+
+def measure(op: Op, case: Case, how: Measuring, compiled: bool) -> Iterator[dict]:
+    """The rows of one case: those of the peers that compile for long, or all others. Memory ends the case."""
+    base = {"op": case.op, "dtype": str(how.dtype).removeprefix("torch."), **case.shape}
+    try:
+        for row in measured(op, case, how, compiled):
+            yield base | row
+    except torch.OutOfMemoryError as error:
+        note = failure(error)
+    else:
+        return
+    free_memory()
+    yield {**base, "provider": "this case", "mode": "all", "note": note}
+
+
+def free_memory() -> None:
+    """What a failed case held, for the next one."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def measured(op: Op, case: Case, how: Measuring, compiled: bool) -> Iterator[dict]:
+    """The same, as far as memory goes, without what is the same in all rows of the case."""
+    timer = how.timer
     torch.compiler.reset()  # each shape is compiled for itself, none of them for sizes in general
-    inputs, upstream, truth = posed(op, case, timer.device, dtype)
-    providers = {"ours": op.ours(case, timer.device, impl), **op.peers(case, timer.device)}
+    providers = {name: function for name, function in op.peers(case, timer.device).items()
+                 if (name in COMPILED) == compiled}
+    if compiled and all(isinstance(function, str) for function in providers.values()):
+        yield from ({"provider": name, "mode": "all", "note": note} for name, note in providers.items())
+        return
+    inputs, upstream, truth = posed(op, case, timer.device, how.dtype)
+    if not compiled:
+        providers = {"ours": op.ours(case, timer.device, how.impl), **providers}
     notes, errors, sound = {}, {}, {}
     for name, function in providers.items():
         if isinstance(function, str):
@@ -142,9 +187,8 @@ def measure(op: Op, case: Case, timer: Timer, dtype: torch.dtype, impl: str | No
             sound[name] = function
     del truth
 
-    base = {"op": case.op, "dtype": str(dtype).removeprefix("torch."), **case.shape}
     for name, note in notes.items():
-        yield {**base, "provider": name, "mode": "all", "error": errors.get(name), "note": note}
+        yield {"provider": name, "mode": "all", "error": errors.get(name), "note": note}
     for mode in MODES:
         calls, memory = {}, {}
         for name, function in sound.items():
@@ -153,11 +197,13 @@ def measure(op: Op, case: Case, timer: Timer, dtype: torch.dtype, impl: str | No
                 memory[name] = timer.peak_memory(calls[name])
             except Exception as error:  # some peers cannot go backward twice, or have no memory left for it
                 calls.pop(name, None)
-                yield {**base, "provider": name, "mode": mode, "error": errors[name], "note": failure(error)}
-        times = timer.in_turns(calls, seconds)
+                yield {"provider": name, "mode": mode, "error": errors[name], "note": failure(error)}
+        if not calls:
+            continue
+        times = timer.in_turns(calls, how.seconds)
         for name in calls:
-            yield {**base, "provider": name, "mode": mode, "error": errors[name],
-                   **metrics(op, case, mode, spread(times[name]), peaks), "peak_memory_mb": memory[name]}
+            yield {"provider": name, "mode": mode, "error": errors[name], "peak_memory_mb": memory[name],
+                   **metrics(op, case, mode, spread(times[name]), how.peaks)}
 
 
 def metrics(op: Op, case: Case, mode: str, ms: dict[str, float], peaks: dict) -> dict:
@@ -264,22 +310,26 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{results.common['gpu']}: copies {peaks['bytes'] / 1e9:.0f} GB/s, multiplies matrices at "
           f"{peaks['flops'] / 1e12:.0f} TFLOP/s\n")
 
-    late = []
-    for name in names:
-        op, before = OPS[name], len(results.rows)
-        for case in op.smoke if flags.smoke else op.full_size:
-            if time.monotonic() - started > 60 * flags.minutes:
-                late.append(f"{case.op} {case.label}")
-                continue
-            print(f"{case.op}: {case.label}, {str(dtype).removeprefix('torch.')}")
-            first = len(results.rows)
-            for row in measure(op, case, timer, dtype, impl, peaks, seconds):
-                results.add(**row)
-            show(results.rows[first:])
-        plot(op, results.rows[before:], folder / f"{name}.png", peaks)
+    late, how, rows_of = [], Measuring(timer, dtype, impl, peaks, seconds), {name: [] for name in names}
+    for compiled in (False, True):
+        for name in names:
+            op = OPS[name]
+            for case in op.smoke if flags.smoke else op.full_size:
+                what = f"{case.op}: {case.label}" + ", compiled peers" * compiled
+                if time.monotonic() - started > 60 * flags.minutes:
+                    late.append(what)
+                    continue
+                print(f"{what}, {str(dtype).removeprefix('torch.')}")
+                first = len(results.rows)
+                for row in measure(op, case, how, compiled):
+                    results.add(**row)
+                show(results.rows[first:])
+                rows_of[name] += results.rows[first:]
+            plot(op, rows_of[name], folder / f"{name}.png", peaks)  # at once: a stop loses none
     if late:
         print(f"left out, as {flags.minutes:g} minutes were over: {'; '.join(late)}")
-    bad = [row for row in results.rows if row["provider"] == "ours" and row.get("note")]
+    bad = [row for row in results.rows if row["provider"] == "ours" and row.get("note")
+           and not row["note"].startswith(OUT_OF_MEMORY)]
     for row in bad:
         print(f"OURS {row['op']} {row['note']}", file=sys.stderr)
     finish("kernels", {"flags": vars(flags), "ceilings": peaks, "rows": results.rows, "left_out": late,

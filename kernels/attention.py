@@ -96,7 +96,9 @@ def _scores(
     return s
 
 
-@triton.jit(do_not_specialize=["m_blocks", "Tq", "window"])
+@triton.jit(
+    do_not_specialize=["m_blocks", "Tq", "window"], do_not_specialize_on_alignment=["cu_q", "cu_k"]
+)
 def attention_fwd_kernel(
     q_THD,
     k_TGD,
@@ -260,7 +262,9 @@ def _p_and_ds(s, dp, lse, delta, softcap, SOFTCAP: tl.constexpr):
     return p, ds
 
 
-@triton.jit(do_not_specialize=["n_blocks", "Tq", "window"])
+@triton.jit(
+    do_not_specialize=["n_blocks", "Tq", "window"], do_not_specialize_on_alignment=["cu_q", "cu_k"]
+)
 def attention_bwd_dkdv_kernel(
     q_THD,
     k_TGD,
@@ -365,7 +369,9 @@ def attention_bwd_dkdv_kernel(
         tl.store(dv_TGD + offsets, dv.to(dv_TGD.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["m_blocks", "Tq", "window"])
+@triton.jit(
+    do_not_specialize=["m_blocks", "Tq", "window"], do_not_specialize_on_alignment=["cu_q", "cu_k"]
+)
 def attention_bwd_dq_kernel(
     q_THD,
     k_TGD,

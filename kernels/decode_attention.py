@@ -31,7 +31,10 @@ MAX_HEAD_DIM = 256
 SPLIT = 256  # positions per program
 
 
-@triton.jit(do_not_specialize=["n_splits", "stride_tb"])
+@triton.jit(
+    do_not_specialize=["n_splits", "stride_tb"],
+    do_not_specialize_on_alignment=["table_BW", "lengths_B"],
+)
 def decode_attention_fwd_kernel(
     q_BHD,
     k_pages,
@@ -109,7 +112,7 @@ def decode_attention_fwd_kernel(
         tl.store(lse_BSH + part, m_i + tl.log2(l_i), r < R)
 
 
-@triton.jit(do_not_specialize=["n_splits"])
+@triton.jit(do_not_specialize=["n_splits"], do_not_specialize_on_alignment=["lengths_B"])
 def decode_attention_combine_fwd_kernel(
     part_BSHD,
     lse_BSH,

@@ -58,7 +58,7 @@ COLUMNS = 16  # of the table of sums: a power of 2 that holds POLICY_METRICS
 # ---- advantages
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["offsets_G"])
 def grpo_advantages_fwd_kernel(
     rewards_N,
     offsets_G,
@@ -195,7 +195,7 @@ def _live(weights_R, advantages_R, r, here, ref_R):
     return w, a, live
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R"], do_not_specialize_on_alignment=["offsets_N"])
 def policy_loss_fwd_kernel(
     logp_R,
     old_R,

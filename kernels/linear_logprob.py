@@ -95,7 +95,10 @@ def _logits(
     return x
 
 
-@triton.jit(do_not_specialize=["T", "V", "first_v", "first_tile", "C"])
+@triton.jit(
+    do_not_specialize=["T", "V", "first_v", "first_tile", "C"],
+    do_not_specialize_on_alignment=["targets_T"],
+)
 def logprob_tiles_fwd_kernel(
     h_TM,
     w_VM,
@@ -182,7 +185,7 @@ def logprob_rows_fwd_kernel(
     tl.store(lse_T + t, lse, t < T)
 
 
-@triton.jit(do_not_specialize=["T", "V", "first_v"])
+@triton.jit(do_not_specialize=["T", "V", "first_v"], do_not_specialize_on_alignment=["targets_T"])
 def logprob_dlogits_bwd_kernel(
     h_TM,
     w_VM,

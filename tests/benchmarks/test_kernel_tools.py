@@ -88,7 +88,7 @@ def test_ours_wrong_is_an_exit_code(tmp_path, monkeypatch, capsys):
 def test_kernels_leaves_out_what_is_late_and_refuses_what_it_cannot_do(tmp_path, monkeypatch, capsys):
     assert kernels.main(["--smoke", "--ops", "rope", "--minutes", "0", "--out-dir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert "left out, as 0 minutes were over: rope T 8, D 8, H 2; rope" in out
+    assert "left out, as 0 minutes were over: rope: T 8, D 8, H 2; rope" in out
     assert json.loads(out.splitlines()[-1])["left_out"] and len(rows_of(tmp_path)) == 2
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert kernels.main([]) == tune.main(["attention"]) == 2
@@ -202,7 +202,11 @@ def test_stages_go_on_after_a_failure_and_the_exit_code_tells(tmp_path, capsys):
     stages = {"first": python("print('here'); open('{out}/written', 'w')"), "breaks": python("1 / 0"),
               "slow": python(slow, 3), "last": python("import r1zero.kernels.reference, benchmarks.common")}
     assert gpu.run(["last", "first", "breaks", "slow"], tmp_path / "out", stages) == 1
-    done = json.loads((tmp_path / "out" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    done, machine = summary["stages"], summary["machine"]
+    assert machine["cores"] >= 1 and machine["gpus"] == gpu.gpus() and "gpus_after" in done[0]
+    if HAS_TRITON:
+        assert machine["ptxas"]["ptxas"][:3] in ("12.", "13.")
     assert [(x["stage"], x["result"]) for x in done] == [
         ("first", "ok"), ("breaks", "failed"), ("slow", "out of time"), ("last", "ok")]
     assert (tmp_path / "out" / "first.log").read_text() == "here\n"
@@ -230,10 +234,38 @@ def test_stages_find_r1zero_where_it_is_not_installed(tmp_path, monkeypatch):
 
 def test_the_limits_keep_within_ten_minutes_and_make_gpu_passes_its_flags(tmp_path):
     assert sum(stage.limit for stage in gpu.STAGES.values()) < 600
-    assert list(gpu.STAGES) == ["correct", "kernels", "generation"]
+    assert list(gpu.STAGES) == ["compile", "correct", "kernels", "generation"]
     make = ["make", "-C", str(ROOT), "--no-print-directory", "gpu", f"GPU_OUT={tmp_path}/x"]
     said = subprocess.run([*make, "-n", "STAGES=kernels correct"], capture_output=True, text=True, check=True)
     assert f'-m benchmarks.gpu --out "{tmp_path}/x" --stages kernels correct' in said.stdout
     blind = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     said = subprocess.run(make, capture_output=True, text=True, env=blind)
     assert said.returncode == 2 and "sees a CUDA device" in said.stderr and not (tmp_path / "x").exists()
+
+
+# ---- what a first run needs
+
+def test_compiled_peers_come_last_and_memory_ends_one_case(tmp_path, monkeypatch, capsys):
+    def no_memory(case, device, impl):
+        if case.shape["F"] == 16:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return kernel_ops.ours_swiglu(case, device, impl)
+
+    monkeypatch.setitem(kernels.OPS, "swiglu", kernels.Op(**{**vars(OPS["swiglu"]), "ours": no_memory}))
+    assert kernels.main(["--smoke", "--ops", "rope,swiglu", "--out-dir", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path)[2:]
+    is_compiled = [row["provider"] in kernels.COMPILED for row in rows]
+    assert is_compiled == sorted(is_compiled)
+    last = rows[is_compiled.index(True):]
+    assert {row["op"] for row in last} == {"rope", "swiglu"}
+    [small] = [row for row in rows if row["op"] == "swiglu" and row["F"] == "16" and row not in last]
+    assert small["provider"] == "this case" and small["note"].startswith("out of memory: CUDA")
+    assert any(row["op"] == "swiglu" and row["F"] != "16" and row["ms_median"] for row in rows)
+
+
+def test_the_cache_is_flushed_by_reading():
+    timer = Timer(torch.device("cpu"))
+    timer.buffer.fill_(3)
+    version = timer.buffer._version
+    timer.flush()
+    assert timer.total.item() == 12 and timer.buffer._version == version

@@ -96,7 +96,8 @@ def test_advantages_and_policy_loss_are_the_references_in_fp64(objective, own_ad
     advantages, dead = grpo_advantages(rewards, groups, impl="triton")
     expected, expected_dead = reference.grpo_advantages(rewards.double(), groups)
     torch.testing.assert_close(advantages.double(), expected, rtol=1e-5, atol=1e-5)
-    assert dead.tolist() == expected_dead.tolist() == [1, 0, 0]
+    for found_dead in (dead, expected_dead):
+        assert torch.equal(found_dead.long(), torch.tensor([1, 0, 0], device="cuda"))
     weights = torch.rand(N, device="cuda").repeat_interleave(sizes.cuda())
     advantages = advantages.repeat_interleave(sizes.cuda())
     if own_advantages:
