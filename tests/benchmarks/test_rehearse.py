@@ -12,7 +12,8 @@ from r1zero.kernels import rope
 from r1zero.kernels.dispatch import HAS_TRITON, INTERPRETING
 
 needs_compiler = pytest.mark.skipif(not HAS_TRITON or INTERPRETING, reason="needs Triton's compiler")
-ROPE = ("-m", "gpu", "tests/kernels/gpu/test_elementwise.py", "-k", "rope_and_its_gradient and 64")
+PICKED = ("-m", "gpu", "tests/kernels/gpu/test_elementwise.py", "-k",
+          "its_gradient and (64 or 128) and (rope or swiglu)")
 
 
 # ---- the rehearsal
@@ -20,8 +21,8 @@ ROPE = ("-m", "gpu", "tests/kernels/gpu/test_elementwise.py", "-k", "rope_and_it
 @needs_compiler
 def test_a_rehearsal_finds_what_the_launchers_launch_bf16_first():
     rehearsal = rehearse.Rehearsal(90)
-    rehearse.rehearse(rehearsal, *ROPE)
-    assert rehearsal.tests == 3 and rehearsal.unrehearsed == {}
+    rehearse.rehearse(rehearsal, *PICKED)
+    assert rehearsal.tests == 12 and rehearsal.unrehearsed == {}
     kinds = [rehearse.dtype_of(launch) for launch in rehearsal.kernels]
     assert list(dict.fromkeys(kinds)) == ["bf16", "fp16", "fp32"]
     assert kinds.index("fp16") == kinds.count("bf16")
