@@ -18,6 +18,8 @@ from functools import cache
 
 import torch
 
+from .chips import chip_of
+
 try:
     import triton
     import triton.language as tl
@@ -136,10 +138,7 @@ def warn_once(message: str) -> None:
 
 def arch_of(device: torch.device) -> int:
     """Compute capability as one number, 90 for an H100 or H200; 80 where the interpreter runs."""
-    if device.type != "cuda":
-        return 80
-    chip = torch.cuda.get_device_properties(device)
-    return 10 * chip.major + chip.minor
+    return chip_of(device).arch
 
 
 # ---- what is checked of every op's input

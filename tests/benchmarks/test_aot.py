@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import aot
+from r1zero.kernels.chips import matrix_unit
 from r1zero.kernels.dispatch import HAS_TRITON, tl, triton
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +75,11 @@ def test_a_kernel_with_too_much_shared_memory_is_reported():
     row = product(90, 128, 128, 512, num_warps=8)
     assert row["shared"] > 227 * 1024
     assert [text for text in row["complaints"] if "bytes of shared memory, sm_90 has 232448" in text]
+    x = aot.empty(256)
+    [(module, name, data)] = aot.launches_of(
+        121, lambda: product_kernel[(1,)](x, x, ROWS=64, COLUMNS=64, K=64))
+    row = aot.compiled(aot.Kernel("toy", module, name, 121, data, ["case"], limit=1024))  # says the chip
+    assert row["complaints"] == [f"{row['shared']} bytes of shared memory, sm_121 has 1024"]
 
 
 def test_a_product_without_the_chips_matrix_instruction_is_reported():
@@ -142,7 +148,7 @@ def test_our_kernels_compile_without_spills_for_the_chips_own_matrix_units(flags
         assert {row["kernel"] for row in products} >= {"attention_fwd_kernel", "logprob_dlogits_bwd_kernel"}
         for row in products:
             if min(tall for tall, _ in row["dots"]) >= 64:
-                assert any(name.startswith(aot.MATRIX_INSTRUCTION[arch]) for name in row["matrix"])
+                assert any(name.startswith(aot.INSTRUCTIONS[matrix_unit(arch)]) for name in row["matrix"])
         assert all(row["kernel"].split("_kernel")[0] in done.stdout for row in products)
 
 
@@ -154,7 +160,7 @@ def test_every_kernel_compiles():
 
 def test_no_op_compiles_again_when_the_tokens_change():
     cases = [case for make in aot.CASES.values() for case in make(list(aot.DTYPES), list(aot.HEAD_DIMS))]
-    kernels, complaints = aot.record(cases, list(aot.SHARED_LIMIT))
+    kernels, complaints = aot.record(cases, list(aot.DTYPES_BY_ARCH))
     assert complaints == [] and len(kernels) > 300
 
 
