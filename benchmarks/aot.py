@@ -1,6 +1,6 @@
 """Every kernel in every configuration that can be chosen, compiled without a GPU for six chips.
 
-    python -m benchmarks.aot                                    everything, for six chips: over an hour of a core
+    python -m benchmarks.aot                                    all, for six chips: over an hour of a core
     python -m benchmarks.aot --archs 90 --ops rmsnorm,swiglu    some of them
     python -m benchmarks.aot --cases 'attention bf16 D=(64|128)'
 
@@ -159,7 +159,7 @@ def swiglu_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
         mlp.swiglu_fwd(gate_up)
         mlp.swiglu_bwd(empty(T, F, dtype=dtype), gate_up)
 
-    tested = {1, 128, 344, 896, 2048, 4864, 8192}
+    tested = {1, 128, 344, 896, 1024, 2048, 4864, 8192}
     for name in dtypes:
         for F in sorted(tested | {model.d_ff for model in models()} | sizes_of("swiglu", "F")):
             for margin in (0, 1) if F in tested else (0,):  # of columns, behind which rows are not aligned

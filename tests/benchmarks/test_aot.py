@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ import torch
 from benchmarks import aot
 from r1zero.kernels.chips import matrix_unit
 from r1zero.kernels.dispatch import HAS_TRITON, tl, triton
+from r1zero.model.config import preset
+
+from .launch_cases import benchmark_cases, gpu_tests, launches, needs, one_step, presets
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -162,6 +166,37 @@ def test_no_op_compiles_again_when_the_tokens_change():
     cases = [case for make in aot.CASES.values() for case in make(list(aot.DTYPES), list(aot.HEAD_DIMS))]
     kernels, complaints = aot.record(cases, list(aot.DTYPES_BY_ARCH))
     assert complaints == [] and len(kernels) > 300
+
+
+@cache
+def compiled_for(arch: int) -> set[str]:
+    cases = [case for make in aot.CASES.values()
+             for case in make(list(aot.DTYPES), list(aot.HEAD_DIMS))]
+    return {needs(kernel.name, kernel.data) for kernel in aot.record(cases, [arch])[0]}
+
+
+def not_compiled(calls, arch: int) -> list[str]:
+    compiled, found = compiled_for(arch), []
+    for name, call in calls:
+        launched = launches(call, arch)
+        assert launched, f"{name} launches nothing"
+        found += [f"{kernel} of {name}" for kernel, data in launched if needs(kernel, data) not in compiled]
+    return found
+
+
+def test_what_models_benchmarks_and_tests_launch_is_compiled_ahead():
+    some = list(gpu_tests())[::15]
+    assert not_compiled([*presets(), *benchmark_cases(), *some], 90) == []
+    other = preset("tiny", 1000, head_dim=48, n_heads=6)
+    assert {text.split()[0] for text in not_compiled([("x", lambda: one_step(other))], 90)} >= {
+        "attention_fwd_kernel", "rope_fwd_kernel"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_what_all_tests_on_a_gpu_launch_is_compiled_ahead(arch):
+    calls = list(gpu_tests())
+    assert len(calls) > 300 and not_compiled(calls, arch) == []
 
 
 def test_a_bad_kernel_is_named_and_an_exit_code(monkeypatch, capsys):
