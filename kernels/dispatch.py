@@ -141,6 +141,24 @@ def arch_of(device: torch.device) -> int:
     return chip_of(device).arch
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of a model's matrix products: bf16 on a GPU, fp32 on a CPU.
+
+    GPUs before sm_80 have no bf16, so they compute in fp16, in plain PyTorch; a warning says so
+    once. Gradients are not scaled, so the smallest of them are lost there.
+    """
+    if device.type != "cuda":
+        return torch.float32
+    arch = arch_of(device)
+    if arch >= OLDEST_ARCH:
+        return torch.bfloat16
+    warn_once(
+        f"bfloat16 and the Triton kernels need sm_{OLDEST_ARCH} or later, and this GPU is "
+        f"sm_{arch}: models compute in float16, in plain PyTorch"
+    )
+    return torch.float16
+
+
 # ---- what is checked of every op's input
 
 
