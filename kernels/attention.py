@@ -514,7 +514,7 @@ def shared_bytes(
     kept, loaded = {"fwd": (m, 2 * n), "dkdv": (2 * n + m, 2 * m), "dq": (2 * m, 2 * n)}[kernel]
     rows = kept + loaded * chip.buffers(config["num_stages"])
     rows_are_shared = kernel != "fwd" or m < 16 * config["num_warps"]
-    scores = m * n if rows_are_shared else 0
+    scores = m * max(n, 32) if rows_are_shared else 0
     return dtype.itemsize * (padded(head_dim) * rows + scores) + 8 * m
 
 

@@ -72,6 +72,26 @@ def test_attention_takes_the_table_where_it_fits_and_less_where_it_does_not():
     assert (SMALL.arch, "fwd", 64) in less
 
 
+# on sm_80 and sm_86, as compiled by Triton 3.7
+MEASURED = [
+    ("fwd", 64, "bfloat16", (128, 128, 8, 3), 81_920), ("fwd", 128, "bfloat16", (128, 32, 8, 2), 49_152),
+    ("fwd", 256, "bfloat16", (64, 32, 8, 2), 69_632), ("fwd", 128, "bfloat16", (16, 32, 4, 2), 21_504),
+    ("fwd", 128, "float32", (16, 32, 8, 1), 26_688), ("fwd", 256, "float32", (16, 16, 8, 1), 33_856),
+    ("dkdv", 128, "bfloat16", (32, 64, 8, 2), 53_504), ("dkdv", 256, "bfloat16", (16, 64, 8, 1), 90_112),
+    ("dkdv", 256, "float32", (16, 16, 8, 1), 67_584), ("dq", 128, "bfloat16", (64, 64, 8, 2), 69_632),
+    ("dq", 256, "bfloat16", (64, 32, 8, 2), 102_400), ("dq", 256, "bfloat16", (64, 16, 8, 2), 86_016),
+    ("dq", 128, "float32", (32, 32, 8, 1), 65_536), ("dq", 256, "float32", (16, 16, 8, 1), 65_536),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("kernel, head_dim, dtype, sizes, measured", MEASURED)
+def test_the_compiler_takes_no_more_shared_memory_than_was_estimated(kernel, head_dim, dtype, sizes, measured):
+    config = dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), sizes, strict=True))
+    estimate = shared_bytes(kernel, head_dim, getattr(torch, dtype), KNOWN_CHIPS[86], config)
+    assert measured <= estimate <= 2 * measured
+
+
 @needs_triton
 def test_the_other_ops_fit_as_well():
     for chip in EVERY_CHIP:
