@@ -86,7 +86,7 @@ MEASURED = [
 
 @needs_triton
 @pytest.mark.parametrize("kernel, head_dim, dtype, sizes, measured", MEASURED)
-def test_the_compiler_takes_no_more_shared_memory_than_was_estimated(kernel, head_dim, dtype, sizes, measured):
+def test_the_compiler_takes_no_more_shared_memory_than_estimated(kernel, head_dim, dtype, sizes, measured):
     config = dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), sizes, strict=True))
     estimate = shared_bytes(kernel, head_dim, getattr(torch, dtype), KNOWN_CHIPS[86], config)
     assert measured <= estimate <= 2 * measured
