@@ -487,7 +487,7 @@ def attention_config(
     if few_queries:
         m, n, warps, stages = 16, min(n, 32), 4, min(stages, 2)
     config = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-    if few_queries or dtype == torch.float32:
+    if few_queries or dtype == torch.float32 or head_dim <= 16:
         # without this the assembler spills registers, to run more of these small programs at once
         config["maxnreg"] = 255
 

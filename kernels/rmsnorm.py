@@ -158,6 +158,8 @@ def rmsnorm_bwd_config(M: int, R: int, chip: Chip) -> tuple[int, dict[str, int]]
     at_one_time = chip.processors * (warps_at_one_time // warps)
     P = min(triton.cdiv(R, max(rows, 8)), at_one_time // triton.cdiv(M, block))
     config = {"BLOCK_M": block, "ROWS": rows, "STAGES": stages, "num_warps": warps}
+    if block == 1024:  # else the assembler spills a few registers at this size
+        config["maxnreg"] = 64
 
     def bytes_of(config):  # rows of x, dy and dsum that are fetched ahead, in fp32 at most
         return 12 * block * rows * (config["STAGES"] - 1) + 1024
