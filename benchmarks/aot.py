@@ -1,6 +1,6 @@
-"""Every kernel in every configuration that can be chosen, compiled without a GPU for three chips.
+"""Every kernel in every configuration that can be chosen, compiled without a GPU for six chips.
 
-    python -m benchmarks.aot                                    all for sm_80, 90, 100: half an hour of a core
+    python -m benchmarks.aot                                    all, for six chips: over an hour of a core
     python -m benchmarks.aot --archs 90 --ops rmsnorm,swiglu    some of them
     python -m benchmarks.aot --cases 'attention bf16 D=(64|128)'
 
@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
@@ -36,9 +36,12 @@ from unittest import mock
 
 import torch
 
-from r1zero.kernels import dispatch
+from r1zero.kernels import chips, dispatch
+from r1zero.kernels.chips import KNOWN_CHIPS, matrix_unit
+from r1zero.model.config import PRESETS, ModelConfig, preset
 
 from .common import finish, table
+from .kernel_ops import OPS
 
 if dispatch.HAS_TRITON:
     import triton
@@ -46,11 +49,10 @@ if dispatch.HAS_TRITON:
     from triton.runtime import driver
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-HEAD_DIMS = (32, 64, 80, 96, 128, 256)
-# query heads for each key/value head, window, soft cap; the first two in every dtype
-ATTENTION_VARIANTS = ((1, -1, 0.0), (6, 256, 30.0), (1, 256, 0.0), (1, -1, 30.0))
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per program
-MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTC"}  # the chip's own; on sm_100 UTCHMMA, UTCQMMA, ...
+HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
+# what is compiled for each chip, unless flags say otherwise
+DTYPES_BY_ARCH = {80: list(DTYPES), 90: list(DTYPES)} | dict.fromkeys((86, 89, 100, 120), ["bf16"])
+INSTRUCTIONS = {"mma": "HMMA", "wgmma": "HGMMA", "tcgen05": "UTC"}  # the last UTCHMMA, UTCQMMA, ...
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?(\w+)", re.MULTILINE)
 DOT = re.compile(r"tt\.dot .*: tensor<(\d+)x\d+x(\w+)> \* ")  # rows and type of the first operand
 
@@ -71,6 +73,22 @@ def empty(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+@cache
+def models() -> list[ModelConfig]:
+    return [preset(name, vocab_size=1000) for name in PRESETS]
+
+
+def sizes_of(op: str, letter: str) -> set[int]:
+    """What benchmarks.kernels measures of this size."""
+    cases = (case for x in OPS.values() for case in (*x.full_size, *x.smoke))
+    return {case.shape[letter] for case in cases if case.op == op}
+
+
+def mixed(dtype: str) -> list[str]:
+    """Types of weights that meet this type: a model's weights are in fp32."""
+    return list(dict.fromkeys((dtype, "fp32")))
+
+
 def rmsnorm_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
     from r1zero.kernels import rmsnorm
 
@@ -78,44 +96,75 @@ def rmsnorm_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
         x = empty(T, *heads, M, dtype=dtype)
         w, residual = empty(M, dtype=weight_dtype), torch.empty_like(x) if with_residual else None
         y, total, r = rmsnorm.rmsnorm_fwd(x, w, 1e-6, residual)
-        rmsnorm.rmsnorm_bwd(y, total if with_residual else None, x, w, r)
+        dsums = (None, total) if with_residual else (None,)
+        for dsum in dsums:
+            rmsnorm.rmsnorm_bwd(y, dsum, total if with_residual else x, w, r)
 
+    def launch_views(T, shape, part, M, dtype, weight_dtype):
+        x, w = empty(T, *shape, dtype=dtype)[part], empty(M, dtype=weight_dtype)
+        _, _, r = rmsnorm.rmsnorm_fwd(x, w, 1e-6, None)
+        for dy in (empty(*x.shape, dtype=dtype), x):
+            rmsnorm.rmsnorm_bwd(dy, None, x, w, r)
+
+    in_models = {model.d_model for model in models()}
+    tested = {1, 64, 128, 500, 896, 1536, 2048, 4096, 8192, 12288, 16384}
     for name in dtypes:
-        for M in (896, 1024, 2048, 4096, 8192, 16384):
+        for M in sorted(tested | in_models | sizes_of("rmsnorm", "M")):
             for residual in (False, True):
-                for weight in dict.fromkeys((name, "fp32")) if M == 2048 else (name,):
+                for weight in mixed(name) if M in in_models else (name,):
                     yield Case("rmsnorm", f"{name} M={M} weight {weight}" + " residual" * residual,
                                lambda T, a=((), M, DTYPES[name], DTYPES[weight], residual): launch(T, *a))
-        for D in head_dims:  # q and k are normed head by head
-            yield Case("rmsnorm", f"{name} D={D}",
-                       lambda T, a=((8,), D, DTYPES[name], DTYPES[name], False): launch(T, *a))
+        for D in head_dims:  # q and k are normed head by head, in place in the fused projection
+            for weight in mixed(name) if D == 128 else (name,):
+                types = DTYPES[name], DTYPES[weight]
+                yield Case("rmsnorm", f"{name} D={D} weight {weight}",
+                           lambda T, a=((8,), D, *types, False): launch(T, *a))
+                if D == 128:
+                    for heads in (16, 8):  # qwen3's query and key heads
+                        rows = slice(None), slice(24 - heads, 24)
+                        yield Case("rmsnorm", f"{name} D={D} weight {weight} {heads} of 32 heads",
+                                   lambda T, a=((32, D), rows, D, *types): launch_views(T, *a))
+        for first in (0, 3):  # rows aligned to 16 bytes, and not
+            rows, dtype = (slice(None), slice(first, first + 2048)), DTYPES[name]
+            yield Case("rmsnorm", f"{name} M=2048 of 4096 from {first}",
+                       lambda T, a=((4096,), rows, 2048, dtype, dtype): launch_views(T, *a))
 
 
 def rope_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
     from r1zero.kernels import rope
 
-    def launch(T, H, D, dtype):
+    def launch(T, heads, part, D, dtype):
         cos, sin = empty(T, D // 2, dtype=torch.float32), empty(T, D // 2, dtype=torch.float32)
         for backward in (False, True):
-            rope.rope_rotate(empty(T, H, D, dtype=dtype), cos, sin, backward)
+            rope.rope_rotate(empty(T, heads, D, dtype=dtype)[:, part], cos, sin, backward)
 
+    heads = {(model.head_dim, n) for model in models() for n in (model.n_heads, model.n_kv_heads)}
     for name in dtypes:
-        for D in head_dims:
-            for H in (3, 32):
-                yield Case("rope", f"{name} H={H} D={D}", lambda T, a=(H, D, DTYPES[name]): launch(T, *a))
+        found = {(D, H) for D in {2, 192, *head_dims} for H in (3, 32)} | heads
+        found |= {(8, H) for H in (2, 3)}  # of the smoke test
+        for D, H in sorted(found):
+            yield Case("rope", f"{name} H={H} D={D}",
+                       lambda T, a=(H, slice(None), D, DTYPES[name]): launch(T, *a))
+        for D in sorted({2, 192, *head_dims}):
+            yield Case("rope", f"{name} H=6 of 9 D={D}",
+                       lambda T, a=(9, slice(1, 7), D, DTYPES[name]): launch(T, *a))
 
 
 def swiglu_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
     from r1zero.kernels import mlp
 
-    def launch(T, F, dtype):
-        gate_up = empty(T, 2 * F, dtype=dtype)
+    def launch(T, F, margin, dtype):
+        gate_up = empty(T, 2 * F + 2 * margin, dtype=dtype)[:, margin : 2 * F + margin]
         mlp.swiglu_fwd(gate_up)
         mlp.swiglu_bwd(empty(T, F, dtype=dtype), gate_up)
 
+    tested = {1, 128, 344, 896, 1024, 2048, 4864, 8192}
     for name in dtypes:
-        for F in (172, 2048, 4864, 8192, 14336):
-            yield Case("swiglu", f"{name} F={F}", lambda T, a=(F, DTYPES[name]): launch(T, *a))
+        for F in sorted(tested | {model.d_ff for model in models()} | sizes_of("swiglu", "F")):
+            for margin in (0, 1) if F in tested else (0,):  # of columns, behind which rows are not aligned
+                yield Case("swiglu", f"{name} F={F}" + " not aligned" * margin,
+                           lambda T, a=(F, margin, DTYPES[name]): launch(T, *a),
+                           sizes=(4096, 4099) if margin else (4096, 4099, 1))
 
 
 def attention_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
@@ -134,30 +183,43 @@ def attention_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
     # sequences, tokens of q and of k, longest of q and of k
     lengths = {"": ((4, 4096, 4096, 2048, 2048), (5, 4099, 5003, 2049, 2501)),
                " one query": ((64, 64, 65536, 1, 1024), (3, 3, 9001, 1, 3001))}
+    in_use = {(model.head_dim, model.n_heads // model.n_kv_heads) for model in models()}
+    cases = (case.shape for x in (OPS["attention"].full_size, OPS["attention"].smoke) for case in x)
+    in_use |= {(s["D"], s["H"] // s["G"]) for s in cases} | {(64, group) for group in (1, 3, 5, 7)}
+    in_use |= {(128, 128)}
     for name in dtypes:
-        for D in head_dims:
-            for group, window, softcap in ATTENTION_VARIANTS if name == "bf16" else ATTENTION_VARIANTS[:2]:
-                extras = " grouped" * (group > 1) + " window" * (window >= 0) + " softcap" * (softcap > 0)
-                for what, sizes in lengths.items():
-                    yield Case("attention", f"{name} D={D}{extras}{what}", sizes=sizes,
-                               launch=lambda s, a=(D, DTYPES[name], group, window, softcap): launch(s, *a))
+        found = [(D, 3, -1, 0.0) for D in head_dims]
+        found += [(D, 2, *extras) for D in head_dims if name == "bf16" or D in (32, 64, 128, 256)
+                  for extras in ((-1, 0.0), (256, 0.0), (-1, 30.0), (256, 30.0))]
+        found += [(D, group, -1, 0.0) for D, group in sorted(in_use) if name == "bf16"]
+        for D, group, window, softcap in dict.fromkeys(found):
+            extras = f" group {group}" + " window" * (window >= 0) + " softcap" * (softcap > 0)
+            for what, sizes in lengths.items():
+                if what and group != 2 and (D, group) not in in_use:
+                    continue
+                yield Case("attention", f"{name} D={D}{extras}{what}", sizes=sizes,
+                           launch=lambda s, a=(D, DTYPES[name], group, window, softcap): launch(s, *a))
+    if "fp16" in dtypes:
+        yield Case("attention", "fp16 D=32 group 1 one query", sizes=lengths[" one query"],
+                   launch=lambda s: launch(s, 32, torch.float16, 1, -1, 0.0))
 
 
 def decode_attention_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
     from r1zero.kernels import decode_attention
 
-    def launch(sizes, D, dtype, group):
+    def launch(sizes, H, G, D, dtype):
         B, pages, width = sizes
-        cache, lengths = empty(pages, 2, 16, D, dtype=dtype), empty(B, dtype=torch.int32)
-        decode_attention.decode_attention_fwd(empty(B, 2 * group, D, dtype=dtype), cache, cache,
+        cache, lengths = empty(pages, G, 16, D, dtype=dtype), empty(B, dtype=torch.int32)
+        decode_attention.decode_attention_fwd(empty(B, H, D, dtype=dtype), cache, cache,
                                               empty(B, width, dtype=torch.int32), lengths, D**-0.5)
 
     for name in dtypes:
-        for D in head_dims:
-            for group in (1, 6, 20) if D == 128 else (1, 6):
-                yield Case("decode_attention", f"{name} D={D} group {group}",
-                           sizes=((64, 4096, 256), (1, 4099, 7), (5, 100, 1)),  # rows, pages, pages per row
-                           launch=lambda s, a=(D, DTYPES[name], group): launch(s, *a))
+        found = [(2 * group, 2, D) for D in head_dims for group in (1, 6, 7, 20)]
+        found += [(model.n_heads, model.n_kv_heads, model.head_dim) for model in models()]
+        for H, G, D in dict.fromkeys(found):
+            yield Case("decode_attention", f"{name} D={D} group {H // G}, {G} groups",
+                       sizes=((64, 4096, 256), (5, 100, 16)),  # rows, pages, pages per row
+                       launch=lambda s, a=(H, G, D, DTYPES[name]): launch(s, *a))
 
 
 def logprob_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
@@ -171,18 +233,21 @@ def logprob_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
             linear_logprob.logprob_bwd(logp, dentropy, h, weight, targets, None, lse, entropy, *rest, True,
                                        True)
 
+    in_models = {model.d_model for model in models()}
+    widths = {64, 100, 896, 912, 2048} | in_models | sizes_of("linear_logprob", "M")
     for name in dtypes:
-        for M, weight, softcap in dict.fromkeys(((2048, name, 0.0), (2048, "fp32", 0.0), (912, name, 0.0),
-                                                 (2048, name, 30.0), (100, name, 0.0), (100, name, 30.0))):
-            yield Case("linear_logprob", f"{name} M={M} weight {weight}" + " softcap" * (softcap > 0),
-                       lambda T, a=(9001, M, DTYPES[name], DTYPES[weight], softcap): launch(T, *a))
+        for M in sorted(widths):
+            for weight in mixed(name):
+                for softcap in (0.0, 30.0) if weight == name else (0.0,):
+                    yield Case("linear_logprob", f"{name} M={M} weight {weight}" + " softcap" * (softcap > 0),
+                               lambda T, a=(9001, M, DTYPES[name], DTYPES[weight], softcap): launch(T, *a))
 
 
 def grpo_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
     from r1zero.kernels import grpo
 
-    def launch(N, objective, estimator):
-        offsets = empty(N + 1, dtype=torch.int32)
+    def launch(N, objective, estimator, index):
+        offsets = empty(N + 1, dtype=index)
         samples, tokens = (empty(n, dtype=torch.float32) for n in (N, 7 * N))
         for normalise in (False, True):
             grpo.grpo_advantages_fwd(samples, offsets, normalise)
@@ -190,14 +255,13 @@ def grpo_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
         settings = (0.2, 0.28, 0.1, objective, estimator)
         grpo.policy_loss_fwd(tokens, tokens, ref, tokens, tokens, offsets, *settings)
 
-    if "fp32" not in dtypes:  # log-probs are never less
-        return
-    variants = [(objective, estimator) for objective in grpo.OBJECTIVES for estimator in ("", "k3")]
-    # objective and KL share no code: k1 and k2 with two of the objectives will do
-    variants += [(objective, k) for objective in ("clip", "reinforce") for k in ("k1", "k2")]
-    for objective, estimator in variants:
-        label = objective + f" reference {estimator}" * bool(estimator)
-        yield Case("grpo", label, lambda N, a=(objective, estimator): launch(N, *a))
+    # log-probs are in fp32, whatever the model's dtype
+    for objective in grpo.OBJECTIVES:
+        for estimator in ("", *grpo.KL_ESTIMATORS):
+            for index in (torch.int32, torch.int64):
+                label = objective + f" reference {estimator}" * bool(estimator)
+                label += " int64" * (index == torch.int64)
+                yield Case("grpo", label, lambda N, a=(objective, estimator, index): launch(N, *a))
 
 
 CASES = {"rmsnorm": rmsnorm_cases, "rope": rope_cases, "swiglu": swiglu_cases, "attention": attention_cases,
@@ -206,13 +270,13 @@ CASES = {"rmsnorm": rmsnorm_cases, "rope": rope_cases, "swiglu": swiglu_cases, "
 
 # ---- what Triton would compile for them ----
 
-class Chip:
+class StandInDriver:
     """Stands in for Triton's driver: enough of one to compile for a chip that is not there."""
 
     made = count()
 
     def __init__(self, arch: int):
-        self.arch, self.device = arch, f"sm_{arch}, number {next(Chip.made)}"
+        self.arch, self.device = arch, f"sm_{arch}, number {next(StandInDriver.made)}"
 
     def get_current_target(self):
         return GPUTarget("cuda", self.arch, 32)
@@ -226,7 +290,7 @@ class Chip:
 
 @contextmanager
 def chip(arch: int):
-    driver.set_active(Chip(arch))
+    driver.set_active(StandInDriver(arch))
     try:
         yield
     finally:
@@ -243,6 +307,7 @@ class Kernel:
     arch: int
     data: str  # JSON, as Triton's hook gives it and `preload` takes it
     cases: list[str] = field(default_factory=list)
+    limit: int | None = None  # bytes of shared memory, where the chip is none of KNOWN_CHIPS
 
 
 def recorded(launch: Callable, *args) -> list[tuple[str, str, str]]:
@@ -260,7 +325,7 @@ def recorded(launch: Callable, *args) -> list[tuple[str, str, str]]:
 
 def launches_of(arch: int, launch: Callable, *args) -> list[tuple[str, str, str]]:
     """The same on that chip."""
-    with chip(arch), mock.patch.object(dispatch, "arch_of", lambda device: arch):
+    with chip(arch), mock.patch.object(chips, "chip_of", lambda device: KNOWN_CHIPS[arch]):
         return recorded(launch, *args)
 
 
@@ -306,12 +371,18 @@ def tool(name: str, *args: str) -> str:
     return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout
 
 
+def limit_of(kernel: Kernel) -> int:
+    """Bytes of shared memory that one program may have."""
+    return kernel.limit or KNOWN_CHIPS[kernel.arch].shared_memory
+
+
 def compiled(kernel: Kernel) -> dict:
     """Compile one kernel and read its machine code; a row of the table."""
     data = json.loads(kernel.data)
     constants = {list(data["signature"])[path[0]]: value
                  for path, value in zip(data["constant_keys"], data["constant_vals"], strict=True)}
     row = {"kernel": kernel.name, "op": kernel.op, "arch": kernel.arch, "cases": kernel.cases,
+           "limit": limit_of(kernel),
            "constants": constants,
            "types": sorted({t for t in data["signature"].values() if t.startswith("*")}),
            "warps": data["options"]["num_warps"], "stages": data["options"]["num_stages"]}
@@ -341,11 +412,12 @@ def wrong(row: dict) -> list[str]:
     if row["stack"] or row["local"] or row["spill_instructions"]:
         complaints.append(f"spills: {row['stack']} bytes of stack, {row['local']} local, "
                           f"{row['spill_instructions']} STL/LDL, at {row['registers']} registers")
-    if row["shared"] > SHARED_LIMIT[arch]:
-        complaints.append(f"{row['shared']} bytes of shared memory, sm_{arch} has {SHARED_LIMIT[arch]}")
+    if row["shared"] > row["limit"]:
+        complaints.append(f"{row['shared']} bytes of shared memory, sm_{arch} has {row['limit']}")
     tall = [rows for rows, kind in row["dots"] if rows >= 64 and kind in ("bf16", "f16")]
-    if tall and not any(name.startswith(MATRIX_INSTRUCTION[arch]) for name in row["matrix"]):
-        complaints.append(f"a product of {tall[0]} rows without {MATRIX_INSTRUCTION[arch]} instructions, "
+    instruction = INSTRUCTIONS[matrix_unit(arch)]
+    if tall and not any(name.startswith(instruction) for name in row["matrix"]):
+        complaints.append(f"a product of {tall[0]} rows without {instruction} instructions, "
                           f"with {'+'.join(row['matrix']) or 'none at all'}")
     return complaints
 
@@ -390,9 +462,10 @@ def listed(allowed, kind=str):
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--archs", type=listed(SHARED_LIMIT, int), default=list(SHARED_LIMIT))
+    parser.add_argument("--archs", type=listed(KNOWN_CHIPS, int), default=list(DTYPES_BY_ARCH))
     parser.add_argument("--ops", type=listed(CASES), default=list(CASES))
-    parser.add_argument("--dtypes", type=listed(DTYPES), default=list(DTYPES))
+    parser.add_argument("--dtypes", type=listed(DTYPES),
+                        help="all on sm_80 and sm_90 by default, bf16 on the other chips")
     parser.add_argument("--head-dims", type=listed(HEAD_DIMS, int), default=list(HEAD_DIMS))
     parser.add_argument("--cases", type=re.compile, default="", help="a regular expression, to be found in "
                         '"op case", such as "attention bf16 D=64 window"')
@@ -403,11 +476,16 @@ def main(argv: list[str] | None = None) -> int:
         problem = "TRITON_INTERPRET is set: unset it" if dispatch.HAS_TRITON else "Triton is not installed"
         print(f"benchmarks.aot: {problem}; nothing can be compiled", file=sys.stderr)
         return 2
-    cases = [case for op in flags.ops for case in CASES[op](flags.dtypes, flags.head_dims)
-             if re.search(flags.cases, f"{case.op} {case.label}")]
-    if not cases:
+    kernels, complaints = [], []
+    for arch in flags.archs:
+        dtypes = flags.dtypes or DTYPES_BY_ARCH.get(arch, ["bf16"])
+        cases = [case for op in flags.ops for case in CASES[op](dtypes, flags.head_dims)
+                 if re.search(flags.cases, f"{case.op} {case.label}")]
+        needed, said = record(cases, [arch])
+        kernels += needed
+        complaints += said
+    if not kernels:
         parser.error("no case is left; --cases " + flags.cases.pattern)
-    kernels, complaints = record(cases, flags.archs)
     rows = []
     for row in compile_all(kernels, flags.jobs):
         rows.append(row)

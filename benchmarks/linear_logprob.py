@@ -19,6 +19,7 @@ import tyro
 from torch.profiler import ProfilerActivity, profile
 
 from r1zero.kernels import reference
+from r1zero.kernels.chips import KNOWN_CHIPS, Chip
 from r1zero.kernels.linear_logprob import SLICE, linear_logprob, logprob_config
 from r1zero.train.machine import reuse_memory
 
@@ -71,9 +72,9 @@ def peak_beyond_results(side, T: int, f: Flags) -> int:
     return allocated_peak(prof) - 4 * (h.numel() + w.numel())
 
 
-def triton_workspace(T: int, f: Flags, arch: int = 90) -> int:
+def triton_workspace(T: int, f: Flags, chip: Chip = KNOWN_CHIPS[90]) -> int:
     """Bytes that the Triton path holds at its peak in bf16, beyond its results."""
-    tiles = -(-f.vocabulary // logprob_config("tiles", torch.bfloat16, arch, f.d_model)["BLOCK_V"])
+    tiles = -(-f.vocabulary // logprob_config("tiles", torch.bfloat16, chip, f.d_model)["BLOCK_V"])
     return max(12 * T * tiles, 4 * T * f.d_model + 2 * T * SLICE)
 
 

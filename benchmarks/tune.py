@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 
-from r1zero.kernels import dispatch
+from r1zero.kernels.chips import Chip, chip_of
 
 from .aot import DTYPES, HEAD_DIMS, Kernel, compile_all, listed, recorded
 from .common import finish, show, spread, table
@@ -101,7 +101,7 @@ def overridden(module, sweep: Sweep, config: Config) -> Iterator[None]:
         yield
 
 
-def compile_ahead(arch: int, configs: list[Config], under: Callable, launch: Callable,
+def compile_ahead(chip: Chip, configs: list[Config], under: Callable, launch: Callable,
                   jobs: int) -> dict[Config, str]:
     """Compile what each configuration launches, in parallel, into Triton's cache. Returns faults."""
     kernels, owners, faults = {}, {}, {}
@@ -113,7 +113,7 @@ def compile_ahead(arch: int, configs: list[Config], under: Callable, launch: Cal
             faults[config] = failure(error)
             continue
         for module, name, data in found:
-            kernels[data] = Kernel("", module, name, arch, data, [""])
+            kernels[data] = Kernel("", module, name, chip.arch, data, [""], chip.shared_memory)
             owners.setdefault(data, []).append(config)
     for kernel, row in zip(kernels.values(), compile_all(list(kernels.values()), jobs), strict=True):
         if row["complaints"]:
@@ -153,7 +153,7 @@ def words(config: Config) -> str:
 
 def tune(op_name: str, case: Case, sweep: Sweep, dtype: torch.dtype, timer: Timer, jobs: int) -> dict:
     """Sweep one case; prints its table."""
-    op, arch = OPS[op_name], dispatch.arch_of(timer.device)
+    op, chip = OPS[op_name], chip_of(timer.device)
     module = module_of(op_name)
     inputs, upstream, truth = posed(op, case, timer.device, dtype)
     ours = op.ours(case, timer.device, None)
@@ -164,11 +164,11 @@ def tune(op_name: str, case: Case, sweep: Sweep, dtype: torch.dtype, timer: Time
     def launch():
         with_gradients(ours, inputs, upstream)
 
-    faults = compile_ahead(arch, sweep.configs(), under, launch, jobs)
+    faults = compile_ahead(chip, sweep.configs(), under, launch, jobs)
     best, wrong = rank([config for config in sweep.configs() if config not in faults], under,
                        lambda: error_of(with_gradients(ours, inputs, upstream), truth),
                        call_of(ours, sweep.mode, inputs, upstream), timer)
-    name = f"{op_name} {sweep.part}, {case.label}, {str(dtype).removeprefix('torch.')}, sm_{arch}"
+    name = f"{op_name} {sweep.part}, {case.label}, {str(dtype).removeprefix('torch.')}, sm_{chip.arch}"
     print(f"{name}: {sweep.mode} pass")
     table(["", "ms"], [[words(config), show(ms, digits=4)] for config, ms in best[:8]])
     for config, fault in (faults | wrong).items():

@@ -34,7 +34,8 @@ Shapes: T tokens, H query heads, G kv heads, D head_dim, N sequences.
 import torch
 from torch.nn.functional import embedding
 
-from . import dispatch, reference
+from . import chips, reference
+from .chips import Chip, stepped_down
 from .cpu import attention as cpu
 from .dispatch import Backend, check_tensors, choose, serves_all, tl, triton, triton_refuses
 from .rope import rope
@@ -458,41 +459,74 @@ def attention_bwd_dq_kernel(
 # ---- block sizes
 
 
-# (BLOCK_M, BLOCK_N, warps, stages) by kernel and architecture, then by head_dim up to 32, 64, 128,
+# (BLOCK_M, BLOCK_N, warps, stages) by kernel and matrix unit, then by head_dim up to 32, 64, 128,
 # 256. The largest of those tried that fit in registers; `python -m benchmarks.aot` shows what each
 # one takes.
 BLOCKS = {
-    ("fwd", "ampere"): [(128, 128, 8, 3), (128, 128, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)],
-    ("fwd", "hopper"): [(128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (64, 64, 8, 2)],
-    ("fwd", "blackwell"): [(128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (64, 64, 8, 2)],
-    ("dkdv", "ampere"): [(64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2), (16, 64, 8, 1)],
-    ("dkdv", "hopper"): [(64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2), (32, 32, 8, 1)],
-    ("dkdv", "blackwell"): [(64, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 1), (32, 32, 8, 1)],
-    ("dq", "ampere"): [(128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)],
-    ("dq", "hopper"): [(128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)],
-    ("dq", "blackwell"): [(128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)],
+    ("fwd", "mma"): [(128, 128, 8, 3), (128, 128, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)],
+    ("fwd", "wgmma"): [(128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (64, 64, 8, 2)],
+    ("fwd", "tcgen05"): [(128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (64, 64, 8, 2)],
+    ("dkdv", "mma"): [(64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2), (16, 64, 8, 1)],
+    ("dkdv", "wgmma"): [(64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2), (32, 32, 8, 1)],
+    ("dkdv", "tcgen05"): [(64, 128, 8, 2), (32, 128, 8, 2), (32, 128, 8, 1), (32, 32, 8, 1)],
+    ("dq", "mma"): [(128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)],
+    ("dq", "wgmma"): [(128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)],
+    ("dq", "tcgen05"): [(128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 1)],
     ("fwd", "fp32"): [(32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)],
     ("dkdv", "fp32"): [(16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)],
     ("dq", "fp32"): [(32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1)],
 }
 
 
-def attention_config(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, max_q: int) -> dict:
+def attention_config(
+    kernel: str, head_dim: int, dtype: torch.dtype, chip: Chip, max_q: int
+) -> dict[str, int]:
     """Block sizes of "fwd", "dkdv" or "dq".
 
-    A few queries against a cache take the fewest rows that the matrix units know; fp32 has none.
+    They are of the table, made smaller until they fit the chip's shared memory. A few queries
+    against a cache take the fewest rows that the matrix units know; fp32 has none.
     """
-    family = {90: "hopper", 100: "blackwell", 103: "blackwell"}.get(arch, "ampere")
     size = 0 if head_dim <= 32 else 1 if head_dim <= 64 else 2 if head_dim <= 128 else 3
-    m, n, warps, stages = BLOCKS[kernel, "fp32" if dtype == torch.float32 else family][size]
+    unit = "fp32" if dtype == torch.float32 else chip.matrix_unit
+    m, n, warps, stages = BLOCKS[kernel, unit][size]
     few_queries = max_q <= 16 and kernel != "dkdv" and dtype != torch.float32
     if few_queries:
         m, n, warps, stages = 16, min(n, 32), 4, min(stages, 2)
     config = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-    if few_queries or dtype == torch.float32:
+    if few_queries or dtype == torch.float32 or head_dim <= 16:
         # without this the assembler spills registers, to run more of these small programs at once
         config["maxnreg"] = 255
-    return config
+
+    def bytes_of(config):
+        return shared_bytes(kernel, head_dim, dtype, chip, config)
+
+    return stepped_down(config, bytes_of, chip, STEPS[kernel])
+
+
+# what gives way where shared memory is small, and how far: first the tiles that are loaded in turns
+STEPS = {
+    "fwd": (("BLOCK_N", 16), ("num_stages", 1), ("BLOCK_M", 16)),
+    "dkdv": (("BLOCK_M", 16), ("num_stages", 1), ("BLOCK_N", 16)),
+    "dq": (("BLOCK_N", 16), ("num_stages", 1), ("BLOCK_M", 16)),
+}
+
+
+def shared_bytes(
+    kernel: str, head_dim: int, dtype: torch.dtype, chip: Chip, config: dict[str, int]
+) -> int:
+    """Shared memory of a program, or somewhat more: the tiles that it keeps, those that it loads in
+    turns, and the scores between two products where several warps share a row."""
+    m, n = config["BLOCK_M"], config["BLOCK_N"]
+    kept, loaded = {"fwd": (m, 2 * n), "dkdv": (2 * n + m, 2 * m), "dq": (2 * m, 2 * n)}[kernel]
+    rows = kept + loaded * chip.buffers(config["num_stages"])
+    rows_are_shared = kernel != "fwd" or m < 16 * config["num_warps"]
+    scores = m * max(n, 32) if rows_are_shared else 0
+    return dtype.itemsize * (padded(head_dim) * rows + scores) + 8 * m
+
+
+def padded(head_dim: int) -> int:
+    """The width of a tile of heads."""
+    return max(16, triton.next_power_of_2(head_dim))
 
 
 # ---- launchers
@@ -503,7 +537,7 @@ def _constants(q: torch.Tensor, k: torch.Tensor, window: int, softcap: float) ->
     return {
         "GROUP": q.shape[1] // k.shape[1],
         "D": D,
-        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "BLOCK_D": padded(D),
         "SOFTCAP": softcap > 0,
         "WINDOW": window >= 0,
     }
@@ -531,7 +565,7 @@ def attention_fwd(
     N = cu_q.shape[0] - 1
     out = torch.empty((Tq, H, D), dtype=q.dtype, device=q.device)
     lse = q.new_empty((H, Tq), dtype=torch.float32)
-    config = attention_config("fwd", D, q.dtype, dispatch.arch_of(q.device), max_q)
+    config = attention_config("fwd", D, q.dtype, chips.chip_of(q.device), max_q)
     m_blocks = triton.cdiv(max_q, config["BLOCK_M"])
     if Tq > 0 and m_blocks > 0:
         attention_fwd_kernel[(N * m_blocks, H)](
@@ -575,7 +609,7 @@ def attention_bwd(
     Tk, G, _ = k.shape
     N = cu_q.shape[0] - 1
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    arch = dispatch.arch_of(q.device)
+    chip = chips.chip_of(q.device)
     constants = _constants(q, k, window, softcap)
     strides = _strides(q, k, v, dout)
 
@@ -596,7 +630,7 @@ def attention_bwd(
         )
 
     # 2. dk and dv, by programs that own keys
-    config = attention_config("dkdv", D, q.dtype, arch, max_q)
+    config = attention_config("dkdv", D, q.dtype, chip, max_q)
     n_blocks = triton.cdiv(max_k, config["BLOCK_N"])
     if Tk > 0 and n_blocks > 0:
         attention_bwd_dkdv_kernel[(N * n_blocks, G)](
@@ -622,7 +656,7 @@ def attention_bwd(
         )
 
     # 3. dq, by programs that own queries
-    config = attention_config("dq", D, q.dtype, arch, max_q)
+    config = attention_config("dq", D, q.dtype, chip, max_q)
     m_blocks = triton.cdiv(max_q, config["BLOCK_M"])
     if Tq > 0 and m_blocks > 0:
         attention_bwd_dq_kernel[(N * m_blocks, H)](

@@ -24,7 +24,8 @@ Shapes: B rows, H query heads, G kv heads, R = H / G, D head_dim, P pages, W pag
 
 import torch
 
-from . import reference
+from . import chips, reference
+from .chips import Chip, stepped_down
 from .dispatch import Backend, check_tensors, choose, serves_all, tl, triton, triton_refuses
 
 MAX_HEAD_DIM = 256
@@ -145,18 +146,30 @@ def decode_attention_combine_fwd_kernel(
     tl.store(out_BHD + (b * H + h) * D + d, out.to(out_BHD.dtype.element_ty), d < D)
 
 
-def decode_attention_config(head_dim: int, dtype: torch.dtype, per_group: int) -> dict:
-    """Block sizes: the keys of a block fit the registers beside the queries' rows."""
+def decode_attention_config(
+    head_dim: int, dtype: torch.dtype, per_group: int, chip: Chip
+) -> dict[str, int]:
+    """Block sizes: the keys of a block fit the registers beside the queries' rows, and the chip's
+    shared memory."""
     large = head_dim > 128 or per_group > 16
-    if dtype != torch.float32:
-        return {"BLOCK_N": 32 if large else 64, "num_warps": 4, "num_stages": 2}
-    return {
-        "BLOCK_N": 16 if large else 32,
-        "num_warps": 8 if per_group > 16 else 4,
-        "num_stages": 1,
-        # without this the assembler spills registers, to run more of these small programs at once
-        "maxnreg": 255,
-    }
+    config = {"BLOCK_N": 32 if large else 64, "num_warps": 4, "num_stages": 2}
+    if dtype == torch.float32:
+        config = {
+            "BLOCK_N": 16 if large else 32,
+            "num_warps": 8 if per_group > 16 else 4,
+            "num_stages": 1,
+            # without this the assembler spills registers, to run more of these small programs at
+            # once
+            "maxnreg": 255,
+        }
+
+    def bytes_of(config):
+        queries, keys = max(16, triton.next_power_of_2(per_group)), config["BLOCK_N"]
+        width = max(16, triton.next_power_of_2(head_dim))
+        tiles = queries + 2 * keys * chip.buffers(config["num_stages"])
+        return dtype.itemsize * (width * tiles + queries * keys)
+
+    return stepped_down(config, bytes_of, chip, (("BLOCK_N", 16), ("num_stages", 1)))
 
 
 def decode_attention_fwd(
@@ -206,7 +219,7 @@ def decode_attention_fwd(
         SPLIT=split,
         BLOCK_R=max(16, triton.next_power_of_2(per_group)),
         BLOCK_D=block_d,
-        **decode_attention_config(D, q.dtype, per_group),
+        **decode_attention_config(D, q.dtype, per_group, chips.chip_of(q.device)),
     )
     decode_attention_combine_fwd_kernel[(B, H)](
         parts, lse, lengths, out, n_splits, H=H, D=D, SPLIT=split, BLOCK_D=block_d, num_warps=1

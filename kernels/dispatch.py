@@ -18,6 +18,8 @@ from functools import cache
 
 import torch
 
+from .chips import chip_of
+
 try:
     import triton
     import triton.language as tl
@@ -148,10 +150,25 @@ def warn_once(message: str) -> None:
 
 def arch_of(device: torch.device) -> int:
     """Compute capability as one number, 90 for an H100 or H200; 80 where the interpreter runs."""
+    return chip_of(device).arch
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of a model's matrix products: bf16 on a GPU, fp32 on a CPU.
+
+    GPUs before sm_80 have no bf16, so they compute in fp16, in plain PyTorch; a warning says so
+    once. Gradients are not scaled, so the smallest of them are lost there.
+    """
     if device.type != "cuda":
-        return 80
-    chip = torch.cuda.get_device_properties(device)
-    return 10 * chip.major + chip.minor
+        return torch.float32
+    arch = arch_of(device)
+    if arch >= OLDEST_ARCH:
+        return torch.bfloat16
+    warn_once(
+        f"bfloat16 and the Triton kernels need sm_{OLDEST_ARCH} or later, and this GPU is "
+        f"sm_{arch}: models compute in float16, in plain PyTorch"
+    )
+    return torch.float16
 
 
 # ---- what is checked of every op's input

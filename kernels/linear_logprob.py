@@ -34,7 +34,8 @@ import math
 import numpy as np
 import torch
 
-from . import dispatch, reference
+from . import chips, reference
+from .chips import Chip, stepped_down
 from .cpu import elementwise as cpu
 from .dispatch import Backend, check_tensors, choose, serves_all, tl, triton, triton_refuses
 
@@ -286,20 +287,28 @@ def logprob_product_bwd_kernel(
 
 
 def logprob_config(
-    kernel: str, dtype: torch.dtype, arch: int, M: int, softcap: float = 0.0
+    kernel: str, dtype: torch.dtype, chip: Chip, M: int, softcap: float = 0.0
 ) -> dict[str, int]:
     """Tiles of T x V in steps of K for "tiles", "dlogits" or "product", so far alike. SWIZZLE tiles
-    of rows run side by side, so that they share the weight."""
+    of rows run side by side, so that they share the weight. Fewer stages and smaller tiles where
+    shared memory is small."""
     if dtype == torch.float32 or M % 16:  # without matrix units, or without wide loads
         tile, warps, stages = (32 if M % 16 else 64, 64, 32), 4, 2
-    elif (
-        arch != 90 or softcap
-    ):  # too few registers for more: on sm_100, and for the softcap's gradient
+    elif chip.matrix_unit != "wgmma" or softcap:  # too few registers for more
         tile, warps, stages = (128, 128, 64), 8, 3
     else:
         tile, warps, stages = (128, 256, 64), 8, 4
     sizes = dict(zip(("BLOCK_T", "BLOCK_V", "BLOCK_K"), tile, strict=True))
-    return {**sizes, "SWIZZLE": 16, "num_warps": warps, "num_stages": stages}
+    config = {**sizes, "SWIZZLE": 16, "num_warps": warps, "num_stages": stages}
+
+    def bytes_of(config):
+        buffers = chip.buffers(config["num_stages"])
+        return dtype.itemsize * buffers * (config["BLOCK_T"] + config["BLOCK_V"]) * tile[2]
+
+    # BLOCK_V stays a multiple of BLOCK_K
+    return stepped_down(
+        config, bytes_of, chip, (("num_stages", 2), ("BLOCK_V", 64), ("BLOCK_T", 32))
+    )
 
 
 def tiles(config: dict[str, int], rows: int, columns: int) -> tuple[int]:
@@ -334,7 +343,7 @@ def logprob_fwd(
     h = live_rows(h, rows)
     T, M = h.shape
     V = len(weight)
-    config = logprob_config("tiles", h.dtype, dispatch.arch_of(h.device), M, softcap)
+    config = logprob_config("tiles", h.dtype, chips.chip_of(h.device), M, softcap)
     C = triton.cdiv(V, config["BLOCK_V"])
     stats = h.new_empty((3, C, T), dtype=torch.float32)
     chosen, logp, entropy, lse = (h.new_empty(T, dtype=torch.float32) for _ in range(4))
@@ -385,9 +394,9 @@ def logprob_bwd(
     """(dh, dw); an empty tensor where it is not needed."""
     h_live = live_rows(h, rows)
     T, M = h_live.shape
-    arch = dispatch.arch_of(h.device)
-    config = logprob_config("dlogits", h.dtype, arch, M, softcap)
-    product = logprob_config("product", h.dtype, arch, M, softcap)
+    chip = chips.chip_of(h.device)
+    config = logprob_config("dlogits", h.dtype, chip, M, softcap)
+    product = logprob_config("product", h.dtype, chip, M, softcap)
     dw = weight.new_empty(weight.shape if needs_w else 0)
     if T == 0:
         dw.zero_()

@@ -26,12 +26,12 @@ Shapes: T tokens, H heads (1 without), R = T H rows, M features of a row, P prog
 
 import torch
 
-from . import dispatch, reference
+from . import chips, reference
+from .chips import Chip, stepped_down
 from .cpu import elementwise as cpu
 from .dispatch import Backend, check_tensors, choose, serves_all, tl, triton, triton_refuses
 
 LARGEST_M = 16384  # a row lies in the registers of one program of forward
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # of A100, H100 and H200, B200
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -150,7 +150,7 @@ def rmsnorm_config(M: int) -> dict[str, int]:
     return {"BLOCK_M": block, "ROWS": max(512 * warps // block, 1), "num_warps": warps}
 
 
-def rmsnorm_bwd_config(M: int, R: int, arch: int) -> tuple[int, dict[str, int]]:
+def rmsnorm_bwd_config(M: int, R: int, chip: Chip) -> tuple[int, dict[str, int]]:
     """(P, block sizes) of backward: as many programs as run at one time, but at least eight rows
     for each, so that the partial sums stay small beside dy. A row of more than 8,192 takes two
     programs."""
@@ -159,9 +159,16 @@ def rmsnorm_bwd_config(M: int, R: int, arch: int) -> tuple[int, dict[str, int]]:
     rows = max(1024 // block, 1)
     stages = 2 if M <= 8192 else 1
     warps_at_one_time = 32 if block <= 1024 else 16  # of one multiprocessor
-    at_one_time = MULTIPROCESSORS.get(arch, 132) * (warps_at_one_time // warps)
+    at_one_time = chip.processors * (warps_at_one_time // warps)
     P = min(triton.cdiv(R, max(rows, 8)), at_one_time // triton.cdiv(M, block))
-    return P, {"BLOCK_M": block, "ROWS": rows, "STAGES": stages, "num_warps": warps}
+    config = {"BLOCK_M": block, "ROWS": rows, "STAGES": stages, "num_warps": warps}
+    if block == 1024:  # else the assembler spills a few registers at this size
+        config["maxnreg"] = 64
+
+    def bytes_of(config):  # rows of x, dy and dsum that are fetched ahead, in fp32 at most
+        return 12 * block * rows * (config["STAGES"] - 1) + 1024
+
+    return P, stepped_down(config, bytes_of, chip, (("STAGES", 1),))
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -210,7 +217,7 @@ def rmsnorm_bwd(
     dy_THM, x_THM = as_rows(dy), as_rows(x)
     T, H, M = x_THM.shape
     R = T * H
-    P, config = rmsnorm_bwd_config(M, R, dispatch.arch_of(x.device))
+    P, config = rmsnorm_bwd_config(M, R, chips.chip_of(x.device))
     dx = x.new_empty(x.shape)
     dw_PM = x.new_empty(P, M, dtype=torch.float32)
     rmsnorm_bwd_kernel[(P * triton.cdiv(M, config["BLOCK_M"]),)](

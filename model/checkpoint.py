@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..kernels.dispatch import compute_dtype
 from .config import ModelConfig
 from .files import UNFINISHED, atomic_write_json, flush
 from .tokenizer import Tokenizer
@@ -495,9 +496,8 @@ def check_config(found: dict, expected: dict, where: str | Path) -> None:
 def build_model(
     config: dict, weights: dict[str, torch.Tensor], device: torch.device
 ) -> Transformer:
-    """A model of a checkpoint's config and weights; bf16 compute on a GPU, fp32 on a CPU."""
-    compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = Transformer(ModelConfig(**config), compute_dtype)
+    """A model of a checkpoint's config and weights, in the device's `compute_dtype`."""
+    model = Transformer(ModelConfig(**config), compute_dtype(device))
     model.load_state_dict(weights)
     return model.to(device)
 

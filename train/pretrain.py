@@ -22,6 +22,7 @@ import torch
 
 from ..eval.console import show
 from ..eval.tasks.countdown import Countdown
+from ..kernels.dispatch import compute_dtype
 from ..model.config import preset
 from ..model.files import atomic_write_json
 from ..model.optimizer import OptimConfig
@@ -212,8 +213,7 @@ def pretrain(config: PretrainConfig) -> Transformer:
 
     # 2. A model with random weights, as large as the preset and the vocabulary say.
     model_config = preset(config.model, tokenizer.vocab_size)
-    compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = Transformer(model_config, compute_dtype)
+    model = Transformer(model_config, compute_dtype(device))
     model.init_weights(config.seed).to(device)
     show(
         f"model {config.model}: {count_parameters(model_config):,} parameters, "

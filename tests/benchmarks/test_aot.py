@@ -3,13 +3,18 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import aot
+from r1zero.kernels.chips import matrix_unit
 from r1zero.kernels.dispatch import HAS_TRITON, tl, triton
+from r1zero.model.config import preset
+
+from .launch_cases import benchmark_cases, gpu_tests, launches, needs, one_step, presets
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -74,6 +79,11 @@ def test_a_kernel_with_too_much_shared_memory_is_reported():
     row = product(90, 128, 128, 512, num_warps=8)
     assert row["shared"] > 227 * 1024
     assert [text for text in row["complaints"] if "bytes of shared memory, sm_90 has 232448" in text]
+    x = aot.empty(256)
+    [(module, name, data)] = aot.launches_of(
+        121, lambda: product_kernel[(1,)](x, x, ROWS=64, COLUMNS=64, K=64))
+    row = aot.compiled(aot.Kernel("toy", module, name, 121, data, ["case"], limit=1024))  # says the chip
+    assert row["complaints"] == [f"{row['shared']} bytes of shared memory, sm_121 has 1024"]
 
 
 def test_a_product_without_the_chips_matrix_instruction_is_reported():
@@ -122,13 +132,13 @@ def run_aot(*flags: str, **environment: str) -> subprocess.CompletedProcess:
                           text=True, env={**os.environ, "TRITON_INTERPRET": "0", **environment})
 
 
-FEW = "attention bf16 D=128( group 6)?$|" \
-    "linear_logprob bf16 M=2048 weight bf16$|grpo clip reference k3|" \
-    "rmsnorm bf16 M=2048 weight bf16|swiglu bf16 F=4864|rope bf16 H=32 D=128"
+FEW = "attention bf16 D=128 group (1|6)($|, )|" \
+    "linear_logprob bf16 M=2048 weight bf16$|grpo clip reference k3$|" \
+    "rmsnorm bf16 M=2048 weight bf16|swiglu bf16 F=4864$|rope bf16 H=32 D=128"
 
 
 @pytest.mark.parametrize("flags", [
-    ("--archs", "90", "--cases", FEW.replace("D=128$", "D=(64|128)( one query)?$")),
+    ("--archs", "90", "--cases", FEW.replace("D=128 group (1|6)", "D=(64|128) group (1|6)( one query)?")),
     ("--archs", "80,100", "--cases", FEW)])
 def test_our_kernels_compile_without_spills_for_the_chips_own_matrix_units(flags, tmp_path):
     done = run_aot(*flags, "--jobs", "1", "--out", str(tmp_path / "aot.json"))
@@ -142,8 +152,15 @@ def test_our_kernels_compile_without_spills_for_the_chips_own_matrix_units(flags
         assert {row["kernel"] for row in products} >= {"attention_fwd_kernel", "logprob_dlogits_bwd_kernel"}
         for row in products:
             if min(tall for tall, _ in row["dots"]) >= 64:
-                assert any(name.startswith(aot.MATRIX_INSTRUCTION[arch]) for name in row["matrix"])
+                assert any(name.startswith(aot.INSTRUCTIONS[matrix_unit(arch)]) for name in row["matrix"])
         assert all(row["kernel"].split("_kernel")[0] in done.stdout for row in products)
+
+
+def test_the_largest_tiles_fit_a_chip_of_99_kib():
+    done = run_aot("--archs", "86", "--cases", "attention bf16 D=256 group 3$", "--jobs", "1")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout.splitlines()[-1])["kernels"]
+    assert 80_000 < max(row["shared"] for row in rows) <= 101_376 == rows[0]["limit"]
 
 
 @pytest.mark.slow
@@ -154,8 +171,39 @@ def test_every_kernel_compiles():
 
 def test_no_op_compiles_again_when_the_tokens_change():
     cases = [case for make in aot.CASES.values() for case in make(list(aot.DTYPES), list(aot.HEAD_DIMS))]
-    kernels, complaints = aot.record(cases, list(aot.SHARED_LIMIT))
-    assert complaints == [] and len(kernels) > 300
+    kernels, complaints = aot.record(cases, [90])
+    assert complaints == [] and len(kernels) > 1000
+
+
+@cache
+def compiled_for(arch: int) -> set[str]:
+    cases = [case for make in aot.CASES.values()
+             for case in make(list(aot.DTYPES), list(aot.HEAD_DIMS))]
+    return {needs(kernel.name, kernel.data) for kernel in aot.record(cases, [arch])[0]}
+
+
+def not_compiled(calls, arch: int) -> list[str]:
+    compiled, found = compiled_for(arch), []
+    for name, call in calls:
+        launched = launches(call, arch)
+        assert launched, f"{name} launches nothing"
+        found += [f"{kernel} of {name}" for kernel, data in launched if needs(kernel, data) not in compiled]
+    return found
+
+
+def test_what_models_benchmarks_and_tests_launch_is_compiled_ahead():
+    some = list(gpu_tests())[::15]
+    assert not_compiled([*presets(), *benchmark_cases(), *some], 90) == []
+    other = preset("tiny", 1000, head_dim=48, n_heads=6)
+    assert {text.split()[0] for text in not_compiled([("x", lambda: one_step(other))], 90)} >= {
+        "attention_fwd_kernel", "rope_fwd_kernel"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+def test_what_all_tests_on_a_gpu_launch_is_compiled_ahead(arch):
+    calls = list(gpu_tests())
+    assert len(calls) > 300 and not_compiled(calls, arch) == []
 
 
 def test_a_bad_kernel_is_named_and_an_exit_code(monkeypatch, capsys):

@@ -14,6 +14,7 @@ from benchmarks import aot, gpu, kernel_ops, kernels, tune
 from benchmarks.kernel_ops import OPS, attention_case
 from benchmarks.timing import Timer
 from r1zero.kernels import rope
+from r1zero.kernels.chips import KNOWN_CHIPS, Chip
 from r1zero.kernels.dispatch import HAS_TRITON
 
 ROOT = Path(__file__).parents[2]
@@ -163,18 +164,19 @@ def test_tune_overrides_ranks_and_lists_faults():
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_tune_compiles_ahead_and_lists_what_cannot_run():
+@pytest.mark.parametrize("chip", [KNOWN_CHIPS[90], Chip(121, 101_376, 48)], ids=["known", "unknown"])
+def test_tune_compiles_ahead_and_lists_what_cannot_run(chip):
     sweep = tune.Sweep("both", "full", "rope_config", {"ROWS": (4, 128), "num_warps": (1, 3)})
 
     def launch():
-        with aot.chip(90):
+        with aot.chip(chip.arch):
             table = aot.empty(4, 32, dtype=torch.float32)
             rope.rope_rotate(aot.empty(4, 2, 64), table, table, False)
 
     def under(config):
         return tune.overridden(rope, sweep, config)
 
-    faults = tune.compile_ahead(90, sweep.configs(), under, launch, 1)
+    faults = tune.compile_ahead(chip, sweep.configs(), under, launch, 1)
     found = {tune.words(config): fault for config, fault in faults.items()}
     assert set(found) == {"ROWS=4 num_warps=3", "ROWS=128 num_warps=1", "ROWS=128 num_warps=3"}
     assert found["ROWS=128 num_warps=1"].startswith("rope_fwd_kernel: spills")

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
+from r1zero.kernels import dispatch
+from r1zero.kernels.chips import KIB, Chip
 from r1zero.kernels.cpu import compile as cpu
 from r1zero.kernels.dispatch import (
     HAS_TRITON,
@@ -18,6 +20,7 @@ from r1zero.kernels.dispatch import (
     arch_of,
     check_tensors,
     choose,
+    compute_dtype,
     serves_all,
     triton_refuses,
     warn_once,
@@ -139,6 +142,22 @@ def test_triton_cannot_be_forced_where_it_cannot_serve(dtype, message):
 def test_tensors_without_a_chip_count_as_sm_80():
     assert arch_of(torch.device("cpu")) == arch_of(torch.device("meta")) == 80
     assert triton_refuses(torch.zeros(1)) == triton_refuses(torch.zeros(1), "whatever", 3)
+
+
+def test_chips_before_sm_80_compute_in_fp16_without_triton_and_are_told_why(monkeypatch):
+    assert compute_dtype(torch.device("cpu")) == torch.float32
+    gpu = torch.device("cuda", 0)
+    for arch, dtype in ((80, torch.bfloat16), (121, torch.bfloat16), (75, torch.float16)):
+        chip = Chip(arch, 64 * KIB, 40)
+        monkeypatch.setattr(dispatch, "chip_of", lambda device, chip=chip: chip)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            warn_once.cache_clear()
+            assert {compute_dtype(gpu) for _ in range(3)} == {dtype}
+        assert len(said) == (arch < 80)
+    assert "need sm_80 or later, and this GPU is sm_75: models compute in float16" in str(said[0].message)
+    if HAS_TRITON:
+        assert reason(torch.float16, arch=75).endswith("need sm_80 or later, and this GPU is sm_75")
 
 
 def test_where_triton_cannot_be_imported_everything_runs_on_the_references(tmp_path):

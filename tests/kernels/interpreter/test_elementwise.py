@@ -1,8 +1,11 @@
 """RMSNorm, RoPE and SwiGLU as Triton kernels, forward and every gradient, against naive oracles in fp64."""
+from dataclasses import replace
+
 import pytest
 import torch
 
-from r1zero.kernels import rmsnorm as rmsnorm_file
+from r1zero.kernels import chips
+from r1zero.kernels.chips import KNOWN_CHIPS
 from r1zero.kernels.dispatch import choose
 from r1zero.kernels.mlp import SWIGLU, swiglu, swiglu_bwd_op, swiglu_config, swiglu_fwd_op
 from r1zero.kernels.rmsnorm import rmsnorm, rmsnorm_bwd_config, rmsnorm_bwd_op, rmsnorm_config, rmsnorm_fwd_op
@@ -113,9 +116,10 @@ def test_rmsnorm_of_some_heads_of_wider_rows(dtype):
 
 
 def test_rmsnorm_when_a_program_walks_many_rows(monkeypatch):
-    monkeypatch.setattr(rmsnorm_file, "MULTIPROCESSORS", {80: 1})
+    tiny = replace(KNOWN_CHIPS[80], processors=1)
+    monkeypatch.setattr(chips, "chip_of", lambda device: tiny)
     x, w, dy = torch.randn(301, 60), torch.randn(60), torch.randn(301, 60)
-    assert rmsnorm_bwd_config(60, 301, 80)[0] == 8
+    assert rmsnorm_bwd_config(60, 301, tiny)[0] == 8
     against_naive(lambda x, w: rmsnorm(x, w, 0.01, impl="triton"), lambda x, w: naive_rmsnorm(x, w, 0.01),
                   [x, w], [dy], first=2)
 
@@ -255,7 +259,7 @@ def test_block_sizes_cover_a_row_and_the_partial_sums_stay_few():
         assert M <= config["BLOCK_M"] < 2 * M or M == config["BLOCK_M"] == 1
         assert config["ROWS"] * config["BLOCK_M"] <= 32 * 32 * config["num_warps"]
         for R in (0, 1, 1000, 10**8):
-            P, config = rmsnorm_bwd_config(M, R, 90)
+            P, config = rmsnorm_bwd_config(M, R, KNOWN_CHIPS[90])
             assert (R > 0) <= P <= min(8 * 132, R // 8 + 1) and config["BLOCK_M"] >= min(M, 8192)
     assert rope_config(128) == {"BLOCK_C": 64, "ROWS": 16, "num_warps": 4}
     assert swiglu_config(4864) == {"BLOCK_F": 1024, "ROWS": 2, "num_warps": 4}

@@ -2,7 +2,9 @@
 import pytest
 import torch
 
+from r1zero.kernels import chips
 from r1zero.kernels import linear_logprob as file
+from r1zero.kernels.chips import KNOWN_CHIPS
 from r1zero.kernels.linear_logprob import linear_logprob, logprob_bwd_op, logprob_config, logprob_fwd_op
 
 from ..naive_ops import assert_close, naive_logprob, value_and_gradients
@@ -130,7 +132,7 @@ def test_the_same_bits_each_time_and_whatever_the_neighbours():
     for a row at another place. tests/gpu/ shuffles the rows."""
     h, w, targets = case(200, 48, 700, torch.float32)
     logp, entropy = linear_logprob(h, w, targets, 0.8, impl="triton")
-    tile = logprob_config("tiles", h.dtype, 80, 48)["BLOCK_T"]
+    tile = logprob_config("tiles", h.dtype, KNOWN_CHIPS[80], 48)["BLOCK_T"]
     for first, last in ((0, 1), (tile, 3 * tile - 5), (2 * tile, 200)):
         alone = linear_logprob(h[first:last], w, targets[first:last], 0.8, impl="triton")
         assert torch.equal(alone[0], logp[first:last]) and torch.equal(alone[1], entropy[first:last])
@@ -148,11 +150,11 @@ def test_the_same_bits_each_time_and_whatever_the_neighbours():
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_every_config_that_can_be_chosen(arch, monkeypatch):
     """Tiles of the other chips, on the same numbers."""
-    monkeypatch.setattr(file, "logprob_config",
-                        lambda kernel, dtype, _, M, cap=0.0: logprob_config(kernel, dtype, arch, M, cap))
+    chip = KNOWN_CHIPS[arch]
+    monkeypatch.setattr(chips, "chip_of", lambda device: chip)
     h, w, targets = case(150, 80, 600, torch.float16)
     check(h, w, targets, list(torch.randn(2, 150)))
-    for config in (logprob_config("tiles", dtype, arch, M, cap)
+    for config in (logprob_config("tiles", dtype, chip, M, cap)
                    for dtype in DTYPES for M in (100, 512) for cap in (0.0, 1.0)):
         assert file.SLICE % config["BLOCK_V"] == 0 == config["BLOCK_V"] % config["BLOCK_K"]
 
