@@ -239,10 +239,8 @@ def outcomes(log: str) -> dict[str, str]:
     for line in log.splitlines():
         found = TEST_THEN_RESULT.match(line) or RESULT_THEN_TEST.match(line)
         if found:
-            # a test that passes and then fails to clean up is named twice
-            result = RESULTS[found["result"]]
-            if results.get(found["test"]) != "failed":
-                results[found["test"]] = result
+            # a test that passes and then fails to clean up is named twice: the last word counts
+            results[found["test"]] = RESULTS[found["result"]]
     return results
 
 
