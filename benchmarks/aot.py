@@ -11,6 +11,7 @@ types, specialisation and block sizes are a real launch's. Each kernel is then c
 - no spills: no stack, no local memory, no STL or LDL instruction;
 - shared memory within what one program may have on that chip;
 - a matrix product in 16 bit of 64 rows or more runs on the chip's own matrix instruction;
+- no registers of an asynchronous matrix product of sm_90 are written before its wait (hazard.py);
 - the number of tokens and the lengths, which change from step to step, do not make a new kernel.
 
 Prints a table and one line of JSON; the exit code is 1 if a check fails. Runs in a process of its own without
@@ -41,6 +42,7 @@ from r1zero.kernels.chips import KNOWN_CHIPS, matrix_unit
 from r1zero.model.config import PRESETS, ModelConfig, preset
 
 from .common import finish, table
+from .hazard import hazards, products_from_registers
 from .kernel_ops import OPS
 
 if dispatch.HAS_TRITON:
@@ -397,12 +399,15 @@ def compiled(kernel: Kernel) -> dict:
         cubin.write(result.asm["cubin"])
         cubin.flush()
         usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", "-res-usage", cubin.name)))
-        instructions = INSTRUCTION.findall(tool("nvdisasm", "-c", cubin.name))
+        sass = tool("nvdisasm", "-c", cubin.name)
+    instructions = INSTRUCTION.findall(sass)
     row |= {"registers": int(usage["REG"]), "stack": int(usage["STACK"]), "local": int(usage["LOCAL"]),
             "spill_instructions": sum(name in ("STL", "LDL") for name in instructions),
             "shared": result.metadata.shared,
             "matrix": sorted({name for name in instructions if name.endswith("MMA")}),
-            "dots": sorted({(int(rows), kind) for rows, kind in DOT.findall(result.asm["ttir"])})}
+            "dots": sorted({(int(rows), kind) for rows, kind in DOT.findall(result.asm["ttir"])}),
+            "products_from_registers": products_from_registers(sass),
+            "hazards": [str(hazard) for hazard in hazards(sass)]}
     return {**row, "complaints": wrong(row)}
 
 
@@ -419,6 +424,9 @@ def wrong(row: dict) -> list[str]:
     if tall and not any(name.startswith(instruction) for name in row["matrix"]):
         complaints.append(f"a product of {tall[0]} rows without {instruction} instructions, "
                           f"with {'+'.join(row['matrix']) or 'none at all'}")
+    if row["hazards"]:
+        complaints.append(f"{len(row['hazards'])} writes to registers that a product may still read, first "
+                          f"{row['hazards'][0]}; try num_stages=1 or a newer ptxas (TRITON_PTXAS_PATH)")
     return complaints
 
 

@@ -1,10 +1,14 @@
 """The stages of `make gpu` on a bare machine, with torch, triton, numpy, pytest, einops and matplotlib alone.
 
 They run in a process that sees no package but these and what these require themselves."""
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from benchmarks import gpu
+from benchmarks.correct import COLUMNS, Rows
 
 ROOT = Path(__file__).parents[2]
 HIDDEN = """
@@ -64,3 +68,23 @@ def test_the_stages_run_without_any_other_package(tmp_path):
 def test_hidden_packages_are_hidden():
     done = run_bare("import tyro")
     assert done.returncode == 1 and "No module named 'tyro'" in done.stderr
+
+
+def test_the_tests_that_failed_are_read_from_the_rows_of_the_correctness_stage(tmp_path):
+    assert gpu.failed_tests(tmp_path / "none.csv") == []
+    rows = Rows(tmp_path / "correct.csv")
+    for name, outcome in (("a.py::one", "passed"), ("a.py::two[bf16, 3]", "failed"), ("b.py::t", "skipped")):
+        rows.write((name, outcome, "0.1", "why, in words"))
+    assert gpu.failed_tests(tmp_path / "correct.csv") == ["a.py::two[bf16, 3]"]
+
+
+def test_what_failed_is_repeated_and_both_results_are_in_the_summary(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(gpu, "repeat_with_another_assembler",
+                        lambda failed, out, env: asked.append(failed) or {"in_use": "12.8", "other": "13.5"})
+    rows = f"{','.join(COLUMNS)}\\nt,failed,0.1,why\\n"
+    code = f"open({str(tmp_path / 'correct.csv')!r}, 'w').write('{rows}')"
+    stages = {"correct": gpu.Stage((sys.executable, "-c", code), 30)}
+    gpu.run(["correct"], tmp_path, stages)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert asked == [["t"]] and summary["stages"][0]["assemblers"]["other"] == "13.5"

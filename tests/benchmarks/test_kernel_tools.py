@@ -235,7 +235,7 @@ def test_stages_find_r1zero_where_it_is_not_installed(tmp_path, monkeypatch):
 
 
 def test_the_limits_keep_within_ten_minutes_and_make_gpu_passes_its_flags(tmp_path):
-    assert sum(stage.limit for stage in gpu.STAGES.values()) < 600
+    assert sum(stage.limit + gpu.GRACE for stage in gpu.STAGES.values()) + gpu.REPEAT <= 600
     assert list(gpu.STAGES) == ["compile", "correct", "kernels", "generation"]
     make = ["make", "-C", str(ROOT), "--no-print-directory", "gpu", f"GPU_OUT={tmp_path}/x"]
     said = subprocess.run([*make, "-n", "STAGES=kernels correct"], capture_output=True, text=True, check=True)
