@@ -169,7 +169,7 @@ def failed_tests(csv_file: Path) -> list[str]:
     if not csv_file.exists():
         return []
     with open(csv_file, newline="", encoding="utf-8") as file:
-        return [row["test"] for row in csv.DictReader(file) if row["outcome"] == "failed"]
+        return [row["test"] for row in csv.DictReader(file) if row["result"] == "failed"]
 
 
 def repeat_with_another_assembler(failed: list[str], out: Path, env: dict[str, str]) -> dict:

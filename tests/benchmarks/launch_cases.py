@@ -94,7 +94,7 @@ def launches(function: Callable, arch: int) -> set[tuple[str, str]]:
             with unseen():
                 return backends[0].run(*args)
 
-        return SimpleNamespace(run=run)
+        return SimpleNamespace(name="meta", run=run)
 
     def exact_advantages(rewards, offsets, normalise=True):
         with unseen():
