@@ -35,7 +35,7 @@ import torch
 from torch.nn.functional import embedding
 
 from . import chips, reference
-from .chips import Chip, stepped_down
+from .chips import Chip, padded, stepped_down
 from .cpu import attention as cpu
 from .dispatch import Backend, check_tensors, choose, serves_all, tl, triton, triton_refuses
 from .rope import rope
@@ -522,11 +522,6 @@ def shared_bytes(
     rows_are_shared = kernel != "fwd" or m < 16 * config["num_warps"]
     scores = m * max(n, 32) if rows_are_shared else 0
     return dtype.itemsize * (padded(head_dim) * rows + scores) + 8 * m
-
-
-def padded(head_dim: int) -> int:
-    """The width of a tile of heads."""
-    return max(16, triton.next_power_of_2(head_dim))
 
 
 # ---- launchers

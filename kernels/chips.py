@@ -68,6 +68,12 @@ def _asked(device: torch.device) -> Chip:
     return Chip(arch, said.shared_memory_per_block_optin, said.multi_processor_count)
 
 
+def padded(size: int) -> int:
+    """The side of a tile that holds `size` rows or columns: a power of two that the matrix units
+    know."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
 def stepped_down(
     config: dict[str, int],
     bytes_of: Callable[[dict[str, int]], int],

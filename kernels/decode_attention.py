@@ -25,7 +25,7 @@ Shapes: B rows, H query heads, G kv heads, R = H / G, D head_dim, P pages, W pag
 import torch
 
 from . import chips, reference
-from .chips import Chip, stepped_down
+from .chips import Chip, padded, stepped_down
 from .dispatch import Backend, check_tensors, choose, serves_all, tl, triton, triton_refuses
 
 MAX_HEAD_DIM = 256
@@ -164,8 +164,8 @@ def decode_attention_config(
         }
 
     def bytes_of(config):
-        queries, keys = max(16, triton.next_power_of_2(per_group)), config["BLOCK_N"]
-        width = max(16, triton.next_power_of_2(head_dim))
+        queries, keys = padded(per_group), config["BLOCK_N"]
+        width = padded(head_dim)
         tiles = queries + 2 * keys * chip.buffers(config["num_stages"])
         return dtype.itemsize * (width * tiles + queries * keys)
 
@@ -195,7 +195,7 @@ def decode_attention_fwd(
     lse = q.new_empty((B, n_splits, H), dtype=torch.float32)
     if B == 0:
         return out
-    block_d = max(16, triton.next_power_of_2(D))
+    block_d = padded(D)
     per_group = H // G
     decode_attention_fwd_kernel[grid](
         q,
@@ -217,7 +217,7 @@ def decode_attention_fwd(
         PAGE=page,
         D=D,
         SPLIT=split,
-        BLOCK_R=max(16, triton.next_power_of_2(per_group)),
+        BLOCK_R=padded(per_group),
         BLOCK_D=block_d,
         **decode_attention_config(D, q.dtype, per_group, chips.chip_of(q.device)),
     )

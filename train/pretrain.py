@@ -85,7 +85,7 @@ class PretrainConfig(RunConfig):
                 f"--tail-share is {self.tail_share}, expected more than 0 and "
                 "less than 1, such as 0.1"
             )
-        if self.skip_bad and self.data == ("countdown",):
+        if self.skip_bad and self.data == CORPUS:
             raise ValueError(
                 "--skip-bad is for text from files, and countdown is made here; leave it out"
             )

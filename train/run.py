@@ -133,8 +133,8 @@ class Run:
         run.restore(model, tokenizer, optimizer)
         for step in run.steps():
             ...
-            run.done(step)
-            run.log(step, {...})
+            run.done(step, metrics)
+            run.log(step, metrics)
             if run.due(step, config.save_every):
                 run.save(step)
 
