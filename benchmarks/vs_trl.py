@@ -118,6 +118,7 @@ def our_step(flags: Flags):
     n = flags.prompts * flags.group_size
     optim = OptimConfig(lr=LEARNING_RATE, warmup=0, schedule="constant", weight_decay=0.0)
     config = resolve("r1_zero", dict(
+        loss={"mean": "token", "kl_coef": 0.0},  # as TRL has it by default
         steps=1, prompts_per_step=flags.prompts, group_size=flags.group_size, max_new_tokens=flags.new_tokens,
         kl_samples=0, micro_tokens=n * (flags.prompt_tokens + flags.new_tokens), optim=optim))
     # The reference is never asked: there is no KL in the loss, and none for the log.

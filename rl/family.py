@@ -5,7 +5,7 @@ configuration, with the options that are given explicitly overriding the preset'
 turns a configuration into the objects that `grpo_step` uses.
 
     name           source             baseline        scale   ratio, clip      mean       KL
-    r1_zero        the demo           group           std     token, 0.2       token      -
+    r1_zero        arXiv 2501.12948   group           std     token, 0.2       sequence   k3, loss
     grpo           arXiv 2402.03300   group           std     token, 0.2       sequence   k3, loss
     dr_grpo        arXiv 2503.20783   group           -       token, 0.2       constant   -
     dapo           arXiv 2503.14476   group           std     token, 0.2|0.28  token      -
@@ -15,6 +15,7 @@ turns a configuration into the objects that `grpo_step` uses.
     reinforce_pp   arXiv 2501.03262   none            batch   token, 0.2       token      k1, reward
     reinforce      Williams 1992      batch           -       none             constant   -
     ppo            arXiv 1707.06347   critic          batch   token, 0.2       token      k1, reward
+    demo           r1zero demo        group           std     token, 0.2       sequence   k3, loss
 """
 
 import math
@@ -34,9 +35,12 @@ from .rollouts import DynamicSampler, GroupSampler
 from .step import Learner
 from .update import Reference, kl_cost_to
 
-# What each member has besides, or instead of, the defaults below, which are those of r1_zero: GRPO
-# as most small reproductions run it today, with the mean over tokens and no KL. (R1-Zero itself is
-# nearer to `grpo`.)
+# What each member has besides, or instead of, the defaults below: GRPO with the mean over tokens and
+# no KL.
+#
+# r1_zero is grpo with a reference that becomes a copy of the policy every 400 steps. demo is grpo with
+# what suits a model of a million parameters: four updates on each batch of rollouts, a larger KL that
+# protects its arithmetic, and DAPO's soft penalty for long answers.
 #
 # Where a preset is not its paper's: the weight of the KL is R1-Zero's 0.001 in all that have one
 # (DeepSeekMath: 0.04). dapo replaces groups of equal reward, form and length included; its paper
@@ -45,7 +49,7 @@ from .update import Reference, kl_cost_to
 # over an answer's tokens (rloo, reinforce) is divided by max_new_tokens here.
 KL_IN_REWARD = {"kl_coef": 0.001, "kl_in": "reward", "kl_estimator": "k1"}
 PRESETS: dict[str, dict[str, Any]] = {
-    "r1_zero": {},
+    "r1_zero": {"loss": {"mean": "sequence", "kl_coef": 0.001}, "ref_refresh": 400},
     "grpo": {"loss": {"mean": "sequence", "kl_coef": 0.001}},
     "dr_grpo": {"advantage": {"scale": "none"}, "loss": {"mean": "constant"}},
     "dapo": {"loss": {"clip_high": 0.28}, "dynamic_sampling": 3, "overlong_buffer": 0.2},
@@ -63,6 +67,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "loss": {"objective": "reinforce", "mean": "constant"},
     },
     "ppo": {"advantage": {"baseline": "critic", "scale": "batch"}, "loss": KL_IN_REWARD},
+    "demo": {
+        "steps": 50,
+        "max_new_tokens": 192,
+        "updates_per_step": 4,
+        "overlong_buffer": 0.3,
+        "loss": {"mean": "sequence", "kl_coef": 0.05},
+        "optim": {"lr": 4e-4, "eps": 1e-8},
+        "micro_tokens": 8192,
+    },
 }
 
 
@@ -88,8 +101,8 @@ class Algorithm:
     """
 
     algo: str = "r1_zero"
-    """The preset: r1_zero, grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, reinforce or ppo.
-    Options that are given explicitly override it; run.json records what was used."""
+    """The preset: r1_zero, grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, reinforce,
+    ppo or demo. Options that are given explicitly override it; run.json records what was used."""
     steps: int = 100
     """Number of steps in all; the learning rate's schedule ends with the last."""
     prompts_per_step: int = 16

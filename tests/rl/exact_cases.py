@@ -126,10 +126,10 @@ def make_case(rewards: str = "graded", off_policy: bool = False, toy: Toy | None
                 rng.normal(size=len(toy.prefixes)))
 
 
-def dials(algo: str = "r1_zero", **changes) -> tuple[AdvantageConfig, LossConfig]:
-    """A preset, some of its options changed."""
+def dials(algo: str | None = None, **changes) -> tuple[AdvantageConfig, LossConfig]:
+    """A preset, some of its options changed; without one the defaults: a mean over tokens, and no KL."""
     ours = {name: changes.pop(name) for name in ("baseline", "scale", "gamma", "lam") if name in changes}
-    preset = PRESETS[algo]
+    preset = PRESETS[algo] if algo else {}
     return (AdvantageConfig(**{**preset.get("advantage", {}), **ours}),
             LossConfig(**{**preset.get("loss", {}), **changes}))
 

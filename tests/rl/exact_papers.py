@@ -55,9 +55,8 @@ def grpo(group):
 
 
 def r1_zero(group):
-    """The same over all tokens, and no KL."""
-    return over_tokens([[clipped(s.ratio, a, 0.2, 0.2) for s in y.steps]
-                        for y, a in zip(group, normalised(rewards_of(group)), strict=True)])
+    """arXiv 2501.12948, eq. 1: the same."""
+    return grpo(group)
 
 
 def dr_grpo(group):

@@ -33,7 +33,7 @@ def whole_update(algo: str, micro_tokens: int, seed: int = 0, order=(0, 1, 2), r
     """
     model, reference = tiny(dtype=torch.float64), tiny(seed=9, dtype=torch.float64)
     rewards = REWARDS * [1, 1, 1, 1, 0, 0] if algo == "dead" else REWARDS
-    algo = "r1_zero" if algo == "dead" else algo
+    algo = "plain" if algo == "dead" else algo
     critic = Critic(tiny(seed=3, dtype=torch.float64)).double() if algo == "ppo" else None
     if critic:
         with torch.no_grad():

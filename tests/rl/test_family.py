@@ -107,7 +107,7 @@ def test_every_preset_learns_the_bandit(algo, tmp_path):
 # ---- the cut ----
 
 CUTS = [  # (preset, changes): every kind of advantage, ratio, mean and KL
-    ("r1_zero", {}), ("grpo", {}), ("gspo", {}), ("cispo", {}), ("dr_grpo", {}), ("reinforce", {}),
+    ("plain", {}), ("r1_zero", {}), ("grpo", {}), ("gspo", {}), ("cispo", {}), ("dr_grpo", {}), ("reinforce", {}),
     ("rloo", {}), ("reinforce_pp", {}), ("ppo", {}),
     ("dapo", dict(loss=dict(entropy_coef=0.1, max_importance=1.05, overlong_filter=True))),
     ("gspo", dict(loss=dict(max_importance=1.05))),
@@ -156,10 +156,10 @@ def test_answers_that_were_cut_off_are_left_out_of_loss_and_mean():
     assert loss_weights(np.array([5, 0]), "sequence", 12).tolist() == [1 / 5, 0]
     assert loss_weights(np.array([5, 0]), "constant", 12).tolist() == [1 / 12, 0]
     advantages = np.array([1.5, -0.5, 1.0, -1.0, 0.5, 2.0])
-    found = whole_update("r1_zero", 25, rollouts=cut, advantages=advantages,
+    found = whole_update("plain", 25, rollouts=cut, advantages=advantages,
                          loss=dict(overlong_filter=True))
     # by hand: those two have advantage 0, and the mean is over 24 tokens and not over 28
-    expected = whole_update("r1_zero", 25, rollouts=rollouts, advantages=advantages * [1, 0, 1, 0, 1, 1])
+    expected = whole_update("plain", 25, rollouts=rollouts, advantages=advantages * [1, 0, 1, 0, 1, 1])
     assert_same_gradient(found, {name: g * 28 / 24 for name, g in expected.items()}, 1e-6)
 
 
@@ -179,9 +179,9 @@ def test_truncated_importance_weights_by_hand_and_in_the_gradient():
     rollouts = rollouts_by_hand(model)
     for logp in rollouts.sampler_logp:
         logp -= 0.5  # the sampler thought all of it e^0.5 times less likely
-    plain = whole_update("r1_zero", 25, rollouts=rollouts)
+    plain = whole_update("plain", 25, rollouts=rollouts)
     for bound, factor in ((5.0, np.exp(0.5)), (1.25, 1.25), (0.0, 1.0)):
-        found = whole_update("r1_zero", 25, rollouts=rollouts, loss=dict(max_importance=bound))
+        found = whole_update("plain", 25, rollouts=rollouts, loss=dict(max_importance=bound))
         assert_same_gradient(found, {name: g * factor for name, g in plain.items()}, 1e-6)
 
 

@@ -194,7 +194,7 @@ SFT = dict(run="r", base="b", data="d")
     (RewardConfig, {}, dict(accuracy_weight=[-1.0, NAN, float("inf")], format_weight=[-0.1, NAN])),
     (CorpusConfig, {}, dict(persistent_share=[-1, 2, NAN], broken_share=1.1, max_careless_attempts=[0, 13])),
     (DemoConfig, {}, dict(documents=0, pretrain_steps=0, rl_steps=0, eval_problems=0, eval_samples=0,
-                          control_steps=-1, seeds=["", "0,0", "a", "-1", "1,"], rl_lr=[0.0, NAN], model="x",
+                          control_steps=-1, seeds=["", "0,0", "a", "-1", "1,"], model="x",
                           max_new_tokens=[0, 256], numbers=9, ops="%")),
 ])
 def test_flags_out_of_range_are_refused_by_name(kind, common, bad):
@@ -204,7 +204,7 @@ def test_flags_out_of_range_are_refused_by_name(kind, common, bad):
             with pytest.raises(ValueError) as error:
                 kind(**{**common, name: value})
             message = str(error.value)
-            word = {"rl_lr": "lr", "accuracy_weight": "accuracy", "format_weight": "format"}.get(name, name)
+            word = {"accuracy_weight": "accuracy", "format_weight": "format"}.get(name, name)
             assert word in message or word.replace("_", "-") in message, (name, value, message)
             assert "\n" not in message
             assert any(w in message for w in ("expected", "must be", "known", "needs")), message

@@ -35,10 +35,10 @@ from ...model.files import atomic_write_json
 from ...model.optimizer import OptimConfig
 from ...model.transformer import count_parameters
 from ...rl.advantages import group_advantages
-from ...rl.family import rl_optim
 from ...rl.rewards import Grader, RewardConfig, Rewards
 from ...rl.rollouts import Rollouts, sample_groups
 from ..grpo import GRPOConfig, grpo
+from ..grpo import grpo_config as complete_config
 from ..log import read_metrics
 from ..machine import describe_machine, pick_device, reuse_memory
 from ..pretrain import PretrainConfig, pretrain
@@ -75,17 +75,15 @@ class DemoConfig:
     """Number of documents in the corpus."""
     model: str = "demo"
     """Size of the model: a preset or depth=N."""
-    pretrain_steps: int = 1400
+    pretrain_steps: int = 2000
     """Number of pretraining steps, of 2,048 tokens each."""
-    rl_steps: int = 80
+    rl_steps: int = 50
     """Number of GRPO steps, of 16 problems x 16 answers each."""
-    control_steps: int = 24
+    control_steps: int = 12
     """Number of GRPO steps of the control; 0 leaves it out."""
-    max_new_tokens: int = 144
+    max_new_tokens: int = 192
     """Maximum number of new tokens per answer."""
     rewards: RewardConfig = field(default_factory=RewardConfig)
-    rl_lr: float = 4e-4
-    """Learning rate of GRPO."""
     eval_problems: int = 512
     """Number of held-out problems to measure on."""
     eval_samples: int = 4
@@ -156,7 +154,8 @@ def base_config(config: DemoConfig, folder: Path, seed: int) -> PretrainConfig:
 
 def grpo_config(config: DemoConfig, folder: Path, seed: int, control: bool) -> GRPOConfig:
     """The run of R1-Zero, or of its control, beside the base in `folder`."""
-    return GRPOConfig(
+    return complete_config(
+        "demo",
         run=str(folder / ("control" if control else "rl")),
         resume=True,
         base=str(folder / "base"),
@@ -165,10 +164,8 @@ def grpo_config(config: DemoConfig, folder: Path, seed: int, control: bool) -> G
         steps=config.control_steps if control else config.rl_steps,
         save_every=20,
         max_new_tokens=config.max_new_tokens,
-        micro_tokens=8192,
         rewards=config.rewards,
         control=control,
-        optim=rl_optim(config.rl_lr),
         device=config.device,
     )
 
