@@ -158,10 +158,10 @@ def decode_attention_config(
             "BLOCK_N": 16 if large else 32,
             "num_warps": 8 if per_group > 16 else 4,
             "num_stages": 1,
-            # without this the assembler spills registers, to run more of these small programs at
-            # once
-            "maxnreg": 255,
         }
+    if dtype == torch.float32 or head_dim <= 16:
+        # without this the assembler spills registers, to run more of these small programs at once
+        config["maxnreg"] = 255
 
     def bytes_of(config):
         queries, keys = padded(per_group), config["BLOCK_N"]
