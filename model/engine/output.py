@@ -87,7 +87,7 @@ class Output:
     def take(
         self, rows: np.ndarray, births: np.ndarray, end: int, top_ns: np.ndarray
     ) -> list[tuple[np.ndarray, ...]]:
-        """(tokens, logp) of each row, and (top_ids, top_logp) too where it reports likeliest tokens.
+        """(tokens, logp) of each row, and (top_ids, top_logp) where it reports likeliest tokens.
 
         rows: [N]. births: [N] the step of each one's first token. end: the step behind its last.
         top_ns: [N] likeliest tokens to report.
@@ -96,7 +96,7 @@ class Output:
         oldest = births.min()
         first, end = int(oldest) - self.first_step, end - self.first_step
         index = torch.from_numpy(rows).to(self.device)
-        columns = [values[:, first:end][index].cpu().numpy() for values in self.columns.values()]
+        columns = [x[:, first:end][index].cpu().numpy() for x in self.columns.values()]
 
         # Each row's own part of it, copied: the rest of what was read need not stay in memory.
         taken = []

@@ -175,7 +175,7 @@ def test_init_is_a_function_of_the_seed_with_the_stated_spread():
 # ---- what training keeps
 
 def bytes_saved(model: Transformer, n_tokens: int) -> int:
-    """What a forward pass of the model, on the meta device, saves for its backward pass beside the weights."""
+    """What a forward pass of the model, on the meta device, saves for backward beside the weights."""
     kept, weights = {}, {p.untyped_storage()._cdata for p in model.parameters()}
 
     def keep(x):
@@ -192,8 +192,9 @@ def bytes_saved(model: Transformer, n_tokens: int) -> int:
 
 
 @pytest.mark.parametrize("name, n_tokens, dtype", [
-    ("qwen2.5-0.5b", 4096, torch.bfloat16), ("qwen3-0.6b", 1000, torch.bfloat16), ("demo", 4096, torch.float32)])
-def test_the_estimate_of_what_training_keeps_is_what_is_saved_for_backward(name, n_tokens, dtype, monkeypatch):
+    ("qwen2.5-0.5b", 4096, torch.bfloat16), ("qwen3-0.6b", 1000, torch.bfloat16),
+    ("demo", 4096, torch.float32)])
+def test_the_estimate_of_what_training_keeps_is_what_is_saved(name, n_tokens, dtype, monkeypatch):
     """In the shapes that the Triton kernels make, with the copies of the weights in the compute dtype."""
     monkeypatch.setattr(dispatch, "why_not_triton", lambda *_: None)
     with torch.device("meta"):

@@ -78,7 +78,7 @@ def test_micro_batches_hold_each_response_token_once_the_end_token_too():
 
 
 def test_a_micro_batch_is_laid_out_on_the_host_and_nothing_is_read_back():
-    """A device that holds no numbers has none to give; where each token stands is known before it goes there."""
+    """A device that holds no numbers has none to give."""
     rollouts = rollouts_by_hand(tiny(), (5, 3, 9, 1), (0, 2, 4))
     for samples in (np.array([0, 2]), np.array([3, 1, 0, 2])):  # with prompts to share, and without
         there, here = (vars(micro_batch(rollouts, samples, device)) for device in ("meta", "cpu"))

@@ -140,8 +140,8 @@ def test_rows_that_finish_together_are_read_back_together():
     engine = Engine(model, max_rows=64, cache_tokens=1 << 15, paged=True)
     engine.cache.weights = NoLayers(model.config)
     requests = [Request([1, 2, 3], 4, i, stop_ids=(9,), top_logprobs=2 * (i % 2)) for i in range(64)]
-    for requests, kinds in ((requests[::2], 2), (requests, 4)):
-        ids, reads = engine.submit(requests), []
+    for served, kinds in ((requests[::2], 2), (requests, 4)):
+        ids, reads = engine.submit(served), []
         while engine.n_unfinished:
             with Transfers() as transfers:
                 engine.step()
@@ -150,7 +150,7 @@ def test_rows_that_finish_together_are_read_back_together():
         assert reads == [2, 2, 2, 2 + kinds]
         ended = [engine.completed.pop(i) for i in ids]
         assert [c.top_ids.shape if c.top_ids is not None else None for c in ended] == [
-            (4, 2) if r.top_logprobs else None for r in requests]
+            (4, 2) if r.top_logprobs else None for r in served]
 
 
 def test_the_devices_table_is_the_hosts():
