@@ -36,9 +36,11 @@ def cumulative(
     if least_rows is None:
         least_rows = 2 if x.is_cuda else 1
     n_rows = len(x)
-    if n_rows < least_rows:
-        x = F.pad(x, (0, 0, 0, least_rows - n_rows))
-    return x.cumsum(-1, dtype=dtype)[:n_rows]
+    missing = least_rows - n_rows
+    if missing > 0:
+        x = F.pad(x, (0, 0, 0, missing))
+    sums = x.cumsum(-1, dtype=dtype)
+    return sums[:n_rows]
 
 
 def invert_cdf(
@@ -61,10 +63,12 @@ def invert_cdf(
     # NaN would lead behind the last block
     block = torch.searchsorted(ends, threshold, right=True).clamp_(max=blocks.shape[1] - 1)
     before = ends.gather(1, (block - 1).clamp_(min=0)).masked_fill_(block == 0, 0.0)
-    chosen = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0]
+    index = block[:, :, None].expand(-1, -1, BLOCK)
+    chosen = blocks.gather(1, index)[:, 0]
     inner = cumulative(chosen, least_rows=least_rows)
     rest = torch.minimum(threshold - before, torch.nextafter(inner[:, -1:], zero))
-    return (block * BLOCK + torch.searchsorted(inner, rest, right=True))[:, 0]
+    within = torch.searchsorted(inner, rest, right=True)
+    return (block * BLOCK + within)[:, 0]
 
 
 def reference_sample_logits(

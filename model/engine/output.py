@@ -101,9 +101,10 @@ class Output:
         # Each row's own part of it, copied: the rest of what was read need not stay in memory.
         taken = []
         for row, (start, top_n) in enumerate(zip(births - oldest, top_ns, strict=True)):
-            tokens, logp, *likeliest = (values[row, start:] for values in columns)
-            likeliest = [values[:, :top_n] for values in likeliest] if top_n else []
-            taken.append(tuple(values.copy() for values in (tokens, logp, *likeliest)))
+            part = [x[row, start:].copy() for x in columns[:2]]
+            if top_n:
+                part += [x[row, start:, :top_n].copy() for x in columns[2:]]
+            taken.append(tuple(part))
         return taken
 
     def move(self, dst: np.ndarray, src: np.ndarray) -> None:
