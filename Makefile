@@ -51,9 +51,10 @@ lint: $(VENV)/installed-dev
 
 gpu:
 	@for candidate in $(PYTHON) $(IN_VENV) python3; do
-	    if "$$candidate" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+	    if why=$$("$$candidate" -c 'import torch; torch.cuda.init()' 2>&1); then
 	        exec "$$candidate" -m benchmarks.gpu --out "$(GPU_OUT)" $(if $(STAGES),--stages $(STAGES))
 	    fi
+	    echo "$$candidate: $$(echo "$$why" | tail -n 1)" >&2
 	done
 	echo "none of $(PYTHON) $(IN_VENV) python3 has a PyTorch that sees a CUDA device; name one: make gpu PYTHON=..." >&2
 	exit 2

@@ -209,19 +209,25 @@ def attention_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
 def decode_attention_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
     from r1zero.kernels import decode_attention
 
-    def launch(sizes, H, G, D, dtype):
+    def launch(sizes, H, G, D, dtype, window=None, softcap=None):
         B, pages, width = sizes
         cache, lengths = empty(pages, G, 16, D, dtype=dtype), empty(B, dtype=torch.int32)
         decode_attention.decode_attention_fwd(empty(B, H, D, dtype=dtype), cache, cache,
-                                              empty(B, width, dtype=torch.int32), lengths, D**-0.5)
+                                              empty(B, width, dtype=torch.int32), lengths, D**-0.5, window,
+                                              softcap)
 
+    sizes = ((64, 4096, 256), (5, 100, 16))  # rows, pages, pages per row
     for name in dtypes:
         found = [(2 * group, 2, D) for D in head_dims for group in (1, 6, 7, 20)]
         found += [(model.n_heads, model.n_kv_heads, model.head_dim) for model in models()]
         for H, G, D in dict.fromkeys(found):
             yield Case("decode_attention", f"{name} D={D} group {H // G}, {G} groups",
-                       sizes=((64, 4096, 256), (5, 100, 16)),  # rows, pages, pages per row
-                       launch=lambda s, a=(H, G, D, DTYPES[name]): launch(s, *a))
+                       sizes=sizes, launch=lambda s, a=(H, G, D, DTYPES[name]): launch(s, *a))
+        for D in head_dims:
+            for window, softcap in ((100, None), (100, 20.0), (None, 20.0)):
+                extras = " window" * (window is not None) + " softcap" * (softcap is not None)
+                yield Case("decode_attention", f"{name} D={D} group 6{extras}", sizes=sizes,
+                           launch=lambda s, a=(12, 2, D, DTYPES[name], window, softcap): launch(s, *a))
 
 
 def logprob_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:

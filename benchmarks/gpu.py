@@ -7,30 +7,36 @@
 
 A stage that fails or runs into its limit does not keep the next from running; the exit code is 1 in the end.
 At its limit a stage is interrupted, and has some seconds to write what it has. A stage whose packages are not
-installed is left out, and one line says which. The folder gets the log of each stage, what the stage itself
-writes, and summary.json, written after each. Nothing is installed: where r1zero is not, the stages find it
-through a folder of links.
+installed is left out, and one line says which; so is one that needs a GPU, where none can be used. The last
+runs in the time that the others leave, if compute-sanitizer is there.
+
+The folder gets the log of each stage, what the stage itself writes, and summary.json, written after each.
+Nothing is installed: where r1zero is not, the stages find it through a folder of links.
 """
 import argparse
 import contextlib
 import csv
+import importlib.metadata
 import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("kernels", "model", "eval", "rl", "train")  # installed as r1zero.kernels, ...
 
 
+MOST = 600  # seconds for all stages
 GRACE = 10  # seconds from the interrupt to the kill
+TRITON = ("3.6", "3.7")  # the versions that all kernels have been compiled with
 PACKAGES = ("torch", "triton", "numpy", "einops", "pytest")
 QUERY = ("name", "driver_version", "memory.total", "memory.used", "pstate", "clocks.sm", "clocks.max.sm",
          "clocks.mem", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu")
@@ -41,17 +47,36 @@ class Stage:
     command: tuple[str, ...]  # {out} stands for the folder
     limit: int  # seconds
     needs: tuple[str, ...] = ()  # packages
+    gpu: bool = False  # whether it needs one
+    program: str | None = None  # it is left out, and that is no failure, where this is not on PATH
+    least: int = 0  # or where fewer seconds are left
+
+
+def sanitized(*tests: str) -> tuple[str, ...]:
+    """These tests under memcheck. Without a cache of PyTorch's, each tensor has an end that it can see."""
+    return ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", "memcheck",
+            "--error-exitcode", "9", sys.executable, "-m", "benchmarks.correct", "--out", "{out}/sanitizer",
+            "--tests", *tests)
 
 
 REPEAT = 60  # seconds for the tests that failed, with another assembler
-STAGES = {  # in this order; the limits and REPEAT add up to less than 10 minutes
+SANITIZED = tuple(f"tests/kernels/gpu/test_{name}" for name in (
+    "elementwise.py::test_swiglu_and_its_gradient[344-torch.bfloat16]",
+    "elementwise.py::test_rmsnorm_and_its_gradients_at_each_size[500-torch.bfloat16]",
+    "decode_attention.py::test_decode_attention_at_every_head_dim_and_group_size[32-1-torch.bfloat16]",
+    "attention.py::test_attention_at_every_head_dim[16-torch.bfloat16]",
+    "losses.py::test_linear_logprob_and_its_gradients[1-64-7-None-torch.bfloat16]",
+    "losses.py::test_advantages_and_policy_loss_are_the_references_in_fp64[None-clip-False]"))
+STAGES = {  # in this order; but for the last, the limits and REPEAT add up to less than MOST
     "compile": Stage((sys.executable, "-m", "benchmarks.rehearse", "--out", "{out}/compile.json"), 100,
                      PACKAGES),
-    "correct": Stage((sys.executable, "-m", "benchmarks.correct", "--out", "{out}"), 150, PACKAGES),
+    "correct": Stage((sys.executable, "-m", "benchmarks.correct", "--out", "{out}"), 150, PACKAGES,
+                     gpu=True),
     "kernels": Stage((sys.executable, "-m", "benchmarks.kernels", "--out-dir", "{out}/kernels",
-                      "--minutes", "2.4"), 170, (*PACKAGES[:4], "matplotlib")),
+                      "--minutes", "2.4"), 170, (*PACKAGES[:4], "matplotlib"), gpu=True),
     "generation": Stage((sys.executable, "-m", "benchmarks.generation", "--device", "cuda", "--out",
-                         "{out}/generation.json"), 80, PACKAGES[:4]),
+                         "{out}/generation.json"), 80, PACKAGES[:4], gpu=True),
+    "sanitizer": Stage(sanitized(*SANITIZED), 120, PACKAGES, gpu=True, program="compute-sanitizer", least=30),
 }
 
 
@@ -60,6 +85,25 @@ STAGES = {  # in this order; the limits and REPEAT add up to less than 10 minute
 def missing(names: tuple[str, ...]) -> list[str]:
     """Which of these packages this Python does not have."""
     return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def why_no_gpu(python: str = sys.executable) -> str | None:
+    """Why PyTorch cannot use a GPU, in its own words, such as a driver that is too old; None if it can."""
+    command = (python, "-c", "import torch; torch.cuda.init()")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return (done.stderr.strip().splitlines() or ["it does not say why"])[-1] if done.returncode else None
+
+
+def untested_triton() -> str | None:
+    """The version of Triton, if the kernels have not been compiled with it."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # missing, or built under another name
+        return None
+    return None if version.rpartition(".")[0] in TRITON else version
 
 
 def said(*command: str) -> str | None:
@@ -182,23 +226,51 @@ def repeat_with_another_assembler(failed: list[str], out: Path, env: dict[str, s
     return repeat(failed, out, REPEAT, 10 * major + minor, env)
 
 
-def run(names: list[str], out: Path, stages: dict[str, Stage]) -> int:
-    """Run the named stages in the order of `stages`; 0 if all are ok."""
-    out.mkdir(parents=True, exist_ok=True)
-    summary = {"machine": machine(), "stages": []}
-    picked, env = [name for name in stages if name in names], environment(out)
-    lacking = {name: missing(stages[name].needs) for name in picked}
+def lacks(picked: dict[str, Stage]) -> dict[str, list[str]]:
+    """What each of these stages needs and does not have; one line for each reason says so."""
+    lacking = {name: missing(stage.needs) for name, stage in picked.items()}
     if any(lacking.values()):
         packages = list(dict.fromkeys(package for found in lacking.values() for package in found))
         left_out = ", ".join(name for name in picked if lacking[name])
         print(f"{sys.executable} has no {', '.join(packages)}, so these stages are left out: {left_out}; "
               f"{sys.executable} -m pip install {' '.join(packages)}", flush=True)
-    for name in picked:
+    on_gpu = [name for name, stage in picked.items() if stage.gpu and not lacking[name]]
+    if on_gpu and (why := why_no_gpu()):
+        print(f"no GPU can be used ({why}), so these stages are left out: {', '.join(on_gpu)}", flush=True)
+        lacking |= dict.fromkeys(on_gpu, ["a GPU"])
+    return lacking
+
+
+def why_left_out(stage: Stage, left: float) -> str | None:
+    """Why a stage that may be left out is, with so many seconds left."""
+    if stage.program and not shutil.which(stage.program):
+        return f"{stage.program} is not on PATH"
+    if left < stage.least:
+        return f"{max(0, left):.0f} s are left, and it takes {stage.least} or more"
+    return None
+
+
+def run(names: list[str], out: Path, stages: dict[str, Stage]) -> int:
+    """Run the named stages in the order of `stages`; 0 if all are ok."""
+    out.mkdir(parents=True, exist_ok=True)
+    started, summary = time.monotonic(), {"machine": machine(), "stages": []}
+    picked, env = {name: stages[name] for name in stages if name in names}, environment(out)
+    if version := untested_triton():
+        print(f"Triton is {version}, and the kernels have been compiled with {' and '.join(TRITON)} only: "
+              "what fails may be its doing", flush=True)
+    lacking = lacks(picked)
+    for name, stage in picked.items():
+        left = MOST - GRACE - (time.monotonic() - started)
+        if stage.least:  # it takes what the others leave
+            stage = replace(stage, limit=min(stage.limit, max(1, int(left))))
         if lacking[name]:
             done = {"stage": name, "result": "missing", "missing": lacking[name]}
+        elif why := why_left_out(stage, left):
+            done = {"stage": name, "result": "left out", "why": why}
+            print(f"{name}: left out: {why}", flush=True)
         else:
-            print(f"{name}: at most {stages[name].limit} s, log in {out / name}.log", flush=True)
-            done = run_stage(name, stages[name], out, env)
+            print(f"{name}: at most {stage.limit} s, log in {out / name}.log", flush=True)
+            done = run_stage(name, stage, out, env)
             print(f"{name}: {done['result']} after {done['seconds']} s", flush=True)
         if name == "correct" and (failed := failed_tests(out / "correct.csv")):
             done["assemblers"] = repeat_with_another_assembler(failed, out, env)
@@ -207,7 +279,7 @@ def run(names: list[str], out: Path, stages: dict[str, Stage]) -> int:
         if done["result"] in ("failed", "out of time"):
             lines = (out / f"{name}.log").read_text(encoding="utf-8", errors="replace").splitlines()
             print("\n".join(f"    {line[:200]}" for line in lines[-15:]), flush=True)
-    return 0 if all(stage["result"] == "ok" for stage in summary["stages"]) else 1
+    return 0 if all(stage["result"] in ("ok", "left out") for stage in summary["stages"]) else 1
 
 
 def plan(jobs: int | None, arch: int | None) -> int:

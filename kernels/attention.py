@@ -463,7 +463,7 @@ def attention_bwd_dq_kernel(
 # 256. The largest of those tried that fit in registers; `python -m benchmarks.aot` shows what each
 # one takes.
 BLOCKS = {
-    ("fwd", "mma"): [(128, 128, 8, 3), (128, 128, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)],
+    ("fwd", "mma"): [(128, 128, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)],
     ("fwd", "wgmma"): [(128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (64, 64, 8, 2)],
     ("fwd", "tcgen05"): [(128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 2), (64, 64, 8, 2)],
     ("dkdv", "mma"): [(64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 8, 2), (16, 64, 8, 1)],
@@ -479,7 +479,7 @@ BLOCKS = {
 
 
 def attention_config(
-    kernel: str, head_dim: int, dtype: torch.dtype, chip: Chip, max_q: int
+    kernel: str, head_dim: int, dtype: torch.dtype, chip: Chip, max_q: int, softcap: float = 0.0
 ) -> dict[str, int]:
     """Block sizes of "fwd", "dkdv" or "dq".
 
@@ -493,7 +493,8 @@ def attention_config(
     if few_queries:
         m, n, warps, stages = 16, min(n, 32), 4, min(stages, 2)
     config = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-    if few_queries or dtype == torch.float32 or head_dim <= 16:
+    small_softcapped = warps == 4 and softcap > 0
+    if few_queries or small_softcapped or dtype == torch.float32 or head_dim <= 16:
         # without this the assembler spills registers, to run more of these small programs at once
         config["maxnreg"] = 255
 
@@ -560,7 +561,7 @@ def attention_fwd(
     N = cu_q.shape[0] - 1
     out = torch.empty((Tq, H, D), dtype=q.dtype, device=q.device)
     lse = q.new_empty((H, Tq), dtype=torch.float32)
-    config = attention_config("fwd", D, q.dtype, chips.chip_of(q.device), max_q)
+    config = attention_config("fwd", D, q.dtype, chips.chip_of(q.device), max_q, softcap)
     m_blocks = triton.cdiv(max_q, config["BLOCK_M"])
     if Tq > 0 and m_blocks > 0:
         attention_fwd_kernel[(N * m_blocks, H)](
@@ -625,7 +626,7 @@ def attention_bwd(
         )
 
     # 2. dk and dv, by programs that own keys
-    config = attention_config("dkdv", D, q.dtype, chip, max_q)
+    config = attention_config("dkdv", D, q.dtype, chip, max_q, softcap)
     n_blocks = triton.cdiv(max_k, config["BLOCK_N"])
     if Tk > 0 and n_blocks > 0:
         attention_bwd_dkdv_kernel[(N * n_blocks, G)](
@@ -651,7 +652,7 @@ def attention_bwd(
         )
 
     # 3. dq, by programs that own queries
-    config = attention_config("dq", D, q.dtype, chip, max_q)
+    config = attention_config("dq", D, q.dtype, chip, max_q, softcap)
     m_blocks = triton.cdiv(max_q, config["BLOCK_M"])
     if Tq > 0 and m_blocks > 0:
         attention_bwd_dq_kernel[(N * m_blocks, H)](

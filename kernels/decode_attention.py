@@ -5,6 +5,9 @@ Split over the length: Flash-Decoding, Dao et al. 2023. Pages: vLLM, Kwon et al.
 
     s = scale q k^T,  L = log sum exp s,  o = softmax(s) v    (row b's first lengths[b] positions)
 
+Softcapped, where asked: s = softcap tanh(s / softcap). With a window a row sees its last `window`
+positions only, and nothing before them is read.
+
 Position j of row b lies in page table[b, j // page], in slot j % page of it. FLOPs: 4 B H L D for a
 length of L. Least bytes in 16 bit: 4 B G L D, keys and values read once: always memory-bound.
 
@@ -17,7 +20,7 @@ length of L. Least bytes in 16 bit: 4 B G L D, keys and values read once: always
 A program holds all query heads of its kv head as the rows of one product, padded to the 16 that the
 matrix units know, so the cache is read once. The size of a split is fixed, not their number. So a
 row's parts, and the order in which they are added, depend on its length alone: it has the same bits
-in any batch. A split behind a row's end exits early, and its part is never read.
+in any batch. A split behind a row's end, or before its window, exits early; its part is never read.
 
 Shapes: B rows, H query heads, G kv heads, R = H / G, D head_dim, P pages, W pages a row may have.
 """
@@ -25,15 +28,23 @@ Shapes: B rows, H query heads, G kv heads, R = H / G, D head_dim, P pages, W pag
 import torch
 
 from . import chips, reference
+from .attention import _tanh
 from .chips import Chip, padded, stepped_down
 from .dispatch import Backend, check_tensors, choose, serves_all, tl, triton, triton_refuses
 
 MAX_HEAD_DIM = 256
 SPLIT = 256  # positions per program
+LONGEST = 2**31 - 1  # lengths are int32
+
+
+@triton.jit
+def _first_seen(length, window, WINDOW: tl.constexpr):
+    """The first position that a row of this length sees."""
+    return tl.maximum(length - window, 0) if WINDOW else 0
 
 
 @triton.jit(
-    do_not_specialize=["n_splits", "stride_tb"],
+    do_not_specialize=["n_splits", "stride_tb", "window"],
     do_not_specialize_on_alignment=["table_BW", "lengths_B"],
 )
 def decode_attention_fwd_kernel(
@@ -55,11 +66,15 @@ def decode_attention_fwd_kernel(
     stride_tb,
     n_splits,
     scale,
+    window,
+    softcap,
     H: tl.constexpr,
     R: tl.constexpr,
     PAGE: tl.constexpr,
     D: tl.constexpr,
     SPLIT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -70,7 +85,9 @@ def decode_attention_fwd_kernel(
     split = tl.program_id(2)
     length = tl.load(lengths_B + b)
     first = split * SPLIT
-    if first < length:
+    lo = _first_seen(length, window, WINDOW)
+    seen_at_all = (first < length) & (first + SPLIT > lo) if WINDOW else first < length
+    if seen_at_all:
         # -- load the R queries; they stay on the chip --
         r = tl.arange(0, BLOCK_R)
         d = tl.arange(0, BLOCK_D)
@@ -83,10 +100,11 @@ def decode_attention_fwd_kernel(
         acc = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
         m_i = tl.full((BLOCK_R,), float("-inf"), tl.float32)
         l_i = tl.zeros((BLOCK_R,), tl.float32)
-        for start in range(first, end, BLOCK_N):
+        begin = tl.maximum(first, lo // BLOCK_N * BLOCK_N) if WINDOW else first
+        for start in range(begin, end, BLOCK_N):
             # -- where these positions lie --
             n = start + tl.arange(0, BLOCK_N)
-            seen = n < end
+            seen = (n < end) & (n >= lo) if WINDOW else n < end
             page = tl.load(table_BW + b * stride_tb + n // PAGE, seen, other=0).to(tl.int64)
             slot = n % PAGE
             k_offsets = page * stride_kp + g * stride_kg + slot * stride_ks
@@ -94,7 +112,11 @@ def decode_attention_fwd_kernel(
             # -- compute s = q k^T, in base 2 --
             k_ptrs = k_pages + k_offsets[None, :] + d[:, None]
             k_t = tl.load(k_ptrs, seen[None, :] & (d < D)[:, None], other=0.0)
-            s = tl.dot(q, k_t, input_precision="ieee") * (scale * 1.4426950408889634)
+            s = tl.dot(q, k_t, input_precision="ieee")
+            if SOFTCAP:
+                s = softcap * _tanh(s * scale / softcap) * 1.4426950408889634
+            else:
+                s = s * (scale * 1.4426950408889634)
             s = tl.where(seen[None, :], s, float("-inf"))
             # -- update m_i and l_i; m_new is finite: each block holds a position that is seen --
             m_new = tl.maximum(m_i, tl.max(s, 1))
@@ -113,16 +135,18 @@ def decode_attention_fwd_kernel(
         tl.store(lse_BSH + part, m_i + tl.log2(l_i), r < R)
 
 
-@triton.jit(do_not_specialize=["n_splits"], do_not_specialize_on_alignment=["lengths_B"])
+@triton.jit(do_not_specialize=["n_splits", "window"], do_not_specialize_on_alignment=["lengths_B"])
 def decode_attention_combine_fwd_kernel(
     part_BSHD,
     lse_BSH,
     lengths_B,
     out_BHD,
     n_splits,
+    window,
     H: tl.constexpr,
     D: tl.constexpr,
     SPLIT: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Program (b, h): o = sum of o_i exp(L_i - L) over the splits i, in their order."""
@@ -132,7 +156,8 @@ def decode_attention_combine_fwd_kernel(
     length = tl.load(lengths_B + b)
     acc = tl.zeros((BLOCK_D,), tl.float32)
     m_i, l_i = float("-inf"), 0.0
-    for split in range(0, tl.cdiv(length, SPLIT)):
+    lo = _first_seen(length, window, WINDOW)
+    for split in range(lo // SPLIT, tl.cdiv(length, SPLIT)):
         part = (b * n_splits + split) * H + h
         lse = tl.load(lse_BSH + part)
         out = tl.load(part_BSHD + part * D + d, d < D, other=0.0)
@@ -158,10 +183,10 @@ def decode_attention_config(
             "BLOCK_N": 16 if large else 32,
             "num_warps": 8 if per_group > 16 else 4,
             "num_stages": 1,
-            # without this the assembler spills registers, to run more of these small programs at
-            # once
-            "maxnreg": 255,
         }
+    if dtype == torch.float32 or head_dim <= 16:
+        # without this the assembler spills registers, to run more of these small programs at once
+        config["maxnreg"] = 255
 
     def bytes_of(config):
         queries, keys = padded(per_group), config["BLOCK_N"]
@@ -179,6 +204,8 @@ def decode_attention_fwd(
     table: torch.Tensor,
     lengths: torch.Tensor,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
     split: int = SPLIT,
 ) -> torch.Tensor:
     """Launch both kernels. Their grid depends on the table's width only, as CUDA graphs need.
@@ -197,6 +224,7 @@ def decode_attention_fwd(
         return out
     block_d = padded(D)
     per_group = H // G
+    has_window, window = window is not None, min(window or 1, LONGEST)
     decode_attention_fwd_kernel[grid](
         q,
         k_pages,
@@ -212,17 +240,32 @@ def decode_attention_fwd(
         table.stride(0),
         n_splits,
         scale,
+        window,
+        softcap or 1.0,
         H=H,
         R=per_group,
         PAGE=page,
         D=D,
         SPLIT=split,
+        WINDOW=has_window,
+        SOFTCAP=softcap is not None,
         BLOCK_R=padded(per_group),
         BLOCK_D=block_d,
         **decode_attention_config(D, q.dtype, per_group, chips.chip_of(q.device)),
     )
     decode_attention_combine_fwd_kernel[(B, H)](
-        parts, lse, lengths, out, n_splits, H=H, D=D, SPLIT=split, BLOCK_D=block_d, num_warps=1
+        parts,
+        lse,
+        lengths,
+        out,
+        n_splits,
+        window,
+        H=H,
+        D=D,
+        SPLIT=split,
+        WINDOW=has_window,
+        BLOCK_D=block_d,
+        num_warps=1,
     )
     return out
 
@@ -250,15 +293,20 @@ def decode_attention(
     table: torch.Tensor,
     lengths: torch.Tensor,
     scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
     impl: str | None = None,
 ) -> torch.Tensor:
     """Row b attends to the first lengths[b] positions of its pages, the new token's own included.
 
     q: [B, H, D]; k_pages, v_pages: [P, G, page, D] with H a multiple of G, D up to 256.
     table: [B, W] int32 page numbers. lengths: [B] int32, up to W * page; a row of length 0 gives 0,
-    and what lies behind a length is not read. scale: of q k^T, 1 / sqrt(D) by default.
+    and what lies behind a length is not read. scale: of q k^T, 1 / sqrt(D) by default. window: how
+    many positions a row sees, the last ones of its length. softcap: scores become
+    softcap tanh(score / softcap).
     Returns [B, H, D] in q's dtype. impl: "triton", "reference", or None to choose by device.
-    Raises ValueError for shapes, dtypes or devices that do not fit, and for a scale not above 0.
+    Raises ValueError for shapes, dtypes or devices that do not fit, and for a scale, window or
+    softcap that is not above 0.
     """
     check_tensors("decode_attention", q=q, k_pages=k_pages, v_pages=v_pages)
     if (
@@ -290,8 +338,11 @@ def decode_attention(
                 f"decode_attention: {name} is {x.dtype} {tuple(x.shape)} on {x.device}; "
                 f"expected int32 with {q.shape[0]} rows on {q.device}"
             )
-    if scale is not None and not scale > 0:
-        raise ValueError(f"decode_attention: scale is {scale}, expected a positive number or None")
+    for name, value in (("scale", scale), ("window", window), ("softcap", softcap)):
+        if value is not None and not value > 0:
+            raise ValueError(
+                f"decode_attention: {name} is {value}, expected a positive number or None"
+            )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    args = (q, k_pages, v_pages, table, lengths, scale)
+    args = (q, k_pages, v_pages, table, lengths, scale, window, softcap)
     return choose("decode_attention", DECODE_ATTENTION, impl, *args)(*args)

@@ -91,7 +91,8 @@ def swiglu_config(F: int) -> dict[str, int]:
     """Block sizes of both passes: 16 elements of gate per thread; short rows share a program."""
     # a larger block would leave many threads without work at F = 4864, say
     block = min(triton.next_power_of_2(F), 1024)
-    return {"BLOCK_F": block, "ROWS": 2048 // block, "num_warps": 4}
+    # the masks of many rows take registers: so few features get 8 elements per thread
+    return {"BLOCK_F": block, "ROWS": 2048 // block, "num_warps": 4 if block > 32 else 8}
 
 
 def swiglu_grid(R: int, F: int, config: dict[str, int]) -> tuple[int]:

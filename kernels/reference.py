@@ -331,6 +331,8 @@ def decode_attention(
     table: torch.Tensor,
     lengths: torch.Tensor,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """One new token per row. q: [B, H, D]; pages: [P, G, page, D]; table: [B, W]; lengths: [B]."""
     B, H, D = q.shape
@@ -343,10 +345,16 @@ def decode_attention(
     k = wide(k_pages[used]).transpose(1, 2).reshape(B, G, -1, D)
     v = wide(v_pages[used]).transpose(1, 2).reshape(B, G, -1, D)
 
-    # 2. Softmax of the scores [B, G, R, S] over the positions that the row has.
+    # 2. Softmax of the scores [B, G, R, S] over the positions that the row has, or the last ones of
+    # them where there is a window.
     q_by_group = wide(q).view(B, G, H // G, D)
     scores = (q_by_group * scale) @ k.transpose(-1, -2)
-    unseen = torch.arange(k.shape[2], device=q.device) >= lengths[:, None]
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    position = torch.arange(k.shape[2], device=q.device)
+    unseen = position >= lengths[:, None]
+    if window is not None:
+        unseen = unseen | (position < lengths[:, None] - window)
     unseen = unseen[:, None, None]
     probs = scores.masked_fill_(unseen, float("-inf")).softmax(-1)
 

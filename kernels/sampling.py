@@ -24,27 +24,51 @@ from .dispatch import Backend, choose, serves_all
 BLOCK = 32  # tokens that are summed before the cumulative sum, which is then a 32nd as long
 
 
-def invert_cdf(probs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+def cumulative(
+    x: torch.Tensor, dtype: torch.dtype | None = None, least_rows: int | None = None
+) -> torch.Tensor:
+    """The cumulative sums of each row of x [B, n], summed in `dtype` (None: its own).
+
+    least_rows: rows of zeros are added up to this number; None is 2 on a GPU and 1 elsewhere. For
+    one row alone CUDA has another scan: it adds in another order, and not in the same one in every
+    run (pytorch#75240).
+    """
+    if least_rows is None:
+        least_rows = 2 if x.is_cuda else 1
+    n_rows = len(x)
+    missing = least_rows - n_rows
+    if missing > 0:
+        x = F.pad(x, (0, 0, 0, missing))
+    sums = x.cumsum(-1, dtype=dtype)
+    return sums[:n_rows]
+
+
+def invert_cdf(
+    probs: torch.Tensor, uniforms: torch.Tensor, least_rows: int | None = None
+) -> torch.Tensor:
     """The token of each row [B] at which the cumulative sum of probs [B, V] first passes uniforms
     [B].
 
     First the block of tokens is searched, then the token in it. A token of probability 0 is never
-    sampled. The token of a row that is NaN means nothing.
+    sampled. The token of a row that is NaN means nothing. least_rows: see `cumulative`.
     """
     zero = probs.new_zeros(())
     if probs.shape[1] % BLOCK:
         probs = F.pad(probs, (0, -probs.shape[1] % BLOCK))
     blocks = probs.view(len(probs), -1, BLOCK)
-    ends = blocks.sum(-1).cumsum(-1)
+    ends = cumulative(blocks.sum(-1), least_rows=least_rows)
     total = ends[:, -1]
     # rounding may lift the threshold to the total itself: then the last token of any probability
     threshold = torch.minimum(uniforms.float() * total, torch.nextafter(total, zero))[:, None]
     # NaN would lead behind the last block
     block = torch.searchsorted(ends, threshold, right=True).clamp_(max=blocks.shape[1] - 1)
     before = ends.gather(1, (block - 1).clamp_(min=0)).masked_fill_(block == 0, 0.0)
-    inner = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1)
+    index = block[:, :, None].expand(-1, -1, BLOCK)
+    chosen = blocks.gather(1, index)[:, 0]
+    inner = cumulative(chosen, least_rows=least_rows)
     rest = torch.minimum(threshold - before, torch.nextafter(inner[:, -1:], zero))
-    return (block * BLOCK + torch.searchsorted(inner, rest, right=True))[:, 0]
+    within = torch.searchsorted(inner, rest, right=True)
+    return (block * BLOCK + within)[:, 0]
 
 
 def reference_sample_logits(

@@ -139,6 +139,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer = layer
+        self.d_model = config.d_model
         self.n_heads = config.n_heads
         self.n_kv_heads = config.n_kv_heads
         self.head_dim = config.head_dim
@@ -177,6 +178,17 @@ class Attention(nn.Module):
     def cache_shape(self) -> tuple[int, int, int]:
         """(key/value heads, width of a key, width of a value): what a cache holds per token."""
         return self.n_kv_heads, self.head_dim, self.head_dim
+
+    @property
+    def kept_per_token(self) -> int:
+        """How many numbers per token are kept for the backward pass, in the compute dtype."""
+        n_kv_heads, head_dim = self.n_kv_heads, self.head_dim
+        n_heads = self.n_heads + 2 * n_kv_heads
+        # the input, all heads as they are projected (values lie there), q and k rotated, the output
+        heads = n_heads + (self.n_heads + n_kv_heads) + self.n_heads
+        if self.q_norm is not None:
+            heads += n_heads  # as they are after the norm
+        return self.d_model + heads * head_dim
 
     def flops_per_token(self, seqlen: float) -> float:
         """Forward only: the projections, and q k^T and p v over `seqlen / 2` keys (causal)."""

@@ -20,6 +20,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
+        self.d_model, self.d_ff = config.d_model, config.d_ff
         self.gate_up = Linear(config.d_model, 2 * config.d_ff)
         self.down = Linear(config.d_ff, config.d_model)
 
@@ -30,11 +31,18 @@ class MLP(nn.Module):
         # An adapter or a quantised weight has a forward of its own.
         return self.down(swiglu(self.gate_up(x_TM)))
 
+    @property
+    def kept_per_token(self) -> int:
+        """How many numbers per token are kept for the backward pass, in the compute dtype."""
+        # the input, gate and up side by side, and their product
+        return self.d_model + 3 * self.d_ff
+
     def flops_per_token(self) -> int:
         """Forward only; the products alone count."""
         return self.gate_up.flops_per_token() + self.down.flops_per_token()
 
 
 def make_mlp(config: ModelConfig, layer: int) -> nn.Module:
-    """The MLP of one layer: a module with forward(x_TM) -> [T, M] and flops_per_token()."""
+    """The MLP of one layer: a module with forward(x_TM) -> [T, M], flops_per_token() and
+    kept_per_token."""
     return MLP(config)

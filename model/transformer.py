@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..kernels.linear_logprob import linear_logprob
+from ..kernels.linear_logprob import SLICE, linear_logprob
 from ..kernels.rmsnorm import rmsnorm
 from ..kernels.rope import rope_table
 from .attention import KV, Attention, PackedKV
@@ -62,6 +62,12 @@ class Block(nn.Module):
         x_TM, residual_TM = add_norm(x_TM, residual_TM, self.mlp_norm, self.norm_eps)
         x_TM = self.mlp(x_TM)
         return x_TM, residual_TM
+
+    @property
+    def kept_per_token(self) -> int:
+        """How many numbers per token are kept for the backward pass, in the compute dtype."""
+        # the stream before each of the two norms, and what the two halves keep
+        return 2 * len(self.mlp_norm) + self.attn.kept_per_token + self.mlp.kept_per_token
 
 
 class Transformer(nn.Module):
@@ -186,6 +192,30 @@ class Transformer(nn.Module):
             n_kv_heads, key_width, value_width = block.attn.cache_shape
             numbers += n_kv_heads * (key_width + value_width)
         return numbers * self.compute_dtype.itemsize
+
+    def saved_bytes(self, n_tokens: int) -> int:
+        """Bytes that a forward pass of so many tokens keeps for the backward pass: an estimate.
+
+        It is what the kernels of a GPU keep. Log-sum-exps, angles and offsets are left out.
+        """
+        layers = sum(block.kept_per_token for block in self.blocks)
+        head = 2 * self.config.d_model  # the stream, and its norm
+        n_numbers = n_tokens * (layers + head)
+        # A product keeps the copy of its weight that it has cast.
+        if self.embed.dtype != self.compute_dtype:
+            n_numbers += sum(p.numel() for p in self.blocks.parameters())
+        return n_numbers * self.compute_dtype.itemsize
+
+    def activation_bytes(self, n_tokens: int) -> int:
+        """The most bytes that forward and backward of so many tokens take beside the weights and
+        their gradients: an estimate."""
+        itemsize, d_model = self.compute_dtype.itemsize, self.config.d_model
+        # All that is kept is there when the backward pass begins: with the head, which has the
+        # gradients of a slice of logits and of the hidden states, and a slice of its weight; then
+        # the last layer, with a gradient for each number that it keeps.
+        head = n_tokens * (SLICE * itemsize + d_model * (4 + itemsize)) + SLICE * d_model * itemsize
+        layer = n_tokens * max(block.kept_per_token for block in self.blocks) * itemsize
+        return self.saved_bytes(n_tokens) + max(head, layer)
 
     def flops_per_token(self, seqlen: float) -> float:
         """FLOPs of one token's forward pass, in sequences of mean length `seqlen`."""

@@ -276,7 +276,8 @@ def micro_batch(rollouts: Rollouts, samples: np.ndarray, device) -> MicroBatch:
 
     # Where each sample's own tokens begin in the flat batch, behind the shared prefixes. The last
     # token of its prompt predicts the first of the response, and so on.
-    starts = packed.cu_seqlens[len(shared) : -1].cpu().numpy().astype(np.int64)
+    lengths = [len(seq) for seq in (*shared, *own)]
+    starts = offsets(lengths)[len(shared) : -1].astype(np.int64)
     first_predictors = starts + prompt_lengths - skipped - 1
     predictors = ranges(first_predictors, response_lengths)
     token_index = ranges(rollouts.response_offsets[samples], response_lengths)

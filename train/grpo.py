@@ -209,12 +209,14 @@ def make_engine(config: GRPOConfig, task: Task, policy, tokenizer, has_critic: b
     if config.ref_offload:
         bytes_per_parameter += 4
     n_parameters = sum(p.numel() for p in policy.parameters())
+    # And what it computes with: a micro-batch holds one whole sample at least.
+    activations = policy.activation_bytes(max(config.micro_tokens, longest))
     return Engine(
         policy,
         tokenizer,
         max_rows=min(1024, config.prompts_per_step * config.group_size),
         longest=longest,
-        reserve=bytes_per_parameter * n_parameters,
+        reserve=bytes_per_parameter * n_parameters + activations,
     )
 
 

@@ -84,17 +84,28 @@ class Output:
             values[:n, column] = new
         self.newest[:n] = tokens
 
-    def take(self, row: int, first: int, end: int, top_n: int) -> tuple[np.ndarray, ...]:
-        """(tokens, logp) of a row's steps `first` to `end`; with top_n also (top_ids, top_logp)."""
-        part = slice(first - self.first_step, end - self.first_step)
+    def take(
+        self, rows: np.ndarray, births: np.ndarray, end: int, top_ns: np.ndarray
+    ) -> list[tuple[np.ndarray, ...]]:
+        """(tokens, logp) of each row, and (top_ids, top_logp) where it reports likeliest tokens.
+
+        rows: [N]. births: [N] the step of each one's first token. end: the step behind its last.
+        top_ns: [N] likeliest tokens to report.
+        """
+        # The device is read once for each kind of column, not once for each row.
+        oldest = births.min()
+        first, end = int(oldest) - self.first_step, end - self.first_step
+        index = torch.from_numpy(rows).to(self.device)
+        columns = [x[:, first:end][index].cpu().numpy() for x in self.columns.values()]
+
+        # Each row's own part of it, copied: the rest of what was read need not stay in memory.
         taken = []
-        for values in self.columns.values():
-            # On a CPU NumPy sees the same memory, and indexes it many times as fast as PyTorch.
-            of_row = values.numpy()[row] if values.is_cpu else values[row].cpu().numpy()
-            taken.append(of_row[part])
-        tokens, logp, *likeliest = taken
-        likeliest = [values[:, :top_n] for values in likeliest] if top_n else []
-        return tuple(values.copy() for values in (tokens, logp, *likeliest))
+        for row, (start, top_n) in enumerate(zip(births - oldest, top_ns, strict=True)):
+            part = [x[row, start:].copy() for x in columns[:2]]
+            if top_n:
+                part += [x[row, start:, :top_n].copy() for x in columns[2:]]
+            taken.append(tuple(part))
+        return taken
 
     def move(self, dst: np.ndarray, src: np.ndarray) -> None:
         """What rows `src` have becomes that of rows `dst`."""

@@ -182,6 +182,8 @@ class Rows:
             return np.zeros(0, np.int64)
         return np.flatnonzero(stopped | (self._table["limit"][: self.n] == self.step))
 
-    def take(self, row: int, top_n: int) -> tuple[np.ndarray, ...]:
-        """(tokens, logp) of a row since it began; with top_n also (top_ids, top_logp)."""
-        return self.output.take(row, int(self._table["birth"][row]), self.step, top_n)
+    def take(self, rows: np.ndarray) -> list[tuple[np.ndarray, ...]]:
+        """What each of these rows has sampled since it began: (tokens, logp), and (top_ids,
+        top_logp) too if its request asks for likeliest tokens."""
+        of_rows = self._table[rows]
+        return self.output.take(rows, of_rows["birth"], self.step, of_rows["top_n"])

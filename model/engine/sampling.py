@@ -16,7 +16,7 @@ Shapes: B rows, V vocabulary.
 import numpy as np
 import torch
 
-from ...kernels.sampling import invert_cdf, sample_logits
+from ...kernels.sampling import cumulative, invert_cdf, sample_logits
 
 Filters = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # top_k, top_p and min_p, each [B]
 
@@ -82,7 +82,7 @@ def keep_likeliest(
     # top-p (Holtzman et al. 2020): the likeliest that together reach p. A row with p = 1 is left
     # alone: a sum of float32 numbers would lose the tail of a large vocabulary.
     probs = sorted_logits.masked_fill(out, float("-inf")).softmax(-1)
-    sum_before = probs.cumsum(-1, dtype=torch.float64) - probs
+    sum_before = cumulative(probs, torch.float64) - probs
     out |= (sum_before >= top_p) & (top_p < 1)
 
     # min-p: those at least p times as likely as the likeliest.

@@ -126,12 +126,11 @@ class Scheduler:
 
     def release(self, rows: np.ndarray) -> list[Sequence]:
         """Take the sequences out of these rows, with the tokens that they have sampled there."""
-        released = []
+        released = [self.running[row] for row in rows.tolist()]
+        for sequence, part in zip(released, self.rows.take(rows), strict=True):
+            sequence.parts.append(part)
         for row in rows.tolist():
-            sequence = self.running[row]
-            sequence.parts.append(self.rows.take(row, sequence.request.top_logprobs))
             self.running[row] = None
-            released.append(sequence)
         self.n_finished += len(rows)
 
         # A finished row may stay where it costs the others next to nothing: nobody waits for it,

@@ -35,6 +35,17 @@ def test_a_rehearsal_finds_what_the_launchers_launch_bf16_first():
     assert rehearse.minutes(many, 1) > 8 * rehearse.minutes(many, 16)
 
 
+@needs_compiler
+def test_the_tests_of_two_to_the_31_elements_are_rehearsed_too():
+    """They need 40 GB on a GPU, and none here."""
+    rehearsal = rehearse.Rehearsal(90)
+    rehearse.rehearse(rehearsal, "-m", "gpu", "tests/kernels/gpu", "-k", "two_to_the_31 or beyond_32_bits")
+    assert rehearsal.tests == 5 and rehearsal.unrehearsed == {}
+    found = {launch[1].removesuffix("_kernel") for launch in rehearsal.kernels}
+    assert found >= {"attention_fwd", "rmsnorm_fwd", "rmsnorm_bwd", "rope_fwd", "swiglu_fwd", "swiglu_bwd",
+                     "logprob_tiles_fwd"}
+
+
 def test_numbers_from_the_cpu_are_kept_and_others_are_made_up():
     with rehearse.without_a_gpu(90):
         lengths = torch.tensor([3, 0, 2], dtype=torch.int32).cuda()

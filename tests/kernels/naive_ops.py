@@ -56,13 +56,15 @@ def naive_attention(q, k, v, lengths, scale=None, lengths_k=None, window=None, s
     return (torch.cat(outs), torch.cat(lses)) if lse else torch.cat(outs)
 
 
-def naive_decode_attention(q, keys, values, scale=None):
+def naive_decode_attention(q, keys, values, scale=None, window=None, softcap=None):
     """[B, H, D] row by row, in the dtype of its inputs: one query of each row against its keys [n, G, D]."""
     outs, R = [], q.shape[1] // keys[0].shape[1]
     for q_row, k, v in zip(q, keys, values, strict=True):
-        k, v = k.repeat_interleave(R, 1), v.repeat_interleave(R, 1)
-        p = (torch.einsum("hd,nhd->hn", q_row, k) * (scale or q.shape[-1] ** -0.5)).softmax(-1)
-        outs.append(torch.einsum("hn,nhd->hd", p, v))
+        k, v = (x[-window if window else None:].repeat_interleave(R, 1) for x in (k, v))
+        scores = torch.einsum("hd,nhd->hn", q_row, k) * (scale or q.shape[-1] ** -0.5)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        outs.append(torch.einsum("hn,nhd->hd", scores.softmax(-1), v))
     return torch.stack(outs)
 
 

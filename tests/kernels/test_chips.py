@@ -11,6 +11,7 @@ from r1zero.kernels.chips import KIB, KNOWN_CHIPS, Chip, chip_of, stepped_down
 from r1zero.kernels.decode_attention import decode_attention_config
 from r1zero.kernels.dispatch import HAS_TRITON
 from r1zero.kernels.linear_logprob import SLICE, logprob_config
+from r1zero.kernels.mlp import swiglu_config
 from r1zero.kernels.rmsnorm import rmsnorm_bwd_config
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -74,7 +75,7 @@ def test_attention_takes_the_table_where_it_fits_and_less_where_it_does_not():
 
 # on sm_80 and sm_86, as compiled by Triton 3.7
 MEASURED = [
-    ("fwd", 64, "bfloat16", (128, 128, 8, 3), 81_920), ("fwd", 128, "bfloat16", (128, 32, 8, 2), 49_152),
+    ("fwd", 64, "bfloat16", (128, 64, 8, 3), 49_152), ("fwd", 128, "bfloat16", (128, 32, 8, 2), 49_152),
     ("fwd", 256, "bfloat16", (64, 32, 8, 2), 69_632), ("fwd", 128, "bfloat16", (16, 32, 4, 2), 21_504),
     ("fwd", 128, "float32", (16, 32, 8, 1), 26_688), ("fwd", 256, "float32", (16, 16, 8, 1), 33_856),
     ("dkdv", 128, "bfloat16", (32, 64, 8, 2), 53_504), ("dkdv", 256, "bfloat16", (16, 64, 8, 1), 90_112),
@@ -109,6 +110,21 @@ def test_the_other_ops_fit_as_well():
         assert stages == (1 if chip is SMALL else 2)
     assert logprob_config("tiles", torch.bfloat16, SMALL, 2048)["num_stages"] == 2
     assert decode_attention_config(256, torch.bfloat16, 20, SMALL)["BLOCK_N"] == 16
+
+
+@needs_triton
+def test_small_programs_may_take_the_registers_they_need():
+    chip, bf16 = KNOWN_CHIPS[120], torch.bfloat16
+
+    def limit(kernel, head_dim, max_q, softcap=0.0):
+        return attention_config(kernel, head_dim, bf16, chip, max_q, softcap).get("maxnreg")
+
+    assert limit("fwd", 128, 1) == limit("dkdv", 16, 4096) == limit("dq", 64, 4096, 30.0) == 255
+    # without a softcap three of them run at a time on sm_80; larger ones take what there is anyway
+    assert limit("dq", 64, 4096) is limit("dq", 128, 4096, 30.0) is limit("fwd", 64, 4096, 30.0) is None
+    assert decode_attention_config(16, bf16, 6, chip)["maxnreg"] == 255
+    assert "maxnreg" not in decode_attention_config(64, bf16, 6, chip)
+    assert [swiglu_config(F)["num_warps"] for F in (1, 24, 33, 4864)] == [8, 8, 4, 4]
 
 
 @needs_triton

@@ -83,12 +83,14 @@ def test_decode_attention_is_the_last_row_of_attention():
             for place in range(n, 4 * page):
                 for x in (k, v):
                     x[table[b, place // page], :, place % page] = float("nan")
-        for scale in (None, 0.3):
-            got = decode_attention(q, k, v, table, torch.tensor(lengths, dtype=torch.int32), scale)
+        for scale, window, softcap in ((None, None, None), (0.3, None, None), (None, 1, None), (None, 3, 0.5),
+                                       (0.3, 4, None), (None, 99, 2.0)):
+            got = decode_attention(q, k, v, table, torch.tensor(lengths, dtype=torch.int32), scale, window,
+                                   softcap)
             for b, n in enumerate(lengths):
                 keys, values = (x[b, :n].double() for x in flat)
                 queries = q[b].double().expand(n, H, D)
-                expected = naive_attention(queries, keys, values, [n], scale)[-1]
+                expected = naive_attention(queries, keys, values, [n], scale, None, window, softcap)[-1]
                 assert_close([got[b]], [expected], tolerance)
 
 
@@ -229,6 +231,7 @@ def zeros(*shape):
 
 
 LONG_5 = torch.zeros(5, dtype=torch.int64)
+PAGES_5 = zeros(7, 2, 9, 8)
 TABLE_5, LENGTHS_5 = torch.zeros(5, 2, dtype=torch.int32), torch.ones(5, dtype=torch.int32)
 
 
@@ -246,6 +249,8 @@ TABLE_5, LENGTHS_5 = torch.zeros(5, 2, dtype=torch.int32), torch.ones(5, dtype=t
     lambda: decode_attention(zeros(5, 4, 8), zeros(7, 2, 9, 8), zeros(7, 2, 9, 8), TABLE_5, LONG_5),
     lambda: decode_attention(zeros(5, 4, 8), zeros(7, 2, 9, 8).half(), zeros(7, 2, 9, 8), TABLE_5, LENGTHS_5),
     lambda: decode_attention(zeros(5, 4, 8), zeros(7, 2, 9, 8), zeros(7, 2, 9, 8), TABLE_5, LENGTHS_5, -1.0),
+    lambda: decode_attention(zeros(5, 4, 8), PAGES_5, PAGES_5, TABLE_5, LENGTHS_5, window=0),
+    lambda: decode_attention(zeros(5, 4, 8), PAGES_5, PAGES_5, TABLE_5, LENGTHS_5, softcap=0.0),
     lambda: linear_logprob(zeros(5, 4), zeros(7, 3), LONG_5),
     lambda: linear_logprob(zeros(5, 4), zeros(7, 4), LONG_5[:4]),
     lambda: linear_logprob(zeros(5, 4, 1), zeros(7, 4), LONG_5),

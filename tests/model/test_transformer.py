@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from r1zero.kernels import dispatch
 from r1zero.model.config import PRESETS, ModelConfig, preset
 from r1zero.model.packed import pack
 from r1zero.model.transformer import Transformer, count_parameters, flops_per_token
@@ -169,3 +170,37 @@ def test_init_is_a_function_of_the_seed_with_the_stated_spread():
         assert abs(x.std().item() / expected - 1) < 0.02 and abs(x.mean().item()) < 0.02 * expected, name
         seen.add(x[0, 0].item())
     assert len(seen) == 4 * 3 + 2  # no two matrices hold the same numbers
+
+
+# ---- what training keeps
+
+def bytes_saved(model: Transformer, n_tokens: int) -> int:
+    """What a forward pass of the model, on the meta device, saves for backward beside the weights."""
+    kept, weights = {}, {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def keep(x):
+        if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in weights:
+            kept[x.untyped_storage()._cdata] = x  # held, so that no other storage gets its address
+        return x
+
+    lengths = [n_tokens // 4] * 3 + [n_tokens - n_tokens // 4 * 3]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        packed = pack([[1] * n for n in lengths], "meta")
+        logp, entropy = model.logprobs(model.hidden_states(packed), packed.tokens)
+    assert (logp.sum() + entropy.sum()).grad_fn is not None
+    return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+
+@pytest.mark.parametrize("name, n_tokens, dtype", [
+    ("qwen2.5-0.5b", 4096, torch.bfloat16), ("qwen3-0.6b", 1000, torch.bfloat16),
+    ("demo", 4096, torch.float32)])
+def test_the_estimate_of_what_training_keeps_is_what_is_saved(name, n_tokens, dtype, monkeypatch):
+    """In the shapes that the Triton kernels make, with the copies of the weights in the compute dtype."""
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda *_: None)
+    with torch.device("meta"):
+        model = Transformer(preset(name, 151_936, n_layers=4), dtype)
+    saved = bytes_saved(model, n_tokens)
+    assert saved / 1.1 < model.saved_bytes(n_tokens) < 1.1 * saved
+    # the workspace of the head at least, and no more than one layer's gradients beside
+    workspace = model.activation_bytes(n_tokens) - model.saved_bytes(n_tokens)
+    assert 4096 * dtype.itemsize * n_tokens < workspace < 0.7 * saved + 4096 * 4 * n_tokens

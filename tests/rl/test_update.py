@@ -77,6 +77,19 @@ def test_micro_batches_hold_each_response_token_once_the_end_token_too():
     assert sorted(seen) == [0, 1, 2, 4, 5]
 
 
+def test_a_micro_batch_is_laid_out_on_the_host_and_nothing_is_read_back():
+    """A device that holds no numbers has none to give."""
+    rollouts = rollouts_by_hand(tiny(), (5, 3, 9, 1), (0, 2, 4))
+    for samples in (np.array([0, 2]), np.array([3, 1, 0, 2])):  # with prompts to share, and without
+        there, here = (vars(micro_batch(rollouts, samples, device)) for device in ("meta", "cpu"))
+        for found, expected in ((there, here), (vars(there.pop("packed")), vars(here.pop("packed")))):
+            for name, x in found.items():
+                if isinstance(x, torch.Tensor):
+                    assert x.is_meta and (x.shape, x.dtype) == (expected[name].shape, expected[name].dtype)
+                else:
+                    assert x == expected[name]
+
+
 def test_a_prompt_of_several_samples_is_computed_once():
     model = tiny(seed=3, dtype=torch.float64)
     lengths, group_offsets = (5, 3, 9, 1, 4, 6, 2, 2), (0, 3, 5, 8)

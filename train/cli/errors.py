@@ -66,6 +66,8 @@ LIBRARY_ADVICE = {
     "urllib3": "see whether the network is there",
     "httpx": "see whether the network is there",
     "zlib": "the file is damaged",
+    "triton": "see whether this Triton fits PyTorch and the GPU (requirements.txt names one that "
+    "the kernels compile with); --device cpu needs neither",
     "torch": "see whether this PyTorch fits the machine; --device cpu needs no GPU",
 }
 
@@ -195,6 +197,19 @@ def say_loop_cache(error: BaseException, config: Any) -> str:
     )
 
 
+def is_kernel_cache(error: BaseException) -> bool:
+    """Triton cannot write the kernels that it has compiled."""
+    is_triton = any(name.startswith("triton.") for name in modules_of(error))
+    return isinstance(error, OSError) and is_triton
+
+
+def say_kernel_cache(error: OSError, config: Any) -> str:
+    return (
+        f"Triton cannot keep its kernels: {error}; set TRITON_CACHE_DIR to a folder that can be "
+        "written"
+    )
+
+
 def say_deep_json(error: BaseException, config: Any) -> str:
     return "a file holds JSON that is nested too deeply to be read; see what is in it"
 
@@ -239,6 +254,7 @@ KINDS = (
     Kind(is_value, 2, say_itself),
     Kind(is_too_large, 2, say_too_large),
     Kind(is_of_library, 2, say_of_library),
+    Kind(is_kernel_cache, 2, say_kernel_cache),
     Kind(is_system, 2, say_system),
     Kind(is_other_value, 2, say_itself),
 )

@@ -52,6 +52,19 @@ def test_decode_attention_at_every_head_dim_and_group_size(D, per_group, dtype):
         assert torch.equal(alone[0], got[b]), "a row depends on its neighbours"
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window,softcap", [(100, None), (17, 20.0), (None, 20.0)])
+def test_decode_attention_with_a_window_and_a_softcap(window, softcap, dtype):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    k, v, table, lengths, keys, values = in_pages(LENGTHS, 2, 64, dtype)
+    q = torch.randn(len(LENGTHS), 12, 64, device="cuda").to(dtype)
+    got = decode_attention(q, k, v, table, lengths, None, window, softcap, impl="triton")
+    exact_keys, exact_values = [x.double() for x in keys], [x.double() for x in values]
+    truth = naive_decode_attention(q.double(), exact_keys, exact_values, None, window, softcap)
+    plain = naive_decode_attention(q, keys, values, None, window, softcap)
+    assert (got.double() - truth).abs().max() <= 2 * (plain.double() - truth).abs().max() + 1e-5
+
+
 def test_the_engine_on_graphs_is_the_engine_without(monkeypatch):
     config = preset("qwen2.5-0.5b", 1000, n_layers=3, max_seq_len=512)
     model = Transformer(config, torch.bfloat16).init_weights(0).cuda()

@@ -25,16 +25,19 @@ def in_pages(lengths, G, D, dtype, page=PAGE):
     return *rows, *pages, table, torch.tensor(lengths, dtype=torch.int32)
 
 
-def check(lengths, per_group, G, D, dtype, page=PAGE, scale=None, **options):
+def check(lengths, per_group, G, D, dtype, page=PAGE, scale=None, window=None, softcap=None, **options):
     keys, values, k_pages, v_pages, table, lengths_B = in_pages(lengths, G, D, dtype, page)
     q = torch.randn(len(lengths), G * per_group, D).to(dtype)
+    if window:  # pages wholly before it are not there
+        for b, n in enumerate(lengths):
+            table[b, : max(0, n - window) // page] = 2**31 - 1
     if options:
-        got = decode_attention_fwd(q, k_pages, v_pages, table, lengths_B, D**-0.5, **options)
+        got = decode_attention_fwd(q, k_pages, v_pages, table, lengths_B, D**-0.5, window, softcap, **options)
     else:
-        got = decode_attention(q, k_pages, v_pages, table, lengths_B, scale, impl="triton")
+        got = decode_attention(q, k_pages, v_pages, table, lengths_B, scale, window, softcap, impl="triton")
     exact_keys, exact_values = [k.double() for k in keys], [v.double() for v in values]
-    truth = naive_decode_attention(q.double(), exact_keys, exact_values, scale)
-    plain = naive_decode_attention(q, keys, values, scale)
+    truth = naive_decode_attention(q.double(), exact_keys, exact_values, scale, window, softcap)
+    plain = naive_decode_attention(q, keys, values, scale, window, softcap)
     assert got.dtype == dtype and got.shape == q.shape
     error, limit = (got.double() - truth).abs().max().item(), (plain.double() - truth).abs().max().item()
     assert error <= (3e-6 if dtype == torch.float32 else 2 * limit + 1e-5), (error, limit)
@@ -62,14 +65,38 @@ def test_decode_attention_at_the_boundaries_of_pages_of_any_size(page):
     check([page, page + 1, 2 * page, max(1, page - 1), 5], 2, 1, 16, torch.float32, page, scale=0.4)
 
 
-def test_a_row_has_the_same_bits_in_any_batch():
+@pytest.mark.parametrize("window", [1, PAGE - 1, PAGE, PAGE + 1, 33, 2**31 - 1, 2**40])
+def test_decode_attention_sees_the_last_positions_within_a_window(window):
+    check([1, 70, 0, 17, 32, 49], 2, 1, 16, torch.float32, window=window, split=32)
+
+
+@pytest.mark.parametrize("window", [1, 100])
+def test_a_window_within_one_split_of_several_and_over_two(window):
+    check([300, 257, 256], 1, 1, 16, torch.float16, window=window)
+
+
+@pytest.mark.parametrize("window", [None, PAGE + 1])
+def test_decode_attention_with_a_softcap(window):
+    check([1, 40, 16], 3, 1, 16, torch.float32, scale=2.0, window=window, softcap=2.0)
+
+
+def test_a_window_that_holds_all_changes_no_bit():
+    _, _, *pages, table, lengths = in_pages([129, 5, 0], 1, 16, torch.float32)
+    q = torch.randn(3, 2, 16)
+    whole, windowed = (decode_attention(q, *pages, table, lengths, None, window, impl="triton")
+                       for window in (None, 129))
+    assert torch.equal(whole, windowed)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_row_has_the_same_bits_in_any_batch(window):
     _, _, k_pages, v_pages, table, lengths = in_pages(LENGTHS, 2, 32, torch.float32)
     q = torch.randn(len(LENGTHS), 6, 32)
-    whole = decode_attention(q, k_pages, v_pages, table, lengths, impl="triton")
+    whole = decode_attention(q, k_pages, v_pages, table, lengths, window=window, impl="triton")
     for b in range(len(LENGTHS)):  # alone, and with a table as narrow as its own pages
         width = max(1, -(-LENGTHS[b] // PAGE))
         alone = decode_attention(q[b : b + 1], k_pages, v_pages, table[b : b + 1, :width].contiguous(),
-                                 lengths[b : b + 1], impl="triton")
+                                 lengths[b : b + 1], window=window, impl="triton")
         assert torch.equal(alone[0], whole[b])
 
 

@@ -62,7 +62,7 @@ def test_an_error_of_the_system_names_the_file_and_what_to_do(number):
     assert explain(OSError(number, "what it is called"), None)[1].startswith("what it is called; ")
 
 
-@pytest.mark.parametrize("library", ["wandb", "tyro", "matplotlib", "requests", "tokenizers"])
+@pytest.mark.parametrize("library", ["wandb", "tyro", "matplotlib", "requests", "tokenizers", "triton"])
 @pytest.mark.parametrize("base", [Exception, ValueError, RuntimeError, OSError])
 def test_an_error_whose_class_a_library_defines_is_told_as_its(library, base):
     code, message = explain(of_library(library, base), None)
@@ -100,3 +100,12 @@ def test_a_damaged_cache_of_compiled_loops_names_the_folder_to_delete():
     code, message = explain(raised(in_numba), None)
     assert code == 2 and "the compiled loops that Numba keeps are damaged" in message and "loops-*" in message
     assert explain(raised(load), None) == (1, None)
+
+
+def test_a_cache_that_triton_cannot_write_names_the_variable_that_moves_it(tmp_path, monkeypatch):
+    cache = pytest.importorskip("triton.runtime.cache")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file/cache"))
+    code, message = explain(raised(cache.FileCacheManager, "a key"), None)
+    assert code == 2 and message.startswith("Triton cannot keep its kernels: ") and str(tmp_path) in message
+    assert "set TRITON_CACHE_DIR" in message
