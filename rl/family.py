@@ -15,6 +15,9 @@ turns a configuration into the objects that `grpo_step` uses.
     reinforce_pp   arXiv 2501.03262   none            batch   token, 0.2       token      k1, reward
     reinforce      Williams 1992      batch           -       none             constant   -
     ppo            arXiv 1707.06347   critic          batch   token, 0.2       token      k1, reward
+    gdpo           arXiv 2601.05242   group           parts   token, 0.2       sequence   -
+    maxrl          arXiv 2602.02710   group           mean    token, 0.2       constant   -
+    dppo           arXiv 2602.04879   group           -       probability 0.15 constant   -
 """
 
 import math
@@ -42,7 +45,8 @@ from .update import Reference, kl_cost_to
 # (DeepSeekMath: 0.04). dapo replaces groups of equal reward, form and length included; its paper
 # looks at right and wrong alone. ppo has InstructGPT's KL in the reward, whitening, and TinyZero's
 # lam of 1 (the paper of GAE: 0.95). cispo's bound is ours, since its paper leaves it open. A sum
-# over an answer's tokens (rloo, reinforce) is divided by max_new_tokens here.
+# over an answer's tokens (rloo, reinforce, maxrl, dppo) is divided by max_new_tokens here. maxrl
+# has no reward for the form, since its theorem is about answers that are right or wrong.
 KL_IN_REWARD = {"kl_coef": 0.001, "kl_in": "reward", "kl_estimator": "k1"}
 PRESETS: dict[str, dict[str, Any]] = {
     "r1_zero": {},
@@ -63,6 +67,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "loss": {"objective": "reinforce", "mean": "constant"},
     },
     "ppo": {"advantage": {"baseline": "critic", "scale": "batch"}, "loss": KL_IN_REWARD},
+    "gdpo": {"advantage": {"scale": "parts"}, "loss": {"mean": "sequence"}},
+    "maxrl": {
+        "advantage": {"scale": "mean"},
+        "loss": {"mean": "constant"},
+        "rewards": {"format_weight": 0.0},
+    },
+    "dppo": {
+        "advantage": {"scale": "none"},
+        "loss": {"objective": "dppo", "clip_low": 0.15, "clip_high": 0.15, "mean": "constant"},
+    },
 }
 
 
@@ -88,8 +102,9 @@ class Algorithm:
     """
 
     algo: str = "r1_zero"
-    """The preset: r1_zero, grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, reinforce or ppo.
-    Options that are given explicitly override it; run.json records what was used."""
+    """The preset: r1_zero, grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, reinforce, ppo,
+    gdpo, maxrl or dppo. Options that are given explicitly override it; run.json records what was
+    used."""
     steps: int = 100
     """Number of steps in all; the learning rate's schedule ends with the last."""
     prompts_per_step: int = 16
@@ -197,6 +212,17 @@ def check_combinations(config: Algorithm) -> None:
             "alone would differ, and be divided by its own spread; expected the KL in the loss, or "
             "another scale"
         )
+    if config.kl_in_reward and config.advantage.scale in ("mean", "parts"):
+        raise ValueError(
+            f"--loss.kl-in reward with --advantage.scale {config.advantage.scale}: the KL can make "
+            "a reward negative, and is no part of its own; expected the KL in the loss, or another "
+            "scale"
+        )
+    if config.overlong_buffer and config.advantage.scale == "mean":
+        raise ValueError(
+            f"--overlong-buffer {config.overlong_buffer} with --advantage.scale mean: the penalty "
+            "makes rewards negative; expected 0, or another scale"
+        )
     if config.loss.objective == "gspo" and config.per_token:
         raise ValueError(
             f"--loss.objective gspo with --advantage.baseline {config.advantage.baseline}: one "
@@ -253,6 +279,8 @@ def in_words(config: Algorithm) -> str:
     without_effect = {name for name, value in loss.items() if value in (0.0, False)}
     if config.loss.kl_coef == 0:
         without_effect |= {"kl_in", "kl_estimator"}
+    if config.loss.max_importance == 0:
+        without_effect.add("importance")
     if config.loss.objective == "reinforce":
         without_effect |= {"clip_low", "clip_high"}
     options = advantage
