@@ -285,6 +285,8 @@ def in_words(config: Algorithm) -> str:
         without_effect |= {"clip_low", "clip_high"}
     options = advantage
     options |= {name: value for name, value in loss.items() if name not in without_effect}
+    usual = asdict(RewardConfig())
+    options |= {name: v for name, v in asdict(config.rewards).items() if v != usual[name]}
     if config.dynamic_sampling > 1:
         options["dynamic_sampling"] = config.dynamic_sampling
     if config.overlong_buffer:

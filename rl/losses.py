@@ -74,7 +74,7 @@ class LossConfig:
     """What has an importance weight of its own. "token": each token; its prefix stays the
     sampler's. "sequence": each answer, the product of its tokens' weights; exact but for the cap.
     "geometric": each answer, the product to the power of 1 / length, which is biased but does not
-    grow with length; goes with gspo."""
+    grow with length; gspo has it where it says "token"."""
     importance_mask: bool = False
     """Drop what has an importance weight above max_importance or below min_importance, instead of
     lowering the weight to the cap (IcePop, arXiv 2510.18855: tokens outside of 0.5 to 5; MIS:
@@ -135,12 +135,12 @@ class LossConfig:
                 f"loss: min_importance is {self.min_importance:g} without importance_mask; a small "
                 "weight needs no floor, so expected importance_mask, or 0"
             )
-        corrects = self.max_importance > 0
-        if corrects and self.objective == "gspo" and self.importance == "token":
-            raise ValueError(
-                "loss: importance token with objective gspo, whose one ratio per sequence takes "
-                "one weight per sequence; expected importance geometric or sequence"
-            )
+
+    @property
+    def importance_level(self) -> str:
+        """`importance`, but for gspo: its one ratio per sequence takes one weight per sequence."""
+        is_gspo = self.objective == "gspo"
+        return "geometric" if is_gspo and self.importance == "token" else self.importance
 
 
 def loss_weights(lengths_N: np.ndarray, mean: str, max_new_tokens: int) -> np.ndarray:
@@ -236,11 +236,12 @@ def importance_weights(
     """
     log_ratio = (old_logp - sampler_logp).detach().double()
     # One ratio per sequence, for all of its tokens.
-    if config.importance != "token":
+    level = config.importance_level
+    if level != "token":
         ends = torch.cat([log_ratio.new_zeros(1), log_ratio.cumsum(0)])[offsets.long()]
         lengths = offsets.diff()
         per_sequence = ends.diff()
-        if config.importance == "geometric":
+        if level == "geometric":
             per_sequence = per_sequence / lengths.clamp(min=1)
         log_ratio = per_sequence.repeat_interleave(lengths, output_size=len(log_ratio))
     ratio = log_ratio.exp()

@@ -71,11 +71,11 @@ def test_each_kl_in_the_loss_off_policy_is_its_definition(estimator):
 
 
 @pytest.mark.parametrize("level, objective", [
-    ("token", "clip"), ("sequence", "clip"), ("geometric", "clip"), ("sequence", "gspo"),
-    ("geometric", "gspo")])
+    ("token", "clip"), ("sequence", "clip"), ("geometric", "clip"), ("sequence", "gspo"), ("token", "gspo")])
 @pytest.mark.parametrize("mask", [False, True])
 def test_importance_weights_are_lowered_to_the_cap_or_dropped_beyond_it(level, objective, mask):
-    """One a token, or one a sequence: the product, or the geometric mean. The bounds cut on either side."""
+    """One a token, or one a sequence: the product, or the geometric mean, as gspo has it for "token" too. The
+    bounds cut on either side."""
     case = make_case(off_policy=True)
     case, seen = replace(case, old=case.theta.detach()), set()
 
@@ -87,9 +87,10 @@ def test_importance_weights_are_lowered_to_the_cap_or_dropped_beyond_it(level, o
     def definition(group):
         a = any_advantages(group, "group", "none", 0.0, "k1", 1.0, 1.0)
         weights = [[np.exp(s.old - s.sampler) for s in y.steps] for y in group]
-        if level != "token":
-            power = {"sequence": lambda w: 1, "geometric": lambda w: 1 / len(w)}[level]
-            weights = [[np.prod(w) ** power(w)] * len(w) for w in weights]
+        if level == "sequence":
+            weights = [[np.prod(w)] * len(w) for w in weights]
+        elif level == "geometric" or objective == "gspo":
+            weights = [[np.prod(w) ** (1 / len(w))] * len(w) for w in weights]
         return mean(mean(bounded(w) * of_y[0] * s.ratio for w, s in zip(of_w, y.steps, strict=True))
                     for of_w, of_y, y in zip(weights, a, group, strict=True))
 

@@ -72,6 +72,9 @@ def test_what_was_used_is_what_is_recorded_and_said(tmp_path, capsys):
     assert in_words(grpo_config("none", "", algo="reinforce_pp")) == \
         "reinforce_pp: baseline none, scale batch, gamma 1.0, lam 1.0, objective clip, clip_low 0.2, " \
         "clip_high 0.2, mean token, kl_coef 0.001, kl_in reward, kl_estimator k1"
+    assert in_words(grpo_config("none", "", algo="maxrl", loss=dict(max_importance=2.0))) == \
+        "maxrl: baseline group, scale mean, objective clip, clip_low 0.2, clip_high 0.2, mean constant, " \
+        "max_importance 2.0, importance token, format_weight 0.0"
     assert recorded["dynamic_sampling"] == 3 and recorded["overlong_buffer"] == 0.2
     assert not [name for part in (recorded["loss"], recorded["advantage"]) for name, v in part.items()
                 if v is None]
@@ -95,7 +98,6 @@ def test_what_was_used_is_what_is_recorded_and_said(tmp_path, capsys):
     (dict(loss=dict(importance_mask=True, max_importance=0.9)), "either side of 1"),
     (dict(loss=dict(importance_mask=True, max_importance=3.0, min_importance=1.1)), "either side of 1"),
     (dict(loss=dict(min_importance=0.5, max_importance=3.0)), "min_importance is 0.5 without"),
-    (dict(algo="gspo", loss=dict(max_importance=2.0)), "importance token with objective gspo"),
     (dict(dynamic_sampling=0), "--dynamic-sampling is 0"),
     (dict(overlong_buffer=1.5), "--overlong-buffer 1.5"),
     (dict(mistake="typo"), "--break is 'typo', expected one of k1_loss"),
@@ -123,7 +125,7 @@ CUTS = [  # (preset, changes): every kind of advantage, ratio, mean and KL
     ("r1_zero", {}), ("grpo", {}), ("gspo", {}), ("cispo", {}), ("dr_grpo", {}), ("reinforce", {}),
     ("rloo", {}), ("reinforce_pp", {}), ("ppo", {}), ("gdpo", {}), ("maxrl", {}), ("dppo", {}),
     ("dapo", dict(loss=dict(entropy_coef=0.1, max_importance=1.05, overlong_filter=True))),
-    ("gspo", dict(loss=dict(max_importance=1.05, importance="geometric"))),
+    ("gspo", dict(loss=dict(max_importance=1.05))),
     ("grpo", dict(loss=dict(max_importance=1.15, importance="sequence", importance_mask=True,
                             min_importance=0.5))),
 ]
