@@ -126,14 +126,13 @@ def test_gdpo_normalises_the_parts_apart_by_hand():
 
 
 def test_the_credit_of_gdpo_is_of_the_parts_that_are_trained_on_and_not_of_their_sum():
-    """Right without form and wrong with it: 1.0 and 0.2 earn the advantages of 1 - 0.2, not those of 0.8."""
-    parts, weights = {"accuracy": np.array([1.0, 0, 0]), "format": np.array([0.0, 1, 0])}, dict(WEIGHTS)
-    rewards = SimpleNamespace(training=weighted_sum(parts, weights), training_parts=parts, weights=weights)
-    rollouts = SimpleNamespace(group_offsets=np.array([0, 3]), response_offsets=np.array([0, 1, 3, 4]))
+    parts = {"accuracy": np.array([1.0, 0, 0, 0]), "format": np.array([0.0, 1, 1, 0])}
+    rewards = SimpleNamespace(training=weighted_sum(parts, WEIGHTS), training_parts=parts, weights=WEIGHTS)
+    rollouts = SimpleNamespace(group_offsets=np.array([0, 4]), response_offsets=np.array([0, 1, 3, 4, 5]))
     found = Credit(AdvantageConfig(scale="parts"))(rewards, rollouts).per_token
-    up, down = 2 / np.sqrt(2), -1 / np.sqrt(2)
-    expected = np.array([up + 0.2 * down, *[down + 0.2 * up] * 2, 1.2 * down])
-    rms = np.sqrt(np.square(expected[[0, 1, 3]]).mean())
+    right = np.array([3, -1, -1, -1, -1]) / np.sqrt(3)  # a token each, of the second answer two
+    expected = right + 0.2 * np.array([-1, 1, 1, 1, -1])
+    rms = np.sqrt(np.square(expected[[0, 1, 3, 4]]).mean())
     np.testing.assert_allclose(found, expected / rms, atol=1e-12)
 
 
