@@ -13,8 +13,8 @@ from r1zero.rl.advantages import AdvantageConfig, Advantages, advantages
 from r1zero.rl.family import PRESETS, Algorithm, in_words, resolve
 from r1zero.rl.heads import Critic, CriticLearner
 from r1zero.rl.losses import LossConfig, importance_weights, loss_weights, value_loss
-from r1zero.rl.rewards import overlong_penalty
 from r1zero.rl.rollouts import merge, micro_batches
+from r1zero.rl.shaping import overlong_penalty
 from r1zero.rl.update import update_policy
 from r1zero.train.grpo import grpo
 from r1zero.train.log import read_metrics
@@ -89,7 +89,8 @@ def test_what_was_used_is_what_is_recorded_and_said(tmp_path, capsys):
     (dict(loss=dict(kl_in="reward", kl_coef=0.1)), "--loss.kl-in reward with --advantage.scale std"),
     (dict(algo="maxrl", loss=dict(kl_in="reward", kl_coef=0.1)), "--advantage.scale mean: the KL can"),
     (dict(algo="gdpo", loss=dict(kl_in="reward", kl_coef=0.1)), "--advantage.scale parts: the KL can"),
-    (dict(algo="maxrl", overlong_buffer=0.2), "--overlong-buffer 0.2 with --advantage.scale mean: the"),
+    (dict(algo="maxrl", overlong_buffer=0.2), "--overlong-buffer 0.2 with --advantage.scale mean"),
+    (dict(algo="maxrl", rewards=dict(efficiency_weight=0.1)), "--rewards.efficiency-weight 0.1 with"),
     (dict(algo="rloo", advantage=dict(scale="mean")), "scale mean with baseline leave_one_out; .* group"),
     (dict(algo="gdpo", advantage=dict(baseline="batch")), "scale parts with baseline batch; .* group"),
     (dict(algo="dppo", loss=dict(clip_high=1.5)), "clip_high is 1.5; expected above 0, and at most 1"),

@@ -17,9 +17,11 @@ from r1zero.rl.advantages import (
     group_advantages,
     parts_apart,
 )
+from r1zero.rl.control import permute_within_groups
 from r1zero.rl.losses import LossConfig, loss_weights, mean_metrics, policy_loss
-from r1zero.rl.rewards import Grader, permute_within_groups, weighted_sum
+from r1zero.rl.rewards import Grader
 from r1zero.rl.rollouts import Rollouts
+from r1zero.rl.shaping import weighted_sum
 
 from .cases import Bandit, algorithm, loss_config
 from .exact_cases import WEIGHTS
