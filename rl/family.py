@@ -218,34 +218,39 @@ def check_ranges(config: Algorithm) -> None:
 
 
 def check_combinations(config: Algorithm) -> None:
-    if config.kl_in_reward and config.advantage.scale == "std":
-        raise ValueError(
-            "--loss.kl-in reward with --advantage.scale std: in a group of equal rewards the KL "
-            "alone would differ, and be divided by its own spread; expected the KL in the loss, or "
-            "another scale"
-        )
-    if config.kl_in_reward and config.advantage.scale in ("mean", "parts"):
-        raise ValueError(
-            f"--loss.kl-in reward with --advantage.scale {config.advantage.scale}: the KL can make "
-            "a reward negative, and is no part of its own; expected the KL in the loss, or another "
-            "scale"
-        )
-    negative = {
-        "--overlong-buffer": config.overlong_buffer,
-        "--rewards.efficiency-weight": config.rewards.efficiency_weight,
-    }
-    for name, value in negative.items():
-        if value > 0 and config.advantage.scale == "mean":
-            raise ValueError(
-                f"{name} {value} with --advantage.scale mean: rewards would be negative; expected "
-                "0, or another scale"
-            )
+    check_scale(config)
     if config.loss.objective == "gspo" and config.per_token:
         raise ValueError(
             f"--loss.objective gspo with --advantage.baseline {config.advantage.baseline}: one "
             "ratio per sequence takes one advantage per sequence; expected the objective clip, "
             "cispo or reinforce, or another baseline"
         )
+
+
+def check_scale(config: Algorithm) -> None:
+    """Raise ValueError for rewards that --advantage.scale cannot divide."""
+    scale = config.advantage.scale
+    why_not_kl = {
+        "std": "in a group of equal rewards the KL alone would differ, and be divided by its own "
+        "spread",
+        "mean": "the KL can make a reward negative",
+        "parts": "the KL is not one of the parts",
+    }
+    if config.kl_in_reward and scale in why_not_kl:
+        raise ValueError(
+            f"--loss.kl-in reward with --advantage.scale {scale}: {why_not_kl[scale]}; expected "
+            "the KL in the loss, or another scale"
+        )
+    negative = {
+        "--overlong-buffer": config.overlong_buffer,
+        "--rewards.efficiency-weight": config.rewards.efficiency_weight,
+    }
+    for name, value in negative.items():
+        if scale == "mean" and value > 0:
+            raise ValueError(
+                f"{name} {value} with --advantage.scale mean: rewards would be negative; expected "
+                "0, or another scale"
+            )
 
 
 PARTS = ("advantage", "loss", "rewards", "optim", "critic_optim")  # configs in the config

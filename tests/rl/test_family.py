@@ -88,7 +88,7 @@ def test_what_was_used_is_what_is_recorded_and_said(tmp_path, capsys):
     (dict(algo="reinforce_pp", loss=dict(objective="gspo")), "gspo with --advantage.baseline none"),
     (dict(loss=dict(kl_in="reward", kl_coef=0.1)), "--loss.kl-in reward with --advantage.scale std"),
     (dict(algo="maxrl", loss=dict(kl_in="reward", kl_coef=0.1)), "--advantage.scale mean: the KL can"),
-    (dict(algo="gdpo", loss=dict(kl_in="reward", kl_coef=0.1)), "--advantage.scale parts: the KL can"),
+    (dict(algo="gdpo", loss=dict(kl_in="reward", kl_coef=0.1)), "--advantage.scale parts: the KL is not one"),
     (dict(algo="maxrl", overlong_buffer=0.2), "--overlong-buffer 0.2 with --advantage.scale mean"),
     (dict(algo="maxrl", rewards=dict(efficiency_weight=0.1)), "--rewards.efficiency-weight 0.1 with"),
     (dict(algo="rloo", advantage=dict(scale="mean")), "scale mean with baseline leave_one_out; .* group"),
