@@ -21,7 +21,7 @@ from .history import WINDOW, History, number
 
 def is_real_run(history: History) -> bool:
     """Not the control, whose accuracy has no reason to rise."""
-    return history.option("control") == 0
+    return history.choice("control") in ("none", "False")  # (it was a switch once)
 
 
 def compares_within_groups(history: History) -> bool:
@@ -294,7 +294,7 @@ def loss_is_zero(history: History) -> str | None:
     """Not a fault, but what everybody asks first."""
     loss = history.mean("loss")
     has_one_ratio = history.option("updates_per_step") == 1
-    is_surrogate = history.choice("loss", "objective") in ("clip", "gspo")
+    is_surrogate = history.choice("loss", "objective") in ("clip", "gspo", "dppo")
     sums_to_zero = has_one_ratio and is_surrogate and compares_within_groups(history)
     has_trained = history.mean("trained_samples") > 0
     if sums_to_zero and has_trained and abs(loss) < 0.3:

@@ -165,7 +165,7 @@ def grpo_config(config: DemoConfig, folder: Path, seed: int, control: bool) -> G
         save_every=20,
         max_new_tokens=config.max_new_tokens,
         rewards=config.rewards,
-        control=control,
+        control="permute" if control else "none",
         device=config.device,
     )
 
