@@ -20,6 +20,7 @@ from functools import partial
 import numpy as np
 
 from ..eval.response import Sample, grade_response
+from .advantages import dead_groups
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,37 @@ class RewardConfig:
 class Rewards:
     """What each of the N answers earned; all arrays are [N] float64."""
 
-    accuracy: np.ndarray
-    """1 for a right answer, else 0."""
-    format: np.ndarray
-    """1 for a well-formed response, else 0."""
+    parts: dict[str, np.ndarray]
+    """Each part by its name, not weighted: always "accuracy" (1 for a right answer, else 0) and
+    "format" (1 for a well-formed response, else 0)."""
+    weights: dict[str, float]
+    """The weight of each part, and of each training part."""
     total: np.ndarray
-    """The weighted sum of the two."""
+    """The weighted sum of the parts: what is logged."""
+    training_parts: dict[str, np.ndarray]
+    """The parts that are trained on: those above, "overlong" (the penalty for long answers) where
+    there is one, all dealt out at random in the control."""
     training: np.ndarray
-    """What the advantage is computed from: the total, less the penalty for long answers, or dealt
-    out at random in the control."""
+    """The weighted sum of the training parts: what the advantage is computed from."""
     why: list[str]
     """The grader's reason in plain words, one per answer."""
+
+    @property
+    def accuracy(self) -> np.ndarray:
+        return self.parts["accuracy"]
+
+    @property
+    def format(self) -> np.ndarray:
+        return self.parts["format"]
+
+    def dead(self, group_offsets: np.ndarray) -> np.ndarray:
+        """[G] bool: the groups whose training rewards are alike, and teach nothing."""
+        return dead_groups(self.training, group_offsets)
+
+
+def weighted_sum(parts: dict[str, np.ndarray], weights: dict[str, float]) -> np.ndarray:
+    """[N]: the sum of the parts, each times its weight."""
+    return sum(weights[name] * part_N for name, part_N in parts.items())
 
 
 def reward_one(task, sample: Sample, config: RewardConfig) -> dict:
@@ -77,7 +98,7 @@ class Grader:
     def __init__(self, config):
         self.config: RewardConfig = config.rewards
         self.adjustments: list[Callable] = []
-        """Each takes (rewards_N, rollouts) and returns the rewards to train on."""
+        """Each takes (training parts, rollouts) and returns the parts to train on."""
         if config.overlong_buffer:
             limit, buffer = config.max_new_tokens, config.overlong_buffer
             self.adjustments.append(partial(lower_overlong, max_new_tokens=limit, buffer=buffer))
@@ -87,15 +108,26 @@ class Grader:
     def __call__(self, task, rollouts) -> Rewards:
         """Grade all answers of the rollouts."""
         graded = [reward_one(task, sample, self.config) for sample in rollouts.samples()]
-
-        def column(name: str) -> np.ndarray:
-            return np.array([row[name] for row in graded], np.float64)
-
-        total = training = column("reward")
+        parts = {
+            name: np.array([row[name] for row in graded], np.float64)
+            for name in ("accuracy", "format")
+        }
+        weights = {
+            "accuracy": self.config.accuracy_weight,
+            "format": self.config.format_weight,
+            "overlong": 1.0,
+        }
+        training_parts = parts
         for adjust in self.adjustments:
-            training = adjust(training, rollouts)
-        why = [row["why"] for row in graded]
-        return Rewards(column("accuracy"), column("format"), total, training, why)
+            training_parts = adjust(training_parts, rollouts)
+        return Rewards(
+            parts=parts,
+            weights=weights,
+            total=weighted_sum(parts, weights),
+            training_parts=training_parts,
+            training=weighted_sum(training_parts, weights),
+            why=[row["why"] for row in graded],
+        )
 
 
 def overlong_penalty(lengths_N: np.ndarray, max_new_tokens: int, buffer: float) -> np.ndarray:
@@ -109,21 +141,23 @@ def overlong_penalty(lengths_N: np.ndarray, max_new_tokens: int, buffer: float) 
     return np.clip((max_new_tokens - tokens - np.asarray(lengths_N)) / tokens, -1.0, 0.0)
 
 
-def lower_overlong(rewards_N: np.ndarray, rollouts, max_new_tokens: int, buffer: float):
-    """[N]: the rewards, less the penalty of answers that come near the limit."""
-    return rewards_N + overlong_penalty(rollouts.response_lengths, max_new_tokens, buffer)
+def lower_overlong(parts: dict, rollouts, max_new_tokens: int, buffer: float) -> dict:
+    """The parts, and beside them the penalty of answers that come near the limit."""
+    penalty_N = overlong_penalty(rollouts.response_lengths, max_new_tokens, buffer)
+    return parts | {"overlong": penalty_N}
 
 
-def permute_within_groups(rewards_N: np.ndarray, rollouts, seed: int) -> np.ndarray:
-    """[N], the control: the same rewards, dealt out at random within each group.
+def permute_within_groups(parts: dict, rollouts, seed: int) -> dict:
+    """The control: the same rewards, dealt out at random within each group.
 
     Every group keeps its mean and its spread, so the updates are as large as in the real run, but
-    a reward says nothing about the answer that it lands on. The shuffle is a fixed function of the
-    seed and of the step that the rollouts were sampled in.
+    a reward says nothing about the answer that it lands on. All parts of a reward land on the same
+    answer. The shuffle is a fixed function of the seed and of the step that the rollouts were
+    sampled in.
     """
     keys = [abs(seed), abs(rollouts.weights_version)]
     rng = np.random.default_rng(np.random.SeedSequence(keys))
-    dealt = rewards_N.copy()
-    for start, end in zip(rollouts.group_offsets[:-1], rollouts.group_offsets[1:], strict=True):
-        dealt[start:end] = rng.permutation(dealt[start:end])
-    return dealt
+    starts, sizes = rollouts.group_offsets[:-1], np.diff(rollouts.group_offsets)
+    order = [start + rng.permutation(size) for start, size in zip(starts, sizes, strict=True)]
+    order_N = np.concatenate(order)
+    return {name: part_N[order_N] for name, part_N in parts.items()}

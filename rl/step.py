@@ -18,7 +18,7 @@ import torch
 
 from ..eval.tasks.base import Task
 from ..model.transformer import Transformer
-from .advantages import Credit, dead_groups
+from .advantages import Credit
 from .losses import loss_weights, policy_loss
 from .rewards import Grader, Rewards
 from .rollouts import GroupSampler, Rollouts
@@ -89,7 +89,7 @@ def sampling_metrics(learner: Learner, task: Task, rollouts: Rollouts, rewards: 
             / np.diff(sampled.group_offsets)
         )
     )
-    dead_G = over_all(lambda sampled, graded: dead_groups(graded.training, sampled.group_offsets))
+    dead_G = over_all(lambda sampled, graded: graded.dead(sampled.group_offsets))
     # What long answers lost. (The control's shuffle within groups leaves the mean as it is.)
     penalty = over_all(lambda sampled, graded: graded.total - graded.training)
     return {
