@@ -44,12 +44,12 @@ def load_task(name: str) -> type[Task]:
     task = find_named(name, FLAG)
     if not isinstance(task, type) or not is_dataclass(task):
         raise ValueError(f"{what} is no dataclass; put @dataclass(frozen=True) above its class")
-    missing = [member for member in (*CALLS, *INHERITED) if not has_own(task, member)]
-    texts = [member for member in ("name", "example") if not isinstance_of_str(task, member)]
-    if missing or texts:
+    members = (*Task.__annotations__, *CALLS, *INHERITED)
+    missing = [member for member in members if not has_own(task, member)]
+    if missing:
         raise ValueError(
-            f"{what} lacks {', '.join([*texts, *missing])}; let it inherit from "
-            "r1zero.eval.tasks.base.Task, which says what each is"
+            f"{what} lacks {', '.join(missing)}; let it inherit from r1zero.eval.tasks.base.Task, "
+            "which says what each is, and has a default for some"
         )
     for member, arguments in (CALLS | INHERITED).items():
         check_signature(task, member, arguments, what)
@@ -68,13 +68,10 @@ def source_of(task: type[Task]) -> Path:
 
 def has_own(task: type, member: str) -> bool:
     """Whether a class has a member that is more than the outline in `Task`."""
-    found = inspect.getattr_static(task, member, None)
+    nothing = object()
+    found = inspect.getattr_static(task, member, nothing)
     is_outline = member in CALLS and found is Task.__dict__[member]
-    return found is not None and not is_outline
-
-
-def isinstance_of_str(task: type, member: str) -> bool:
-    return isinstance(inspect.getattr_static(task, member, None), str)
+    return found is not nothing and not is_outline
 
 
 def check_signature(task: type, member: str, arguments: tuple[str, ...], what: str) -> None:
@@ -96,19 +93,16 @@ def check_signature(task: type, member: str, arguments: tuple[str, ...], what: s
 
 def check_texts(task: type[Task], what: str) -> None:
     """ValueError for a name that no file can have, and for a flag that `r1zero grade` lacks."""
-    if not NAME.fullmatch(task.name):
+    if not isinstance(task.example, str):
+        raise ValueError(f"{what}: example is {task.example!r}, expected a line of JSON")
+    if not isinstance(task.name, str) or not NAME.fullmatch(task.name):
         raise ValueError(
             f"{what}: name is {task.name!r}; files are named after it, so take letters, digits, "
             "_, - and ."
         )
-    flag = getattr(task, "problem_flag", "problem")
+    flag = task.problem_flag
     if flag not in ("problem", "answer"):
         raise ValueError(f"{what}: problem_flag is {flag!r}; it must be 'problem' or 'answer'")
-    for member in ("problem_flag", "file_format", "lines_skipped", "held_out"):
-        if not hasattr(task, member):
-            raise ValueError(
-                f"{what} lacks {member}; let it inherit from r1zero.eval.tasks.base.Task"
-            )
 
 
 def option_types(task: type[Task], what: str) -> dict[str, type]:

@@ -20,6 +20,7 @@ from functools import lru_cache
 
 MAX_PATTERN = 500  # characters
 MAX_STATES = 500  # instructions of a program
+MAX_DEPTH = 50  # groups within groups
 MAX_TEXT = 500  # characters of an answer; longer ones do not match
 IGNORE_CASE = "(?i)"
 TOKEN = re.compile(
@@ -153,6 +154,7 @@ class Reader:
         self.pattern = pattern
         self.flags = flags
         self.position = 0
+        self.depth = 0
 
     def peek(self) -> re.Match | None:
         """The next token; None at the end."""
@@ -185,8 +187,12 @@ class Reader:
         """A character or a group, with the repeat behind it."""
         match = self.take()
         if match["open"]:
+            self.depth += 1
+            if self.depth > MAX_DEPTH:
+                raise ValueError(f"it has more than {MAX_DEPTH} groups within each other")
             part = self.either()
-            self.take()
+            self.take()  # the closing bracket
+            self.depth -= 1
         else:
             part = Leaf(re.compile(match["char"], self.flags))
         match = self.peek()
@@ -207,7 +213,7 @@ def bounds_of(repeat: str) -> tuple[int, int | None]:
     return int(least or 0), int(most) if most else None
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=16_384)
 def compile_pattern(pattern: str) -> Program:
     """The program of a pattern. Raises ValueError, with the reason, for one that is not taken."""
     if len(pattern) > MAX_PATTERN:
@@ -223,10 +229,7 @@ def compile_pattern(pattern: str) -> Program:
         inner = inner[:-1]
     # 2. Its tree, and from that the program.
     program = Program()
-    try:
-        program.start = Reader(inner, flags).either().build(program, 0)
-    except RecursionError:
-        raise ValueError("its groups are nested too deeply") from None
+    program.start = Reader(inner, flags).either().build(program, 0)
     return program
 
 
