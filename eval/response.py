@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .tasks.base import Task
+from .tasks.base import Grade, Task
 
 FRAME = ("<think>", "</think>", "<answer>", "</answer>")
 WHITE_SPACE = " \t\r\n"  # the only white space that a format or an answer may hold
@@ -182,9 +182,42 @@ def own_response(
     return text
 
 
+def grade_fault(grade: Any) -> str | None:
+    """What keeps a grader's word from being a `Grade` that says right or wrong."""
+    if not isinstance(grade, Grade):
+        return f"gave {quoted(repr(grade))}, expected a Grade (eval/tasks/base.py)"
+    if grade.accuracy not in (0.0, 1.0):
+        return (
+            f"gave an accuracy of {grade.accuracy!r}, expected 1.0 or 0.0; partial credit is a "
+            "reward of its own"
+        )
+    return None
+
+
+def verdict(task: Task | type[Task], sample: Sample) -> Grade:
+    """The task's word on a response.
+
+    Raises ValueError, with the problem and the response, for a grader that raises or gives no
+    grade. None of ours does; a task of the user's own may.
+    """
+    cause = None
+    try:
+        grade = task.grade(sample.problem, sample.text)
+        fault = grade_fault(grade)
+    except Exception as error:  # whatever the code of a user may raise
+        cause = error
+        fault = f"raised {type(error).__name__}: {error}"
+    if fault is None:
+        return grade
+    problem, response = quoted(repr(sample.problem), 200), quoted(sample.text, 200)
+    raise ValueError(
+        f"the grader of {task.name} {fault}, for the problem {problem} and the response {response}"
+    ) from cause
+
+
 def grade_response(task: Task | type[Task], sample: Sample) -> Graded:
     """Grade a response: is it right, and is it well formed? A task's class is enough."""
-    grade = task.grade(sample.problem, sample.text)
+    grade = verdict(task, sample)
     response = parse_response(sample.text)
     why_format = response.why
     if sample.cut_off:

@@ -138,12 +138,14 @@ def make_learner(
 
 
 def inputs_of(config: GRPOConfig, base: tuple[Transformer, Tokenizer, Checkpoint]) -> dict:
-    """What the run depends on: the base, and the files of problems and of a reward of the user's
-    own, if there are any."""
+    """What the run depends on: the base, the files of problems, and the code of a task or a reward
+    of the user's own, if there are any."""
     _, tokenizer, checkpoint = base
     inputs = {"base": base_parts(checkpoint, tokenizer)}
-    if getattr(config.task, "data", None):
-        inputs["problems"] = file_parts([Path(config.task.data)])
+    if files := getattr(config.task, "files", None):
+        inputs["problems"] = file_parts([Path(file) for file in files])
+    if source := getattr(config.task, "source", None):
+        inputs["task"] = file_parts([Path(source)])
     if config.rewards.plugin and (source := source_of(config.rewards.plugin)):
         inputs["plugin"] = file_parts([source])
     return inputs
@@ -190,12 +192,22 @@ def check_room(config: GRPOConfig, task: Task, policy: Transformer, tokenizer: T
     All prompts are measured where they can be counted, else the first MEASURED.
     """
     splits = ("train", "test") if config.eval_every else ("train",)
+    if config.eval_every and not task.held_out:
+        raise ValueError(
+            f"--eval-every measures on held-out problems, and --task {task.name} holds none out "
+            "of --data; add --options test=FILE or test_share=0.1"
+        )
     sizes = {split: task.size(split) or MEASURED for split in splits}
     longest = max(
         longest_prompt(task, tokenizer, task.problems(split, min(size, MEASURED)))
         for split, size in sizes.items()
     )
     limit = policy.config.max_seq_len
+    if longest >= limit:
+        raise ValueError(
+            f"a prompt of --task {task.name} has up to {longest} tokens, and the base has room for "
+            f"{limit} in all, the answer among them; give shorter prompts, or take a larger base"
+        )
     if longest + config.max_new_tokens > limit:
         raise ValueError(
             f"--max-new-tokens is {config.max_new_tokens}, and a prompt has up to {longest} "

@@ -8,8 +8,11 @@ from typing import Annotated
 
 import tyro
 
+from ..eval.own_code import is_named
 from ..eval.tasks.base import Task
 from ..eval.tasks.catalogue import TASKS, find_task, make_task, option_types
+from ..eval.tasks.own import source_of
+from ..eval.tasks.problem_file import FileTask
 
 FILE_TASKS = [name for name, task in TASKS.items() if "path" in option_types(task)]
 
@@ -23,7 +26,9 @@ class TaskFlags:
     name: Annotated[
         str,
         tyro.conf.arg(
-            name="task", prefix_name=False, help=f"Name of the task: {', '.join(TASKS)}."
+            name="task",
+            prefix_name=False,
+            help=f"Name of the task: {', '.join(TASKS)}, or module:class for one of your own.",
         ),
     ] = "countdown"
     options: Annotated[tuple[str, ...], tyro.conf.arg(prefix_name=False)] = ()
@@ -37,6 +42,25 @@ class TaskFlags:
     ] = None
     skip_bad: Annotated[bool, tyro.conf.arg(prefix_name=False)] = False
     """Go on without the lines of --data that are bad, and say how many there are."""
+
+    @property
+    def short_name(self) -> str:
+        """The name without a module, for the names of files."""
+        return self.name.rpartition(":")[2]
+
+    @property
+    def files(self) -> list[str]:
+        """The files that the problems are read from."""
+        if self.data is None:
+            return []
+        has_second = issubclass(find_task(self.name), FileTask)
+        tests = [option for option in self.options if option.startswith("test=") and has_second]
+        return [self.data, *(option.removeprefix("test=") for option in tests)]
+
+    @property
+    def source(self) -> str | None:
+        """The file with the code of a task of the user's own; None for a task of ours."""
+        return str(source_of(find_task(self.name))) if is_named(self.name) else None
 
     def make(self) -> Task:
         """The task. Raises ValueError for an unknown task or option, or a wrong value."""

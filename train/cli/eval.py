@@ -87,7 +87,7 @@ class EvalConfig:
     @property
     def inputs(self) -> list[str]:
         """The files that are read, and must not be replaced."""
-        return [self.task.data] if self.task.data is not None else []
+        return self.task.files
 
 
 def load_run(
@@ -110,8 +110,8 @@ def choose_problems(task: Task, n: int | None) -> list:
     """The first n test problems. Raises ValueError for more than there are."""
     size = task.size("test")
     if n is None:
-        is_test_set = size is not None and task.size("train") == 0
-        if is_test_set:
+        is_file = size is not None and task.file_format is not None
+        if is_file:
             n = size
         else:
             n = DEFAULT_PROBLEMS if size is None else min(size, DEFAULT_PROBLEMS)
@@ -128,7 +128,7 @@ def output_path(config: EvalConfig, checkpoint: Checkpoint) -> Path:
         return Path(config.out)
     root = checkpoint.path.parent
     folder = root.parent if root.name == "checkpoints" else checkpoint.path
-    return folder / f"eval_{config.task.name}_step{checkpoint.step}.jsonl"
+    return folder / f"eval_{config.task.short_name}_step{checkpoint.step}.jsonl"
 
 
 def summary_of(

@@ -46,7 +46,11 @@ class GradeConfig:
     """Say what reward a response earns, and why: one response, or a file of them."""
 
     task: Annotated[
-        str, tyro.conf.arg(help=f"Name of the task whose rules apply: {', '.join(TASKS)}.")
+        str,
+        tyro.conf.arg(
+            help=f"Name of the task whose rules apply: {', '.join(TASKS)}, or module:class for one "
+            "of your own."
+        ),
     ] = "countdown"
     input: Annotated[
         str | None,
