@@ -1,5 +1,6 @@
 """The sections of the report that show answers: one group, and problems before and after."""
 
+from ..rollout_files import parts_of
 from . import page
 from .demo_plots import COLUMNS
 from .metrics import DASH, first_answers, kept_samples, mean_and_spread, number
@@ -41,10 +42,23 @@ def one_group(seed: Seed) -> str:
             all_equal if spread < 1e-6 else "",
         ),
         *shown,
+        more_groups(seed),
         limit(
             "A right answer’s useless tokens are praised too, and a wrong one’s good ones "
             "blamed. Over many groups the difference averages out; nothing marks single steps."
         ),
+    )
+
+
+def more_groups(seed: Seed) -> str:
+    """How to see the groups of the run itself, where they were kept."""
+    run = seed.folder / "rl"
+    if not parts_of(run):
+        return ""
+    command = f"r1zero show --run {run} --step {seed.last_step('rl')}"
+    return paragraph(
+        f"Every group of every step is kept: <code>{escape(command)}</code> prints those of the "
+        "last one."
     )
 
 
