@@ -103,7 +103,13 @@ def sampling_metrics(learner: Learner, task: Task, rollouts: Rollouts, rewards: 
     )
     dead_G = over_all(lambda sampled, graded: graded.dead(sampled.group_offsets))
     # What long answers lost. (The control's shuffle within groups leaves the mean as it is.)
-    penalty = over_all(lambda sampled, graded: graded.total - graded.training)
+    penalty = over_all(lambda sampled, graded: graded.penalty)
+    # The parts of the reward beside accuracy and format, where they have a weight.
+    others = {
+        f"reward_{name}": np.concatenate([graded.parts[name] for _, graded in parts]).mean()
+        for name in rewards.parts
+        if name not in ("accuracy", "format")
+    }
     return {
         "reward": over_all(lambda sampled, graded: graded.total).mean(),
         "accuracy": accuracy.mean(),
@@ -119,4 +125,5 @@ def sampling_metrics(learner: Learner, task: Task, rollouts: Rollouts, rewards: 
         "replaced_tokens": int(lengths.sum() - rollouts.response_lengths.sum()),
         "tokens": int(lengths.sum()),
         "position": learner.sampler.position,
+        **others,
     }

@@ -10,8 +10,9 @@ import torch
 from r1zero.kernels import grpo as kernel
 from r1zero.kernels.grpo import MAX_LOG_RATIO, POLICY_METRICS
 from r1zero.rl.advantages import dead_groups, group_advantages
+from r1zero.rl.control import permute_within_groups
 from r1zero.rl.losses import LossConfig, loss_weights, mean_metrics, policy_loss
-from r1zero.rl.rewards import Grader, permute_within_groups
+from r1zero.rl.rewards import Grader
 from r1zero.rl.rollouts import Rollouts
 
 from .cases import Bandit, algorithm, loss_config

@@ -250,7 +250,7 @@ def test_every_step_logs_every_metric(base, tmp_path):
 
 def test_the_control_and_the_penalty_change_what_is_trained_on_and_not_what_is_logged(base):
     found = {}
-    for name, changes in (("plain", {}), ("control", dict(control=True)),
+    for name, changes in (("plain", {}), ("control", dict(control="permute")),
                           ("penalty", dict(overlong_buffer=1.0))):
         c = grpo_config("none", base, **changes)
         rollouts, rewards = sampled_by(learner(c), c)
