@@ -40,7 +40,7 @@ from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ..rl import family
 from ..rl.family import Algorithm, in_words
-from ..rl.plugin import PluginError
+from ..rl.plugin import PluginError, source_of
 from ..rl.rewards import check_task
 from ..rl.step import Learner, grpo_step
 from ..rl.update import LogpGapError, Reference, gap_limit
@@ -153,11 +153,14 @@ def make_learner(
 
 
 def inputs_of(config: GRPOConfig, base: tuple[Transformer, Tokenizer, Checkpoint]) -> dict:
-    """What the run depends on: the base, and the file of problems if there is one."""
+    """What the run depends on: the base, and the files of problems and of a reward of the user's
+    own, if there are any."""
     _, tokenizer, checkpoint = base
     inputs = {"base": base_parts(checkpoint, tokenizer)}
     if getattr(config.task, "data", None):
         inputs["problems"] = file_parts([Path(config.task.data)])
+    if config.rewards.plugin and (source := source_of(config.rewards.plugin)):
+        inputs["plugin"] = file_parts([source])
     return inputs
 
 
