@@ -86,6 +86,7 @@ def sampling_metrics(learner: Learner, task: Task, rollouts: Rollouts, rewards: 
     if rollouts.replaced is not None:
         graded = learner.grader(task, rollouts.replaced)
         parts.append((rollouts.replaced, graded))
+        # (They are shown here, because it is here that they are graded.)
         learner.observe(rollouts.replaced, graded, None)
 
     def over_all(value_of: Callable) -> np.ndarray:

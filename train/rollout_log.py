@@ -8,7 +8,8 @@ that are done again are cut off, so each is there once. When a file has PART_BYT
 begins: rollouts.2.jsonl.gz, and so on. Old parts may be moved away.
 
 What is kept informs, and decides nothing. If it cannot be written, that is said once, and the run
-goes on without it.
+goes on without it. In the demo it takes 0.6 % of a step's time and 17 kB per step; `keep_s` in
+metrics.jsonl has the seconds.
 
     step               the step's number, as in metrics.jsonl
     group              the group's number in the step, from 1

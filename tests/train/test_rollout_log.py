@@ -1,4 +1,5 @@
 """Every completion of a run is kept as it was trained on, once, whatever happens. Keeping decides nothing."""
+import gzip
 import json
 import resource
 import threading
@@ -13,7 +14,7 @@ import torch
 from r1zero.eval.tasks.countdown import Countdown
 from r1zero.model.checkpoint import load_model
 from r1zero.rl.advantages import Advantages
-from r1zero.train.cli.grade import sample_of_line
+from r1zero.train.cli.grade import GradeConfig, grade
 from r1zero.train.grpo import grpo, make_learner
 from r1zero.train.log import read_metrics
 from r1zero.train.rollout_files import kept_steps, part_path, parts_of
@@ -111,9 +112,11 @@ def test_where_the_tokens_of_an_answer_differ_each_has_its_advantage(whole, tmp_
 def test_the_kept_lines_of_countdown_can_be_graded_again(base, tmp_path):
     c = grpo_config(tmp_path / "run", base, task=SmallNumbers(), steps=1)
     grpo(c)
-    for sample in kept_samples(tmp_path / "run"):
-        read = sample_of_line(Countdown, json.dumps(sample))
-        assert read.text == sample["response"] and list(read.problem.numbers) == sample["problem"]["numbers"]
+    samples, lines = kept_samples(tmp_path / "run"), tmp_path / "lines.jsonl"
+    lines.write_bytes(gzip.decompress(part_path(tmp_path / "run", 1).read_bytes()))
+    graded = grade(GradeConfig(task="countdown", input=str(lines), out=str(tmp_path / "graded.jsonl")))
+    assert [row["reward"] for row in graded] == [sample["reward"] for sample in samples]
+    assert [row["why"] for row in graded] == [sample["why"] for sample in samples]
 
 
 @dataclass

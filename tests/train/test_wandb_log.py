@@ -95,7 +95,7 @@ def test_a_wandb_that_dies_on_the_way_ends_nothing_and_is_told_once(tmp_path, us
 def test_grpo_sends_a_table_of_one_group_every_tenth_step_or_with_each_evaluation(tmp_path, use):
     base = save_base(tmp_path / "base")
     for changes, steps in ((dict(steps=11), [10]), (dict(steps=5, eval_every=2, eval_problems=4), [2, 4]),
-                           (dict(steps=10, keep_rollouts=0), [])):
+                           (dict(steps=2, eval_every=1, eval_problems=4, keep_rollouts=0), [])):
         fake, run = use(FakeWandb()), tmp_path / f"run{len(steps)}"
         grpo(grpo_config(run, base, wandb=True, **changes))
         assert list(fake.tables) == steps and fake.logged == list(range(1, changes["steps"] + 1))

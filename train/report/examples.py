@@ -1,5 +1,7 @@
 """The sections of the report that show answers: one group, and problems before and after."""
 
+import shlex
+
 from ..rollout_files import parts_of
 from . import page
 from .demo_plots import COLUMNS
@@ -55,10 +57,10 @@ def more_groups(seed: Seed) -> str:
     run = seed.folder / "rl"
     if not parts_of(run):
         return ""
-    command = f"r1zero show --run {run} --step {seed.last_step('rl')}"
+    command = f"r1zero show --run {shlex.quote(str(run))}"
     return paragraph(
-        f"Every group of every step is kept: <code>{escape(command)}</code> prints those of the "
-        "last one."
+        f"The groups of all steps are kept: <code>{escape(command)}</code> prints those of the "
+        "last one, and with <code>--step</code> those of another."
     )
 
 
