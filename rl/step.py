@@ -18,11 +18,15 @@ import torch
 
 from ..eval.tasks.base import Task
 from ..model.transformer import Transformer
-from .advantages import Credit
+from .advantages import Advantages, Credit
 from .losses import loss_weights, policy_loss
 from .rewards import Grader, Rewards
 from .rollouts import GroupSampler, Rollouts
 from .update import Reference, kl_to_reference, update_policy
+
+
+def look_away(rollouts: Rollouts, rewards: Rewards, advantages: Advantages | None) -> None:
+    """The observer of a learner whose samples nobody keeps."""
 
 
 @dataclass
@@ -44,6 +48,9 @@ class Learner:
     train/lab/mistakes.py breaks it on purpose; the same goes for policy_loss.)"""
     policy_loss: Callable = policy_loss
     """The objective that is minimised."""
+    observe: Callable = look_away
+    """Is shown the (rollouts, rewards, advantages) of each step, and decides nothing; advantages
+    are None for the groups that dynamic sampling has replaced."""
 
 
 def grpo_step(learner: Learner, task: Task, config, step: int) -> dict:
@@ -57,6 +64,9 @@ def grpo_step(learner: Learner, task: Task, config, step: int) -> dict:
 
     # 3. How much better than the rest of its group was each answer?         (DeepSeek-R1, eq. 3)
     advantages = learner.credit(rewards, rollouts)
+
+    # (Whoever keeps the samples sees them here: train/rollout_log.py.)
+    learner.observe(rollouts, rewards, advantages)
 
     # 4. Make the better ones more likely, within the trust region.          (DeepSeek-R1, eq. 1)
     metrics = update_policy(learner, rollouts, advantages, config, step)
@@ -74,7 +84,10 @@ def sampling_metrics(learner: Learner, task: Task, rollouts: Rollouts, rewards: 
     """
     parts = [(rollouts, rewards)]
     if rollouts.replaced is not None:
-        parts.append((rollouts.replaced, learner.grader(task, rollouts.replaced)))
+        graded = learner.grader(task, rollouts.replaced)
+        parts.append((rollouts.replaced, graded))
+        # (They are shown here, because it is here that they are graded.)
+        learner.observe(rollouts.replaced, graded, None)
 
     def over_all(value_of: Callable) -> np.ndarray:
         return np.concatenate([value_of(sampled, graded) for sampled, graded in parts])

@@ -72,6 +72,7 @@ TOY = {  # command: the settings that make it small, instead of README's or besi
     "grpo": {"--steps": "2", "--device": "cpu", **TINY_STEP},
     "compare": {"--steps": "2", "--device": "cpu", **TINY_STEP},
     "diagnose": {},
+    "show": {"--step": "4"},
     "eval": {"--n": "2", "--samples": "2", "--max-new-tokens": "6", "--device": "cpu"},
     "grade": {},
     "chat": {"--max-new-tokens": "6", "--device": "cpu"},

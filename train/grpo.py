@@ -49,9 +49,11 @@ from .lab.diagnosis import Diagnosis
 from .lab.mistakes import MISTAKES, warn_of
 from .log import read_metrics
 from .machine import peak_memory, pick_device, reuse_memory
+from .rollout_log import RolloutLog
 from .run import START, Run, RunConfig, at_least
 from .task_flags import TaskFlags
 
+TABLE_EVERY = 10  # steps between tables of samples in Weights & Biases, without --eval-every
 MEASURED = 10_000  # prompts per split whose length is looked at before a run
 # A NaN or an infinity in any of these metrics ends the run.
 CHECKED = ("loss", "gradient_norm", "value_loss", "critic_gradient_norm")
@@ -63,7 +65,13 @@ class GRPOConfig(Algorithm, RunConfig):
 
     # Options that may change on resume, besides those of all loops; and those that name a file or
     # folder, whose content is compared instead.
-    FREE: ClassVar[tuple[str, ...]] = ("max_logp_gap", "eval_every", "eval_problems", "ref_offload")
+    FREE: ClassVar[tuple[str, ...]] = (
+        "max_logp_gap",
+        "eval_every",
+        "eval_problems",
+        "keep_rollouts",
+        "ref_offload",
+    )
     PATHS: ClassVar[tuple[str, ...]] = ("base", "task.data", "task.skip_bad")
     # What older runs have for a flag that was a switch then.
     RENAMED: ClassVar[dict[str, dict]] = {"control": {False: "none", True: "permute"}}
@@ -76,6 +84,9 @@ class GRPOConfig(Algorithm, RunConfig):
     turns them off."""
     eval_problems: int = 64
     """Number of held-out problems per measurement, with one answer each."""
+    keep_rollouts: float = 1.0
+    """Share of the groups whose completions are kept in rollouts.jsonl.gz, for `r1zero show`; 0
+    keeps none."""
     mistake: Annotated[str | None, tyro.conf.arg(name="break")] = None
     """Make a classic mistake on purpose, to see what it does; `r1zero compare --help` names
     them."""
@@ -85,6 +96,10 @@ class GRPOConfig(Algorithm, RunConfig):
         Algorithm.__post_init__(self)
         at_least(self, 1, "eval_problems")
         at_least(self, 0, "eval_every")
+        if not 0 <= self.keep_rollouts <= 1:
+            raise ValueError(
+                f"--keep-rollouts is {self.keep_rollouts}, expected a share from 0 to 1"
+            )
         if isinstance(self.mistake, str) and self.mistake not in MISTAKES:
             raise ValueError(f"--break is {self.mistake!r}, expected one of {', '.join(MISTAKES)}")
 
@@ -306,6 +321,13 @@ def timed_step(learner: Learner, task: Task, config: Algorithm, step: int) -> di
     }
 
 
+def timed_write(kept: RolloutLog, step: int) -> tuple[list[dict], float]:
+    """(the samples that were kept of a step, the seconds that it took)."""
+    started = time.perf_counter()
+    samples = kept.write(step)
+    return samples, time.perf_counter() - started
+
+
 # ---- the loop ----
 
 
@@ -338,6 +360,10 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
             keep_start(run, learner)
         say(engine.plan())
         say(f"{in_words(config)}, max_logp_gap {gap_limit(policy, config):g}")
+        kept = RolloutLog(
+            run.folder, run.first_step, engine.tokenizer, config.keep_rollouts, config.seed
+        )
+        learner.observe = kept.observe
         diagnosis = Diagnosis(asdict(config), read_metrics(run.folder))
         for step in run.steps():
             with explained(run, step):
@@ -347,6 +373,7 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
             if config.ref_refresh and (step + 1) % config.ref_refresh == 0:
                 learner.reference.refresh(policy)
             metrics = {name: float(value) for name, value in metrics.items()}
+            samples, metrics["keep_s"] = timed_write(kept, step)
             run.done(step, metrics, {"position": learner.sampler.position})
 
             # Every eval_every steps, measure on held-out problems, to know the best checkpoint.
@@ -355,10 +382,13 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
             if config.eval_every and ((step + 1) % config.eval_every == 0 or is_last):
                 score = metrics["eval_accuracy"] = score_of(learner, task, config)
 
-            run.log(step, metrics, show=("accuracy", "format", "length", "kl_to_reference"))
+            shown = ("accuracy", "format", "length", "kl_to_reference")
+            has_table = (step + 1) % (config.eval_every or TABLE_EVERY) == 0
+            run.log(step, metrics, shown, samples if has_table else ())
             for advice in diagnosis.observe(metrics):
                 say(advice)
             if run.due(step, config.save_every) or score is not None:
+                kept.sync()
                 run.save(step, score)
     return policy
 

@@ -17,7 +17,7 @@ from ..rl.cases import Bandit, tiny
 SENTENCE = "the cat sat on the mat and the dog sat on the log. "
 QUICK = Countdown(n_numbers=2, high=9)  # the default takes half a second to list its problems
 TIMES = {"tokens_per_s", "rollout_s", "step_s", "rollout_tokens_per_s", "update_s", "update_tokens_per_s",
-         "replaced_s", "memory_gb"}  # what may differ between equal runs
+         "replaced_s", "keep_s", "memory_gb"}  # what may differ between equal runs
 
 
 def save_base(folder: Path, seed: int = 0) -> Path:

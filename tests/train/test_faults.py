@@ -185,7 +185,7 @@ SFT = dict(run="r", base="b", data="d")
                                     vocab_size=-5)),
     (SFTConfig, SFT, dict(steps=0, batch_tokens=0, micro_tokens=-1, seed=-1)),
     (GRPOConfig, GRPO, dict(keep_last=0, prompts_per_step=0, group_size=1, max_new_tokens=0, micro_tokens=0,
-                            updates_per_step=0, kl_samples=-1, seed=-1,
+                            updates_per_step=0, kl_samples=-1, seed=-1, keep_rollouts=[-0.1, 1.1, NAN],
                             temperature=[0.0, -1.0, NAN, 1e-7, float("inf")])),
     (OptimConfig, {}, dict(lr=[0.0, -1.0, NAN], warmup=-1, schedule="linear", final_lr=[-0.1, 1.1, NAN],
                            weight_decay=[-1.0, NAN], beta1=[1.0, -0.1, NAN], beta2=[1.0, NAN],

@@ -234,7 +234,7 @@ NAMES = """
     reward accuracy format penalty length length_max truncated dead_groups all_right all_wrong groups_sampled
     lr replaced_tokens replaced_s tokens rollout_s rollout_tokens_per_s loss clipped_low clipped_high k1 k3
     ratio ratio_max cut_off kl_loss entropy gradient_norm logp_gap logp_gap_mean trained_samples
-    kl_to_reference position step_s update_s update_tokens_per_s memory_gb step""".split()
+    kl_to_reference position step_s update_s update_tokens_per_s keep_s memory_gb step""".split()
 
 
 def test_every_step_logs_every_metric(base, tmp_path):

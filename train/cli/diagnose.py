@@ -26,11 +26,8 @@ class DiagnoseConfig:
     """Folder of the run."""
 
 
-def read_run(folder: Path) -> tuple[dict, list[dict]]:
-    """(flags, rows of metrics.jsonl) of a GRPO run.
-
-    Raises ValueError, in plain words, for a folder that is no such run's.
-    """
+def check_run_folder(folder: Path) -> None:
+    """Raise ValueError, in plain words, for a folder that is no run's."""
     if not folder.is_dir():
         raise ValueError(
             f"{folder} {'is a file' if folder.exists() else 'does not exist'}; give the folder "
@@ -43,6 +40,14 @@ def read_run(folder: Path) -> tuple[dict, list[dict]]:
         raise ValueError(
             f"{folder} holds no run (no run.json); give a folder that r1zero grpo wrote"
         )
+
+
+def read_run(folder: Path) -> tuple[dict, list[dict]]:
+    """(flags, rows of metrics.jsonl) of a GRPO run.
+
+    Raises ValueError, in plain words, for a folder that is no such run's.
+    """
+    check_run_folder(folder)
     try:
         config = json.loads((folder / "run.json").read_text(encoding="utf-8"))["config"]
         rows = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []

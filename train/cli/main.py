@@ -85,6 +85,13 @@ COMMANDS = {
         purpose="say in plain words what a GRPO run's log means",
         is_text=True,
     ),
+    "show": Command(
+        module="cli.show",
+        config="ShowConfig",
+        function="show",
+        purpose="what the model wrote in a step of GRPO, and what it earned",
+        is_text=True,
+    ),
     "eval": Command(
         module="cli.eval",
         config="EvalConfig",

@@ -125,18 +125,30 @@ def cards(items: Iterable[tuple[str, str, str]]) -> str:
     return f'<div class="cards">{"".join(each)}</div>'
 
 
-def tokens(texts: Iterable[str], head: str, note: str, strength: float) -> str:
-    """One answer, each token in a box: blue for a strength up to 1, orange down to -1."""
+def colour_of(strength: float) -> str:
+    """Blue for a strength up to 1, orange down to -1, as CSS."""
+    alpha = min(abs(strength), 1.0)
+    if not alpha:
+        return ""
+    rgb = GOOD_RGB if strength > 0 else BAD_RGB
+    return f"border-color: rgb({rgb}); background: rgba({rgb}, {0.06 + 0.3 * alpha:.3f})"
+
+
+def tokens(
+    texts: Iterable[str], head: str, note: str, strength: float, each: Sequence[float] = ()
+) -> str:
+    """One answer, each token in a box, coloured by `colour_of` the strength.
+
+    each: the strength of each token, where they differ; they are then coloured one by one.
+    """
     boxes = []
-    for text in map(str, texts):
+    for n, text in enumerate(map(str, texts)):
         mark = " class=end" if text.startswith("<|") else ""
+        if each:
+            mark += f' style="{colour_of(each[n])}"'
         boxes.append(f"<span{mark}>{escape(text)}</span>")
 
-    colour = ""
-    alpha = min(abs(strength), 1.0)
-    if alpha:
-        rgb = GOOD_RGB if strength > 0 else BAD_RGB
-        colour = f"border-color: rgb({rgb}); background: rgba({rgb}, {0.06 + 0.3 * alpha:.3f})"
+    colour = "" if each else colour_of(strength)
     return (
         f'<div class="sample" style="{colour}"><div class="small"><b>{escape(head)}</b> '
         f'<span class="soft">{escape(note)}</span></div>'

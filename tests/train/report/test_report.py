@@ -11,6 +11,7 @@ import pytest
 
 from r1zero.rl.rewards import RewardConfig
 from r1zero.train.cli.main import COMMANDS, parse_flags
+from r1zero.train.cli.show import ShowConfig
 from r1zero.train.grpo import GRPOConfig
 from r1zero.train.recipes.demo import DemoConfig
 from r1zero.train.report import plots
@@ -18,6 +19,7 @@ from r1zero.train.report.demo_plots import CURVES, line_of
 from r1zero.train.report.record import read_demo
 from r1zero.train.report.report import seeds_table, write_report
 from r1zero.train.report.results import what_got_worse
+from r1zero.train.rollout_files import append_member, part_path
 
 from .report_cases import CONFIG, Tags, lines, make_demo
 
@@ -217,6 +219,14 @@ def test_no_gain_is_called_no_gain(demo):
     results["rl"]["behaviour"]["arithmetic_accuracy"] = 0.8
     path.write_text(json.dumps(results))
     assert "equations that are true (100.0 % → 80.0 %)" in Tags(report(demo)).text
+
+
+def test_it_says_how_to_see_every_group_where_they_were_kept(demo):
+    assert "r1zero show" not in report(demo)
+    append_member(part_path(demo / "seed0" / "rl", 1), 1, b"{}\n")
+    [command] = re.findall("<code>(r1zero show .*?)</code>", report(demo))
+    flags = parse_flags("show", ShowConfig, shlex.split(Tags(command).text)[2:])
+    assert flags.run == str(demo / "seed0" / "rl")
 
 
 def test_the_commands_that_it_prints_parse(demo):
