@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..kernels.linear_logprob import linear_logprob
-from ..kernels.reference import wide
 from ..kernels.rmsnorm import rmsnorm
 from ..kernels.rope import rope_table
 from .attention import KV, Attention, PackedKV
@@ -129,7 +128,8 @@ class Transformer(nn.Module):
 
         # 4. The last sum, normed for the head, which computes in the dtype of what it is given.
         if self.fp32_head:
-            x_TM, residual_TM = wide(x_TM), wide(residual_TM)
+            at_least_fp32 = torch.promote_types(self.compute_dtype, torch.float32)
+            x_TM, residual_TM = x_TM.to(at_least_fp32), residual_TM.to(at_least_fp32)
         hidden_TM, _ = add_norm(x_TM, residual_TM, self.norm, self.config.norm_eps)
         return hidden_TM
 
