@@ -71,8 +71,10 @@ def gaps_in(precision: Precision, f: Flags) -> np.ndarray:
     model, tokenizer = model_in(precision, f)
     task = Countdown(n_numbers=3, high=20, ops="+-")
     problems = task.problems("train", f.problems)
-    rollouts = sample_groups(Engine(model, tokenizer), [task.prompt(problem) for problem in problems], f.samples,
-                             f.new_tokens, 1.0, sample_seeds(f.problems * f.samples, f.seed), problems)
+    prompts = [task.prompt(problem) for problem in problems]
+    seeds = sample_seeds(f.problems * f.samples, f.seed)
+    engine = Engine(model, tokenizer)
+    rollouts = sample_groups(engine, prompts, f.samples, f.new_tokens, 1.0, seeds, problems)
     logp_R = over_all_tokens(lambda batch: response_logprobs(model, batch, 1.0)[0], rollouts, MICRO_TOKENS,
                              model.device)
     return np.abs(logp_R.cpu().double().numpy() - np.concatenate(rollouts.sampler_logp))

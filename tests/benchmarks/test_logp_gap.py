@@ -9,7 +9,8 @@ from benchmarks import logp_gap
 
 def test_the_gap_by_dtype_at_toy_size(tmp_path, capsys):
     out, picture = tmp_path / "gap.json", tmp_path / "gap.png"
-    flags = logp_gap.Flags(problems=2, samples=2, new_tokens=6, device="cpu", out=str(out), picture=str(picture))
+    flags = logp_gap.Flags(problems=2, samples=2, new_tokens=6, device="cpu", out=str(out),
+                           picture=str(picture))
     record = logp_gap.main(flags)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == record == json.loads(out.read_text())
     gaps = record["gaps"]
