@@ -28,6 +28,7 @@ from typing import Any
 
 from ..model.engine.engine import Engine
 from ..model.engine.requests import LEAST_TEMPERATURE
+from ..model.loss_scale import LossScaler
 from ..model.optimizer import OptimConfig, make_optimizer
 from ..model.transformer import Transformer
 from .advantages import AdvantageConfig, Credit, no_kl
@@ -351,12 +352,14 @@ def make_learner(
     dynamic = config.dynamic_sampling > 1
     sampler = DynamicSampler(engine, grader) if dynamic else GroupSampler(engine)
 
+    scaler = LossScaler.of(policy)
     kl_cost, critic = no_kl, None
     if config.kl_in_reward:
         kl_cost = kl_cost_to(reference, config)
     if config.advantage.baseline == "critic":
         network = Critic(critic_trunk)
-        critic = CriticLearner(network, make_optimizer(network, config.critic_optim), config)
+        optimizer = make_optimizer(network, config.critic_optim)
+        critic = CriticLearner(network, optimizer, config, scaler)
     return Learner(
         policy=policy,
         optimizer=make_optimizer(policy, config.optim),
@@ -364,4 +367,5 @@ def make_learner(
         sampler=sampler,
         grader=grader,
         credit=Credit(config.advantage, device, kl_cost, critic),
+        scaler=scaler,
     )

@@ -279,7 +279,7 @@ def mean_metrics(parts: list[torch.Tensor], n_updates: int) -> dict[str, float]:
     something.
     """
     empty = np.zeros((1, len(POLICY_METRICS)))
-    table = torch.stack(parts).double().cpu().numpy() if parts else empty
+    table = torch.stack(parts).cpu().double().numpy() if parts else empty
     sums = dict(zip(POLICY_METRICS, table.sum(0).tolist(), strict=True))
     tokens = max(1.0, sums.pop("tokens"))
     sums["ratio_max"] = float(table[:, POLICY_METRICS.index("ratio_max")].max())

@@ -11,12 +11,13 @@ Sources: DeepSeekMath (arXiv 2402.03300), section 4; R1-Zero (arXiv 2501.12948),
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from ..eval.tasks.base import Task
+from ..model.loss_scale import LossScaler
 from ..model.transformer import Transformer
 from .advantages import Advantages, Credit
 from .losses import loss_weights, policy_loss
@@ -48,6 +49,8 @@ class Learner:
     train/lab/mistakes.py breaks it on purpose; the same goes for policy_loss.)"""
     policy_loss: Callable = policy_loss
     """The objective that is minimised."""
+    scaler: LossScaler = field(default_factory=LossScaler)
+    """The scale of the losses: for fp16, and off elsewhere."""
     observe: Callable = look_away
     """Is shown the (rollouts, rewards, advantages) of each step, and decides nothing; advantages
     are None for the groups that dynamic sampling has replaced."""

@@ -53,17 +53,17 @@ def update_policy(learner, rollouts: Rollouts, advantages: Advantages, config, s
         # Add up the gradient over micro-batches...
         for batch in batches:
             loss, *measured = batch_loss(learner, batch, rollouts.temperature, config)
-            loss.backward()
+            learner.scaler.scale(loss).backward()
             log.add(batch, *measured)
         # ... and over processes, after all of them have found their log-probs to be right.
         if log.check_gaps_and_count(batches) > 0:
             sum_gradients(policy)
-            norm = optimizer_step(policy, learner.optimizer, rate, config.optim)
+            norm = optimizer_step(policy, learner.optimizer, rate, config.optim, learner.scaler)
             log.gradient_norms.append(norm)
     # PPO alone: its critic learns from the same rollouts. (Without one this does nothing.)
     critic_metrics = learner.credit.critic.update(rollouts, advantages, step)
     metrics = log.summary(config.updates_per_step) | advantages.metrics | critic_metrics
-    return metrics | {"lr": rate}
+    return metrics | learner.scaler.metrics() | {"lr": rate}
 
 
 def lay_out_updates(
@@ -189,7 +189,7 @@ class UpdateLog:
         too large: a process that stopped alone would leave the others waiting.
         """
         if self.unread:
-            entropies, gaps, maxima, cuts = torch.stack(self.unread).double().cpu().T
+            entropies, gaps, maxima, cuts = torch.stack(self.unread).cpu().double().T
             self.unread.clear()
             self.entropy_sum += float(entropies.sum())
             self.gap_sum += float(gaps.sum())
@@ -299,7 +299,7 @@ def kl_cost_to(reference: Reference, config) -> Callable[[Rollouts], np.ndarray]
                 reference.device,
             )
         logp_R = np.concatenate(rollouts.sampler_logp).astype(np.float64)
-        kl_R = kl_estimate(logp_R, ref_logp_R.double().cpu().numpy(), config.loss.kl_estimator)
+        kl_R = kl_estimate(logp_R, ref_logp_R.cpu().double().numpy(), config.loss.kl_estimator)
         return config.loss.kl_coef * kl_R
 
     return kl_cost

@@ -44,6 +44,7 @@ from ..rl.plugin import PluginError, source_of
 from ..rl.rewards import check_task
 from ..rl.step import Learner, grpo_step
 from ..rl.update import LogpGapError, Reference, gap_limit
+from .compute_flags import ComputeFlags
 from .inputs import base_parts, file_parts
 from .lab.diagnosis import Diagnosis
 from .lab.mistakes import MISTAKES, warn_of
@@ -60,7 +61,7 @@ CHECKED = ("loss", "gradient_norm", "value_loss", "critic_gradient_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOConfig(Algorithm, RunConfig):
+class GRPOConfig(Algorithm, ComputeFlags, RunConfig):
     """Reinforcement learning of a base model by rule rewards."""
 
     # Options that may change on resume, besides those of all loops; and those that name a file or
@@ -93,6 +94,7 @@ class GRPOConfig(Algorithm, RunConfig):
 
     def __post_init__(self):
         RunConfig.__post_init__(self)
+        ComputeFlags.__post_init__(self)
         Algorithm.__post_init__(self)
         at_least(self, 1, "eval_problems")
         at_least(self, 0, "eval_every")
@@ -139,12 +141,15 @@ def make_learner(
     policy, tokenizer, checkpoint = base
     device, model_config = policy.device, checkpoint.state["model_config"]
     weights = checkpoint.tensors["model"]
-    # Built on the device, which decides what it computes in, and at home before the engine measures
-    # how much memory is free.
-    reference = build_model(model_config, reference_weights or weights, device)
+    # All compute as the policy does. The reference is at home before the engine measures how much
+    # memory is free.
+    precision = policy.precision
+    reference = build_model(model_config, reference_weights or weights, device, precision)
     reference = Reference(reference, device, config.ref_offload)
     has_critic = config.advantage.baseline == "critic"
-    critic_trunk = build_model(model_config, weights, device) if has_critic else None
+    critic_trunk = None
+    if has_critic:
+        critic_trunk = build_model(model_config, weights, device, precision)
     engine = make_engine(config, task, policy, tokenizer, has_critic)
     learner = family.make_learner(config, policy, reference, engine, critic_trunk)
     if config.mistake:
@@ -340,13 +345,14 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
     """
     reuse_memory()
     device, task = pick_device(config.device), config.task.make()
+    precision = config.precision(device)
     if config.mistake:
         warn_of(config.mistake)
     check_task(task, config.rewards)
     run = Run(config, config.algo if config.control == "none" else "control")
     # A resumed run keeps the learning rate's schedule that it began with.
     algorithm = replace(config, steps=run.schedule_steps)
-    policy, tokenizer, _ = base = load_model(config.base, device)
+    policy, tokenizer, _ = base = load_model(config.base, device, precision=precision)
     run.check_inputs(inputs_of(config, base))
     run.check_model(policy, tokenizer)
     check_room(config, task, policy, tokenizer)
@@ -356,6 +362,7 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
     with run:
         counters = run.restore(policy, engine.tokenizer, learner.optimizer, more)
         learner.sampler.position = counters.get("position", 0)
+        learner.scaler.load(counters)
         if not run.resumed:
             keep_start(run, learner)
         say(engine.plan())
@@ -374,7 +381,8 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
                 learner.reference.refresh(policy)
             metrics = {name: float(value) for name, value in metrics.items()}
             samples, metrics["keep_s"] = timed_write(kept, step)
-            run.done(step, metrics, {"position": learner.sampler.position})
+            counters = {"position": learner.sampler.position, **learner.scaler.counters()}
+            run.done(step, metrics, counters)
 
             # Every eval_every steps, measure on held-out problems, to know the best checkpoint.
             score = None

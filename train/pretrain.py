@@ -22,13 +22,13 @@ import torch
 
 from ..eval.console import show
 from ..eval.tasks.countdown import Countdown
-from ..kernels.dispatch import compute_dtype
 from ..model.config import preset
 from ..model.files import atomic_write_json
 from ..model.optimizer import OptimConfig
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer, count_parameters, flops_per_token
 from .batches import DocumentBatches, TokenStream, tail_batches
+from .compute_flags import ComputeFlags
 from .data import encode_documents, is_jsonl, read_documents, split_tail, text_files
 from .fit import fit
 from .inputs import Inputs, file_parts
@@ -41,7 +41,7 @@ TAIL_BATCH = 16  # windows of held-out text that are scored at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(RunConfig):
+class PretrainConfig(ComputeFlags, RunConfig):
     """Pretrain a model from random weights."""
 
     # Compared by content on resume. (skip_bad decides whether data is refused, never what is read.)
@@ -77,7 +77,8 @@ class PretrainConfig(RunConfig):
     """Seed of the weights, the corpus and the order of batches."""
 
     def __post_init__(self):
-        super().__post_init__()
+        RunConfig.__post_init__(self)
+        ComputeFlags.__post_init__(self)
         at_least(self, 1, "seq_len", "batch_tokens", "micro_tokens", "documents", "vocab_size")
         at_least(self, 0, "seed")
         if not 0 < self.tail_share < 1:
@@ -162,7 +163,7 @@ def bits_per_byte(model: Transformer, tail: np.ndarray, n_bytes: int, seq_len: i
     for batch in tail_batches(tail, seq_len, TAIL_BATCH):
         hidden_TM = model.hidden_states(batch.inputs.to(device))
         logp_T, _ = model.logprobs(hidden_TM, batch.targets.to(device))
-        nats -= float(logp_T.double().sum())
+        nats -= float(logp_T.cpu().double().sum())
     return nats / math.log(2) / n_bytes
 
 
@@ -197,6 +198,7 @@ def pretrain(config: PretrainConfig) -> Transformer:
     """
     reuse_memory()
     device = pick_device(config.device)
+    precision = config.precision(device)
     run = Run(config, "pretrain")
 
     # 1. What to train on: the demo's corpus, or a real text with its end held out.
@@ -213,7 +215,7 @@ def pretrain(config: PretrainConfig) -> Transformer:
 
     # 2. A model with random weights, as large as the preset and the vocabulary say.
     model_config = preset(config.model, tokenizer.vocab_size)
-    model = Transformer(model_config, compute_dtype(device))
+    model = Transformer(model_config, precision.dtype, precision.fp32_head)
     model.init_weights(config.seed).to(device)
     show(
         f"model {config.model}: {count_parameters(model_config):,} parameters, "

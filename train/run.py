@@ -98,7 +98,7 @@ class RunConfig:
     keep_last: int = 2
     """Number of checkpoints to keep, besides the best one."""
     device: str = "auto"
-    """Device to compute on: auto (the GPU if there is one), cpu or cuda."""
+    """Device to compute on: auto (a CUDA GPU if there is one), cpu, cuda or mps."""
     wandb: bool = False
     """Also log to Weights & Biases."""
     accept_changes: bool = False

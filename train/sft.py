@@ -16,6 +16,7 @@ from ..model.checkpoint import load_model
 from ..model.optimizer import OptimConfig
 from ..model.transformer import Transformer
 from .batches import DocumentBatches
+from .compute_flags import ComputeFlags
 from .data import encode_pairs, read_pairs
 from .fit import fit
 from .inputs import base_parts, file_parts
@@ -24,7 +25,7 @@ from .run import Run, RunConfig, at_least
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig(RunConfig):
+class SFTConfig(ComputeFlags, RunConfig):
     """Fine-tune a model on pairs."""
 
     # Compared by content on resume. (skip_bad decides whether data is refused, never what is read.)
@@ -48,7 +49,8 @@ class SFTConfig(RunConfig):
     """Seed of the order of the pairs."""
 
     def __post_init__(self):
-        super().__post_init__()
+        RunConfig.__post_init__(self)
+        ComputeFlags.__post_init__(self)
         at_least(self, 1, "batch_tokens", "micro_tokens")
         at_least(self, 0, "seed")
 
@@ -59,8 +61,10 @@ def sft(config: SFTConfig) -> Transformer:
     Raises ValueError for bad flags or data, and Stopped after Ctrl-C.
     """
     reuse_memory()
+    device = pick_device(config.device)
+    precision = config.precision(device)
     run = Run(config, "sft")
-    model, tokenizer, base = load_model(config.base, pick_device(config.device))
+    model, tokenizer, base = load_model(config.base, device, precision=precision)
     run.check_inputs({"base": base_parts(base, tokenizer), "data": file_parts([Path(config.data)])})
     run.check_model(model, tokenizer)
     documents, prompt_lengths = encode_pairs(tokenizer, read_pairs(config.data, config.skip_bad))

@@ -27,9 +27,11 @@ from ...eval.sampler import ModelSampler
 from ...eval.tasks.base import Task
 from ...model.checkpoint import Checkpoint, load_model
 from ...model.files import atomic_write_json
+from ...model.precision import Precision
 from ...model.tokenizer import Tokenizer
 from ...model.transformer import Transformer
 from ..checks import check_temperature
+from ..compute_flags import ComputeFlags
 from ..machine import pick_device, reuse_memory
 from ..run import START, at_least
 from ..task_flags import TaskFlags
@@ -38,7 +40,7 @@ DEFAULT_PROBLEMS = 512  # of a task that makes its own; the interval is about ±
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(ComputeFlags):
     """Measure a model on held-out problems."""
 
     run: str
@@ -64,9 +66,10 @@ class EvalConfig:
     seed: int = 0
     """Seed of the random numbers for sampling."""
     device: str = "auto"
-    """Device to compute on: auto (the GPU if there is one), cpu or cuda."""
+    """Device to compute on: auto (a CUDA GPU if there is one), cpu, cuda or mps."""
 
     def __post_init__(self):
+        ComputeFlags.__post_init__(self)
         at_least(self, 1, "samples", "batch", "max_new_tokens")
         if self.n is not None:
             at_least(self, 1, "n")
@@ -91,7 +94,7 @@ class EvalConfig:
 
 
 def load_run(
-    run: str, which: str, device: torch.device
+    run: str, which: str, device: torch.device, precision: Precision | None = None
 ) -> tuple[Transformer, Tokenizer, Checkpoint]:
     """`load_model`, with `which` as a flag gives it.
 
@@ -103,7 +106,7 @@ def load_run(
     inside = sorted(str(path) for path in found if path.name != START)
     if inside and not (folder / "checkpoints").exists():
         raise ValueError(f"{run} holds several runs; give one of them: {', '.join(inside[:8])}")
-    return load_model(run, device, int(which) if which.isdecimal() else which)
+    return load_model(run, device, int(which) if which.isdecimal() else which, precision)
 
 
 def choose_problems(task: Task, n: int | None) -> list:
@@ -153,7 +156,8 @@ def run_eval(config: EvalConfig) -> EvalResult:
     problems = choose_problems(task, config.n)
     # 2. The model, as a sampler.
     device = pick_device(config.device)
-    model, tokenizer, checkpoint = load_run(config.run, config.which, device)
+    precision = config.precision(device)
+    model, tokenizer, checkpoint = load_run(config.run, config.which, device, precision)
     out = output_path(config, checkpoint)
     check_result_path(str(out), config.inputs)
     sampler = ModelSampler(
