@@ -27,6 +27,7 @@ from ..model.engine.requests import LEAST_TEMPERATURE
 from ..model.optimizer import OptimConfig, make_optimizer
 from ..model.transformer import Transformer
 from .advantages import AdvantageConfig, Credit, no_kl
+from .control import CONTROLS
 from .heads import Critic, CriticLearner
 from .losses import LossConfig
 from .rewards import Grader, RewardConfig
@@ -64,6 +65,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "ppo": {"advantage": {"baseline": "critic", "scale": "batch"}, "loss": KL_IN_REWARD},
 }
+
+
+DEAD_GROUPS = ("rules", "reward")
 
 
 def rl_optim(lr: float = 4e-4) -> OptimConfig:
@@ -109,9 +113,12 @@ class Algorithm:
     overlong_buffer: float = 0.0
     """Soft overlong penalty (DAPO): the share of --max-new-tokens, at its end, over which the
     reward falls by up to 1. 0 turns it off."""
-    control: bool = False
-    """Shuffle the rewards within each group. This control shows what training does when rewards
-    carry no information."""
+    dead_groups: str = "rules"
+    """Which groups teach nothing. "rules": those equal in accuracy, format and plug-in together, in
+    which efficiency and coherence then do not count. "reward": those equal in the whole reward."""
+    control: str = "none"
+    """Train on rewards that carry no information, to see what training does by itself. "permute":
+    shuffle the rewards within each group. "random": toss a coin for each answer."""
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=rl_optim)
@@ -171,6 +178,11 @@ def check_ranges(config: Algorithm) -> None:
     for name in ("kl_samples", "ref_refresh", "value_clip", "max_logp_gap"):
         if not getattr(config, name) >= 0:
             raise ValueError(f"{flag(name)} is {getattr(config, name)}, expected 0 or more")
+    for name, words in (("dead_groups", DEAD_GROUPS), ("control", ("none", *CONTROLS))):
+        if getattr(config, name) not in words:
+            raise ValueError(
+                f"{flag(name)} is {getattr(config, name)!r}, expected {' or '.join(words)}"
+            )
     if config.group_size < 2:
         raise ValueError(
             f"--group-size is {config.group_size}; an answer is compared with others of its group, "
@@ -261,6 +273,9 @@ def in_words(config: Algorithm) -> str:
         options["dynamic_sampling"] = config.dynamic_sampling
     if config.overlong_buffer:
         options["overlong_buffer"] = config.overlong_buffer
+    for name, weight in config.rewards.weights.items():
+        if name not in ("accuracy", "format"):
+            options[name] = weight
     return f"{config.algo}: " + ", ".join(f"{name} {value}" for name, value in options.items())
 
 

@@ -23,7 +23,6 @@ from ..model.engine.engine import Engine
 from ..model.engine.requests import group_requests
 from ..model.engine.sampling import sample_seeds
 from ..model.packed import Packed, offsets, pack
-from .advantages import dead_groups
 
 
 @dataclass(frozen=True)
@@ -181,7 +180,7 @@ class DynamicSampler(GroupSampler):
     def live_groups(self, task, rollouts: Rollouts) -> np.ndarray:
         """The indices of the groups whose rewards differ."""
         rewards = self.grader(task, rollouts)
-        return np.flatnonzero(~dead_groups(rewards.training, rollouts.group_offsets))
+        return np.flatnonzero(~rewards.dead(rollouts.group_offsets))
 
 
 def samples_of(rollouts: Rollouts, groups: np.ndarray) -> np.ndarray:

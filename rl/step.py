@@ -18,7 +18,7 @@ import torch
 
 from ..eval.tasks.base import Task
 from ..model.transformer import Transformer
-from .advantages import Credit, dead_groups
+from .advantages import Credit
 from .losses import loss_weights, policy_loss
 from .rewards import Grader, Rewards
 from .rollouts import GroupSampler, Rollouts
@@ -89,9 +89,15 @@ def sampling_metrics(learner: Learner, task: Task, rollouts: Rollouts, rewards: 
             / np.diff(sampled.group_offsets)
         )
     )
-    dead_G = over_all(lambda sampled, graded: dead_groups(graded.training, sampled.group_offsets))
+    dead_G = over_all(lambda sampled, graded: graded.dead(sampled.group_offsets))
     # What long answers lost. (The control's shuffle within groups leaves the mean as it is.)
-    penalty = over_all(lambda sampled, graded: graded.total - graded.training)
+    penalty = over_all(lambda sampled, graded: graded.penalty)
+    # The parts of the reward beside accuracy and format, where they have a weight.
+    others = {
+        f"reward_{name}": np.concatenate([graded.parts[name] for _, graded in parts]).mean()
+        for name in rewards.parts
+        if name not in ("accuracy", "format")
+    }
     return {
         "reward": over_all(lambda sampled, graded: graded.total).mean(),
         "accuracy": accuracy.mean(),
@@ -107,4 +113,5 @@ def sampling_metrics(learner: Learner, task: Task, rollouts: Rollouts, rewards: 
         "replaced_tokens": int(lengths.sum() - rollouts.response_lengths.sum()),
         "tokens": int(lengths.sum()),
         "position": learner.sampler.position,
+        **others,
     }

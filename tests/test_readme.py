@@ -78,6 +78,7 @@ TOY = {  # command: the settings that make it small, instead of README's or besi
 }
 TOY_PAGE = {"STEPS": 1, "PROBLEMS_PER_STEP": 1, "GROUP_SIZE": 2, "MAX_NEW_TOKENS": 2}  # of rl/naive.py
 FILES = {  # what the commands read
+    "my_rewards.py": "def brevity(samples):\n    return [1 / (1 + len(sample.text)) for sample in samples]\n",
     "plays.txt": "To be, or not to be: that is the question. " * 40,
     "pairs.jsonl": '{"prompt": "Who is there?", "response": "Nay, answer me."}\n' * 2,
     "gsm8k_test.jsonl": '{"question": "Two hens lay 3 eggs each. How many?", "answer": "#### 6"}\n' * 2,

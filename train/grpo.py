@@ -40,6 +40,8 @@ from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ..rl import family
 from ..rl.family import Algorithm, in_words
+from ..rl.plugin import PluginError, source_of
+from ..rl.rewards import check_task
 from ..rl.step import Learner, grpo_step
 from ..rl.update import LogpGapError, Reference, gap_limit
 from .inputs import base_parts, file_parts
@@ -63,6 +65,8 @@ class GRPOConfig(Algorithm, RunConfig):
     # folder, whose content is compared instead.
     FREE: ClassVar[tuple[str, ...]] = ("max_logp_gap", "eval_every", "eval_problems", "ref_offload")
     PATHS: ClassVar[tuple[str, ...]] = ("base", "task.data", "task.skip_bad")
+    # What older runs have for a flag that was a switch then.
+    RENAMED: ClassVar[dict[str, dict]] = {"control": {False: "none", True: "permute"}}
 
     base: str
     """Folder of the run (or checkpoint) to start from; it is also the reference of the KL."""
@@ -134,11 +138,14 @@ def make_learner(
 
 
 def inputs_of(config: GRPOConfig, base: tuple[Transformer, Tokenizer, Checkpoint]) -> dict:
-    """What the run depends on: the base, and the file of problems if there is one."""
+    """What the run depends on: the base, and the files of problems and of a reward of the user's
+    own, if there are any."""
     _, tokenizer, checkpoint = base
     inputs = {"base": base_parts(checkpoint, tokenizer)}
     if getattr(config.task, "data", None):
         inputs["problems"] = file_parts([Path(config.task.data)])
+    if config.rewards.plugin and (source := source_of(config.rewards.plugin)):
+        inputs["plugin"] = file_parts([source])
     return inputs
 
 
@@ -299,7 +306,8 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
     device, task = pick_device(config.device), config.task.make()
     if config.mistake:
         warn_of(config.mistake)
-    run = Run(config, "control" if config.control else config.algo)
+    check_task(task, config.rewards)
+    run = Run(config, config.algo if config.control == "none" else "control")
     # A resumed run keeps the learning rate's schedule that it began with.
     algorithm = replace(config, steps=run.schedule_steps)
     policy, tokenizer, _ = base = load_model(config.base, device)
@@ -361,6 +369,8 @@ def explained(run: Run, step: int):
         yield
     except NonFiniteError as error:
         raise NonFiniteError(f"{error}, at step {step + 1}; {run.last_good()}") from error
+    except PluginError as error:
+        raise PluginError(f"{error}, at step {step + 1}; {run.last_good()}") from error
     except LogpGapError as error:
         raise LogpGapError(
             f"{error}, at step {step + 1}; {run.last_good()}. If this is rounding alone, raise "

@@ -2,7 +2,8 @@
 
 All of them, but for those that only say where, how long or on what a run computes (the fields of
 RunConfig, and a config's `FREE`) and those that name a file or folder (a config's `PATHS`), whose
-content is compared instead (inputs.py).
+content is compared instead (inputs.py). A config's `RENAMED` has the flags that were switches once:
+which of today's values False and True stood for.
 """
 
 import json
@@ -46,6 +47,9 @@ def check_settings(then: dict, now: dict, config, where: Path) -> None:
     `config`. A flag that did not exist then counts as its default.
     """
     then = dict(then)
+    for name, renamed in getattr(config, "RENAMED", {}).items():
+        if isinstance(then.get(name), bool):
+            then[name] = renamed[then[name]]
     for name, default in defaults_of(config).items():
         if name not in now:
             continue

@@ -13,7 +13,7 @@ Left out: partial credit. A grader says right or wrong, and its reason.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Protocol
@@ -49,6 +49,9 @@ class Task(Protocol):
     file_format: ClassVar[str | None] = None
     """What the file of a task with an option `path` holds; None for a task without one. Such a task
     has an option `skip_bad` too."""
+    coherence: ClassVar[Callable[[Any, str], float] | None] = None
+    """A static method, from a problem and a response to the share of its steps that are true; None
+    for a task without steps that could be checked."""
     lines_skipped: int = 0
     """How many bad lines of that file were left out."""
 

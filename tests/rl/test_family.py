@@ -13,8 +13,8 @@ from r1zero.rl.advantages import AdvantageConfig, Advantages, advantages
 from r1zero.rl.family import PRESETS, Algorithm, in_words, resolve
 from r1zero.rl.heads import Critic, CriticLearner
 from r1zero.rl.losses import LossConfig, importance_weights, loss_weights, value_loss
-from r1zero.rl.rewards import overlong_penalty
 from r1zero.rl.rollouts import merge, micro_batches
+from r1zero.rl.shaping import overlong_penalty
 from r1zero.rl.update import update_policy
 from r1zero.train.grpo import grpo
 from r1zero.train.log import read_metrics

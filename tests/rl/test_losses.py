@@ -10,8 +10,9 @@ import torch
 from r1zero.kernels import grpo as kernel
 from r1zero.kernels.grpo import MAX_LOG_RATIO, POLICY_METRICS
 from r1zero.rl.advantages import dead_groups, group_advantages
+from r1zero.rl.control import permute_within_groups
 from r1zero.rl.losses import LossConfig, loss_weights, mean_metrics, policy_loss
-from r1zero.rl.rewards import Grader, permute_within_groups
+from r1zero.rl.rewards import Grader
 from r1zero.rl.rollouts import Rollouts
 
 from .cases import Bandit, algorithm, loss_config
@@ -25,7 +26,8 @@ def test_rewards_are_the_weighted_sum_of_two_parts_that_stay_apart():
     rest = dict(sequences=[np.zeros(2, int)] * 3, prompt_lengths=np.ones(3, int), sampler_logp=[],
                 finish_reasons=["stop"] * 3, temperature=1.0, weights_version=0, texts=responses)
     found = grader(Bandit(), Rollouts([0, 1], group_offsets=np.array([0, 2, 3]), **rest))
-    assert found.training is found.total
+    assert (found.training == found.total).all() and found.training_parts is found.parts
+    assert list(found.parts) == ["accuracy", "format"] and not found.dead(np.array([0, 2, 3])).all()
     assert found.accuracy.tolist() == [1, 1, 0] and found.format.tolist() == [1, 0, 0]
     assert found.total.tolist() == [2.5, 2.0, 0.0]
     assert "Format" not in found.why[0] and "Format: There is no <answer> tag." in found.why[1]
@@ -34,7 +36,10 @@ def test_rewards_are_the_weighted_sum_of_two_parts_that_stay_apart():
 
 
 def shuffled(rewards, offsets, seed, step):
-    return permute_within_groups(rewards, SimpleNamespace(group_offsets=offsets, weights_version=step), seed)
+    rollouts = SimpleNamespace(group_offsets=offsets, weights_version=step)
+    dealt = permute_within_groups({"a": rewards, "b": 2 * rewards}, rollouts, seed)
+    assert (dealt["b"] == 2 * dealt["a"]).all()  # all parts of a reward land on the same answer
+    return dealt["a"]
 
 
 def test_the_controls_shuffle_keeps_each_group_and_is_a_function_of_the_seed():

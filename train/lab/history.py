@@ -94,9 +94,10 @@ class History:
         return number(self._logged(*path))
 
     def choice(self, *path: str) -> str:
-        """A flag that is a word; empty if it was not logged as one."""
+        """A flag that is a word, or a switch as "True" or "False"; empty if it was logged as
+        neither."""
         value = self._logged(*path)
-        return value if isinstance(value, str) else ""
+        return str(value) if isinstance(value, str | bool) else ""
 
     def _logged(self, *path: str) -> Any:
         value: Any = self.config

@@ -167,7 +167,7 @@ def grpo_config(config: DemoConfig, folder: Path, seed: int, control: bool) -> G
         max_new_tokens=config.max_new_tokens,
         micro_tokens=8192,
         rewards=config.rewards,
-        control=control,
+        control="permute" if control else "none",
         optim=rl_optim(config.rl_lr),
         device=config.device,
     )

@@ -155,7 +155,7 @@ def test_a_warning_is_one_line(capsys, monkeypatch):
     (["pretrain", "--run", "x", "--data", "y", "--task.low", "21"], "need 1 <= low <= high"),
     (["grpo", "--run", "x", "--base", "y", "--group-size", "1"], "--group-size is 1"),
     (["grpo", "--run", "x", "--base", "y", "--loss.mean", "median"], "loss: mean is 'median'"),
-    (["grade", *RIGHT[:-1], "-1"], "weights are accuracy 1.0 and format -1.0"),
+    (["grade", *RIGHT[:-1], "-1"], "weights are accuracy 1.0, format -1.0"),
     (["demo", "--rl-steps", "0"], "--rl-steps is 0"),
     (["pretrain", "--run", "x", "--data"], "--data needs a value behind it"),
 ])

@@ -88,7 +88,7 @@ def test_a_rule_speaks_beyond_its_threshold_and_is_silent_before(rule, beyond, b
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"control": True}, {"updates_per_step": 8}, {"algo": "dapo"}, {"algo": "ppo"}, {"algo": "gspo"}])
+    {}, {"control": "permute"}, {"updates_per_step": 8}, {"algo": "dapo"}, {"algo": "ppo"}, {"algo": "gspo"}])
 @pytest.mark.parametrize("metrics", [
     {}, dict(accuracy=(0.3, 0.98), all_right=(0.0, 0.75), dead_groups=(0.0, 0.5), entropy=(0.6, 0.02)),
     dict(entropy=(2.0, 0.3)), dict(kl_to_reference=(0.0, 0.9)), dict(wobble=0.1), dict(steps=12),
@@ -99,7 +99,9 @@ def test_a_healthy_run_hears_of_its_loss_alone(metrics, changes):
 
 def test_the_control_is_not_told_that_it_stands_still():
     rows = log(accuracy=0.3)
-    assert "flat" in advice(rows, C) and "flat" not in advice(rows, flags(control=True))
+    assert "flat" in advice(rows, C) and "flat" not in advice(rows, flags(control="permute"))
+    for older, is_flat in ((False, True), (True, False)):  # of runs from when it was a switch
+        assert ("flat" in advice(rows, C | {"control": older})) == is_flat
 
 
 @pytest.mark.parametrize("rule, metrics, changes", [
