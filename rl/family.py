@@ -40,12 +40,12 @@ from .rollouts import DynamicSampler, GroupSampler
 from .step import Learner
 from .update import Reference, kl_cost_to
 
-# What each member has besides, or instead of, the defaults below: GRPO with the mean over tokens and
-# no KL.
+# What each member has besides, or instead of, the defaults below: GRPO with the mean over tokens,
+# and no KL.
 #
-# r1_zero is grpo with a reference that becomes a copy of the policy every 400 steps. demo is grpo with
-# what suits a model of a million parameters: four updates on each batch of rollouts, a larger KL that
-# protects its arithmetic, and DAPO's soft penalty for long answers.
+# r1_zero is grpo with a reference that becomes a copy of the policy every 400 steps. demo is grpo
+# with what suits a model of a million parameters: four updates on each batch of rollouts, a larger
+# KL that protects its arithmetic, and DAPO's soft penalty for long answers.
 #
 # Where a preset is not its paper's: the weight of the KL is R1-Zero's 0.001 in all that have one
 # (DeepSeekMath: 0.04). dapo replaces groups of equal reward, form and length included; its paper

@@ -124,7 +124,8 @@ def test_every_preset_learns_the_bandit(algo, tmp_path):
 
 CUTS = [  # (preset, changes): every kind of advantage, ratio, mean and KL
     ("plain", {}), ("r1_zero", {}), ("grpo", {}), ("gspo", {}), ("cispo", {}), ("dr_grpo", {}),
-    ("reinforce", {}), ("rloo", {}), ("reinforce_pp", {}), ("ppo", {}), ("gdpo", {}), ("maxrl", {}), ("dppo", {}),
+    ("reinforce", {}), ("rloo", {}), ("reinforce_pp", {}), ("ppo", {}), ("gdpo", {}), ("maxrl", {}),
+    ("dppo", {}),
     ("dapo", dict(loss=dict(entropy_coef=0.1, max_importance=1.05, overlong_filter=True))),
     ("gspo", dict(loss=dict(max_importance=1.05))),
     ("grpo", dict(loss=dict(max_importance=1.15, importance="sequence", importance_mask=True,

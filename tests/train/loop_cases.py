@@ -54,4 +54,5 @@ def few_documents(n_prompt: int = 0) -> DocumentBatches:
     """Five documents of random bytes as one batch; n_prompt: tokens of each that are prompt."""
     rng = np.random.default_rng(0)
     texts = [rng.integers(0, 256, n) for n in (9, 4, 17, 6, 12)]
-    return DocumentBatches(texts, 200, 64, 0, [n_prompt] * 5 if n_prompt else None)
+    trained = [np.arange(len(text)) >= n_prompt for text in texts]
+    return DocumentBatches(texts, 200, 64, 0, trained if n_prompt else None)

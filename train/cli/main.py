@@ -64,7 +64,7 @@ COMMANDS = {
         module="sft",
         config="SFTConfig",
         function="sft",
-        purpose="fine-tune a model on prompt/response pairs",
+        purpose="fine-tune a model on prompt/response pairs or messages",
     ),
     "grpo": Command(
         module="grpo",

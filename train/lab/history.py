@@ -67,6 +67,15 @@ class History:
                 best = mean
         return best
 
+    def falls_below(self, name: str, level: float) -> dict:
+        """The first row from which on a metric stays below a level; empty if it does not."""
+        found: dict = {}
+        for row in reversed(self.rows):
+            if number(row.get(name)) >= level:
+                break
+            found = row
+        return found
+
     def noise(self, name: str) -> float:
         """Two standard errors of the difference between the first and the last window's mean."""
         squared_errors = 0.0
