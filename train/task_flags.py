@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from ..eval.own_code import is_named
+from ..eval.plugin import is_named
 from ..eval.tasks.base import Task
 from ..eval.tasks.catalogue import TASKS, find_task, make_task, option_types
 from ..eval.tasks.own import source_of
