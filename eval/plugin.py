@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+FOLDERS: set[str] = set()  # the current folders that were put among the places to look
+
 
 def is_named(text: str) -> bool:
     """Whether a value names something of the user's own; names of ours have no colon."""
@@ -47,8 +49,9 @@ def import_own(module_name: str, flag: str) -> ModuleType:
     here = os.getcwd()
     if here not in sys.path:
         sys.path.append(here)
+        FOLDERS.add(here)
     invalidate_caches()  # the file may be younger than what Python remembers of the folder
-    check_name_is_free(module_name.partition(".")[0], here, flag)
+    forget_former(module_name.partition(".")[0], here)
     try:
         return import_module(module_name)
     except ModuleNotFoundError as error:
@@ -61,16 +64,22 @@ def import_own(module_name: str, flag: str) -> ModuleType:
         raise ValueError(f"{flag}: importing {module_name} {raised(error)}") from error
 
 
-def check_name_is_free(name: str, folder: str, flag: str) -> None:
-    """Raise ValueError if the folder has a module of this name, and Python would take another."""
+def forget_former(name: str, folder: str) -> None:
+    """Forget a module of a former current folder if this one has a module of that name too.
+
+    A notebook that moves from folder to folder does that.
+    """
     own = PathFinder.find_spec(name, [folder])
-    if own is None or own.origin is None:
+    first = find_spec(name) if own is not None else None
+    if first is None or first.origin in (None, own.origin):
         return
-    first = find_spec(name)
-    if first is not None and first.origin != own.origin:
-        raise ValueError(
-            f"{flag}: Python knows another module {name} ({first.origin}); rename {own.origin}"
-        )
+    former = FOLDERS & {str(parent) for parent in Path(first.origin).parents} - {folder}
+    if not former:
+        return
+    sys.path[:] = [place for place in sys.path if place not in former]
+    for loaded in list(sys.modules):
+        if loaded == name or loaded.startswith(f"{name}."):
+            del sys.modules[loaded]
 
 
 def passed_through(error: BaseException, module_name: str) -> bool:

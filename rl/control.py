@@ -21,33 +21,36 @@ from collections.abc import Callable
 
 import numpy as np
 
-Parts = dict[str, np.ndarray]
+from .shaping import Parts, indices_of_groups
 
 
 def generator(rollouts, seed: int, *more: int) -> np.random.Generator:
-    keys = [abs(seed), abs(rollouts.weights_version), *more]
-    return np.random.default_rng(np.random.SeedSequence(keys))
+    step = rollouts.weights_version
+    sequence = np.random.SeedSequence([abs(seed), abs(step), *more])
+    return np.random.default_rng(sequence)
 
 
 def permute_within_groups(parts: Parts, rollouts, seed: int) -> Parts:
     """Each part [N], dealt out within each group; all parts of a reward land on the same answer."""
     rng = generator(rollouts, seed)
-    starts, sizes = rollouts.group_offsets[:-1], np.diff(rollouts.group_offsets)
-    order = [start + rng.permutation(size) for start, size in zip(starts, sizes, strict=True)]
+    groups = indices_of_groups(rollouts.group_offsets)
+    order = [rng.permutation(group) for group in groups]
     order_N = np.concatenate(order)
     return {name: part_N[order_N] for name, part_N in parts.items()}
 
 
 def random_rewards(parts: Parts, rollouts, seed: int) -> Parts:
     """One part "random", [N]: 0 or 1 with equal chances."""
-    offsets = rollouts.group_offsets
     tossed = []
-    for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+    for group in indices_of_groups(rollouts.group_offsets):
         # Dynamic sampling grades a group in its round, and again among those that it keeps. Its
         # position has changed by then, its tokens have not.
-        tokens = np.concatenate([np.arange(0), *rollouts.sequences[start:end]])
-        rng = generator(rollouts, seed, zlib.crc32(tokens.astype(np.int64).tobytes()))
-        tossed.append(rng.integers(0, 2, end - start))
+        checksum = 0
+        for n in group:
+            tokens = np.asarray(rollouts.sequences[n], np.int64)
+            checksum = zlib.crc32(tokens.tobytes(), checksum)
+        rng = generator(rollouts, seed, checksum)
+        tossed.append(rng.integers(0, 2, len(group)))
     return {"random": np.concatenate(tossed).astype(np.float64)}
 
 

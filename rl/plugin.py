@@ -14,10 +14,11 @@ problem and the response; nothing is trained on it.
 import inspect
 import numbers
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
-from ..eval.plugin import load_named, raised
+from ..eval.plugin import import_own, load_named, raised
 from ..eval.response import Sample, quoted
 
 FLAG = "--rewards.plugin"
@@ -48,6 +49,13 @@ def load_reward(spec: str) -> Callable:
             f"({error})"
         ) from None
     return function
+
+
+def source_of(spec: str) -> Path | None:
+    """The file that the plug-in's module comes from; None if it comes from none."""
+    module = import_own(spec.partition(":")[0], FLAG)
+    file = getattr(module, "__file__", None)
+    return Path(file) if file else None
 
 
 def plugin_rewards(spec: str, samples: Sequence[Sample]) -> np.ndarray:

@@ -11,6 +11,8 @@ deviation. So there they count nothing, unless `--dead-groups reward` asks for i
 Shapes: N answers, G groups.
 """
 
+from itertools import pairwise
+
 import numpy as np
 
 SHAPING = ("efficiency", "coherence")  # the parts that do not count in dead groups
@@ -20,6 +22,12 @@ Parts = dict[str, np.ndarray]
 def weighted_sum(parts: Parts, weights: dict[str, float]) -> np.ndarray:
     """[N]: the sum of the parts, each times its weight."""
     return sum(weights[name] * part_N for name, part_N in parts.items())
+
+
+def indices_of_groups(group_offsets: np.ndarray) -> list[np.ndarray]:
+    """The indices of the answers of each group."""
+    bounds = pairwise(group_offsets.tolist())
+    return [np.arange(start, end) for start, end in bounds]
 
 
 def groups_alike(rewards_N: np.ndarray, group_offsets: np.ndarray) -> np.ndarray:
@@ -40,25 +48,28 @@ def efficiency(
     (Kimi k1.5, arXiv 2501.12599, section 2.3.3.) So no wrong answer is paid for being short. Where
     all are of one length, all get 0. lengths_N: tokens per answer; accuracy_N: 1 for a right one.
     """
+    lengths_N = np.asarray(lengths_N, np.float64)
     earned_N = np.zeros(len(lengths_N))
-    for start, end in zip(group_offsets[:-1], group_offsets[1:], strict=True):
-        lengths = np.asarray(lengths_N[start:end], np.float64)
-        spread = np.ptp(lengths) if len(lengths) else 0.0
+    for group in indices_of_groups(group_offsets):
+        lengths = lengths_N[group]
+        spread = np.ptp(lengths) if len(group) else 0
         if spread == 0:
             continue
         by_length = 0.5 - (lengths - lengths.min()) / spread
-        is_right = accuracy_N[start:end] == 1
-        earned_N[start:end] = np.where(is_right, by_length, np.minimum(0.0, by_length))
+        is_right = accuracy_N[group] == 1
+        earned_N[group] = np.where(is_right, by_length, np.minimum(0, by_length))
     return earned_N
 
 
 def without_shaping_in_dead_groups(parts: Parts, rollouts, weights: dict[str, float]) -> Parts:
     """The parts, efficiency and coherence 0 in the groups whose other parts add up to the same."""
-    judging = {name: part_N for name, part_N in parts.items() if name not in SHAPING}
-    dead_G = groups_alike(weighted_sum(judging, weights), rollouts.group_offsets)
-    counts_N = np.repeat(~dead_G, np.diff(rollouts.group_offsets))
-    shaping = {name: part_N * counts_N for name, part_N in parts.items() if name in SHAPING}
-    return parts | shaping
+    judging = {name: parts[name] for name in parts if name not in SHAPING}
+    judged_N = weighted_sum(judging, weights)
+    dead_G = groups_alike(judged_N, rollouts.group_offsets)
+    sizes_G = np.diff(rollouts.group_offsets)
+    counts_N = np.repeat(~dead_G, sizes_G)
+    given = [name for name in SHAPING if name in parts]
+    return parts | {name: parts[name] * counts_N for name in given}
 
 
 def overlong_penalty(lengths_N: np.ndarray, max_new_tokens: int, buffer: float) -> np.ndarray:

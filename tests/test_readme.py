@@ -88,7 +88,7 @@ def shown(language: str) -> str:
 
 FILES = {  # what the commands read
     "my.jsonl": shown("json") + "".join(f'{{"prompt": "Capital {i}? ", "answer": 1}}\n' for i in range(20)),
-    "my_rewards.py": shown("python"),
+    "my_rewards.py": shown("python") + "brevity = short_answers\n",
     "facts.jsonl": '{"text": "Capital of Chile? <think>in America</think><answer>Santiago</answer>"}\n' * 9,
     "gsm8k_train.jsonl": '{"question": "One hen lays 3 eggs. How many?", "answer": "#### 3"}\n' * 2,
     "plays.txt": "To be, or not to be: that is the question. " * 40,

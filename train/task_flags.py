@@ -4,6 +4,7 @@ They are --task, --options, --data and --skip-bad.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -58,9 +59,9 @@ class TaskFlags:
         return [self.data, *(option.removeprefix("test=") for option in tests)]
 
     @property
-    def source(self) -> str | None:
+    def source(self) -> Path | None:
         """The file with the code of a task of the user's own; None for a task of ours."""
-        return str(source_of(find_task(self.name))) if is_named(self.name) else None
+        return source_of(find_task(self.name)) if is_named(self.name) else None
 
     def make(self) -> Task:
         """The task. Raises ValueError for an unknown task or option, or a wrong value."""

@@ -1,14 +1,16 @@
 """A classic mistake beside the right thing: two GRPO runs that differ in it alone, and a picture.
 
     r1zero compare --break flipped_clip --run runs/flipped --base runs/base --steps 20
+    r1zero compare --control random --run runs/coin --base runs/base --steps 20
 
-mistakes.py has the mistakes, and says of each what is done and where it shows. Both runs have the
+mistakes.py has the mistakes, and says of each what is done and where it shows. With --control the
+second run has rewards that say nothing (rl/control.py), whatever the task is. Both runs have the
 same base, problems, seeds and options. Some mistakes show only with options that both runs then get
 (several updates per step for the clip, a KL for its estimators). A comparison that was stopped with
 Ctrl-C goes on with --resume, like any run.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,14 +19,22 @@ import tyro
 from ...eval.console import show
 from ...model.engine.sampling import NonFiniteError
 from ...model.files import atomic_write_text
+from ...rl.control import CONTROLS
 from ..grpo import GRPOConfig, grpo
 from ..log import read_metrics
 from ..report.demo_plots import CURVES
 from ..report.metrics import column, mean, number
 from ..report.plots import CONTROL, RL, Line, Panel, plot
-from .mistakes import MISTAKES
+from .mistakes import MISTAKES, Mistake
 
 SHOWN = ("accuracy", "length")  # beside the metric that the mistake shows in
+CONTROL_RUN = Mistake(
+    what="the rewards say nothing of the answers, so whatever it gains is not learned from them",
+    watch="kl_to_reference",
+    seen="24 steps of it left the demo's three seeds within 3 points of their bases.",
+    replaces="the rewards",
+    wrong=CONTROLS.get,
+)
 PANELS = {name: (title, unit, is_share) for name, _, title, unit, is_share, _ in CURVES} | {
     "gradient_norm": ("Size of the gradient", "norm before clipping, log scale", False),
     "trained_samples": ("Answers trained on", "answers per step", False),
@@ -34,11 +44,11 @@ PANELS = {name: (title, unit, is_share) for name, _, title, unit, is_share, _ in
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(GRPOConfig):
-    """Run a classic mistake and the right thing, and plot both."""
+    """Run a classic mistake, or the control, and the right thing, and plot both."""
 
-    mistake: Annotated[str, tyro.conf.arg(name="break")] = field()
-    """The mistake: k1_loss, flipped_k3, flipped_clip, length_bias, micro_batch_mean, sum_of_groups,
-    no_end_token, no_baseline, unguarded_std or wrong_group."""
+    mistake: Annotated[str | None, tyro.conf.arg(name="break")] = None
+    """The mistake, unless --control is given: k1_loss, flipped_k3, flipped_clip, length_bias,
+    micro_batch_mean, sum_of_groups, no_end_token, no_baseline, unguarded_std or wrong_group."""
     run: str
     """Folder for both runs, right/ and broken/, the picture compare.png and the text
     compare.txt."""
@@ -47,14 +57,35 @@ class CompareConfig(GRPOConfig):
     steps: int = 20
     """Number of steps of each run."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        # (There is no --run yet while the command line gathers its defaults.)
+        is_one = (self.mistake is None) != (self.control == "none")
+        if isinstance(self.run, str) and not is_one:
+            raise ValueError(
+                "expected either --break NAME or --control permute (or random): what the second "
+                "run has and the first has not"
+            )
+
+    @property
+    def difference(self) -> Mistake:
+        """What the second run does."""
+        return CONTROL_RUN if self.mistake is None else MISTAKES[self.mistake]
+
+    @property
+    def name(self) -> str:
+        """What the second run is called."""
+        return self.mistake or f"control {self.control}"
+
 
 def config_of_run(config: CompareConfig, broken: bool) -> GRPOConfig:
-    """One of the two runs; they differ in `mistake` and the folder alone."""
+    """One of the two runs; they differ in `mistake` or `control`, and the folder, alone."""
     options = {f.name: getattr(config, f.name) for f in fields(GRPOConfig)}
-    options["mistake"] = config.mistake if broken else None
+    if not broken:
+        options |= {"mistake": None, "control": "none"}
     options["run"] = str(Path(config.run) / ("broken" if broken else "right"))
     made = GRPOConfig(**options)
-    for name, value in MISTAKES[config.mistake].shows_with.items():
+    for name, value in config.difference.shows_with.items():
         made = with_option(made, name, value)
     return made
 
@@ -95,7 +126,7 @@ def compare(config: CompareConfig) -> Path:
 
 def shown(config: CompareConfig) -> list[str]:
     """The metrics that both runs are compared by."""
-    return [*dict.fromkeys((*SHOWN, MISTAKES[config.mistake].watch))]
+    return [*dict.fromkeys((*SHOWN, config.difference.watch))]
 
 
 def picture(config: CompareConfig, rows: dict[bool, list[dict]]) -> Path:
@@ -112,7 +143,7 @@ def picture(config: CompareConfig, rows: dict[bool, list[dict]]) -> Path:
             )
             for broken, label, colour in (
                 (False, "right", RL),
-                (True, f"broken: {config.mistake}", CONTROL),
+                (True, f"broken: {config.name}", CONTROL),
             )
         ]
         panels.append(
@@ -122,7 +153,7 @@ def picture(config: CompareConfig, rows: dict[bool, list[dict]]) -> Path:
 
 
 def one_line(config: CompareConfig) -> str:
-    return f"{config.mistake}: {MISTAKES[config.mistake].what}"
+    return f"{config.name}: {config.difference.what}"
 
 
 def summary(config: CompareConfig, rows: dict[bool, list[dict]]) -> str:
@@ -136,8 +167,8 @@ def summary(config: CompareConfig, rows: dict[bool, list[dict]]) -> str:
         means = (mean(column(rows[broken][-last:], name)) for broken in (False, True))
         right, wrong = (number(value, 3) for value in means)  # a dash where it was not measured
         lines.append(f"  {name:<26} {right:>9} {wrong:>9}")
-    mistake = MISTAKES[config.mistake]
+    mistake = config.difference
     if mistake.flags:
         lines.append(f"Both runs had {mistake.flags}, with which it shows.")
-    lines.append(f"What 16 steps from the demo's base showed: {mistake.seen}")
+    lines.append(f"What was seen of it, from the demo's base: {mistake.seen}")
     return "\n".join(lines)

@@ -123,7 +123,17 @@ def test_a_module_that_raises_when_it_is_imported(text, why, module):
 
 def test_a_file_with_the_name_of_another_module_takes_nobodys_place(module, tmp_path):
     (tmp_path / "json.py").write_text(TASK)
-    assert "Python knows another module json" in refused("json:MyTask")
+    assert "json/__init__.py has no 'MyTask'; it has" in refused("json:MyTask")
+
+
+def test_a_module_of_a_former_current_folder_gives_way(module, tmp_path, monkeypatch):
+    name = module(TASK)
+    first = find_task(f"{name}:MyTask")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / f"{name}.py").write_text(TASK.replace("words: int = 3", "words: int = 5"))
+    assert find_task(f"{name}:MyTask") is first
+    monkeypatch.chdir(tmp_path / "deep")
+    assert make_task(f"{name}:MyTask").words == 5
 
 
 @pytest.mark.parametrize(

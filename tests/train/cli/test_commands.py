@@ -1,5 +1,6 @@
 """What stands beside the training loops: the model as a sampler, and the commands eval and grade."""
 import json
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
@@ -222,6 +223,39 @@ def test_a_file_of_responses(tmp_path, capsys):
                {"answer": 2.5, "response": "#### 2.50"}, {"answer": "18", "response": "#### 81"}]
     path = write_lines(tmp_path / "gsm8k.jsonl", numbers)
     assert [row["accuracy"] for row in graded(capsys, "--task", "gsm8k", "--input", path)] == [1, 1, 1, 0]
+
+
+def test_grade_has_every_part_that_has_a_weight(tmp_path, capsys, monkeypatch):
+    (tmp_path / "graded_of_the_tests.py").write_text("def long(samples):\n"
+                                                     "    return [len(sample.text) for sample in samples]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    right, wrong = "<think>9-7=2,3+2=6</think><answer>9-3+7</answer>", "<answer>9</answer>"
+    problem = {"numbers": [3, 7, 9], "target": 13}
+    other = {"numbers": [1, 2], "target": 3, "response": "<answer>2+1</answer>", "n_tokens": 5}
+    lines = [{**problem, "response": right, "n_tokens": 30}, other,
+             {**problem, "response": wrong, "n_tokens": 10}, {**problem, "response": right, "n_tokens": 10}]
+    flags = ["--rewards.efficiency-weight", "0.5", "--rewards.coherence-weight", "0.1",
+             "--rewards.plugin", "graded_of_the_tests:long", "--rewards.plugin-weight", "0.01"]
+    argv = ["grade", "--input", write_lines(tmp_path / "in.jsonl", lines), *flags]
+    assert main(argv) == 0
+    out, error = capsys.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["efficiency"] for row in rows] == [-0.5, 0, 0, 0.5]
+    assert [row["coherence"] for row in rows] == [0.5, 0, 0, 0.5] and rows[2]["long"] == len(wrong)
+    assert rows[0]["reward"] == pytest.approx(1.2 - 0.25 + 0.05 + 0.01 * len(right))
+    assert "coherence 0.250, long 33.500, efficiency 0.000, mean reward" in error
+    [row] = graded(capsys, "--problem", "3 7 9 -> 13", "--response", right, *flags)
+    assert "efficiency" not in row and row["reward"] == pytest.approx(1.2 + 0.05 + 0.01 * len(right))
+    for bad in ("7", -1, 1.5):
+        path = write_lines(tmp_path / "bad.jsonl", [{**other, "n_tokens": bad}])
+        refused(capsys, ["grade", "--input", path], "expected a whole number")
+    lone = write_lines(tmp_path / "lone.jsonl", lines[:2])
+    assert main(["grade", "--input", lone, *flags[:2]]) == 0
+    assert "efficiency is left out: it compares" in capsys.readouterr().err
+    refused(capsys, ["grade", "--task", "arithmetic", "--problem", "1+1", "--response", "2", *flags[2:4]],
+            "coherence does not apply to the task arithmetic")
+    sys.modules.pop("graded_of_the_tests")
 
 
 @pytest.mark.parametrize("name", ["countdown", "gsm8k", "arithmetic"])
