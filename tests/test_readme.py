@@ -78,8 +78,20 @@ TOY = {  # command: the settings that make it small, instead of README's or besi
     "chat": {"--max-new-tokens": "6", "--device": "cpu"},
 }
 TOY_PAGE = {"STEPS": 1, "PROBLEMS_PER_STEP": 1, "GROUP_SIZE": 2, "MAX_NEW_TOKENS": 2}  # of rl/naive.py
+OWN = re.search(r"^## Your own task.*?(?=^## )", README, re.MULTILINE | re.DOTALL)[0]  # shows two files
+
+
+def shown(language: str) -> str:
+    """The one block in this language that the section shows."""
+    [lines] = [lines for found, lines in fenced_blocks(OWN) if found == language]
+    return "".join(f"{line}\n" for line in lines)
+
+
 FILES = {  # what the commands read
-    "my_rewards.py": "def brevity(samples):\n    return [1 / (1 + len(sample.text)) for sample in samples]\n",
+    "my.jsonl": shown("json") + "".join(f'{{"prompt": "Capital {i}? ", "answer": 1}}\n' for i in range(20)),
+    "my_rewards.py": shown("python") + "brevity = short_answers\n",
+    "facts.jsonl": '{"text": "Capital of Chile? <think>in America</think><answer>Santiago</answer>"}\n' * 9,
+    "gsm8k_train.jsonl": '{"question": "One hen lays 3 eggs. How many?", "answer": "#### 3"}\n' * 2,
     "plays.txt": "To be, or not to be: that is the question. " * 40,
     "pairs.jsonl": '{"prompt": "Who is there?", "response": "Nay, answer me."}\n' * 2,
     "gsm8k_test.jsonl": '{"question": "Two hens lay 3 eggs each. How many?", "answer": "#### 6"}\n' * 2,

@@ -158,14 +158,14 @@ def make_learner(
 
 
 def inputs_of(config: GRPOConfig, base: tuple[Transformer, Tokenizer, Checkpoint]) -> dict:
-    """What the run depends on: the base, the files of problems, and the code of a task or a reward
-    of the user's own, if there are any."""
+    """What the run depends on: the base, the files of problems, and the code of a task and of a
+    reward of the user's own, if there are any."""
     _, tokenizer, checkpoint = base
     inputs = {"base": base_parts(checkpoint, tokenizer)}
     if files := getattr(config.task, "files", None):
         inputs["problems"] = file_parts([Path(file) for file in files])
     if source := getattr(config.task, "source", None):
-        inputs["task"] = file_parts([Path(source)])
+        inputs["task"] = file_parts([source])
     if config.rewards.plugin and (source := source_of(config.rewards.plugin)):
         inputs["plugin"] = file_parts([source])
     return inputs

@@ -4,11 +4,12 @@ They are --task, --options, --data and --skip-bad.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from ..eval.own_code import is_named
+from ..eval.plugin import is_named
 from ..eval.tasks.base import Task
 from ..eval.tasks.catalogue import TASKS, find_task, make_task, option_types
 from ..eval.tasks.own import source_of
@@ -58,9 +59,9 @@ class TaskFlags:
         return [self.data, *(option.removeprefix("test=") for option in tests)]
 
     @property
-    def source(self) -> str | None:
+    def source(self) -> Path | None:
         """The file with the code of a task of the user's own; None for a task of ours."""
-        return str(source_of(find_task(self.name))) if is_named(self.name) else None
+        return source_of(find_task(self.name)) if is_named(self.name) else None
 
     def make(self) -> Task:
         """The task. Raises ValueError for an unknown task or option, or a wrong value."""

@@ -8,7 +8,7 @@ colon, `my_module:MyTask`, is a task of the user's own (own.py).
 from dataclasses import MISSING, fields
 from typing import Any
 
-from ..own_code import is_named
+from ..plugin import is_named
 from . import own
 from .arithmetic import Arithmetic
 from .base import Task

@@ -16,7 +16,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ..own_code import find_named, told
+from ..plugin import load_named, raised
 from ..response import grade_fault, quoted
 from .base import Task
 
@@ -41,7 +41,7 @@ PROBES = ("", "no", "<think>a</think><answer>1</answer>", "<answer>", "\0\ud800<
 def load_task(name: str) -> type[Task]:
     """The class that `module:class` names; ValueError, on one line, for one that is no task."""
     what = f"{FLAG} {name}"
-    task = find_named(name, FLAG)
+    task = load_named(name, FLAG)
     if not isinstance(task, type) or not is_dataclass(task):
         raise ValueError(f"{what} is no dataclass; put @dataclass(frozen=True) above its class")
     members = (*Task.__annotations__, *CALLS, *INHERITED)
@@ -129,29 +129,28 @@ def make(task: type[Task], what: str, options: dict[str, Any]) -> Task:
 
     what: the flag with its value, for the errors.
     """
-    made = attempt(lambda: task(**options), task, f"{what}: making the task")
+    made = attempt(lambda: task(**options), f"{what}: making the task")
     check_task(made, what)
     return made
 
 
-def attempt(call: Callable[[], Any], task: type, what: str) -> Any:
+def attempt(call: Callable[[], Any], what: str) -> Any:
     """What a call gives; ValueError, on one line, for what it raises."""
     try:
         return call()
     except Exception as error:  # whatever the code of a user may raise
         if isinstance(error, ValueError) and type(error).__module__ == "builtins":
             raise ValueError(f"{what} refused: {error}") from error
-        raise ValueError(f"{what} {told(error, task.__module__)}") from error
+        raise ValueError(f"{what} {raised(error)}") from error
 
 
 def check_task(task: Task, what: str) -> None:
     """ValueError, on one line, for a task that does not keep the outline in base.py."""
-    kind = type(task)
 
     def ask(member: str, *arguments: Any) -> Any:
-        shown = ", ".join(quoted(repr(argument), limit=60) for argument in arguments)
+        shown = ", ".join(ascii(argument)[:60] for argument in arguments)
         call = f"{what}: {member}({shown})"
-        return attempt(lambda: getattr(task, member)(*arguments), kind, call)
+        return attempt(lambda: getattr(task, member)(*arguments), call)
 
     # 1. How many problems there are.
     sizes = {split: ask("size", split) for split in ("train", "test")}
@@ -168,6 +167,7 @@ def check_task(task: Task, what: str) -> None:
         if size == 0:
             continue
         problem, again = ask("problem", split, 0), ask("problem", split, 0)
+        check_problem(problem, what)
         prompt = ask("prompt", problem)
         if not isinstance(prompt, str) or not prompt:
             raise ValueError(f"{what}: a prompt is {quoted(repr(prompt))}, expected text")
@@ -176,7 +176,6 @@ def check_task(task: Task, what: str) -> None:
                 f"{what}: problem({split!r}, 0) is another one when it is asked again; it must "
                 "follow from its options, split and index alone (stable_hash in base.py)"
             )
-        check_problem(problem, what)
     # 3. Grades of what a model might say.
     for response in PROBES:
         fault = grade_fault(ask("grade", problem, response))

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ...eval.own_code import is_named, lines_in, told
+from ...eval.plugin import is_named, passed_through, raised
 from ..interrupt import Stopped
 
 # The flags that decide how much memory a command takes, as far as it has them.
@@ -276,7 +276,6 @@ def explain(error: BaseException, config: Any) -> tuple[int, str | None]:
             code = error.exit_code if isinstance(error, Stopped) else kind.code
             return code, kind.say(error, config)
     for name in own_code(config):
-        module = name.partition(":")[0]
-        if lines_in(error, module):
-            return 2, f"{name} {told(error, module)}; mend it"
+        if passed_through(error, name.partition(":")[0]):
+            return 2, f"{name} {raised(error)}; mend it"
     return 1, None
