@@ -68,28 +68,28 @@ def grpo_step(learner: Learner, task: Task, config, step: int) -> dict:
     # 3. How much better than the rest of its group was each answer?         (DeepSeek-R1, eq. 3)
     advantages = learner.credit(rewards, rollouts)
 
-    # (Whoever keeps the samples sees them here: train/rollout_log.py.)
-    learner.observe(rollouts, rewards, advantages)
-
     # 4. Make the better ones more likely, within the trust region.          (DeepSeek-R1, eq. 1)
     metrics = update_policy(learner, rollouts, advantages, config, step)
 
     return metrics | {
-        **sampling_metrics(learner, task, rollouts, rewards),
+        **sampling_metrics(learner, task, rollouts, rewards, advantages),
         **kl_to_reference(learner.reference, rollouts, config, step),
     }
 
 
-def sampling_metrics(learner: Learner, task: Task, rollouts: Rollouts, rewards: Rewards) -> dict:
+def sampling_metrics(
+    learner: Learner, task: Task, rollouts: Rollouts, rewards: Rewards, advantages: Advantages
+) -> dict:
     """What the log shows of everything that was sampled in a step, the replaced groups included.
 
-    A mean over the kept groups alone would leave out the easy and the hopeless problems.
+    A mean over the kept groups alone would leave out the easy and the hopeless problems. Whoever
+    keeps the samples (train/rollout_log.py) is shown them here, where all of them are graded.
     """
     parts = [(rollouts, rewards)]
+    learner.observe(rollouts, rewards, advantages)
     if rollouts.replaced is not None:
         graded = learner.grader(task, rollouts.replaced)
         parts.append((rollouts.replaced, graded))
-        # (They are shown here, because it is here that they are graded.)
         learner.observe(rollouts.replaced, graded, None)
 
     def over_all(value_of: Callable) -> np.ndarray:
