@@ -10,7 +10,7 @@ import torch
 
 from r1zero.model.optimizer import OptimConfig
 from r1zero.rl.advantages import AdvantageConfig, Advantages, advantages
-from r1zero.rl.family import PRESETS, Algorithm, in_words, resolve
+from r1zero.rl.family import PARTS, PRESETS, Algorithm, in_words, resolve
 from r1zero.rl.heads import Critic, CriticLearner
 from r1zero.rl.losses import LossConfig, importance_weights, loss_weights, value_loss
 from r1zero.rl.rollouts import merge, micro_batches
@@ -40,9 +40,9 @@ def test_a_preset_is_complete_and_what_is_given_wins():
         assert None not in config.values() and None not in {**config["loss"], **config["advantage"]}.values()
         expected = defaults | {"algo": algo, "dynamic_sampling": 2}
         expected |= {name: value for name, value in preset.items()
-                     if name not in ("loss", "advantage", "rewards", "dynamic_sampling")}
-        expected["rewards"] = defaults["rewards"] | preset.get("rewards", {})
-        expected["advantage"] = defaults["advantage"] | preset.get("advantage", {})
+                     if name != "dynamic_sampling"}
+        for part in PARTS:
+            expected[part] = defaults[part] | preset.get(part, {})
         expected["loss"] = defaults["loss"] | preset.get("loss", {}) | {"clip_high": 0.3}
         assert config == expected, algo
     whole = LossConfig(objective="cispo")

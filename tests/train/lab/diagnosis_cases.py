@@ -3,6 +3,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
+from r1zero.rl.losses import LossConfig
 from r1zero.train.grpo import grpo_config
 
 NAN = float("nan")
@@ -30,8 +31,10 @@ def log(steps: int = 60, wobble: float = 0.02, **changes) -> list[dict]:
 
 
 def flags(**changes) -> dict:
-    """The flags of a preset as run.json has them, with flags like loss__kl_coef changed."""
-    c = grpo_config(changes.pop("algo", "r1_zero"), run=".", base=".")
+    """The flags of a preset as run.json has them, with flags like loss__kl_coef changed; without a preset
+    those of GRPO with a mean over tokens and no KL."""
+    plain = {} if "algo" in changes else dict(loss=LossConfig(), ref_refresh=0)
+    c = grpo_config(changes.pop("algo", "r1_zero"), run=".", base=".", **plain)
     for name, value in changes.items():
         outer, _, inner = name.partition("__")
         c = replace(c, **{outer: replace(getattr(c, outer), **{inner: value}) if inner else value})
