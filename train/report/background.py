@@ -138,7 +138,13 @@ def resume_command(seed: Seed) -> str:
         ("optim.lr", dig(config, "optim", "lr")),
         ("rewards.accuracy-weight", dig(config, "rewards", "accuracy_weight")),
         ("rewards.format-weight", dig(config, "rewards", "format_weight")),
+        # Only where they are not at their defaults, which are 0 and none.
+        ("rewards.efficiency-weight", dig(config, "rewards", "efficiency_weight") or None),
+        ("rewards.coherence-weight", dig(config, "rewards", "coherence_weight") or None),
     ]
+    if plugin := dig(config, "rewards", "plugin"):
+        given.append(("rewards.plugin", plugin))
+        given.append(("rewards.plugin-weight", dig(config, "rewards", "plugin_weight")))
     words = ["r1zero grpo --resume --steps 200"]
     for name, value in given:
         if value is not None:

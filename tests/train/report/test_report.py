@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from r1zero.rl.rewards import RewardConfig
 from r1zero.train.cli.main import COMMANDS, parse_flags
 from r1zero.train.grpo import GRPOConfig
 from r1zero.train.recipes.demo import DemoConfig
@@ -219,7 +220,9 @@ def test_no_gain_is_called_no_gain(demo):
 
 
 def test_the_commands_that_it_prints_parse(demo):
-    config = {"seed": 3, "max_new_tokens": 128, "optim": {"lr": 2e-4}, "rewards": {"format_weight": 0.2},
+    rewards = {"format_weight": 0.2, "coherence_weight": 0.0, "efficiency_weight": 0.5,
+               "plugin": "json:dumps", "plugin_weight": 0.1}
+    config = {"seed": 3, "max_new_tokens": 128, "optim": {"lr": 2e-4}, "rewards": rewards,
               "task": {"options": ["high=9", "ops=+-"]}}
     (demo / "seed0" / "rl" / "run.json").write_text(json.dumps({"config": config}))
     text = re.findall("<pre>(.*?)</pre>", report(demo), re.DOTALL)[-1]
@@ -227,7 +230,7 @@ def test_the_commands_that_it_prints_parse(demo):
                 if line.startswith("r1zero")]
     assert [words[1] for words in commands] == ["chat", "grpo", "demo", "demo", "demo"]
     grpo = parse_flags("grpo", GRPOConfig, commands[1][2:])
-    assert grpo.task.options == ("high=9", "ops=+-") and grpo.rewards.format_weight == 0.2
+    assert grpo.task.options == ("high=9", "ops=+-") and grpo.rewards == RewardConfig(**rewards)
     assert (grpo.seed, grpo.max_new_tokens, grpo.optim.lr, grpo.resume) == (3, 128, 2e-4, True)
     assert [parse_flags("demo", DemoConfig, words[2:]).seeds for words in commands[2:]] == ["0,1,2", "0", "0"]
     assert {words[1] for words in commands} <= set(COMMANDS)
