@@ -7,9 +7,10 @@
         --rewards.plugin r1zero.train.recipes.own_task:short_thoughts --rewards.plugin-weight 0.1
     r1zero eval --run runs/largest --task r1zero.train.recipes.own_task:Largest
 
-A copy called my_task.py in the current folder is my_task:Largest. (In the copy, write `from r1zero.`
-for `from ...` in the imports.) Its task is to name the largest of some numbers. The authors of its text know the form of an answer, and pick any of the numbers; RL
-finds out that picking the largest pays.
+A copy called my_task.py in the current folder is my_task:Largest. (In the copy, the imports begin
+with `from r1zero.` for `from ...`.) Its task is to name the largest of some numbers. The authors of
+its text know the form of an answer, and pick any of the numbers; RL finds out that picking the
+largest pays.
 
 Left out: a base that knows your task from real text. Any checkpoint will do that is right now and
 then; one that is never right learns nothing.
