@@ -142,7 +142,7 @@ def group_advantages(
     rewards = torch.from_numpy(rewards_N).to(device, torch.float64 if on_cpu else torch.float32)
     offsets = torch.from_numpy(np.asarray(group_offsets)).to(device)
     advantages, _ = grpo_advantages(rewards, offsets, normalise_std)
-    advantages_N = advantages.double().cpu().numpy()
+    advantages_N = advantages.cpu().double().numpy()
     dead_G = dead_groups(rewards_N, group_offsets)
     advantages_N[np.repeat(dead_G, np.diff(group_offsets))] = 0.0
     return advantages_N

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from ..kernels import grpo as kernel
+from ..kernels.dispatch import widest_dtype
 from ..kernels.grpo import KL_ESTIMATORS, OBJECTIVES, POLICY_METRICS
 from ..model.distributed import all_sum
 
@@ -234,7 +235,7 @@ def importance_weights(
     the mean's denominator, as an answer of no reward does: without that, the more is dropped, the
     larger the steps would be. The KL in the loss and the entropy bonus have no such weight.
     """
-    log_ratio = (old_logp - sampler_logp).detach().double()
+    log_ratio = (old_logp - sampler_logp).detach().to(widest_dtype(old_logp.device))
     # One ratio per sequence, for all of its tokens.
     level = config.importance_level
     if level != "token":

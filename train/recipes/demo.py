@@ -89,7 +89,7 @@ class DemoConfig:
     eval_samples: int = 4
     """Number of answers per held-out problem, at temperature 1."""
     device: str = "auto"
-    """Device to compute on: auto (the GPU if there is one), cpu or cuda."""
+    """Device to compute on: auto (the GPU if there is one), cpu, cuda or mps."""
 
     def __post_init__(self):
         at_least(self, 1, "documents", "pretrain_steps", "rl_steps")
