@@ -17,7 +17,7 @@ from r1zero.train.rollout_files import (
     whole_members,
 )
 
-STEPS = {1: b'{"a": 1}\n', 2: b'{"a": 2}\n' * 3, 5: b""}
+STEPS = {1: b'{"a": 1}\n', 2: b'{"a": 2}\n' * 3, 3: b""}
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_damaged_step_is_named_and_the_others_are_read(path):
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"rollouts.jsonl.gz is damaged at step 2 \(.*give another step"):
         read_member(second)
-    assert read_member(third) == STEPS[5]
+    assert read_member(third) == STEPS[3]
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(path):
@@ -99,7 +99,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(path):
 def test_parts_are_read_in_the_order_of_their_numbers(tmp_path):
     for number in (10, 2, 1, 9):
         append_member(part_path(tmp_path, number), number, json.dumps({"part": number}).encode())
-    for stranger in ("rollouts.jsonl", "rollouts.x.jsonl.gz", "rollouts.2.jsonl.gz.bak"):
+    for stranger in ("rollouts.jsonl", "rollouts.x.jsonl.gz", "rollouts-of-rollouts.jsonl.gz"):
         (tmp_path / stranger).write_text("x")
     assert [number for number, _ in parts_of(tmp_path)] == [1, 2, 9, 10]
     steps = kept_steps(tmp_path)
