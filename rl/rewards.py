@@ -171,8 +171,8 @@ def check_task(task, config: RewardConfig) -> None:
     if config.coherence_weight > 0 and getattr(task, "coherence", None) is None:
         raise ValueError(
             f"--rewards.coherence-weight is {config.coherence_weight:g}, but coherence does not "
-            f"apply to the task {getattr(task, 'name', '')}, which has no equations to check; "
-            "leave it out"
+            f"apply to the task {getattr(task, 'name', '')}, which does not check the equations of "
+            "an answer; leave it out"
         )
 
 

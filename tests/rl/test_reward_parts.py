@@ -169,6 +169,6 @@ def test_weights_that_leave_nothing_to_judge_are_refused(options):
 def test_coherence_is_refused_for_a_task_without_equations():
     config = RewardConfig(coherence_weight=0.5)
     check_task(Countdown, config)
-    with pytest.raises(ValueError, match="coherence does not apply to the task gsm8k, which has no"):
+    with pytest.raises(ValueError, match="coherence does not apply to the task gsm8k, which does not check"):
         check_task(SimpleNamespace(name="gsm8k"), config)
     check_task(SimpleNamespace(name="gsm8k"), RewardConfig())

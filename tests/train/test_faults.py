@@ -209,7 +209,7 @@ def test_flags_out_of_range_are_refused_by_name(kind, common, bad):
             assert "\n" not in message
             assert any(w in message for w in ("expected", "must be", "known", "needs")), message
     if kind is RewardConfig:
-        with fails(ValueError, "not both 0"):
+        with fails(ValueError, "one above 0 for accuracy"):
             RewardConfig(accuracy_weight=0, format_weight=0)
 
 
