@@ -212,7 +212,7 @@ def check_room(config: GRPOConfig, task: Task, policy: Transformer, tokenizer: T
     All prompts are measured where they can be counted, else the first MEASURED.
     """
     splits = ("train", "test") if config.eval_every else ("train",)
-    if config.eval_every and not task.held_out:
+    if config.eval_every and not getattr(task, "held_out", True):
         raise ValueError(
             f"--eval-every measures on held-out problems, and --task {task.name} holds none out "
             "of --data; add --options test=FILE or test_share=0.1"
