@@ -111,7 +111,8 @@ def test_the_control_is_not_told_that_it_stands_still():
     ("too_much_clipped", dict(clipped_low=0.9), {"algo": "gspo"}),
     ("entropy_is_gone", dict(entropy=(0.5, 0.01), accuracy=(0.3, 0.95)), {}),
     ("far_from_reference", dict(kl_to_reference=3.0, accuracy=(0.3, 0.4)), {}),
-    ("collapsed", dict(accuracy=(0.3, 0.8, 0.0)), {"control": True}), ("collapsed", dict(accuracy=0.02), {}),
+    ("collapsed", dict(accuracy=(0.3, 0.8, 0.0)), {"control": "random"}),
+    ("collapsed", dict(accuracy=0.02), {}),
     ("degenerate", dict(accuracy=(0.3, 0.8, 0.0), format=(0.9, 0.0)), {}),  # the collapse says it
     ("fell", dict(accuracy=(0.3, 0.8, 0.0)), {}),
     ("cut_off", dict(accuracy=(0.3, 0.8, 0.0), truncated=0.9), {}),
@@ -123,7 +124,7 @@ def test_the_control_is_not_told_that_it_stands_still():
     ("form_only", dict(format=(0.3, 0.9), reward=(0.4, 0.8), accuracy=(0.3, 0.36), wobble=0.0), {}),
     ("form_only", dict(format=(0.3, 0.9), reward=0.4, accuracy=0.3), {}),
     ("form_only", dict(format=(0.3, 0.9), reward=(0.4, 0.6), accuracy=0.3, steps=29), {}),
-    ("form_only", dict(format=(0.3, 0.9), reward=(0.4, 0.6), accuracy=0.3), {"control": True}),
+    ("form_only", dict(format=(0.3, 0.9), reward=(0.4, 0.6), accuracy=0.3), {"control": "permute"}),
     ("fell", dict(accuracy=(0.8, 0.65), wobble=0.2), {}), ("flat", dict(accuracy=0.95), {}),
     ("flat", dict(steps=49, accuracy=0.5), {}), ("critic_is_blind", dict(steps=19, value_explained=-1), {}),
     ("little_signal", dict(dead_groups=0.9, all_wrong=0.9), {}), ("too_hard", dict(steps=9, all_wrong=1), {}),
