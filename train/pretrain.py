@@ -33,10 +33,11 @@ from .data import encode_documents, is_jsonl, read_documents, split_tail, text_f
 from .fit import fit
 from .inputs import Inputs, file_parts
 from .machine import pick_device, reuse_memory
+from .recipes import minimal_text
 from .recipes.demo_corpus import CorpusConfig, documents, words
 from .run import Run, RunConfig, at_least
 
-CORPUS = ("countdown",)  # the --data that stands for the demo's corpus
+MADE_HERE = ("countdown", "minimal")  # a --data that stands for the corpus of a recipe
 TAIL_BATCH = 16  # windows of held-out text that are scored at a time
 
 
@@ -50,12 +51,12 @@ class PretrainConfig(ComputeFlags, RunConfig):
 
     data: tuple[str, ...]
     """Text files, .jsonl files (field `text`) or folders of them. The single word countdown stands
-    for the demo's corpus."""
+    for the demo's corpus, minimal for that of the smallest recipe."""
     skip_bad: bool = False
     """Go on without the lines of .jsonl files that are bad, and say how many there are."""
     tokenizer: str = "bpe"
     """Tokenizer for real text: bpe (trained on the data), bytes, or a .tiktoken file of ranks. The
-    demo's corpus brings its own."""
+    corpus of a recipe brings its own."""
     vocab_size: int = 1024
     """Size of the vocabulary, where the tokenizer is trained."""
     model: str = "demo"
@@ -70,7 +71,7 @@ class PretrainConfig(ComputeFlags, RunConfig):
     task: Countdown = field(default_factory=Countdown)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     documents: int = 50_000
-    """Number of documents in the demo's corpus."""
+    """Number of documents in the corpus of a recipe."""
     tail_share: float = 0.1
     """Share of a real text that is held out, at its end."""
     seed: int = 0
@@ -86,12 +87,17 @@ class PretrainConfig(ComputeFlags, RunConfig):
                 f"--tail-share is {self.tail_share}, expected more than 0 and "
                 "less than 1, such as 0.1"
             )
-        if self.skip_bad and self.data == CORPUS:
+        if self.skip_bad and self.is_made_here:
             raise ValueError(
-                "--skip-bad is for text from files, and countdown is made here; leave it out"
+                f"--skip-bad is for text from files, and {self.data[0]} is made here; leave it out"
             )
         # An unknown preset is refused now, not after the data is made.
         preset(self.model, self.vocab_size)
+
+    @property
+    def is_made_here(self) -> bool:
+        """Whether the text is the corpus of a recipe."""
+        return len(self.data) == 1 and self.data[0] in MADE_HERE
 
 
 # ---- what to train on ----
@@ -107,9 +113,13 @@ def make_tokenizer(name: str, texts: list[str], vocab_size: int) -> Tokenizer:
 
 
 def corpus_batches(config: PretrainConfig) -> tuple[Tokenizer, DocumentBatches]:
-    """The demo's tokenizer, and its corpus as batches."""
-    tokenizer = Tokenizer.from_words(words(config.task))
-    texts = documents(config.task, config.documents, config.corpus, config.seed)
+    """The tokenizer of a recipe, and its corpus as batches."""
+    if config.data == ("minimal",):
+        tokenizer = Tokenizer.from_words(minimal_text.words())
+        texts = minimal_text.documents(config.documents, config.seed)
+    else:
+        tokenizer = Tokenizer.from_words(words(config.task))
+        texts = documents(config.task, config.documents, config.corpus, config.seed)
     ids = encode_documents(tokenizer, texts)
     max_seq_len = preset(config.model, tokenizer.vocab_size).max_seq_len
     return tokenizer, DocumentBatches(ids, config.batch_tokens, max_seq_len, config.seed)
@@ -140,10 +150,10 @@ def first_share(texts: list[str], share: float) -> list[str]:
 def inputs_of(config: PretrainConfig) -> Inputs:
     """What the run depends on: the content of its files, and whether they are read line by line.
 
-    (The flags say all about the demo's corpus.)
+    (The flags say all about the corpus of a recipe.)
     """
-    if config.data == CORPUS:
-        return {"data": [[CORPUS[0], "by its flags"]]}
+    if config.is_made_here:
+        return {"data": [[config.data[0], "by its flags"]]}
     files = [file for path in config.data for file in text_files(Path(path))]
     kinds = [[str(file), "lines" if is_jsonl(file) else "text"] for file in files]
     return {"data": file_parts(files), "kind of data": kinds}
@@ -201,9 +211,9 @@ def pretrain(config: PretrainConfig) -> Transformer:
     precision = config.precision(device)
     run = Run(config, "pretrain")
 
-    # 1. What to train on: the demo's corpus, or a real text with its end held out.
+    # 1. What to train on: the corpus of a recipe, or a real text with its end held out.
     tail = None
-    if config.data == CORPUS:
+    if config.is_made_here:
         tokenizer, batches = corpus_batches(config)
     else:
         tokenizer, batches, tail = text_batches(config)

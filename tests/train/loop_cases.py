@@ -1,4 +1,5 @@
 """What the tests of the loops share: a run folder to start from, short runs on a text and on the bandit."""
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ from r1zero.eval.tasks.countdown import Countdown
 from r1zero.model.checkpoint import save_checkpoint
 from r1zero.model.optimizer import OptimConfig
 from r1zero.model.tokenizer import Tokenizer
+from r1zero.rl.losses import LossConfig
 from r1zero.train.batches import DocumentBatches
 from r1zero.train.grpo import GRPOConfig
 from r1zero.train.grpo import grpo_config as complete_config
@@ -42,11 +44,16 @@ def pretrain_config(run, data: str, **changes) -> PretrainConfig:
     return PretrainConfig(run=str(run), data=(data,), **{**common, **changes})
 
 
-def grpo_config(run, base, algo="r1_zero", **changes) -> GRPOConfig:
-    """Five short steps of GRPO on the bandit."""
+def grpo_config(run, base, algo="plain", **changes) -> GRPOConfig:
+    """Five short steps of GRPO on the bandit; "plain" has a mean over tokens and no KL."""
     optim = OptimConfig(lr=3e-3, warmup=0, schedule="constant", weight_decay=0.0)
     common = dict(task=Bandit(), prompts_per_step=4, group_size=4, max_new_tokens=3, steps=5, save_every=2,
                   optim=optim, micro_tokens=40, device="cpu")
+    if algo == "plain":
+        algo = "r1_zero"
+        common |= dict(loss=LossConfig(), ref_refresh=0)
+        if isinstance(changes.get("loss"), dict):
+            changes["loss"] = asdict(LossConfig()) | changes["loss"]
     return complete_config(algo, run=str(run), base=str(base), **{**common, **changes})
 
 

@@ -89,3 +89,13 @@ def test_a_pair_and_the_same_as_messages_give_the_same_loss_and_each_turn_of_a_c
     learned = [0, 1, 2, 4, 5]  # all but d, which the user said
     expected = -float(logp_R[learned].mean())
     assert first_loss("more", {"messages": more}) == pytest.approx(expected, rel=1e-5)
+
+
+def test_bad_messages_are_refused_before_anything_is_written(tmp_path):
+    data = tmp_path / "bad.jsonl"
+    data.write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    c = SFTConfig(run=str(tmp_path / "sft"), base=str(save_base(tmp_path / "base")), data=str(data), steps=1,
+                  device="cpu")
+    with pytest.raises(ValueError, match="bad.jsonl, line 1: no message is the assistant's"):
+        sft(c)
+    assert not (tmp_path / "sft").exists()

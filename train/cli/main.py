@@ -54,6 +54,12 @@ COMMANDS = {
         function="demo",
         purpose="R1-Zero from nothing: a base model, GRPO, control, report",
     ),
+    "recipe minimal": Command(
+        module="recipes.minimal",
+        config="MinimalConfig",
+        function="minimal",
+        purpose="the smallest whole loop, with probes, in two minutes",
+    ),
     "pretrain": Command(
         module="pretrain",
         config="PretrainConfig",
@@ -117,7 +123,7 @@ COMMANDS = {
 
 def usage() -> str:
     """The text of `r1zero --help`."""
-    lines = [f"  {name:<10} {command.purpose}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<14} {command.purpose}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: r1zero <command> [--flags]",
@@ -138,6 +144,14 @@ def versions() -> str:
 
     parts = [f"{name} {package_version(name)}" for name in ("r1zero", "torch")]
     return f"{parts[0]} (Python {platform.python_version()}, {parts[1]})"
+
+
+def command_of(words: list[str]) -> tuple[str, list[str]]:
+    """(the command, the words behind it). The name of a command may have two words."""
+    two = " ".join(words[:2])
+    if two in COMMANDS:
+        return two, words[2:]
+    return words[0], words[1:]
 
 
 # ---- text for a terminal ----
@@ -230,9 +244,11 @@ def main(argv: list[str] | None = None) -> int:
     show_traceback = "--traceback" in argv
     argv = [word for word in argv if word != "--traceback"]
     with ready_streams() as output, ends_like_ctrl_c():
-        name, *flags = argv or ["--help"]
-        if name == "help" and flags[:1] and flags[0] in COMMANDS:
-            name, flags = flags[0], ["--help"]
+        name, flags = command_of(argv or ["--help"])
+        if name == "help" and flags:
+            asked, _ = command_of(flags)
+            if asked in COMMANDS:
+                name, flags = asked, ["--help"]
         if name in ("-h", "--help", "help"):
             return print_text(usage(), output)
         if name in ("-V", "--version", "version"):

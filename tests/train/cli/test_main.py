@@ -51,6 +51,15 @@ def test_help_names_every_command(capsys, argv):
     assert all(f"\n  {command} " in text for command in COMMANDS)
 
 
+def test_a_command_of_two_words_is_found_and_half_of_it_is_mended(capsys):
+    for words in (["recipe", "minimal", "--help"], ["help", "recipe", "minimal"]):
+        assert main(words) == 0
+        assert "usage: r1zero recipe minimal " in capsys.readouterr().out
+    for words in (["recipe"], ["recipe", "demo"], ["recipe", "--help"]):
+        assert main(words) == 2
+        assert "no command 'recipe' (did you mean recipe minimal?)" in capsys.readouterr().err
+
+
 def test_an_unknown_command_names_the_known_ones(capsys):
     assert main(["pretrian", "--run", "x"]) == 2
     error = capsys.readouterr().err
