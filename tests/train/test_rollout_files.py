@@ -65,7 +65,8 @@ def test_a_header_that_says_impossible_sizes_ends_the_search(path):
         assert whole_members(path) == [first]
 
 
-@pytest.mark.parametrize("content", [b"{}\n", gzip.compress(b"{}\n"), b"\0" * 64], ids=["text", "gzip", "zeros"])
+@pytest.mark.parametrize("content", [b"{}\n", gzip.compress(b"{}\n"), b"\0" * 64],
+                         ids=["text", "gzip", "zeros"])
 def test_a_file_that_something_else_wrote_is_named_and_not_touched(tmp_path, content):
     path = tmp_path / "rollouts.jsonl.gz"
     path.write_bytes(content)

@@ -2,6 +2,7 @@
 
     r1zero recipe minimal                    all of it; minimal.md is the page to read beside it
     r1zero recipe minimal --sft-steps 0      GRPO straight on the base
+    r1zero recipe minimal --control random   and once more, with rewards that say nothing
 
 1. Make two texts (minimal_text.py): facts and sums to pretrain on, questions and answers to
    fine-tune on.
@@ -13,7 +14,7 @@ Before the first stage and after each, the same three prompts are put to the mod
 held-out sums are measured. Every stage is a run of its own (pretrain.py, sft.py, grpo.py) in a
 folder of its own, so Ctrl-C and --resume work throughout.
 
-Left out: the control and a report, which the demo has.
+Left out: a report, which the demo has.
 """
 
 import json
@@ -69,6 +70,9 @@ class MinimalConfig:
     rl_steps: int = 30
     """Number of GRPO steps, of 16 sums x 16 answers each."""
     rewards: RewardConfig = field(default_factory=RewardConfig)
+    control: str = "none"
+    """Run GRPO once more, with rewards that say nothing: permute or random, as r1zero grpo --help
+    explains; none leaves it out."""
     eval_problems: int = 256
     """Number of held-out sums to measure on, with one answer each."""
     device: str = "auto"
@@ -77,8 +81,9 @@ class MinimalConfig:
     def __post_init__(self):
         at_least(self, 1, "documents", "pretrain_steps", "rl_steps", "eval_problems")
         at_least(self, 0, "sft_steps", "seed")
-        # An unknown preset is refused now, not after the text is made.
+        # What only a later stage would refuse is refused now, not after the text is made.
         preset(self.model, vocab_size=1)
+        rl_config(self, Path(self.run), self.control)
 
 
 # ---- the stages: each is an ordinary run ----
@@ -112,12 +117,12 @@ def sft_config(config: MinimalConfig, folder: Path) -> SFTConfig:
     )
 
 
-def rl_config(config: MinimalConfig, folder: Path) -> GRPOConfig:
+def rl_config(config: MinimalConfig, folder: Path, control: str = "none") -> GRPOConfig:
     """GRPO on the sums, on the fine-tuned model, or on the base if that stage is left out."""
     options = ("ops=+", "digits=1", f"n_operands={N_NUMBERS}", f"seed={config.seed}")
     return grpo_config(
         "grpo",
-        run=str(folder / "rl"),
+        run=str(folder / ("rl" if control == "none" else "control")),
         base=str(folder / ("sft" if config.sft_steps else "base")),
         task=TaskFlags(name="arithmetic", options=options),
         steps=config.rl_steps,
@@ -125,6 +130,7 @@ def rl_config(config: MinimalConfig, folder: Path) -> GRPOConfig:
         max_new_tokens=MAX_NEW_TOKENS,
         micro_tokens=8192,
         rewards=config.rewards,
+        control=control,
         optim=rl_optim(4e-4),
         seed=config.seed,
         device=config.device,
@@ -138,6 +144,8 @@ def stages_of(config: MinimalConfig, folder: Path) -> list[tuple[str, Callable, 
     if config.sft_steps:
         stages.append(("sft", sft, sft_config(config, folder)))
     stages.append(("rl", grpo, rl_config(config, folder)))
+    if config.control != "none":
+        stages.append(("control", grpo, rl_config(config, folder, config.control)))
     return stages
 
 
@@ -149,6 +157,7 @@ TITLES = {
     "base": "after pretraining",
     "sft": "after fine-tuning",
     "rl": "after GRPO",
+    "control": "after the control",
 }
 
 
@@ -293,7 +302,7 @@ def minimal(config: MinimalConfig) -> Path:
     atomic_write_text(folder / "pairs.jsonl", pairs_file(N_PAIRS, config.seed))
     probe("random", 0, *random_model(config))
 
-    # 2. to 4. Each stage goes on from the one before.
+    # 2. to 4. Each stage goes on from the one before; the control begins where GRPO began.
     for name, loop, stage_config in stages_of(config, folder):
         results.add_seconds(name, run_part(loop, stage_config))
         model, tokenizer, _ = load_model(stage_config.run, pick_device(config.device))

@@ -1,5 +1,6 @@
 """The smallest whole loop at toy size: every stage is run, asked and measured, once."""
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -74,3 +75,11 @@ def test_the_table_has_a_row_per_stage_that_was_measured():
 def test_flags_out_of_range_are_refused(flags):
     with pytest.raises(ValueError, match=next(iter(flags)).replace("_", "-")):
         MinimalConfig(**flags)
+
+
+def test_the_control_is_a_stage_of_its_own_that_begins_where_grpo_began(tmp_path, capsys):
+    config = MinimalConfig(control="random")
+    (_, _, rl), (name, _, control) = stages_of(config, tmp_path)[-2:]
+    assert name == "control" and control == replace(rl, run=str(tmp_path / "control"), control="random")
+    assert recipe(tmp_path / "none", "--control", "typo") == 2 and not (tmp_path / "none").exists()
+    assert "control is 'typo', expected none or permute or random" in capsys.readouterr().err
