@@ -48,9 +48,9 @@ def over_tokens(per_answer):
     return mean(x for answer in per_answer for x in answer)
 
 
-def grpo(group):
+def grpo(group, beta=BETA):
     """arXiv 2402.03300, eq. 3: (1/G) sum_i (1/|o_i|) sum_t of the surrogate minus beta k3."""
-    return mean(mean(clipped(s.ratio, a, 0.2, 0.2) - BETA * KL_IN_LOSS["k3"](s) for s in y.steps)
+    return mean(mean(clipped(s.ratio, a, 0.2, 0.2) - beta * KL_IN_LOSS["k3"](s) for s in y.steps)
                 for y, a in zip(group, normalised(rewards_of(group)), strict=True))
 
 
@@ -175,7 +175,7 @@ def dppo(group):
 
 def demo(group):
     """No paper's: grpo, whose KL has a larger weight."""
-    return grpo(group)
+    return grpo(group, beta=0.05)
 
 
 PAPERS = {f.__name__: f for f in (r1_zero, grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, reinforce,
