@@ -406,6 +406,7 @@ def policy_loss_fwd(
             BLOCK=1024,
             COLUMNS=COLUMNS,
             num_warps=8,
+            maxnreg=255,  # or it spills on sm_120, to run more programs at once
         )
     policy_sums_fwd_kernel[(1,)](
         rows,
