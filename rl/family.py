@@ -144,7 +144,8 @@ class Algorithm:
     reward falls by up to 1. 0 turns it off."""
     dead_groups: str = "rules"
     """Which groups teach nothing. "rules": those equal in accuracy, format and plug-in together, in
-    which efficiency and coherence then do not count. "reward": those equal in the whole reward."""
+    which efficiency and coherence then do not count, but the overlong penalty does. "reward": those
+    equal in the whole reward."""
     control: str = "none"
     """Train on rewards that carry no information, to see what training does by itself. "permute":
     shuffle the rewards within each group. "random": toss a coin for each answer."""

@@ -5,8 +5,9 @@
     overlong     does it come near the limit of its length?          DAPO, eq. 13
 
 Efficiency and coherence say nothing of whether the answer is right. In a group whose answers are
-all right or all wrong they would be all that differs, and be blown up by the group's standard
-deviation. So there they count nothing, unless `--dead-groups reward` asks for it.
+equal in accuracy, format and plug-in they would be all that differs, and be blown up by the group's
+standard deviation. So there they count nothing, unless `--dead-groups reward` asks for it. (The
+overlong penalty counts everywhere, as in DAPO.)
 
 Shapes: N answers, G groups.
 """
@@ -16,6 +17,7 @@ from itertools import pairwise
 import numpy as np
 
 SHAPING = ("efficiency", "coherence")  # the parts that do not count in dead groups
+OVERLONG = "overlong"
 Parts = dict[str, np.ndarray]
 
 
@@ -62,8 +64,9 @@ def efficiency(
 
 
 def without_shaping_in_dead_groups(parts: Parts, rollouts, weights: dict[str, float]) -> Parts:
-    """The parts, efficiency and coherence 0 in the groups whose other parts add up to the same."""
-    judging = {name: parts[name] for name in parts if name not in SHAPING}
+    """The parts, efficiency and coherence 0 in the groups whose accuracy, format and plug-in add up
+    to the same."""
+    judging = {name: parts[name] for name in parts if name not in (*SHAPING, OVERLONG)}
     judged_N = weighted_sum(judging, weights)
     dead_G = groups_alike(judged_N, rollouts.group_offsets)
     sizes_G = np.diff(rollouts.group_offsets)
@@ -86,4 +89,4 @@ def overlong_penalty(lengths_N: np.ndarray, max_new_tokens: int, buffer: float) 
 def lower_overlong(parts: Parts, rollouts, max_new_tokens: int, buffer: float) -> Parts:
     """The parts, and beside them the penalty of answers that come near the limit."""
     penalty_N = overlong_penalty(rollouts.response_lengths, max_new_tokens, buffer)
-    return parts | {"overlong": penalty_N}
+    return parts | {OVERLONG: penalty_N}

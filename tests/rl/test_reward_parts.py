@@ -92,7 +92,9 @@ def test_the_penalty_for_long_answers_revives_a_group_as_before():
     found = graded(overlong_buffer=1.0, max_new_tokens=20)
     assert not found.dead(MIXED.group_offsets).any() and found.penalty.tolist() == [0.5, 1] * 3
     both = graded(overlong_buffer=1.0, max_new_tokens=20, rewards=dict(efficiency_weight=0.5))
-    assert (both.training_parts["efficiency"] == both.parts["efficiency"]).all()
+    assert both.parts["efficiency"][:4].any()  # but efficiency does not come back with it
+    assert not both.training_parts["efficiency"][:4].any()
+    assert (both.training_parts["efficiency"][4:] == both.parts["efficiency"][4:]).all()
 
 
 def test_dynamic_sampling_replaces_the_groups_that_the_setting_calls_dead():
