@@ -172,6 +172,17 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.float16
 
 
+def compiles_first(device: torch.device) -> bool:
+    """Whether the ops will be compiled at their first call on this device, which takes a minute or
+    two: on a CPU, where that has not been done before. (On a GPU Triton does it in seconds.)"""
+    from .cpu.compile import HAS_NUMBA, cache_folder  # not above: it imports Numba
+
+    if device.type != "cpu" or not HAS_NUMBA:
+        return False
+    folder = cache_folder()  # of the machine code, which Numba has an index for in .nbi files
+    return folder is None or not any(folder.rglob("*.nbi"))
+
+
 def widest_dtype(device: torch.device) -> torch.dtype:
     """float64; float32 on an Apple GPU, which has no wider one."""
     return torch.float32 if device.type == "mps" else torch.float64

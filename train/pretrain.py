@@ -60,7 +60,8 @@ class PretrainConfig(ComputeFlags, RunConfig):
     vocab_size: int = 1024
     """Size of the vocabulary, where the tokenizer is trained."""
     model: str = "demo"
-    """Size of the model: a preset (demo, tiny, qwen2.5-0.5b, ...) or depth=N."""
+    """Size of the model: a preset (demo and tiny, with room for 256 tokens, qwen2.5-0.5b, ...) or
+    depth=N, with room for 512."""
     seq_len: int = 128
     """Number of tokens in a window of real text."""
     batch_tokens: int = 2048

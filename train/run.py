@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from ..eval.console import Bar, say
+from ..kernels.dispatch import compiles_first
 from ..model.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -49,7 +50,7 @@ from .inputs import Inputs, changes_of
 from .interrupt import Interrupt, Stopped
 from .lock import FolderLock
 from .log import MetricsLog
-from .machine import describe_machine
+from .machine import describe_machine, pick_device
 from .settings import check_settings, settings_of
 from .wandb_log import NoWandb, WandbLog
 
@@ -257,6 +258,10 @@ class Run:
                 "or make it writable"
             ) from error
         self.interrupt.__enter__()
+        if compiles_first(pick_device(self.config.device)):
+            say(
+                "compiling the loops for this processor, once: the first step takes a minute or two"
+            )
         return self
 
     def _open(self) -> None:
