@@ -227,7 +227,7 @@ def check_room(config: GRPOConfig, task: Task, policy: Transformer, tokenizer: T
     if longest >= limit:
         raise ValueError(
             f"a prompt of --task {task.name} has up to {longest} tokens, and the base has room for "
-            f"{limit} in all, the answer among them; give shorter prompts, or a base with more room "
+            f"{limit} in all, the answer among them; give shorter prompts, or a longer base "
             "(r1zero pretrain --model depth=2 has 512 tokens)"
         )
     if longest + config.max_new_tokens > limit:
