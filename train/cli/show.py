@@ -29,7 +29,7 @@ from ..report.step_page import (
 )
 from ..rollout_files import kept_steps, read_step
 from .diagnose import check_run_folder
-from .main import printable
+from .main import one_line, printable
 
 LIMIT = 4  # answers per group, where no number is given
 MOST_CHARACTERS = 600  # of a text, unless one group is shown whole
@@ -58,6 +58,8 @@ class ShowConfig:
             if value is not None and value < 1:
                 raise ValueError(f"--{name} is {value}, expected 1 or more")
         if self.html is not None:
+            if self.html == "-":
+                raise ValueError("--html - would write a file of that name; give another one")
             check_result_path(self.html, flag="--html")
             if is_stream(self.html):
                 raise ValueError(f"--html {self.html} is no file that can be replaced; give one")
@@ -134,7 +136,7 @@ class Printer:
         text = self.shorten(sample["response"]).replace("\n", "\n    ")
         strength = advantage_of(sample)
         head = self.paint(head_of(sample), strength)
-        return f"  {head} {printable(note_of(sample))}\n    {self.paint(text, strength)}"
+        return f"  {head} {one_line(note_of(sample))}\n    {self.paint(text, strength)}"
 
     def group(self, number: int, group: list[dict], limit: int) -> str:
         prompt = " ".join(self.shorten(group[0]["prompt"]).split())

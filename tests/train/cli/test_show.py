@@ -98,6 +98,12 @@ def test_text_of_a_model_cannot_steer_the_terminal_and_long_text_is_cut(tmp_path
     assert "x" * 2000 in printed(capsys, "--group", "1", run=run).out
 
 
+def test_a_reason_of_several_lines_stays_on_the_line_of_its_answer(tmp_path, capsys):
+    wild = [sample(0, 1, why="one\ngroup 7: forged\ttext\r\u202e\x1b[31m end")]
+    out = printed(capsys, run=run_folder(tmp_path / "wild", {1: wild})).out
+    assert "stop. one group 7: forged text \\u202e\\x1b[31m end\n    answer 0\n" in out
+
+
 class Terminal:
     def isatty(self):
         return True
@@ -141,6 +147,16 @@ def test_the_page_of_an_old_run_takes_the_tokenizer_of_its_checkpoint(tmp_path, 
     assert text.count('<div class="sample"') == 1 and "Group 2: " in text
 
 
+def test_text_that_turns_the_direction_of_writing_cannot_reorder_what_stands_beside_it(tmp_path, capsys):
+    run = run_folder(tmp_path / "run", {1: [sample(0, 1, why="\u202e turned", prompt="\u202e 7")]})
+    save_base(run / "start")
+    printed(capsys, "--html", str(tmp_path / "a.html"), run=run)
+    text = (tmp_path / "a.html").read_text(encoding="utf-8")
+    isolated = re.search(r"^([a-z, ]+) \{ unicode-bidi: isolate; \}$", text, re.MULTILINE)[1].split(", ")
+    holding = re.findall(r"<(\w+)[^<>]*>[^<>]*\u202e", text)
+    assert holding == ["code", "span"] and set(holding) <= set(isolated)
+
+
 def test_the_figures_of_a_page_are_of_all_answers_whatever_is_shown(run, tmp_path, capsys):
     save_base(run / "start")
     for words, n_shown, groups in (("", 15, "123"), ("--limit 2", 6, "123"), ("--group 2", 5, "2"),
@@ -163,7 +179,7 @@ def test_the_figures_of_a_page_are_of_all_answers_whatever_is_shown(run, tmp_pat
     ("--group -1", "--group is -1"),
     ("--html RUN", "it is a folder"), ("--html RUN/run.json", "would replace the file"),
     ("--html RUN/rollouts.jsonl.gz", "--html RUN/rollouts.jsonl.gz would replace the file"),
-    ("--html /dev/null", "--html /dev/null is no file"),
+    ("--html /dev/null", "--html /dev/null is no file"), ("--html -", "--html - would write a file of that"),
 ])
 def test_show_refuses_in_one_line_and_says_what_there_is(run, capsys, words, said):
     found = printed(capsys, *words.replace("RUN", str(run)).split(), run=run, code=2)
