@@ -78,9 +78,10 @@ def test_a_flipped_bit_in_a_header_deletes_no_later_step(path):
 
 
 def test_damage_behind_the_steps_that_stay_is_cut_off_with_the_others(path):
-    first, second, third = whole_members(path)
+    append_member(path, 4, b"behind the damage")
+    first, _, third, _ = whole_members(path)
     data = bytearray(path.read_bytes())
-    data[third.offset + 24] ^= 1
+    data[third.offset] ^= 1
     path.write_bytes(data)
     cut_after(path, 1)
     assert path.read_bytes() == data[:first.size]
