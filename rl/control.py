@@ -11,9 +11,9 @@ points).
 run, and dead groups stay dead. "random" knows nothing of the answers at all, not even which
 problems are hard: every group has a signal, of noise alone.
 
-Both are a fixed function of the seed, of the step that the answers were sampled in, and, for
-"random", of the group's tokens. So a run that is resumed, or answers that are graded twice, have
-the same.
+Both are a fixed function of the seed and of the step that the answers were sampled in, so a run
+that is resumed has the same. "random" follows from the group's tokens, too: answers that dynamic
+sampling grades twice, at two positions, have the same. With "permute" they may not.
 """
 
 import zlib

@@ -108,12 +108,32 @@ def append_member(path: Path, step: int, data: bytes) -> None:
             raise
 
 
+def check_tail(path: Path, whole: list[Member]) -> None:
+    """Raise ValueError if more follows the whole members than one that was half written."""
+    last = whole[-1] if whole else Member(path, 0, 0, 0)
+    with open(path, "rb") as file:
+        file.seek(last.offset)
+        rest = file.read()
+    # What was half written begins where the last member ends. A header anywhere else is that of a
+    # later step, behind a header whose size or name is damaged.
+    starts = {last.offset + match.start() for match in re.finditer(re.escape(FIXED), rest)}
+    if starts - {last.offset, last.offset + last.size}:
+        where = f"behind step {last.step}" if whole else "at its start"
+        raise ValueError(
+            f"{path} is damaged {where}, and later steps follow; restore it, or move it away"
+        )
+
+
 def cut_after(path: Path, step: int) -> None:
     """Cut off the members after `step`, and what is not whole; without members the file goes.
 
-    Raises as `whole_members`, and OSError if the file cannot be changed.
+    Raises as `whole_members`, OSError if the file cannot be changed, and ValueError if it is
+    damaged in its middle, so that steps that are to stay would go, too.
     """
-    kept = [member for member in whole_members(path) if member.step <= step]
+    whole = whole_members(path)
+    kept = [member for member in whole if member.step <= step]
+    if len(kept) == len(whole):
+        check_tail(path, whole)
     if not kept:
         path.unlink()
         return

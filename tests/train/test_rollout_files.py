@@ -65,6 +65,28 @@ def test_a_header_that_says_impossible_sizes_ends_the_search(path):
         assert whole_members(path) == [first]
 
 
+def test_a_flipped_bit_in_a_header_deletes_no_later_step(path):
+    data, damaged_at = path.read_bytes(), [m.offset for m in whole_members(path)[:2]]
+    for start in damaged_at:
+        for bit in (*range(16 * 8), *range(24 * 8, 32 * 8)):  # of the fixed bytes, and of the size
+            damaged = bytearray(data)
+            damaged[start + bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match="rollouts.jsonl.gz is .*restore it, or move it away"):
+                cut_after(path, 9)
+            assert path.read_bytes() == damaged
+
+
+def test_damage_behind_the_steps_that_stay_is_cut_off_with_the_others(path):
+    append_member(path, 4, b"behind the damage")
+    first, _, third, _ = whole_members(path)
+    data = bytearray(path.read_bytes())
+    data[third.offset] ^= 1
+    path.write_bytes(data)
+    cut_after(path, 1)
+    assert path.read_bytes() == data[:first.size]
+
+
 @pytest.mark.parametrize("content", [b"{}\n", gzip.compress(b"{}\n"), b"\0" * 64],
                          ids=["text", "gzip", "zeros"])
 def test_a_file_that_something_else_wrote_is_named_and_not_touched(tmp_path, content):

@@ -14,6 +14,7 @@ import torch
 from r1zero.eval.tasks.countdown import Countdown
 from r1zero.model.checkpoint import load_model
 from r1zero.rl.advantages import Advantages
+from r1zero.train import rollout_log
 from r1zero.train.cli.grade import GradeConfig, grade
 from r1zero.train.grpo import grpo, make_learner
 from r1zero.train.log import read_metrics
@@ -198,6 +199,26 @@ def test_a_full_part_is_followed_by_the_next_and_all_are_cut_on_resume(whole, tm
     part_path(tmp_path, 1).unlink()  # somebody has moved it away
     write_steps(log_of(tmp_path, whole, last_step=12, part_bytes=1000), parts, [12])
     assert list(kept_steps(tmp_path))[-1] == 13
+
+
+def test_every_part_that_was_written_to_is_flushed_once_even_if_one_was_moved_away(
+        whole, tmp_path, monkeypatch, capsys):
+    flushed = []
+    monkeypatch.setattr(rollout_log, "flush", flushed.append)
+    parts, log = shown(whole), log_of(tmp_path, whole, part_bytes=1)
+    write_steps(log, parts, range(4))
+    written = [path for _, path in parts_of(tmp_path)]
+    assert len(written) == 4
+    log.sync()
+    assert sorted(flushed) == sorted(written)
+    log.sync()
+    assert len(flushed) == len(written)  # nothing new
+    write_steps(log, parts, range(4, 8))
+    moved = parts_of(tmp_path)[-2][1]
+    moved.unlink()
+    log.sync()
+    assert moved not in flushed and parts_of(tmp_path)[-1][1] in flushed
+    assert capsys.readouterr().err == ""
 
 
 # ---- keeping decides nothing ----

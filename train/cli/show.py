@@ -19,6 +19,7 @@ from ...eval.result_file import check_result_path, is_stream, target_of
 from ...model.files import atomic_write_text
 from ..report.step_page import (
     advantage_of,
+    best_and_worst,
     by_group,
     group_in_words,
     head_of,
@@ -28,7 +29,7 @@ from ..report.step_page import (
 )
 from ..rollout_files import kept_steps, read_step
 from .diagnose import check_run_folder
-from .main import printable
+from .main import one_line, printable
 
 LIMIT = 4  # answers per group, where no number is given
 MOST_CHARACTERS = 600  # of a text, unless one group is shown whole
@@ -57,6 +58,8 @@ class ShowConfig:
             if value is not None and value < 1:
                 raise ValueError(f"--{name} is {value}, expected 1 or more")
         if self.html is not None:
+            if self.html == "-":
+                raise ValueError("--html - would write a file of that name; give another one")
             check_result_path(self.html, flag="--html")
             if is_stream(self.html):
                 raise ValueError(f"--html {self.html} is no file that can be replaced; give one")
@@ -77,7 +80,7 @@ def ranges(numbers: list[int]) -> str:
 
 
 def read_samples(config: ShowConfig) -> list[dict]:
-    """The samples of the step, or of one group of it.
+    """All samples of the step.
 
     Raises ValueError, in plain words, for a run, a step or a group that is not there.
     """
@@ -97,22 +100,12 @@ def read_samples(config: ShowConfig) -> list[dict]:
         )
     samples = read_step(steps[step])
     groups = by_group(samples)
-    if config.group is None:
-        return samples
-    if config.group not in groups:
+    if config.group is not None and config.group not in groups:
         raise ValueError(
             f"--group is {config.group}, but step {step} has kept groups {ranges(list(groups))}; "
             "give one of them"
         )
-    return groups[config.group]
-
-
-def best_and_worst(group: list[dict], limit: int) -> tuple[list[dict], list[dict]]:
-    """(the best, the worst) of a group that is sorted; together `limit` samples, or all."""
-    if len(group) <= limit:
-        return group, []
-    n_worst = limit // 2
-    return group[: limit - n_worst], group[len(group) - n_worst :]
+    return samples
 
 
 # ---- in the terminal ----
@@ -143,7 +136,7 @@ class Printer:
         text = self.shorten(sample["response"]).replace("\n", "\n    ")
         strength = advantage_of(sample)
         head = self.paint(head_of(sample), strength)
-        return f"  {head} {printable(note_of(sample))}\n    {self.paint(text, strength)}"
+        return f"  {head} {one_line(note_of(sample))}\n    {self.paint(text, strength)}"
 
     def group(self, number: int, group: list[dict], limit: int) -> str:
         prompt = " ".join(self.shorten(group[0]["prompt"]).split())
@@ -160,26 +153,24 @@ class Printer:
 def show(config: ShowConfig) -> None:
     """Print the step, or write its page. Raises ValueError as `read_samples` does."""
     samples = read_samples(config)
-    is_whole = config.group is not None or config.html is not None
-    limit = config.limit or (len(samples) if is_whole else LIMIT)
     if config.html is not None:
-        write_page(samples, config, limit)
+        write_page(samples, config)
         return
     printer = Printer(sys.stdout, whole=config.group is not None)
+    limit = config.limit or (LIMIT if config.group is None else len(samples))
     print(step_in_words(samples))
     for number, group in by_group(samples).items():
-        print(printer.group(number, group, limit))
+        if config.group in (None, number):
+            print(printer.group(number, group, limit))
 
 
-def write_page(samples: list[dict], config: ShowConfig, limit: int) -> None:
-    """Write the page of --html, with at most `limit` answers per group."""
-    groups = by_group(samples).values()
-    chosen = [part for group in groups for part in best_and_worst(group, limit)]
-    shown = [sample for part in chosen for sample in part]
+def write_page(samples: list[dict], config: ShowConfig) -> None:
+    """Write the page of --html."""
     tokenizer = tokenizer_of(Path(config.run))
     target = target_of(config.html)
     target.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(target, step_page(shown, tokenizer.token_text))
+    text = step_page(samples, tokenizer.token_text, only=config.group, limit=config.limit)
+    atomic_write_text(target, text)
     say(f"written: {config.html}")
 
 

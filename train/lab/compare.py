@@ -19,21 +19,19 @@ import tyro
 from ...eval.console import show
 from ...model.engine.sampling import NonFiniteError
 from ...model.files import atomic_write_text
-from ...rl.control import CONTROLS
 from ..grpo import GRPOConfig, grpo
 from ..log import read_metrics
 from ..report.demo_plots import CURVES
 from ..report.metrics import column, mean, number
 from ..report.plots import CONTROL, RL, Line, Panel, plot
-from .mistakes import MISTAKES, Mistake
+from .mistakes import MISTAKES, Difference
 
 SHOWN = ("accuracy", "length")  # beside the metric that the mistake shows in
-CONTROL_RUN = Mistake(
+CONTROL_RUN = Difference(
     what="the rewards say nothing of the answers, so whatever it gains is not learned from them",
     watch="kl_to_reference",
-    seen="24 steps of it left the demo's three seeds within 3 points of their bases.",
-    replaces="the rewards",
-    wrong=CONTROLS.get,
+    seen="24 steps of --control permute left three seeds within 3 points of their bases; --control "
+    "random was not measured.",
 )
 PANELS = {name: (title, unit, is_share) for name, _, title, unit, is_share, _ in CURVES} | {
     "gradient_norm": ("Size of the gradient", "norm before clipping, log scale", False),
@@ -50,7 +48,7 @@ class CompareConfig(GRPOConfig):
     """The mistake, unless --control is given: k1_loss, flipped_k3, flipped_clip, length_bias,
     micro_batch_mean, sum_of_groups, no_end_token, no_baseline, unguarded_std or wrong_group."""
     run: str
-    """Folder for both runs, right/ and broken/, the picture compare.png and the text
+    """Folder for both runs, right/ and broken/ (or control/), the picture compare.png and the text
     compare.txt."""
     resume: bool = False
     """Go on with a comparison that was stopped."""
@@ -68,9 +66,14 @@ class CompareConfig(GRPOConfig):
             )
 
     @property
-    def difference(self) -> Mistake:
+    def difference(self) -> Difference:
         """What the second run does."""
         return CONTROL_RUN if self.mistake is None else MISTAKES[self.mistake]
+
+    @property
+    def second(self) -> str:
+        """The kind of the second run, and its folder."""
+        return "control" if self.mistake is None else "broken"
 
     @property
     def name(self) -> str:
@@ -83,7 +86,7 @@ def config_of_run(config: CompareConfig, broken: bool) -> GRPOConfig:
     options = {f.name: getattr(config, f.name) for f in fields(GRPOConfig)}
     if not broken:
         options |= {"mistake": None, "control": "none"}
-    options["run"] = str(Path(config.run) / ("broken" if broken else "right"))
+    options["run"] = str(Path(config.run) / (config.second if broken else "right"))
     made = GRPOConfig(**options)
     for name, value in config.difference.shows_with.items():
         made = with_option(made, name, value)
@@ -110,7 +113,7 @@ def compare(config: CompareConfig) -> Path:
             if not broken or not rows[broken]:
                 raise
             last = rows[broken][-1]["step"]
-            fell = f"the broken run ended after {last} of {config.steps} steps: {error}"
+            fell = f"the {config.second} run ended after {last} of {config.steps} steps: {error}"
             continue
         rows[broken] = read_metrics(run_config.run)
         if not rows[broken]:
@@ -143,7 +146,7 @@ def picture(config: CompareConfig, rows: dict[bool, list[dict]]) -> Path:
             )
             for broken, label, colour in (
                 (False, "right", RL),
-                (True, f"broken: {config.name}", CONTROL),
+                (True, label_of_second(config), CONTROL),
             )
         ]
         panels.append(
@@ -152,23 +155,28 @@ def picture(config: CompareConfig, rows: dict[bool, list[dict]]) -> Path:
     return plot(panels, Path(config.run) / "compare.png", 5 * len(panels), 4.4, one_line(config))
 
 
+def label_of_second(config: CompareConfig) -> str:
+    """broken: no_end_token, or control random"""
+    return config.name if config.mistake is None else f"broken: {config.name}"
+
+
 def one_line(config: CompareConfig) -> str:
     return f"{config.name}: {config.difference.what}"
 
 
 def summary(config: CompareConfig, rows: dict[bool, list[dict]]) -> str:
-    """Both runs' metrics over their last quarter, and what is to be expected of the mistake."""
+    """Both runs' metrics over their last quarter, and what is to be expected of the second."""
     last = max(1, config.steps // 4)
     lines = [
         f"{one_line(config)}.",
-        f"  {f'mean of the last {last} steps':<26} {'right':>9} {'broken':>9}",
+        f"  {f'mean of the last {last} steps':<26} {'right':>9} {config.second:>9}",
     ]
     for name in shown(config):
         means = (mean(column(rows[broken][-last:], name)) for broken in (False, True))
         right, wrong = (number(value, 3) for value in means)  # a dash where it was not measured
         lines.append(f"  {name:<26} {right:>9} {wrong:>9}")
-    mistake = config.difference
-    if mistake.flags:
-        lines.append(f"Both runs had {mistake.flags}, with which it shows.")
-    lines.append(f"What was seen of it, from the demo's base: {mistake.seen}")
+    difference = config.difference
+    if difference.flags:
+        lines.append(f"Both runs had {difference.flags}, with which it shows.")
+    lines.append(f"What was seen of it, from the demo's base: {difference.seen}")
     return "\n".join(lines)

@@ -21,6 +21,8 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e7ea; --soft: #a2a8b4; --paper: #16181c;
   --tint: #22252b; --rule: #3a3f48; --good: #6db8ec; --bad: #f39a5b; } }
 * { box-sizing: border-box; }
+/* A character that turns the direction of writing has an effect inside its own text alone. */
+span, b, code, td { unicode-bidi: isolate; }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 64rem;
   background: var(--paper); color: var(--ink);
   font: 17px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }

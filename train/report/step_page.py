@@ -75,8 +75,25 @@ def step_in_words(samples: Sequence[dict]) -> str:
     )
 
 
-def step_page(samples: Sequence[dict], token_text: Callable[[int], str]) -> str:
-    """The whole page. samples: of one step (rollout_log.py); token_text: from an id to its text."""
+def best_and_worst(group: list[dict], limit: int) -> tuple[list[dict], list[dict]]:
+    """(the best, the worst) of a group that is sorted; together `limit` samples, or all."""
+    if len(group) <= limit:
+        return group, []
+    n_worst = limit // 2
+    return group[: limit - n_worst], group[len(group) - n_worst :]
+
+
+def step_page(
+    samples: Sequence[dict],
+    token_text: Callable[[int], str],
+    only: int | None = None,
+    limit: int | None = None,
+) -> str:
+    """The whole page; its figures are those of all samples, whatever is shown of them.
+
+    samples: of one step (rollout_log.py). token_text: from an id to its text. only: the number of
+    the one group to show. limit: answers to show per group, the best and the worst.
+    """
     largest = max(abs(advantage_of(sample)) for sample in samples) or 1.0
     title = step_in_words(samples)
     sections = [
@@ -88,9 +105,16 @@ def step_page(samples: Sequence[dict], token_text: Callable[[int], str]) -> str:
         ),
     ]
     for n, group in by_group(samples).items():
-        prompt = paragraph(f"<code>{escape(group[0]['prompt'])}</code>")
-        answers = [answer_markup(sample, token_text, largest) for sample in group]
-        sections.append(section(f"Group {n}: {group_in_words(group)}", prompt, *answers))
+        if only not in (None, n):
+            continue
+        best, worst = best_and_worst(group, limit or len(group))
+        n_between = len(group) - len(best) - len(worst)
+        markup = [paragraph(f"<code>{escape(group[0]['prompt'])}</code>")]
+        markup += [answer_markup(sample, token_text, largest) for sample in best]
+        if n_between:
+            markup.append(paragraph(f"... {n_between} more"))
+        markup += [answer_markup(sample, token_text, largest) for sample in worst]
+        sections.append(section(f"Group {n}: {group_in_words(group)}", *markup))
     return page.document(title, sections)
 
 

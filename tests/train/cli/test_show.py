@@ -7,7 +7,8 @@ import pytest
 
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.train.cli.main import main
-from r1zero.train.cli.show import Printer, ShowConfig, best_and_worst, ranges
+from r1zero.train.cli.show import Printer, ShowConfig, ranges
+from r1zero.train.report.step_page import best_and_worst
 from r1zero.train.rollout_files import append_member, packed_member, part_path, whole_members
 
 from ..loop_cases import save_base
@@ -62,7 +63,8 @@ def test_the_last_step_is_printed_group_by_group_with_the_best_and_the_worst(run
 
 def test_one_group_is_printed_whole_and_a_limit_cuts_it(run, capsys):
     out = printed(capsys, "--step", "2", "--group", "3", run=run).out
-    assert out.startswith("step 2: 1 group, 5 answers") and "group 3: " in out and "more" not in out
+    assert out.startswith("step 2: 3 groups, 15 answers")  # of the step, and not of what is shown
+    assert re.findall(r"^group (\d)", out, re.MULTILINE) == ["3"] and "more" not in out
     assert re.findall(r"^    answer (\d)$", out, re.MULTILINE) == list("43210")
     out = printed(capsys, "--group", "3", "--limit", "1", run=run).out
     assert re.findall(r"^    answer (\d)$", out, re.MULTILINE) == ["4"] and "... 4 more" in out
@@ -94,6 +96,12 @@ def test_text_of_a_model_cannot_steer_the_terminal_and_long_text_is_cut(tmp_path
     assert "    red \\x1b[31m\n    second \\x9b line\n" in out and "group 1: two lines \\x07   " in out
     assert "x" * 600 + " ... 1,400 characters more\n" in out
     assert "x" * 2000 in printed(capsys, "--group", "1", run=run).out
+
+
+def test_a_reason_of_several_lines_stays_on_the_line_of_its_answer(tmp_path, capsys):
+    wild = [sample(0, 1, why="one\ngroup 7: forged\ttext\r\u202e\x1b[31m end")]
+    out = printed(capsys, run=run_folder(tmp_path / "wild", {1: wild})).out
+    assert "stop. one group 7: forged text \\u202e\\x1b[31m end\n    answer 0\n" in out
 
 
 class Terminal:
@@ -139,6 +147,29 @@ def test_the_page_of_an_old_run_takes_the_tokenizer_of_its_checkpoint(tmp_path, 
     assert text.count('<div class="sample"') == 1 and "Group 2: " in text
 
 
+def test_text_that_turns_the_direction_of_writing_cannot_reorder_what_stands_beside_it(tmp_path, capsys):
+    run = run_folder(tmp_path / "run", {1: [sample(0, 1, why="\u202e turned", prompt="\u202e 7")]})
+    save_base(run / "start")
+    printed(capsys, "--html", str(tmp_path / "a.html"), run=run)
+    text = (tmp_path / "a.html").read_text(encoding="utf-8")
+    isolated = re.search(r"^([a-z, ]+) \{ unicode-bidi: isolate; \}$", text, re.MULTILINE)[1].split(", ")
+    holding = re.findall(r"<(\w+)[^<>]*>[^<>]*\u202e", text)
+    assert holding == ["code", "span"] and set(holding) <= set(isolated)
+
+
+def test_the_figures_of_a_page_are_of_all_answers_whatever_is_shown(run, tmp_path, capsys):
+    save_base(run / "start")
+    for words, n_shown, groups in (("", 15, "123"), ("--limit 2", 6, "123"), ("--group 2", 5, "2"),
+                                   ("--group 2 --limit 3", 3, "2")):
+        printed(capsys, "--html", str(tmp_path / "a.html"), *words.split(), run=run)
+        text = (tmp_path / "a.html").read_text(encoding="utf-8")
+        assert text.count("step 40: 3 groups, 15 answers, 40% right, 7.0 tokens each") == 2  # title, heading
+        assert re.findall(r"Group (\d): 2 of 5 right, mean reward 0.6<", text) == list(groups)
+        assert text.count('<div class="sample"') == n_shown
+        n_more = 5 - n_shown // len(groups)
+        assert text.count(f"<p>... {n_more} more</p>") == (len(groups) if n_more else 0)
+
+
 # ---- what is not there ----
 
 @pytest.mark.parametrize("words, said", [
@@ -148,7 +179,7 @@ def test_the_page_of_an_old_run_takes_the_tokenizer_of_its_checkpoint(tmp_path, 
     ("--group -1", "--group is -1"),
     ("--html RUN", "it is a folder"), ("--html RUN/run.json", "would replace the file"),
     ("--html RUN/rollouts.jsonl.gz", "--html RUN/rollouts.jsonl.gz would replace the file"),
-    ("--html /dev/null", "--html /dev/null is no file"),
+    ("--html /dev/null", "--html /dev/null is no file"), ("--html -", "--html - would write a file of that"),
 ])
 def test_show_refuses_in_one_line_and_says_what_there_is(run, capsys, words, said):
     found = printed(capsys, *words.replace("RUN", str(run)).split(), run=run, code=2)
