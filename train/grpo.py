@@ -87,8 +87,8 @@ class GRPOConfig(Algorithm, ComputeFlags, RunConfig):
     eval_problems: int = 64
     """Number of held-out problems per measurement, with one answer each."""
     keep_rollouts: float = 1.0
-    """Share of the groups whose completions are kept in rollouts.jsonl.gz, for `r1zero show` and the
-    table of --wandb; 0 keeps none."""
+    """Share of the groups whose completions are kept in rollouts.jsonl.gz, for `r1zero show` and
+    the table of --wandb; 0 keeps none."""
     mistake: Annotated[str | None, tyro.conf.arg(name="break")] = None
     """Make a classic mistake on purpose, to see what it does; `r1zero compare --help` names
     them."""
