@@ -67,7 +67,7 @@ def plugin_rewards(spec: str, samples: Sequence[Sample]) -> np.ndarray:
     try:
         given = function(list(samples))
         values = list(given)
-    except Exception as error:  # whatever its author wrote
+    except (Exception, SystemExit) as error:  # whatever its author wrote
         culprit = first_that_fails(function, samples)
         raise PluginError(f"{FLAG} {spec} {raised(error)}, {on(culprit)}") from error
     if isinstance(given, str | dict) or len(values) != len(samples):
@@ -88,7 +88,7 @@ def first_that_fails(function: Callable, samples: Sequence[Sample]) -> Sample:
     for sample in samples:
         try:
             list(function([sample]))
-        except Exception:  # as above
+        except (Exception, SystemExit):  # as above
             return sample
     return samples[0]
 

@@ -15,6 +15,7 @@ from .cases import Bandit, algorithm
 
 SOURCE = """
 import math
+import sys
 from functools import partial
 
 import numpy as np
@@ -52,6 +53,9 @@ def accuracy(samples):
 
 def raises(samples):
     return [1.0 / (sample.text != "bad") for sample in samples]
+
+def quits(samples):
+    return [1.0 if sample.text != "bad" else sys.exit(0) for sample in samples]
 
 def raises_on_many(samples):
     return [1.0 / (3 - len(samples))] * len(samples)
@@ -160,7 +164,7 @@ REFUSED = [
     ("needy_of_the_tests:f", "needs another module: No module named 'missing_of_the_tests'"),
     ("broken_of_the_tests:f", "raised RuntimeError: no licence (broken_of_the_tests.py, line 3)"),
     ("torn_of_the_tests:f", "raised SyntaxError: invalid syntax (torn_of_the_tests.py, line 1)"),
-    (f"{HERE}:brevety", f"{HERE}.py has no 'brevety'; it has math, partial, np, seen, brevity"),
+    (f"{HERE}:brevety", f"{HERE}.py has no 'brevety'; it has math, sys, partial, np, seen, brevity"),
     (f"{HERE}:number", "is of type int, expected a function of samples"),
     (f"{HERE}:no_argument", "takes (), expected one argument, the list of samples"),
     (f"{HERE}:two_arguments", "takes (problem, text), expected one argument"),
@@ -191,6 +195,7 @@ def test_a_command_with_a_bad_plug_in_leaves_no_run_folder(folder, command, caps
 
 @pytest.mark.parametrize("name, fragment", [
     ("raises", f"raised ZeroDivisionError: float division by zero ({HERE}.py, line "),
+    ("quits", "raised SystemExit: 0"),  # which would end the command as if all were well
     ("raises_on_many", "raised ZeroDivisionError"),  # alone, no sample is to blame
     ("nan", "returned nan, expected a finite number"), ("infinite", "returned -inf, expected a finite"),
     ("text", "returned '1.0', expected a finite number"), ("nothing", "returned None, expected a finite"),
@@ -207,5 +212,5 @@ def test_what_it_does_wrong_is_said_in_one_line_with_problem_and_response(folder
     text = one_line(caught)
     assert fragment in text
     assert f"--rewards.plugin {spec} r" in text and "on the problem" in text and "3 7 -> 10" in text
-    blamed = "'bad'" if name in ("raises", "nan", "infinite", "text", "nothing") else "'good'"
+    blamed = "'bad'" if name in ("raises", "quits", "nan", "infinite", "text", "nothing") else "'good'"
     assert text.endswith(f"the response {blamed}")
