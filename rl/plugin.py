@@ -12,7 +12,9 @@ problem and the response; nothing is trained on it.
 """
 
 import inspect
+import math
 import numbers
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from ..eval.plugin import import_own, load_named, raised
 from ..eval.response import Sample, quoted
 
 FLAG = "--rewards.plugin"
+SEARCH_S = 5.0  # seconds that the search for the sample to blame may take
 
 
 class PluginError(ValueError):
@@ -58,47 +61,80 @@ def source_of(spec: str) -> Path | None:
     return Path(file) if file else None
 
 
-def plugin_rewards(spec: str, samples: Sequence[Sample]) -> np.ndarray:
-    """[N] float64: what the plug-in gives to each sample.
+def plugin_rewards(
+    spec: str, samples: Sequence[Sample], function: Callable | None = None
+) -> np.ndarray:
+    """[N] float64: what the plug-in gives to each sample. function: as `load_reward` gives it.
 
     Raises PluginError for an exception, and for anything but one finite number per sample.
     """
-    function = load_reward(spec)
+    function = function or load_reward(spec)
     try:
         given = function(list(samples))
-        values = list(given)
+        values = list(given) if is_list(given) else None  # which may run a generator of its own
     except (Exception, SystemExit) as error:  # whatever its author wrote
-        culprit = first_that_fails(function, samples)
-        raise PluginError(f"{FLAG} {spec} {raised(error)}, {on(culprit)}") from error
-    if isinstance(given, str | dict) or len(values) != len(samples):
-        raise PluginError(
-            f"{FLAG} {spec} returned {shown(given)}, {len(values)} values for "
-            f"{len(samples)} samples; expected a list with one number for each, {on(samples[0])}"
-        )
-    for value, sample in zip(values, samples, strict=True):
-        if not isinstance(value, numbers.Real) or not np.isfinite(value):
-            raise PluginError(
-                f"{FLAG} {spec} returned {shown(value)}, expected a finite number, {on(sample)}"
-            )
-    return np.array(values, np.float64)
+        where = on(first_that_fails(function, samples, error), len(samples))
+        raise PluginError(f"{FLAG} {spec} {raised(error)}, {where}") from error
+    expected = f"expected a list with one number for each of {len(samples)} samples"
+    if values is None or len(values) != len(samples):
+        many = "" if values is None else f", {len(values)} values"
+        where = on(samples[0] if samples else None, 0)
+        raise PluginError(f"{FLAG} {spec} returned {shown(given)}{many}; {expected}, {where}")
+    numbers_N = np.array([number_of(value) for value in values], np.float64)
+    bad = np.flatnonzero(~np.isfinite(numbers_N))
+    if len(bad):
+        value, where = shown(values[bad[0]]), on(samples[bad[0]])
+        raise PluginError(f"{FLAG} {spec} returned {value}, expected a finite number, {where}")
+    return numbers_N
 
 
-def first_that_fails(function: Callable, samples: Sequence[Sample]) -> Sample:
-    """The first sample that the function fails on alone; the first of all if it fails on none."""
+def is_list(given: object) -> bool:
+    """Whether a value can be one number after another: no text, and no keys without order."""
+    try:
+        iter(given)
+    except TypeError:
+        return False
+    return not isinstance(given, str | bytes | dict | set)
+
+
+def number_of(value: object) -> float:
+    """A real number of any type as a float; NaN for whatever is none, or is too large for one."""
+    try:
+        return float(value) if isinstance(value, numbers.Real) else math.nan
+    except (OverflowError, TypeError, ValueError):
+        return math.nan
+
+
+def first_that_fails(
+    function: Callable, samples: Sequence[Sample], error: BaseException, seconds: float = SEARCH_S
+) -> Sample | None:
+    """The first sample that the function fails on alone, with an error of the same type.
+
+    None if there is none, or if it takes too long to find out: a judge may be slow.
+    """
+    end = time.monotonic() + seconds
     for sample in samples:
+        if time.monotonic() >= end:
+            return None
         try:
             list(function([sample]))
-        except (Exception, SystemExit):  # as above
-            return sample
-    return samples[0]
+        except (Exception, SystemExit) as again:  # as above
+            if type(again) is type(error):
+                return sample
+    return None
 
 
 def shown(value: object, limit: int = 80) -> str:
     """A value on one line, short, for a message."""
-    text = " ".join(ascii(value).split())
+    try:
+        text = " ".join(ascii(value).split())
+    except Exception:  # a number of too many digits, or a repr of its author's own
+        text = f"something of type {type(value).__name__}"
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
-def on(sample: Sample) -> str:
-    """A sample, short, for a message."""
+def on(sample: Sample | None, n_samples: int = 1) -> str:
+    """A sample, short, for a message; None for all samples."""
+    if sample is None:
+        return f"on all {n_samples} samples together"
     return f"on the problem {shown(sample.problem)} and the response {quoted(sample.text)}"
