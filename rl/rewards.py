@@ -141,11 +141,11 @@ class Rewards:
 
 
 def judge(
-    task, samples: Sequence[Sample], config: RewardConfig
+    task, samples: Sequence[Sample], config: RewardConfig, plugin: Callable | None = None
 ) -> tuple[list[Graded], dict[str, np.ndarray]]:
     """(the grades, the parts that each response earns by itself): all but efficiency, each [N].
 
-    Raises PluginError (plugin.py).
+    plugin: the function of config.plugin, if it is loaded already. Raises PluginError (plugin.py).
     """
     graded = [grade_response(task, sample) for sample in samples]
     parts = {
@@ -157,7 +157,7 @@ def judge(
         shares = [task.coherence(sample.problem, sample.text) for sample in samples]
         parts["coherence"] = np.array(shares, np.float64)
     if config.plugin_name in weights:
-        parts[config.plugin_name] = plugin_rewards(config.plugin, samples)
+        parts[config.plugin_name] = plugin_rewards(config.plugin, samples, plugin)
     return graded, parts
 
 
@@ -182,6 +182,8 @@ class Grader:
     def __init__(self, config):
         self.config: RewardConfig = config.rewards
         self.weights = self.config.weights | {"overlong": 1.0, "random": 1.0}
+        # Loaded once: the folder that it was found in may go away during a run.
+        self.plugin = load_reward(self.config.plugin) if self.config.plugin else None
         self.adjustments: list[Callable] = []
         """Each takes (training parts, rollouts) and returns the parts to train on."""
         if config.overlong_buffer:
@@ -195,7 +197,7 @@ class Grader:
     def __call__(self, task, rollouts) -> Rewards:
         """Grade all answers of the rollouts. Raises PluginError (plugin.py)."""
         # 1. What each answer earns by itself, and what it earns within its group.
-        graded, parts = judge(task, rollouts.samples(), self.config)
+        graded, parts = judge(task, rollouts.samples(), self.config, self.plugin)
         if "efficiency" in self.weights:
             lengths_N, offsets = rollouts.response_lengths, rollouts.group_offsets
             parts["efficiency"] = efficiency(lengths_N, parts["accuracy"], offsets)

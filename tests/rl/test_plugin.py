@@ -174,6 +174,14 @@ def test_the_current_folder_shadows_no_installed_module(folder):
     assert load_reward("json:dumps") is json.dumps and sys.path[0] != str(folder)
 
 
+def test_the_function_is_loaded_once_so_its_folder_may_go_away(folder, monkeypatch, tmp_path_factory):
+    grader = Grader(algorithm(rewards=dict(plugin=f"{HERE}:brevity")))
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    del sys.modules[HERE]
+    (folder / f"{HERE}.py").unlink()
+    assert grader(Bandit(), rollouts("x")).parts["brevity"].tolist() == [0.5]
+
+
 # ---- what is refused before a run ----
 
 REFUSED = [
