@@ -17,6 +17,7 @@ import numbers
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from ..eval.plugin import import_own, load_named, raised
 from ..eval.response import Sample, quoted
 
 FLAG = "--rewards.plugin"
+LARGEST = 1e30  # of a reward with its weight: its advantage is a 32-bit number
 SEARCH_S = 5.0  # seconds that the search for the sample to blame may take
 
 
@@ -86,6 +88,37 @@ def plugin_rewards(
         value, where = shown(values[bad[0]]), on(samples[bad[0]])
         raise PluginError(f"{FLAG} {spec} returned {value}, expected a finite number, {where}")
     return numbers_N
+
+
+def probes(problem: Any, group_size: int) -> list[Sample]:
+    """Whole groups of what a base model may answer to a problem; the tokens are the text's bytes,
+    which every tokenizer has."""
+    texts = ("", "no", "<think>a</think><answer>1</answer>", "<answer>")
+    return [Sample(problem, text, [*text.encode(), 0], "stop") for text in texts * group_size]
+
+
+def check_size(spec: str, weighted_N: np.ndarray, samples: Sequence[Sample]) -> None:
+    """Raise PluginError for what is too large to train on. weighted_N: given, times its weight."""
+    bad = np.flatnonzero(~(np.abs(weighted_N) <= LARGEST))
+    if len(bad):
+        value, where = weighted_N[bad[0]], on(samples[bad[0]])
+        raise PluginError(
+            f"{FLAG} {spec}: with its weight it is {value:g}, expected at most {LARGEST:g} in "
+            f"size, {where}"
+        )
+
+
+def check_sign(
+    spec: str, given_N: np.ndarray, total_N: np.ndarray, samples: Sequence[Sample]
+) -> None:
+    """Raise PluginError for what the plug-in gave below 0 if the sum of all parts is below 0."""
+    bad = np.flatnonzero((given_N < 0) & (total_N < 0))
+    if len(bad):
+        value, total, where = given_N[bad[0]], total_N[bad[0]], on(samples[bad[0]])
+        raise PluginError(
+            f"{FLAG} {spec} returned {value:g}, and the whole reward is {total:g}; expected 0 or "
+            f"more with --advantage.scale mean, {where}"
+        )
 
 
 def is_list(given: object) -> bool:

@@ -73,6 +73,12 @@ def nan(samples):
 def infinite(samples):
     return [-math.inf if sample.text == "bad" else 0.0 for sample in samples]
 
+def minus(samples):
+    return [-3 if sample.text == "bad" else -0.5 for sample in samples]
+
+def large(samples):
+    return [1e308 if sample.text == "bad" else 1.0 for sample in samples]
+
 def exact(samples):
     return [Fraction(1, 2), np.float32(0.25), 10**18]
 
@@ -192,7 +198,7 @@ REFUSED = [
     ("needy_of_the_tests:f", "needs another module: No module named 'missing_of_the_tests'"),
     ("broken_of_the_tests:f", "raised RuntimeError: no licence (broken_of_the_tests.py, line 3)"),
     ("torn_of_the_tests:f", "raised SyntaxError: invalid syntax (torn_of_the_tests.py, line 1)"),
-    (f"{HERE}:brevety", f"{HERE}.py has no 'brevety'; it has math, sys, Fraction, partial, np, seen, brevity"),
+    (f"{HERE}:brevety", f"{HERE}.py has no 'brevety'; it has math, sys, Fraction, partial, np, seen"),
     (f"{HERE}:number", "is of type int, expected a function of samples"),
     (f"{HERE}:no_argument", "takes (), expected one argument, the list of samples"),
     (f"{HERE}:two_arguments", "takes (problem, text), expected one argument"),
@@ -245,6 +251,19 @@ def test_what_it_does_wrong_is_said_in_one_line_with_problem_and_response(folder
     of_all = ("empty", "shorter", "one_number", "forgotten", "word", "keyed")
     blamed = "'good'" if name in of_all else "'bad'"
     assert text.endswith(f"the response {blamed}")
+
+
+@pytest.mark.parametrize("algo, rewards, fragment", [
+    ("maxrl", dict(plugin="minus"), "returned -3, and the whole reward is -2; expected 0 or more"),
+    ("plain", dict(plugin="large", plugin_weight=10), "with its weight it is inf, expected at most 1e+30"),
+    ("plain", dict(plugin="large"), "with its weight it is 1e+308, expected at")])
+def test_a_reward_that_cannot_be_trained_on_is_told_with_its_sample(folder, algo, rewards, fragment):
+    grader = Grader(algorithm(algo, rewards=rewards | dict(plugin=f"{HERE}:{rewards['plugin']}")))
+    assert np.isfinite(grader(Bandit(), rollouts("good", "good")).training).all()
+    with pytest.raises(PluginError) as caught:
+        grader(Bandit(), rollouts("good", "bad"))
+    assert fragment in one_line(caught)
+    assert one_line(caught).endswith("on the problem 7 and the response 'bad'")
 
 
 def test_no_sample_is_blamed_that_does_not_fail_alone(folder):
