@@ -4,8 +4,9 @@
         return [1.0 if len(sample.text) < 100 else 0.0 for sample in samples]
 
 The function takes a list of samples (eval/response.py: problem, text, tokens, finish_reason) and
-returns a list of numbers, one per sample. It is called with all samples of a step at once. With
-dynamic sampling an answer may be graded more than once, so the same sample must earn the same.
+returns a list of numbers, one per sample. It is called with all samples of a step at once, and
+before the run once, to try it, with made-up answers to a problem. With dynamic sampling an answer
+may be graded more than once, so the same sample must earn the same.
 
 What it returns is checked each time. Whatever is wrong ends the run with one line that names the
 problem and the response; nothing is trained on it.
