@@ -204,7 +204,7 @@ def verdict(task: Task | type[Task], sample: Sample) -> Grade:
     try:
         grade = task.grade(sample.problem, sample.text)
         fault = grade_fault(grade)
-    except Exception as error:  # whatever the code of a user may raise
+    except (Exception, SystemExit) as error:  # whatever the code of a user may raise
         cause = error
         fault = f"raised {type(error).__name__}: {error}"
     if fault is None:

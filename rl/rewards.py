@@ -24,7 +24,7 @@ import numpy as np
 
 from ..eval.response import Graded, Sample, grade_response
 from .control import CONTROLS
-from .plugin import FLAG, load_reward, plugin_rewards
+from .plugin import FLAG, check_sign, check_size, load_reward, plugin_rewards, probes
 from .shaping import (
     SHAPING,
     efficiency,
@@ -92,6 +92,14 @@ class RewardConfig:
         """The name of the plug-in's part: that of the function; empty without a plug-in."""
         return (self.plugin or "").rpartition(":")[2]
 
+    def try_plugin(self, problem, group_size: int) -> None:
+        """Call the plug-in once, if there is one, on a few groups of answers to a problem.
+
+        Raises PluginError (plugin.py).
+        """
+        if self.plugin_name in self.weights and self.plugin is not None:
+            plugin_part(probes(problem, group_size), self)
+
     @property
     def weights(self) -> dict[str, float]:
         """The weight of each part: of accuracy and format, and of any other with one above 0."""
@@ -140,12 +148,23 @@ class Rewards:
         return groups_alike(self.training, group_offsets)
 
 
+def plugin_part(
+    samples: Sequence[Sample], config: RewardConfig, plugin: Callable | None = None
+) -> np.ndarray:
+    """[N]: what the plug-in gives. plugin: its function, if it is loaded already."""
+    given_N = plugin_rewards(config.plugin, samples, plugin)
+    with np.errstate(over="ignore"):
+        weighted_N = config.plugin_weight * given_N
+    check_size(config.plugin, weighted_N, samples)
+    return given_N
+
+
 def judge(
-    task, samples: Sequence[Sample], config: RewardConfig
+    task, samples: Sequence[Sample], config: RewardConfig, plugin: Callable | None = None
 ) -> tuple[list[Graded], dict[str, np.ndarray]]:
     """(the grades, the parts that each response earns by itself): all but efficiency, each [N].
 
-    Raises PluginError (plugin.py).
+    plugin: the function of config.plugin, if it is loaded already. Raises PluginError (plugin.py).
     """
     graded = [grade_response(task, sample) for sample in samples]
     parts = {
@@ -157,7 +176,7 @@ def judge(
         shares = [task.coherence(sample.problem, sample.text) for sample in samples]
         parts["coherence"] = np.array(shares, np.float64)
     if config.plugin_name in weights:
-        parts[config.plugin_name] = plugin_rewards(config.plugin, samples)
+        parts[config.plugin_name] = plugin_part(samples, config, plugin)
     return graded, parts
 
 
@@ -182,6 +201,9 @@ class Grader:
     def __init__(self, config):
         self.config: RewardConfig = config.rewards
         self.weights = self.config.weights | {"overlong": 1.0, "random": 1.0}
+        # Loaded once: the folder that it was found in may go away during a run.
+        self.plugin = load_reward(self.config.plugin) if self.config.plugin else None
+        self.needs_positive = config.advantage.scale == "mean"
         self.adjustments: list[Callable] = []
         """Each takes (training parts, rollouts) and returns the parts to train on."""
         if config.overlong_buffer:
@@ -195,7 +217,8 @@ class Grader:
     def __call__(self, task, rollouts) -> Rewards:
         """Grade all answers of the rollouts. Raises PluginError (plugin.py)."""
         # 1. What each answer earns by itself, and what it earns within its group.
-        graded, parts = judge(task, rollouts.samples(), self.config)
+        samples = rollouts.samples()
+        graded, parts = judge(task, samples, self.config, self.plugin)
         if "efficiency" in self.weights:
             lengths_N, offsets = rollouts.response_lengths, rollouts.group_offsets
             parts["efficiency"] = efficiency(lengths_N, parts["accuracy"], offsets)
@@ -204,11 +227,18 @@ class Grader:
         training_parts = parts
         for adjust in self.adjustments:
             training_parts = adjust(training_parts, rollouts)
+        total_N = weighted_sum(parts, self.weights)
+        training_N = weighted_sum(training_parts, self.weights)
+
+        # 3. A plug-in's reward below 0 is told here, where its sample is known.
+        name = self.config.plugin_name
+        if self.needs_positive and name in parts and (training_N < 0).any():
+            check_sign(self.config.plugin, parts[name], total_N, samples)
         return Rewards(
             parts=parts,
             weights=self.weights,
-            total=weighted_sum(parts, self.weights),
+            total=total_N,
             training_parts=training_parts,
-            training=weighted_sum(training_parts, self.weights),
+            training=training_N,
             why=[why(grade) for grade in graded],
         )

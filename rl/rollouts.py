@@ -61,10 +61,10 @@ class Rollouts:
         return np.append(0, np.cumsum(self.response_lengths))
 
     def samples(self) -> list[Sample]:
-        """N samples, as graders and rewards take them."""
+        """N samples, as graders and rewards take them: their tokens are copies, as plain lists."""
         group_of = np.repeat(np.arange(len(self.problems)), np.diff(self.group_offsets))
         return [
-            Sample(self.problems[group], text, sequence[start:], reason)
+            Sample(self.problems[group], text, sequence[start:].tolist(), reason)
             for group, text, sequence, start, reason in zip(
                 group_of,
                 self.texts,

@@ -348,6 +348,9 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
     reuse_memory()
     device, task = pick_device(config.device), config.task.make()
     precision = config.precision(device)
+    # A reward of the user's own is tried before there is a run folder.
+    if config.rewards.plugin:
+        config.rewards.try_plugin(task.problems("train", 1)[0], config.group_size)
     if config.mistake:
         warn_of(config.mistake)
     check_parts(task, config.rewards)

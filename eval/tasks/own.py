@@ -138,7 +138,7 @@ def attempt(call: Callable[[], Any], what: str) -> Any:
     """What a call gives; ValueError, on one line, for what it raises."""
     try:
         return call()
-    except Exception as error:  # whatever the code of a user may raise
+    except (Exception, SystemExit) as error:  # whatever the code of a user may raise
         if isinstance(error, ValueError) and type(error).__module__ == "builtins":
             raise ValueError(f"{what} refused: {error}") from error
         raise ValueError(f"{what} {raised(error)}") from error

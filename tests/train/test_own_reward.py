@@ -17,15 +17,25 @@ from .run_cases import assert_same, broken_at, fails, outcome
 
 MODULE = "own_reward_of_the_tests"
 SOURCE = """
+import json
+
 calls = []
 
 def brevity(samples):
     calls.append(len(samples))
     return [1.0 / (1 + len(sample.tokens)) for sample in samples]
 
+def keeps_lists(samples):
+    assert all(type(sample.tokens) is list and sample.tokens for sample in samples)
+    json.dumps([sample.tokens for sample in samples])
+    return [1.0] * len(samples)
+
+def fails_at_once(samples):
+    return [sample.length for sample in samples]
+
 def fails_later(samples):
     calls.append(len(samples))
-    return [float("nan") if len(calls) > 3 else 1.0 for sample in samples]
+    return [float("nan") if len(calls) > 4 else 1.0 for sample in samples]
 """
 
 
@@ -77,6 +87,11 @@ def test_a_plug_in_belongs_to_the_settings_and_its_source_to_the_inputs(folder):
     assert checkpoint_steps(folder / "run")[-1] == 3
 
 
+def test_tokens_are_lists_so_they_can_be_asked_for_and_written(folder):
+    grpo(config(folder, plugin="keeps_lists", steps=1))
+    assert read_metrics(folder / "run")[0]["reward_keeps_lists"] == 1
+
+
 def test_a_plug_in_that_fails_ends_the_run_with_one_line_after_its_last_whole_step(folder):
     with fails(PluginError, "returned nan, expected a finite number, on the problem 12 and the response .*, "
                             "at step 4; the checkpoint of step 2 is kept in"):
@@ -88,7 +103,8 @@ def test_a_plug_in_that_fails_ends_the_run_with_one_line_after_its_last_whole_st
 
 @pytest.mark.parametrize("rewards, fragment", [
     (dict(coherence_weight=0.5), "coherence does not apply to the task bandit"),
-    (dict(plugin=f"{MODULE}:brevety"), "has no 'brevety'")])
+    (dict(plugin=f"{MODULE}:brevety"), "has no 'brevety'"),
+    (dict(plugin=f"{MODULE}:fails_at_once"), "'Sample' object has no attribute 'length'")])
 def test_a_part_that_does_not_fit_is_refused_before_there_is_a_folder(folder, rewards, fragment):
     with fails(ValueError, fragment):
         grpo(config(folder, rewards=rewards))

@@ -183,6 +183,7 @@ def test_a_module_of_a_former_current_folder_gives_way(module, tmp_path, monkeyp
             "a prompt is 'None', expected text",
         ),
         ("answer = parse", "1 / len(response); answer = parse", "ZeroDivisionError"),
+        ("answer = parse", "raise SystemExit(0); answer = parse", "raised SystemExit: 0"),
         ("return Grade(float(answer == problem), answer,", "return (1.0, answer,", "expected a Grade"),
         ("float(answer == problem)", "0.5", "gave an accuracy of 0.5, expected 1.0 or 0.0"),
         ("float(answer == problem)", "float('nan')", "gave an accuracy of nan"),
@@ -207,6 +208,8 @@ class Moody:
 
     @staticmethod
     def grade(problem, response):
+        if response == "quit":
+            sys.exit(0)
         return {"ok": Grade(1.0, None, "ok"), "half": Grade(0.5, None, "half"), "none": None}[response]
 
 
@@ -216,6 +219,7 @@ class Moody:
         ("boom", "raised KeyError: 'boom'"),
         ("half", "gave an accuracy of 0.5"),
         ("none", "gave 'None', expected a Grade"),
+        ("quit", "raised SystemExit: 0"),
     ],
 )
 def test_a_grader_that_fails_later_is_told_with_the_problem_and_the_response(response, why):
