@@ -103,14 +103,18 @@ class GSM8K(FileTask):
 
     @staticmethod
     def problem_from_record(record: Mapping[str, Any]) -> GSM8KProblem:
-        """The problem of {"answer": 42}, {"answer": "#### 42"}, or the harness's {"gold": "42"}.
+        """The problem of {"answer": 42}, {"answer": "#### 42"}, or the harness's {"gold": "42"};
+        `question` may stand beside it.
 
         ValueError for another kind of value.
         """
         name = "gold" if "gold" in record else "answer"
+        question = record.get("question") or ""
+        if not isinstance(question, str):
+            raise ValueError(f'"question" is {quoted(repr(question))}, expected text')
         template = record.get("template", "zero_shot")
         check_template(template)
-        return GSM8KProblem("", gold_of(record, name), template)
+        return GSM8KProblem(question, gold_of(record, name), template)
 
     @staticmethod
     def prompt(problem: GSM8KProblem) -> str:
