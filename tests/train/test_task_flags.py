@@ -39,6 +39,11 @@ class Moody(Largest):
 
 class Plain:
     pass
+
+@dataclass(frozen=True)
+class Empty(Largest):
+    def size(self, split):
+        return 0 if split == "train" else None
 """
 
 
@@ -102,6 +107,7 @@ def test_the_files_of_a_task():
         ("--task gsm8k --data my.jsonl --options template=r1_zero", "and the base has room for"),
         ("--task moody_task:Nobody", "has no 'Nobody'"),
         ("--task moody_task:Plain", "is no dataclass"),
+        ("--task moody_task:Empty", "has no train problems"),
         ("--task absent_module:Task", "there is no module absent_module"),
         ("--task moody_task:Moody --options tall=1", "has no option 'tall'; it has: n_numbers, high"),
         (
