@@ -167,7 +167,8 @@ def own_response(
 ) -> str:
     """The response without what a base model runs on into: the next question of the prompt's form.
 
-    question: matches such a question, from the line break or the closing tag before it. is_own:
+    question: matches such a question, from the line break or the closing tag before it; a pattern
+    with a group matches what stands before too, and the group is where the question begins. is_own:
     whether a match only says the problem again that was asked. What stands inside the think block
     that the response begins with is thought, not asked. Linear in the length of `text`.
     """
@@ -180,7 +181,7 @@ def own_response(
         closing = 0
     for match in question.finditer(text, closing):
         if not is_own(match):
-            return text[: match.start()]
+            return text[: match.start(match.lastindex or 0)]
     return text
 
 
