@@ -172,6 +172,7 @@ def test_a_module_of_a_former_current_folder_gives_way(module, tmp_path, monkeyp
         ('name = "mine"', "name = 3", "name is 3"),
         ("words: int = 3", "words: list = None", "its option words is of type"),
         ("words: int = 3", "words: int", "needs --options words=VALUE"),
+        ("words: int = 3", "path: str", "needs --data FILE (path=FILE): the file of its problems"),
         ("words: int", "words: Nowhere", "cannot be read"),
         ("return self.words if", "return -1 if", "size('test') is -1"),
         ('return self.words if split == "test" else None', "return 0", "both splits are empty"),
