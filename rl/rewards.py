@@ -22,7 +22,7 @@ from functools import partial
 
 import numpy as np
 
-from ..eval.response import Graded, Sample, grade_response
+from ..eval.response import Graded, Sample, coherence_of, grade_response
 from .control import CONTROLS
 from .plugin import FLAG, check_sign, check_size, load_reward, plugin_rewards, probes
 from .shaping import (
@@ -173,7 +173,7 @@ def judge(
     }
     weights = config.weights
     if "coherence" in weights:
-        shares = [task.coherence(sample.problem, sample.text) for sample in samples]
+        shares = [coherence_of(task, sample) for sample in samples]
         parts["coherence"] = np.array(shares, np.float64)
     if config.plugin_name in weights:
         parts[config.plugin_name] = plugin_part(samples, config, plugin)

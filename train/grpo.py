@@ -218,9 +218,14 @@ def check_room(config: GRPOConfig, task: Task, policy: Transformer, tokenizer: T
             f"--eval-every measures on held-out problems, and --task {task.name} holds none out "
             "of --data; add --options test=FILE or test_share=0.1"
         )
-    sizes = {split: task.size(split) or MEASURED for split in splits}
+    sizes = {split: task.size(split) for split in splits}
+    for split, size in sizes.items():
+        if size == 0:
+            raise ValueError(
+                f"--task {task.name} has no {split} problems; give it some, or choose another task"
+            )
     longest = max(
-        longest_prompt(task, tokenizer, task.problems(split, min(size, MEASURED)))
+        longest_prompt(task, tokenizer, task.problems(split, min(size or MEASURED, MEASURED)))
         for split, size in sizes.items()
     )
     limit = policy.config.max_seq_len

@@ -15,6 +15,7 @@ from ..eval.tasks.catalogue import TASKS, find_task, make_task, option_types
 from ..eval.tasks.own import source_of
 from ..eval.tasks.problem_file import FileTask
 
+TEST = "test="  # the option that names a second file
 FILE_TASKS = [name for name, task in TASKS.items() if "path" in option_types(task)]
 
 
@@ -50,13 +51,17 @@ class TaskFlags:
         return self.name.rpartition(":")[2]
 
     @property
+    def has_second(self) -> bool:
+        """Whether the task can read a second file, the option `test`."""
+        return self.data is not None and issubclass(find_task(self.name), FileTask)
+
+    @property
     def files(self) -> list[str]:
         """The files that the problems are read from."""
-        if self.data is None:
-            return []
-        has_second = issubclass(find_task(self.name), FileTask)
-        tests = [option for option in self.options if option.startswith("test=") and has_second]
-        return [self.data, *(option.removeprefix("test=") for option in tests)]
+        if not self.has_second:
+            return [] if self.data is None else [self.data]
+        tests = [option.removeprefix(TEST) for option in self.options if option.startswith(TEST)]
+        return [self.data, *filter(None, tests)]
 
     @property
     def source(self) -> Path | None:

@@ -59,7 +59,10 @@ class Task(Protocol):
     """Whether the test problems are others than the training problems."""
 
     def problem(self, split: str, index: int) -> Any:
-        """Problem `index` (from 0) of "train" or "test"; ValueError if there is none."""
+        """Problem `index` (from 0) of "train" or "test"; ValueError if there is none.
+
+        Training problems never end: behind the last one of a list they begin again (index % size).
+        """
         ...
 
     def problems(self, split: str, n: int, start: int = 0) -> list[Any]:

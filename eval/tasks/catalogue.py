@@ -49,7 +49,8 @@ def make_task(name: str, **options: Any) -> Task:
             has = ", ".join(known) or "none"
             raise ValueError(f"task {name} has no option {option!r}; it has: {has}")
     if "path" in known and "path" not in options:
-        raise ValueError(f"--task {name} needs --data FILE (path=FILE): {task.file_format}")
+        held = task.file_format or "the file of its problems"
+        raise ValueError(f"--task {name} needs --data FILE (path=FILE): {held}")
     if not is_named(name):
         return task(**options)
     for field in fields(task):

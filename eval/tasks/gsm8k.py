@@ -10,14 +10,16 @@ answer must be a number and nothing else, as people write one (numbers.py, prose
 `12.50` and `12.` are numbers; `12 eggs` and `1/2` are not. Numbers are compared as exact fractions.
 
 A base model that has answered often runs on into a next question, `Question:` or another form that
-its template has (prompts.py), and answers that. Its response is judged up to there.
+its template has (prompts.py), and answers that. Its response is judged up to there. A plain
+question has no form: there the first answer, a block or a mark's line, ends the response.
 
 Left out: taking the last number of a text without a mark. It pays for numbers that were never given
 as the answer.
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ..lines import json_object
@@ -29,6 +31,9 @@ from .prompts import TEMPLATES, check_template
 
 MARK = "####"
 EXPECTED = "JSON lines with the fields question and answer"
+# A plain question has no form, so the first answer ends the response: a block, or a mark's line.
+FIRST_ANSWER = re.compile(r"(?<=</answer>)|(?<!#)#{4,}+[ \t]*+[^\s#][^\n]*+(\n|\Z)")
+FORMS = TEMPLATES | {"plain": replace(TEMPLATES["plain"], next_question=FIRST_ANSWER)}
 
 
 @dataclass(frozen=True)
@@ -103,14 +108,18 @@ class GSM8K(FileTask):
 
     @staticmethod
     def problem_from_record(record: Mapping[str, Any]) -> GSM8KProblem:
-        """The problem of {"answer": 42}, {"answer": "#### 42"}, or the harness's {"gold": "42"}.
+        """The problem of {"answer": 42}, {"answer": "#### 42"}, or the harness's {"gold": "42"};
+        `question` may stand beside it.
 
         ValueError for another kind of value.
         """
         name = "gold" if "gold" in record else "answer"
+        question = record.get("question") or ""
+        if not isinstance(question, str):
+            raise ValueError(f'"question" is {quoted(repr(question))}, expected text')
         template = record.get("template", "zero_shot")
         check_template(template)
-        return GSM8KProblem("", gold_of(record, name), template)
+        return GSM8KProblem(question, gold_of(record, name), template)
 
     @staticmethod
     def prompt(problem: GSM8KProblem) -> str:
@@ -123,7 +132,7 @@ class GSM8K(FileTask):
 
         What comes behind the next question of its template is not read.
         """
-        own = TEMPLATES[problem.template].own_part(problem.question, response)
+        own = FORMS[problem.template].own_part(problem.question, response)
         block = parse_response(own).answer
         answer = marked(own if block is None else block)  # a mark may stand inside the block
         if answer is None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..plugin import load_named, raised
-from ..response import grade_fault, quoted
+from ..response import grade_fault, quoted, share_fault
 from .base import Task
 
 FLAG = "--task"
@@ -33,7 +33,8 @@ CALLS = {
     "problem_from_record": ("record",),
 }
 INHERITED = {"problems": ("split", "n", "start")}  # `Task` has it whole
-STATIC = ("grade", "problem_from_text", "problem_from_record")
+OPTIONAL = {"coherence": ("problem", "response")}  # None where a task has none
+STATIC = ("grade", "problem_from_text", "problem_from_record", "coherence")
 # What a base model may answer, right or wrong.
 PROBES = ("", "no", "<think>a</think><answer>1</answer>", "<answer>", "\0\ud800</answer>")
 
@@ -51,7 +52,8 @@ def load_task(name: str) -> type[Task]:
             f"{what} lacks {', '.join(missing)}; let it inherit from r1zero.eval.tasks.base.Task, "
             "which says what each is, and has a default for some"
         )
-    for member, arguments in (CALLS | INHERITED).items():
+    given = {name: call for name, call in OPTIONAL.items() if getattr(task, name) is not None}
+    for member, arguments in (CALLS | INHERITED | given).items():
         check_signature(task, member, arguments, what)
     check_texts(task, what)
     option_types(task, what)
@@ -176,11 +178,19 @@ def check_task(task: Task, what: str) -> None:
                 f"{what}: problem({split!r}, 0) is another one when it is asked again; it must "
                 "follow from its options, split and index alone (stable_hash in base.py)"
             )
-    # 3. Grades of what a model might say.
+    # 3. Training goes on behind the last problem.
+    if sizes["train"]:
+        index = sizes["train"]
+        hint = f"training problems never end: take index % {index}"
+        attempt(lambda: task.problem("train", index), f"{what}: {hint}; problem('train', {index})")
+    # 4. Grades of what a model might say.
     for response in PROBES:
-        fault = grade_fault(ask("grade", problem, response))
-        if fault:
-            raise ValueError(f"{what}: grade(problem, {quoted(response)}) {fault}")
+        faults = {"grade": grade_fault(ask("grade", problem, response))}
+        if task.coherence is not None:
+            faults["coherence"] = share_fault(ask("coherence", problem, response))
+        for member, fault in faults.items():
+            if fault:
+                raise ValueError(f"{what}: {member}(problem, {quoted(response)}) {fault}")
 
 
 def check_problem(problem: Any, what: str) -> None:

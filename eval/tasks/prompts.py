@@ -47,6 +47,15 @@ Answer: <think>It holds 500 * 30 / 100 = 150 litres, so 500 - 150 = 350 litres f
 <answer>350</answer>
 
 """
+# Where the next turn of the conversation begins: on a line of its own, anywhere behind an answer
+# block, behind an answer on its line, or with the frame of the whole prompt. Each way is linear: no
+# piece of the text is read again from another start.
+NEXT_USER = re.compile(
+    r"\n[ \t]*+User:[ \t]*+"
+    r"|(?<=</answer>)(?:[^<]|<(?!/answer>))*?\bUser:[ \t]*+"
+    r"|####[^\n#]*?(\bUser:)[ \t]*+"
+    rf"|A conversation between User and Assistant(?:[^\n]{{0,{len(FRAME_ASKED)}}}?User:[ \t]*+)?"
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,8 @@ class Template:
     before: str
     after: str
     next_question: re.Pattern
-    """Matches where another question begins; where the match ends, its text begins."""
+    """Matches where another question begins, or has a group that does; where the match ends, its
+    text begins."""
 
     def prompt(self, question: str) -> str:
         """The text that the model continues."""
@@ -82,7 +92,7 @@ TEMPLATES = {
     "r1_zero": Template(
         before=FRAME_ASKED,
         after=" Assistant:",
-        next_question=re.compile(r"(?:\n|(?<=</answer>))[ \t]*+User:[ \t]*+"),
+        next_question=NEXT_USER,
     ),
     "few_shot": Template(
         before=f"{EXAMPLES}Question: ",

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from r1zero.eval.response import Sample
 from r1zero.eval.tasks.countdown import Countdown, CountdownProblem
 from r1zero.rl.advantages import AdvantageConfig, Credit
 from r1zero.rl.control import CONTROLS, random_rewards
-from r1zero.rl.rewards import Grader, RewardConfig, check_parts
+from r1zero.rl.rewards import Grader, RewardConfig, check_parts, judge
 from r1zero.rl.rollouts import DynamicSampler, Rollouts
 from r1zero.rl.shaping import efficiency
 
@@ -65,6 +66,12 @@ def test_a_part_without_a_weight_is_not_graded():
     assert list(graded().parts) == ["accuracy", "format"]
     task = SimpleNamespace(grade=Countdown.grade, coherence=None)
     assert Grader(algorithm())(task, MIXED).accuracy.tolist() == [1, 1, 0, 0, 1, 0]
+
+
+def test_a_tasks_own_coherence_must_be_a_number():
+    task = SimpleNamespace(name="mine", grade=Countdown.grade, coherence=lambda problem, response: None)
+    with pytest.raises(ValueError, match="the coherence of mine gave 'None', expected a finite number, for"):
+        judge(task, [Sample(PROBLEM, "a")], RewardConfig(coherence_weight=0.1))
 
 
 # ---- dead groups ----

@@ -2,10 +2,15 @@
 
 import json
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from r1zero.model.checkpoint import CheckpointError
 from r1zero.train.cli.main import main
+from r1zero.train.grpo import GRPOConfig
+from r1zero.train.settings import check_settings, settings_of
 from r1zero.train.task_flags import TaskFlags
 
 from .loop_cases import save_base
@@ -39,6 +44,11 @@ class Moody(Largest):
 
 class Plain:
     pass
+
+@dataclass(frozen=True)
+class Empty(Largest):
+    def size(self, split):
+        return 0 if split == "train" else None
 """
 
 
@@ -81,9 +91,26 @@ def test_gsm8k_is_trained_on_with_a_test_file_whose_content_is_compared_on_resum
     assert "problems (changed: test.jsonl)" in capsys.readouterr().err
 
 
+def test_a_test_file_that_moved_is_the_same_one_on_resume_and_other_options_are_others():
+    flags = TaskFlags("gsm8k", ("template=plain", "test=a.jsonl"), data="train.jsonl")
+
+    def check(*options, task=flags):
+        config = GRPOConfig(run="r", base="b", task=replace(task, options=options))
+        then, now = (settings_of(replace(config, task=each), set()) for each in (task, config.task))
+        check_settings(then, now, config, Path("r"))
+
+    check("template=plain", "test=moved/a.jsonl")
+    check("template=plain")  # the files are compared, by their content
+    with pytest.raises(CheckpointError, match="--options is"):
+        check("template=r1_zero", "test=a.jsonl")
+    with pytest.raises(CheckpointError, match="--options is"):  # the option of a task without a file
+        check("test=2", task=TaskFlags("countdown", ("test=1",)))
+
+
 def test_the_files_of_a_task():
     flags = TaskFlags("jsonl", ("test=b.jsonl", "seed=1"), data="a.jsonl")
     assert flags.files == ["a.jsonl", "b.jsonl"] and flags.source is None and flags.short_name == "jsonl"
+    assert TaskFlags("jsonl", ("test=", "seed=1"), data="a.jsonl").files == ["a.jsonl"]
     assert TaskFlags().files == [] and TaskFlags("m:Mine").short_name == "Mine"
 
 
@@ -102,6 +129,7 @@ def test_the_files_of_a_task():
         ("--task gsm8k --data my.jsonl --options template=r1_zero", "and the base has room for"),
         ("--task moody_task:Nobody", "has no 'Nobody'"),
         ("--task moody_task:Plain", "is no dataclass"),
+        ("--task moody_task:Empty", "has no train problems"),
         ("--task absent_module:Task", "there is no module absent_module"),
         ("--task moody_task:Moody --options tall=1", "has no option 'tall'; it has: n_numbers, high"),
         (

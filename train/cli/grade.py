@@ -30,6 +30,7 @@ from ...eval.response import Sample, quoted
 from ...eval.result_file import ResultFile, check_result_path
 from ...eval.tasks.base import Task
 from ...eval.tasks.catalogue import TASKS, find_task
+from ...eval.tasks.problem_file import FileTask
 from ...rl.rewards import RewardConfig, check_parts, judge, why
 from ...rl.shaping import efficiency, weighted_sum
 
@@ -146,12 +147,22 @@ def read_responses(path: str, task: type[Task], skip_bad: bool = False) -> Parse
 # ---- the parts, and their sum ----
 
 
-def efficiency_of(answers: Sequence[Answer], accuracy_N: np.ndarray) -> np.ndarray | None:
+def same_problem(task: type[Task], answer: Answer, n: int) -> str | int:
+    """What answers to the same problem share: its text. An answer whose question is not known has
+    its own, its index n, because equal right answers do not make one problem."""
+    problem = answer.sample.problem
+    is_known = not issubclass(task, FileTask) or task.question(problem).strip()
+    return repr(problem) if is_known else n
+
+
+def efficiency_of(
+    task: type[Task], answers: Sequence[Answer], accuracy_N: np.ndarray
+) -> np.ndarray | None:
     """[N]: what each answer earns for being shorter than others to the same problem; None where
     their lengths are not known, or no problem has two."""
-    group_of = {}  # the problem's text -> the indices of its answers
+    group_of = {}  # what answers to the same problem share -> their indices
     for n, answer in enumerate(answers):
-        group_of.setdefault(repr(answer.sample.problem), []).append(n)
+        group_of.setdefault(same_problem(task, answer, n), []).append(n)
     lengths = [answer.n_tokens for answer in answers]
     if None in lengths or len(group_of) == len(answers):
         return None
@@ -170,11 +181,12 @@ def grade_answers(task: type[Task], answers: Sequence[Answer], config: RewardCon
     """
     graded, parts = judge(task, [answer.sample for answer in answers], config)
     if config.efficiency_weight > 0:
-        earned_N = efficiency_of(answers, parts["accuracy"])
+        earned_N = efficiency_of(task, answers, parts["accuracy"])
         if earned_N is None:
             say(
                 "efficiency is left out: it compares the lengths of several responses to one "
-                "problem, so the lines of --input need n_tokens, and problems that come twice"
+                "problem, so the lines of --input need n_tokens, and problems that come twice, "
+                "each with its question"
             )
         else:
             parts["efficiency"] = earned_N

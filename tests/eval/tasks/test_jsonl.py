@@ -242,10 +242,13 @@ def test_gsm8k_is_trained_on_one_file_and_tested_on_another(tmp_path):
     assert [p.gold for p in task.problems("test", 4)] == ["9", "10", "11", "12"]
     problem = task.problem("test", 0)
     assert task.prompt(problem).endswith("User: 8 and 1? Assistant:")
-    assert GSM8K.problem_from_record(vars(problem)) == GSM8KProblem("", "9", "r1_zero")
+    assert GSM8K.problem_from_record(vars(problem)) == problem
     with pytest.raises(
         ValueError, match="template is 'chat'; it must be one of: zero_shot, r1_zero, few_shot, plain"
     ):
         make_task("gsm8k", path=train, template="chat")
     with pytest.raises(ValueError, match="template is 'chat'"):
         GSM8K.problem_from_record({"gold": "1", "template": "chat"})
+    assert GSM8K.problem_from_record({"answer": 1, "question": None}).question == ""
+    with pytest.raises(ValueError, match='"question" is .*expected text'):
+        GSM8K.problem_from_record({"answer": 1, "question": ["How many?"]})

@@ -1,12 +1,13 @@
 """A task of the user's own by module:class: it is found and tried, or refused on one line."""
 
+import math
 import pickle
 import subprocess
 import sys
 
 import pytest
 
-from r1zero.eval.response import Sample, grade_response
+from r1zero.eval.response import Sample, coherence_of, grade_response
 from r1zero.eval.tasks.base import Grade
 from r1zero.eval.tasks.catalogue import find_task, make_task, option_types
 from r1zero.eval.tasks.own import check_task, source_of
@@ -46,6 +47,14 @@ class MyTask(Task):
     def problem_from_record(record):
         return required_fields(record, "word")[0]
 """
+
+
+COHERENT = """
+    @staticmethod
+    def coherence(problem, response):
+        return 0.5
+
+    def size"""
 
 
 @pytest.fixture
@@ -163,6 +172,7 @@ def test_a_module_of_a_former_current_folder_gives_way(module, tmp_path, monkeyp
         ('name = "mine"', "name = 3", "name is 3"),
         ("words: int = 3", "words: list = None", "its option words is of type"),
         ("words: int = 3", "words: int", "needs --options words=VALUE"),
+        ("words: int = 3", "path: str", "needs --data FILE (path=FILE): the file of its problems"),
         ("words: int", "words: Nowhere", "cannot be read"),
         ("return self.words if", "return -1 if", "size('test') is -1"),
         ('return self.words if split == "test" else None', "return 0", "both splits are empty"),
@@ -187,10 +197,31 @@ def test_a_module_of_a_former_current_folder_gives_way(module, tmp_path, monkeyp
         ("return Grade(float(answer == problem), answer,", "return (1.0, answer,", "expected a Grade"),
         ("float(answer == problem)", "0.5", "gave an accuracy of 0.5, expected 1.0 or 0.0"),
         ("float(answer == problem)", "float('nan')", "gave an accuracy of nan"),
+        ("problem), answer, f", "problem), 7, f", "gave the answer '7', expected the text of it, or None"),
+        ('f"The word is {problem}."', "None", "gave the reason 'None', expected a sentence"),
+        ("answer = parse", "raise SystemExit(2); answer = parse", "raised SystemExit: 2"),
+        ("    def size", COHERENT.replace("    @staticmethod\n", ""), "coherence must be a static method"),
+        ("    def size", COHERENT.replace(", response", ""), "coherence cannot be called as coherence("),
+        (
+            "    def size",
+            COHERENT.replace("return 0.5", "return None"),
+            "coherence(problem, '') gave 'None', expected a finite number",
+        ),
+        (
+            "    def size",
+            COHERENT.replace("0.5", "1 / len(response)"),
+            "coherence('test0', '') raised ZeroDivisionError",
+        ),
+        (
+            'return self.words if split == "test" else None',
+            "return self.words",
+            "training problems never end: take index % 3; problem('train', 3) raised IndexError",
+        ),
     ],
 )
 def test_a_class_that_does_not_keep_the_outline(right, wrong, why, module):
-    text = TASK.replace(right, wrong, 1)
+    listed = TASK.replace("index % self.words", "list(range(self.words))[index]")
+    text = (listed if "IndexError" in why else TASK).replace(right, wrong, 1)
     assert text != TASK and why in refused(f"{module(text)}:MyTask")
 
 
@@ -201,10 +232,19 @@ def test_options_are_refused_by_name_and_by_what_the_task_says(module):
     assert "making the task refused: mine: words is too many" in refused(f"{module(text)}:MyTask")
 
 
+def test_a_task_with_coherence_of_its_own_is_tried_and_taken(module):
+    text = TASK.replace("    def size", COHERENT)
+    assert make_task(f"{module(text)}:MyTask").coherence("a", "") == 0.5
+
+
 class Moody:
     """Grades well at first."""
 
     name = "moody"
+
+    @staticmethod
+    def coherence(problem, response):
+        return {"ok": 0.5, "half": math.nan, "none": None}[response]
 
     @staticmethod
     def grade(problem, response):
@@ -226,6 +266,21 @@ def test_a_grader_that_fails_later_is_told_with_the_problem_and_the_response(res
     assert grade_response(Moody, Sample("2+2", "ok")).accuracy == 1.0
     with pytest.raises(ValueError, match="the grader of moody ") as error:
         grade_response(Moody, Sample("2+2", response))
+    assert why in str(error.value) and "2+2" in str(error.value) and repr(response) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "response, why",
+    [
+        ("boom", "raised KeyError: 'boom'"),
+        ("half", "gave 'nan', expected a finite number"),
+        ("none", "gave 'None', expected a finite number"),
+    ],
+)
+def test_coherence_that_fails_later_is_told_with_the_problem_and_the_response(response, why):
+    assert coherence_of(Moody, Sample("2+2", "ok")) == 0.5
+    with pytest.raises(ValueError, match="the coherence of moody ") as error:
+        coherence_of(Moody, Sample("2+2", response))
     assert why in str(error.value) and "2+2" in str(error.value) and repr(response) in str(error.value)
 
 

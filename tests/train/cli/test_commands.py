@@ -258,11 +258,28 @@ def test_grade_has_every_part_that_has_a_weight(tmp_path, capsys, monkeypatch):
     sys.modules.pop("graded_of_the_tests")
 
 
+@pytest.mark.parametrize("task, field", [("gsm8k", "question"), ("jsonl", "prompt")])
+def test_efficiency_compares_answers_to_one_question_and_no_others(task, field, tmp_path, capsys):
+    def found(*questions):
+        lines = [{field: question, "answer": "18", "response": "<answer>18</answer>", "n_tokens": 10 * n}
+                 for n, question in enumerate(questions, 1)]
+        path = write_lines(tmp_path / "in.jsonl", lines)
+        argv = ["grade", "--task", task, "--input", path, "--rewards.efficiency-weight", "1"]
+        assert main(argv) == 0
+        out, error = capsys.readouterr()
+        return [json.loads(line).get("efficiency") for line in out.splitlines()], error
+    earned, error = found("", "Eggs?", "", "Hens?", "Eggs?")
+    assert earned == [0, 0.5, 0, 0, -0.5] and "left out" not in error
+    earned, error = found("", "")
+    assert earned == [None, None] and "efficiency is left out: it compares" in error
+
+
 @pytest.mark.parametrize("name", ["countdown", "gsm8k", "arithmetic"])
 def test_grading_what_eval_wrote_gives_the_same_words(name, tmp_path, capsys):
     """In a line of eval, `answer` is what the model said; taken for the right one, all would be right."""
     task = make_task(name, **({"path": write_lines(tmp_path / "t.jsonl", GSM8K)} if name == "gsm8k" else {}))
-    answers = iter(["<answer>6</answer>", "<answer>1</answer>", "<think></think><answer>7</answer>"] * 9)
+    again = f"\nQuestion: {GSM8K[0]['question']}\nAnswer: <answer>6</answer>"  # the question, said again
+    answers = iter([again, "<answer>6</answer>", "<think></think><answer>7</answer>"] * 9)
 
     def sampler(prompts, n_samples):
         return [[Sampled(next(answers), 1, "stop") for _ in range(n_samples)] for _ in prompts]
