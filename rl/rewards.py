@@ -166,7 +166,7 @@ def why(graded: Graded) -> str:
     return graded.why if graded.format else f"{graded.why} Format: {graded.why_format}"
 
 
-def check_task(task, config: RewardConfig) -> None:
+def check_parts(task, config: RewardConfig) -> None:
     """Raise ValueError for a part that the task does not have."""
     if config.coherence_weight > 0 and getattr(task, "coherence", None) is None:
         raise ValueError(

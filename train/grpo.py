@@ -41,7 +41,7 @@ from ..model.transformer import Transformer
 from ..rl import family
 from ..rl.family import Algorithm, in_words
 from ..rl.plugin import PluginError, source_of
-from ..rl.rewards import check_task
+from ..rl.rewards import check_parts
 from ..rl.step import Learner, grpo_step
 from ..rl.update import LogpGapError, Reference, gap_limit
 from .compute_flags import ComputeFlags
@@ -359,7 +359,7 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
     precision = config.precision(device)
     if config.mistake:
         warn_of(config.mistake)
-    check_task(task, config.rewards)
+    check_parts(task, config.rewards)
     if notice := form_notice(task, config):
         say(notice)
     run = Run(config, config.algo if config.control == "none" else "control")

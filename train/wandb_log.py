@@ -3,7 +3,7 @@
 Only its start can stop a run: a missing login is told at once, before anything is computed. After
 that it informs, and a failure is told once. A resumed run continues its wandb run; its id is in the
 file `wandb_id` of the run's folder. WANDB_MODE=offline and wandb's other variables work as usual.
-GRPO sends a small table of one group there too, now and then.
+GRPO sends a small table of one kept group there too, now and then; none with --keep-rollouts 0.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..eval.console import say
 from ..model.files import atomic_write_text
+from .report.step_page import advantage_of, by_group
 
 # Of the table of samples.
 COLUMNS = ("prompt", "response", "reward", "advantage", "finish_reason", "why", "tokens")
@@ -19,13 +20,8 @@ MEND = "log in (wandb login), set WANDB_MODE=offline, or leave --wandb out"
 
 def table_rows(samples: Sequence[dict]) -> list[list]:
     """The first group of a step that teaches something (or the first of all), best answer first."""
-
-    def advantage(sample: dict) -> float:
-        return sample["advantage"] or 0.0
-
-    telling = next((sample for sample in samples if advantage(sample)), samples[0])
-    group = [sample for sample in samples if sample["group"] == telling["group"]]
-    group.sort(key=advantage, reverse=True)
+    groups = list(by_group(samples).values())
+    group = next((group for group in groups if any(map(advantage_of, group))), groups[0])
     return [[*(sample[name] for name in COLUMNS[:-1]), len(sample["tokens"])] for sample in group]
 
 

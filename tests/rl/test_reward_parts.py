@@ -8,7 +8,7 @@ import pytest
 from r1zero.eval.tasks.countdown import Countdown, CountdownProblem
 from r1zero.rl.advantages import AdvantageConfig, Credit
 from r1zero.rl.control import CONTROLS, random_rewards
-from r1zero.rl.rewards import Grader, RewardConfig, check_task
+from r1zero.rl.rewards import Grader, RewardConfig, check_parts
 from r1zero.rl.rollouts import DynamicSampler, Rollouts
 from r1zero.rl.shaping import efficiency
 
@@ -170,7 +170,7 @@ def test_weights_that_leave_nothing_to_judge_are_refused(options):
 
 def test_coherence_is_refused_for_a_task_without_equations():
     config = RewardConfig(coherence_weight=0.5)
-    check_task(Countdown, config)
+    check_parts(Countdown, config)
     with pytest.raises(ValueError, match="coherence does not apply to the task gsm8k, which does not check"):
-        check_task(SimpleNamespace(name="gsm8k"), config)
-    check_task(SimpleNamespace(name="gsm8k"), RewardConfig())
+        check_parts(SimpleNamespace(name="gsm8k"), config)
+    check_parts(SimpleNamespace(name="gsm8k"), RewardConfig())

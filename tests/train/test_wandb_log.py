@@ -117,6 +117,13 @@ def test_a_group_that_teaches_nothing_is_sent_where_there_is_no_other():
     assert [row[1] for row in table_rows(samples)] == ["3", "2"]
 
 
+def test_a_table_is_in_the_order_in_which_show_prints_the_group():
+    samples = [dict(prompt="p", response=f"{n}", reward=reward, advantage=advantage, finish_reason="stop",
+                    why="w", tokens=[1], group=1)
+               for n, (reward, advantage) in enumerate([(0.0, 0.5), (1.0, 0.5), (0.2, None), (0.4, 0.7)])]
+    assert [row[1] for row in table_rows(samples)] == ["3", "1", "0", "2"]
+
+
 def test_a_table_that_cannot_be_made_ends_nothing(tmp_path, use, capsys):
     use(FakeWandb(Table=RuntimeError("too large")))
     grpo(grpo_config(tmp_path / "run", save_base(tmp_path / "base"), wandb=True, eval_every=1,
