@@ -34,7 +34,7 @@ from ...model.optimizer import OptimConfig
 from ...model.tokenizer import Tokenizer
 from ...model.transformer import Transformer
 from ...rl.family import rl_optim
-from ...rl.rewards import RewardConfig
+from ...rl.rewards import RewardConfig, check_parts
 from ..grpo import GRPOConfig, grpo, grpo_config
 from ..machine import describe_machine, pick_device, reuse_memory
 from ..pretrain import PretrainConfig, pretrain
@@ -83,6 +83,7 @@ class MinimalConfig:
         at_least(self, 0, "sft_steps", "seed")
         # What only a later stage would refuse is refused now, not after the text is made.
         preset(self.model, vocab_size=1)
+        check_parts(make_task(self.seed), self.rewards)
         rl_config(self, Path(self.run), self.control)
 
 

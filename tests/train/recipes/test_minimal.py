@@ -45,6 +45,11 @@ def test_each_stage_is_a_run_that_goes_on_from_the_one_before(finished):
     assert [len(read_metrics(finished / name)) for name in ("base", "sft", "rl")] == [2, 2, 1]
 
 
+def test_a_reward_that_the_sums_do_not_have_is_refused_before_anything_is_made(tmp_path, capsys):
+    assert recipe(tmp_path / "x", "--rewards.coherence-weight", "0.5") == 2
+    assert "--rewards.coherence-weight is 0.5" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
 def test_a_finished_recipe_is_neither_overwritten_nor_done_again_and_shows_its_table(finished, capsys):
     weights = finished / "sft" / "checkpoints" / "step_00000002" / "model.safetensors"
     before = weights.stat().st_mtime_ns
