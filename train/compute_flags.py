@@ -16,8 +16,8 @@ class ComputeFlags:
     """What a model computes in."""
 
     dtype: str = "auto"
-    """Dtype to compute in, over weights in fp32: fp32, bf16, fp16, or auto (fp32 on a CPU, bf16 on
-    a GPU, fp16 on a GPU without bf16)."""
+    """Dtype to compute in, over weights in fp32: fp32, bf16, fp16, or auto (bf16 on a CUDA GPU,
+    fp16 on one without bf16, fp32 elsewhere)."""
     fp32_head: bool = False
     """Compute the last norm, the logits and the log-probs in fp32, whatever --dtype says."""
 

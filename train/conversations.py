@@ -78,7 +78,17 @@ def exchange_of(line: str) -> Exchange:
     for field, text in zip(Exchange._fields, texts, strict=True):
         if not text.strip():
             raise ValueError(f"`{field}` is empty; fill it or drop the line")
+        check_characters(f"`{field}`", text)
     return Exchange(*texts)
+
+
+def check_characters(what: str, text: str) -> None:
+    """Raise ValueError for half of an escaped character, which no tokenizer can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(f"{what} has half of a character, {half}; mend or drop it") from None
 
 
 def messages_of(value: Any) -> list[Message]:
@@ -106,6 +116,7 @@ def message_of(value: Any) -> Message:
         raise ValueError(f"its content is a JSON {type(content).__name__}, expected text")
     if not content.strip():
         raise ValueError("its content is empty; fill it or drop the line")
+    check_characters("its content", content)
     return Message(role, content)
 
 

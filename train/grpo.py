@@ -202,6 +202,16 @@ def keep_start(run: Run, learner: Learner) -> None:
     save_checkpoint(run.folder / START, 0, tensors, state)
 
 
+def form_notice(task: Task, config: Algorithm) -> str | None:
+    """What to say of a prompt that asks for another form than the format reward is for, or None."""
+    if getattr(task, "template", None) != "zero_shot" or config.rewards.format_weight == 0:
+        return None
+    return (
+        "the template zero_shot asks for `#### n`, and the format reward is for <think> and "
+        "<answer>; --options template=r1_zero asks for those"
+    )
+
+
 def longest_prompt(task: Task, tokenizer: Tokenizer, problems: list) -> int:
     """The number of tokens of the longest prompt."""
     return max(map(len, tokenizer.encode_batch([task.prompt(problem) for problem in problems])))
@@ -359,6 +369,8 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
     if config.mistake:
         warn_of(config.mistake)
     check_parts(task, config.rewards)
+    if notice := form_notice(task, config):
+        say(notice)
     run = Run(config, config.algo if config.control == "none" else "control")
     # A resumed run keeps the learning rate's schedule that it began with.
     algorithm = replace(config, steps=run.schedule_steps)

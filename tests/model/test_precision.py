@@ -2,6 +2,8 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from r1zero.kernels.dispatch import why_not_dtype, widest_dtype
 from r1zero.model.config import ModelConfig
@@ -41,6 +43,30 @@ def test_a_dtype_is_chosen_by_name_and_refused_where_the_device_lacks_it():
 
 def test_an_apple_gpu_is_asked_for_no_float64():
     assert widest_dtype(torch.device("mps")) == torch.float32 and widest_dtype(CPU) == torch.float64
+
+
+class Float64Seen(TorchDispatchMode):
+    """The ops that made a float64 tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if any(torch.is_tensor(t) and t.dtype == torch.float64 for t in tree_leaves(out)):
+            self.ops.append(op)
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_float64_a_model_trains_all_the_same(monkeypatch, dtype):
+    monkeypatch.setattr("r1zero.kernels.rope.widest_dtype", lambda device: torch.float32)  # as on mps
+    model, packed = random_model(dtype, False), pack([np.arange(9) % 7])
+    with Float64Seen() as seen:
+        logp, entropy = model.logprobs(model.hidden_states(packed), packed.tokens)
+        (logp.sum() + entropy.sum()).backward()
+    assert seen.ops == [] and all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", HALF)

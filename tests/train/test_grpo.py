@@ -1,16 +1,18 @@
 """GRPO raises a reward and its control does not; what it leaves can be trained on."""
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from r1zero.eval.tasks.gsm8k import GSM8K
 from r1zero.model.checkpoint import load_checkpoint
 from r1zero.model.engine.engine import Engine
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.train import grpo as grpo_module
-from r1zero.train.grpo import grpo, timed_step
+from r1zero.train.grpo import form_notice, grpo, timed_step
 from r1zero.train.log import read_metrics
 
 from ..rl.cases import Bandit
@@ -130,3 +132,15 @@ def test_the_longest_prompt_of_the_task_decides_about_the_room(tmp_path, eval_ev
     with pytest.raises(ValueError, match=f"a prompt has up to {longest} tokens; .* at most {256 - longest}"):
         grpo(grpo_config(tmp_path / "run", base, max_new_tokens=257 - longest, **options))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_that_asks_for_no_tags_is_told_of_where_tags_are_rewarded(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text('{"question": "One hen lays 3 eggs. How many?", "answer": "#### 3"}\n')
+    asks_mark, asks_tags = GSM8K(path=str(path)), GSM8K(path=str(path), template="r1_zero")
+    config = grpo_config("r", "b")
+    no_form = replace(config, rewards=replace(config.rewards, format_weight=0.0))
+    told = form_notice(asks_mark, config)
+    assert "`#### n`" in told and "template=r1_zero" in told and "\n" not in told
+    for task, flags in ((asks_mark, no_form), (asks_tags, config), (Bandit(), config)):
+        assert form_notice(task, flags) is None

@@ -121,15 +121,30 @@ COMMANDS = {
 }
 
 
+def purposes(beginning: str = "") -> list[str]:
+    """A line per command whose name begins like this."""
+    commands = {name: c for name, c in COMMANDS.items() if name.startswith(beginning)}
+    return [f"  {name:<14} {command.purpose}" for name, command in commands.items()]
+
+
+def usage_of_half(first_word: str) -> str | None:
+    """The text of `r1zero recipe --help`; None if no command of two words begins like this."""
+    lines = purposes(f"{first_word} ")
+    if not lines:
+        return None
+    usage = f"usage: r1zero {first_word} <name> [--flags]"
+    help_ = f"r1zero {first_word} <name> --help lists the flags of one."
+    return "\n".join([usage, "", *lines, "", help_])
+
+
 def usage() -> str:
     """The text of `r1zero --help`."""
-    lines = [f"  {name:<14} {command.purpose}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: r1zero <command> [--flags]",
             "",
             "commands:",
-            *lines,
+            *purposes(),
             "",
             "r1zero <command> --help lists the flags of a command;",
             "--traceback shows where an error came from, --version what is installed.",
@@ -247,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
         name, flags = command_of(argv or ["--help"])
         if name == "help" and flags:
             asked, _ = command_of(flags)
-            if asked in COMMANDS:
+            if asked in COMMANDS or usage_of_half(asked):
                 name, flags = asked, ["--help"]
         if name in ("-h", "--help", "help"):
             return print_text(usage(), output)
@@ -255,6 +270,9 @@ def main(argv: list[str] | None = None) -> int:
             return print_text(versions(), output)
         if name in COMMANDS:
             return run(name, flags, show_traceback, output)
+        half = usage_of_half(name)
+        if half and flags in (["-h"], ["--help"]):
+            return print_text(half, output)
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         say(

@@ -45,7 +45,7 @@ from ..pretrain import PretrainConfig, pretrain
 from ..report.behaviour import measure
 from ..report.record import PARTS
 from ..report.report import seeds_table, write_report
-from ..run import RunConfig, at_least
+from ..run import Run, RunConfig, at_least
 from ..task_flags import TaskFlags
 from .demo_corpus import CorpusConfig
 
@@ -175,6 +175,12 @@ def part_done(folder: Path, steps: int) -> bool:
     # The log does not show it: it has the line of a step a moment before the step is saved.
     saved = checkpoint_steps(folder)
     return bool(saved) and saved[-1] >= steps
+
+
+def check_part(config: RunConfig) -> None:
+    """Raise CheckpointError if a part was begun with other settings. Nothing is written."""
+    if checkpoint_steps(Path(config.run)):
+        Run(replace(config, resume=True), "")
 
 
 def run_part(loop: Callable, config: RunConfig) -> float:
@@ -345,11 +351,19 @@ def one_seed(config: DemoConfig, folder: Path, seed: int) -> None:
     results.write()
 
 
+def check_seed(config: DemoConfig, folder: Path, seed: int) -> None:
+    """Raise CheckpointError unless the parts of a seed that were begun have these settings."""
+    check_part(base_config(config, folder / "base", seed))
+    check_part(grpo_config(config, folder, seed, control=False))
+    if config.control_steps:
+        check_part(grpo_config(config, folder, seed, control=True))
+
+
 def demo(config: DemoConfig) -> Path:
     """Run everything that is not done yet; returns the report's path.
 
-    Raises ValueError if the folder already holds a demo and --resume was not given, and Stopped
-    after Ctrl-C.
+    Raises ValueError if the folder already holds a demo and --resume was not given, or one that was
+    made with other flags, and Stopped after Ctrl-C.
     """
     reuse_memory()
     folder = Path(config.run)
@@ -360,6 +374,8 @@ def demo(config: DemoConfig) -> Path:
         raise ValueError(
             f"{folder} holds a demo already; add --resume to go on with it, or give another --run"
         )
+    for seed in config.seed_list:
+        check_seed(config, folder / f"seed{seed}", seed)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     record = {

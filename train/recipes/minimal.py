@@ -27,21 +27,21 @@ from pathlib import Path
 from ...eval.console import show
 from ...eval.harness import evaluate
 from ...eval.sampler import ModelSampler
-from ...model.checkpoint import load_model
+from ...model.checkpoint import checkpoint_steps, load_model
 from ...model.config import preset
 from ...model.files import atomic_write_json, atomic_write_text
 from ...model.optimizer import OptimConfig
 from ...model.tokenizer import Tokenizer
 from ...model.transformer import Transformer
 from ...rl.family import rl_optim
-from ...rl.rewards import RewardConfig
+from ...rl.rewards import RewardConfig, check_parts
 from ..grpo import GRPOConfig, grpo, grpo_config
 from ..machine import describe_machine, pick_device, reuse_memory
 from ..pretrain import PretrainConfig, pretrain
 from ..run import RunConfig, at_least
 from ..sft import SFTConfig, sft
 from ..task_flags import TaskFlags
-from .demo import run_part
+from .demo import check_part, run_part
 from .minimal_text import FACTS, HELD_OUT, N_NUMBERS, make_task, pairs_file, question, words
 
 N_PAIRS = 6000  # examples of fine-tuning
@@ -76,13 +76,14 @@ class MinimalConfig:
     eval_problems: int = 256
     """Number of held-out sums to measure on, with one answer each."""
     device: str = "auto"
-    """Device to compute on: auto (the GPU if there is one), cpu or cuda."""
+    """Device to compute on: auto (the GPU if there is one), cpu, cuda or mps."""
 
     def __post_init__(self):
         at_least(self, 1, "documents", "pretrain_steps", "rl_steps", "eval_problems")
         at_least(self, 0, "sft_steps", "seed")
         # What only a later stage would refuse is refused now, not after the text is made.
         preset(self.model, vocab_size=1)
+        check_parts(make_task(self.seed), self.rewards)
         rl_config(self, Path(self.run), self.control)
 
 
@@ -251,6 +252,26 @@ def table(measured: dict[str, dict]) -> str:
 # ---- the whole ----
 
 
+def check_stages(config: MinimalConfig, folder: Path) -> None:
+    """Raise ValueError or CheckpointError unless the stages that were begun have these flags."""
+    for _, _, stage in stages_of(config, folder):
+        check_part(stage)
+
+    # More steps are no fault of a stage's own, but the stages behind it began from what it was.
+    path = folder / "results.json"
+    if not path.exists():
+        return
+    then = json.loads(path.read_text(encoding="utf-8"))["config"]
+    behind = {"pretrain_steps": ("sft", "rl"), "sft_steps": ("rl",)}
+    for name, later in behind.items():
+        now, was = getattr(config, name), then.get(name, getattr(config, name))
+        if now != was and any(checkpoint_steps(folder / stage) for stage in later):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {now}, but later stages in {folder} began after "
+                f"{was}; give {was}, or another --run"
+            )
+
+
 class Results:
     """results.json: what was measured of each stage, and the seconds that each took."""
 
@@ -264,6 +285,13 @@ class Results:
     @property
     def stages(self) -> dict[str, dict]:
         return self.values["stages"]
+
+    def is_measured(self, name: str, steps: int) -> bool:
+        """Whether a stage was measured at this number of steps, on as many sums as now."""
+        found = self.stages.get(name)
+        if not found or found["steps"] != steps:
+            return False
+        return found["eval"]["n_problems"] == self.values["config"]["eval_problems"]
 
     def keep(self, name: str, steps: int, found: dict) -> None:
         """Note what was measured of a stage."""
@@ -279,8 +307,8 @@ class Results:
 def minimal(config: MinimalConfig) -> Path:
     """Run every stage that is not done yet; returns the path of results.json.
 
-    Raises ValueError if the folder already holds a recipe and --resume was not given, and Stopped
-    after Ctrl-C.
+    Raises ValueError if the folder already holds a recipe and --resume was not given, or one that
+    was made with other flags, and Stopped after Ctrl-C.
     """
     reuse_memory()
     folder = Path(config.run)
@@ -289,12 +317,15 @@ def minimal(config: MinimalConfig) -> Path:
         raise ValueError(
             f"{folder} holds a recipe already; add --resume to go on with it, or give another --run"
         )
+    # Nothing is written before it is known that this device and these flags will do.
+    pick_device(config.device)
+    check_stages(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(folder, config)
     started = time.perf_counter()
 
     def probe(name: str, steps: int, model: Transformer, tokenizer: Tokenizer) -> None:
-        if results.stages.get(name, {}).get("steps") != steps:
+        if not results.is_measured(name, steps):
             results.keep(name, steps, measure(config, folder, name, model, tokenizer))
         show(probes_in_words(TITLES[name], results.stages[name]["probes"]))
 

@@ -55,9 +55,16 @@ def test_a_command_of_two_words_is_found_and_half_of_it_is_mended(capsys):
     for words in (["recipe", "minimal", "--help"], ["help", "recipe", "minimal"]):
         assert main(words) == 0
         assert "usage: r1zero recipe minimal " in capsys.readouterr().out
-    for words in (["recipe"], ["recipe", "demo"], ["recipe", "--help"]):
+    for words in (["recipe"], ["recipe", "demo"]):
         assert main(words) == 2
         assert "no command 'recipe' (did you mean recipe minimal?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["recipe", "--help"], ["recipe", "-h"], ["help", "recipe"]])
+def test_help_on_half_a_command_lists_the_commands_that_begin_with_it(capsys, words):
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "usage: r1zero recipe <name>" in text and "\n  recipe minimal " in text and "grpo" not in text
 
 
 def test_an_unknown_command_names_the_known_ones(capsys):

@@ -1,12 +1,14 @@
 """The smallest whole loop at toy size: every stage is run, asked and measured, once."""
 import json
+import re
 from dataclasses import replace
 
 import pytest
 
 from r1zero.train.cli.main import main
 from r1zero.train.log import read_metrics
-from r1zero.train.recipes.minimal import PROBES, MinimalConfig, stages_of, table
+from r1zero.train.machine import devices_here
+from r1zero.train.recipes.minimal import PROBES, MinimalConfig, Results, stages_of, table
 from r1zero.train.run import read_record
 
 SMALL = ["--model", "tiny", "--documents", "60", "--pretrain-steps", "2", "--sft-steps", "2",
@@ -43,6 +45,11 @@ def test_each_stage_is_a_run_that_goes_on_from_the_one_before(finished):
     assert [len(read_metrics(finished / name)) for name in ("base", "sft", "rl")] == [2, 2, 1]
 
 
+def test_a_reward_that_the_sums_do_not_have_is_refused_before_anything_is_made(tmp_path, capsys):
+    assert recipe(tmp_path / "x", "--rewards.coherence-weight", "0.5") == 2
+    assert "--rewards.coherence-weight is 0.5" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
 def test_a_finished_recipe_is_neither_overwritten_nor_done_again_and_shows_its_table(finished, capsys):
     weights = finished / "sft" / "checkpoints" / "step_00000002" / "model.safetensors"
     before = weights.stat().st_mtime_ns
@@ -53,6 +60,39 @@ def test_a_finished_recipe_is_neither_overwritten_nor_done_again_and_shows_its_t
     stages = ("random weights", "after pretraining", "after fine-tuning", "after GRPO")
     assert all(f"--- {stage} ---" in out and f"\n{stage} " in out for stage in stages)
     assert all(out.count(f"  {prompt}  ->") == 4 for prompt in PROBES)
+
+
+OTHER = [(["--rewards.format-weight", "0.5"], "--rewards.format-weight"), (["--seed", "6"], "--seed"),
+         (["--documents", "61"], "--documents"), (["--sft-steps", "0"], "--sft-steps is 0, but .* after 2"),
+         (["--pretrain-steps", "3"], "--pretrain-steps is 3, but later stages")]
+
+
+@pytest.mark.parametrize("flags, said", OTHER)
+def test_a_finished_recipe_is_not_shown_under_other_flags(finished, capsys, flags, said):
+    files = [finished / "pairs.jsonl", finished / "results.json"]
+    before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
+    kept = list(SMALL)
+    if flags[0] in kept:
+        at = kept.index(flags[0])
+        kept[at:at + 2] = []
+    assert main(["recipe", "minimal", "--run", str(finished), *kept, *flags, "--resume"]) == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert [(file.read_bytes(), file.stat().st_mtime_ns) for file in files] == before
+
+
+def test_on_another_number_of_sums_a_finished_recipe_is_measured_anew(tmp_path):
+    config = MinimalConfig(eval_problems=8)
+    results = Results(tmp_path, config)
+    results.stages["rl"] = {"steps": 30, "eval": {"n_problems": 4}}
+    assert not results.is_measured("rl", 30) and not results.is_measured("base", 30)
+    results.stages["rl"]["eval"]["n_problems"] = 8
+    assert results.is_measured("rl", 30) and not results.is_measured("rl", 31)
+
+
+@pytest.mark.skipif("cuda" in devices_here(), reason="here --device cuda is right")
+def test_a_device_that_is_not_there_leaves_no_folder(tmp_path, capsys):
+    assert main(["recipe", "minimal", "--run", str(tmp_path / "x"), "--device", "cuda"]) == 2
+    assert "--device cuda was given" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
 def test_without_fine_tuning_grpo_goes_on_from_the_base(tmp_path):
