@@ -22,6 +22,9 @@ PIP := $(IN_VENV) -m pip --disable-pip-version-check
 # editable install is compiled by nobody else. Some packages ship files that no Python can compile: hence the `|| true`.
 COMPILE := $(IN_VENV) -m compileall -qq -j 0 $(VENV)/lib kernels model eval rl train benchmarks || true
 
+# A demo of one step, which runs every loop once.
+ONE_STEP := --documents 2000 --pretrain-steps 1 --rl-steps 1 --control-steps 0 --eval-problems 8 --eval-samples 1
+
 # A virtual environment names its own place, and the editable install names this folder. In a moved or copied
 # checkout they would run the code of the old place; so note where they were made, and make them again elsewhere.
 MADE_IN := $(shell cat $(VENV)/made-in 2>/dev/null)
@@ -36,7 +39,7 @@ help:
 	echo
 	echo "targets: demo, test (the fast tests), test-all, lint, gpu, clean (caches and the virtual environment)"
 
-demo: $(VENV)/installed
+demo: $(VENV)/loops
 	$(VENV)/bin/r1zero demo $(ARGS)
 
 test: $(VENV)/installed-dev
@@ -92,6 +95,17 @@ $(VENV)/installed: requirements.txt setup.py pyproject.toml $(MOVED)
 	$(PIP) install --no-deps --no-build-isolation -e .
 	$(COMPILE)
 	echo "$(CURDIR)" > $(VENV)/made-in
+	touch $@
+
+# The loops that Numba compiles, in a process of its own: one that compiles them may round differently from one that
+# loads them, and then two demos would not be the same.
+$(VENV)/loops: $(VENV)/installed $(wildcard kernels/cpu/*.py)
+	@echo "compiling the loops for this processor, once; this takes a minute or two"
+	started=$$(date +%s)
+	folder=$$(mktemp -d)
+	$(VENV)/bin/r1zero demo --run "$$folder/demo" $(ONE_STEP) > "$$folder/log" 2>&1 || tail -n 3 "$$folder/log" >&2
+	rm -rf "$$folder"
+	echo "compiled in $$(( $$(date +%s) - started )) seconds; the set-up is done"
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt

@@ -99,7 +99,8 @@ def config_of(preset: str, seed: int, flags: Flags) -> GRPOConfig:
     return grpo_config("r1_zero" if algo == "control" else algo, run="none", base=flags.base, seed=seed,
                        task=task_of(demo, 0), max_new_tokens=demo.max_new_tokens,
                        micro_tokens=2048, updates_per_step=int(updates or flags.updates_per_step),
-                       control=algo == "control", optim=optim, critic_optim=replace(optim, lr=3 * flags.lr))
+                       control="permute" if algo == "control" else "none", optim=optim,
+                       critic_optim=replace(optim, lr=3 * flags.lr))
 
 
 def measure(model, tokenizer, task, config: GRPOConfig, flags: Flags) -> dict:

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import tyro
 
+from r1zero.eval.response import Sample
 from r1zero.eval.tasks.base import Grade
 from r1zero.model.config import ModelConfig
 from r1zero.model.engine.engine import Engine
@@ -70,10 +71,15 @@ class Flags:
 
 # ---- the task: texts are token ids in decimal, so that the tokenizers do next to nothing ----
 
-def reward_of(text: str, vocab_size: int) -> float:
-    """The mean token id of an answer over the vocabulary size: cheap, and hardly ever the same twice."""
+def mean_token_id(text: str) -> float:
+    """The reward of an answer: cheap, and hardly ever the same twice."""
     ids = [int(word) for word in text.split()]
-    return sum(ids) / (len(ids) * vocab_size)
+    return sum(ids) / len(ids)
+
+
+def mean_token_ids(samples: list[Sample]) -> list[float]:
+    """The same, as --rewards.plugin wants it."""
+    return [mean_token_id(sample.text) for sample in samples]
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ class TokenIdTask:
         return " ".join(map(str, problem))
 
     def grade(self, problem: tuple[int, ...], response: str) -> Grade:
-        return Grade(reward_of(response, self.vocab_size), None, "the mean token id")
+        return Grade(0.0, None, "there is no right answer")
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,8 @@ def our_step(flags: Flags):
     n = flags.prompts * flags.group_size
     optim = OptimConfig(lr=LEARNING_RATE, warmup=0, schedule="constant", weight_decay=0.0)
     config = resolve("r1_zero", dict(
+        loss={"mean": "token", "kl_coef": 0.0},  # as TRL has it by default
+        rewards={"plugin": "benchmarks.vs_trl:mean_token_ids"},
         steps=1, prompts_per_step=flags.prompts, group_size=flags.group_size, max_new_tokens=flags.new_tokens,
         kl_samples=0, micro_tokens=n * (flags.prompt_tokens + flags.new_tokens), optim=optim))
     # The reference is never asked: there is no KL in the loss, and none for the log.
@@ -175,7 +183,7 @@ def trl_trainer(flags: Flags, callbacks: list, folder: str):
     problems = task.problems("train", flags.prompts * n_steps)
 
     def mean_id(completions, **rest):
-        return [reward_of(text, flags.model.vocab_size) for text in completions]
+        return [mean_token_id(text) for text in completions]
 
     config = TRLConfig(
         output_dir=folder, use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=n_steps,

@@ -17,12 +17,14 @@ Only fixed strings and simple patterns are searched for, so the time is linear i
 Left out: mending of broken tags, because the format reward is there to teach them.
 """
 
+import math
+import numbers
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .tasks.base import Task
+from .tasks.base import Grade, Task
 
 FRAME = ("<think>", "</think>", "<answer>", "</answer>")
 WHITE_SPACE = " \t\r\n"  # the only white space that a format or an answer may hold
@@ -165,7 +167,8 @@ def own_response(
 ) -> str:
     """The response without what a base model runs on into: the next question of the prompt's form.
 
-    question: matches such a question, from the line break or the closing tag before it. is_own:
+    question: matches such a question, from the line break or the closing tag before it; a pattern
+    with a group matches what stands before too, and the group is where the question begins. is_own:
     whether a match only says the problem again that was asked. What stands inside the think block
     that the response begins with is thought, not asked. Linear in the length of `text`.
     """
@@ -178,13 +181,70 @@ def own_response(
         closing = 0
     for match in question.finditer(text, closing):
         if not is_own(match):
-            return text[: match.start()]
+            return text[: match.start(match.lastindex or 0)]
     return text
+
+
+def grade_fault(grade: Any) -> str | None:
+    """What keeps a grader's word from being a `Grade` that says right or wrong."""
+    if not isinstance(grade, Grade):
+        return f"gave {quoted(repr(grade))}, expected a Grade (eval/tasks/base.py)"
+    if grade.accuracy not in (0.0, 1.0):
+        return (
+            f"gave an accuracy of {grade.accuracy!r}, expected 1.0 or 0.0; partial credit is a "
+            "reward of its own"
+        )
+    if not isinstance(grade.answer, str | None):
+        return f"gave the answer {quoted(repr(grade.answer))}, expected the text of it, or None"
+    if not isinstance(grade.why, str):
+        return f"gave the reason {quoted(repr(grade.why))}, expected a sentence"
+    return None
+
+
+def share_fault(share: Any) -> str | None:
+    """What keeps a task's word on the coherence of a response from being a finite number."""
+    if isinstance(share, numbers.Real) and math.isfinite(share):
+        return None
+    return f"gave {quoted(repr(share))}, expected a finite number"
+
+
+def asked(
+    task: Task | type[Task], member: str, sample: Sample, fault_of: Callable[[Any], str | None]
+) -> Any:
+    """What a grader of a task, `grade` or `coherence`, gives for a response.
+
+    Raises ValueError, with the problem and the response, for one that raises or gives what has a
+    fault. None of ours does; a task of the user's own may.
+    """
+    cause = None
+    try:
+        given = getattr(task, member)(sample.problem, sample.text)
+        fault = fault_of(given)
+    except (Exception, SystemExit) as error:  # whatever the code of a user may raise
+        cause = error
+        fault = f"raised {type(error).__name__}: {error}"
+    if fault is None:
+        return given
+    problem, response = quoted(repr(sample.problem), 200), quoted(sample.text, 200)
+    word = "grader" if member == "grade" else member
+    raise ValueError(
+        f"the {word} of {task.name} {fault}, for the problem {problem} and the response {response}"
+    ) from cause
+
+
+def verdict(task: Task | type[Task], sample: Sample) -> Grade:
+    """The task's word on a response; ValueError as `asked`."""
+    return asked(task, "grade", sample, grade_fault)
+
+
+def coherence_of(task: Task | type[Task], sample: Sample) -> float:
+    """The share of true steps of a response; ValueError as `asked`."""
+    return asked(task, "coherence", sample, share_fault)
 
 
 def grade_response(task: Task | type[Task], sample: Sample) -> Graded:
     """Grade a response: is it right, and is it well formed? A task's class is enough."""
-    grade = task.grade(sample.problem, sample.text)
+    grade = verdict(task, sample)
     response = parse_response(sample.text)
     why_format = response.why
     if sample.cut_off:

@@ -49,15 +49,15 @@ def partial_path(out: str | Path) -> Path:
     return sibling(target_of(out), ".partial")
 
 
-def check_result_path(out: str, inputs: Sequence[str] = ()) -> None:
+def check_result_path(out: str, inputs: Sequence[str] = (), flag: str = "--out") -> None:
     """Raise ValueError, in one line, for a path that results cannot be written to. Touches nothing.
 
     inputs: files that the results, or what is written beside them, must not replace under any
     spelling; the files of a run or a checkpoint are never replaced. Missing folders are no fault:
-    they will be made.
+    they will be made. flag: what gave the path, for the error.
     """
     if not out or "\0" in out:
-        raise ValueError(f"--out is {out!r}, expected the path of a file")
+        raise ValueError(f"{flag} is {out!r}, expected the path of a file")
     inputs = [*inputs, *map(str, files_of_a_run(Path(out).parent))]
     _refuse_folder(Path(out))
     for path in (Path(out), partial_path(out), summary_path(out)):
@@ -65,7 +65,7 @@ def check_result_path(out: str, inputs: Sequence[str] = ()) -> None:
         for given in inputs:
             if _same_file(path, given):
                 raise ValueError(
-                    f"--out {out} would replace the file {given}, which would be lost; give "
+                    f"{flag} {out} would replace the file {given}, which would be lost; give "
                     "another one"
                 )
     if not is_stream(out):
@@ -79,7 +79,9 @@ def files_of_a_run(folder: Path) -> list[Path]:
     if os.path.exists(folder / "state.json"):
         return [folder / "state.json", *folder.glob("*.safetensors")]
     is_run = os.path.exists(folder / "run.json") or os.path.exists(folder / "checkpoints")
-    return [folder / name for name in RUN_FILES] if is_run else []
+    if not is_run:
+        return []
+    return [*(folder / name for name in RUN_FILES), *folder.glob("rollouts*.jsonl.gz")]
 
 
 def _refuse_folder(path: Path) -> None:

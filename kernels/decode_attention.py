@@ -184,7 +184,7 @@ def decode_attention_config(
             "num_warps": 8 if per_group > 16 else 4,
             "num_stages": 1,
         }
-    if dtype == torch.float32 or head_dim <= 16:
+    if dtype == torch.float32 or head_dim <= 16 or per_group > 16:
         # without this the assembler spills registers, to run more of these small programs at once
         config["maxnreg"] = 255
 

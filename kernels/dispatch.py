@@ -154,10 +154,11 @@ def arch_of(device: torch.device) -> int:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of a model's matrix products: bf16 on a GPU, fp32 on a CPU.
+    """The dtype of a model's matrix products, unless another is asked for: bf16 on a CUDA GPU, fp32
+    elsewhere.
 
     GPUs before sm_80 have no bf16, so they compute in fp16, in plain PyTorch; a warning says so
-    once. Gradients are not scaled, so the smallest of them are lost there.
+    once.
     """
     if device.type != "cuda":
         return torch.float32
@@ -169,6 +170,29 @@ def compute_dtype(device: torch.device) -> torch.dtype:
         f"sm_{arch}: models compute in float16, in plain PyTorch"
     )
     return torch.float16
+
+
+def compiles_first(device: torch.device) -> bool:
+    """Whether the ops will be compiled at their first call on this device, which takes a minute or
+    two: on a CPU, where that has not been done before. (On a GPU Triton does it in seconds.)"""
+    from .cpu.compile import HAS_NUMBA, cache_folder  # not above: it imports Numba
+
+    if device.type != "cpu" or not HAS_NUMBA:
+        return False
+    folder = cache_folder()  # of the machine code, which Numba has an index for in .nbi files
+    return folder is None or not any(folder.rglob("*.nbi"))
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """float64; float32 on an Apple GPU, which has no wider one."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def why_not_dtype(dtype: torch.dtype, device: str, arch: int) -> str | None:
+    """Why models cannot compute in `dtype` on a `device` of compute capability `arch`, or None."""
+    if dtype == torch.bfloat16 and device == "cuda" and arch < OLDEST_ARCH:
+        return f"bfloat16 needs sm_{OLDEST_ARCH} or later, and this GPU is sm_{arch}"
+    return None
 
 
 # ---- what is checked of every op's input

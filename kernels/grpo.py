@@ -13,6 +13,10 @@ Loss, a sum over tokens with weights w, which carry the mean (rl/losses.py):
     gspo       the same with x the mean of the sequence's live tokens: one ratio (arXiv 2507.18071)
     cispo      J = c A logp with c = clip(r, 1 - low, 1 + high) a constant, dJ/dlogp = c A
                (arXiv 2506.13585)
+    dppo       J = r A, but 0 where p - p_old > high with A > 0, or p_old - p > low with A < 0, p
+               being e^logp; dJ/dlogp = J. |p - p_old| is the total variation between old and new
+               policy when all other tokens are seen as one. So rare tokens, whose ratio is noise,
+               move freely, and frequent ones do not (arXiv 2602.04879, the binary form)
     reinforce  J = A logp, dJ/dlogp = A: no ratio, so no clip; r is for the metrics (Williams 1992)
 
 The KL to the reference, with d = ref_logp - logp (Schulman 2020, "Approximating KL"):
@@ -258,7 +262,8 @@ def policy_loss_fwd_kernel(
         if OBJECTIVE == "gspo":
             x = tl.where(live, x_sequence, 0.0)
         else:
-            x = logp - tl.load(old_R + r, live, other=0.0).to(tl.float32)
+            old = tl.load(old_R + r, live, other=0.0).to(tl.float32)
+            x = logp - old
         x, is_cut = _cut(x, bound)
         ratio = tl.exp(x)
         too_low = ratio < 1 - clip_low
@@ -273,6 +278,12 @@ def policy_loss_fwd_kernel(
         elif OBJECTIVE == "cispo":
             gain = clipped * a * logp
             grad = tl.where(is_cut, 0.0, -clipped * a)
+        elif OBJECTIVE == "dppo":  # the bounds are of the probability itself
+            change = tl.exp(logp) - tl.exp(old)
+            too_low = (change < -clip_low) & (a < 0)
+            too_high = (change > clip_high) & (a > 0)
+            gain = tl.where(too_low | too_high, 0.0, ratio * a)
+            grad = tl.where(is_cut, 0.0, -gain)
         else:  # the smaller one for either sign of A
             bound_wins = ratio * a > clipped * a
             gain = tl.where(bound_wins, clipped * a, ratio * a)
@@ -395,6 +406,7 @@ def policy_loss_fwd(
             BLOCK=1024,
             COLUMNS=COLUMNS,
             num_warps=8,
+            maxnreg=255,  # or it spills on sm_120, to run more programs at once
         )
     policy_sums_fwd_kernel[(1,)](
         rows,
@@ -478,10 +490,10 @@ def policy_loss(
     logp, old_logp, ref_logp: [R], one per response token, at the temperature of the sampler;
     ref_logp is None for no KL. advantages, weights: [R] too. offsets: [N + 1] int32 or int64, where
     each sequence's tokens begin, from 0 to R. A token with weight 0 is left out, and without a
-    reference one with advantage 0. objective: "clip", "cispo", "gspo" or "reinforce". gspo has one
-    ratio per sequence, so advantages and weights must be the same for all its live tokens; that is
-    not checked here. kl_estimator: "k1", "k2" or "k3"; the top of this file says what each one's
-    gradient is.
+    reference one with advantage 0. objective: "clip", "cispo", "dppo", "gspo" or "reinforce". gspo
+    has one ratio per sequence, so advantages and weights must be the same for all its live tokens;
+    that is not checked here. kl_estimator: "k1", "k2" or "k3"; the top of this file says what each
+    one's gradient is.
 
     metrics are sums over the live tokens, so that those of micro-batches add up, but for ratio_max,
     the largest; POLICY_METRICS names them. impl: "triton", "reference", or None to choose by

@@ -524,7 +524,7 @@ def linear_logprob(h, weight, targets, temperature: float, rows=None, softcap: f
 EQUAL_REWARDS = 1e-6
 # log-ratios are cut off here, with gradient 0 beyond, so that exp() of them cannot overflow
 MAX_LOG_RATIO = 20.0
-OBJECTIVES = ("clip", "cispo", "gspo", "reinforce")
+OBJECTIVES = ("clip", "cispo", "dppo", "gspo", "reinforce")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 # loss and kl_loss are weighted sums; the others are plain sums over the live tokens, counted by
 # "tokens"
@@ -630,6 +630,10 @@ def policy_loss(
         too_low, too_high = torch.zeros_like(outside), torch.zeros_like(outside)
     elif objective == "cispo":
         gain = clipped * a * torch.where(outside, logp.detach(), logp)
+    elif objective == "dppo":  # the bounds are of the probability itself
+        change = logp.detach().exp() - old_logp.exp()
+        too_low, too_high = (change < -clip_low) & (a < 0), (change > clip_high) & (a > 0)
+        gain = (ratio * a).masked_fill(too_low | too_high, 0.0)
     else:  # the smaller one for either sign of A: for A < 0 the gradient stays above 1 + clip_high
         gain = torch.where(ratio * a > clipped * a, clipped * a, ratio * a)
         too_low, too_high = too_low & (a < 0), too_high & (a > 0)

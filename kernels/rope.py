@@ -20,7 +20,16 @@ import torch
 
 from . import reference
 from .cpu import elementwise as cpu
-from .dispatch import Backend, check_tensors, choose, serves_all, tl, triton, triton_refuses
+from .dispatch import (
+    Backend,
+    check_tensors,
+    choose,
+    serves_all,
+    tl,
+    triton,
+    triton_refuses,
+    widest_dtype,
+)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -119,10 +128,11 @@ def rope_table(
 
     positions: [T] integers; theta: the base of the angles.
     """
-    pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64)
+    # in fp64 where the device has it, so that position 100,000 keeps its angle
+    dtype = widest_dtype(positions.device)
+    pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype)
     exponents = pairs / head_dim
-    # in fp64, so that position 100,000 keeps its angle
-    angles = positions.to(torch.float64)[:, None] * theta**-exponents
+    angles = positions.to(dtype)[:, None] * theta**-exponents
     return angles.cos().float(), angles.sin().float()
 
 

@@ -28,9 +28,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..kernels.dispatch import compute_dtype
 from .config import ModelConfig
 from .files import UNFINISHED, atomic_write_json, flush
+from .precision import Precision, choose_precision
 from .tokenizer import Tokenizer
 from .transformer import Transformer
 
@@ -494,20 +494,30 @@ def check_config(found: dict, expected: dict, where: str | Path) -> None:
 
 
 def build_model(
-    config: dict, weights: dict[str, torch.Tensor], device: torch.device
+    config: dict,
+    weights: dict[str, torch.Tensor],
+    device: torch.device,
+    precision: Precision | None = None,
 ) -> Transformer:
-    """A model of a checkpoint's config and weights, in the device's `compute_dtype`."""
-    model = Transformer(ModelConfig(**config), compute_dtype(device))
+    """A model of a checkpoint's config and weights.
+
+    precision: what it computes in; None is the device's own choice, as with --dtype auto.
+    """
+    precision = precision or choose_precision("auto", False, device)
+    model = Transformer(ModelConfig(**config), precision.dtype, precision.fp32_head)
     model.load_state_dict(weights)
     return model.to(device)
 
 
 def load_model(
-    folder: str, device: torch.device, which: str | int = "last"
+    folder: str,
+    device: torch.device,
+    which: str | int = "last",
+    precision: Precision | None = None,
 ) -> tuple[Transformer, Tokenizer, Checkpoint]:
     """The model, tokenizer and checkpoint of a run, without the optimizer's tensors.
 
-    Arguments as in `load_checkpoint`.
+    Arguments as in `load_checkpoint` and `build_model`.
     Raises CheckpointError if there is none to use, ValueError if it holds no model.
     """
     checkpoint = load_checkpoint(folder, which, groups=("model",))
@@ -517,6 +527,7 @@ def load_model(
             f"{checkpoint.path} holds no model; give a folder that pretrain, sft, grpo or demo "
             "wrote"
         )
-    model = build_model(checkpoint.state["model_config"], checkpoint.tensors["model"], device)
+    model_config, weights = checkpoint.state["model_config"], checkpoint.tensors["model"]
+    model = build_model(model_config, weights, device, precision)
     tokenizer = Tokenizer.from_dict(checkpoint.state["tokenizer"])
     return model, tokenizer, checkpoint

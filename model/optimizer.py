@@ -5,11 +5,13 @@
     lr = learning_rate(step, total_steps, config)
     norm = optimizer_step(model, optimizer, lr, config)
 
+In fp16 the loss is scaled before backward(), and the scaler is given to the step (loss_scale.py).
+
 Only parameters that require a gradient are trained. The state goes into a checkpoint and back by
 the names of the parameters, not by torch's running numbers, so that another order cannot swap
 moments unnoticed.
 
-Left out: other optimizers, gradient scaling (bf16 needs none).
+Left out: other optimizers.
 """
 
 import math
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from .checkpoint import CheckpointError
+from .loss_scale import LossScaler
 
 
 @dataclass(frozen=True)
@@ -106,17 +109,28 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
 
 
 def optimizer_step(
-    module: torch.nn.Module, optimizer: torch.optim.Optimizer, lr: float, config: OptimConfig
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    lr: float,
+    config: OptimConfig,
+    scaler: LossScaler | None = None,
 ) -> float:
     """Clip the gradient, step, and clear it. Returns the gradient's norm before clipping.
 
-    If the norm is not finite, nothing is changed: the gradients stay, to find out the reason.
+    If the norm is not finite, nothing is changed: the gradients stay, to find out the reason. But
+    if the loss scale was too large for fp16, the gradient is cleared, and 0 returned: this update
+    is skipped. scaler: the one that the loss was scaled with; None is one that is off.
     """
-    # 1. The norm of the whole gradient.
+    # 1. The norm of the whole gradient, as it is without the scale of the loss.
+    scaler = scaler or LossScaler()
+    scaler.unscale(optimizer)
     parameters = [p for p in module.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if not torch.isfinite(norm):
-        return float(norm)
+        if not scaler.overflowed():
+            return float(norm)
+        optimizer.zero_grad()
+        return 0.0
 
     # 2. A larger gradient is scaled down to the limit.
     torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_grad, norm)
@@ -126,6 +140,7 @@ def optimizer_step(
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
+    scaler.stepped()
     return float(norm)
 
 

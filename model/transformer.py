@@ -7,7 +7,8 @@ halves of a layer. It works on flat tokens (packed.py): no batch dimension, no m
 without ever holding [T, V]; `logits` serves the few rows that are sampled from.
 
 The weights are the optimizer's masters, in fp32. Each layer casts its own to the dtype of the
-hidden states where it uses them, so mixed precision is just `compute_dtype=torch.bfloat16`.
+hidden states where it uses them, so mixed precision is just `compute_dtype=torch.bfloat16`. With
+`fp32_head` the hidden states become fp32 before the last norm, and the head with them.
 
 Left out: dropout, learned positions, biases other than on q, k, v.
 
@@ -26,6 +27,7 @@ from .config import ModelConfig
 from .linear import Linear, plain
 from .mlp import make_mlp
 from .packed import Packed
+from .precision import Precision
 
 
 def add_norm(
@@ -73,10 +75,16 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The whole model. A fresh one holds garbage: call `init_weights(seed)`, or load weights."""
 
-    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        config: ModelConfig,
+        compute_dtype: torch.dtype = torch.float32,
+        fp32_head: bool = False,
+    ):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
+        self.fp32_head = fp32_head
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         # before the blocks: `init_weights` samples in the order of the parameters
         if not config.tie_embeddings:
@@ -108,7 +116,8 @@ class Transformer(nn.Module):
     # ---- tokens to hidden states ----
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, kv: KV) -> torch.Tensor:
-        """Hidden states [T, M] after the final norm, in the compute dtype.
+        """Hidden states [T, M] after the final norm, in the compute dtype, or in fp32 for an fp32
+        head.
 
         tokens, positions: [T] int64. kv: where keys and values are, as in attention.py.
         """
@@ -123,7 +132,10 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x_TM, residual_TM = block(x_TM, residual_TM, cos, sin, kv)
 
-        # 4. The last sum, normed for the head.
+        # 4. The last sum, normed for the head, which computes in the dtype of what it is given.
+        if self.fp32_head:
+            at_least_fp32 = torch.promote_types(self.compute_dtype, torch.float32)
+            x_TM, residual_TM = x_TM.to(at_least_fp32), residual_TM.to(at_least_fp32)
         hidden_TM, _ = add_norm(x_TM, residual_TM, self.norm, self.config.norm_eps)
         return hidden_TM
 
@@ -178,6 +190,11 @@ class Transformer(nn.Module):
         return F.linear(hidden_BM, weight).float()
 
     # ---- what it takes ----
+
+    @property
+    def precision(self) -> Precision:
+        """What it computes in, for another model that is to compute alike."""
+        return Precision(self.compute_dtype, self.fp32_head)
 
     @property
     def device(self) -> torch.device:

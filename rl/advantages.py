@@ -10,6 +10,9 @@
     scale           what the difference is divided by                                   source
     none            nothing                                                             Dr. GRPO
     std             the standard deviation of what the baseline is the mean of          GRPO
+    mean            the mean of the group                                               MaxRL
+    parts           each part of the reward: its own std in the group; then all         GDPO
+                    answers of the step: the root of their mean square
     batch           (A - mean) / std of A over all response tokens of the step          PPO
 
 Which of these are the gradient of the expected reward, and how far the others are from it, is
@@ -28,7 +31,7 @@ from ..kernels.grpo import EQUAL_REWARDS, grpo_advantages
 from ..model.distributed import all_sum
 
 BASELINES = ("group", "leave_one_out", "batch", "critic", "none")
-SCALES = ("std", "batch", "none")
+SCALES = ("std", "mean", "parts", "batch", "none")
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,9 @@ class AdvantageConfig:
     go (REINFORCE++)."""
     scale: str = "std"
     """What the difference is divided by. "std": the standard deviation of what the baseline is the
-    mean of (GRPO). "batch": whiten over all tokens of the step (REINFORCE++, PPO). "none": nothing
+    mean of (GRPO). "mean": the mean of the group, for rewards of 0 or more (MaxRL). "parts": each
+    part of the reward by its own standard deviation in the group, then all answers of the step by
+    theirs (GDPO). "batch": whiten over all tokens of the step (REINFORCE++, PPO). "none": nothing
     (Dr. GRPO, RLOO)."""
     gamma: float = 1.0
     """Discount per token of later rewards, for the critic, and for the reward to go."""
@@ -60,6 +65,11 @@ class AdvantageConfig:
             raise ValueError(
                 f"advantage: scale std with baseline {self.baseline}, which is no mean of "
                 "rewards that could have a standard deviation; expected scale batch or none"
+            )
+        if self.baseline != "group" and self.scale in ("mean", "parts"):
+            raise ValueError(
+                f"advantage: scale {self.scale} with baseline {self.baseline}; what it divides is "
+                "the distance to the mean of the group, so expected baseline group"
             )
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
@@ -132,10 +142,72 @@ def group_advantages(
     rewards = torch.from_numpy(rewards_N).to(device, torch.float64 if on_cpu else torch.float32)
     offsets = torch.from_numpy(np.asarray(group_offsets)).to(device)
     advantages, _ = grpo_advantages(rewards, offsets, normalise_std)
-    advantages_N = advantages.double().cpu().numpy()
+    advantages_N = advantages.cpu().double().numpy()
     dead_G = dead_groups(rewards_N, group_offsets)
     advantages_N[np.repeat(dead_G, np.diff(group_offsets))] = 0.0
     return advantages_N
+
+
+def parts_apart(
+    parts: dict[str, np.ndarray],
+    weights: dict[str, float],
+    group_offsets: np.ndarray,
+    device="cpu",
+) -> np.ndarray:
+    """[N]: sum_k w_k (r_k - mean) / std, each part k of the reward apart   (GDPO: arXiv 2601.05242)
+
+    parts: [N] of each name, not weighted; mean and std are those of its group. A part that is all
+    alike in a group says nothing there. The sum of the parts over one std instead (GRPO) gives a
+    group of rewards 0 and 1 the same advantages as one of 0 and 2, right and wrong the same as well
+    and badly formed; here a weight is worth the same in every group. This is no gradient of any
+    reward's expectation.
+    """
+    apart = [
+        weights[name] * group_advantages(part_N, group_offsets, device=device)
+        for name, part_N in parts.items()
+    ]
+    return np.sum(apart, axis=0)
+
+
+def per_root_mean_square(advantages_N: np.ndarray) -> np.ndarray:
+    """[N]: the advantages over their standard deviation in the step (GDPO's last step).
+
+    The mean of each group is 0, so that of the step is 0 too: it is not subtracted, which leaves
+    the 0 of dead groups exact. Dead groups count. The step is that of all processes together.
+    """
+    n, squares = all_sum(np.array([len(advantages_N), np.square(advantages_N).sum()], np.float64))
+    scale = np.sqrt(squares / n)
+    return np.zeros(len(advantages_N)) if scale < EQUAL_REWARDS else advantages_N / scale
+
+
+def per_group_mean(
+    advantages_N: np.ndarray, rewards_N: np.ndarray, group_offsets: np.ndarray
+) -> np.ndarray:
+    """[N]: A / mean of the group, so (r - mean) / mean in all   (MaxRL: arXiv 2602.02710)
+
+    For rewards of 0 or 1, summed over an answer's tokens, the expected gradient is that of
+
+        sum over k from 1 to n - 1 of pass@k / k,     pass@k = 1 - (1 - p)^k,
+
+    for groups of n and a chance p to be right: the first terms of log p, the likelihood of being
+    right, where the expected reward has the first term alone. (The paper's theorem has n terms, for
+    a baseline that is subtracted in all-wrong groups too; with those left at 0, as here and in the
+    paper's code, the last term cancels.) So the rarer the right answers, the more each counts.
+
+    Rewards may be multiplied by any number: A is the same. A part of the reward that right and
+    wrong answers both have, as the format's, makes the mean larger, and rare right answers count
+    less. Raises ValueError for a reward below 0, with which a mean could be 0, or turn A around.
+    """
+    negative = np.flatnonzero(rewards_N < 0)
+    if len(negative):
+        raise ValueError(
+            f"advantage: scale mean, but reward {negative[0]} is {rewards_N[negative[0]]:g} "
+            f"({len(negative)} such in all); expected rewards of 0 or more, or another scale"
+        )
+    sizes_G = np.diff(group_offsets)
+    means_G = sum_per_answer(rewards_N, group_offsets) / np.maximum(sizes_G, 1)
+    means_N = np.repeat(means_G, sizes_G)
+    return advantages_N / np.where(means_N > 0, means_N, 1.0)  # a mean of 0: all wrong, and dead
 
 
 def leave_one_out(
@@ -240,7 +312,8 @@ def advantages(
     response_offsets: [N + 1], where the tokens of each answer begin. kl_R: [R], the KL that each
     token costs, in rewards. With a critic or no baseline it counts for the tokens before it, as the
     reward does; with a mean as the baseline, an answer's whole KL comes off its reward before the
-    mean is taken (arXiv 2402.14740, eq. 3). values_R: [R], the critic's.
+    mean is taken (arXiv 2402.14740, eq. 3). values_R: [R], the critic's. With scale "parts",
+    rewards_N is what `parts_apart` made of the parts.
     """
     rewards_N = np.asarray(rewards_N, np.float64)
     lengths = np.diff(response_offsets)
@@ -250,6 +323,10 @@ def advantages(
             rewards_N = rewards_N - sum_per_answer(kl_R, response_offsets)
         compare = PER_ANSWER[config.baseline]
         found_N = compare(rewards_N, group_offsets, config.scale == "std", device)
+        if config.scale == "mean":
+            found_N = per_group_mean(found_N, rewards_N, group_offsets)
+        elif config.scale == "parts":
+            found_N = per_root_mean_square(found_N)
     elif config.baseline == "none" and kl_R is None:
         found_N = rewards_N  # every token of an answer has the same reward to go
     else:
@@ -290,6 +367,16 @@ class NoCritic:
         return {}
 
 
+def whole_reward(rewards, group_offsets: np.ndarray, device) -> np.ndarray:
+    """[N]: the reward that is trained on."""
+    return rewards.training
+
+
+def reward_of_parts(rewards, group_offsets: np.ndarray, device) -> np.ndarray:
+    """[N]: its parts, each normalised apart (GDPO)."""
+    return parts_apart(rewards.training_parts, rewards.weights, group_offsets, device)
+
+
 def no_kl(rollouts) -> None:
     """The reward is the grader's alone."""
     return None
@@ -308,6 +395,7 @@ class Credit:
         """kl_cost: from rollouts to the KL that each token costs, [R], or None. critic: see
         rl/heads.py."""
         self.config, self.device = config, device
+        self.reward_of = reward_of_parts if config.scale == "parts" else whole_reward
         self.kl_cost = kl_cost
         self.critic = critic or NoCritic()
         self.advantages = advantages
@@ -315,8 +403,9 @@ class Credit:
     def __call__(self, rewards, rollouts) -> Advantages:
         kl_R = self.kl_cost(rollouts)
         values_R = self.critic.values(rollouts)
+        rewards_N = self.reward_of(rewards, rollouts.group_offsets, self.device)
         found_R, returns_R = self.advantages(
-            rewards.training,
+            rewards_N,
             rollouts.group_offsets,
             rollouts.response_offsets,
             self.config,

@@ -5,7 +5,7 @@ configuration, with the options that are given explicitly overriding the preset'
 turns a configuration into the objects that `grpo_step` uses.
 
     name           source             baseline        scale   ratio, clip      mean       KL
-    r1_zero        the demo           group           std     token, 0.2       token      -
+    r1_zero        arXiv 2501.12948   group           std     token, 0.2       sequence   k3, loss
     grpo           arXiv 2402.03300   group           std     token, 0.2       sequence   k3, loss
     dr_grpo        arXiv 2503.20783   group           -       token, 0.2       constant   -
     dapo           arXiv 2503.14476   group           std     token, 0.2|0.28  token      -
@@ -15,6 +15,10 @@ turns a configuration into the objects that `grpo_step` uses.
     reinforce_pp   arXiv 2501.03262   none            batch   token, 0.2       token      k1, reward
     reinforce      Williams 1992      batch           -       none             constant   -
     ppo            arXiv 1707.06347   critic          batch   token, 0.2       token      k1, reward
+    gdpo           arXiv 2601.05242   group           parts   token, 0.2       sequence   -
+    maxrl          arXiv 2602.02710   group           mean    token, 0.2       constant   -
+    dppo           arXiv 2602.04879   group           -       probability 0.15 constant   -
+    demo           r1zero demo        group           std     token, 0.2       sequence   k3, loss
 """
 
 import math
@@ -24,9 +28,11 @@ from typing import Any
 
 from ..model.engine.engine import Engine
 from ..model.engine.requests import LEAST_TEMPERATURE
+from ..model.loss_scale import LossScaler
 from ..model.optimizer import OptimConfig, make_optimizer
 from ..model.transformer import Transformer
 from .advantages import AdvantageConfig, Credit, no_kl
+from .control import CONTROLS
 from .heads import Critic, CriticLearner
 from .losses import LossConfig
 from .rewards import Grader, RewardConfig
@@ -34,18 +40,22 @@ from .rollouts import DynamicSampler, GroupSampler
 from .step import Learner
 from .update import Reference, kl_cost_to
 
-# What each member has besides, or instead of, the defaults below, which are those of r1_zero: GRPO
-# as most small reproductions run it today, with the mean over tokens and no KL. (R1-Zero itself is
-# nearer to `grpo`.)
+# What each member has besides, or instead of, the defaults below: GRPO with the mean over tokens,
+# and no KL.
+#
+# r1_zero is grpo with a reference that becomes a copy of the policy every 400 steps. demo is grpo
+# with what suits a model of a million parameters: four updates on each batch of rollouts, a larger
+# KL that protects its arithmetic, and DAPO's soft penalty for long answers.
 #
 # Where a preset is not its paper's: the weight of the KL is R1-Zero's 0.001 in all that have one
 # (DeepSeekMath: 0.04). dapo replaces groups of equal reward, form and length included; its paper
 # looks at right and wrong alone. ppo has InstructGPT's KL in the reward, whitening, and TinyZero's
 # lam of 1 (the paper of GAE: 0.95). cispo's bound is ours, since its paper leaves it open. A sum
-# over an answer's tokens (rloo, reinforce) is divided by max_new_tokens here.
+# over an answer's tokens (rloo, reinforce, maxrl, dppo) is divided by max_new_tokens here. maxrl
+# has no reward for the form, since its theorem is about answers that are right or wrong.
 KL_IN_REWARD = {"kl_coef": 0.001, "kl_in": "reward", "kl_estimator": "k1"}
 PRESETS: dict[str, dict[str, Any]] = {
-    "r1_zero": {},
+    "r1_zero": {"loss": {"mean": "sequence", "kl_coef": 0.001}, "ref_refresh": 400},
     "grpo": {"loss": {"mean": "sequence", "kl_coef": 0.001}},
     "dr_grpo": {"advantage": {"scale": "none"}, "loss": {"mean": "constant"}},
     "dapo": {"loss": {"clip_high": 0.28}, "dynamic_sampling": 3, "overlong_buffer": 0.2},
@@ -63,7 +73,29 @@ PRESETS: dict[str, dict[str, Any]] = {
         "loss": {"objective": "reinforce", "mean": "constant"},
     },
     "ppo": {"advantage": {"baseline": "critic", "scale": "batch"}, "loss": KL_IN_REWARD},
+    "gdpo": {"advantage": {"scale": "parts"}, "loss": {"mean": "sequence"}},
+    "maxrl": {
+        "advantage": {"scale": "mean"},
+        "loss": {"mean": "constant"},
+        "rewards": {"format_weight": 0.0},
+    },
+    "dppo": {
+        "advantage": {"scale": "none"},
+        "loss": {"objective": "dppo", "clip_low": 0.15, "clip_high": 0.15, "mean": "constant"},
+    },
+    "demo": {
+        "steps": 50,
+        "max_new_tokens": 192,
+        "updates_per_step": 4,
+        "overlong_buffer": 0.3,
+        "loss": {"mean": "sequence", "kl_coef": 0.05},
+        "optim": {"lr": 4e-4, "eps": 1e-8},
+        "micro_tokens": 8192,
+    },
 }
+
+
+DEAD_GROUPS = ("rules", "reward")
 
 
 def rl_optim(lr: float = 4e-4) -> OptimConfig:
@@ -88,8 +120,9 @@ class Algorithm:
     """
 
     algo: str = "r1_zero"
-    """The preset: r1_zero, grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, reinforce or ppo.
-    Options that are given explicitly override it; run.json records what was used."""
+    """The preset: r1_zero, grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, reinforce, ppo,
+    gdpo, maxrl, dppo or demo. Options that are given explicitly override it; run.json records what
+    was used."""
     steps: int = 100
     """Number of steps in all; the learning rate's schedule ends with the last."""
     prompts_per_step: int = 16
@@ -109,9 +142,13 @@ class Algorithm:
     overlong_buffer: float = 0.0
     """Soft overlong penalty (DAPO): the share of --max-new-tokens, at its end, over which the
     reward falls by up to 1. 0 turns it off."""
-    control: bool = False
-    """Shuffle the rewards within each group. This control shows what training does when rewards
-    carry no information."""
+    dead_groups: str = "rules"
+    """Which groups teach nothing. "rules": those equal in accuracy, format and plug-in together, in
+    which efficiency and coherence then do not count, but the overlong penalty does. "reward": those
+    equal in the whole reward."""
+    control: str = "none"
+    """Train on rewards that carry no information, to see what training does by itself. "permute":
+    shuffle the rewards within each group. "random": toss a coin for each answer."""
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=rl_optim)
@@ -171,6 +208,11 @@ def check_ranges(config: Algorithm) -> None:
     for name in ("kl_samples", "ref_refresh", "value_clip", "max_logp_gap"):
         if not getattr(config, name) >= 0:
             raise ValueError(f"{flag(name)} is {getattr(config, name)}, expected 0 or more")
+    for name, words in (("dead_groups", DEAD_GROUPS), ("control", ("none", *CONTROLS))):
+        if getattr(config, name) not in words:
+            raise ValueError(
+                f"{flag(name)} is {getattr(config, name)!r}, expected {' or '.join(words)}"
+            )
     if config.group_size < 2:
         raise ValueError(
             f"--group-size is {config.group_size}; an answer is compared with others of its group, "
@@ -191,18 +233,39 @@ def check_ranges(config: Algorithm) -> None:
 
 
 def check_combinations(config: Algorithm) -> None:
-    if config.kl_in_reward and config.advantage.scale == "std":
-        raise ValueError(
-            "--loss.kl-in reward with --advantage.scale std: in a group of equal rewards the KL "
-            "alone would differ, and be divided by its own spread; expected the KL in the loss, or "
-            "another scale"
-        )
+    check_scale(config)
     if config.loss.objective == "gspo" and config.per_token:
         raise ValueError(
             f"--loss.objective gspo with --advantage.baseline {config.advantage.baseline}: one "
             "ratio per sequence takes one advantage per sequence; expected the objective clip, "
             "cispo or reinforce, or another baseline"
         )
+
+
+def check_scale(config: Algorithm) -> None:
+    """Raise ValueError for rewards that --advantage.scale cannot divide."""
+    scale = config.advantage.scale
+    why_not_kl = {
+        "std": "in a group of equal rewards the KL alone would differ, and be divided by its own "
+        "spread",
+        "mean": "the KL can make a reward negative",
+        "parts": "the KL is not one of the parts",
+    }
+    if config.kl_in_reward and scale in why_not_kl:
+        raise ValueError(
+            f"--loss.kl-in reward with --advantage.scale {scale}: {why_not_kl[scale]}; expected "
+            "the KL in the loss, or another scale"
+        )
+    negative = {
+        "--overlong-buffer": config.overlong_buffer,
+        "--rewards.efficiency-weight": config.rewards.efficiency_weight,
+    }
+    for name, value in negative.items():
+        if scale == "mean" and value > 0:
+            raise ValueError(
+                f"{name} {value} with --advantage.scale mean: rewards would be negative; expected "
+                "0, or another scale"
+            )
 
 
 PARTS = ("advantage", "loss", "rewards", "optim", "critic_optim")  # configs in the config
@@ -253,14 +316,23 @@ def in_words(config: Algorithm) -> str:
     without_effect = {name for name, value in loss.items() if value in (0.0, False)}
     if config.loss.kl_coef == 0:
         without_effect |= {"kl_in", "kl_estimator"}
+    if config.loss.max_importance == 0:
+        without_effect.add("importance")
     if config.loss.objective == "reinforce":
         without_effect |= {"clip_low", "clip_high"}
     options = advantage
     options |= {name: value for name, value in loss.items() if name not in without_effect}
+    usual = RewardConfig()
+    for name in ("accuracy_weight", "format_weight"):
+        if getattr(config.rewards, name) != getattr(usual, name):
+            options[name] = getattr(config.rewards, name)
     if config.dynamic_sampling > 1:
         options["dynamic_sampling"] = config.dynamic_sampling
     if config.overlong_buffer:
         options["overlong_buffer"] = config.overlong_buffer
+    for name, weight in config.rewards.weights.items():
+        if name not in ("accuracy", "format"):
+            options[name] = weight
     return f"{config.algo}: " + ", ".join(f"{name} {value}" for name, value in options.items())
 
 
@@ -281,12 +353,14 @@ def make_learner(
     dynamic = config.dynamic_sampling > 1
     sampler = DynamicSampler(engine, grader) if dynamic else GroupSampler(engine)
 
+    scaler = LossScaler.of(policy)
     kl_cost, critic = no_kl, None
     if config.kl_in_reward:
         kl_cost = kl_cost_to(reference, config)
     if config.advantage.baseline == "critic":
         network = Critic(critic_trunk)
-        critic = CriticLearner(network, make_optimizer(network, config.critic_optim), config)
+        optimizer = make_optimizer(network, config.critic_optim)
+        critic = CriticLearner(network, optimizer, config, scaler)
     return Learner(
         policy=policy,
         optimizer=make_optimizer(policy, config.optim),
@@ -294,4 +368,5 @@ def make_learner(
         sampler=sampler,
         grader=grader,
         credit=Credit(config.advantage, device, kl_cost, critic),
+        scaler=scaler,
     )

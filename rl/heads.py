@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..model.distributed import sum_gradients
+from ..model.loss_scale import LossScaler
 from ..model.optimizer import learning_rate, optimizer_step
 from ..model.transformer import Transformer
 from .advantages import Advantages
@@ -36,17 +37,25 @@ class Critic(nn.Module):
 
 
 class CriticLearner:
-    """The critic, its optimizer, and how it learns. config: an Algorithm (rl/family.py)."""
+    """The critic, its optimizer, and how it learns."""
 
-    def __init__(self, critic: Critic, optimizer: torch.optim.Optimizer, config):
+    def __init__(
+        self,
+        critic: Critic,
+        optimizer: torch.optim.Optimizer,
+        config,
+        scaler: LossScaler | None = None,
+    ):
+        """config: an Algorithm (rl/family.py). scaler: the policy's; None is one that is off."""
         self.critic, self.optimizer, self.config = critic, optimizer, config
+        self.scaler = scaler or LossScaler()
 
     def values(self, rollouts: Rollouts) -> np.ndarray:
         """[R] float64: V of the state before each response token of all rollouts."""
         values_R = over_all_tokens(
             self.critic, rollouts, self.config.micro_tokens, self.critic.value.device
         )
-        return values_R.double().cpu().numpy()
+        return values_R.cpu().double().numpy()
 
     def update(self, rollouts: Rollouts, advantages: Advantages, step: int) -> dict:
         """As many optimizer steps on the critic as on the policy; returns the metrics to log."""
@@ -67,10 +76,11 @@ class CriticLearner:
                 loss = value_loss(
                     values, old_values[index], returns[index], weights, config.value_clip
                 )
-                loss.backward()
+                self.scaler.scale(loss).backward()
                 losses.append(loss.detach())
             sum_gradients(critic)
-            norms.append(optimizer_step(critic, self.optimizer, rate, config.critic_optim))
+            optim, scaler = config.critic_optim, self.scaler
+            norms.append(optimizer_step(critic, self.optimizer, rate, optim, scaler))
         return {
             "value_loss": float(torch.stack(losses).sum()) / config.updates_per_step,
             "value_explained": explained_variance(advantages.values, advantages.returns),

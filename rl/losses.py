@@ -30,10 +30,12 @@ import numpy as np
 import torch
 
 from ..kernels import grpo as kernel
+from ..kernels.dispatch import widest_dtype
 from ..kernels.grpo import KL_ESTIMATORS, OBJECTIVES, POLICY_METRICS
 from ..model.distributed import all_sum
 
 MEANS = ("token", "sequence", "constant")
+IMPORTANCES = ("token", "sequence", "geometric")
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,16 @@ class LossConfig:
     objective: str = "clip"
     """What is maximised. "clip": each token's ratio within its bounds (PPO, GRPO, DAPO). "gspo":
     one ratio per sequence (arXiv 2507.18071). "cispo": the clipped ratio as a constant weight
-    (arXiv 2506.13585). "reinforce": no ratio."""
+    (arXiv 2506.13585). "dppo": each token's probability within its bounds (arXiv 2602.04879).
+    "reinforce": no ratio."""
     clip_low: float = 0.2
     """The ratio to the old policy earns nothing by falling below 1 - clip_low. (cispo: the lowest
-    weight is 1 - clip_low.)"""
+    weight is 1 - clip_low. dppo: the probability earns nothing by falling by more than
+    clip_low.)"""
     clip_high: float = 0.2
     """The ratio to the old policy earns nothing by rising above 1 + clip_high (DAPO, arXiv
-    2503.14476: 0.28; GSPO: 0.0004). (cispo: the highest weight is 1 + clip_high.)"""
+    2503.14476: 0.28; GSPO: 0.0004). (cispo: the highest weight is 1 + clip_high. dppo: the
+    probability earns nothing by rising by more than clip_high; 0.15 in the paper.)"""
     mean: str = "token"
     """What the mean is taken over. "token": all tokens of the batch (DAPO). "sequence": the tokens
     of each answer, then the answers (DeepSeekMath). "constant": the answers, with their tokens
@@ -63,32 +68,54 @@ class LossConfig:
     entropy_coef: float = 0.0
     """Weight of a bonus for the entropy of each token's distribution."""
     max_importance: float = 0.0
-    """Cap on the weight (trainer's probability / sampler's) of each token, or of each sequence with
-    gspo. It corrects for a sampler that rounds differently (truncated importance sampling). 0 turns
-    it off."""
+    """Cap on the importance weight, which is the trainer's probability over the sampler's. It
+    corrects for a sampler that rounds differently (truncated importance sampling). 0 turns it
+    off."""
+    importance: str = "token"
+    """What has an importance weight of its own. "token": each token; its prefix stays the
+    sampler's. "sequence": each answer, the product of its tokens' weights; exact but for the cap.
+    "geometric": each answer, the product to the power of 1 / length, which is biased but does not
+    grow with length; gspo has it where it says "token"."""
+    importance_mask: bool = False
+    """Drop what has an importance weight above max_importance or below min_importance, instead of
+    lowering the weight to the cap (IcePop, arXiv 2510.18855: tokens outside of 0.5 to 5; MIS:
+    sequences above 2)."""
+    min_importance: float = 0.0
+    """Lower bound of the importance weights that importance_mask keeps."""
     overlong_filter: bool = False
     """Leave answers that were cut off out of the loss and its mean; they still count in the
     baseline."""
 
     def __post_init__(self):
+        self.check_choices()
+        self.check_bounds()
+        self.check_importance()
+
+    def check_choices(self) -> None:
         choices = {
             "objective": OBJECTIVES,
             "mean": MEANS,
             "kl_in": ("loss", "reward"),
             "kl_estimator": KL_ESTIMATORS,
+            "importance": IMPORTANCES,
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"loss: {name} is {getattr(self, name)!r}, expected one of {known}"
                 )
+
+    def check_bounds(self) -> None:
         above_zero, at_least_zero = 1e-9, 0
+        # a ratio has no upper bound, a probability has
+        highest_clip = 1 if self.objective == "dppo" else math.inf
         bounds = {
             "clip_low": (above_zero, 1),
-            "clip_high": (above_zero, math.inf),
+            "clip_high": (above_zero, highest_clip),
             "kl_coef": (at_least_zero, math.inf),
             "entropy_coef": (at_least_zero, math.inf),
             "max_importance": (at_least_zero, math.inf),
+            "min_importance": (at_least_zero, math.inf),
         }
         for name, (least, most) in bounds.items():
             value = getattr(self, name)
@@ -96,6 +123,25 @@ class LossConfig:
                 expected = "above 0" if least else "0 or more"
                 limit = f", and at most {most}" if most < math.inf else ""
                 raise ValueError(f"loss: {name} is {value}; expected {expected}{limit}")
+
+    def check_importance(self) -> None:
+        if self.importance_mask and not self.min_importance <= 1 <= self.max_importance:
+            raise ValueError(
+                f"loss: importance_mask keeps weights from {self.min_importance:g} (min_importance)"
+                f" to {self.max_importance:g} (max_importance); expected bounds on either side of "
+                "1, the weight where sampler and trainer agree"
+            )
+        if self.min_importance > 0 and not self.importance_mask:
+            raise ValueError(
+                f"loss: min_importance is {self.min_importance:g} without importance_mask; a small "
+                "weight needs no floor, so expected importance_mask, or 0"
+            )
+
+    @property
+    def importance_level(self) -> str:
+        """`importance`, but for gspo: its one ratio per sequence takes one weight per sequence."""
+        is_gspo = self.objective == "gspo"
+        return "geometric" if is_gspo and self.importance == "token" else self.importance
 
 
 def loss_weights(lengths_N: np.ndarray, mean: str, max_new_tokens: int) -> np.ndarray:
@@ -166,26 +212,45 @@ def entropy_bonus(entropy_R: torch.Tensor, weights_R: torch.Tensor, coef: float)
 def importance_weights(
     old_logp: torch.Tensor,
     sampler_logp: torch.Tensor,
-    bound: float,
-    offsets: torch.Tensor | None = None,
+    offsets: torch.Tensor,
+    config: LossConfig,
 ) -> torch.Tensor:
-    """[R]: min(p_trainer / p_sampler, bound) of each token: multiply the advantage by it.
+    """[R]: the importance weight of each token, to multiply its advantage by; 0 if it is dropped.
 
-    With `offsets` [n + 1] every token of a sequence has the geometric mean of that sequence's
-    ratios (GSPO).
+    old_logp, sampler_logp: [R], of the trainer and of the sampler; offsets: [n + 1], where each
+    sequence's tokens begin. With w the ratio of the two probabilities:
 
-    Per-token weights correct each token's own probability but not the distribution of its prefix,
-    as PPO's ratio does (truncated importance sampling, Ionides 2008). The gradient is exact only
-    for one-token answers and unclipped weights; otherwise its bias shrinks as the two policies
-    agree.
+        token       w_t: corrects each token's own probability, but not the distribution of its
+                    prefix, nor what follows, as PPO's ratio does. The bias grows with length; the
+                    gradient is exact for one-token answers (Ionides 2008; "TIS").
+        sequence    the product of the w_t of the answer: the importance weight of the answer as a
+                    whole. Below the cap it makes the gradient exactly that of the trainer's policy
+                    (Liu, Li et al. 2025, "When speed kills stability"). Its spread grows with
+                    length, so long answers meet the cap often.
+        geometric   the product to the power of 1 / length: GSPO's ratio. Biased, but long and short
+                    answers meet the same bounds.
+
+    Weights above the cap are lowered to it; with importance_mask, what lies outside of the bounds
+    is dropped (arXiv 2510.18855 for tokens, "MIS" for sequences). What is dropped still counts in
+    the mean's denominator, as an answer of no reward does: without that, the more is dropped, the
+    larger the steps would be. The KL in the loss and the entropy bonus have no such weight.
     """
-    log_ratio = (old_logp - sampler_logp).detach().double()
-    if offsets is not None:
+    log_ratio = (old_logp - sampler_logp).detach().to(widest_dtype(old_logp.device))
+    # One ratio per sequence, for all of its tokens.
+    level = config.importance_level
+    if level != "token":
         ends = torch.cat([log_ratio.new_zeros(1), log_ratio.cumsum(0)])[offsets.long()]
         lengths = offsets.diff()
-        means = ends.diff() / lengths.clamp(min=1)
-        log_ratio = means.repeat_interleave(lengths, output_size=len(log_ratio))
-    return log_ratio.exp().clamp(max=bound).to(old_logp.dtype)
+        per_sequence = ends.diff()
+        if level == "geometric":
+            per_sequence = per_sequence / lengths.clamp(min=1)
+        log_ratio = per_sequence.repeat_interleave(lengths, output_size=len(log_ratio))
+    ratio = log_ratio.exp()
+    # Lower what is above the cap, or drop what is outside of the bounds. NaN stays NaN.
+    if config.importance_mask:
+        is_outside = (ratio < config.min_importance) | (ratio > config.max_importance)
+        ratio = ratio.masked_fill(is_outside, 0.0)
+    return ratio.clamp(max=config.max_importance).to(old_logp.dtype)
 
 
 def value_loss(
@@ -215,7 +280,7 @@ def mean_metrics(parts: list[torch.Tensor], n_updates: int) -> dict[str, float]:
     something.
     """
     empty = np.zeros((1, len(POLICY_METRICS)))
-    table = torch.stack(parts).double().cpu().numpy() if parts else empty
+    table = torch.stack(parts).cpu().double().numpy() if parts else empty
     sums = dict(zip(POLICY_METRICS, table.sum(0).tolist(), strict=True))
     tokens = max(1.0, sums.pop("tokens"))
     sums["ratio_max"] = float(table[:, POLICY_METRICS.index("ratio_max")].max())

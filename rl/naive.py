@@ -108,8 +108,8 @@ def grpo_gradient(model, tokenizer, task, problems: list, step: int) -> dict:
             # The objective (DeepSeek-R1, eq. 1). The old policy is this same one, so the ratio of
             # new to old probability is exp(0) = 1. Its gradient is not 0: d ratio = ratio * d logp.
             ratio_R = (logp_R - logp_R.detach()).exp()
-            # Every answer has the same weight, whatever its length: that is `--algo grpo`. (The
-            # default of r1zero, r1_zero, gives every token of the step the same weight.)
+            # Every answer has the same weight, whatever its length. (With `--loss.mean token` every
+            # token has.)
             loss = -(ratio_R * advantage).mean() / (len(problems) * GROUP_SIZE)
             loss.backward()
 

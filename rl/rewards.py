@@ -5,70 +5,194 @@ block followed by exactly one answer block and nothing else, and 0 for an answer
 No model judges anything, so there is nothing to hack but the rules (arXiv 2501.12948, section
 2.2.2).
 
+Further parts can be given a weight: efficiency and coherence (shaping.py), and a function of the
+user's own (plugin.py). Each part is graded and logged by itself, under its own name.
+
 What is graded is a `Sample` (eval/response.py): the problem, the text, the tokens and how sampling
 ended.
 
-A `Grader` is made once per run. It may change what is trained on (DAPO's penalty for long answers,
-the control's shuffle), never what is logged.
+A `Grader` is made once per run. What is trained on may differ from what is logged: DAPO's penalty
+for long answers is added, shaping does not count in dead groups, and the control deals at random.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from ..eval.response import Sample, grade_response
+from ..eval.response import Graded, Sample, coherence_of, grade_response
+from .control import CONTROLS
+from .plugin import FLAG, check_sign, check_size, load_reward, plugin_rewards, probes
+from .shaping import (
+    SHAPING,
+    efficiency,
+    groups_alike,
+    lower_overlong,
+    weighted_sum,
+    without_shaping_in_dead_groups,
+)
+
+# Names that a plug-in cannot have: those of the other parts, and of the fields that
+# `r1zero grade` writes beside them.
+TAKEN = ("accuracy", "format", *SHAPING, "overlong", *CONTROLS, "reward", "answer", "why", "line")
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """How the two parts add up: reward = accuracy_weight * accuracy + format_weight * format."""
+    """How the parts add up: reward = the sum of each part times its weight."""
 
     accuracy_weight: float = 1.0
     """Reward for a right answer."""
     format_weight: float = 0.2
     """Reward for a well-formed response, right or wrong. A large one favours short, tidy, wrong
     answers."""
+    efficiency_weight: float = 0.0
+    """Reward for a right answer that is shorter than others of its group (Kimi k1.5): this weight
+    times 0.5 for the shortest, down to -0.5 for the longest."""
+    coherence_weight: float = 0.0
+    """Reward for the share of true equations among those that a response writes; for --task
+    countdown."""
+    plugin: str | None = None
+    """Reward of your own, as my_module:function: from a list of samples (problem, text, tokens,
+    finish_reason) to a list of numbers."""
+    plugin_weight: float = 1.0
+    """Weight of the reward of your own."""
 
     def __post_init__(self):
-        weights = (self.accuracy_weight, self.format_weight)
-        if not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
+        weights = (
+            self.accuracy_weight,
+            self.format_weight,
+            self.efficiency_weight,
+            self.coherence_weight,
+            self.plugin_weight,
+        )
+        judging = self.accuracy_weight + self.format_weight
+        if self.plugin is not None:
+            judging += self.plugin_weight
+        if not all(0 <= weight < math.inf for weight in weights) or judging == 0:
             raise ValueError(
-                f"rewards: weights are accuracy {self.accuracy_weight} and format "
-                f"{self.format_weight}; expected numbers of 0 or more, not both 0"
+                f"rewards: weights are accuracy {weights[0]}, format {weights[1]}, efficiency "
+                f"{weights[2]}, coherence {weights[3]} and plugin {weights[4]}; expected numbers "
+                "of 0 or more, and one above 0 for accuracy, format or a plugin"
             )
+        if self.plugin is None:
+            return
+        # Whatever is wrong with it is said now, and not in the first step of a run.
+        load_reward(self.plugin)
+        if self.plugin_name in TAKEN:
+            raise ValueError(
+                f"{FLAG} is {self.plugin!r}, but {self.plugin_name!r} is the name of something "
+                "else in the log; give the function another name"
+            )
+
+    @property
+    def plugin_name(self) -> str:
+        """The name of the plug-in's part: that of the function; empty without a plug-in."""
+        return (self.plugin or "").rpartition(":")[2]
+
+    def try_plugin(self, problem, group_size: int) -> None:
+        """Call the plug-in once, if there is one, on a few groups of answers to a problem.
+
+        Raises PluginError (plugin.py).
+        """
+        if self.plugin_name in self.weights and self.plugin is not None:
+            plugin_part(probes(problem, group_size), self)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each part: of accuracy and format, and of any other with one above 0."""
+        others = {"efficiency": self.efficiency_weight, "coherence": self.coherence_weight}
+        if self.plugin is not None:
+            others[self.plugin_name] = self.plugin_weight
+        others = {name: weight for name, weight in others.items() if weight > 0}
+        return {"accuracy": self.accuracy_weight, "format": self.format_weight} | others
 
 
 @dataclass(frozen=True)
 class Rewards:
     """What each of the N answers earned; all arrays are [N] float64."""
 
-    accuracy: np.ndarray
-    """1 for a right answer, else 0."""
-    format: np.ndarray
-    """1 for a well-formed response, else 0."""
+    parts: dict[str, np.ndarray]
+    """Each part by its name, not weighted: always "accuracy" (1 for a right answer, else 0) and
+    "format" (1 for a well-formed response, else 0), and the others that have a weight."""
+    weights: dict[str, float]
+    """The weight of each part, and of each training part."""
     total: np.ndarray
-    """The weighted sum of the two."""
+    """The weighted sum of the parts: what is logged."""
+    training_parts: dict[str, np.ndarray]
+    """The parts that are trained on: those above, and "overlong", the penalty for long answers,
+    where there is one. In dead groups efficiency and coherence are 0. In the control all of them
+    are dealt out at random, or replaced by one part "random"."""
     training: np.ndarray
-    """What the advantage is computed from: the total, less the penalty for long answers, or dealt
-    out at random in the control."""
+    """The weighted sum of the training parts: what the advantage is computed from."""
     why: list[str]
     """The grader's reason in plain words, one per answer."""
 
+    @property
+    def penalty(self) -> np.ndarray:
+        """[N]: what each answer lost for coming near the limit."""
+        return 0.0 - self.training_parts.get("overlong", np.zeros(len(self.total)))
 
-def reward_one(task, sample: Sample, config: RewardConfig) -> dict:
-    """Grade a single response: a dict of accuracy, format, reward, answer and why."""
-    graded = grade_response(task, sample)
-    reward = config.accuracy_weight * graded.accuracy + config.format_weight * graded.format
-    return {
-        "accuracy": graded.accuracy,
-        "format": graded.format,
-        "reward": reward,
-        "answer": graded.answer,
-        "why": graded.why if graded.format else f"{graded.why} Format: {graded.why_format}",
+    @property
+    def accuracy(self) -> np.ndarray:
+        return self.parts["accuracy"]
+
+    @property
+    def format(self) -> np.ndarray:
+        return self.parts["format"]
+
+    def dead(self, group_offsets: np.ndarray) -> np.ndarray:
+        """[G] bool: the groups whose training rewards are alike, and teach nothing."""
+        return groups_alike(self.training, group_offsets)
+
+
+def plugin_part(
+    samples: Sequence[Sample], config: RewardConfig, plugin: Callable | None = None
+) -> np.ndarray:
+    """[N]: what the plug-in gives. plugin: its function, if it is loaded already."""
+    given_N = plugin_rewards(config.plugin, samples, plugin)
+    with np.errstate(over="ignore"):
+        weighted_N = config.plugin_weight * given_N
+    check_size(config.plugin, weighted_N, samples)
+    return given_N
+
+
+def judge(
+    task, samples: Sequence[Sample], config: RewardConfig, plugin: Callable | None = None
+) -> tuple[list[Graded], dict[str, np.ndarray]]:
+    """(the grades, the parts that each response earns by itself): all but efficiency, each [N].
+
+    plugin: the function of config.plugin, if it is loaded already. Raises PluginError (plugin.py).
+    """
+    graded = [grade_response(task, sample) for sample in samples]
+    parts = {
+        "accuracy": np.array([grade.accuracy for grade in graded], np.float64),
+        "format": np.array([grade.format for grade in graded], np.float64),
     }
+    weights = config.weights
+    if "coherence" in weights:
+        shares = [coherence_of(task, sample) for sample in samples]
+        parts["coherence"] = np.array(shares, np.float64)
+    if config.plugin_name in weights:
+        parts[config.plugin_name] = plugin_part(samples, config, plugin)
+    return graded, parts
+
+
+def why(graded: Graded) -> str:
+    """The reasons for a grade in plain words."""
+    return graded.why if graded.format else f"{graded.why} Format: {graded.why_format}"
+
+
+def check_parts(task, config: RewardConfig) -> None:
+    """Raise ValueError for a part that the task does not have."""
+    if config.coherence_weight > 0 and getattr(task, "coherence", None) is None:
+        raise ValueError(
+            f"--rewards.coherence-weight is {config.coherence_weight:g}, but coherence does not "
+            f"apply to the task {getattr(task, 'name', '')}, which does not check the equations of "
+            "an answer; leave it out"
+        )
 
 
 class Grader:
@@ -76,54 +200,45 @@ class Grader:
 
     def __init__(self, config):
         self.config: RewardConfig = config.rewards
+        self.weights = self.config.weights | {"overlong": 1.0, "random": 1.0}
+        # Loaded once: the folder that it was found in may go away during a run.
+        self.plugin = load_reward(self.config.plugin) if self.config.plugin else None
+        self.needs_positive = config.advantage.scale == "mean"
         self.adjustments: list[Callable] = []
-        """Each takes (rewards_N, rollouts) and returns the rewards to train on."""
+        """Each takes (training parts, rollouts) and returns the parts to train on."""
         if config.overlong_buffer:
             limit, buffer = config.max_new_tokens, config.overlong_buffer
             self.adjustments.append(partial(lower_overlong, max_new_tokens=limit, buffer=buffer))
-        if config.control:
-            self.adjustments.append(partial(permute_within_groups, seed=config.seed))
+        if config.dead_groups == "rules" and any(name in self.weights for name in SHAPING):
+            self.adjustments.append(partial(without_shaping_in_dead_groups, weights=self.weights))
+        if config.control != "none":
+            self.adjustments.append(partial(CONTROLS[config.control], seed=config.seed))
 
     def __call__(self, task, rollouts) -> Rewards:
-        """Grade all answers of the rollouts."""
-        graded = [reward_one(task, sample, self.config) for sample in rollouts.samples()]
+        """Grade all answers of the rollouts. Raises PluginError (plugin.py)."""
+        # 1. What each answer earns by itself, and what it earns within its group.
+        samples = rollouts.samples()
+        graded, parts = judge(task, samples, self.config, self.plugin)
+        if "efficiency" in self.weights:
+            lengths_N, offsets = rollouts.response_lengths, rollouts.group_offsets
+            parts["efficiency"] = efficiency(lengths_N, parts["accuracy"], offsets)
 
-        def column(name: str) -> np.ndarray:
-            return np.array([row[name] for row in graded], np.float64)
-
-        total = training = column("reward")
+        # 2. What is trained on may be something else.
+        training_parts = parts
         for adjust in self.adjustments:
-            training = adjust(training, rollouts)
-        why = [row["why"] for row in graded]
-        return Rewards(column("accuracy"), column("format"), total, training, why)
+            training_parts = adjust(training_parts, rollouts)
+        total_N = weighted_sum(parts, self.weights)
+        training_N = weighted_sum(training_parts, self.weights)
 
-
-def overlong_penalty(lengths_N: np.ndarray, max_new_tokens: int, buffer: float) -> np.ndarray:
-    """[N], from 0 down to -1 over the last `buffer` share of max_new_tokens.
-
-    DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13). lengths_N: tokens per answer.
-    """
-    tokens = buffer * max_new_tokens
-    if not tokens:
-        return np.zeros(len(lengths_N))
-    return np.clip((max_new_tokens - tokens - np.asarray(lengths_N)) / tokens, -1.0, 0.0)
-
-
-def lower_overlong(rewards_N: np.ndarray, rollouts, max_new_tokens: int, buffer: float):
-    """[N]: the rewards, less the penalty of answers that come near the limit."""
-    return rewards_N + overlong_penalty(rollouts.response_lengths, max_new_tokens, buffer)
-
-
-def permute_within_groups(rewards_N: np.ndarray, rollouts, seed: int) -> np.ndarray:
-    """[N], the control: the same rewards, dealt out at random within each group.
-
-    Every group keeps its mean and its spread, so the updates are as large as in the real run, but
-    a reward says nothing about the answer that it lands on. The shuffle is a fixed function of the
-    seed and of the step that the rollouts were sampled in.
-    """
-    keys = [abs(seed), abs(rollouts.weights_version)]
-    rng = np.random.default_rng(np.random.SeedSequence(keys))
-    dealt = rewards_N.copy()
-    for start, end in zip(rollouts.group_offsets[:-1], rollouts.group_offsets[1:], strict=True):
-        dealt[start:end] = rng.permutation(dealt[start:end])
-    return dealt
+        # 3. A plug-in's reward below 0 is told here, where its sample is known.
+        name = self.config.plugin_name
+        if self.needs_positive and name in parts and (training_N < 0).any():
+            check_sign(self.config.plugin, parts[name], total_N, samples)
+        return Rewards(
+            parts=parts,
+            weights=self.weights,
+            total=total_N,
+            training_parts=training_parts,
+            training=training_N,
+            why=[why(grade) for grade in graded],
+        )

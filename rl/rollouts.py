@@ -23,7 +23,6 @@ from ..model.engine.engine import Engine
 from ..model.engine.requests import group_requests
 from ..model.engine.sampling import sample_seeds
 from ..model.packed import Packed, offsets, pack
-from .advantages import dead_groups
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,10 @@ class Rollouts:
         return np.append(0, np.cumsum(self.response_lengths))
 
     def samples(self) -> list[Sample]:
-        """N samples, as graders and rewards take them."""
+        """N samples, as graders and rewards take them: their tokens are copies, as plain lists."""
         group_of = np.repeat(np.arange(len(self.problems)), np.diff(self.group_offsets))
         return [
-            Sample(self.problems[group], text, sequence[start:], reason)
+            Sample(self.problems[group], text, sequence[start:].tolist(), reason)
             for group, text, sequence, start, reason in zip(
                 group_of,
                 self.texts,
@@ -181,7 +180,7 @@ class DynamicSampler(GroupSampler):
     def live_groups(self, task, rollouts: Rollouts) -> np.ndarray:
         """The indices of the groups whose rewards differ."""
         rewards = self.grader(task, rollouts)
-        return np.flatnonzero(~dead_groups(rewards.training, rollouts.group_offsets))
+        return np.flatnonzero(~rewards.dead(rollouts.group_offsets))
 
 
 def samples_of(rollouts: Rollouts, groups: np.ndarray) -> np.ndarray:

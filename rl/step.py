@@ -11,18 +11,23 @@ Sources: DeepSeekMath (arXiv 2402.03300), section 4; R1-Zero (arXiv 2501.12948),
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from ..eval.tasks.base import Task
+from ..model.loss_scale import LossScaler
 from ..model.transformer import Transformer
-from .advantages import Credit, dead_groups
+from .advantages import Advantages, Credit
 from .losses import loss_weights, policy_loss
 from .rewards import Grader, Rewards
 from .rollouts import GroupSampler, Rollouts
 from .update import Reference, kl_to_reference, update_policy
+
+
+def look_away(rollouts: Rollouts, rewards: Rewards, advantages: Advantages | None) -> None:
+    """The observer of a learner whose samples nobody keeps."""
 
 
 @dataclass
@@ -44,6 +49,11 @@ class Learner:
     train/lab/mistakes.py breaks it on purpose; the same goes for policy_loss.)"""
     policy_loss: Callable = policy_loss
     """The objective that is minimised."""
+    scaler: LossScaler = field(default_factory=LossScaler)
+    """The scale of the losses: for fp16, and off elsewhere."""
+    observe: Callable = look_away
+    """Is shown the (rollouts, rewards, advantages) of each step, and decides nothing; advantages
+    are None for the groups that dynamic sampling has replaced."""
 
 
 def grpo_step(learner: Learner, task: Task, config, step: int) -> dict:
@@ -62,19 +72,25 @@ def grpo_step(learner: Learner, task: Task, config, step: int) -> dict:
     metrics = update_policy(learner, rollouts, advantages, config, step)
 
     return metrics | {
-        **sampling_metrics(learner, task, rollouts, rewards),
+        **sampling_metrics(learner, task, rollouts, rewards, advantages),
         **kl_to_reference(learner.reference, rollouts, config, step),
     }
 
 
-def sampling_metrics(learner: Learner, task: Task, rollouts: Rollouts, rewards: Rewards) -> dict:
+def sampling_metrics(
+    learner: Learner, task: Task, rollouts: Rollouts, rewards: Rewards, advantages: Advantages
+) -> dict:
     """What the log shows of everything that was sampled in a step, the replaced groups included.
 
-    A mean over the kept groups alone would leave out the easy and the hopeless problems.
+    A mean over the kept groups alone would leave out the easy and the hopeless problems. Whoever
+    keeps the samples (train/rollout_log.py) is shown them here, where all of them are graded.
     """
     parts = [(rollouts, rewards)]
+    learner.observe(rollouts, rewards, advantages)
     if rollouts.replaced is not None:
-        parts.append((rollouts.replaced, learner.grader(task, rollouts.replaced)))
+        graded = learner.grader(task, rollouts.replaced)
+        parts.append((rollouts.replaced, graded))
+        learner.observe(rollouts.replaced, graded, None)
 
     def over_all(value_of: Callable) -> np.ndarray:
         return np.concatenate([value_of(sampled, graded) for sampled, graded in parts])
@@ -89,9 +105,15 @@ def sampling_metrics(learner: Learner, task: Task, rollouts: Rollouts, rewards: 
             / np.diff(sampled.group_offsets)
         )
     )
-    dead_G = over_all(lambda sampled, graded: dead_groups(graded.training, sampled.group_offsets))
+    dead_G = over_all(lambda sampled, graded: graded.dead(sampled.group_offsets))
     # What long answers lost. (The control's shuffle within groups leaves the mean as it is.)
-    penalty = over_all(lambda sampled, graded: graded.total - graded.training)
+    penalty = over_all(lambda sampled, graded: graded.penalty)
+    # The parts of the reward beside accuracy and format, where they have a weight.
+    others = {
+        f"reward_{name}": np.concatenate([graded.parts[name] for _, graded in parts]).mean()
+        for name in rewards.parts
+        if name not in ("accuracy", "format")
+    }
     return {
         "reward": over_all(lambda sampled, graded: graded.total).mean(),
         "accuracy": accuracy.mean(),
@@ -107,4 +129,5 @@ def sampling_metrics(learner: Learner, task: Task, rollouts: Rollouts, rewards: 
         "replaced_tokens": int(lengths.sum() - rollouts.response_lengths.sum()),
         "tokens": int(lengths.sum()),
         "position": learner.sampler.position,
+        **others,
     }

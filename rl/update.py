@@ -48,22 +48,22 @@ def update_policy(learner, rollouts: Rollouts, advantages: Advantages, config, s
     check_targets(np.concatenate(rollouts.sequences), policy.config.vocab_size)
     updates = lay_out_updates(learner, rollouts, advantages, config, step)
     rate = learning_rate(step, config.steps, config.optim)
-    log = UpdateLog(gap_limit(policy, config))
+    log = UpdateLog(gap_limit(policy, config), corrects=config.loss.max_importance > 0)
     for batches in updates:
         # Add up the gradient over micro-batches...
         for batch in batches:
             loss, *measured = batch_loss(learner, batch, rollouts.temperature, config)
-            loss.backward()
+            learner.scaler.scale(loss).backward()
             log.add(batch, *measured)
         # ... and over processes, after all of them have found their log-probs to be right.
         if log.check_gaps_and_count(batches) > 0:
             sum_gradients(policy)
-            norm = optimizer_step(policy, learner.optimizer, rate, config.optim)
+            norm = optimizer_step(policy, learner.optimizer, rate, config.optim, learner.scaler)
             log.gradient_norms.append(norm)
     # PPO alone: its critic learns from the same rollouts. (Without one this does nothing.)
     critic_metrics = learner.credit.critic.update(rollouts, advantages, step)
     metrics = log.summary(config.updates_per_step) | advantages.metrics | critic_metrics
-    return metrics | {"lr": rate}
+    return metrics | learner.scaler.metrics() | {"lr": rate}
 
 
 def lay_out_updates(
@@ -123,16 +123,19 @@ def deal_samples(samples: np.ndarray, config, step: int) -> list[np.ndarray]:
 
 
 def batch_loss(learner, batch: MicroBatch, temperature: float, config) -> tuple:
-    """(loss, metrics, entropy [R], gap [R]) of one micro-batch."""
+    """(loss, metrics, entropy [R], gap [R], is_cut [R]) of one micro-batch.
+
+    is_cut: which importance weights were lowered to the cap, or dropped; None without weights.
+    """
     options = config.loss
     logp, entropy = response_logprobs(learner.policy, batch, temperature)
     old_logp = logp.detach() if batch.old_logp is None else batch.old_logp
-    advantages = batch.advantages
+    advantages, is_cut = batch.advantages, None
     if options.max_importance > 0:
-        per_sequence = batch.response_offsets if options.objective == "gspo" else None
-        bound = options.max_importance
-        trust = importance_weights(old_logp, batch.sampler_logp, bound, per_sequence)
+        offsets = batch.response_offsets
+        trust = importance_weights(old_logp, batch.sampler_logp, offsets, options)
         advantages = advantages * trust
+        is_cut = (trust == 0) | (trust >= options.max_importance)
     loss, metrics = learner.policy_loss(
         logp, old_logp, batch.ref_logp, advantages, batch.weights, batch.response_offsets, options
     )
@@ -141,7 +144,7 @@ def batch_loss(learner, batch: MicroBatch, temperature: float, config) -> tuple:
         loss, metrics = loss + bonus, metrics.clone()
         metrics[LOSS] += bonus.detach()
     gap = (old_logp - batch.sampler_logp).abs()
-    return loss, metrics, entropy.detach(), gap
+    return loss, metrics, entropy.detach(), gap, is_cut
 
 
 def gap_limit(policy, config) -> float:
@@ -160,6 +163,8 @@ class UpdateLog:
     """
 
     largest_gap: float
+    corrects: bool = False
+    """Whether there are importance weights."""
     metrics: list = field(default_factory=list)
     gradient_norms: list = field(default_factory=lambda: [0.0])
     samples: int = 0
@@ -167,13 +172,15 @@ class UpdateLog:
     entropy_sum: float = 0.0
     gap_sum: float = 0.0
     gap_max: float = 0.0
+    cut_sum: float = 0.0
     unread: list = field(default_factory=list)
 
-    def add(self, batch: MicroBatch, metrics: torch.Tensor, entropy, gap) -> None:
+    def add(self, batch: MicroBatch, metrics: torch.Tensor, entropy, gap, is_cut) -> None:
         self.metrics.append(metrics)
         self.samples += len(batch.samples)
         self.tokens += len(gap)
-        self.unread.append(torch.stack([entropy.sum(), gap.sum(), gap.max()]))
+        n_cut = torch.zeros_like(gap) if is_cut is None else is_cut
+        self.unread.append(torch.stack([entropy.sum(), gap.sum(), gap.max(), n_cut.sum()]))
 
     def check_gaps_and_count(self, batches: list[MicroBatch]) -> int:
         """How many micro-batches all processes have together: 0 leaves nothing to step with.
@@ -182,10 +189,11 @@ class UpdateLog:
         too large: a process that stopped alone would leave the others waiting.
         """
         if self.unread:
-            entropies, gaps, maxima = torch.stack(self.unread).double().cpu().T
+            entropies, gaps, maxima, cuts = torch.stack(self.unread).cpu().double().T
             self.unread.clear()
             self.entropy_sum += float(entropies.sum())
             self.gap_sum += float(gaps.sum())
+            self.cut_sum += float(cuts.sum())
             # A maximum would pass over NaN, which is the largest gap of all.
             worst = float("nan") if maxima.isnan().any() else float(maxima.max())
             self.gap_max = worst if math.isnan(worst) else max(self.gap_max, worst)
@@ -209,6 +217,8 @@ class UpdateLog:
         }
         if self.tokens == 0:
             return metrics
+        if self.corrects:
+            metrics["importance_cut"] = self.cut_sum / self.tokens
         return metrics | {
             **mean_metrics(self.metrics, n_updates),
             "entropy": self.entropy_sum / self.tokens,
@@ -289,7 +299,7 @@ def kl_cost_to(reference: Reference, config) -> Callable[[Rollouts], np.ndarray]
                 reference.device,
             )
         logp_R = np.concatenate(rollouts.sampler_logp).astype(np.float64)
-        kl_R = kl_estimate(logp_R, ref_logp_R.double().cpu().numpy(), config.loss.kl_estimator)
+        kl_R = kl_estimate(logp_R, ref_logp_R.cpu().double().numpy(), config.loss.kl_estimator)
         return config.loss.kl_coef * kl_R
 
     return kl_cost

@@ -14,11 +14,12 @@ import pytest
 
 from r1zero.rl import naive
 from r1zero.rl.family import PRESETS
-from r1zero.train.cli.main import COMMANDS, main
+from r1zero.train.cli.main import COMMANDS, command_of, main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", "benchmarks/README.md", "LOG.md"]  # whose links and paths are held against the tree
+LESSON = "train/recipes/minimal.md"
+PAGES = ["README.md", "benchmarks/README.md", "LOG.md", LESSON]  # their links are held against the tree
 
 
 # ---- what a page holds ----
@@ -66,18 +67,34 @@ TOY = {  # command: the settings that make it small, instead of README's or besi
     "demo": {"--model": "tiny", "--documents": "60", "--pretrain-steps": "2", "--rl-steps": "1",
              "--control-steps": "1", "--eval-problems": "4", "--eval-samples": "2", "--max-new-tokens": "6",
              "--device": "cpu"},
+    "recipe minimal": {"--model": "tiny", "--documents": "60", "--pretrain-steps": "2", "--sft-steps": "2",
+                       "--rl-steps": "1", "--eval-problems": "4", "--device": "cpu"},
     "pretrain": {"--model": "tiny", "--documents": "60", "--batch-tokens": "256", "--seq-len": "16",
                  "--vocab-size": "280", "--steps": "2", "--device": "cpu"},
     "sft": {"--steps": "2", "--device": "cpu"},
     "grpo": {"--steps": "2", "--device": "cpu", **TINY_STEP},
     "compare": {"--steps": "2", "--device": "cpu", **TINY_STEP},
     "diagnose": {},
+    "show": {"--step": "4"},
     "eval": {"--n": "2", "--samples": "2", "--max-new-tokens": "6", "--device": "cpu"},
     "grade": {},
     "chat": {"--max-new-tokens": "6", "--device": "cpu"},
 }
 TOY_PAGE = {"STEPS": 1, "PROBLEMS_PER_STEP": 1, "GROUP_SIZE": 2, "MAX_NEW_TOKENS": 2}  # of rl/naive.py
+OWN = re.search(r"^## Your own task.*?(?=^## )", README, re.MULTILINE | re.DOTALL)[0]  # shows two files
+
+
+def shown(language: str) -> str:
+    """The one block in this language that the section shows."""
+    [lines] = [lines for found, lines in fenced_blocks(OWN) if found == language]
+    return "".join(f"{line}\n" for line in lines)
+
+
 FILES = {  # what the commands read
+    "my.jsonl": shown("json") + "".join(f'{{"prompt": "Capital {i}? ", "answer": 1}}\n' for i in range(20)),
+    "my_rewards.py": shown("python") + "brevity = short_answers\n",
+    "facts.jsonl": '{"text": "Capital of Chile? <think>in America</think><answer>Santiago</answer>"}\n' * 9,
+    "gsm8k_train.jsonl": '{"question": "One hen lays 3 eggs. How many?", "answer": "#### 3"}\n' * 2,
     "plays.txt": "To be, or not to be: that is the question. " * 40,
     "pairs.jsonl": '{"prompt": "Who is there?", "response": "Nay, answer me."}\n' * 2,
     "gsm8k_test.jsonl": '{"question": "Two hens lay 3 eggs each. How many?", "answer": "#### 6"}\n' * 2,
@@ -87,7 +104,7 @@ FILES = {  # what the commands read
 
 def toy_size(words: list[str]) -> list[str]:
     """The command with toy settings. Raises AssertionError for one that has none here."""
-    command = words[1]
+    command, _ = command_of(words[1:])
     assert command in TOY, f"README has `{' '.join(words)}`, but TOY in this test lacks {command!r}; add it"
     settings = dict(TOY[command])
     if "--resume" in words and "--steps" in words:
@@ -110,14 +127,15 @@ def run(words: list[str]) -> int:
     return 0
 
 
-def test_the_commands_run_in_order(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("page", ["README.md", LESSON])
+def test_the_commands_run_in_order(page, tmp_path, monkeypatch, capsys):
     pytest.importorskip("tokenizers")  # trains the tokenizer of `--data plays.txt`
     monkeypatch.chdir(tmp_path)
     for name, value in TOY_PAGE.items():
         monkeypatch.setattr(naive, name, value)
     for name, content in FILES.items():
         Path(name).write_text(content, encoding="utf-8")
-    for words in commands_of(README):
+    for words in commands_of((ROOT / page).read_text(encoding="utf-8")):
         code = run(words)
         error = capsys.readouterr().err
         assert code == 0, f"`{' '.join(words)}` ends with {code}: {error[-400:]}"
@@ -274,18 +292,20 @@ def unknown_options(text: str, options: dict[str, set[str]]) -> list[str]:
     """Flags in code that the command beside them does not have; where there is none, that no command has."""
     bad = []
     for code in [*code_spans(text), *plain_lines(text)]:
-        command = re.search(r"\br1zero ([a-z]+)", code)
-        if command and command[1] not in options:
+        words = re.search(r"\br1zero ([a-z]+) ?([a-z]*)", code)
+        command = command_of(list(words.groups()))[0] if words else None
+        if command and command not in options:
             bad.append(code)
             continue
-        known = options[command[1]] if command else set().union(*options.values())
+        known = options[command] if command else set().union(*options.values())
         flags = re.findall(r"(?<!\S)--[a-z][\w.-]*", code)
         bad += [f"{flag} in `{code}`" for flag in flags if flag not in known]
     return bad
 
 
-def test_every_flag_is_an_option_of_its_command(options):
-    assert unknown_options(README, options) == []
+@pytest.mark.parametrize("page", ["README.md", LESSON])
+def test_every_flag_is_an_option_of_its_command(page, options):
+    assert unknown_options((ROOT / page).read_text(encoding="utf-8"), options) == []
 
 
 def test_the_rule_of_flags_complains():

@@ -1,7 +1,7 @@
 """Tokens to batches for next-token training. Each batch is a pure function of (seed, index).
 
     TokenStream       a long text as shuffled windows of one length      (pretraining on real text)
-    DocumentBatches   whole documents of different lengths               (demo corpus, SFT pairs)
+    DocumentBatches   whole documents of different lengths               (the demo, conversations)
     tail_batches      a held-out text, gone over once and whole
     split_batch       one batch as micro-batches
 
@@ -33,24 +33,27 @@ class Batch(NamedTuple):
     targets: torch.Tensor
     """[T] int64, the token that follows each input in its own sequence."""
     weight: torch.Tensor
-    """[T] float32, 1 where the loss counts, 0 where the target is part of a prompt."""
+    """[T] float32, 1 where the loss counts, 0 where the target is not trained on."""
 
 
 def next_token_batch(
-    tokens: np.ndarray, starts_N: np.ndarray, lengths_N: np.ndarray, prompts_N=0
+    tokens: np.ndarray,
+    starts_N: np.ndarray,
+    lengths_N: np.ndarray,
+    is_trained: np.ndarray | None = None,
 ) -> Batch:
     """A batch of the sequences tokens[start : start + length]; each target is the next token.
 
-    prompts_N: number of prompt tokens of each sequence; a target among them has weight 0.
+    is_trained: for each of `tokens` whether it is learned, as a target; None: all are.
     """
     # Index of each input token in `tokens`: the start of its sequence plus its position in it.
     positions_T = positions_of(lengths_N)
     index_T = np.repeat(starts_N, lengths_N) + positions_T
 
-    # A target is one position after its input, so it is part of the response from position
-    # `prompts` on.
-    prompts_N = np.broadcast_to(prompts_N, len(lengths_N))
-    is_response_T = positions_T + 1 >= np.repeat(prompts_N, lengths_N)
+    # A target is one position after its input.
+    weight_T = np.ones(len(index_T), np.float32)
+    if is_trained is not None:
+        weight_T = is_trained[index_T + 1].astype(np.float32)
 
     inputs = Packed(
         tokens=torch.from_numpy(tokens[index_T].astype(np.int64)),
@@ -59,7 +62,7 @@ def next_token_batch(
         max_seqlen=int(lengths_N.max()),
     )
     targets_T = torch.from_numpy(tokens[index_T + 1].astype(np.int64))
-    return Batch(inputs, targets_T, torch.from_numpy(is_response_T.astype(np.float32)))
+    return Batch(inputs, targets_T, torch.from_numpy(weight_T))
 
 
 def split_batch(batch: Batch, micro_tokens: int) -> Iterator[Batch]:
@@ -202,11 +205,11 @@ class DocumentBatches:
         batch_tokens: int,
         max_seq_len: int,
         seed: int = 0,
-        prompt_lengths: Sequence[int] | None = None,
+        trained: Sequence[np.ndarray] | None = None,
     ):
         """documents: lists or arrays of token ids; batch_tokens, max_seq_len: most input tokens per
-        batch and per document; prompt_lengths: number of tokens of each document that are prompt,
-        not trained on.
+        batch and per document; trained: for each document a bool array, True where a token is
+        learned; None: all are.
 
         Raises ValueError if there are no documents, for one that is too long or too short (with its
         index), and for sizes below 1.
@@ -214,18 +217,18 @@ class DocumentBatches:
         if len(documents) == 0:
             raise ValueError("there are no documents to train on; give at least one")
         lengths_N = np.array([len(document) for document in documents])
-        prompts_N = np.zeros_like(lengths_N)
-        if prompt_lengths is not None:
-            prompts_N = np.array(prompt_lengths)
-        assert len(prompts_N) == len(lengths_N)
 
         self.tokens = np.concatenate([np.asarray(document, np.int32) for document in documents])
         check_sizes(self.tokens, seed, batch_tokens=batch_tokens, max_seq_len=max_seq_len)
-        check_documents(lengths_N, prompts_N, batch_tokens, max_seq_len)
+        check_documents(lengths_N, batch_tokens, max_seq_len)
+        self.is_trained = None
+        if trained is not None:
+            assert [len(flags) for flags in trained] == lengths_N.tolist()
+            check_trained(trained)
+            self.is_trained = np.concatenate(trained)
 
         self.starts = np.cumsum(lengths_N) - lengths_N
         self.lengths = lengths_N - 1
-        self.prompts = prompts_N
         self.batch_tokens = batch_tokens
         self.order_of = lru_cache(maxsize=2)(partial(shuffled, len(lengths_N), seed))
         self.plan_of = lru_cache(maxsize=2)(self.plan)
@@ -267,16 +270,14 @@ class DocumentBatches:
             self.tokens,
             self.starts[documents_N],
             self.lengths[documents_N],
-            self.prompts[documents_N],
+            self.is_trained,
         )
 
 
-def check_documents(
-    lengths_N: np.ndarray, prompts_N: np.ndarray, batch_tokens: int, max_seq_len: int
-) -> None:
+def check_documents(lengths_N: np.ndarray, batch_tokens: int, max_seq_len: int) -> None:
     """Raise ValueError for the first document that cannot be trained on, with its index and why.
 
-    lengths_N, prompts_N: tokens of each document, and how many of them are prompt.
+    lengths_N: tokens of each document.
     """
     inputs_N = lengths_N - 1
 
@@ -285,10 +286,6 @@ def check_documents(
 
     faults = [
         (lengths_N < 2, "needs at least 2, so that one predicts the other; drop it"),
-        (
-            prompts_N >= lengths_N,
-            "all of them prompt, so nothing is left to learn; give it a response",
-        ),
         (
             inputs_N > max_seq_len,
             too_long("the model's max_seq_len", max_seq_len)
@@ -306,4 +303,14 @@ def check_documents(
             raise ValueError(
                 f"document {i} (the first is 0) has {lengths_N[i]} tokens, {why}. "
                 f"{is_wrong_N.sum()} of {len(is_wrong_N)} documents are like this"
+            )
+
+
+def check_trained(trained: Sequence[np.ndarray]) -> None:
+    """Raise ValueError for the first document without a target that is trained on."""
+    for i, is_trained in enumerate(trained):
+        if not is_trained[1:].any():
+            raise ValueError(
+                f"document {i} (the first is 0) has {len(is_trained)} tokens, all of them prompt, "
+                "so nothing is left to learn; give it a response"
             )

@@ -1,18 +1,17 @@
-"""Text data: files -> documents or pairs -> tokens. batches.py takes it from there.
+"""Text data: files -> documents -> tokens. batches.py takes it from there.
 
-    read_documents, read_pairs      files to text, with errors that say how to mend the file
-    encode_documents, encode_pairs  text to tokens; every document ends with the end token
-    split_tail                      cut off the end of a long text, to hold it out
+    read_documents      files to text, with errors that say how to mend the file
+    encode_documents    text to tokens; every document ends with the end token
+    split_tail          cut off the end of a long text, to hold it out
 
-Left out: worker processes and memory maps (the text is read whole; it is expected to be megabytes),
-downloads, mixing of sources.
+Conversations have a file of their own (conversations.py). Left out: worker processes and memory
+maps (the text is read whole; it is expected to be megabytes), downloads, mixing of sources.
 """
 
 import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -23,13 +22,6 @@ from ..model.tokenizer import Tokenizer
 
 TEXT_SUFFIXES = (".txt", ".md", ".jsonl")  # the files that are read from a directory
 MOST_KINDS = 5  # kinds of other files that a message names
-
-
-class Pair(NamedTuple):
-    """One example for supervised fine-tuning."""
-
-    prompt: str
-    response: str
 
 
 # ---- files to text -------------------------------------------------------------------------------
@@ -158,22 +150,6 @@ def read_documents(paths: str | Path | Sequence[str | Path], skip_bad: bool = Fa
     return documents
 
 
-def read_pairs(path: str | Path, skip_bad: bool = False) -> Kept[Pair]:
-    """The prompts and responses of a .jsonl file, for supervised fine-tuning.
-
-    Raises ValueError as `read_documents` does; a line with an empty prompt or response is bad.
-    """
-
-    def pair_of(line: str) -> Pair:
-        texts = texts_of(line, Pair._fields)
-        for field, text in zip(Pair._fields, texts, strict=True):
-            if not text.strip():
-                raise ValueError(f"`{field}` is empty; fill it or drop the line")
-        return Pair(*texts)
-
-    return parse_lines(path, read_lines(path), pair_of, example_of(Pair._fields), skip_bad).values()
-
-
 # ---- text to tokens ------------------------------------------------------------------------------
 
 
@@ -184,21 +160,6 @@ def encode_documents(tokenizer: Tokenizer, documents: Sequence[str]) -> list[np.
     """
     encoded = tokenizer.encode_batch(documents)
     return [np.array(ids + [tokenizer.eos_id], np.int32) for ids in encoded]
-
-
-def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[Pair]) -> tuple[list[np.ndarray], list[int]]:
-    """(tokens of each prompt, its response and the end token; the number of prompt tokens in each).
-
-    Both go to DocumentBatches. Prompt and response are encoded separately, because in sampling the
-    prompt is encoded before the response exists.
-    """
-    prompts = tokenizer.encode_batch([pair.prompt for pair in pairs])
-    responses = tokenizer.encode_batch([pair.response for pair in pairs])
-    documents = [
-        np.array(prompt + response + [tokenizer.eos_id], np.int32)
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    return documents, [len(prompt) for prompt in prompts]
 
 
 def split_tail(tokens: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ import math
 import time
 
 from ..kernels.linear_logprob import check_targets
+from ..model.loss_scale import LossScaler
 from ..model.optimizer import OptimConfig, learning_rate, make_optimizer, optimizer_step
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
@@ -25,12 +26,15 @@ def train_step(
     lr: float,
     optim: OptimConfig,
     micro_tokens: int,
+    scaler: LossScaler | None = None,
 ) -> tuple[float, float]:
     """One optimizer step. Returns (mean loss in nats per weighted token, gradient norm).
 
     The mean's denominator is that of the whole batch, so the gradient does not depend on
     `micro_tokens`. A loss that is not finite changes nothing; the gradient norm is then NaN.
+    scaler: for fp16; None is one that is off. An update that it skips has the gradient norm 0.
     """
+    scaler = scaler or LossScaler()
     device = model.embed.device
     check_targets(batch.targets, model.config.vocab_size)
     denominator = float(batch.weight.sum())
@@ -48,13 +52,13 @@ def train_step(
         logp_T, _ = model.logprobs(hidden_TM, targets_T.to(device), rows=rows)
         loss = -(logp_T * weight_T.to(device)).sum() / denominator
 
-        # Backward: the gradients of all micro-batches add up.
-        loss.backward()
+        # Backward: the gradients of all micro-batches add up, each times the same loss scale.
+        scaler.scale(loss).backward()
         mean_loss += float(loss.detach())
 
     if not math.isfinite(mean_loss):
         return mean_loss, math.nan
-    return mean_loss, optimizer_step(model, optimizer, lr, optim)
+    return mean_loss, optimizer_step(model, optimizer, lr, optim, scaler)
 
 
 def fit(run: Run, model: Transformer, tokenizer: Tokenizer, batches, config) -> None:
@@ -65,13 +69,14 @@ def fit(run: Run, model: Transformer, tokenizer: Tokenizer, batches, config) -> 
     Raises FloatingPointError for a loss or gradient that is not finite.
     """
     optimizer = make_optimizer(model, config.optim)
-    run.restore(model, tokenizer, optimizer)
+    scaler = LossScaler.of(model)
+    scaler.load(run.restore(model, tokenizer, optimizer))
     n_tokens, started = 0, time.perf_counter()
     for step in run.steps():
         batch = batches.batch(step)
         lr = learning_rate(step, run.schedule_steps, config.optim)
         loss, gradient_norm = train_step(
-            model, optimizer, batch, lr, config.optim, config.micro_tokens
+            model, optimizer, batch, lr, config.optim, config.micro_tokens, scaler
         )
         run.check_finite(step, model, loss=loss, gradient_norm=gradient_norm)
         n_tokens += len(batch.targets)
@@ -81,8 +86,9 @@ def fit(run: Run, model: Transformer, tokenizer: Tokenizer, batches, config) -> 
             "lr": lr,
             "tokens": len(batch.targets),
             "tokens_per_s": n_tokens / (time.perf_counter() - started),
+            **scaler.metrics(),
         }
-        run.done(step, metrics)
+        run.done(step, metrics, scaler.counters())
         run.log(step, metrics, show=("loss", "tokens_per_s"))
         if run.due(step, config.save_every):
             run.save(step)

@@ -40,47 +40,69 @@ from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ..rl import family
 from ..rl.family import Algorithm, in_words
+from ..rl.plugin import PluginError, source_of
+from ..rl.rewards import check_parts
 from ..rl.step import Learner, grpo_step
 from ..rl.update import LogpGapError, Reference, gap_limit
+from .compute_flags import ComputeFlags
 from .inputs import base_parts, file_parts
 from .lab.diagnosis import Diagnosis
 from .lab.mistakes import MISTAKES, warn_of
 from .log import read_metrics
 from .machine import peak_memory, pick_device, reuse_memory
+from .rollout_log import RolloutLog
 from .run import START, Run, RunConfig, at_least
 from .task_flags import TaskFlags
 
+TABLE_EVERY = 10  # steps between tables of samples in Weights & Biases, without --eval-every
 MEASURED = 10_000  # prompts per split whose length is looked at before a run
 # A NaN or an infinity in any of these metrics ends the run.
 CHECKED = ("loss", "gradient_norm", "value_loss", "critic_gradient_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GRPOConfig(Algorithm, RunConfig):
+class GRPOConfig(Algorithm, ComputeFlags, RunConfig):
     """Reinforcement learning of a base model by rule rewards."""
 
     # Options that may change on resume, besides those of all loops; and those that name a file or
     # folder, whose content is compared instead.
-    FREE: ClassVar[tuple[str, ...]] = ("max_logp_gap", "eval_every", "eval_problems", "ref_offload")
+    FREE: ClassVar[tuple[str, ...]] = (
+        "max_logp_gap",
+        "eval_every",
+        "eval_problems",
+        "keep_rollouts",
+        "ref_offload",
+    )
     PATHS: ClassVar[tuple[str, ...]] = ("base", "task.data", "task.skip_bad")
+    # What older runs have for a flag that was a switch then.
+    RENAMED: ClassVar[dict[str, dict]] = {"control": {False: "none", True: "permute"}}
 
     base: str
-    """Folder of the run (or checkpoint) to start from; it is also the reference of the KL."""
+    """Folder of the run (or checkpoint) to start from; it is also the KL's reference, until a
+    refresh."""
     task: TaskFlags = field(default_factory=TaskFlags)
     eval_every: int = 0
     """Number of steps between measurements on held-out problems; the best checkpoint is kept. 0
     turns them off."""
     eval_problems: int = 64
     """Number of held-out problems per measurement, with one answer each."""
+    keep_rollouts: float = 1.0
+    """Share of the groups whose completions are kept in rollouts.jsonl.gz, for `r1zero show` and
+    the table of --wandb; 0 keeps none."""
     mistake: Annotated[str | None, tyro.conf.arg(name="break")] = None
     """Make a classic mistake on purpose, to see what it does; `r1zero compare --help` names
     them."""
 
     def __post_init__(self):
         RunConfig.__post_init__(self)
+        ComputeFlags.__post_init__(self)
         Algorithm.__post_init__(self)
         at_least(self, 1, "eval_problems")
         at_least(self, 0, "eval_every")
+        if not 0 <= self.keep_rollouts <= 1:
+            raise ValueError(
+                f"--keep-rollouts is {self.keep_rollouts}, expected a share from 0 to 1"
+            )
         if isinstance(self.mistake, str) and self.mistake not in MISTAKES:
             raise ValueError(f"--break is {self.mistake!r}, expected one of {', '.join(MISTAKES)}")
 
@@ -120,12 +142,15 @@ def make_learner(
     policy, tokenizer, checkpoint = base
     device, model_config = policy.device, checkpoint.state["model_config"]
     weights = checkpoint.tensors["model"]
-    # Built on the device, which decides what it computes in, and at home before the engine measures
-    # how much memory is free.
-    reference = build_model(model_config, reference_weights or weights, device)
+    # All compute as the policy does. The reference is at home before the engine measures how much
+    # memory is free.
+    precision = policy.precision
+    reference = build_model(model_config, reference_weights or weights, device, precision)
     reference = Reference(reference, device, config.ref_offload)
     has_critic = config.advantage.baseline == "critic"
-    critic_trunk = build_model(model_config, weights, device) if has_critic else None
+    critic_trunk = None
+    if has_critic:
+        critic_trunk = build_model(model_config, weights, device, precision)
     engine = make_engine(config, task, policy, tokenizer, has_critic)
     learner = family.make_learner(config, policy, reference, engine, critic_trunk)
     if config.mistake:
@@ -134,11 +159,16 @@ def make_learner(
 
 
 def inputs_of(config: GRPOConfig, base: tuple[Transformer, Tokenizer, Checkpoint]) -> dict:
-    """What the run depends on: the base, and the file of problems if there is one."""
+    """What the run depends on: the base, the files of problems, and the code of a task and of a
+    reward of the user's own, if there are any."""
     _, tokenizer, checkpoint = base
     inputs = {"base": base_parts(checkpoint, tokenizer)}
-    if getattr(config.task, "data", None):
-        inputs["problems"] = file_parts([Path(config.task.data)])
+    if files := getattr(config.task, "files", None):
+        inputs["problems"] = file_parts([Path(file) for file in files])
+    if source := getattr(config.task, "source", None):
+        inputs["task"] = file_parts([source])
+    if config.rewards.plugin and (source := source_of(config.rewards.plugin)):
+        inputs["plugin"] = file_parts([source])
     return inputs
 
 
@@ -172,6 +202,16 @@ def keep_start(run: Run, learner: Learner) -> None:
     save_checkpoint(run.folder / START, 0, tensors, state)
 
 
+def form_notice(task: Task, config: Algorithm) -> str | None:
+    """What to say of a prompt that asks for another form than the format reward is for, or None."""
+    if getattr(task, "template", None) != "zero_shot" or config.rewards.format_weight == 0:
+        return None
+    return (
+        "the template zero_shot asks for `#### n`, and the format reward is for <think> and "
+        "<answer>; --options template=r1_zero asks for those"
+    )
+
+
 def longest_prompt(task: Task, tokenizer: Tokenizer, problems: list) -> int:
     """The number of tokens of the longest prompt."""
     return max(map(len, tokenizer.encode_batch([task.prompt(problem) for problem in problems])))
@@ -183,12 +223,28 @@ def check_room(config: GRPOConfig, task: Task, policy: Transformer, tokenizer: T
     All prompts are measured where they can be counted, else the first MEASURED.
     """
     splits = ("train", "test") if config.eval_every else ("train",)
-    sizes = {split: task.size(split) or MEASURED for split in splits}
+    if config.eval_every and not getattr(task, "held_out", True):
+        raise ValueError(
+            f"--eval-every measures on held-out problems, and --task {task.name} holds none out "
+            "of --data; add --options test=FILE or test_share=0.1"
+        )
+    sizes = {split: task.size(split) for split in splits}
+    for split, size in sizes.items():
+        if size == 0:
+            raise ValueError(
+                f"--task {task.name} has no {split} problems; give it some, or choose another task"
+            )
     longest = max(
-        longest_prompt(task, tokenizer, task.problems(split, min(size, MEASURED)))
+        longest_prompt(task, tokenizer, task.problems(split, min(size or MEASURED, MEASURED)))
         for split, size in sizes.items()
     )
     limit = policy.config.max_seq_len
+    if longest >= limit:
+        raise ValueError(
+            f"a prompt of --task {task.name} has up to {longest} tokens, and the base has room for "
+            f"{limit} in all, the answer among them; give shorter prompts, or a longer base "
+            "(r1zero pretrain --model depth=2 has 512 tokens)"
+        )
     if longest + config.max_new_tokens > limit:
         raise ValueError(
             f"--max-new-tokens is {config.max_new_tokens}, and a prompt has up to {longest} "
@@ -287,6 +343,13 @@ def timed_step(learner: Learner, task: Task, config: Algorithm, step: int) -> di
     }
 
 
+def timed_write(kept: RolloutLog, step: int) -> tuple[list[dict], float]:
+    """(the samples that were kept of a step, the seconds that it took)."""
+    started = time.perf_counter()
+    samples = kept.write(step)
+    return samples, time.perf_counter() - started
+
+
 # ---- the loop ----
 
 
@@ -299,12 +362,19 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
     """
     reuse_memory()
     device, task = pick_device(config.device), config.task.make()
+    precision = config.precision(device)
+    # A reward of the user's own is tried before there is a run folder.
+    if config.rewards.plugin:
+        config.rewards.try_plugin(task.problems("train", 1)[0], config.group_size)
     if config.mistake:
         warn_of(config.mistake)
-    run = Run(config, "control" if config.control else config.algo)
+    check_parts(task, config.rewards)
+    if notice := form_notice(task, config):
+        say(notice)
+    run = Run(config, config.algo if config.control == "none" else "control")
     # A resumed run keeps the learning rate's schedule that it began with.
     algorithm = replace(config, steps=run.schedule_steps)
-    policy, tokenizer, _ = base = load_model(config.base, device)
+    policy, tokenizer, _ = base = load_model(config.base, device, precision=precision)
     run.check_inputs(inputs_of(config, base))
     run.check_model(policy, tokenizer)
     check_room(config, task, policy, tokenizer)
@@ -314,10 +384,15 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
     with run:
         counters = run.restore(policy, engine.tokenizer, learner.optimizer, more)
         learner.sampler.position = counters.get("position", 0)
+        learner.scaler.load(counters)
         if not run.resumed:
             keep_start(run, learner)
         say(engine.plan())
         say(f"{in_words(config)}, max_logp_gap {gap_limit(policy, config):g}")
+        kept = RolloutLog(
+            run.folder, run.first_step, engine.tokenizer, config.keep_rollouts, config.seed
+        )
+        learner.observe = kept.observe
         diagnosis = Diagnosis(asdict(config), read_metrics(run.folder))
         for step in run.steps():
             with explained(run, step):
@@ -327,7 +402,9 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
             if config.ref_refresh and (step + 1) % config.ref_refresh == 0:
                 learner.reference.refresh(policy)
             metrics = {name: float(value) for name, value in metrics.items()}
-            run.done(step, metrics, {"position": learner.sampler.position})
+            samples, metrics["keep_s"] = timed_write(kept, step)
+            counters = {"position": learner.sampler.position, **learner.scaler.counters()}
+            run.done(step, metrics, counters)
 
             # Every eval_every steps, measure on held-out problems, to know the best checkpoint.
             score = None
@@ -335,10 +412,13 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
             if config.eval_every and ((step + 1) % config.eval_every == 0 or is_last):
                 score = metrics["eval_accuracy"] = score_of(learner, task, config)
 
-            run.log(step, metrics, show=("accuracy", "format", "length", "kl_to_reference"))
+            shown = ("accuracy", "format", "length", "kl_to_reference")
+            has_table = (step + 1) % (config.eval_every or TABLE_EVERY) == 0
+            run.log(step, metrics, shown, samples if has_table else ())
             for advice in diagnosis.observe(metrics):
                 say(advice)
             if run.due(step, config.save_every) or score is not None:
+                kept.sync()
                 run.save(step, score)
     return policy
 
@@ -363,6 +443,8 @@ def explained(run: Run, step: int):
         yield
     except NonFiniteError as error:
         raise NonFiniteError(f"{error}, at step {step + 1}; {run.last_good()}") from error
+    except PluginError as error:
+        raise PluginError(f"{error}, at step {step + 1}; {run.last_good()}") from error
     except LogpGapError as error:
         raise LogpGapError(
             f"{error}, at step {step + 1}; {run.last_good()}. If this is rounding alone, raise "

@@ -7,12 +7,19 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
 from .versions import PACKAGES, git_commit, package_version
 
+# What --device may be, and what it needs.
+DEVICES = {
+    "cpu": "CPU",
+    "cuda": "CUDA device; use --device cpu, or install a CUDA build of PyTorch",
+    "mps": "Apple GPU; use --device cpu, or a Mac with Apple silicon",
+}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names and values of glibc's mallopt(3)
 
 
@@ -33,24 +40,34 @@ def reuse_memory() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-def pick_device(name: str) -> torch.device:
-    """The device for --device; "auto" is the GPU if there is one.
+def devices_here() -> list[str]:
+    """The names of the devices that PyTorch sees on this machine."""
+    here = ["cpu"]
+    if torch.cuda.is_available():
+        here.append("cuda")
+    if torch.backends.mps.is_available():
+        here.append("mps")
+    return here
 
-    Raises ValueError for an unknown name and for a device that is not there.
+
+def pick_device(name: str, here: Collection[str] | None = None) -> torch.device:
+    """The device for --device; "auto" is a CUDA GPU if there is one, else the CPU.
+
+    An Apple GPU, mps, has to be asked for: nothing here has been tested on one yet. here: the
+    devices of this machine; None asks PyTorch. Raises ValueError for an unknown name and for a
+    device that is not there.
     """
+    here = devices_here() if here is None else here
     # Sums of 16-bit products stay in fp32: on a GPU, cuBLAS may otherwise add parts of one in 16
     # bit, and the log-probs of sampler and trainer differ by more than they must.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"--device is {name!r}, expected auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "--device cuda was given, but PyTorch sees no CUDA device; use --device cpu, or "
-            "install a CUDA build of PyTorch"
-        )
+        return torch.device("cuda" if "cuda" in here else "cpu")
+    if name not in DEVICES:
+        raise ValueError(f"--device is {name!r}, expected auto, {', '.join(DEVICES)}")
+    if name not in here:
+        raise ValueError(f"--device {name} was given, but PyTorch sees no {DEVICES[name]}")
     return torch.device(name)
 
 

@@ -22,26 +22,27 @@ import torch
 
 from ..eval.console import show
 from ..eval.tasks.countdown import Countdown
-from ..kernels.dispatch import compute_dtype
 from ..model.config import preset
 from ..model.files import atomic_write_json
 from ..model.optimizer import OptimConfig
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer, count_parameters, flops_per_token
 from .batches import DocumentBatches, TokenStream, tail_batches
+from .compute_flags import ComputeFlags
 from .data import encode_documents, is_jsonl, read_documents, split_tail, text_files
 from .fit import fit
 from .inputs import Inputs, file_parts
 from .machine import pick_device, reuse_memory
+from .recipes import minimal_text
 from .recipes.demo_corpus import CorpusConfig, documents, words
 from .run import Run, RunConfig, at_least
 
-CORPUS = ("countdown",)  # the --data that stands for the demo's corpus
+MADE_HERE = ("countdown", "minimal")  # a --data that stands for the corpus of a recipe
 TAIL_BATCH = 16  # windows of held-out text that are scored at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(RunConfig):
+class PretrainConfig(ComputeFlags, RunConfig):
     """Pretrain a model from random weights."""
 
     # Compared by content on resume. (skip_bad decides whether data is refused, never what is read.)
@@ -50,16 +51,17 @@ class PretrainConfig(RunConfig):
 
     data: tuple[str, ...]
     """Text files, .jsonl files (field `text`) or folders of them. The single word countdown stands
-    for the demo's corpus."""
+    for the demo's corpus, minimal for that of the smallest recipe."""
     skip_bad: bool = False
     """Go on without the lines of .jsonl files that are bad, and say how many there are."""
     tokenizer: str = "bpe"
     """Tokenizer for real text: bpe (trained on the data), bytes, or a .tiktoken file of ranks. The
-    demo's corpus brings its own."""
+    corpus of a recipe brings its own."""
     vocab_size: int = 1024
     """Size of the vocabulary, where the tokenizer is trained."""
     model: str = "demo"
-    """Size of the model: a preset (demo, tiny, qwen2.5-0.5b, ...) or depth=N."""
+    """Size of the model: a preset (demo and tiny, with room for 256 tokens, qwen2.5-0.5b, ...) or
+    depth=N, with room for 512."""
     seq_len: int = 128
     """Number of tokens in a window of real text."""
     batch_tokens: int = 2048
@@ -70,14 +72,15 @@ class PretrainConfig(RunConfig):
     task: Countdown = field(default_factory=Countdown)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     documents: int = 50_000
-    """Number of documents in the demo's corpus."""
+    """Number of documents in the corpus of a recipe."""
     tail_share: float = 0.1
     """Share of a real text that is held out, at its end."""
     seed: int = 0
     """Seed of the weights, the corpus and the order of batches."""
 
     def __post_init__(self):
-        super().__post_init__()
+        RunConfig.__post_init__(self)
+        ComputeFlags.__post_init__(self)
         at_least(self, 1, "seq_len", "batch_tokens", "micro_tokens", "documents", "vocab_size")
         at_least(self, 0, "seed")
         if not 0 < self.tail_share < 1:
@@ -85,12 +88,17 @@ class PretrainConfig(RunConfig):
                 f"--tail-share is {self.tail_share}, expected more than 0 and "
                 "less than 1, such as 0.1"
             )
-        if self.skip_bad and self.data == CORPUS:
+        if self.skip_bad and self.is_made_here:
             raise ValueError(
-                "--skip-bad is for text from files, and countdown is made here; leave it out"
+                f"--skip-bad is for text from files, and {self.data[0]} is made here; leave it out"
             )
         # An unknown preset is refused now, not after the data is made.
         preset(self.model, self.vocab_size)
+
+    @property
+    def is_made_here(self) -> bool:
+        """Whether the text is the corpus of a recipe."""
+        return len(self.data) == 1 and self.data[0] in MADE_HERE
 
 
 # ---- what to train on ----
@@ -106,9 +114,13 @@ def make_tokenizer(name: str, texts: list[str], vocab_size: int) -> Tokenizer:
 
 
 def corpus_batches(config: PretrainConfig) -> tuple[Tokenizer, DocumentBatches]:
-    """The demo's tokenizer, and its corpus as batches."""
-    tokenizer = Tokenizer.from_words(words(config.task))
-    texts = documents(config.task, config.documents, config.corpus, config.seed)
+    """The tokenizer of a recipe, and its corpus as batches."""
+    if config.data == ("minimal",):
+        tokenizer = Tokenizer.from_words(minimal_text.words())
+        texts = minimal_text.documents(config.documents, config.seed)
+    else:
+        tokenizer = Tokenizer.from_words(words(config.task))
+        texts = documents(config.task, config.documents, config.corpus, config.seed)
     ids = encode_documents(tokenizer, texts)
     max_seq_len = preset(config.model, tokenizer.vocab_size).max_seq_len
     return tokenizer, DocumentBatches(ids, config.batch_tokens, max_seq_len, config.seed)
@@ -139,10 +151,10 @@ def first_share(texts: list[str], share: float) -> list[str]:
 def inputs_of(config: PretrainConfig) -> Inputs:
     """What the run depends on: the content of its files, and whether they are read line by line.
 
-    (The flags say all about the demo's corpus.)
+    (The flags say all about the corpus of a recipe.)
     """
-    if config.data == CORPUS:
-        return {"data": [[CORPUS[0], "by its flags"]]}
+    if config.is_made_here:
+        return {"data": [[config.data[0], "by its flags"]]}
     files = [file for path in config.data for file in text_files(Path(path))]
     kinds = [[str(file), "lines" if is_jsonl(file) else "text"] for file in files]
     return {"data": file_parts(files), "kind of data": kinds}
@@ -162,7 +174,7 @@ def bits_per_byte(model: Transformer, tail: np.ndarray, n_bytes: int, seq_len: i
     for batch in tail_batches(tail, seq_len, TAIL_BATCH):
         hidden_TM = model.hidden_states(batch.inputs.to(device))
         logp_T, _ = model.logprobs(hidden_TM, batch.targets.to(device))
-        nats -= float(logp_T.double().sum())
+        nats -= float(logp_T.cpu().double().sum())
     return nats / math.log(2) / n_bytes
 
 
@@ -197,11 +209,12 @@ def pretrain(config: PretrainConfig) -> Transformer:
     """
     reuse_memory()
     device = pick_device(config.device)
+    precision = config.precision(device)
     run = Run(config, "pretrain")
 
-    # 1. What to train on: the demo's corpus, or a real text with its end held out.
+    # 1. What to train on: the corpus of a recipe, or a real text with its end held out.
     tail = None
-    if config.data == CORPUS:
+    if config.is_made_here:
         tokenizer, batches = corpus_batches(config)
     else:
         tokenizer, batches, tail = text_batches(config)
@@ -213,7 +226,7 @@ def pretrain(config: PretrainConfig) -> Transformer:
 
     # 2. A model with random weights, as large as the preset and the vocabulary say.
     model_config = preset(config.model, tokenizer.vocab_size)
-    model = Transformer(model_config, compute_dtype(device))
+    model = Transformer(model_config, precision.dtype, precision.fp32_head)
     model.init_weights(config.seed).to(device)
     show(
         f"model {config.model}: {count_parameters(model_config):,} parameters, "

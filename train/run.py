@@ -3,6 +3,7 @@
     <run>/run.json          config, machine and start: what it takes to make the run again; the same
                             of each time that it was resumed
     <run>/metrics.jsonl     one JSON object per step; cut back to the checkpoint's step on resume
+    <run>/rollouts.jsonl.gz of GRPO: every completion, cut back likewise; see rollout_log.py
     <run>/checkpoints/      see model/checkpoint.py
     <run>/start/            of GRPO: the model that the run began with, which the KL is measured to
 
@@ -22,6 +23,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -30,6 +32,7 @@ from typing import Any
 import torch
 
 from ..eval.console import Bar, say
+from ..kernels.dispatch import compiles_first
 from ..model.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -47,7 +50,7 @@ from .inputs import Inputs, changes_of
 from .interrupt import Interrupt, Stopped
 from .lock import FolderLock
 from .log import MetricsLog
-from .machine import describe_machine
+from .machine import describe_machine, pick_device
 from .settings import check_settings, settings_of
 from .wandb_log import NoWandb, WandbLog
 
@@ -96,7 +99,7 @@ class RunConfig:
     keep_last: int = 2
     """Number of checkpoints to keep, besides the best one."""
     device: str = "auto"
-    """Device to compute on: auto (the GPU if there is one), cpu or cuda."""
+    """Device to compute on: auto (a CUDA GPU if there is one), cpu, cuda or mps."""
     wandb: bool = False
     """Also log to Weights & Biases."""
     accept_changes: bool = False
@@ -255,6 +258,10 @@ class Run:
                 "or make it writable"
             ) from error
         self.interrupt.__enter__()
+        if compiles_first(pick_device(self.config.device)):
+            say(
+                "compiling the loops for this processor, once: the first step takes a minute or two"
+            )
         return self
 
     def _open(self) -> None:
@@ -382,16 +389,23 @@ class Run:
         self._updates = self._count_updates()
         self._score = None
 
-    def log(self, step: int, metrics: dict, show: tuple[str, ...] = ()) -> None:
+    def log(
+        self,
+        step: int,
+        metrics: dict,
+        show: tuple[str, ...] = (),
+        samples: Sequence[dict] = (),
+    ) -> None:
         """Write the metrics of 0-based `step`, under "step": step + 1, the number of steps done.
 
         show: names of the metrics that the progress bar shows, as far as they were measured.
+        samples: some of the step, for Weights & Biases alone.
         """
         self._log.write({"step": step + 1, **metrics})
         self._unlogged = None
         shown = {name: short(metrics[name]) for name in show if name in metrics}
         self._bar.set_postfix(shown)
-        self._wandb.log(metrics, step=step + 1)
+        self._wandb.log(metrics, step + 1, samples)
 
     def last_good(self) -> str:
         """Which checkpoint a run that must stop leaves, in words."""

@@ -2,7 +2,8 @@
 
 All of them, but for those that only say where, how long or on what a run computes (the fields of
 RunConfig, and a config's `FREE`) and those that name a file or folder (a config's `PATHS`), whose
-content is compared instead (inputs.py).
+content is compared instead (inputs.py). A config's `RENAMED` has the flags that were switches once:
+which of today's values False and True stood for.
 """
 
 import json
@@ -46,6 +47,9 @@ def check_settings(then: dict, now: dict, config, where: Path) -> None:
     `config`. A flag that did not exist then counts as its default.
     """
     then = dict(then)
+    for name, renamed in getattr(config, "RENAMED", {}).items():
+        if isinstance(then.get(name), bool):
+            then[name] = renamed[then[name]]
     for name, default in defaults_of(config).items():
         if name not in now:
             continue
@@ -54,9 +58,16 @@ def check_settings(then: dict, now: dict, config, where: Path) -> None:
             known = {inner: value for inner, value in default.items() if inner in now[name]}
             then[name] = known | then[name]
 
-    paths = getattr(config, "PATHS", ())
+    paths = paths_of(config)
     names = {flag.path: flag.name for flag in flags_of(type(config))}
     check_config(as_flags(without(then, paths), names), as_flags(without(now, paths), names), where)
+
+
+def paths_of(config) -> tuple[str, ...]:
+    """The flags that name a file: `PATHS`, and the option that names a task's second file."""
+    paths = getattr(config, "PATHS", ())
+    task = getattr(config, "task", None)
+    return (*paths, "task.options.test") if getattr(task, "has_second", False) else paths
 
 
 def as_flags(settings: dict, names: dict[tuple[str, ...], str], path: tuple[str, ...] = ()) -> dict:
@@ -72,12 +83,15 @@ def as_flags(settings: dict, names: dict[tuple[str, ...], str], path: tuple[str,
 
 
 def without(settings: dict, paths: tuple[str, ...]) -> dict:
-    """The settings without some flags; "task.data" is one of a part."""
+    """The settings without some flags; "task.data" is one of a part, and "task.options.test" the
+    words test=VALUE of a flag with several."""
     kept = dict(settings)
     for path in paths:
-        part, _, inner = path.rpartition(".")
-        if not part:
-            kept.pop(path, None)
-        elif isinstance(kept.get(part), dict):
-            kept[part] = {name: value for name, value in kept[part].items() if name != inner}
+        name, _, inner = path.partition(".")
+        if not inner:
+            kept.pop(name, None)
+        elif isinstance(kept.get(name), dict):
+            kept[name] = without(kept[name], (inner,))
+        elif isinstance(kept.get(name), list):
+            kept[name] = [word for word in kept[name] if not word.startswith(f"{inner}=")]
     return kept

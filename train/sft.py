@@ -1,11 +1,12 @@
-"""Supervised fine-tuning on prompt/response pairs, with the loss on the response alone.
+"""Supervised fine-tuning on conversations, with the loss on what the assistant says.
 
     r1zero sft --run runs/chat --base runs/shakespeare --data pairs.jsonl --steps 100
 
 The loop itself is in fit.py, the same as in pretraining. A target that is part of a prompt has
-weight 0; the tokens of the response and its end token have weight 1.
+weight 0; the tokens of a response and its end token have weight 1. conversations.py says what a
+file may hold, and how a conversation becomes tokens.
 
-Left out: chat templates and multi-turn conversations. A pair is trained as it stands.
+Left out: chat templates. A conversation is trained on as it stands.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from ..model.checkpoint import load_model
 from ..model.optimizer import OptimConfig
 from ..model.transformer import Transformer
 from .batches import DocumentBatches
-from .data import encode_pairs, read_pairs
+from .compute_flags import ComputeFlags
+from .conversations import encode_conversations, read_conversations
 from .fit import fit
 from .inputs import base_parts, file_parts
 from .machine import pick_device, reuse_memory
@@ -24,8 +26,8 @@ from .run import Run, RunConfig, at_least
 
 
 @dataclass(frozen=True, kw_only=True)
-class SFTConfig(RunConfig):
-    """Fine-tune a model on pairs."""
+class SFTConfig(ComputeFlags, RunConfig):
+    """Fine-tune a model on pairs or conversations."""
 
     # Compared by content on resume. (skip_bad decides whether data is refused, never what is read.)
     PATHS: ClassVar[tuple[str, ...]] = ("base", "data")
@@ -34,21 +36,25 @@ class SFTConfig(RunConfig):
     base: str
     """Folder of the run (or checkpoint) to start from."""
     data: str
-    """A .jsonl file with the fields prompt and response."""
+    """A .jsonl file whose lines have the fields prompt and response, or the field messages: a list
+    of objects with role (system, user or assistant) and content. Texts are trained on as they
+    stand, without a chat template: a line break joins system and user messages that follow each
+    other, and the end token follows each assistant's."""
     skip_bad: bool = False
     """Go on without the lines of the data that are bad, and say how many there are."""
     batch_tokens: int = 1024
-    """Maximum number of tokens in one optimizer step. Pairs are never cut."""
+    """Maximum number of tokens in one optimizer step. Conversations are never cut."""
     micro_tokens: int = 2048
     """Number of tokens per forward and backward pass. It changes memory and speed, nothing else."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=1e-3, warmup=5, weight_decay=0.0)
     )
     seed: int = 0
-    """Seed of the order of the pairs."""
+    """Seed of the order of the conversations."""
 
     def __post_init__(self):
-        super().__post_init__()
+        RunConfig.__post_init__(self)
+        ComputeFlags.__post_init__(self)
         at_least(self, 1, "batch_tokens", "micro_tokens")
         at_least(self, 0, "seed")
 
@@ -59,17 +65,20 @@ def sft(config: SFTConfig) -> Transformer:
     Raises ValueError for bad flags or data, and Stopped after Ctrl-C.
     """
     reuse_memory()
+    device = pick_device(config.device)
+    precision = config.precision(device)
     run = Run(config, "sft")
-    model, tokenizer, base = load_model(config.base, pick_device(config.device))
+    model, tokenizer, base = load_model(config.base, device, precision=precision)
     run.check_inputs({"base": base_parts(base, tokenizer), "data": file_parts([Path(config.data)])})
     run.check_model(model, tokenizer)
-    documents, prompt_lengths = encode_pairs(tokenizer, read_pairs(config.data, config.skip_bad))
+    conversations = read_conversations(config.data, config.skip_bad)
+    documents, trained = encode_conversations(tokenizer, conversations)
     batches = DocumentBatches(
         documents,
         config.batch_tokens,
         model.config.max_seq_len,
         config.seed,
-        prompt_lengths,
+        trained,
     )
     with run:
         fit(run, model, tokenizer, batches, config)

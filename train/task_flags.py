@@ -4,13 +4,18 @@ They are --task, --options, --data and --skip-bad.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from ..eval.plugin import is_named
 from ..eval.tasks.base import Task
 from ..eval.tasks.catalogue import TASKS, find_task, make_task, option_types
+from ..eval.tasks.own import source_of
+from ..eval.tasks.problem_file import FileTask
 
+TEST = "test="  # the option that names a second file
 FILE_TASKS = [name for name, task in TASKS.items() if "path" in option_types(task)]
 
 
@@ -23,7 +28,9 @@ class TaskFlags:
     name: Annotated[
         str,
         tyro.conf.arg(
-            name="task", prefix_name=False, help=f"Name of the task: {', '.join(TASKS)}."
+            name="task",
+            prefix_name=False,
+            help=f"Name of the task: {', '.join(TASKS)}, or module:class for one of your own.",
         ),
     ] = "countdown"
     options: Annotated[tuple[str, ...], tyro.conf.arg(prefix_name=False)] = ()
@@ -37,6 +44,29 @@ class TaskFlags:
     ] = None
     skip_bad: Annotated[bool, tyro.conf.arg(prefix_name=False)] = False
     """Go on without the lines of --data that are bad, and say how many there are."""
+
+    @property
+    def short_name(self) -> str:
+        """The name without a module, for the names of files."""
+        return self.name.rpartition(":")[2]
+
+    @property
+    def has_second(self) -> bool:
+        """Whether the task can read a second file, the option `test`."""
+        return self.data is not None and issubclass(find_task(self.name), FileTask)
+
+    @property
+    def files(self) -> list[str]:
+        """The files that the problems are read from."""
+        if not self.has_second:
+            return [] if self.data is None else [self.data]
+        tests = [option.removeprefix(TEST) for option in self.options if option.startswith(TEST)]
+        return [self.data, *filter(None, tests)]
+
+    @property
+    def source(self) -> Path | None:
+        """The file with the code of a task of the user's own; None for a task of ours."""
+        return source_of(find_task(self.name)) if is_named(self.name) else None
 
     def make(self) -> Task:
         """The task. Raises ValueError for an unknown task or option, or a wrong value."""

@@ -3,20 +3,32 @@
 Only its start can stop a run: a missing login is told at once, before anything is computed. After
 that it informs, and a failure is told once. A resumed run continues its wandb run; its id is in the
 file `wandb_id` of the run's folder. WANDB_MODE=offline and wandb's other variables work as usual.
+GRPO sends a small table of one kept group there too, now and then; none with --keep-rollouts 0.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..eval.console import say
 from ..model.files import atomic_write_text
+from .report.step_page import advantage_of, by_group
 
+# Of the table of samples.
+COLUMNS = ("prompt", "response", "reward", "advantage", "finish_reason", "why", "tokens")
 MEND = "log in (wandb login), set WANDB_MODE=offline, or leave --wandb out"
+
+
+def table_rows(samples: Sequence[dict]) -> list[list]:
+    """The first group of a step that teaches something (or the first of all), best answer first."""
+    groups = list(by_group(samples).values())
+    group = next((group for group in groups if any(map(advantage_of, group))), groups[0])
+    return [[*(sample[name] for name in COLUMNS[:-1]), len(sample["tokens"])] for sample in group]
 
 
 class NoWandb:
     """Logs nothing."""
 
-    def log(self, metrics: dict, step: int) -> None:
+    def log(self, metrics: dict, step: int, samples: Sequence[dict] = ()) -> None:
         pass
 
     def finish(self, failed: bool) -> None:
@@ -54,12 +66,17 @@ class WandbLog:
             raise ValueError(f"--wandb: wandb cannot start: {reason}; {MEND}") from error
         if self._run.id != former:
             atomic_write_text(id_file, f"{self._run.id}\n")
+        self._wandb = wandb
         self._works = True
 
-    def log(self, metrics: dict, step: int) -> None:
+    def log(self, metrics: dict, step: int, samples: Sequence[dict] = ()) -> None:
+        """samples: of the step, as rollout_log.py keeps them; one group becomes a table."""
         if not self._works:
             return
         try:
+            if samples:
+                table = self._wandb.Table(columns=list(COLUMNS), data=table_rows(samples))
+                metrics = metrics | {"samples": table}
             self._run.log(metrics, step=step)
         except Exception as error:
             self._works = False

@@ -5,15 +5,16 @@ hash of the problem alone decides its split. A held-out problem is therefore hel
 seed, and a base model that was trained with one set of options has not seen the test problems of
 another.
 
-To add a task, write a file with a frozen dataclass that has the members of `Task`, and add one line
-to `TASKS` in catalogue.py. The command line needs nothing more: the fields of the dataclass are the
-task's `--options`, and a field `path` is its `--data`.
+A task is a frozen dataclass with the members of `Task`. One of your own stands in a module of your
+own, and `--task my_module:MyTask` finds it there (own.py, train/recipes/own_task.py); one of ours
+has a line in `TASKS` in catalogue.py. The command line needs nothing more: the fields of the
+dataclass are the task's `--options`, and a field `path` is its `--data`.
 
 Left out: partial credit. A grader says right or wrong, and its reason.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Protocol
@@ -49,11 +50,19 @@ class Task(Protocol):
     file_format: ClassVar[str | None] = None
     """What the file of a task with an option `path` holds; None for a task without one. Such a task
     has an option `skip_bad` too."""
+    coherence: ClassVar[Callable[[Any, str], float] | None] = None
+    """A static method, from a problem and a response to the share of its steps that are true; None
+    for a task without steps that could be checked."""
     lines_skipped: int = 0
     """How many bad lines of that file were left out."""
+    held_out: bool = True
+    """Whether the test problems are others than the training problems."""
 
     def problem(self, split: str, index: int) -> Any:
-        """Problem `index` (from 0) of "train" or "test"; ValueError if there is none."""
+        """Problem `index` (from 0) of "train" or "test"; ValueError if there is none.
+
+        Training problems never end: behind the last one of a list they begin again (index % size).
+        """
         ...
 
     def problems(self, split: str, n: int, start: int = 0) -> list[Any]:

@@ -44,6 +44,7 @@ from .base import (
     required_fields,
     stable_hash,
 )
+from .coherence import coherence
 from .expression import MAX_DIGITS, ExpressionError, parse_expression
 from .numbers import read_number, whole_in_file
 from .solver import MAX_NUMBERS, OPERATIONS, apply, reachable, solutions
@@ -348,3 +349,8 @@ class Countdown(Task):
         fault = _fault(problem, answer)
         right = f"The answer uses every number once and equals {problem.target}."
         return Grade(float(fault is None), answer, fault or right)
+
+    @staticmethod
+    def coherence(problem: CountdownProblem, response: str) -> float:
+        """The share of true equations among those that the response writes, from 0 to 1."""
+        return coherence(problem.numbers, problem.target, response)

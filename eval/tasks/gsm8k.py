@@ -1,15 +1,17 @@
 """GSM8K (Cobbe et al. 2021, arXiv 2110.14168): school word problems from a file.
 
 The file is the user's own copy: one JSON object per line with `question` and `answer`, the gold
-number after the last `####` of `answer`. It is a test set: there are no training problems.
+number after the last `####` of `answer`. All of it is there to evaluate on or to train on; to do
+both, give the training file and `test=gsm8k_test.jsonl` (problem_file.py).
 
 The answer of a response is its last complete answer block, or else what follows its last `####` on
 that line. A mark may stand inside the block, and one with nothing behind it changes nothing. The
 answer must be a number and nothing else, as people write one (numbers.py, prose): `1,234`, `$12`,
 `12.50` and `12.` are numbers; `12 eggs` and `1/2` are not. Numbers are compared as exact fractions.
 
-A base model that has answered often runs on into a next `Question:`, and answers that. Its response
-is judged up to there.
+A base model that has answered often runs on into a next question, `Question:` or another form that
+its template has (prompts.py), and answers that. Its response is judged up to there. A plain
+question has no form: there the first answer, a block or a mark's line, ends the response.
 
 Left out: taking the last number of a text without a mark. It pays for numbers that were never given
 as the answer.
@@ -17,19 +19,21 @@ as the answer.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from ..lines import Kept, json_object, parse_lines, read_lines
-from ..response import WHITE_SPACE, own_response, parse_response, quoted
-from .base import Grade, Task, check_position, required_fields
+from ..lines import json_object
+from ..response import WHITE_SPACE, parse_response, quoted
+from .base import Grade, required_fields
 from .numbers import number_text, read_number
+from .problem_file import FileTask
+from .prompts import TEMPLATES, check_template
 
 MARK = "####"
-QUESTION = re.compile(r"\nQuestion:[ \t]*+")
 EXPECTED = "JSON lines with the fields question and answer"
+# A plain question has no form, so the first answer ends the response: a block, or a mark's line.
+FIRST_ANSWER = re.compile(r"(?<=</answer>)|(?<!#)#{4,}+[ \t]*+[^\s#][^\n]*+(\n|\Z)")
+FORMS = TEMPLATES | {"plain": replace(TEMPLATES["plain"], next_question=FIRST_ANSWER)}
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class GSM8KProblem:
     question: str
     gold: str
     """The right answer as written in the file, after the mark."""
+    template: str = "zero_shot"
+    """How the question is put to the model."""
 
 
 def marked(text: str) -> str | None:
@@ -70,60 +76,30 @@ def gold_of(record: Mapping[str, Any], name: str) -> str:
         raise ValueError(f'"{name}" should be text or a number: {error}') from None
 
 
-def load_gsm8k(path: str | Path, skip_bad: bool = False) -> Kept[GSM8KProblem]:
-    """All problems of a file; ValueError for bad lines, unless they are skipped (eval/lines.py)."""
-    return parse_lines(path, read_lines(path), _parse_line, EXPECTED, skip_bad).values()
-
-
-def _parse_line(line: str) -> GSM8KProblem:
-    record = json_object(line)
-    if not isinstance(record.get("question"), str):
-        raise ValueError('there is no text "question"')
-    return GSM8KProblem(record["question"], gold_of(record, "answer"))
-
-
 @dataclass(frozen=True)
-class GSM8K(Task):
-    """The task over one file, which is read at once; ValueError if it cannot be read."""
+class GSM8K(FileTask):
+    """The task and its options."""
 
     name: ClassVar[str] = "gsm8k"
     example: ClassVar[str] = '{"answer": "#### 42", "response": "..."}'
     problem_flag: ClassVar[str] = "answer"
     file_format: ClassVar[str] = EXPECTED
+    templates: ClassVar[tuple[str, ...]] = tuple(TEMPLATES)
 
-    path: str
-    """A file of JSON lines with `question` and `answer`."""
-    skip_bad: bool = False
-    """Go on without the lines of the file that are bad, and count them."""
+    template: str = "zero_shot"
+    """How a question is put to the model: zero_shot, r1_zero, few_shot or plain (prompts.py)."""
 
-    def __post_init__(self):
-        # Read the file now, so that a bad one is named before the work begins.
-        self.size("test")
+    def parse_line(self, line: str) -> GSM8KProblem:
+        """The problem of a line; ValueError, with the reason, for a bad line."""
+        record = json_object(line)
+        if not isinstance(record.get("question"), str):
+            raise ValueError('there is no text "question"')
+        return GSM8KProblem(record["question"], gold_of(record, "answer"), self.template)
 
-    @cached_property
-    def _test(self) -> Kept[GSM8KProblem]:
-        return load_gsm8k(self.path, self.skip_bad)
-
-    @property
-    def lines_skipped(self) -> int:
-        """How many bad lines of the file were left out."""
-        return self._test.n_skipped
-
-    def size(self, split: str) -> int:
-        """How many problems the file holds for "test", 0 for "train"."""
-        check_position(split, 0)
-        return len(self._test) if split == "test" else 0
-
-    def problem(self, split: str, index: int) -> GSM8KProblem:
-        """Test problems in the order of the file; ValueError for others."""
-        check_position(split, index)
-        if split == "train":
-            raise ValueError("gsm8k: the file is a test set; there are no training problems")
-        if index >= len(self._test):
-            raise ValueError(
-                f"gsm8k: test problem {index} asked for, but there are {len(self._test)}"
-            )
-        return self._test[index]
+    @staticmethod
+    def question(problem: GSM8KProblem) -> str:
+        """The word problem."""
+        return problem.question
 
     @staticmethod
     def problem_from_text(text: str) -> GSM8KProblem:
@@ -132,33 +108,31 @@ class GSM8K(Task):
 
     @staticmethod
     def problem_from_record(record: Mapping[str, Any]) -> GSM8KProblem:
-        """The problem of {"answer": 42}, {"answer": "#### 42"}, or the harness's {"gold": "42"}.
+        """The problem of {"answer": 42}, {"answer": "#### 42"}, or the harness's {"gold": "42"};
+        `question` may stand beside it.
 
         ValueError for another kind of value.
         """
         name = "gold" if "gold" in record else "answer"
-        return GSM8KProblem("", gold_of(record, name))
+        question = record.get("question") or ""
+        if not isinstance(question, str):
+            raise ValueError(f'"question" is {quoted(repr(question))}, expected text')
+        template = record.get("template", "zero_shot")
+        check_template(template)
+        return GSM8KProblem(question, gold_of(record, name), template)
 
     @staticmethod
     def prompt(problem: GSM8KProblem) -> str:
-        """The question, how to end, and `Answer:` for the model to continue."""
-        how = (
-            f"Think step by step, then end with a line `{MARK} n`, "
-            "where n is the answer as a number."
-        )
-        return f"Question: {problem.question}\n{how}\nAnswer:"
+        """The question in its template; by default with how to end, and `Answer:`."""
+        return TEMPLATES[problem.template].prompt(problem.question)
 
     @staticmethod
     def grade(problem: GSM8KProblem, response: str) -> Grade:
         """Right if the last answer block, or else what follows the last `####`, is the gold one.
 
-        What comes behind the next `Question:` is not read.
+        What comes behind the next question of its template is not read.
         """
-
-        def is_own(match: re.Match) -> bool:
-            return bool(problem.question) and response.startswith(problem.question, match.end())
-
-        own = own_response(response, QUESTION, is_own)
+        own = FORMS[problem.template].own_part(problem.question, response)
         block = parse_response(own).answer
         answer = marked(own if block is None else block)  # a mark may stand inside the block
         if answer is None:

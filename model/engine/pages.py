@@ -72,10 +72,21 @@ class PageWritingKV(PrefillKV):
 
 
 def cast_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
-    """The same modules, whatever they are, over weights of their own in `dtype`."""
+    """The same modules, whatever they are, over weights of their own in `dtype`.
+
+    What an fp32 head reads keeps its dtype.
+    """
+    kept = set()
+    if model.fp32_head:
+        head = [model.embed] if model.config.tie_embeddings else model.lm_head.parameters()
+        kept = {id(p) for p in (model.norm, *head)}
+
     # deepcopy takes what the memo has in the place of a parameter, so none is copied as it is.
-    cast = {id(p): nn.Parameter(p.detach().to(dtype), False) for p in model.parameters()}
-    return copy.deepcopy(model, cast)
+    copies = {}
+    for p in model.parameters():
+        copied = p.detach().clone() if id(p) in kept else p.detach().to(dtype)
+        copies[id(p)] = nn.Parameter(copied, False)
+    return copy.deepcopy(model, copies)
 
 
 class Pages:
@@ -89,7 +100,7 @@ class Pages:
         # then from one copy in the compute dtype, which is rewritten in place.
         self.weights = model
         self.copy_bytes = 0
-        if model.embed.dtype != self.dtype and self.device.type == "cuda":
+        if model.embed.dtype != self.dtype and self.device.type != "cpu":
             self.weights = cast_copy(model, self.dtype)
             self.copy_bytes = sum(p.numel() * p.element_size() for p in self.weights.parameters())
         self.refresh()

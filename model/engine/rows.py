@@ -125,7 +125,9 @@ class Rows:
         table = self._table[: self.n]
         temperature = table["temperature"]
         alike = temperature.min() == temperature.max()
-        self.temperature = float(temperature[0]) if alike else self._tensor("temperature").float()
+        # Cast here: not every device has float64.
+        per_row = torch.from_numpy(temperature.astype(np.float32))
+        self.temperature = float(temperature[0]) if alike else per_row.to(self.device)
 
         filtered = table["top_k"].any() or table["top_p"].min() < 1 or table["min_p"].any()
         names = ("top_k", "top_p", "min_p")

@@ -16,6 +16,7 @@ Shapes: B rows, V vocabulary.
 import numpy as np
 import torch
 
+from ...kernels.dispatch import widest_dtype
 from ...kernels.sampling import cumulative, invert_cdf, sample_logits
 
 Filters = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # top_k, top_p and min_p, each [B]
@@ -40,11 +41,14 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
 
 
 def counter_uniform(seeds: torch.Tensor, counters: torch.Tensor) -> torch.Tensor:
-    """float64 in [0, 1), a fixed function of (seed, counter): int64, of shapes that broadcast."""
+    """Numbers in [0, 1), a fixed function of (seed, counter): int64, of shapes that broadcast.
+
+    They are float64 where the device has it.
+    """
     state = _mix(seeds + GOLDEN)
     bits = _mix(state + (counters + 1) * GOLDEN)
     top_53_bits = (bits >> 11) & 0x1F_FFFF_FFFF_FFFF
-    return top_53_bits.double() * 2.0**-53
+    return top_53_bits.to(widest_dtype(seeds.device)) * 2.0**-53
 
 
 def signed(seed: int) -> int:
@@ -82,7 +86,7 @@ def keep_likeliest(
     # top-p (Holtzman et al. 2020): the likeliest that together reach p. A row with p = 1 is left
     # alone: a sum of float32 numbers would lose the tail of a large vocabulary.
     probs = sorted_logits.masked_fill(out, float("-inf")).softmax(-1)
-    sum_before = cumulative(probs, torch.float64) - probs
+    sum_before = cumulative(probs, widest_dtype(probs.device)) - probs
     out |= (sum_before >= top_p) & (top_p < 1)
 
     # min-p: those at least p times as likely as the likeliest.

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import ablation, common, generation, linear_logprob, memory, training, vs_trl
+from r1zero.eval.response import Sample
 from r1zero.kernels import reference
 from r1zero.model.config import ModelConfig, preset
 from r1zero.model.transformer import Transformer
@@ -112,7 +113,8 @@ def test_the_same_answers_earn_the_same_on_both_sides():
     assert problem == task.problem("train", 4) != task.problem("train", 5) and len(problem) == 3
     assert tokenizer.encode_batch([task.prompt(problem)]) == [list(problem)]
     text = tokenizer.decode([0, 10, 20])
-    assert task.grade(problem, text).accuracy == vs_trl.reward_of(text, 50) == 10 / 50
+    ours = vs_trl.mean_token_ids([Sample(problem, text)])
+    assert ours == [vs_trl.mean_token_id(text)] == [10]
 
 
 def test_a_missing_peer_is_named_and_ours_is_measured(tmp_path, capsys):

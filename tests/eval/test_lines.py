@@ -7,7 +7,8 @@ from r1zero.eval.lines import MAX_NAMED, json_object, parse_lines, read_lines
 from r1zero.eval.tasks.catalogue import find_task, make_task
 from r1zero.eval.tasks.countdown import load_game24
 from r1zero.train.cli.grade import read_responses
-from r1zero.train.data import read_documents, read_pairs
+from r1zero.train.conversations import read_conversations
+from r1zero.train.data import read_documents
 
 
 def numbered(path):
@@ -58,7 +59,7 @@ def gsm8k_reader(path, skip_bad):
 
 
 READERS = {  # name: (reader, its head, a good line)
-    "pairs": (read_pairs, [], '{"prompt": "a", "response": "b"}'),
+    "pairs": (read_conversations, [], '{"prompt": "a", "response": "b"}'),
     "documents": (read_documents, [], '{"text": "a"}'),
     "responses": (grade_reader, [], '{"numbers": [1, 2], "target": 3, "response": "x"}'),
     "gsm8k": (gsm8k_reader, [], '{"question": "a", "answer": "#### 1"}'),

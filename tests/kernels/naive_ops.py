@@ -146,6 +146,9 @@ def naive_policy_loss(logp, old, ref, advantages, weights, sizes, objective, bou
                 gain, slope = a * logp[t], a
             elif objective == "cispo":
                 gain, slope = c * a * logp[t], c * a
+            elif objective == "dppo":
+                moved = (math.exp(logp[t]) - math.exp(old[t])) * (1 if a > 0 else -1)
+                gain = slope = 0.0 if moved > (clip_high if a > 0 else clip_low) else r * a
             else:
                 gain = min(r * a, c * a)
                 slope = r * a if 1 - clip_low <= r <= 1 + clip_high or r * a < c * a else 0.0
@@ -155,8 +158,11 @@ def naive_policy_loss(logp, old, ref, advantages, weights, sizes, objective, bou
                               + kl_coef * k_slope * (ref is not None and not d_cut)))
             m["loss"] += w * (-gain + kl_coef * k)
             m["tokens"] += 1
-            m["clipped_low"] += clips and r < 1 - clip_low and (objective == "cispo" or a < 0)
-            m["clipped_high"] += clips and r > 1 + clip_high and (objective == "cispo" or a > 0)
+            low, high = clips and r < 1 - clip_low, clips and r > 1 + clip_high
+            if objective == "dppo":
+                low = high = gain == 0
+            m["clipped_low"] += low and (objective == "cispo" or a < 0)
+            m["clipped_high"] += high and (objective == "cispo" or a > 0)
             m["k1"] -= x
             m["k3"] += r - 1 - x
             m["ratio"] += r

@@ -302,3 +302,13 @@ def test_triton_launches_on_the_device_of_the_tensor_and_others_are_left_alone(m
         assert choose("op", table, impl, x)(x) == "ran" and entered == [x.device]
         entered.clear()
     assert choose("op", table, "reference", torch.zeros(1))(torch.zeros(1)) == "plain" and entered == []
+
+
+def test_whether_ops_are_compiled_first_follows_from_the_kept_machine_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu, "cache_folder", lambda: tmp_path)
+    here = torch.device("cpu")
+    assert dispatch.compiles_first(here) == cpu.HAS_NUMBA
+    assert not dispatch.compiles_first(torch.device("meta"))
+    (tmp_path / "attention").mkdir()
+    (tmp_path / "attention" / "loop.nbi").touch()
+    assert not dispatch.compiles_first(here)

@@ -1,5 +1,5 @@
 """What the tests of rl/ and of the loops share: tiny models, rollouts by hand, a task chance can solve."""
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -50,12 +50,18 @@ class Bandit:
         return Grade(float(right), response, "It begins with ASCII." if right else "It does not.")
 
 
-def algorithm(algo: str = "r1_zero", **overrides) -> Algorithm:
-    """A preset, some of its options changed: algorithm("grpo", loss=dict(kl_coef=0.5))."""
-    return resolve(algo, overrides)
+def algorithm(algo: str = "plain", **overrides) -> Algorithm:
+    """A preset, some of its options changed: algorithm("grpo", loss=dict(kl_coef=0.5)).
+
+    "plain" is GRPO with a mean over tokens and no KL: the options' own defaults.
+    """
+    if algo != "plain":
+        return resolve(algo, overrides)
+    loss = asdict(LossConfig()) | overrides.pop("loss", {})
+    return resolve("r1_zero", {"ref_refresh": 0, **overrides, "loss": loss})
 
 
-def loss_config(algo: str = "r1_zero", **options) -> LossConfig:
+def loss_config(algo: str = "plain", **options) -> LossConfig:
     """The loss of a preset, some of its options changed."""
     return algorithm(algo, loss=options).loss
 

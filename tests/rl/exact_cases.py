@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from r1zero.kernels.grpo import POLICY_METRICS
-from r1zero.rl.advantages import AdvantageConfig, advantages
+from r1zero.rl.advantages import AdvantageConfig, advantages, parts_apart
 from r1zero.rl.family import PRESETS
 from r1zero.rl.losses import (
     LossConfig,
@@ -94,6 +94,15 @@ class Case:
         return self.gradient((self.toy.prefix_chances(self.theta) * found).sum())
 
 
+WEIGHTS = {"accuracy": 1.0, "format": 0.2}
+
+
+def parts_of(rewards) -> dict:
+    """What "graded" rewards are the sum of, each part 0 or 1."""
+    accuracy = (np.asarray(rewards) >= 1) * 1.0
+    return {"accuracy": accuracy, "format": (rewards - accuracy > 0.1) * 1.0}
+
+
 def with_ratios(old: torch.Tensor, theta: torch.Tensor, ratios: dict) -> torch.Tensor:
     """[P, V] old, but that theta's chance over it is ratios[row][token]; the rest of a row makes room."""
     p = old.softmax(-1)
@@ -126,10 +135,10 @@ def make_case(rewards: str = "graded", off_policy: bool = False, toy: Toy | None
                 rng.normal(size=len(toy.prefixes)))
 
 
-def dials(algo: str = "r1_zero", **changes) -> tuple[AdvantageConfig, LossConfig]:
-    """A preset, some of its options changed."""
+def dials(algo: str | None = None, **changes) -> tuple[AdvantageConfig, LossConfig]:
+    """A preset, some of its options changed; without one the defaults: a mean over tokens, and no KL."""
     ours = {name: changes.pop(name) for name in ("baseline", "scale", "gamma", "lam") if name in changes}
-    preset = PRESETS[algo]
+    preset = PRESETS[algo] if algo else {}
     return (AdvantageConfig(**{**preset.get("advantage", {}), **ours}),
             LossConfig(**{**preset.get("loss", {}), **changes}))
 
@@ -159,8 +168,10 @@ def expected_update(case: Case, config: tuple[AdvantageConfig, LossConfig], size
         kl_R = None if loss.kl_in == "loss" or not loss.kl_coef else loss.kl_coef * kl_estimate(
             np.concatenate([drawn[y] for y in batch]), np.concatenate([ref[y] for y in batch]),
             loss.kl_estimator)
-        found.append(advantages(np.array([rewards[y] for y in batch]), np.cumsum([0, *sizes]),
-                                np.cumsum([0, *lengths]), advantage, kl_R,
+        earned, groups = np.array([rewards[y] for y in batch]), np.cumsum([0, *sizes])
+        if advantage.scale == "parts":
+            earned = parts_apart(parts_of(earned), WEIGHTS, groups)
+        found.append(advantages(earned, groups, np.cumsum([0, *lengths]), advantage, kl_R,
                                 np.concatenate([values[y] for y in batch])
                                 if advantage.baseline == "critic" else None)[0])
         counted = [len(y) * (y[-1] == toy.end or not loss.overlong_filter) for y in batch]
@@ -172,8 +183,7 @@ def expected_update(case: Case, config: tuple[AdvantageConfig, LossConfig], size
     a, w = torch.from_numpy(np.concatenate(found)), torch.from_numpy(np.concatenate(weights))
     logp, old, ref_logp = (toy.logp(p, answers) for p in (case.theta, case.old, case.ref))
     if loss.max_importance:
-        a = a * importance_weights(old, toy.logp(case.sampler, answers), loss.max_importance,
-                                   offsets if loss.objective == "gspo" else None)
+        a = a * importance_weights(old, toy.logp(case.sampler, answers), offsets, loss)
     total, metrics = policy_loss(logp, old, ref_logp, a, w, offsets, loss)
     if loss.entropy_coef:
         p = case.theta.softmax(-1)

@@ -48,16 +48,15 @@ def over_tokens(per_answer):
     return mean(x for answer in per_answer for x in answer)
 
 
-def grpo(group):
+def grpo(group, beta=BETA):
     """arXiv 2402.03300, eq. 3: (1/G) sum_i (1/|o_i|) sum_t of the surrogate minus beta k3."""
-    return mean(mean(clipped(s.ratio, a, 0.2, 0.2) - BETA * KL_IN_LOSS["k3"](s) for s in y.steps)
+    return mean(mean(clipped(s.ratio, a, 0.2, 0.2) - beta * KL_IN_LOSS["k3"](s) for s in y.steps)
                 for y, a in zip(group, normalised(rewards_of(group)), strict=True))
 
 
 def r1_zero(group):
-    """The same over all tokens, and no KL."""
-    return over_tokens([[clipped(s.ratio, a, 0.2, 0.2) for s in y.steps]
-                        for y, a in zip(group, normalised(rewards_of(group)), strict=True)])
+    """arXiv 2501.12948, eq. 1: the same."""
+    return grpo(group)
 
 
 def dr_grpo(group):
@@ -143,5 +142,41 @@ def any_advantages(group, baseline, scale, beta, estimator, gamma, lam) -> list[
     return found
 
 
+def gdpo(group):
+    """arXiv 2601.05242: each part of the reward normalised in its group, their weighted sum, normalised over
+    all answers; the surrogate of GRPO. The reward is the accuracy, 0 or 1, plus 0.2 for the form."""
+    right = [float(y.reward >= 1) for y in group]
+    formed = [float(y.reward - x > 0.1) for x, y in zip(right, group, strict=True)]
+    summed = [a + 0.2 * f for a, f in zip(normalised(right), normalised(formed), strict=True)]
+    return mean(mean(clipped(s.ratio, a, 0.2, 0.2) for s in y.steps)
+                for y, a in zip(group, normalised(summed), strict=True))
+
+
+def maxrl(group):
+    """arXiv 2602.02710, algorithm 1: (r - mean) / mean, and 0 where no answer earned anything."""
+    centre = mean(rewards_of(group))
+    if centre == 0:
+        return 0.0
+    return mean(sum(clipped(s.ratio, (y.reward - centre) / centre, 0.2, 0.2) for s in y.steps) / LONGEST
+                for y in group)
+
+
+def dppo(group):
+    """arXiv 2602.04879, the binary total variation: r A, masked where the sampled token's probability has
+    moved by more than 0.15 the way that A drives it; A as in Dr. GRPO."""
+    centre = mean(rewards_of(group))
+
+    def masked(s, a):
+        moved = s.now.exp().item() - math.exp(s.old)
+        return 0.0 if (moved > 0.15 and a > 0) or (moved < -0.15 and a < 0) else s.ratio * a
+
+    return mean(sum(masked(s, y.reward - centre) for s in y.steps) / LONGEST for y in group)
+
+
+def demo(group):
+    """No paper's: grpo, whose KL has a larger weight."""
+    return grpo(group, beta=0.05)
+
+
 PAPERS = {f.__name__: f for f in (r1_zero, grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, reinforce,
-                                  ppo)}
+                                  ppo, gdpo, maxrl, dppo, demo)}

@@ -18,10 +18,11 @@ from r1zero.rl.rollouts import merge
 from r1zero.rl.update import LogpGapError, update_policy
 
 from .cases import Capture, algorithm, make_learner, per_token, rollouts_by_hand, tiny
+from .exact_cases import WEIGHTS, parts_of
 
 REWARDS = np.array([1.0, 0.0, 0.2, 1.0, 0.0, 1.2])
 GROUPS = (0, 2, 4, 6)
-SHARED = ["r1_zero", "grpo", "dr_grpo", "reinforce", "ppo", "dead"]
+SHARED = ["r1_zero", "grpo", "dr_grpo", "reinforce", "ppo", "gdpo", "dead"]
 STILL = OptimConfig(lr=1.0, warmup=0, schedule="constant", clip_grad=1e9)  # nothing is clipped
 
 
@@ -33,7 +34,7 @@ def whole_update(algo: str, micro_tokens: int, seed: int = 0, order=(0, 1, 2), r
     """
     model, reference = tiny(dtype=torch.float64), tiny(seed=9, dtype=torch.float64)
     rewards = REWARDS * [1, 1, 1, 1, 0, 0] if algo == "dead" else REWARDS
-    algo = "r1_zero" if algo == "dead" else algo
+    algo = "plain" if algo == "dead" else algo
     critic = Critic(tiny(seed=3, dtype=torch.float64)).double() if algo == "ppo" else None
     if critic:
         with torch.no_grad():
@@ -57,7 +58,8 @@ def whole_update(algo: str, micro_tokens: int, seed: int = 0, order=(0, 1, 2), r
         kl_cost = learner.credit.kl_cost
         learner.credit.kl_cost = lambda rollouts: 50 * kl_cost(rollouts)
     if advantages is None:
-        found = learner.credit(SimpleNamespace(training=rewards), rollouts)
+        graded = SimpleNamespace(training=rewards, training_parts=parts_of(rewards), weights=WEIGHTS)
+        found = learner.credit(graded, rollouts)
     else:
         found = per_token(advantages, rollouts)
     update_policy(learner, rollouts, found, config, step=0)

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from r1zero.rl.advantages import BASELINES, SCALES, advantages
+from r1zero.rl.advantages import BASELINES, advantages
 from r1zero.rl.family import PRESETS
 
 from .exact_cases import Toy, dials, expected_paper, expected_update, make_case, plain
 from .exact_papers import KL_IN_LOSS, LONGEST, PAPERS, any_advantages, clipped, mean, normalised, over_tokens
 
-PAIRS = [(b, s) for b in BASELINES for s in SCALES if s != "std" or b not in ("critic", "none")]
+# "mean" and "parts" are MaxRL's and GDPO's alone, which are tested as presets
+PAIRS = [(b, s) for b in BASELINES for s in ("std", "batch", "none")
+         if s != "std" or b not in ("critic", "none")]
 
 
 def same(found, expected, tolerance=1e-10):
@@ -68,22 +70,35 @@ def test_each_kl_in_the_loss_off_policy_is_its_definition(estimator):
         for y, a in zip(group, normalised([y.reward for y in group]), strict=True))))
 
 
-@pytest.mark.parametrize("objective", ["clip", "gspo"])
-def test_importance_weights_are_cut_off_at_their_bound(objective):
-    """One a token; one a sequence for gspo, of the geometric mean. The bound of 1.2 cuts some."""
+@pytest.mark.parametrize("level, objective", [
+    ("token", "clip"), ("sequence", "clip"), ("geometric", "clip"), ("sequence", "gspo"), ("token", "gspo")])
+@pytest.mark.parametrize("mask", [False, True])
+def test_importance_weights_are_lowered_to_the_cap_or_dropped_beyond_it(level, objective, mask):
+    """One a token, or one a sequence: the product, or the geometric mean, as gspo has it for "token" too. The
+    bounds cut on either side."""
     case = make_case(off_policy=True)
-    case = replace(case, old=case.theta.detach())
+    case, seen = replace(case, old=case.theta.detach()), set()
+
+    def bounded(w):
+        side = "high" if w > 1.2 else "low" if w < 0.8 else "inside"
+        seen.add(side)
+        return w if side == "inside" or (side == "low" and not mask) else 1.2 * (not mask)
 
     def definition(group):
         a = any_advantages(group, "group", "none", 0.0, "k1", 1.0, 1.0)
         weights = [[np.exp(s.old - s.sampler) for s in y.steps] for y in group]
-        if objective == "gspo":
+        if level == "sequence":
+            weights = [[np.prod(w)] * len(w) for w in weights]
+        elif level == "geometric" or objective == "gspo":
             weights = [[np.prod(w) ** (1 / len(w))] * len(w) for w in weights]
-        return mean(mean(min(w, 1.2) * of_y[0] * s.ratio for w, s in zip(of_w, y.steps, strict=True))
+        return mean(mean(bounded(w) * of_y[0] * s.ratio for w, s in zip(of_w, y.steps, strict=True))
                     for of_w, of_y, y in zip(weights, a, group, strict=True))
 
-    config = dials(scale="none", objective=objective, mean="sequence", max_importance=1.2)
+    bounds = dict(min_importance=0.8, importance_mask=True) if mask else {}
+    config = dials(scale="none", objective=objective, mean="sequence", max_importance=1.2, importance=level,
+                   **bounds)
     same(expected_update(case, config), expected_paper(case, definition))
+    assert seen == {"low", "inside", "high"}
 
 
 def test_an_answer_that_was_cut_off_can_be_left_out_and_still_counts_in_the_baseline():
@@ -136,6 +151,20 @@ def test_gae_with_a_wrong_critic_is_biased_below_lam_1():
     for lam, expected in ((1.0, 1.0), (0.95, 0.9742), (0.5, 0.8267)):
         found = expected_update(case, plain(baseline="critic", lam=lam))
         assert cosine(found, case.true_gradient()) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_maxrl_climbs_the_first_terms_of_the_likelihood_of_being_right(size):
+    """pass@1 / 1 + ... + pass@(n - 1) / (n - 1) in groups of n: one term less than in the paper's theorem,
+    whose baseline is subtracted in all-wrong groups, too. In groups of two that is the expected reward."""
+    case = make_case(toy=Toy(2, 2))
+    case.rewards = np.array([0.0, 1.0, 0.0])
+    right = (case.toy.answer_logp(case.theta).exp() * torch.from_numpy(case.rewards)).sum()
+    terms = [(1 - (1 - right) ** k) / k for k in range(1, size)]
+    found = case.toy.longest * expected_update(case, dials("maxrl"), (size,))
+    same(found, case.gradient(sum(terms)))
+    case.rewards = 7 * case.rewards  # the scale of rewards does not matter
+    same(case.toy.longest * expected_update(case, dials("maxrl"), (size,)), found)
 
 
 # ---- what std and length do ----
@@ -250,6 +279,31 @@ def test_importance_weights_are_exact_for_answers_of_one_token(baseline):
     case = make_case(off_policy=True, toy=Toy(5, 1))
     case = replace(case, old=case.theta.detach())
     same(expected_update(case, plain(baseline=baseline, max_importance=1e9)), case.true_gradient())
+
+
+@pytest.mark.parametrize("baseline", ["none", "leave_one_out"])
+def test_importance_weights_of_whole_sequences_are_exact_for_answers_of_any_length(baseline):
+    """Where those of tokens are off by a cosine of 0.92, as the next test has it."""
+    case = make_case(off_policy=True)
+    case = replace(case, old=case.theta.detach())
+    config = plain(baseline=baseline, max_importance=1e9, importance="sequence")
+    same(LONGEST * expected_update(case, config), case.true_gradient())
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_with_bounds_on_whole_sequences_the_gradient_is_that_of_the_rewards_that_they_leave(mask):
+    """sum_y dp(y) r(y) b(y) / w(y) for the weight w and what the bounds make of it, b: the bias of the bounds
+    alone, since the gradient of an answer is still that of the trainer's policy."""
+    case = make_case(off_policy=True)
+    case = replace(case, old=case.theta.detach())
+    toy = case.toy
+    w = (toy.answer_logp(case.theta) - toy.answer_logp(case.sampler)).exp().detach().numpy()
+    inside = (w >= 0.5) & (w <= 2)
+    assert {*inside} == {True, False} and (w > 2).any()
+    config = plain(baseline="none", max_importance=2.0, importance="sequence", importance_mask=mask,
+                   min_importance=0.5 * mask)
+    left = inside if mask else np.minimum(w, 2) / w
+    same(LONGEST * expected_update(case, config), case.true_gradient(case.rewards * left))
 
 
 def test_importance_weights_correct_each_choice_but_not_how_it_is_come_to_nor_what_follows():

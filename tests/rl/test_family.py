@@ -10,11 +10,11 @@ import torch
 
 from r1zero.model.optimizer import OptimConfig
 from r1zero.rl.advantages import AdvantageConfig, Advantages, advantages
-from r1zero.rl.family import PRESETS, Algorithm, in_words, resolve
+from r1zero.rl.family import PARTS, PRESETS, Algorithm, in_words, resolve
 from r1zero.rl.heads import Critic, CriticLearner
 from r1zero.rl.losses import LossConfig, importance_weights, loss_weights, value_loss
-from r1zero.rl.rewards import overlong_penalty
 from r1zero.rl.rollouts import merge, micro_batches
+from r1zero.rl.shaping import overlong_penalty
 from r1zero.rl.update import update_policy
 from r1zero.train.grpo import grpo
 from r1zero.train.log import read_metrics
@@ -29,7 +29,7 @@ from .cases import (
     rollouts_by_hand,
     tiny,
 )
-from .family_cases import REWARDS, rank_gradients, whole_update
+from .family_cases import REWARDS, SHARED, rank_gradients, whole_update
 
 # ---- presets ----
 
@@ -40,8 +40,9 @@ def test_a_preset_is_complete_and_what_is_given_wins():
         assert None not in config.values() and None not in {**config["loss"], **config["advantage"]}.values()
         expected = defaults | {"algo": algo, "dynamic_sampling": 2}
         expected |= {name: value for name, value in preset.items()
-                     if name not in ("loss", "advantage", "dynamic_sampling")}
-        expected["advantage"] = defaults["advantage"] | preset.get("advantage", {})
+                     if name != "dynamic_sampling"}
+        for part in PARTS:
+            expected[part] = defaults[part] | preset.get(part, {})
         expected["loss"] = defaults["loss"] | preset.get("loss", {}) | {"clip_high": 0.3}
         assert config == expected, algo
     whole = LossConfig(objective="cispo")
@@ -71,6 +72,9 @@ def test_what_was_used_is_what_is_recorded_and_said(tmp_path, capsys):
     assert in_words(grpo_config("none", "", algo="reinforce_pp")) == \
         "reinforce_pp: baseline none, scale batch, gamma 1.0, lam 1.0, objective clip, clip_low 0.2, " \
         "clip_high 0.2, mean token, kl_coef 0.001, kl_in reward, kl_estimator k1"
+    assert in_words(grpo_config("none", "", algo="maxrl", loss=dict(max_importance=2.0))) == \
+        "maxrl: baseline group, scale mean, objective clip, clip_low 0.2, clip_high 0.2, mean constant, " \
+        "max_importance 2.0, importance token, format_weight 0.0"
     assert recorded["dynamic_sampling"] == 3 and recorded["overlong_buffer"] == 0.2
     assert not [name for part in (recorded["loss"], recorded["advantage"]) for name, v in part.items()
                 if v is None]
@@ -83,6 +87,18 @@ def test_what_was_used_is_what_is_recorded_and_said(tmp_path, capsys):
     (dict(algo="ppo", loss=dict(objective="gspo")), "gspo with --advantage.baseline critic"),
     (dict(algo="reinforce_pp", loss=dict(objective="gspo")), "gspo with --advantage.baseline none"),
     (dict(loss=dict(kl_in="reward", kl_coef=0.1)), "--loss.kl-in reward with --advantage.scale std"),
+    (dict(algo="maxrl", loss=dict(kl_in="reward", kl_coef=0.1)), "--advantage.scale mean: the KL can"),
+    (dict(algo="gdpo", loss=dict(kl_in="reward", kl_coef=0.1)), "--advantage.scale parts: the KL is not one"),
+    (dict(algo="maxrl", overlong_buffer=0.2), "--overlong-buffer 0.2 with --advantage.scale mean"),
+    (dict(algo="maxrl", rewards=dict(efficiency_weight=0.1)), "--rewards.efficiency-weight 0.1 with"),
+    (dict(algo="rloo", advantage=dict(scale="mean")), "scale mean with baseline leave_one_out; .* group"),
+    (dict(algo="gdpo", advantage=dict(baseline="batch")), "scale parts with baseline batch; .* group"),
+    (dict(algo="dppo", loss=dict(clip_high=1.5)), "clip_high is 1.5; expected above 0, and at most 1"),
+    (dict(loss=dict(importance="answer")), "importance is 'answer', expected one of"),
+    (dict(loss=dict(importance_mask=True)), r"importance_mask keeps .* 0 .* to 0 .* either side of 1"),
+    (dict(loss=dict(importance_mask=True, max_importance=0.9)), "either side of 1"),
+    (dict(loss=dict(importance_mask=True, max_importance=3.0, min_importance=1.1)), "either side of 1"),
+    (dict(loss=dict(min_importance=0.5, max_importance=3.0)), "min_importance is 0.5 without"),
     (dict(dynamic_sampling=0), "--dynamic-sampling is 0"),
     (dict(overlong_buffer=1.5), "--overlong-buffer 1.5"),
     (dict(mistake="typo"), "--break is 'typo', expected one of k1_loss"),
@@ -107,10 +123,13 @@ def test_every_preset_learns_the_bandit(algo, tmp_path):
 # ---- the cut ----
 
 CUTS = [  # (preset, changes): every kind of advantage, ratio, mean and KL
-    ("r1_zero", {}), ("grpo", {}), ("gspo", {}), ("cispo", {}), ("dr_grpo", {}), ("reinforce", {}),
-    ("rloo", {}), ("reinforce_pp", {}), ("ppo", {}),
+    ("plain", {}), ("r1_zero", {}), ("grpo", {}), ("gspo", {}), ("cispo", {}), ("dr_grpo", {}),
+    ("reinforce", {}), ("rloo", {}), ("reinforce_pp", {}), ("ppo", {}), ("gdpo", {}), ("maxrl", {}),
+    ("dppo", {}),
     ("dapo", dict(loss=dict(entropy_coef=0.1, max_importance=1.05, overlong_filter=True))),
     ("gspo", dict(loss=dict(max_importance=1.05))),
+    ("grpo", dict(loss=dict(max_importance=1.15, importance="sequence", importance_mask=True,
+                            min_importance=0.5))),
 ]
 
 
@@ -123,7 +142,7 @@ def test_gradient_does_not_depend_on_micro_batches_or_their_order(algo, changes)
         assert_same_gradient(found, expected, 1e-6)
 
 
-@pytest.mark.parametrize("algo", ["r1_zero", "grpo", "dr_grpo", "rloo", "ppo"])
+@pytest.mark.parametrize("algo", ["r1_zero", "grpo", "dr_grpo", "rloo", "ppo", "gdpo", "maxrl"])
 def test_gradient_does_not_depend_on_the_order_of_groups(algo):
     assert_same_gradient(whole_update(algo, 25, order=[2, 0, 1]), whole_update(algo, 25), 1e-6)
 
@@ -136,7 +155,7 @@ def test_two_processes_with_one_denominator_have_the_gradient_of_one():
     found = rank_gradients(done.stdout)
     first, second = found.pop("gap")  # one that would leave alone would leave the other waiting
     assert first.endswith("more than --max-logp-gap 0.1") and second.endswith("0.1 on another process")
-    assert found.keys() == {"r1_zero", "grpo", "dr_grpo", "reinforce", "ppo", "dead"}
+    assert found.keys() == {*SHARED}
     for algo, gradients in found.items():
         for rank in gradients:
             assert rank == pytest.approx(gradients[0], abs=0), algo  # both have the same, to the bit
@@ -156,10 +175,10 @@ def test_answers_that_were_cut_off_are_left_out_of_loss_and_mean():
     assert loss_weights(np.array([5, 0]), "sequence", 12).tolist() == [1 / 5, 0]
     assert loss_weights(np.array([5, 0]), "constant", 12).tolist() == [1 / 12, 0]
     advantages = np.array([1.5, -0.5, 1.0, -1.0, 0.5, 2.0])
-    found = whole_update("r1_zero", 25, rollouts=cut, advantages=advantages,
+    found = whole_update("plain", 25, rollouts=cut, advantages=advantages,
                          loss=dict(overlong_filter=True))
     # by hand: those two have advantage 0, and the mean is over 24 tokens and not over 28
-    expected = whole_update("r1_zero", 25, rollouts=rollouts, advantages=advantages * [1, 0, 1, 0, 1, 1])
+    expected = whole_update("plain", 25, rollouts=rollouts, advantages=advantages * [1, 0, 1, 0, 1, 1])
     assert_same_gradient(found, {name: g * 28 / 24 for name, g in expected.items()}, 1e-6)
 
 
@@ -171,18 +190,43 @@ def test_soft_overlong_penalty_by_hand():
 
 def test_truncated_importance_weights_by_hand_and_in_the_gradient():
     old, sampler = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -1.0, -3.0])
-    found = importance_weights(old, sampler, 1.2)
-    assert found.tolist() == pytest.approx([1.2, np.exp(-1), 1.0])
-    found = importance_weights(old, sampler, 9.0, torch.tensor([0, 2, 3]))
-    assert found.tolist() == pytest.approx([np.exp(-0.25), np.exp(-0.25), 1.0])
+
+    def weights(**options):
+        found = importance_weights(old, sampler, torch.tensor([0, 2, 3]), LossConfig(**options))
+        return found.tolist()
+
+    assert weights(max_importance=1.2) == pytest.approx([1.2, np.exp(-1), 1.0])
+    assert weights(max_importance=9.0, importance="sequence") == pytest.approx([np.exp(-0.5)] * 2 + [1.0])
+    assert weights(max_importance=9.0, importance="geometric") == pytest.approx([np.exp(-0.25)] * 2 + [1.0])
+    icepop = dict(max_importance=5.0, min_importance=0.5, importance_mask=True)
+    assert weights(**icepop) == pytest.approx([np.exp(0.5), 0.0, 1.0])
+    assert weights(**icepop | dict(max_importance=1.2)) == [0.0, 0.0, 1.0]
+    old[0] = float("nan")  # it is not hidden by any bound
+    assert np.isnan(weights(**icepop)[0]) and np.isnan(weights(max_importance=1.2)[0])
     model = tiny(dtype=torch.float64)
     rollouts = rollouts_by_hand(model)
     for logp in rollouts.sampler_logp:
         logp -= 0.5  # the sampler thought all of it e^0.5 times less likely
-    plain = whole_update("r1_zero", 25, rollouts=rollouts)
+    plain = whole_update("plain", 25, rollouts=rollouts)
     for bound, factor in ((5.0, np.exp(0.5)), (1.25, 1.25), (0.0, 1.0)):
-        found = whole_update("r1_zero", 25, rollouts=rollouts, loss=dict(max_importance=bound))
+        found = whole_update("plain", 25, rollouts=rollouts, loss=dict(max_importance=bound))
         assert_same_gradient(found, {name: g * factor for name, g in plain.items()}, 1e-6)
+
+
+def test_the_log_has_the_share_of_importance_weights_that_were_cut():
+    model = tiny()
+    rollouts = rollouts_by_hand(model)  # answers of 5, 3, 9, 1, 4 and 6 tokens
+    rollouts.sampler_logp[0][:] -= 0.5
+    rollouts.sampler_logp[4][:] += 0.5
+    found = {}
+    for name, options in {"none": {}, "cap": dict(max_importance=1.2),
+                          "mask": dict(max_importance=1.2, min_importance=0.8, importance_mask=True)}.items():
+        config = algorithm(loss=options, micro_tokens=25, max_logp_gap=1.0)
+        learner = make_learner(config, model, Capture(model))
+        found[name] = update_policy(learner, rollouts, per_token([1.0, -1] * 3, rollouts), config, 0)
+    assert "importance_cut" not in found["none"]
+    assert found["cap"]["importance_cut"] == pytest.approx(5 / 28)
+    assert found["mask"]["importance_cut"] == pytest.approx(9 / 28)
 
 
 def test_the_critics_loss_by_hand():

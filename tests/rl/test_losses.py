@@ -9,12 +9,22 @@ import torch
 
 from r1zero.kernels import grpo as kernel
 from r1zero.kernels.grpo import MAX_LOG_RATIO, POLICY_METRICS
-from r1zero.rl.advantages import dead_groups, group_advantages
+from r1zero.rl.advantages import (
+    AdvantageConfig,
+    Credit,
+    advantages,
+    dead_groups,
+    group_advantages,
+    parts_apart,
+)
+from r1zero.rl.control import permute_within_groups
 from r1zero.rl.losses import LossConfig, loss_weights, mean_metrics, policy_loss
-from r1zero.rl.rewards import Grader, permute_within_groups
+from r1zero.rl.rewards import Grader
 from r1zero.rl.rollouts import Rollouts
+from r1zero.rl.shaping import weighted_sum
 
 from .cases import Bandit, algorithm, loss_config
+from .exact_cases import WEIGHTS
 
 # ---- rewards ----
 
@@ -25,7 +35,8 @@ def test_rewards_are_the_weighted_sum_of_two_parts_that_stay_apart():
     rest = dict(sequences=[np.zeros(2, int)] * 3, prompt_lengths=np.ones(3, int), sampler_logp=[],
                 finish_reasons=["stop"] * 3, temperature=1.0, weights_version=0, texts=responses)
     found = grader(Bandit(), Rollouts([0, 1], group_offsets=np.array([0, 2, 3]), **rest))
-    assert found.training is found.total
+    assert (found.training == found.total).all() and found.training_parts is found.parts
+    assert list(found.parts) == ["accuracy", "format"] and not found.dead(np.array([0, 2, 3])).all()
     assert found.accuracy.tolist() == [1, 1, 0] and found.format.tolist() == [1, 0, 0]
     assert found.total.tolist() == [2.5, 2.0, 0.0]
     assert "Format" not in found.why[0] and "Format: There is no <answer> tag." in found.why[1]
@@ -34,7 +45,10 @@ def test_rewards_are_the_weighted_sum_of_two_parts_that_stay_apart():
 
 
 def shuffled(rewards, offsets, seed, step):
-    return permute_within_groups(rewards, SimpleNamespace(group_offsets=offsets, weights_version=step), seed)
+    rollouts = SimpleNamespace(group_offsets=offsets, weights_version=step)
+    dealt = permute_within_groups({"a": rewards, "b": 2 * rewards}, rollouts, seed)
+    assert (dealt["b"] == 2 * dealt["a"]).all()  # all parts of a reward land on the same answer
+    return dealt["a"]
 
 
 def test_the_controls_shuffle_keeps_each_group_and_is_a_function_of_the_seed():
@@ -95,6 +109,47 @@ def test_a_reward_that_is_not_finite_is_named(bad):
 def test_offsets_that_do_not_cover_the_rewards(offsets):
     with pytest.raises(ValueError, match="offsets"):
         group_advantages(np.zeros(4), np.array(offsets))
+
+
+def test_gdpo_normalises_the_parts_apart_by_hand():
+    """The form is worth the same in every group, right answers more where they are rare; a part that is all
+    alike says nothing, and a dead group has exactly 0."""
+    accuracy, form = np.array([1.0, 0, 0, 0, 1, 1, 0, 0, 0]), np.array([1.0, 1, 0, 0, 1, 0, 1, 1, 1])
+    groups = np.array([0, 4, 6, 9])
+    found = parts_apart({"accuracy": accuracy, "format": form}, {"accuracy": 1.0, "format": 0.2}, groups)
+    std = np.sqrt(3) / 4
+    expected = np.array([0.75 / std + 0.2, -0.25 / std + 0.2, *[-0.25 / std - 0.2] * 2, 0.2, -0.2, 0, 0, 0])
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    whole, _ = advantages(found, groups, np.arange(10), AdvantageConfig(scale="parts"))
+    np.testing.assert_allclose(whole, expected / np.sqrt(np.square(expected).mean()), atol=1e-12)
+    assert (whole[6:] == 0).all() and np.square(whole).mean() == pytest.approx(1)
+    nothing, _ = advantages(0 * found, groups, np.arange(10), AdvantageConfig(scale="parts"))
+    assert (nothing == 0).all()
+
+
+def test_the_credit_of_gdpo_is_of_the_parts_that_are_trained_on_and_not_of_their_sum():
+    parts = {"accuracy": np.array([1.0, 0, 0, 0]), "format": np.array([0.0, 1, 1, 0])}
+    rewards = SimpleNamespace(training=weighted_sum(parts, WEIGHTS), training_parts=parts, weights=WEIGHTS)
+    rollouts = SimpleNamespace(group_offsets=np.array([0, 4]), response_offsets=np.array([0, 1, 3, 4, 5]))
+    found = Credit(AdvantageConfig(scale="parts"))(rewards, rollouts).per_token
+    right = np.array([3, -1, -1, -1, -1]) / np.sqrt(3)  # a token each, of the second answer two
+    expected = right + 0.2 * np.array([-1, 1, 1, 1, -1])
+    rms = np.sqrt(np.square(expected[[0, 1, 3, 4]]).mean())
+    np.testing.assert_allclose(found, expected / rms, atol=1e-12)
+
+
+def test_maxrl_divides_by_the_mean_and_has_a_word_for_negative_rewards():
+    rewards, groups = np.array([1.0, 0, 0, 0, 0.0, 0.0, 1, 1, 0.2, 1.2]), np.array([0, 4, 6, 8, 10])
+    config = AdvantageConfig(scale="mean")
+    found, _ = advantages(rewards, groups, np.arange(11), config)
+    expected = [3, -1, -1, -1, 0, 0, 0, 0, -0.5 / 0.7, 0.5 / 0.7]  # all wrong, all right: nothing
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    assert (found[4:8] == 0).all()
+    again, _ = advantages(3 * rewards, groups, np.arange(11), config)
+    np.testing.assert_allclose(again, found, atol=1e-12)
+    rewards[[2, 5]] = -0.1
+    with pytest.raises(ValueError, match=r"scale mean, but reward 2 is -0.1 \(2 such in all\); expected"):
+        advantages(rewards, groups, np.arange(11), config)
 
 
 # ---- the loss ----
@@ -181,6 +236,29 @@ def test_reinforce_by_hand():
     assert loss == -(50 - 1 - 6) and grad == [-2, 1, -3]
     assert metrics["clipped_low"] == metrics["clipped_high"] == 0 and metrics["cut_off"] == 1
     assert metrics["k1"] == -19 and float(metrics["ratio_max"]) == pytest.approx(math.exp(20))
+
+
+@pytest.mark.parametrize("old, now, advantage, gradient", [
+    (0.001, 0.1, 1.0, 100.0),  # rare, a hundred times likelier, but by 0.099 only: it goes on
+    (0.8, 0.96, 1.0, 0.0),     # frequent, and up by 0.16: held, where a ratio of 1.2 would not be
+    (0.8, 0.94, 1.0, 0.94 / 0.8),
+    (0.8, 0.6, 1.0, 0.75),     # good, but less likely than before: the gradient stays
+    (0.8, 0.6, -1.0, 0.0),     # bad, and down by 0.2
+    (0.8, 0.7, -1.0, -0.875),
+    (0.8, 0.96, -1.0, -1.2),   # bad and likelier: the gradient stays
+    (0.8, 0.8, -2.0, -2.0),    # on-policy: all of it
+])
+def test_dppo_by_hand(old, now, advantage, gradient):
+    dials = dict(objective="dppo", clip_low=0.15, clip_high=0.15)
+    loss, grad, metrics = loss_and_grad([math.log(now)], math.log(old), advantage, **dials)
+    assert loss == pytest.approx(-gradient) and grad == pytest.approx([-gradient])
+    held = gradient == 0
+    assert metrics["clipped_high"] == (held and advantage > 0)
+    assert metrics["clipped_low"] == (held and advantage < 0)
+    # each bound is of its own side
+    _, grad, _ = loss_and_grad([math.log(0.6), math.log(0.96)], math.log(0.8), column(-1, 1),
+                               **dials | dict(clip_low=0.3))
+    assert grad == pytest.approx([0.75, 0.0])
 
 
 def test_gspo_has_one_ratio_per_sequence():

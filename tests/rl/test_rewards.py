@@ -12,7 +12,7 @@ from r1zero.eval.tasks.countdown import Countdown, CountdownProblem
 from r1zero.model.engine.requests import Completion
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.rl import naive
-from r1zero.rl.rewards import Grader, RewardConfig, reward_one
+from r1zero.rl.rewards import Grader, RewardConfig, judge
 from r1zero.rl.rollouts import GroupSampler, sample_groups
 
 from .cases import algorithm
@@ -78,7 +78,7 @@ def test_training_eval_the_naive_page_and_a_graded_line_agree():
     assert [one.text for one in kept[0]] == sampled.texts
     for one, sample in zip(kept[0], sampled.samples(), strict=True):
         assert list(one.tokens) == list(sample.tokens) and one.finish_reason == sample.finish_reason
-        assert reward_one(Countdown, sample, config)["format"] in (0.0, 1.0)
+        assert judge(Countdown, [sample], config)[1]["format"][0] in (0.0, 1.0)
 
 
 def test_a_reward_gets_problem_text_tokens_and_reason_of_each_sample():

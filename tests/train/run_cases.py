@@ -1,4 +1,5 @@
 """What the tests of runs share: what a run left, how it is broken off, and errors of one line."""
+import gzip
 import json
 import zlib
 from pathlib import Path
@@ -22,12 +23,22 @@ def outcome(run: Path) -> dict:
     files = {str(path.relative_to(run)): path.read_bytes()
              for path in sorted((run / "checkpoints").rglob("*")) if path.is_file()}
     rows = [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(run)]
-    return {"files": files, "rows": rows}
+    return {"files": files, "rows": rows, "samples": kept_samples(run)}
+
+
+def kept_samples(run: Path) -> list[dict]:
+    """Every line of rollouts.jsonl.gz and the parts after it, read by Python's gzip alone."""
+    samples = []
+    for path in sorted(run.glob("rollouts*.jsonl.gz"), key=lambda path: (len(path.name), path.name)):
+        with gzip.open(path, "rt") as file:
+            samples += [json.loads(line) for line in file]
+    return samples
 
 
 def assert_same(run: Path, expected: dict) -> None:
     found = outcome(run)
     assert found["rows"] == expected["rows"], f"{run}: the logs differ"
+    assert found["samples"] == expected["samples"], f"{run}: other completions are kept"
     for name, data in expected["files"].items():  # killed before it removed an old one, it has more
         assert found["files"].get(name) == data, f"{run}: {name} differs"
 

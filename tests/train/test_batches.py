@@ -8,7 +8,7 @@ import torch
 from r1zero.model.packed import pack
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.train.batches import DocumentBatches, TokenStream, shuffled, split_batch, tail_batches
-from r1zero.train.data import Pair, encode_pairs
+from r1zero.train.conversations import Exchange, encode_conversations
 
 from .loop_cases import few_documents
 
@@ -102,15 +102,18 @@ def test_stream_refuses(sizes, match):
 
 # ---- whole documents ---------------------------------------------------------------------------------------
 
-def oracle(document: list[int], n_prompt: int) -> list[tuple[int, int, float]]:
-    return [(document[i], document[i + 1], float(i + 1 >= n_prompt)) for i in range(len(document) - 1)]
+def oracle(document: list[int], trained: np.ndarray) -> list[tuple[int, int, float]]:
+    return [(document[i], document[i + 1], float(trained[i + 1])) for i in range(len(document) - 1)]
 
 
 @pytest.mark.parametrize("budget", [31, 50, 100, 10_000])
 def test_document_epochs_have_each_document_once_within_the_budget(budget):
     documents = some_documents()
-    prompts = [i % len(document) for i, document in enumerate(documents)]
-    batches = DocumentBatches(documents, budget, max_seq_len=64, seed=5, prompt_lengths=prompts)
+    rng = np.random.default_rng(0)
+    trained = [rng.random(len(document)) < 0.5 for document in documents]
+    for flags in trained:
+        flags[-1] = True  # each has something to learn
+    batches = DocumentBatches(documents, budget, max_seq_len=64, seed=5, trained=trained)
     seen = {0: [], 1: [], 2: []}
     for index in itertools.count():
         if batches.epoch(index) == 3:
@@ -120,7 +123,7 @@ def test_document_epochs_have_each_document_once_within_the_budget(budget):
         assert sum(lengths) <= budget and lengths == sorted(lengths)
         for row in sequences(batch):
             i = row[0][0] // 100
-            assert row == oracle(documents[i], prompts[i])
+            assert row == oracle(documents[i], trained[i])
             seen[batches.epoch(index)].append(i)
     assert all(sorted(order) == list(range(len(documents))) for order in seen.values())
     assert seen[0] != seen[1] != seen[2] != seen[0]
@@ -143,8 +146,8 @@ def test_document_batches_do_not_depend_on_what_was_asked_before():
 
 def test_prompts_are_not_trained_on():
     tokenizer = Tokenizer.bytes()
-    documents, prompts = encode_pairs(tokenizer, [Pair("ab", "cd")])
-    batch = DocumentBatches(documents, 100, 100, prompt_lengths=prompts).batch(0)
+    documents, trained = encode_conversations(tokenizer, [[Exchange("ab", "cd")]])
+    batch = DocumentBatches(documents, 100, 100, trained=trained).batch(0)
     assert sequences(batch) == [[(97, 98, 0.0), (98, 99, 1.0), (99, 100, 1.0), (100, EOS, 1.0)]]
     packed = pack([documents[0][:-1]])
     assert torch.equal(batch.inputs.tokens, packed.tokens)
@@ -158,7 +161,8 @@ def test_prompts_are_not_trained_on():
      "document 1 .* has 12 tokens, but the model's max_seq_len 10 has room for 11 .* 2 of 3"),
     ([[1] * 12], dict(batch_tokens=10), "has 12 tokens, but --batch-tokens 10 has room for 11"),
     ([[1, 2]], dict(batch_tokens=0), "batch_tokens is 0"), ([[1, 2]], dict(max_seq_len=0), "is 0"),
-    ([[1, 2]], dict(prompt_lengths=[2]), "all of them prompt"), ([[1, 2]], dict(seed=2**64), "seed is 1")])
+    ([[1, 2]], dict(trained=[np.array([True, False])]), "document 0 .* all of them prompt"),
+    ([[1, 2]], dict(seed=2**64), "seed is 1")])
 def test_documents_that_cannot_be_used(documents, arguments, match):
     with pytest.raises(ValueError, match=match):
         DocumentBatches(documents, **(dict(batch_tokens=100, max_seq_len=100) | arguments))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from r1zero.model.tokenizer import Tokenizer
-from r1zero.train.data import Pair, encode_documents, encode_pairs, read_documents, read_pairs, split_tail
+from r1zero.train.data import encode_documents, read_documents, split_tail
 
 
 def file(tmp_path, name: str, content: str | bytes):
@@ -50,45 +50,27 @@ def test_bad_files_name_the_place(tmp_path, name, content, match):
 
 
 def test_missing_files(tmp_path):
-    for read in (read_documents, read_pairs):
-        with pytest.raises(ValueError, match="no.txt cannot be read: No such file"):
-            read(tmp_path / "no.txt")
+    with pytest.raises(ValueError, match="no.txt cannot be read: No such file"):
+        read_documents(tmp_path / "no.txt")
     with pytest.raises(ValueError, match="no documents in an empty list"):
         read_documents([])
-    with pytest.raises(ValueError, match="cannot be read: .*directory"):
-        read_pairs(tmp_path)
 
 
-def test_pairs(tmp_path):
-    lines = [{"prompt": "Q 1", "response": " a"}, {"response": "b", "prompt": "Q\n2", "id": 7}]
-    path = file(tmp_path, "pairs.jsonl", "\n".join(map(json.dumps, lines)) + "\n")
-    assert read_pairs(path) == [("Q 1", " a"), Pair(prompt="Q\n2", response="b")]
-    for bad, match in [('{"prompt": "a"}', "no text in a field `response`"), ("{", "not JSON"),
-                       ('{"prompt": " ", "response": "a"}', "`prompt` is empty"),
-                       ('{"prompt": "a", "response": ""}', "`response` is empty")]:
-        with pytest.raises(ValueError, match="line 2.*" + match):
-            read_pairs(file(tmp_path, "bad.jsonl", json.dumps(lines[0]) + "\n" + bad))
-
-
-def test_bad_lines_of_pairs_and_documents_are_skipped_and_counted(tmp_path, capsys):
-    good = {"prompt": "a", "response": "b", "text": "c"}
-    lines = [json.dumps(good), "{", json.dumps({**good, "prompt": " ", "text": 3}), json.dumps(good)]
-    path = file(tmp_path, "d.jsonl", "\n".join(lines))
-    for read, expected in ((read_pairs, [("a", "b")] * 2), (read_documents, ["c"] * 2)):
-        kept = read(path, skip_bad=True)
-        assert (kept, kept.n_skipped) == (expected, 2) and "skipped 2 of 4 lines" in capsys.readouterr().err
-        with pytest.raises(ValueError, match="line 2: .*; line 3: "):
-            read(path)
+def test_bad_lines_are_skipped_and_counted(tmp_path, capsys):
+    good = json.dumps({"text": "c"})
+    path = file(tmp_path, "d.jsonl", "\n".join([good, "{", json.dumps({"text": 3}), good]))
+    kept = read_documents(path, skip_bad=True)
+    assert (kept, kept.n_skipped) == (["c"] * 2, 2) and "skipped 2 of 4 lines" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="line 2: .*; line 3: "):
+        read_documents(path)
 
 
 # ---- tokens ------------------------------------------------------------------------------------------------
 
-def test_documents_and_pairs_end_with_eos():
+def test_documents_end_with_eos():
     tokenizer = Tokenizer.from_words(["ab", "abc"])
     assert [d.tolist() for d in encode_documents(tokenizer, ["abc", ""])] == [[257, tokenizer.eos_id],
                                                                               [tokenizer.eos_id]]
-    documents, prompt_lengths = encode_pairs(tokenizer, [Pair("xab", "c")])  # not "x", "abc": encoded apart
-    assert [d.tolist() for d in documents] == [[120, 256, 99, tokenizer.eos_id]] and prompt_lengths == [2]
 
 
 def test_split_tail():

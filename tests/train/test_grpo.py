@@ -1,16 +1,18 @@
 """GRPO raises a reward and its control does not; what it leaves can be trained on."""
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from r1zero.eval.tasks.gsm8k import GSM8K
 from r1zero.model.checkpoint import load_checkpoint
 from r1zero.model.engine.engine import Engine
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.train import grpo as grpo_module
-from r1zero.train.grpo import grpo, timed_step
+from r1zero.train.grpo import form_notice, grpo, timed_step
 from r1zero.train.log import read_metrics
 
 from ..rl.cases import Bandit
@@ -19,7 +21,7 @@ from .loop_cases import grpo_config, save_base
 
 def test_grpo_raises_the_reward_and_its_control_does_not(tmp_path):
     base, accuracy = save_base(tmp_path / "base"), {}
-    for control in [False, True]:
+    for control in ("none", "permute", "random"):
         c = grpo_config(tmp_path / f"run-{control}", base, control=control, steps=30, prompts_per_step=8,
                         group_size=8, seed=1, save_every=1000, max_new_tokens=2, micro_tokens=2048)
         grpo(c)
@@ -30,8 +32,10 @@ def test_grpo_raises_the_reward_and_its_control_does_not(tmp_path):
         assert rows[0]["kl_to_reference"] == pytest.approx(0, abs=1e-5)
         assert rows[0]["reward"] == pytest.approx(rows[0]["accuracy"])  # the real ones, in the control too
         assert rows[-1]["kl_to_reference"] > 0.01
-    assert accuracy[False][0] == accuracy[True][0] and 0.3 < accuracy[False][0] < 0.7
-    assert np.mean(accuracy[False][-5:]) > 0.85 > 0.7 > np.mean(accuracy[True][-5:])
+    assert len({values[0] for values in accuracy.values()}) == 1 and 0.3 < accuracy["none"][0] < 0.7
+    assert np.mean(accuracy["none"][-5:]) > 0.85
+    for control in ("permute", "random"):
+        assert np.mean(accuracy[control][-5:]) < 0.7
 
 
 def test_a_grpo_run_leaves_a_model_that_can_be_trained_on(tmp_path):
@@ -128,3 +132,15 @@ def test_the_longest_prompt_of_the_task_decides_about_the_room(tmp_path, eval_ev
     with pytest.raises(ValueError, match=f"a prompt has up to {longest} tokens; .* at most {256 - longest}"):
         grpo(grpo_config(tmp_path / "run", base, max_new_tokens=257 - longest, **options))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_that_asks_for_no_tags_is_told_of_where_tags_are_rewarded(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text('{"question": "One hen lays 3 eggs. How many?", "answer": "#### 3"}\n')
+    asks_mark, asks_tags = GSM8K(path=str(path)), GSM8K(path=str(path), template="r1_zero")
+    config = grpo_config("r", "b")
+    no_form = replace(config, rewards=replace(config.rewards, format_weight=0.0))
+    told = form_notice(asks_mark, config)
+    assert "`#### n`" in told and "template=r1_zero" in told and "\n" not in told
+    for task, flags in ((asks_mark, no_form), (asks_tags, config), (Bandit(), config)):
+        assert form_notice(task, flags) is None

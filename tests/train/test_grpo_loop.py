@@ -10,7 +10,6 @@ import torch
 from r1zero.model import checkpoint as checkpoint_module
 from r1zero.model.checkpoint import checkpoint_steps, load_checkpoint, load_model
 from r1zero.model.optimizer import OptimConfig, make_optimizer, optimizer_step
-from r1zero.rl.advantages import dead_groups
 from r1zero.rl.step import grpo_step
 from r1zero.train.grpo import grpo, held_out_accuracy, make_learner, timed_step
 from r1zero.train.log import read_metrics
@@ -57,7 +56,7 @@ def test_groups_without_signal_are_replaced_by_new_ones(base):
     assert ((groups.min(1) == 0) & (groups.max(1) == 1)).all()  # every group has a signal
     replaced = rollouts.replaced
     assert len(replaced.problems) > 0  # and those that were replaced have none
-    assert dead_groups(s.grader(c.task, replaced).training, replaced.group_offsets).all()
+    assert s.grader(c.task, replaced).dead(replaced.group_offsets).all()
     everyone = sorted(rollouts.problems + replaced.problems)
     assert everyone == list(range(s.sampler.position))  # no problem is sampled twice, none is lost
     assert len({request.seed for request in requests}) == len(requests) == 8 * len(everyone) > 32
@@ -235,7 +234,7 @@ NAMES = """
     reward accuracy format penalty length length_max truncated dead_groups all_right all_wrong groups_sampled
     lr replaced_tokens replaced_s tokens rollout_s rollout_tokens_per_s loss clipped_low clipped_high k1 k3
     ratio ratio_max cut_off kl_loss entropy gradient_norm logp_gap logp_gap_mean trained_samples
-    kl_to_reference position step_s update_s update_tokens_per_s memory_gb step""".split()
+    kl_to_reference position step_s update_s update_tokens_per_s keep_s memory_gb step""".split()
 
 
 def test_every_step_logs_every_metric(base, tmp_path):
@@ -251,7 +250,7 @@ def test_every_step_logs_every_metric(base, tmp_path):
 
 def test_the_control_and_the_penalty_change_what_is_trained_on_and_not_what_is_logged(base):
     found = {}
-    for name, changes in (("plain", {}), ("control", dict(control=True)),
+    for name, changes in (("plain", {}), ("control", dict(control="permute")),
                           ("penalty", dict(overlong_buffer=1.0))):
         c = grpo_config("none", base, **changes)
         rollouts, rewards = sampled_by(learner(c), c)

@@ -100,9 +100,9 @@ def test_sft_resumes_to_the_same_bits(tmp_path, monkeypatch):
 
 def test_grpo_as_the_control_resumes_to_the_same_bits(tmp_path, monkeypatch):
     base = save_base(tmp_path / "base")
-    grpo(grpo_config(tmp_path / "whole", base, control=True))
-    broken_at(monkeypatch, 3, grpo, grpo_config(tmp_path / "run", base, control=True))
-    grpo(grpo_config(tmp_path / "run", base, control=True, resume=True))
+    grpo(grpo_config(tmp_path / "whole", base, control="permute"))
+    broken_at(monkeypatch, 3, grpo, grpo_config(tmp_path / "run", base, control="permute"))
+    grpo(grpo_config(tmp_path / "run", base, control="permute", resume=True))
     assert_same(tmp_path / "run", outcome(tmp_path / "whole"))
 
 

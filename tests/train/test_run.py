@@ -70,7 +70,7 @@ def test_to_resume_with_other_settings_is_refused_by_their_names(finished, chang
 
 
 @pytest.mark.parametrize("changes, named", [
-    (dict(control=True), "control is False there and True here"),
+    (dict(control="permute"), "control is none there and permute here"),
     (dict(loss=dict(kl_coef=0.1)), "--loss.kl-coef is 0.0 there and 0.1 here"),
     (dict(task=Bandit("other")), "--task is bandit there and other here"),
 ])

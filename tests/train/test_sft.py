@@ -62,3 +62,40 @@ def test_sft_never_trains_on_the_prompt(tmp_path):
     c = SFTConfig(run=str(tmp_path / "sft"), base=str(base), data=str(pairs), steps=1, device="cpu")
     sft(c)
     assert read_metrics(c.run)[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_pair_and_the_same_as_messages_give_the_same_loss_and_each_turn_of_a_conversation_counts(tmp_path):
+    base = save_base(tmp_path / "base")
+    model, tokenizer, _ = load_model(str(base), torch.device("cpu"))
+
+    def first_loss(name: str, line: dict) -> float:
+        data = tmp_path / f"{name}.jsonl"
+        data.write_text(json.dumps(line) + "\n")
+        c = SFTConfig(run=str(tmp_path / name), base=str(base), data=str(data), steps=1, device="cpu")
+        sft(c)
+        return read_metrics(c.run)[0]["loss"]
+
+    def said(role: str, content: str) -> dict:
+        return {"role": role, "content": content}
+
+    talk = [said("user", "abc"), said("assistant", "xy")]
+    pair = first_loss("pair", {"prompt": "abc", "response": "xy"})
+    assert pair == first_loss("talk", {"messages": talk})
+
+    more = [said("system", "S"), *talk, said("user", "d"), said("assistant", "z")]
+    sequence = np.array(tokenizer.encode("S\nabcxy") + [tokenizer.eos_id] + tokenizer.encode("dz")
+                        + [tokenizer.eos_id])
+    logp_R = naive_logp(model, sequence, 5, 1.0)[0].detach()  # x, y, end, d, z, end
+    learned = [0, 1, 2, 4, 5]  # all but d, which the user said
+    expected = -float(logp_R[learned].mean())
+    assert first_loss("more", {"messages": more}) == pytest.approx(expected, rel=1e-5)
+
+
+def test_bad_messages_are_refused_before_anything_is_written(tmp_path):
+    data = tmp_path / "bad.jsonl"
+    data.write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    c = SFTConfig(run=str(tmp_path / "sft"), base=str(save_base(tmp_path / "base")), data=str(data), steps=1,
+                  device="cpu")
+    with pytest.raises(ValueError, match="bad.jsonl, line 1: no message is the assistant's"):
+        sft(c)
+    assert not (tmp_path / "sft").exists()

@@ -21,6 +21,7 @@ from ...eval.response import Sample, grade_response, parse_response
 from ...eval.sampler import ModelSampler
 from ...eval.tasks.countdown import Countdown, CountdownProblem
 from ..checks import check_temperature
+from ..compute_flags import ComputeFlags
 from ..interrupt import Stopped
 from ..machine import pick_device, reuse_memory
 from ..run import at_least
@@ -29,7 +30,7 @@ from .main import printable
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig:
+class ChatConfig(ComputeFlags):
     """Type problems, see what the model thinks and answers; quit or Ctrl-D ends."""
 
     run: str
@@ -45,9 +46,10 @@ class ChatConfig:
     seed: int = 0
     """Seed of the random numbers for sampling; a repeated line still gets another answer."""
     device: str = "auto"
-    """Device to compute on: auto (the GPU if there is one), cpu or cuda."""
+    """Device to compute on: auto (a CUDA GPU if there is one), cpu, cuda or mps."""
 
     def __post_init__(self):
+        ComputeFlags.__post_init__(self)
         at_least(self, 1, "max_new_tokens")
         check_temperature(self.temperature)
 
@@ -193,7 +195,8 @@ def chat(config: ChatConfig) -> None:
     """
     reuse_memory()
     device = pick_device(config.device)
-    model, tokenizer, checkpoint = load_run(config.run, config.which, device)
+    precision = config.precision(device)
+    model, tokenizer, checkpoint = load_run(config.run, config.which, device, precision)
     sampler = ModelSampler(model, tokenizer, config.max_new_tokens, config.temperature, config.seed)
     settings = checkpoint.state.get("settings", {})
     responder = Responder(sampler, knows_countdown_only(settings))

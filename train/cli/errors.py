@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ...eval.plugin import is_named, passed_through, raised
 from ..interrupt import Stopped
 
 # The flags that decide how much memory a command takes, as far as it has them.
@@ -260,10 +261,21 @@ KINDS = (
 )
 
 
+def own_code(config: Any) -> list[str]:
+    """The names `module:name` of the user's own code that a command was given."""
+    task = getattr(config, "task", None)
+    rewards = getattr(config, "rewards", None)
+    values = (task, getattr(task, "name", None), getattr(rewards, "plugin", None))
+    return [value for value in values if isinstance(value, str) and is_named(value)]
+
+
 def explain(error: BaseException, config: Any) -> tuple[int, str | None]:
     """(exit code, what to tell the user); None for a fault of r1zero."""
     for kind in KINDS:
         if kind.is_it(error):
             code = error.exit_code if isinstance(error, Stopped) else kind.code
             return code, kind.say(error, config)
+    for name in own_code(config):
+        if passed_through(error, name.partition(":")[0]):
+            return 2, f"{name} {raised(error)}; mend it"
     return 1, None

@@ -27,9 +27,11 @@ from ...eval.sampler import ModelSampler
 from ...eval.tasks.base import Task
 from ...model.checkpoint import Checkpoint, load_model
 from ...model.files import atomic_write_json
+from ...model.precision import Precision
 from ...model.tokenizer import Tokenizer
 from ...model.transformer import Transformer
 from ..checks import check_temperature
+from ..compute_flags import ComputeFlags
 from ..machine import pick_device, reuse_memory
 from ..run import START, at_least
 from ..task_flags import TaskFlags
@@ -38,7 +40,7 @@ DEFAULT_PROBLEMS = 512  # of a task that makes its own; the interval is about ±
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(ComputeFlags):
     """Measure a model on held-out problems."""
 
     run: str
@@ -64,9 +66,10 @@ class EvalConfig:
     seed: int = 0
     """Seed of the random numbers for sampling."""
     device: str = "auto"
-    """Device to compute on: auto (the GPU if there is one), cpu or cuda."""
+    """Device to compute on: auto (a CUDA GPU if there is one), cpu, cuda or mps."""
 
     def __post_init__(self):
+        ComputeFlags.__post_init__(self)
         at_least(self, 1, "samples", "batch", "max_new_tokens")
         if self.n is not None:
             at_least(self, 1, "n")
@@ -87,11 +90,11 @@ class EvalConfig:
     @property
     def inputs(self) -> list[str]:
         """The files that are read, and must not be replaced."""
-        return [self.task.data] if self.task.data is not None else []
+        return self.task.files
 
 
 def load_run(
-    run: str, which: str, device: torch.device
+    run: str, which: str, device: torch.device, precision: Precision | None = None
 ) -> tuple[Transformer, Tokenizer, Checkpoint]:
     """`load_model`, with `which` as a flag gives it.
 
@@ -103,15 +106,15 @@ def load_run(
     inside = sorted(str(path) for path in found if path.name != START)
     if inside and not (folder / "checkpoints").exists():
         raise ValueError(f"{run} holds several runs; give one of them: {', '.join(inside[:8])}")
-    return load_model(run, device, int(which) if which.isdecimal() else which)
+    return load_model(run, device, int(which) if which.isdecimal() else which, precision)
 
 
 def choose_problems(task: Task, n: int | None) -> list:
     """The first n test problems. Raises ValueError for more than there are."""
     size = task.size("test")
     if n is None:
-        is_test_set = size is not None and task.size("train") == 0
-        if is_test_set:
+        is_file = size is not None and task.file_format is not None
+        if is_file:
             n = size
         else:
             n = DEFAULT_PROBLEMS if size is None else min(size, DEFAULT_PROBLEMS)
@@ -128,7 +131,7 @@ def output_path(config: EvalConfig, checkpoint: Checkpoint) -> Path:
         return Path(config.out)
     root = checkpoint.path.parent
     folder = root.parent if root.name == "checkpoints" else checkpoint.path
-    return folder / f"eval_{config.task.name}_step{checkpoint.step}.jsonl"
+    return folder / f"eval_{config.task.short_name}_step{checkpoint.step}.jsonl"
 
 
 def summary_of(
@@ -153,7 +156,8 @@ def run_eval(config: EvalConfig) -> EvalResult:
     problems = choose_problems(task, config.n)
     # 2. The model, as a sampler.
     device = pick_device(config.device)
-    model, tokenizer, checkpoint = load_run(config.run, config.which, device)
+    precision = config.precision(device)
+    model, tokenizer, checkpoint = load_run(config.run, config.which, device, precision)
     out = output_path(config, checkpoint)
     check_result_path(str(out), config.inputs)
     sampler = ModelSampler(

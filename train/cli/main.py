@@ -54,6 +54,12 @@ COMMANDS = {
         function="demo",
         purpose="R1-Zero from nothing: a base model, GRPO, control, report",
     ),
+    "recipe minimal": Command(
+        module="recipes.minimal",
+        config="MinimalConfig",
+        function="minimal",
+        purpose="the smallest whole loop, with probes, in two minutes",
+    ),
     "pretrain": Command(
         module="pretrain",
         config="PretrainConfig",
@@ -64,7 +70,7 @@ COMMANDS = {
         module="sft",
         config="SFTConfig",
         function="sft",
-        purpose="fine-tune a model on prompt/response pairs",
+        purpose="fine-tune a model on prompt/response pairs or messages",
     ),
     "grpo": Command(
         module="grpo",
@@ -83,6 +89,13 @@ COMMANDS = {
         config="DiagnoseConfig",
         function="diagnose",
         purpose="say in plain words what a GRPO run's log means",
+        is_text=True,
+    ),
+    "show": Command(
+        module="cli.show",
+        config="ShowConfig",
+        function="show",
+        purpose="what the model wrote in a step of GRPO, and what it earned",
         is_text=True,
     ),
     "eval": Command(
@@ -108,15 +121,30 @@ COMMANDS = {
 }
 
 
+def purposes(beginning: str = "") -> list[str]:
+    """A line per command whose name begins like this."""
+    commands = {name: c for name, c in COMMANDS.items() if name.startswith(beginning)}
+    return [f"  {name:<14} {command.purpose}" for name, command in commands.items()]
+
+
+def usage_of_half(first_word: str) -> str | None:
+    """The text of `r1zero recipe --help`; None if no command of two words begins like this."""
+    lines = purposes(f"{first_word} ")
+    if not lines:
+        return None
+    usage = f"usage: r1zero {first_word} <name> [--flags]"
+    help_ = f"r1zero {first_word} <name> --help lists the flags of one."
+    return "\n".join([usage, "", *lines, "", help_])
+
+
 def usage() -> str:
     """The text of `r1zero --help`."""
-    lines = [f"  {name:<10} {command.purpose}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: r1zero <command> [--flags]",
             "",
             "commands:",
-            *lines,
+            *purposes(),
             "",
             "r1zero <command> --help lists the flags of a command;",
             "--traceback shows where an error came from, --version what is installed.",
@@ -131,6 +159,14 @@ def versions() -> str:
 
     parts = [f"{name} {package_version(name)}" for name in ("r1zero", "torch")]
     return f"{parts[0]} (Python {platform.python_version()}, {parts[1]})"
+
+
+def command_of(words: list[str]) -> tuple[str, list[str]]:
+    """(the command, the words behind it). The name of a command may have two words."""
+    two = " ".join(words[:2])
+    if two in COMMANDS:
+        return two, words[2:]
+    return words[0], words[1:]
 
 
 # ---- text for a terminal ----
@@ -223,15 +259,20 @@ def main(argv: list[str] | None = None) -> int:
     show_traceback = "--traceback" in argv
     argv = [word for word in argv if word != "--traceback"]
     with ready_streams() as output, ends_like_ctrl_c():
-        name, *flags = argv or ["--help"]
-        if name == "help" and flags[:1] and flags[0] in COMMANDS:
-            name, flags = flags[0], ["--help"]
+        name, flags = command_of(argv or ["--help"])
+        if name == "help" and flags:
+            asked, _ = command_of(flags)
+            if asked in COMMANDS or usage_of_half(asked):
+                name, flags = asked, ["--help"]
         if name in ("-h", "--help", "help"):
             return print_text(usage(), output)
         if name in ("-V", "--version", "version"):
             return print_text(versions(), output)
         if name in COMMANDS:
             return run(name, flags, show_traceback, output)
+        half = usage_of_half(name)
+        if half and flags in (["-h"], ["--help"]):
+            return print_text(half, output)
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         say(

@@ -1,14 +1,16 @@
 """A classic mistake beside the right thing: two GRPO runs that differ in it alone, and a picture.
 
     r1zero compare --break flipped_clip --run runs/flipped --base runs/base --steps 20
+    r1zero compare --control random --run runs/coin --base runs/base --steps 20
 
-mistakes.py has the mistakes, and says of each what is done and where it shows. Both runs have the
+mistakes.py has the mistakes, and says of each what is done and where it shows. With --control the
+second run has rewards that say nothing (rl/control.py), whatever the task is. Both runs have the
 same base, problems, seeds and options. Some mistakes show only with options that both runs then get
 (several updates per step for the clip, a KL for its estimators). A comparison that was stopped with
 Ctrl-C goes on with --resume, like any run.
 """
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,9 +24,15 @@ from ..log import read_metrics
 from ..report.demo_plots import CURVES
 from ..report.metrics import column, mean, number
 from ..report.plots import CONTROL, RL, Line, Panel, plot
-from .mistakes import MISTAKES
+from .mistakes import MISTAKES, Difference
 
 SHOWN = ("accuracy", "length")  # beside the metric that the mistake shows in
+CONTROL_RUN = Difference(
+    what="the rewards say nothing of the answers, so whatever it gains is not learned from them",
+    watch="kl_to_reference",
+    seen="24 steps of --control permute left three seeds within 3 points of their bases; --control "
+    "random was not measured.",
+)
 PANELS = {name: (title, unit, is_share) for name, _, title, unit, is_share, _ in CURVES} | {
     "gradient_norm": ("Size of the gradient", "norm before clipping, log scale", False),
     "trained_samples": ("Answers trained on", "answers per step", False),
@@ -34,27 +42,53 @@ PANELS = {name: (title, unit, is_share) for name, _, title, unit, is_share, _ in
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig(GRPOConfig):
-    """Run a classic mistake and the right thing, and plot both."""
+    """Run a classic mistake, or the control, and the right thing, and plot both."""
 
-    mistake: Annotated[str, tyro.conf.arg(name="break")] = field()
-    """The mistake: k1_loss, flipped_k3, flipped_clip, length_bias, micro_batch_mean, sum_of_groups,
-    no_end_token, no_baseline, unguarded_std or wrong_group."""
+    mistake: Annotated[str | None, tyro.conf.arg(name="break")] = None
+    """The mistake, unless --control is given: k1_loss, flipped_k3, flipped_clip, length_bias,
+    micro_batch_mean, sum_of_groups, no_end_token, no_baseline, unguarded_std or wrong_group."""
     run: str
-    """Folder for both runs, right/ and broken/, the picture compare.png and the text
+    """Folder for both runs, right/ and broken/ (or control/), the picture compare.png and the text
     compare.txt."""
     resume: bool = False
     """Go on with a comparison that was stopped."""
     steps: int = 20
     """Number of steps of each run."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        # (There is no --run yet while the command line gathers its defaults.)
+        is_one = (self.mistake is None) != (self.control == "none")
+        if isinstance(self.run, str) and not is_one:
+            raise ValueError(
+                "expected either --break NAME or --control permute (or random): what the second "
+                "run has and the first has not"
+            )
+
+    @property
+    def difference(self) -> Difference:
+        """What the second run does."""
+        return CONTROL_RUN if self.mistake is None else MISTAKES[self.mistake]
+
+    @property
+    def second(self) -> str:
+        """The kind of the second run, and its folder."""
+        return "control" if self.mistake is None else "broken"
+
+    @property
+    def name(self) -> str:
+        """What the second run is called."""
+        return self.mistake or f"control {self.control}"
+
 
 def config_of_run(config: CompareConfig, broken: bool) -> GRPOConfig:
-    """One of the two runs; they differ in `mistake` and the folder alone."""
+    """One of the two runs; they differ in `mistake` or `control`, and the folder, alone."""
     options = {f.name: getattr(config, f.name) for f in fields(GRPOConfig)}
-    options["mistake"] = config.mistake if broken else None
-    options["run"] = str(Path(config.run) / ("broken" if broken else "right"))
+    if not broken:
+        options |= {"mistake": None, "control": "none"}
+    options["run"] = str(Path(config.run) / (config.second if broken else "right"))
     made = GRPOConfig(**options)
-    for name, value in MISTAKES[config.mistake].shows_with.items():
+    for name, value in config.difference.shows_with.items():
         made = with_option(made, name, value)
     return made
 
@@ -79,7 +113,7 @@ def compare(config: CompareConfig) -> Path:
             if not broken or not rows[broken]:
                 raise
             last = rows[broken][-1]["step"]
-            fell = f"the broken run ended after {last} of {config.steps} steps: {error}"
+            fell = f"the {config.second} run ended after {last} of {config.steps} steps: {error}"
             continue
         rows[broken] = read_metrics(run_config.run)
         if not rows[broken]:
@@ -95,7 +129,7 @@ def compare(config: CompareConfig) -> Path:
 
 def shown(config: CompareConfig) -> list[str]:
     """The metrics that both runs are compared by."""
-    return [*dict.fromkeys((*SHOWN, MISTAKES[config.mistake].watch))]
+    return [*dict.fromkeys((*SHOWN, config.difference.watch))]
 
 
 def picture(config: CompareConfig, rows: dict[bool, list[dict]]) -> Path:
@@ -112,7 +146,7 @@ def picture(config: CompareConfig, rows: dict[bool, list[dict]]) -> Path:
             )
             for broken, label, colour in (
                 (False, "right", RL),
-                (True, f"broken: {config.mistake}", CONTROL),
+                (True, label_of_second(config), CONTROL),
             )
         ]
         panels.append(
@@ -121,23 +155,28 @@ def picture(config: CompareConfig, rows: dict[bool, list[dict]]) -> Path:
     return plot(panels, Path(config.run) / "compare.png", 5 * len(panels), 4.4, one_line(config))
 
 
+def label_of_second(config: CompareConfig) -> str:
+    """broken: no_end_token, or control random"""
+    return config.name if config.mistake is None else f"broken: {config.name}"
+
+
 def one_line(config: CompareConfig) -> str:
-    return f"{config.mistake}: {MISTAKES[config.mistake].what}"
+    return f"{config.name}: {config.difference.what}"
 
 
 def summary(config: CompareConfig, rows: dict[bool, list[dict]]) -> str:
-    """Both runs' metrics over their last quarter, and what is to be expected of the mistake."""
+    """Both runs' metrics over their last quarter, and what is to be expected of the second."""
     last = max(1, config.steps // 4)
     lines = [
         f"{one_line(config)}.",
-        f"  {f'mean of the last {last} steps':<26} {'right':>9} {'broken':>9}",
+        f"  {f'mean of the last {last} steps':<26} {'right':>9} {config.second:>9}",
     ]
     for name in shown(config):
         means = (mean(column(rows[broken][-last:], name)) for broken in (False, True))
         right, wrong = (number(value, 3) for value in means)  # a dash where it was not measured
         lines.append(f"  {name:<26} {right:>9} {wrong:>9}")
-    mistake = MISTAKES[config.mistake]
-    if mistake.flags:
-        lines.append(f"Both runs had {mistake.flags}, with which it shows.")
-    lines.append(f"What 16 steps from the demo's base showed: {mistake.seen}")
+    difference = config.difference
+    if difference.flags:
+        lines.append(f"Both runs had {difference.flags}, with which it shows.")
+    lines.append(f"What was seen of it, from the demo's base: {difference.seen}")
     return "\n".join(lines)

@@ -16,12 +16,14 @@ from collections.abc import Callable, Collection
 
 from .history import WINDOW, History, number
 
+FORM_STEPS = 30  # steps in which a run may learn the form of an answer and nothing else
+
 # ---- what several rules ask ----
 
 
 def is_real_run(history: History) -> bool:
     """Not the control, whose accuracy has no reason to rise."""
-    return history.option("control") == 0
+    return history.choice("control") in ("none", "False")  # (it was a switch once)
 
 
 def compares_within_groups(history: History) -> bool:
@@ -33,6 +35,13 @@ def stronger_kl(history: History) -> str:
     """The flag for twice the KL, or for a little if there was none."""
     kl_coef = history.option("loss", "kl_coef")
     return f"--loss.kl-coef {2 * kl_coef if kl_coef > 0 else 0.001:g}"
+
+
+def with_checkpoint(history: History) -> str:
+    """How to keep the best checkpoint, if the run does not do so yet."""
+    if history.option("eval_every") > 0:
+        return "the best checkpoint is kept"
+    return "--eval-every 10 keeps the best checkpoint"
 
 
 # ---- the rules ----
@@ -50,10 +59,40 @@ def sampler_is_off(history: History) -> str | None:
     return None
 
 
+def collapsed(history: History) -> str | None:
+    """Accuracy had risen, and is nearly 0."""
+    accuracy, best = history.mean("accuracy"), history.best_mean("accuracy")
+    had_risen = best > history.first_mean("accuracy") + 0.1
+    if not (history.is_long and is_real_run(history) and had_risen and accuracy < 0.05):
+        return None
+
+    # Where it fell, and what the run was like there.
+    fall = history.falls_below("accuracy", best / 2)
+    kl, length = number(fall.get("kl_to_reference")), number(fall.get("length"))
+    there = []
+    if math.isfinite(kl):
+        there.append(f"the KL to the reference was {kl:.2f} nats per token")
+    if math.isfinite(length):
+        first_length = history.first_mean("length")
+        there.append(f"answers were {length:.0f} tokens long ({first_length:.0f} at first)")
+    signs = f", where {' and '.join(there)}" if there else ""
+    step = number(fall.get("step"))
+    at_step = f" at step {step:.0f}" if math.isfinite(step) else ""
+
+    fewer_updates = ""
+    if history.option("updates_per_step") > 1:
+        fewer_updates = ", fewer --updates-per-step"
+    return (
+        f"The run has collapsed: accuracy had risen to {best:.0%} and is {accuracy:.0%}. It fell "
+        f"below half{at_step}{signs}. Start again with half the --optim.lr{fewer_updates} or "
+        f"{stronger_kl(history)}; {with_checkpoint(history)}."
+    )
+
+
 def degenerate(history: History) -> str | None:
     """Answers that are no answers any more: empty, without form, or words at random."""
     accuracy, best = history.mean("accuracy"), history.best_mean("accuracy")
-    if not (history.is_long and accuracy < 0.5 * best):
+    if not (history.is_long and accuracy < 0.5 * best) or collapsed(history):
         return None
     signs = []
 
@@ -80,12 +119,17 @@ def degenerate(history: History) -> str | None:
     )
 
 
+def has_come_apart(history: History) -> bool:
+    """Whether what other rules see follows from a collapse."""
+    return bool(collapsed(history) or degenerate(history))
+
+
 def fell(history: History) -> str | None:
     """Accuracy is well below its best."""
     accuracy, best = history.mean("accuracy"), history.best_mean("accuracy")
     fall = best - accuracy
     is_clear = fall > max(0.1, 2 * history.noise("accuracy"))
-    if history.is_long and is_real_run(history) and is_clear and not degenerate(history):
+    if history.is_long and is_real_run(history) and is_clear and not has_come_apart(history):
         return (
             f"Accuracy was {best:.0%} and is {accuracy:.0%}: the run has passed its best. Lower "
             f"--optim.lr, or take {stronger_kl(history)}; --eval-every 10 keeps the best "
@@ -97,7 +141,7 @@ def fell(history: History) -> str | None:
 def cut_off(history: History) -> str | None:
     """Many answers reach the limit of their length."""
     share = history.mean("truncated")
-    if not (history.is_long and share > 0.25) or degenerate(history):
+    if not (history.is_long and share > 0.25) or has_come_apart(history):
         return None
     limit = history.option("max_new_tokens")
     at_limit = "" if math.isnan(limit) else f" at {limit:g} tokens"
@@ -114,7 +158,7 @@ def cut_off(history: History) -> str | None:
 def too_hard(history: History) -> str | None:
     """Nearly all groups are all wrong."""
     share = history.mean("all_wrong")
-    if not (history.is_long and share > 0.8) or degenerate(history):
+    if not (history.is_long and share > 0.8) or has_come_apart(history):
         return None
     formed = history.mean("format")
     if formed < 0.05:
@@ -149,6 +193,8 @@ def little_signal(history: History) -> str | None:
     dead = history.mean("dead_groups")
     is_one_sided = wrong > 0.8 or right > 0.8  # too_hard and too_easy have that
     if not (history.is_long and compares_within_groups(history) and dead > 0.6) or is_one_sided:
+        return None
+    if entropy_death(history):
         return None
     why = ""
     if math.isfinite(wrong + right):
@@ -198,23 +244,49 @@ def too_much_clipped(history: History) -> str | None:
     return None
 
 
-def entropy_is_gone(history: History) -> str | None:
-    """The samples of a group are nearly alike, long before everything is right."""
+def mean_entropy(history: History, rows: list[dict]) -> float:
+    """Mean entropy over the steps that trained on something; the log says 0 for the others."""
+    trained = [row for row in rows if number(row.get("trained_samples")) != 0]
+    return history.mean("entropy", trained)
 
-    def mean_entropy(rows: list[dict]) -> float:
-        # A step that trained on nothing has no entropy: the log then says 0.
-        return history.mean("entropy", [r for r in rows if number(r.get("trained_samples")) != 0])
 
-    entropy, first_entropy = mean_entropy(history.last), mean_entropy(history.first)
-    accuracy = history.mean("accuracy")
-    if not (history.is_long and entropy < 0.1 * first_entropy and accuracy < 0.9):
-        return None
+def more_entropy(history: History) -> str:
+    """The flags that keep the samples of a group apart."""
     # With a single update per step no ratio ever meets a bound.
     raise_clip = "--loss.clip-high 0.28 or " if history.option("updates_per_step") > 1 else ""
+    return f"{raise_clip}--loss.entropy-coef 0.001"
+
+
+def entropy_death(history: History) -> str | None:
+    """The samples of a group are alike, most groups are dead, and little is right."""
+    entropy, dead = mean_entropy(history, history.last), history.mean("dead_groups")
+    accuracy = history.mean("accuracy")
+    is_dead = entropy < 0.02 and dead > 0.6 and accuracy < 0.9
+    if not (history.is_long and compares_within_groups(history) and is_dead):
+        return None
+    first_entropy = mean_entropy(history, history.first)
+    was = f" (at first {first_entropy:.2f})" if first_entropy > 2 * entropy else ""
+    return (
+        f"The entropy is dead: {entropy:.3f} nats per token{was}, so {dead:.0%} of groups hold the "
+        f"same answer over and over, and only {accuracy:.0%} are right. No reward tells such "
+        "answers apart, so more steps will not help. Start again from an earlier checkpoint with a "
+        f"lower --optim.lr, and {more_entropy(history)}; a higher --temperature also keeps them "
+        "apart."
+    )
+
+
+def entropy_is_gone(history: History) -> str | None:
+    """The samples of a group are nearly alike, long before everything is right."""
+    entropy = mean_entropy(history, history.last)
+    first_entropy = mean_entropy(history, history.first)
+    accuracy = history.mean("accuracy")
+    is_gone = entropy < 0.1 * first_entropy and accuracy < 0.9
+    if not (history.is_long and is_gone) or entropy_death(history):
+        return None
     return (
         f"The entropy fell from {first_entropy:.2f} to {entropy:.3f} nats per token, with "
         f"{accuracy:.0%} of answers right: the samples of a group are nearly alike, and learning "
-        f"ends. Lower --optim.lr, or try {raise_clip}--loss.entropy-coef 0.001."
+        f"ends. Lower --optim.lr, or try {more_entropy(history)}."
     )
 
 
@@ -272,6 +344,33 @@ def form_without_sense(history: History) -> str | None:
     return None
 
 
+def form_only(history: History) -> str | None:
+    """The reward rises because answers become well formed; as many are right as before."""
+    formed, first_formed = history.mean("format"), history.first_mean("format")
+    reward, first_reward = history.mean("reward"), history.first_mean("reward")
+    accuracy, first_accuracy = history.mean("accuracy"), history.first_mean("accuracy")
+    form_rises = formed > first_formed + 0.1
+    reward_rises = reward - first_reward > max(0.02, history.noise("reward"))
+    is_still = abs(accuracy - first_accuracy) <= max(0.02, history.noise("accuracy"))
+    # The first steps of a healthy run may learn the form alone.
+    is_late = len(history.rows) >= FORM_STEPS
+    if not (is_late and is_real_run(history) and form_rises and reward_rises and is_still):
+        return None
+    if accuracy < 0.02:
+        next_thing = (
+            "None earns the reward for being right, so nothing else can be learned. See with "
+            "r1zero grade whether the grader reads such answers; if it does, take an easier task, "
+            "or r1zero sft first"
+        )
+    else:
+        next_thing = "Lower --rewards.format-weight, or take more --prompts-per-step"
+    return (
+        f"The reward rises ({first_reward:.2f} to {reward:.2f}) by form alone: well formed are "
+        f"{formed:.0%} of answers (at first {first_formed:.0%}), and right {accuracy:.0%} (at "
+        f"first {first_accuracy:.0%}). {next_thing}."
+    )
+
+
 def flat(history: History) -> str | None:
     """Accuracy does not move in a long run. (If it is 0 or 1 all along, other rules say why.)"""
     change = history.mean("accuracy") - history.first_mean("accuracy")
@@ -294,9 +393,9 @@ def loss_is_zero(history: History) -> str | None:
     """Not a fault, but what everybody asks first."""
     loss = history.mean("loss")
     has_one_ratio = history.option("updates_per_step") == 1
-    is_surrogate = history.choice("loss", "objective") in ("clip", "gspo")
+    is_surrogate = history.choice("loss", "objective") in ("clip", "gspo", "dppo")
     sums_to_zero = has_one_ratio and is_surrogate and compares_within_groups(history)
-    has_trained = history.mean("trained_samples") > 0
+    has_trained = history.mean("trained_samples") > 0 and history.mean("gradient_norm") > 0
     if sums_to_zero and has_trained and abs(loss) < 0.3:
         return (
             f"The loss is about 0 ({loss:+.3f}): normal. With one update per step the ratio of new "
@@ -309,6 +408,7 @@ def loss_is_zero(history: History) -> str | None:
 
 RULES: tuple[Callable[[History], str | None], ...] = (  # what explains the others comes first
     sampler_is_off,
+    collapsed,
     degenerate,
     fell,
     cut_off,
@@ -318,11 +418,13 @@ RULES: tuple[Callable[[History], str | None], ...] = (  # what explains the othe
     nothing_changes,
     wild_ratios,
     too_much_clipped,
+    entropy_death,
     entropy_is_gone,
     far_from_reference,
     gradient_is_cut,
     critic_is_blind,
     form_without_sense,
+    form_only,
     flat,
     loss_is_zero,
 )

@@ -67,6 +67,15 @@ class History:
                 best = mean
         return best
 
+    def falls_below(self, name: str, level: float) -> dict:
+        """The first row from which on a metric stays below a level; empty if it does not."""
+        found: dict = {}
+        for row in reversed(self.rows):
+            if number(row.get(name)) >= level:
+                break
+            found = row
+        return found
+
     def noise(self, name: str) -> float:
         """Two standard errors of the difference between the first and the last window's mean."""
         squared_errors = 0.0
@@ -85,9 +94,10 @@ class History:
         return number(self._logged(*path))
 
     def choice(self, *path: str) -> str:
-        """A flag that is a word; empty if it was not logged as one."""
+        """A flag that is a word, or a switch as "True" or "False"; empty if it was logged as
+        neither."""
         value = self._logged(*path)
-        return value if isinstance(value, str) else ""
+        return str(value) if isinstance(value, str | bool) else ""
 
     def _logged(self, *path: str) -> Any:
         value: Any = self.config

@@ -17,18 +17,16 @@ from ...rl.advantages import advantages
 from ...rl.losses import loss_weights, policy_loss
 
 
-@dataclass(frozen=True)
-class Mistake:
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """What sets the second run of a comparison apart, and where it shows."""
+
     what: str
     """What is done, and what is right."""
     watch: str
     """The metric in which it shows."""
     seen: str
     """What was seen of it, or that it was not."""
-    replaces: str
-    """Which function of the learner is wrong: "advantages", "loss_weights" or "policy_loss"."""
-    wrong: Callable
-    """The wrong function, with the right one's arguments."""
     shows_with: dict = field(default_factory=dict)
     """Options of grpo that both runs need for it to show, as on the command line."""
 
@@ -38,6 +36,14 @@ class Mistake:
         return " ".join(
             f"--{name.replace('_', '-')} {value:g}" for name, value in self.shows_with.items()
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mistake(Difference):
+    replaces: str
+    """Which function of the learner is wrong: "advantages", "loss_weights" or "policy_loss"."""
+    wrong: Callable
+    """The wrong function, with the right one's arguments."""
 
     def make(self, learner) -> None:
         """Make the mistake in a Learner (rl/step.py)."""

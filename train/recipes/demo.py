@@ -35,17 +35,17 @@ from ...model.files import atomic_write_json
 from ...model.optimizer import OptimConfig
 from ...model.transformer import count_parameters
 from ...rl.advantages import group_advantages
-from ...rl.family import rl_optim
 from ...rl.rewards import Grader, RewardConfig, Rewards
 from ...rl.rollouts import Rollouts, sample_groups
 from ..grpo import GRPOConfig, grpo
+from ..grpo import grpo_config as complete_config
 from ..log import read_metrics
 from ..machine import describe_machine, pick_device, reuse_memory
 from ..pretrain import PretrainConfig, pretrain
 from ..report.behaviour import measure
 from ..report.record import PARTS
 from ..report.report import seeds_table, write_report
-from ..run import RunConfig, at_least
+from ..run import Run, RunConfig, at_least
 from ..task_flags import TaskFlags
 from .demo_corpus import CorpusConfig
 
@@ -75,23 +75,21 @@ class DemoConfig:
     """Number of documents in the corpus."""
     model: str = "demo"
     """Size of the model: a preset or depth=N."""
-    pretrain_steps: int = 1400
+    pretrain_steps: int = 2000
     """Number of pretraining steps, of 2,048 tokens each."""
-    rl_steps: int = 80
+    rl_steps: int = 50
     """Number of GRPO steps, of 16 problems x 16 answers each."""
-    control_steps: int = 24
+    control_steps: int = 12
     """Number of GRPO steps of the control; 0 leaves it out."""
-    max_new_tokens: int = 144
+    max_new_tokens: int = 192
     """Maximum number of new tokens per answer."""
     rewards: RewardConfig = field(default_factory=RewardConfig)
-    rl_lr: float = 4e-4
-    """Learning rate of GRPO."""
     eval_problems: int = 512
     """Number of held-out problems to measure on."""
     eval_samples: int = 4
     """Number of answers per held-out problem, at temperature 1."""
     device: str = "auto"
-    """Device to compute on: auto (the GPU if there is one), cpu or cuda."""
+    """Device to compute on: auto (the GPU if there is one), cpu, cuda or mps."""
 
     def __post_init__(self):
         at_least(self, 1, "documents", "pretrain_steps", "rl_steps")
@@ -156,7 +154,8 @@ def base_config(config: DemoConfig, folder: Path, seed: int) -> PretrainConfig:
 
 def grpo_config(config: DemoConfig, folder: Path, seed: int, control: bool) -> GRPOConfig:
     """The run of R1-Zero, or of its control, beside the base in `folder`."""
-    return GRPOConfig(
+    return complete_config(
+        "demo",
         run=str(folder / ("control" if control else "rl")),
         resume=True,
         base=str(folder / "base"),
@@ -165,10 +164,8 @@ def grpo_config(config: DemoConfig, folder: Path, seed: int, control: bool) -> G
         steps=config.control_steps if control else config.rl_steps,
         save_every=20,
         max_new_tokens=config.max_new_tokens,
-        micro_tokens=8192,
         rewards=config.rewards,
-        control=control,
-        optim=rl_optim(config.rl_lr),
+        control="permute" if control else "none",
         device=config.device,
     )
 
@@ -178,6 +175,12 @@ def part_done(folder: Path, steps: int) -> bool:
     # The log does not show it: it has the line of a step a moment before the step is saved.
     saved = checkpoint_steps(folder)
     return bool(saved) and saved[-1] >= steps
+
+
+def check_part(config: RunConfig) -> None:
+    """Raise CheckpointError if a part was begun with other settings. Nothing is written."""
+    if checkpoint_steps(Path(config.run)):
+        Run(replace(config, resume=True), "")
 
 
 def run_part(loop: Callable, config: RunConfig) -> float:
@@ -348,11 +351,19 @@ def one_seed(config: DemoConfig, folder: Path, seed: int) -> None:
     results.write()
 
 
+def check_seed(config: DemoConfig, folder: Path, seed: int) -> None:
+    """Raise CheckpointError unless the parts of a seed that were begun have these settings."""
+    check_part(base_config(config, folder / "base", seed))
+    check_part(grpo_config(config, folder, seed, control=False))
+    if config.control_steps:
+        check_part(grpo_config(config, folder, seed, control=True))
+
+
 def demo(config: DemoConfig) -> Path:
     """Run everything that is not done yet; returns the report's path.
 
-    Raises ValueError if the folder already holds a demo and --resume was not given, and Stopped
-    after Ctrl-C.
+    Raises ValueError if the folder already holds a demo and --resume was not given, or one that was
+    made with other flags, and Stopped after Ctrl-C.
     """
     reuse_memory()
     folder = Path(config.run)
@@ -363,6 +374,8 @@ def demo(config: DemoConfig) -> Path:
         raise ValueError(
             f"{folder} holds a demo already; add --resume to go on with it, or give another --run"
         )
+    for seed in config.seed_list:
+        check_seed(config, folder / f"seed{seed}", seed)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     record = {

@@ -1,9 +1,12 @@
 """The sections of the report about the demo: what was done, with which flags, at what cost."""
 
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ...rl.family import PRESETS
+from ..grpo import grpo_config
 from .metrics import DASH, number, seconds
 from .page import escape, limit, paragraph, picture, section, table
 from .record import PARTS, Seed, dig, finite, read_dict
@@ -129,21 +132,42 @@ def how_to_go_on(seed: Seed) -> str:
 
 def resume_command(seed: Seed) -> str:
     """`r1zero grpo` with the flags that a resumed run must have as they were."""
-    config = read_dict(seed.folder / "rl" / "run.json").get("config")
-    given = [
-        ("run", seed.folder / "rl"),
-        ("base", dig(config, "base") or seed.folder / "base"),
-        ("seed", dig(config, "seed")),
-        ("max-new-tokens", dig(config, "max_new_tokens")),
-        ("optim.lr", dig(config, "optim", "lr")),
-        ("rewards.accuracy-weight", dig(config, "rewards", "accuracy_weight")),
-        ("rewards.format-weight", dig(config, "rewards", "format_weight")),
-    ]
-    words = ["r1zero grpo --resume --steps 200"]
-    for name, value in given:
-        if value is not None:
-            words.append(f"--{name} {shlex.quote(str(value))}")
+    run = seed.folder / "rl"
+    config = read_dict(run / "run.json").get("config")
+    if not isinstance(config, dict):
+        config = {}
+    algo = config.get("algo")
+    if algo not in PRESETS:
+        algo = "demo"
+    given = {"run": run, "base": config.get("base", seed.folder / "base"), "algo": algo}
+    # Beside these, whatever the run had that is not the preset's.
+    defaults = asdict(grpo_config(algo, run=".", base="."))
+    given |= changed_flags(config, defaults)
     options = dig(config, "task", "options")
     if isinstance(options, list) and options:
-        words.append(f"--options {shlex.join(map(str, options))}")
+        given["options"] = options
+    words = ["r1zero grpo --resume --steps 200"]
+    for name, value in given.items():
+        values = value if isinstance(value, list) else [value]
+        said = [] if value is True else map(str, values)  # a switch has no value
+        words.append(shlex.join([f"--{name}", *said]))
     return " \\\n    ".join(words)
+
+
+# What a resumed run says itself, or need not say.
+NOT_REPEATED = {"run", "base", "algo", "resume", "steps", "save_every", "device", "wandb", "task"}
+
+
+def changed_flags(config: dict, defaults: dict, prefix: str = "") -> dict[str, Any]:
+    """Flag -> value, of the options in a run.json that are not at their defaults."""
+    found = {}
+    for name, default in defaults.items():
+        value = config.get(name, default)
+        if not prefix and name in NOT_REPEATED:
+            continue
+        flag = prefix + name.replace("_", "-")
+        if isinstance(default, dict) and isinstance(value, dict):
+            found |= changed_flags(value, default, f"{flag}.")
+        elif value not in (default, None, False):
+            found[flag] = value
+    return found

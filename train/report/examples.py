@@ -1,5 +1,8 @@
 """The sections of the report that show answers: one group, and problems before and after."""
 
+import shlex
+
+from ..rollout_files import parts_of
 from . import page
 from .demo_plots import COLUMNS
 from .metrics import DASH, first_answers, kept_samples, mean_and_spread, number
@@ -41,10 +44,23 @@ def one_group(seed: Seed) -> str:
             all_equal if spread < 1e-6 else "",
         ),
         *shown,
+        more_groups(seed),
         limit(
             "A right answer’s useless tokens are praised too, and a wrong one’s good ones "
             "blamed. Over many groups the difference averages out; nothing marks single steps."
         ),
+    )
+
+
+def more_groups(seed: Seed) -> str:
+    """How to see the groups of the run itself, where they were kept."""
+    run = seed.folder / "rl"
+    if not parts_of(run):
+        return ""
+    command = f"r1zero show --run {shlex.quote(str(run))}"
+    return paragraph(
+        f"The groups of all steps are kept: <code>{escape(command)}</code> prints those of the "
+        "last one, and with <code>--step</code> those of another."
     )
 
 

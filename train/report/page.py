@@ -21,6 +21,8 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e7ea; --soft: #a2a8b4; --paper: #16181c;
   --tint: #22252b; --rule: #3a3f48; --good: #6db8ec; --bad: #f39a5b; } }
 * { box-sizing: border-box; }
+/* A character that turns the direction of writing has an effect inside its own text alone. */
+span, b, code, td { unicode-bidi: isolate; }
 body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 64rem;
   background: var(--paper); color: var(--ink);
   font: 17px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
@@ -125,18 +127,30 @@ def cards(items: Iterable[tuple[str, str, str]]) -> str:
     return f'<div class="cards">{"".join(each)}</div>'
 
 
-def tokens(texts: Iterable[str], head: str, note: str, strength: float) -> str:
-    """One answer, each token in a box: blue for a strength up to 1, orange down to -1."""
+def colour_of(strength: float) -> str:
+    """Blue for a strength up to 1, orange down to -1, as CSS."""
+    alpha = min(abs(strength), 1.0)
+    if not alpha:
+        return ""
+    rgb = GOOD_RGB if strength > 0 else BAD_RGB
+    return f"border-color: rgb({rgb}); background: rgba({rgb}, {0.06 + 0.3 * alpha:.3f})"
+
+
+def tokens(
+    texts: Iterable[str], head: str, note: str, strength: float, each: Sequence[float] = ()
+) -> str:
+    """One answer, each token in a box, coloured by `colour_of` the strength.
+
+    each: the strength of each token, where they differ; they are then coloured one by one.
+    """
     boxes = []
-    for text in map(str, texts):
+    for n, text in enumerate(map(str, texts)):
         mark = " class=end" if text.startswith("<|") else ""
+        if each:
+            mark += f' style="{colour_of(each[n])}"'
         boxes.append(f"<span{mark}>{escape(text)}</span>")
 
-    colour = ""
-    alpha = min(abs(strength), 1.0)
-    if alpha:
-        rgb = GOOD_RGB if strength > 0 else BAD_RGB
-        colour = f"border-color: rgb({rgb}); background: rgba({rgb}, {0.06 + 0.3 * alpha:.3f})"
+    colour = "" if each else colour_of(strength)
     return (
         f'<div class="sample" style="{colour}"><div class="small"><b>{escape(head)}</b> '
         f'<span class="soft">{escape(note)}</span></div>'

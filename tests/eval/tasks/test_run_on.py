@@ -1,5 +1,6 @@
 """A base model that runs on into the next question of its prompt's form is judged by its own answer."""
 import random
+import time
 
 import pytest
 
@@ -7,6 +8,7 @@ from r1zero.eval.response import parse_response
 from r1zero.eval.tasks.arithmetic import Arithmetic, ArithmeticProblem
 from r1zero.eval.tasks.countdown import Countdown, CountdownProblem
 from r1zero.eval.tasks.gsm8k import GSM8K, GSM8KProblem
+from r1zero.eval.tasks.prompts import TEMPLATES
 from r1zero.train.recipes.demo_corpus import CorpusConfig, document
 
 NEXT = "\n\nQuestion: Ann has 2 pens and buys 3. How many?\nAnswer: 2+3=5\n"
@@ -100,6 +102,35 @@ def test_a_next_question_needs_no_line_break_behind_an_answer_block():
     for task, problem, behind in RUNS_ON[:2]:
         for gap in ("", " "):
             assert task.grade(problem, f"<answer>0</answer>{gap}{behind}").accuracy == 0.0
+
+
+FRAME = TEMPLATES["r1_zero"].prompt("How many hens?")
+RUNS_ON_IN_ITS_LINE = [
+    ("r1_zero", "#### 18 User: How many hens? Assistant: <answer>5</answer>"),
+    ("r1_zero", "#### 18\n\n" + FRAME + "<think>a</think> <answer>5</answer>"),
+    ("r1_zero", "<answer>18</answer>\n\nA conversation between User and Assistant. User: <answer>5</answer>"),
+    ("r1_zero", "<answer>18</answer> Then User: How many hens? Assistant: <answer>5</answer>"),
+    ("r1_zero", "<think>The User: eggs. #### 1 User: <answer>1</answer> User: no</think><answer>18</answer>"),
+    ("r1_zero", "The User: asks for eggs. <answer>18</answer>"),
+    ("r1_zero", "<answer>1</answer> No. User: How many eggs? Assistant: <answer>18</answer>"),
+    ("plain", "#### 18\n\nHow many cats?\n2+3=5\n#### 5"),
+    ("plain", "####\n#### #### 18\n#### 5"),
+    ("plain", "<think>#### 1\nno</think>\n#### 18\n<answer>5</answer>")]
+
+
+@pytest.mark.parametrize("template, text", RUNS_ON_IN_ITS_LINE)
+def test_a_next_question_needs_no_form_of_its_own_behind_an_answer(template, text):
+    assert GSM8K.grade(GSM8KProblem("How many eggs?", "18", template), text).accuracy == 1.0
+
+
+@pytest.mark.parametrize("piece", ["#", "####", "#### ", "#### a ", "</answer>", "</answer>User ", "</a <",
+                                   "A conversation between User and Assistant ", "#### #### 1\n", "User:\n"])
+def test_long_texts_of_marks_take_little_time(piece):
+    text = piece * (200_000 // len(piece))
+    started = time.process_time()
+    for template in ("r1_zero", "plain"):
+        GSM8K.grade(GSM8KProblem("How many eggs?", "18", template), text)
+    assert time.process_time() - started < 2
 
 
 def test_the_question_said_again_is_the_own_one():

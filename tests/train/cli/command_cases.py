@@ -22,6 +22,8 @@ def smallest(command: str, without: str = "") -> list[str]:
             words += [flag.name, WORDS.get(flag.name, "x")]
     if command == "grade":
         words += ["--problem", "3 7 -> 10", "--response", "7+3"]
+    if command == "compare" and without != "--break":
+        words += ["--break", WORDS["--break"]]
     return words
 
 

@@ -1,5 +1,6 @@
 """What stands beside the training loops: the model as a sampler, and the commands eval and grade."""
 import json
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
@@ -224,11 +225,61 @@ def test_a_file_of_responses(tmp_path, capsys):
     assert [row["accuracy"] for row in graded(capsys, "--task", "gsm8k", "--input", path)] == [1, 1, 1, 0]
 
 
+def test_grade_has_every_part_that_has_a_weight(tmp_path, capsys, monkeypatch):
+    (tmp_path / "graded_of_the_tests.py").write_text("def long(samples):\n"
+                                                     "    return [len(sample.text) for sample in samples]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    right, wrong = "<think>9-7=2,3+2=6</think><answer>9-3+7</answer>", "<answer>9</answer>"
+    problem = {"numbers": [3, 7, 9], "target": 13}
+    other = {"numbers": [1, 2], "target": 3, "response": "<answer>2+1</answer>", "n_tokens": 5}
+    lines = [{**problem, "response": right, "n_tokens": 30}, other,
+             {**problem, "response": wrong, "n_tokens": 10}, {**problem, "response": right, "n_tokens": 10}]
+    flags = ["--rewards.efficiency-weight", "0.5", "--rewards.coherence-weight", "0.1",
+             "--rewards.plugin", "graded_of_the_tests:long", "--rewards.plugin-weight", "0.01"]
+    argv = ["grade", "--input", write_lines(tmp_path / "in.jsonl", lines), *flags]
+    assert main(argv) == 0
+    out, error = capsys.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["efficiency"] for row in rows] == [-0.5, 0, 0, 0.5]
+    assert [row["coherence"] for row in rows] == [0.5, 0, 0, 0.5] and rows[2]["long"] == len(wrong)
+    assert rows[0]["reward"] == pytest.approx(1.2 - 0.25 + 0.05 + 0.01 * len(right))
+    assert "coherence 0.250, long 33.500, efficiency 0.000, mean reward" in error
+    [row] = graded(capsys, "--problem", "3 7 9 -> 13", "--response", right, *flags)
+    assert "efficiency" not in row and row["reward"] == pytest.approx(1.2 + 0.05 + 0.01 * len(right))
+    for bad in ("7", -1, 1.5):
+        path = write_lines(tmp_path / "bad.jsonl", [{**other, "n_tokens": bad}])
+        refused(capsys, ["grade", "--input", path], "expected a whole number")
+    lone = write_lines(tmp_path / "lone.jsonl", lines[:2])
+    assert main(["grade", "--input", lone, *flags[:2]]) == 0
+    assert "efficiency is left out: it compares" in capsys.readouterr().err
+    refused(capsys, ["grade", "--task", "arithmetic", "--problem", "1+1", "--response", "2", *flags[2:4]],
+            "coherence does not apply to the task arithmetic")
+    sys.modules.pop("graded_of_the_tests")
+
+
+@pytest.mark.parametrize("task, field", [("gsm8k", "question"), ("jsonl", "prompt")])
+def test_efficiency_compares_answers_to_one_question_and_no_others(task, field, tmp_path, capsys):
+    def found(*questions):
+        lines = [{field: question, "answer": "18", "response": "<answer>18</answer>", "n_tokens": 10 * n}
+                 for n, question in enumerate(questions, 1)]
+        path = write_lines(tmp_path / "in.jsonl", lines)
+        argv = ["grade", "--task", task, "--input", path, "--rewards.efficiency-weight", "1"]
+        assert main(argv) == 0
+        out, error = capsys.readouterr()
+        return [json.loads(line).get("efficiency") for line in out.splitlines()], error
+    earned, error = found("", "Eggs?", "", "Hens?", "Eggs?")
+    assert earned == [0, 0.5, 0, 0, -0.5] and "left out" not in error
+    earned, error = found("", "")
+    assert earned == [None, None] and "efficiency is left out: it compares" in error
+
+
 @pytest.mark.parametrize("name", ["countdown", "gsm8k", "arithmetic"])
 def test_grading_what_eval_wrote_gives_the_same_words(name, tmp_path, capsys):
     """In a line of eval, `answer` is what the model said; taken for the right one, all would be right."""
     task = make_task(name, **({"path": write_lines(tmp_path / "t.jsonl", GSM8K)} if name == "gsm8k" else {}))
-    answers = iter(["<answer>6</answer>", "<answer>1</answer>", "<think></think><answer>7</answer>"] * 9)
+    again = f"\nQuestion: {GSM8K[0]['question']}\nAnswer: <answer>6</answer>"  # the question, said again
+    answers = iter([again, "<answer>6</answer>", "<think></think><answer>7</answer>"] * 9)
 
     def sampler(prompts, n_samples):
         return [[Sampled(next(answers), 1, "stop") for _ in range(n_samples)] for _ in prompts]

@@ -40,7 +40,25 @@ def test_diagnose_of_a_real_run_says_what_the_loop_said(tmp_path, capsys):
     told_live = capsys.readouterr().err
     assert main(["diagnose", "--run", c.run]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
-    assert head.startswith("2 of 2 steps") and len(lines) == 1 and lines[0].split("(")[0] in told_live
+    assert head.startswith("2 of 2 steps") and len(lines) == 2 and lines[0].split("(")[0] in told_live
+    assert lines[1].startswith("control: none stands beside this run") and "--control permute" in lines[1]
+
+
+def test_the_control_beside_a_run_is_named_with_what_it_did(tmp_path, capsys):
+    common = {"base": "runs/base", "task": {"name": "countdown"}}
+    run = run_folder(tmp_path / "run", log(60), {**common, "control": "none"})
+    run_folder(tmp_path / "old", log(30, accuracy=0.3), {**common, "control": True})
+    run_folder(tmp_path / "coin", log(24, accuracy=0.25, wobble=0), {**common, "control": "random"})
+    run_folder(tmp_path / "another", log(24), {**common, "base": "runs/b", "control": "permute"})
+    run_folder(tmp_path / "real", log(24), {**common, "control": "none"})
+    run_folder(tmp_path / "new", [], {**common, "control": "permute"})
+    (run_folder(tmp_path / "torn", log(3)) / "run.json").write_text("{")
+    assert main(["diagnose", "--run", str(run)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("control")]
+    assert lines == ["control (coin, random, 24 steps): accuracy 25.0% at first, 25.0% of late",
+                     "control (old, permute, 30 steps): accuracy 30.0% at first, 30.0% of late"]
+    assert main(["diagnose", "--run", str(tmp_path / "coin")]) == 0
+    assert "control" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rows, said", [

@@ -87,7 +87,7 @@ def test_a_switch_in_both_senses_is_refused(command, capsys):
 
 
 def test_a_field_that_loses_its_default_in_a_subclass_must_be_given(capsys):
-    refused(capsys, ["compare", "--run", "x", "--base", "y"], "--break must be given")
+    refused(capsys, ["compare", "--run", "x", "--base", "y"], "expected either --break NAME or --control")
 
 
 def test_a_switch_may_be_given_twice_in_one_sense():

@@ -51,6 +51,22 @@ def test_help_names_every_command(capsys, argv):
     assert all(f"\n  {command} " in text for command in COMMANDS)
 
 
+def test_a_command_of_two_words_is_found_and_half_of_it_is_mended(capsys):
+    for words in (["recipe", "minimal", "--help"], ["help", "recipe", "minimal"]):
+        assert main(words) == 0
+        assert "usage: r1zero recipe minimal " in capsys.readouterr().out
+    for words in (["recipe"], ["recipe", "demo"]):
+        assert main(words) == 2
+        assert "no command 'recipe' (did you mean recipe minimal?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["recipe", "--help"], ["recipe", "-h"], ["help", "recipe"]])
+def test_help_on_half_a_command_lists_the_commands_that_begin_with_it(capsys, words):
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "usage: r1zero recipe <name>" in text and "\n  recipe minimal " in text and "grpo" not in text
+
+
 def test_an_unknown_command_names_the_known_ones(capsys):
     assert main(["pretrian", "--run", "x"]) == 2
     error = capsys.readouterr().err
@@ -155,7 +171,7 @@ def test_a_warning_is_one_line(capsys, monkeypatch):
     (["pretrain", "--run", "x", "--data", "y", "--task.low", "21"], "need 1 <= low <= high"),
     (["grpo", "--run", "x", "--base", "y", "--group-size", "1"], "--group-size is 1"),
     (["grpo", "--run", "x", "--base", "y", "--loss.mean", "median"], "loss: mean is 'median'"),
-    (["grade", *RIGHT[:-1], "-1"], "weights are accuracy 1.0 and format -1.0"),
+    (["grade", *RIGHT[:-1], "-1"], "weights are accuracy 1.0, format -1.0"),
     (["demo", "--rl-steps", "0"], "--rl-steps is 0"),
     (["pretrain", "--run", "x", "--data"], "--data needs a value behind it"),
 ])

@@ -52,6 +52,26 @@ def test_both_runs_are_equal_but_for_the_mistake(mistake, tmp_path):
     assert all(name in PANELS for name in shown(c)) and len(shown(c)) in (2, 3)
 
 
+def test_the_control_is_compared_like_a_mistake(tmp_path, capsys):
+    c = config(tmp_path, mistake=None, control="random", seed=3)
+    right, coin = (asdict(config_of_run(c, broken)) for broken in (False, True))
+    assert {name for name in right if right[name] != coin[name]} == {"run", "control"}
+    assert (right["control"], coin["control"]) == ("none", "random")
+    compare(c)
+    text = (tmp_path / "both/compare.txt").read_text()
+    assert text.startswith("control random: the rewards say nothing of the answers") and "kl_to_refer" in text
+    assert "BROKEN ON PURPOSE" not in capsys.readouterr().err
+    assert module.label_of_second(c) == "control random"  # in the picture
+    words = text.split()
+    assert words[words.index("right"):][:2] == ["right", "control"] and "broken" not in text
+    assert {path.name for path in (tmp_path / "both").iterdir() if path.is_dir()} == {"right", "control"}
+    # What is said of it names the kind of control that it was measured with.
+    assert "24 steps of --control permute left" in text and "--control random was not measured" in text
+    for changes in (dict(mistake=None), dict(control="random")):  # nothing differs, or two things do
+        with pytest.raises(ValueError, match="expected either --break NAME or --control permute"):
+            config(tmp_path, **changes)
+
+
 @pytest.mark.parametrize("mistake", ["sum_of_groups", "no_end_token", "wrong_group", "flipped_k3"])
 def test_compare_runs_both_says_and_draws_it(mistake, tmp_path, capsys):
     path = compare(config(tmp_path, mistake=mistake, steps=3))

@@ -30,6 +30,8 @@ CASES = [
      dict(accuracy=(0.4, 0.1), entropy=(0.3, 0.79)), {}),
     ("degenerate", dict(accuracy=(0.4, 0.19), entropy=(0.3, 3.0)),
      dict(accuracy=(0.4, 0.21), entropy=(0.3, 3.0)), {}),
+    ("collapsed", dict(accuracy=(0.3, 0.8, 0.0)), dict(accuracy=(0.3, 0.8, 0.06)), {}),
+    ("collapsed", dict(accuracy=(0.2, 0.4, 0.0)), dict(accuracy=(0.2, 0.31, 0.0)), {}),
     ("fell", dict(accuracy=(0.8, 0.68)), dict(accuracy=(0.8, 0.72)), {}),
     ("cut_off", dict(truncated=0.26), dict(truncated=0.24), {}),
     ("too_hard", dict(all_wrong=0.81, accuracy=0.02), dict(all_wrong=0.79, accuracy=0.02), {}),
@@ -39,6 +41,9 @@ CASES = [
     ("wild_ratios", dict(ratio_max=21.0), dict(ratio_max=19.0), {"updates_per_step": 4}),
     ("too_much_clipped", dict(clipped_low=0.15, clipped_high=0.16), dict(clipped_low=0.15, clipped_high=0.14),
      {"updates_per_step": 4}),
+    ("entropy_death", dict(entropy=(0.5, 0.019), dead_groups=0.61),
+     dict(entropy=(0.5, 0.019), dead_groups=0.59), {}),
+    ("entropy_death", dict(entropy=0.019, dead_groups=0.7), dict(entropy=0.021, dead_groups=0.7), {}),
     ("entropy_is_gone", dict(entropy=(0.5, 0.04)), dict(entropy=(0.5, 0.06)), {}),
     ("far_from_reference", dict(accuracy=0.4, kl_to_reference=0.51),
      dict(accuracy=0.4, kl_to_reference=0.49), {}),
@@ -46,6 +51,10 @@ CASES = [
     ("critic_is_blind", dict(value_explained=-0.01), dict(value_explained=0.01), {}),
     ("form_without_sense", dict(accuracy=(0.40, 0.35), format=(0.5, 0.65), wobble=0.0),
      dict(accuracy=(0.40, 0.35), format=(0.5, 0.59), wobble=0.0), {}),
+    ("form_only", dict(format=(0.3, 0.41), reward=(0.1, 0.13), accuracy=0.0, wobble=0.0),
+     dict(format=(0.3, 0.39), reward=(0.1, 0.13), accuracy=0.0, wobble=0.0), {}),
+    ("form_only", dict(format=(0.3, 0.5), reward=(0.4, 0.43), accuracy=0.3),
+     dict(format=(0.3, 0.5), reward=(0.4, 0.41), accuracy=0.3), {}),
     ("flat", dict(accuracy=(0.40, 0.415), wobble=0.0), dict(accuracy=(0.40, 0.43), wobble=0.0), {}),
     ("loss_is_zero", dict(loss=0.29), dict(loss=0.31), {}),
 ]
@@ -79,7 +88,7 @@ def test_a_rule_speaks_beyond_its_threshold_and_is_silent_before(rule, beyond, b
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"control": True}, {"updates_per_step": 8}, {"algo": "dapo"}, {"algo": "ppo"}, {"algo": "gspo"}])
+    {}, {"control": "permute"}, {"updates_per_step": 8}, {"algo": "dapo"}, {"algo": "ppo"}, {"algo": "gspo"}])
 @pytest.mark.parametrize("metrics", [
     {}, dict(accuracy=(0.3, 0.98), all_right=(0.0, 0.75), dead_groups=(0.0, 0.5), entropy=(0.6, 0.02)),
     dict(entropy=(2.0, 0.3)), dict(kl_to_reference=(0.0, 0.9)), dict(wobble=0.1), dict(steps=12),
@@ -90,16 +99,32 @@ def test_a_healthy_run_hears_of_its_loss_alone(metrics, changes):
 
 def test_the_control_is_not_told_that_it_stands_still():
     rows = log(accuracy=0.3)
-    assert "flat" in advice(rows, C) and "flat" not in advice(rows, flags(control=True))
+    assert "flat" in advice(rows, C) and "flat" not in advice(rows, flags(control="permute"))
+    for older, is_flat in ((False, True), (True, False)):  # of runs from when it was a switch
+        assert ("flat" in advice(rows, C | {"control": older})) == is_flat
 
 
 @pytest.mark.parametrize("rule, metrics, changes", [
     ("loss_is_zero", {}, {"updates_per_step": 2}), ("loss_is_zero", {}, {"algo": "rloo"}),
-    ("loss_is_zero", {"trained_samples": 0}, {}),
+    ("loss_is_zero", {"trained_samples": 0}, {}), ("loss_is_zero", {"gradient_norm": 0.0}, {}),
     ("sampler_is_off", dict(logp_gap_mean=0.1), {"loss__max_importance": 2.0}),
     ("too_much_clipped", dict(clipped_low=0.9), {"algo": "gspo"}),
     ("entropy_is_gone", dict(entropy=(0.5, 0.01), accuracy=(0.3, 0.95)), {}),
     ("far_from_reference", dict(kl_to_reference=3.0, accuracy=(0.3, 0.4)), {}),
+    ("collapsed", dict(accuracy=(0.3, 0.8, 0.0)), {"control": "random"}),
+    ("collapsed", dict(accuracy=0.02), {}),
+    ("degenerate", dict(accuracy=(0.3, 0.8, 0.0), format=(0.9, 0.0)), {}),  # the collapse says it
+    ("fell", dict(accuracy=(0.3, 0.8, 0.0)), {}),
+    ("cut_off", dict(accuracy=(0.3, 0.8, 0.0), truncated=0.9), {}),
+    ("entropy_death", dict(entropy=0.01, dead_groups=0.9, accuracy=0.95), {}),  # learned, not dead
+    ("entropy_death", dict(entropy=0.0, dead_groups=1.0, trained_samples=0), {}),  # not measured
+    ("entropy_death", dict(entropy=0.01, dead_groups=0.9), {"algo": "reinforce"}),
+    ("entropy_is_gone", dict(entropy=(0.5, 0.01), dead_groups=0.7), {}),
+    ("little_signal", dict(entropy=0.01, dead_groups=0.7), {}),
+    ("form_only", dict(format=(0.3, 0.9), reward=(0.4, 0.8), accuracy=(0.3, 0.36), wobble=0.0), {}),
+    ("form_only", dict(format=(0.3, 0.9), reward=0.4, accuracy=0.3), {}),
+    ("form_only", dict(format=(0.3, 0.9), reward=(0.4, 0.6), accuracy=0.3, steps=29), {}),
+    ("form_only", dict(format=(0.3, 0.9), reward=(0.4, 0.6), accuracy=0.3), {"control": "permute"}),
     ("fell", dict(accuracy=(0.8, 0.65), wobble=0.2), {}), ("flat", dict(accuracy=0.95), {}),
     ("flat", dict(steps=49, accuracy=0.5), {}), ("critic_is_blind", dict(steps=19, value_explained=-1), {}),
     ("little_signal", dict(dead_groups=0.9, all_wrong=0.9), {}), ("too_hard", dict(steps=9, all_wrong=1), {}),
@@ -129,6 +154,15 @@ def test_what_explains_the_others_comes_first_and_consequences_are_left_out():
     ("far_from_reference", dict(accuracy=0.4, kl_to_reference=2), {}, "--loss.kl-coef 0.001"),
     ("critic_is_blind", dict(value_explained=-0.5), {"advantage__lam": 0.9}, "--advantage.lam 1"),
     ("little_signal", dict(dead_groups=0.9, all_wrong=0.5), {}, "90% of groups have no signal (all wr"),
+    ("collapsed", dict(accuracy=(0.3, 0.9, 0.0), kl_to_reference=(0.0, 2.0), length=(40, 80)), {},
+     "fell below half at step 42, where the KL to the reference was 1.56 nats per token and answers were 71"),
+    ("collapsed", dict(accuracy=(0.3, 0.9, 0.0)), {"eval_every": 5}, "the best checkpoint is kept."),
+    ("collapsed", dict(accuracy=(0.3, 0.9, 0.0)), {"updates_per_step": 4}, "fewer --updates-per-step"),
+    ("collapsed", dict(accuracy=(0.3, 0.9, 0.0)), {"loss__kl_coef": 0.01}, "--loss.kl-coef 0.02"),
+    ("entropy_death", dict(entropy=(0.5, 0.01), dead_groups=0.7), {}, "0.010 nats per token (at first 0.50)"),
+    ("entropy_death", dict(entropy=0.01, dead_groups=0.7), {}, "0.010 nats per token, so 70% of groups"),
+    ("form_only", dict(format=(0.3, 0.5), reward=(0.1, 0.2), accuracy=0.0, wobble=0.0), {}, "r1zero grade"),
+    ("form_only", dict(format=(0.3, 0.5), reward=(0.1, 0.2), accuracy=0.3), {}, "--rewards.format-weight"),
 ])
 def test_advice_says_its_metric_and_fits_the_flags(rule, metrics, changes, said):
     assert said in advice(log(**metrics), flags(**changes))[rule]
@@ -139,6 +173,8 @@ def test_advice_says_its_metric_and_fits_the_flags(rule, metrics, changes, said)
     ("entropy_is_gone", dict(entropy=(0.5, 0.01)), {}, "clip-high"),  # no ratio meets a bound
     ("critic_is_blind", dict(value_explained=-0.5), {}, "--advantage.lam"),  # is 1 already
     ("little_signal", dict(dead_groups=0.9), {"dynamic_sampling": 3}, "--dynamic-sampling"),
+    ("collapsed", dict(accuracy=(0.3, 0.9, 0.0)), {"eval_every": 5}, "--eval-every"),
+    ("collapsed", dict(accuracy=(0.3, 0.9, 0.0), kl_to_reference=NAN), {}, "KL to the reference was"),
 ])
 def test_advice_does_not_name_what_is_done_already(rule, metrics, changes, unsaid):
     assert unsaid not in advice(log(**metrics), flags(**changes))[rule]
@@ -161,7 +197,11 @@ def test_advice_names_flags_and_commands_that_exist(capsys):
 
 @pytest.mark.parametrize("rule, metrics, changes", [
     ("sampler_is_off", dict(logp_gap_mean=0.1), {"loss": {}}),
-    ("fell", dict(accuracy=(0.8, 0.6)), {"control": None}), ("flat", dict(accuracy=0.4), {"control": "no"}),
+    ("fell", dict(accuracy=(0.8, 0.6)), {"control": None}),
+    ("collapsed", dict(accuracy=(0.3, 0.8, 0.0)), {"control": None}),
+    ("form_only", dict(format=(0.3, 0.5), reward=(0.1, 0.2), accuracy=0.3), {"control": None}),
+    ("entropy_death", dict(entropy=0.01, dead_groups=0.7), {"advantage": None}),
+    ("flat", dict(accuracy=0.4), {"control": "no"}),
     ("little_signal", dict(dead_groups=0.9), {"advantage": None}),
     ("too_much_clipped", dict(clipped_low=0.5), {"loss": {"objective": 3}}),
     ("gradient_is_cut", dict(gradient_norm=9), {"optim": []}),
@@ -214,6 +254,12 @@ def test_a_loop_prints_it_once_and_a_resumed_loop_not_again(tmp_path, capsys):
     assert capsys.readouterr().err.count("[loss_is_zero] The loss is about 0") == 1
     grpo(grpo_config(tmp_path / "run", base, steps=4, resume=True))
     assert "[loss_is_zero]" not in capsys.readouterr().err
+
+
+def test_the_step_of_a_collapse_is_the_first_of_the_low_end_and_not_an_earlier_dip():
+    rows = [{"step": step, "accuracy": 0.1 if step == 20 or step > 43 else 0.6} for step in range(1, 60)]
+    assert History(rows, C).falls_below("accuracy", 0.3) == {"step": 44, "accuracy": 0.1}
+    assert History(rows[:43], C).falls_below("accuracy", 0.3) == {} == History([], C).falls_below("x", 1.0)
 
 
 # ---- rows that a log should not hold ----

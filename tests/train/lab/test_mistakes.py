@@ -261,7 +261,8 @@ def test_the_help_of_compare_names_every_mistake():
                 if isinstance(node, ast.ClassDef) and node.name == "CompareConfig"]
     names = [ast.unparse(getattr(node, "target", ast.Constant(""))) for node in config.body]
     text = config.body[names.index("mistake") + 1].value.value
-    assert set(re.findall(r"\w+", text)) - {"The", "mistake", "or"} == set(MISTAKES)
+    _, _, listed = text.partition(":")
+    assert set(re.findall(r"\w+", listed)) - {"or"} == set(MISTAKES)
 
 
 def test_the_core_knows_no_mistake():

@@ -53,6 +53,14 @@ def test_a_finished_demo_is_neither_overwritten_nor_done_again(finished, capsys)
     assert weights.stat().st_mtime_ns == before
 
 
+def test_a_finished_demo_is_not_shown_under_other_flags_and_nothing_is_written(finished, capsys):
+    record = finished / "demo.json"
+    before = record.read_bytes()
+    other = ["--rewards.format-weight", "0.7"]
+    assert main(["demo", "--run", str(finished), "--seeds", "3", "--resume", *SMALL, *other]) == 2
+    assert "--rewards.format-weight" in capsys.readouterr().err and record.read_bytes() == before
+
+
 def test_a_demo_that_lost_its_later_parts_does_only_those_again(finished):
     """As after a kill between R1-Zero and the control: the base stays, what comes after is made anew, the
     same."""

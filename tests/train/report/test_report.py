@@ -4,19 +4,25 @@ import math
 import re
 import shlex
 import shutil
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from r1zero.rl.rewards import RewardConfig
 from r1zero.train.cli.main import COMMANDS, parse_flags
+from r1zero.train.cli.show import ShowConfig
 from r1zero.train.grpo import GRPOConfig
-from r1zero.train.recipes.demo import DemoConfig
+from r1zero.train.recipes.demo import DemoConfig, grpo_config
 from r1zero.train.report import plots
+from r1zero.train.report.background import resume_command
 from r1zero.train.report.demo_plots import CURVES, line_of
 from r1zero.train.report.record import read_demo
 from r1zero.train.report.report import seeds_table, write_report
 from r1zero.train.report.results import what_got_worse
+from r1zero.train.rollout_files import append_member, part_path
+from r1zero.train.settings import settings_of
 
 from .report_cases import CONFIG, Tags, lines, make_demo
 
@@ -218,16 +224,39 @@ def test_no_gain_is_called_no_gain(demo):
     assert "equations that are true (100.0 % → 80.0 %)" in Tags(report(demo)).text
 
 
+def test_it_says_how_to_see_every_group_where_they_were_kept(demo):
+    assert "r1zero show" not in report(demo)
+    append_member(part_path(demo / "seed0" / "rl", 1), 1, b"{}\n")
+    [command] = re.findall("<code>(r1zero show .*?)</code>", report(demo))
+    flags = parse_flags("show", ShowConfig, shlex.split(Tags(command).text)[2:])
+    assert flags.run == str(demo / "seed0" / "rl")
+
+
 def test_the_commands_that_it_prints_parse(demo):
-    config = {"seed": 3, "max_new_tokens": 128, "optim": {"lr": 2e-4}, "rewards": {"format_weight": 0.2},
-              "task": {"options": ["high=9", "ops=+-"]}}
+    rewards = {"format_weight": 0.2, "coherence_weight": 0.0, "efficiency_weight": 0.5,
+               "plugin": "json:dumps", "plugin_weight": 0.1}
+    config = {"seed": 3, "max_new_tokens": 128, "optim": {"lr": 2e-4}, "rewards": rewards,
+              "loss": {"overlong_filter": True}, "task": {"options": ["high=9", "ops=+-"]}}
     (demo / "seed0" / "rl" / "run.json").write_text(json.dumps({"config": config}))
     text = re.findall("<pre>(.*?)</pre>", report(demo), re.DOTALL)[-1]
     commands = [shlex.split(line) for line in Tags(text).text.replace("\\\n", "").splitlines()
                 if line.startswith("r1zero")]
     assert [words[1] for words in commands] == ["chat", "grpo", "demo", "demo", "demo"]
     grpo = parse_flags("grpo", GRPOConfig, commands[1][2:])
-    assert grpo.task.options == ("high=9", "ops=+-") and grpo.rewards.format_weight == 0.2
+    assert grpo.task.options == ("high=9", "ops=+-") and grpo.rewards == RewardConfig(**rewards)
     assert (grpo.seed, grpo.max_new_tokens, grpo.optim.lr, grpo.resume) == (3, 128, 2e-4, True)
+    assert grpo.loss.overlong_filter
     assert [parse_flags("demo", DemoConfig, words[2:]).seeds for words in commands[2:]] == ["0,1,2", "0", "0"]
     assert {words[1] for words in commands} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_the_command_to_go_on_has_the_settings_of_the_run(demo, control):
+    config = DemoConfig(rewards=RewardConfig(format_weight=0.1))
+    began = grpo_config(config, demo / "seed0", 7, control)
+    (demo / "seed0" / "rl" / "run.json").write_text(json.dumps({"config": asdict(began)}))
+    _, [seed] = read_demo(demo)
+    words = shlex.split(resume_command(seed).replace("\\\n", ""))
+    goes_on = parse_flags("grpo", GRPOConfig, words[2:])
+    free = {"steps", "resume", "run", "save_every"}
+    assert settings_of(goes_on, free) == settings_of(began, free)

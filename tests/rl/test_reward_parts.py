@@ -1,0 +1,183 @@
+"""The parts of a reward beside accuracy and format, dead groups, and the control: by hand."""
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from r1zero.eval.response import Sample
+from r1zero.eval.tasks.countdown import Countdown, CountdownProblem
+from r1zero.rl.advantages import AdvantageConfig, Credit
+from r1zero.rl.control import CONTROLS, random_rewards
+from r1zero.rl.rewards import Grader, RewardConfig, check_parts, judge
+from r1zero.rl.rollouts import DynamicSampler, Rollouts
+from r1zero.rl.shaping import efficiency
+
+from .cases import algorithm
+
+PROBLEM = CountdownProblem((3, 7, 9), 13)
+RIGHT, WRONG = (f"<think>{{}}</think><answer>{answer}</answer>" for answer in ("9-3+7", "9+3-7"))
+
+
+def rollouts(texts, lengths, sizes, step: int = 0) -> Rollouts:
+    """Groups of these sizes, of answers with these texts and numbers of tokens."""
+    tokens = [np.full(1 + length, n) for n, length in enumerate(lengths)]
+    return Rollouts([PROBLEM] * len(sizes), tokens, np.ones(len(texts), int), np.cumsum([0, *sizes]), [],
+                    ["stop"] * len(texts), list(texts), 1.0, step)
+
+
+# An all-right group, an all-wrong one and a mixed one, whose lengths and equations differ.
+MIXED = rollouts([RIGHT.format("9-7=2"), RIGHT.format("9-7=3"), WRONG.format("9-7=2"), WRONG.format("9-7=3"),
+                  RIGHT.format("9-7=2"), WRONG.format("9-7=3")], [10, 20, 10, 20, 10, 20], [2, 2, 2])
+
+
+def graded(sampled=MIXED, **options):
+    return Grader(algorithm(**options))(Countdown, sampled)
+
+
+def advantages(rewards, baseline="group", scale="std") -> np.ndarray:
+    """[N], of the first token of each answer."""
+    credit = Credit(AdvantageConfig(baseline=baseline, scale=scale))
+    return credit(rewards, MIXED).per_token[MIXED.response_offsets[:-1]]
+
+
+# ---- efficiency ----
+
+def test_efficiency_is_kimis_length_reward():
+    lengths, right = np.array([10, 20, 30, 10, 20, 30, 7, 7, 9]), np.array([1, 1, 1, 0, 0, 0, 1, 0, 1])
+    found = efficiency(lengths, right, np.array([0, 3, 6, 8, 9]))
+    #                        right             wrong           one length, alone
+    assert found.tolist() == [0.5, 0, -0.5] + [0, 0, -0.5] + [0, 0, 0]
+    one = efficiency(np.array([10, 30, 20]), np.array([1, 0, 0]), np.array([0, 3]))
+    assert one.tolist() == [0.5, -0.5, 0]
+
+
+def test_each_part_is_kept_under_its_name_with_its_weight():
+    found = graded(rewards=dict(efficiency_weight=0.5, coherence_weight=0.25))
+    assert list(found.parts) == ["accuracy", "format", "coherence", "efficiency"]
+    assert found.parts["efficiency"].tolist() == [0.5, -0.5, 0, -0.5, 0.5, -0.5]
+    assert found.parts["coherence"].tolist() == [1, 0, 1, 0, 1, 0]
+    assert {name: found.weights[name] for name in found.parts} == {
+        "accuracy": 1.0, "format": 0.2, "efficiency": 0.5, "coherence": 0.25}
+    assert found.total.tolist() == pytest.approx([1.7, 0.95, 0.45, -0.05, 1.7, -0.05])
+
+
+def test_a_part_without_a_weight_is_not_graded():
+    assert list(graded().parts) == ["accuracy", "format"]
+    task = SimpleNamespace(grade=Countdown.grade, coherence=None)
+    assert Grader(algorithm())(task, MIXED).accuracy.tolist() == [1, 1, 0, 0, 1, 0]
+
+
+def test_a_tasks_own_coherence_must_be_a_number():
+    task = SimpleNamespace(name="mine", grade=Countdown.grade, coherence=lambda problem, response: None)
+    with pytest.raises(ValueError, match="the coherence of mine gave 'None', expected a finite number, for"):
+        judge(task, [Sample(PROBLEM, "a")], RewardConfig(coherence_weight=0.1))
+
+
+# ---- dead groups ----
+
+@pytest.mark.parametrize("part", ["efficiency_weight", "coherence_weight"])
+def test_shaping_does_not_revive_dead_groups_unless_it_is_asked_for(part):
+    found = graded(rewards={part: 0.5})
+    assert found.dead(MIXED.group_offsets).tolist() == [True, True, False]
+    for baseline, scale in (("group", "std"), ("group", "none"), ("leave_one_out", "none")):
+        assert advantages(found, baseline, scale)[:4].tolist() == [0] * 4  # exactly
+        assert advantages(found, baseline, scale)[4] > 0
+    asked = graded(rewards={part: 0.5}, dead_groups="reward")
+    assert asked.dead(MIXED.group_offsets).tolist() == [False, False, False]
+    assert (advantages(asked)[[0, 2, 4]] > 0).all()
+    assert (found.total == asked.total).all()  # what is logged is the same
+
+
+def test_within_live_groups_shaping_counts_whole():
+    found = graded(rewards=dict(efficiency_weight=0.5))
+    assert found.training[4:].tolist() == found.total[4:].tolist() == pytest.approx([1.45, -0.05])
+    assert found.training[:4].tolist() == pytest.approx([1.2, 1.2, 0.2, 0.2])
+
+
+def test_the_penalty_for_long_answers_revives_a_group_as_before():
+    found = graded(overlong_buffer=1.0, max_new_tokens=20)
+    assert not found.dead(MIXED.group_offsets).any() and found.penalty.tolist() == [0.5, 1] * 3
+    both = graded(overlong_buffer=1.0, max_new_tokens=20, rewards=dict(efficiency_weight=0.5))
+    assert both.parts["efficiency"][:4].any()  # but efficiency does not come back with it
+    assert not both.training_parts["efficiency"][:4].any()
+    assert (both.training_parts["efficiency"][4:] == both.parts["efficiency"][4:]).all()
+
+
+def test_dynamic_sampling_replaces_the_groups_that_the_setting_calls_dead():
+    for dead_groups, live in (("rules", [2]), ("reward", [0, 1, 2])):
+        grader = Grader(algorithm(dead_groups=dead_groups, rewards=dict(efficiency_weight=0.5)))
+        sampler = DynamicSampler(SimpleNamespace(), grader)
+        assert sampler.live_groups(Countdown, MIXED).tolist() == live
+
+
+# ---- the control ----
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_the_control_changes_what_is_trained_on_and_not_what_is_logged(control):
+    options = dict(rewards=dict(efficiency_weight=0.5, coherence_weight=0.25))
+    real, found = graded(**options), graded(**options, control=control)
+    assert (found.total == real.total).all() and found.parts.keys() == real.parts.keys()
+    many = [graded(dataclasses.replace(MIXED, weights_version=step), control=control) for step in range(40)]
+    assert any((each.training != real.training).any() for each in many)
+
+
+def test_the_shuffle_keeps_dead_groups_dead():
+    for step in range(20):
+        sampled = dataclasses.replace(MIXED, weights_version=step)
+        found = graded(sampled, control="permute", rewards=dict(efficiency_weight=0.5))
+        assert found.dead(MIXED.group_offsets).tolist() == [True, True, False]
+        assert sorted(found.training[4:]) == pytest.approx([-0.05, 1.45])
+
+
+def test_random_rewards_are_fair_and_know_nothing_of_the_answers():
+    texts = [RIGHT.format("")] * 2000 + [WRONG.format("")] * 2000
+    sampled = rollouts(texts, [5] * 4000, [16] * 250)
+    found = graded(sampled, control="random")
+    assert set(found.training) == {0.0, 1.0} and list(found.training_parts) == ["random"]
+    right, wrong = found.training[:2000].mean(), found.training[2000:].mean()
+    assert abs(right - 0.5) < 0.05 and abs(wrong - 0.5) < 0.05
+    assert graded(sampled, control="random").training.tolist() == found.training.tolist()
+    assert graded(sampled, control="random", seed=1).training.tolist() != found.training.tolist()
+    later = dataclasses.replace(sampled, weights_version=1)
+    assert graded(later, control="random").training.tolist() != found.training.tolist()
+
+
+def test_a_group_has_the_same_random_rewards_wherever_it_stands():
+    """Dynamic sampling looks at a round of groups first, and trains on those that it kept."""
+    kept = dataclasses.replace(MIXED, problems=[PROBLEM], sequences=MIXED.sequences[4:],
+                               prompt_lengths=np.ones(2, int), group_offsets=np.array([0, 2]),
+                               finish_reasons=["stop"] * 2, texts=MIXED.texts[4:])
+    for step in range(10):
+        whole, part = (random_rewards({}, dataclasses.replace(each, weights_version=step), 3)["random"]
+                       for each in (MIXED, kept))
+        assert whole[4:].tolist() == part.tolist()
+
+
+# ---- what is refused ----
+
+@pytest.mark.parametrize("options, fragment", [
+    (dict(control="shuffle"), "--control is 'shuffle', expected none or permute or random"),
+    (dict(control=True), "--control is True, expected none"),
+    (dict(dead_groups="all"), "--dead-groups is 'all', expected rules or reward"),
+])
+def test_an_unknown_word_is_refused(options, fragment):
+    with pytest.raises(ValueError, match=fragment):
+        algorithm(**options)
+
+
+@pytest.mark.parametrize("options", [
+    dict(accuracy_weight=0, format_weight=0, efficiency_weight=1), dict(efficiency_weight=-1),
+    dict(coherence_weight=float("nan")), dict(plugin_weight=float("inf")),
+    dict(accuracy_weight=0, format_weight=0)])
+def test_weights_that_leave_nothing_to_judge_are_refused(options):
+    with pytest.raises(ValueError, match="expected numbers of 0 or more, and one above 0 for accuracy"):
+        RewardConfig(**options)
+
+
+def test_coherence_is_refused_for_a_task_without_equations():
+    config = RewardConfig(coherence_weight=0.5)
+    check_parts(Countdown, config)
+    with pytest.raises(ValueError, match="coherence does not apply to the task gsm8k, which does not check"):
+        check_parts(SimpleNamespace(name="gsm8k"), config)
+    check_parts(SimpleNamespace(name="gsm8k"), RewardConfig())
