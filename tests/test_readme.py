@@ -92,8 +92,9 @@ def shown(language: str) -> str:
 
 FILES = {  # what the commands read
     "my.jsonl": shown("json") + "".join(f'{{"prompt": "Capital {i}? ", "answer": 1}}\n' for i in range(20)),
-    "my_rewards.py": shown("python") + "brevity = short_answers\n",
+    "my_rewards.py": shown("python"),
     "facts.jsonl": '{"text": "Capital of Chile? <think>in America</think><answer>Santiago</answer>"}\n' * 9,
+    "solved.jsonl": '{"text": "Question: 1+1? <think>1+1=2</think><answer>2</answer>"}\n' * 9,
     "gsm8k_train.jsonl": '{"question": "One hen lays 3 eggs. How many?", "answer": "#### 3"}\n' * 2,
     "plays.txt": "To be, or not to be: that is the question. " * 40,
     "pairs.jsonl": '{"prompt": "Who is there?", "response": "Nay, answer me."}\n' * 2,
@@ -107,6 +108,8 @@ def toy_size(words: list[str]) -> list[str]:
     command, _ = command_of(words[1:])
     assert command in TOY, f"README has `{' '.join(words)}`, but TOY in this test lacks {command!r}; add it"
     settings = dict(TOY[command])
+    if any(word.startswith("depth=") for word in words):
+        del settings["--model"]  # README wants its longer context
     if "--resume" in words and "--steps" in words:
         settings["--steps"] = "4"  # a resumed run has something left to do
     small = list(words)

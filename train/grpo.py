@@ -369,8 +369,6 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
     if config.mistake:
         warn_of(config.mistake)
     check_parts(task, config.rewards)
-    if notice := form_notice(task, config):
-        say(notice)
     run = Run(config, config.algo if config.control == "none" else "control")
     # A resumed run keeps the learning rate's schedule that it began with.
     algorithm = replace(config, steps=run.schedule_steps)
@@ -378,6 +376,8 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
     run.check_inputs(inputs_of(config, base))
     run.check_model(policy, tokenizer)
     check_room(config, task, policy, tokenizer)
+    if notice := form_notice(task, config):
+        say(notice)
     learner = make_learner(algorithm, task, base, start_weights(run))
     engine = learner.sampler.engine
     trained, more = trained_modules(learner, config)

@@ -66,7 +66,7 @@ def test_the_control_is_compared_like_a_mistake(tmp_path, capsys):
     assert words[words.index("right"):][:2] == ["right", "control"] and "broken" not in text
     assert {path.name for path in (tmp_path / "both").iterdir() if path.is_dir()} == {"right", "control"}
     # What is said of it names the kind of control that it was measured with.
-    assert "24 steps of --control permute left" in text and "--control random was not measured" in text
+    assert "12 steps of --control permute left" in text and "--control random was not measured" in text
     for changes in (dict(mistake=None), dict(control="random")):  # nothing differs, or two things do
         with pytest.raises(ValueError, match="expected either --break NAME or --control permute"):
             config(tmp_path, **changes)
