@@ -26,6 +26,7 @@ from ..eval.response import Graded, Sample, coherence_of, grade_response
 from .control import CONTROLS
 from .plugin import FLAG, check_sign, check_size, load_reward, plugin_rewards, probes
 from .shaping import (
+    OVERLONG,
     SHAPING,
     efficiency,
     groups_alike,
@@ -36,7 +37,7 @@ from .shaping import (
 
 # Names that a plug-in cannot have: those of the other parts, and of the fields that
 # `r1zero grade` writes beside them.
-TAKEN = ("accuracy", "format", *SHAPING, "overlong", *CONTROLS, "reward", "answer", "why", "line")
+TAKEN = ("accuracy", "format", *SHAPING, OVERLONG, *CONTROLS, "reward", "answer", "why", "line")
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Rewards:
     @property
     def penalty(self) -> np.ndarray:
         """[N]: what each answer lost for coming near the limit."""
-        return 0.0 - self.training_parts.get("overlong", np.zeros(len(self.total)))
+        return 0.0 - self.training_parts.get(OVERLONG, np.zeros(len(self.total)))
 
     @property
     def accuracy(self) -> np.ndarray:
@@ -200,7 +201,7 @@ class Grader:
 
     def __init__(self, config):
         self.config: RewardConfig = config.rewards
-        self.weights = self.config.weights | {"overlong": 1.0, "random": 1.0}
+        self.weights = self.config.weights | {OVERLONG: 1.0, "random": 1.0}
         # Loaded once: the folder that it was found in may go away during a run.
         self.plugin = load_reward(self.config.plugin) if self.config.plugin else None
         self.needs_positive = config.advantage.scale == "mean"

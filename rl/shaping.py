@@ -17,7 +17,7 @@ from itertools import pairwise
 import numpy as np
 
 SHAPING = ("efficiency", "coherence")  # the parts that do not count in dead groups
-OVERLONG = "overlong"
+OVERLONG = "overlong"  # the part that `lower_overlong` adds
 Parts = dict[str, np.ndarray]
 
 

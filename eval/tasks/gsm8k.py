@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 from ..lines import json_object
 from ..response import WHITE_SPACE, parse_response, quoted
 from .base import Grade, required_fields
-from .numbers import number_text, read_number
+from .numbers import read_number, text_of_number_field
 from .problem_file import FileTask
 from .prompts import TEMPLATES, check_template
 
@@ -70,10 +70,7 @@ def gold_of(record: Mapping[str, Any], name: str) -> str:
     [value] = required_fields(record, name)
     if isinstance(value, str):
         return gold_number(value)
-    try:
-        return number_text(value)
-    except ValueError as error:
-        raise ValueError(f'"{name}" should be text or a number: {error}') from None
+    return text_of_number_field(name, value)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, NamedTuple
 from ..lines import json_object
 from ..response import WHITE_SPACE, parse_response, quoted
 from .base import Grade, required_fields
-from .numbers import number_text, read_number
+from .numbers import read_number, text_of_number_field
 from .patterns import MAX_TEXT, compile_pattern, full_match
 from .problem_file import FileTask
 from .prompts import TEMPLATES, check_template
@@ -133,10 +133,7 @@ def answer_in(record: Mapping[str, Any]) -> str:
     if isinstance(value, str):
         text = checked_text("answer", value).strip(WHITE_SPACE)
     else:
-        try:
-            text = number_text(value)
-        except ValueError as error:
-            raise ValueError(f'"answer" should be text or a number: {error}') from None
+        text = text_of_number_field("answer", value)
     for tag in TAGS:
         if tag in text:
             raise ValueError(f'"answer" holds {tag}, which no answer block can hold')

@@ -76,6 +76,14 @@ def number_in_file(value: Any) -> Fraction:
     return Fraction(number_text(value))
 
 
+def text_of_number_field(name: str, value: Any) -> str:
+    """`number_text` of a field that might have been text: ValueError names the field."""
+    try:
+        return number_text(value)
+    except ValueError as error:
+        raise ValueError(f'"{name}" should be text or a number: {error}') from None
+
+
 def number_text(value: Any) -> str:
     """A number of JSON as text without an exponent: 72 is "72", and 72.0 is "72.0".
 

@@ -275,14 +275,15 @@ def group_samples(tokenizer, rollouts: Rollouts, rewards: Rewards, advantages) -
     return samples
 
 
-class Results:
-    """results.json of one seed: what was measured, and the seconds that each part took."""
+class PartResults:
+    """results.json of a recipe: what was measured, and the seconds that each part took."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, first_values: dict):
+        """first_values: what the file holds before anything is measured."""
         self.path = folder / "results.json"
-        self.values: dict = {"seconds": {}, "tokens": {}}
+        self.values: dict = {"seconds": {}, **first_values}
         if self.path.exists():
-            self.values = json.loads(self.path.read_text())
+            self.values = json.loads(self.path.read_text(encoding="utf-8"))
 
     def write(self) -> None:
         atomic_write_json(self.path, self.values)
@@ -292,6 +293,13 @@ class Results:
         total = self.values["seconds"].get(name, 0.0) + seconds
         self.values["seconds"][name] = total
         self.write()
+
+
+class Results(PartResults):
+    """Those of one seed of the demo."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder, {"tokens": {}})
 
     def is_measured(self, name: str, steps: int) -> bool:
         """Whether a part was measured at this number of steps."""

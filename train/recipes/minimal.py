@@ -29,7 +29,7 @@ from ...eval.harness import evaluate
 from ...eval.sampler import ModelSampler
 from ...model.checkpoint import checkpoint_steps, load_model
 from ...model.config import preset
-from ...model.files import atomic_write_json, atomic_write_text
+from ...model.files import atomic_write_text
 from ...model.optimizer import OptimConfig
 from ...model.tokenizer import Tokenizer
 from ...model.transformer import Transformer
@@ -41,7 +41,7 @@ from ..pretrain import PretrainConfig, pretrain
 from ..run import RunConfig, at_least
 from ..sft import SFTConfig, sft
 from ..task_flags import TaskFlags
-from .demo import check_part, run_part
+from .demo import PartResults, check_part, run_part
 from .minimal_text import FACTS, HELD_OUT, N_NUMBERS, make_task, pairs_file, question, words
 
 N_PAIRS = 6000  # examples of fine-tuning
@@ -272,14 +272,11 @@ def check_stages(config: MinimalConfig, folder: Path) -> None:
             )
 
 
-class Results:
-    """results.json: what was measured of each stage, and the seconds that each took."""
+class Results(PartResults):
+    """Those of each stage, with the configuration and the machine."""
 
     def __init__(self, folder: Path, config: MinimalConfig):
-        self.path = folder / "results.json"
-        self.values = {"stages": {}, "seconds": {}}
-        if self.path.exists():
-            self.values = json.loads(self.path.read_text(encoding="utf-8"))
+        super().__init__(folder, {"stages": {}})
         self.values |= {"config": asdict(config), "machine": describe_machine()}
 
     @property
@@ -296,12 +293,7 @@ class Results:
     def keep(self, name: str, steps: int, found: dict) -> None:
         """Note what was measured of a stage."""
         self.stages[name] = {"steps": steps, **found}
-        atomic_write_json(self.path, self.values)
-
-    def add_seconds(self, name: str, seconds: float) -> None:
-        """Add to the time of a stage, which may have been stopped and resumed."""
-        self.values["seconds"][name] = self.values["seconds"].get(name, 0.0) + seconds
-        atomic_write_json(self.path, self.values)
+        self.write()
 
 
 def minimal(config: MinimalConfig) -> Path:
