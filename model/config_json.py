@@ -17,7 +17,7 @@ Source: `modeling_rope_utils.py` of transformers 5.24.
 from numbers import Real
 
 from .config import ModelConfig
-from .families import FAMILIES, FULL, SLIDING, Family, nope_layers_of, no_window, window_if_used
+from .families import FAMILIES, FULL, SLIDING, Family, no_window, nope_layers_of, window_if_used
 from .rope_scaling import RopeScaling
 
 # Sizes that no default could guess, and their names here.

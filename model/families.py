@@ -34,9 +34,7 @@ PRE_NORM_NAMES: dict[str, tuple[str, ...]] = {
     "blocks.{}.attn.out.weight": (LAYER + "self_attn.o_proj.weight",),
     "blocks.{}.attn.out.bias": (LAYER + "self_attn.o_proj.bias",),
     "blocks.{}.mlp_norm": (LAYER + "post_attention_layernorm.weight",),
-    "blocks.{}.mlp.gate_up.weight": tuple(
-        LAYER + f"mlp.{x}_proj.weight" for x in ("gate", "up")
-    ),
+    "blocks.{}.mlp.gate_up.weight": tuple(LAYER + f"mlp.{x}_proj.weight" for x in ("gate", "up")),
     "blocks.{}.mlp.gate_up.bias": tuple(LAYER + f"mlp.{x}_proj.bias" for x in ("gate", "up")),
     "blocks.{}.mlp.down.weight": (LAYER + "mlp.down_proj.weight",),
     "blocks.{}.mlp.down.bias": (LAYER + "mlp.down_proj.bias",),
@@ -100,7 +98,7 @@ def window_if_used(content: dict, n_layers: int) -> tuple[int | None, tuple[int,
         return None, ()
     if kinds:
         return window, tuple(i for i, kind in enumerate(kinds) if kind == SLIDING)
-    # Configs without layer_types: SmolLM3 has the window where it has no RoPE, Qwen from a layer on.
+    # Without layer_types: SmolLM3 has the window where it has no RoPE, Qwen from a layer on.
     if "no_rope_layer_interval" in content:
         return window, nope_layers_of(content, n_layers)
     return window, tuple(range(min(content["max_window_layers"], n_layers), n_layers))
