@@ -122,8 +122,7 @@ def plain_data(value: Any) -> Any:
 
 def check_spelling(tokenizer: Tokenizer, text: Any, whose: str = "the text") -> None:
     """ValueError if what somebody typed spells a control token, which is named."""
-    # Runs of spaces are added tokens of some models, and stand in any text.
-    found = [name for name in tokenizer.control_tokens_in(str(text)) if not name.isspace()]
+    found = tokenizer.control_tokens_in(str(text))
     if found:
         raise ValueError(
             f"{whose} spells {ascii(found[0])}, a control token of this model, and would seem to "
@@ -154,7 +153,7 @@ def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], chat: bool) -> li
         conversations = [[{"role": "user", "content": text}] for text in texts]
         return [encode_messages(tokenizer, c, now=lambda: PROMPT_DATE) for c in conversations]
     encoded = tokenizer.encode_batch(texts)
-    if getattr(tokenizer, "adds_bos", False):
+    if tokenizer.adds_bos:
         return [[tokenizer.bos_id, *ids] for ids in encoded]
     return encoded
 

@@ -40,7 +40,7 @@ class ChatTokenizer:
         return self.encode(text)
 
     def control_tokens_in(self, text: str) -> list[str]:
-        return [name for name in (*self.names, "  ") if name in text]
+        return [name for name in self.names if name in text]
 
 
 def user(content, **fields) -> dict:
@@ -72,5 +72,6 @@ CONVERSATIONS = [
     [], [{}], [user(None)], [{"role": "user"}], [{"content": "a"}], [user(3)], [user(1.5)],
     [user(True)],
     [user(["a"])], [user({"a": 1})], [user([{"type": "text", "text": " q "}])],
-    [{"role": "__class__", "content": "x"}], [{"role": None, "content": "x"}], [{"role": ["user"], "content": "x"}]]
+    [{"role": "__class__", "content": "x"}], [{"role": None, "content": "x"}],
+    [{"role": ["user"], "content": "x"}]]
 VARIABLES = [{}, {"enable_thinking": False}, {"date_string": "1 Jan 2000"}, {"tools": [TOOL]}]

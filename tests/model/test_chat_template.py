@@ -135,7 +135,8 @@ def test_the_date_is_the_callers_and_that_of_prompts_never_changes():
 def test_a_prompt_of_a_chat_is_a_users_message_in_the_template():
     tokenizer = ChatTokenizer(adds_bos=True)  # the template writes no bos, so there is none
     assert encode_prompt(tokenizer, "hi", chat=True) == [
-        1001, *tokenizer.encode("user\nhi"), 1002, *tokenizer.encode("\n"), 1001, *tokenizer.encode("assistant\n")]
+        1001, *tokenizer.encode("user\nhi"), 1002, *tokenizer.encode("\n"),
+        1001, *tokenizer.encode("assistant\n")]
     one_bos = ChatTokenizer("{{ bos_token }}{{ messages[0].content }}", adds_bos=True)
     assert encode_prompt(one_bos, "hi", chat=True) == [1000, *tokenizer.encode("hi")]
 
