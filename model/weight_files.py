@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from .files import atomic_write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-PIECE_BYTES = 1 << 24  # how much of a file is read at one time
+PIECE_BYTES = 1 << 23  # how much of a file is read at one time
 SHARD_BYTES = 4 << 30  # the largest file that is written
 MOST_NAMED = 6  # names that a message lists
 # Names of dtypes in a safetensors file. A weight in fp8 has its scales under a name of their own.
@@ -73,8 +73,8 @@ def files_of(folder: Path) -> dict[Path, set[str] | None]:
     if not index.exists():
         if not single.exists():
             raise ValueError(
-                f"{folder} has neither {SINGLE} nor {INDEX}; other formats of weights (.bin, .gguf) "
-                "are not read: take the safetensors of the model"
+                f"{folder} has neither {SINGLE} nor {INDEX}; other formats (.bin, .gguf) are "
+                "not read: take the safetensors of the model"
             )
         return {single: None}
 
