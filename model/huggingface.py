@@ -187,13 +187,14 @@ def read_weights(
 
     # 1. What should be there, and what is, before any memory is taken.
     with torch.device("meta"):
-        model = Transformer(config, precision.dtype, precision.fp32_head).to(dtype)
-    parts, stored = parts_of(model, names), stored_tensors(folder)
+        parts = parts_of(Transformer(config), names)
+    stored = stored_tensors(folder)
     expected = expected_shapes(parts, stored, block, config.tie_embeddings)
     try:
         check_tensors(expected, stored, is_fp8=block is not None)
         # 2. Memory that nothing has written to, and each tensor into its place there.
-        model = model.to_empty(device=device)
+        with torch.device(device):
+            model = Transformer(config, precision.dtype, precision.fp32_head).to(dtype)
         parameters = dict(model.named_parameters())
         for part in parts:
             copy_tensor(parameters[part.parameter][part.rows], part.name, stored, block)

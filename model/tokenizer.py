@@ -4,23 +4,26 @@
     Tokenizer.from_words(["10", " -> "])        bytes, and whole words as one token each: toy tasks
     Tokenizer.from_ranks_file("gpt2.tiktoken")  ranks that somebody else made
     Tokenizer.train(texts, 1024)                BPE of your own text, by the library `tokenizers`
+    read_tokenizer(folder)                      that of an open model (see tokenizer_json.py)
 
 Each is a tiktoken `Encoding`. A pattern cuts the text into pieces; inside a piece the neighbouring
 pair with the lowest rank is merged first. A piece that is a rank itself is that token at once.
 
 Ids 0 .. n-1 are the ranks. Special tokens have ids above; without others they are `<|bos|>` = n and
 `<|eos|>` = n + 1. A document or a response ends with `eos_id`; sampling stops at any of `eos_ids`.
-No text makes a special token: what spells `<|eos|>` is ordinary text.
+
+There are two ways to encode. `encode` is for what somebody wrote: no text makes a control token,
+what spells `<|eos|>` is ordinary text. `encode_template` is for text that a program composed, as a
+chat template does: there `<|eos|>` is the token. Both are the same on any other text.
 
 The vocabulary may be larger than the ids that mean something, as in models whose embedding is
 padded to a round number. A model can sample such an id: it reads as U+FFFD.
 
-Left out: chat templates (a task writes its own prompt), normalisation (it would break the round
-trip), a pad or unknown token (batches are flat, and every byte is a token).
+Left out: normalisation, except in open models that need it (it breaks the round trip), a pad or
+unknown token (batches are flat, and every byte is a token).
 """
 
 import base64
-import binascii
 import hashlib
 import json
 import os
@@ -34,16 +37,15 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+from .added_tokens import AddedToken, AddedTokens
+from .byte_letters import from_letters
+from .ranks_file import read_ranks
+from .split_pattern import ANY_CHARACTER, GPT2_PATTERN
+
 FORMAT = 1  # of to_dict
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>")  # of a tokenizer that is given no others
 UNKNOWN = "\ufffd".encode()  # what an id without a meaning reads as
 SINGLE_BYTES = [bytes([b]) for b in range(256)]
-
-# The split of GPT-2 (openai/gpt-2, src/encoder.py): English endings, then letters, digits or other
-# signs with at most one space in front. A longer run of white space leaves its last character to
-# the word after it.
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-ANY_CHARACTER = r"[\s\S]"
 
 MAX_TRAINED_VOCAB = 1_000_000  # more is a typing mistake
 MAX_WORD_BYTES = 50_000  # of all words; from about 80,000 the regex engine is 1,000 times slower
@@ -70,78 +72,6 @@ def safe_parts(text: str) -> Iterator[str]:
 def without_surrogates(text: str) -> str:
     """Join surrogate pairs. A lone surrogate is no character; it becomes U+FFFD, as in tiktoken."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def byte_of_letter() -> dict[str, int]:
-    """The letters in which byte-level BPE libraries write bytes (openai/gpt-2, src/encoder.py).
-
-    Printable Latin-1 stands for itself; the other 68 bytes, in order, are U+0100, U+0101, ...
-    """
-    itself = [b for b in range(256) if 33 <= b <= 126 or (161 <= b <= 255 and b != 173)]
-    others = [b for b in range(256) if b not in itself]
-    return {chr(b): b for b in itself} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-def _token_and_rank(line: bytes) -> tuple[bytes, int] | None:
-    """The two fields of a line in a ranks file; None if it is malformed."""
-    fields = line.split()
-    if len(fields) != 2 or not fields[1].isdigit() or len(fields[1]) >= 10:
-        return None
-    try:
-        token = base64.b64decode(fields[0], validate=True)
-    except binascii.Error:
-        return None
-    return (token, int(fields[1])) if token else None
-
-
-def read_ranks(path: str | Path) -> list[bytes]:
-    """The tokens in a .tiktoken file, by rank. Each of its lines is `base64-of-the-token rank`.
-
-    Raises ValueError for a file that is missing, empty, binary or no such list (with the line's
-    number), for a rank or token given twice, and for a rank left out.
-    """
-    wanted = "a ranks file has lines `base64 rank`, as GPT-2's gpt2.tiktoken"
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(
-            f"ranks file {path} cannot be read ({error.strerror}); check the path"
-        ) from None
-    if not data.strip():
-        raise ValueError(f"ranks file {path} is empty; {wanted}")
-    if not data.isascii() or b"\0" in data:
-        raise ValueError(f"ranks file {path} is binary; {wanted}")
-
-    token_of_rank: dict[int, bytes] = {}
-    line_of_token: dict[bytes, int] = {}
-    for number, line in enumerate(data.split(b"\n"), 1):
-        if not line.split():
-            continue
-        if (found := _token_and_rank(line)) is None:
-            raise ValueError(
-                f"ranks file {path}, line {number}: got {line[:60].decode()!r}; {wanted}"
-            )
-        token, rank = found
-        if rank in token_of_rank:
-            raise ValueError(
-                f"ranks file {path}, line {number}: rank {rank} was given before, on line "
-                f"{line_of_token[token_of_rank[rank]]}; each rank stands once"
-            )
-        if token in line_of_token:
-            raise ValueError(
-                f"ranks file {path}, line {number}: token {token!r} was given before, on line "
-                f"{line_of_token[token]}; each token stands once"
-            )
-        token_of_rank[rank] = token
-        line_of_token[token] = number
-
-    for rank in range(len(token_of_rank)):
-        if rank not in token_of_rank:
-            raise ValueError(
-                f"ranks file {path}: it has {len(token_of_rank)} ranks but rank {rank} is "
-                "missing; they must run from 0 without a gap (leave out special tokens)"
-            )
-    return [token_of_rank[rank] for rank in range(len(token_of_rank))]
 
 
 # ---- the tokenizer ----
@@ -178,8 +108,14 @@ class Tokenizer:
 
     kind: "bytes", "words" or "bpe". ranks: the ordinary tokens as bytes; a token's index is its id.
     special_tokens: {name: id}. bos_id: None if there is none. eos_ids: the ids that end a text;
-    eos_id is the first. vocab_size: all ids, also those that mean nothing.
+    eos_id is the first. vocab_size: all ids, also those that mean nothing. n_ids: the highest id
+    that means something, and 1. added: the added tokens, special or not.
     """
+
+    adds_bos = False
+    """Does a prompt of the model begin with bos_id?"""
+    chat_template: str | None = None
+    """A jinja template of conversations, if the model has one."""
 
     def __init__(
         self,
@@ -222,11 +158,22 @@ class Tokenizer:
             mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
             special_tokens=self.special_tokens,
         )
-        # What each id reads as: special tokens as nothing, ids without a meaning as U+FFFD.
-        self.name_of_special = {i: name for name, i in self.special_tokens.items()}
-        self.bytes_of_id = ranks + [UNKNOWN] * (vocab_size - len(ranks))
-        for i in self.name_of_special:
-            self.bytes_of_id[i] = b""
+        added = [AddedToken(i, name) for name, i in self.special_tokens.items()]
+        self._set_meanings(dict(enumerate(ranks)), AddedTokens(added))
+
+    def _set_meanings(self, token_of_id: dict[int, bytes], added: AddedTokens) -> None:
+        """What each id reads as: special tokens as nothing, ids without a meaning as U+FFFD.
+
+        token_of_id: the ordinary tokens. added: the others.
+        """
+        self.added = added
+        self.name_of_special = {t.id: t.content for t in added.tokens if t.special}
+        shown = {t.id: t.content.encode() for t in added.tokens if not t.special}
+        meanings = token_of_id | shown | dict.fromkeys(self.name_of_special, b"")
+
+        self.n_ids = 1 + max(meanings)
+        self.meaningless = set(range(self.vocab_size)) - meanings.keys()
+        self.bytes_of_id = [meanings.get(i, UNKNOWN) for i in range(self.vocab_size)]
         self.n_bytes_V = np.array([len(token) for token in self.bytes_of_id])
 
     def _check_ids(self) -> None:
@@ -360,17 +307,36 @@ class Tokenizer:
         # Its ids are ranks: first the 256 letters, then the merges in order.
         id_of_token = library.get_vocab()
         by_rank = sorted(id_of_token, key=id_of_token.__getitem__)
-        byte_of = byte_of_letter()
-        ranks = [bytes(byte_of[letter] for letter in token) for token in by_rank]
-        return cls("bpe", GPT2_PATTERN, ranks)
+        return cls("bpe", GPT2_PATTERN, [from_letters(token) for token in by_rank])
 
     # Text to ids
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, never a special one; the caller adds bos and eos.
+        """Ids of the text, never a control token; the caller adds bos and eos.
 
         `decode` returns the same text, except that a lone surrogate (no character) becomes U+FFFD.
         """
+        return self._encode_ordinary(text)
+
+    def encode_template(self, text: str) -> list[int]:
+        """Ids of a text in which added tokens are spelled, as Hugging Face's tokenizers encode it.
+
+        No bos is put in front. Never use it on what a user wrote (see `control_tokens_in`).
+        """
+        ids = []
+        for piece in self.added.split(text):
+            ids += self._encode_ordinary(piece) if isinstance(piece, str) else [piece.id]
+        return ids
+
+    def control_tokens_in(self, text: str) -> list[str]:
+        """The control tokens that `encode_template` would find in a text, each once."""
+        pieces = self.added.split(without_surrogates(text))
+        found = [piece.content for piece in pieces if isinstance(piece, AddedToken)]
+        blank = {token.content for token in self.added.tokens if token.is_blank}
+        return [content for content in dict.fromkeys(found) if content not in blank]
+
+    def _encode_ordinary(self, text: str) -> list[int]:
+        """Ids of a text without added tokens."""
         parts = [self.encoding.encode_ordinary(part) for part in safe_parts(text)]
         return parts[0] if len(parts) == 1 else [i for part in parts for i in part]
 
@@ -422,9 +388,9 @@ class Tokenizer:
         [token_id] = self.checked([token_id])
         if token_id in self.name_of_special:
             return self.name_of_special[token_id]
-        if token_id >= len(self.ranks):
+        if token_id in self.meaningless:
             return f"<|{token_id}|>"
-        return self.ranks[token_id].decode("utf-8", errors="backslashreplace")
+        return self.bytes_of_id[token_id].decode("utf-8", errors="backslashreplace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to the text; they may be a part of a character.
@@ -472,6 +438,10 @@ class Tokenizer:
     @classmethod
     def from_dict(cls, data: dict) -> "Tokenizer":
         """The tokenizer that `to_dict` wrote. Raises ValueError for anything else."""
+        if isinstance(data, dict) and data.get("kind") == "imported":
+            from .tokenizer_json import tokenizer_from_dict  # it imports this module
+
+            return tokenizer_from_dict(data)
         version = data.get("format") if isinstance(data, dict) else None
         if version != FORMAT:
             raise ValueError(

@@ -10,6 +10,7 @@ import torch
 from hypothesis import example, given, settings
 
 from r1zero.model import tokenizer as module
+from r1zero.model.byte_letters import BYTE_OF_LETTER, from_letters, to_letters
 from r1zero.model.engine.text import TextStream
 from r1zero.model.tokenizer import LONGEST_SPACE, SINGLE_BYTES, Tokenizer
 
@@ -332,8 +333,9 @@ def test_ranks_in_any_order_of_lines(tmp_path):
 # ---- training ----------------------------------------------------------------------------------------------
 
 def test_the_letters_for_bytes_are_all_different():
-    assert sorted(module.byte_of_letter().values()) == list(range(256))
-    assert [module.byte_of_letter()[letter] for letter in "A!ĠĊ\u0143"] == [65, 33, 32, 10, 173]
+    assert sorted(BYTE_OF_LETTER.values()) == list(range(256))
+    assert from_letters("A!ĠĊ\u0143") == bytes([65, 33, 32, 10, 173])
+    assert to_letters(bytes([65, 33, 32, 10, 173])) == "A!ĠĊ\u0143"
 
 
 def test_training_agrees_with_the_library():
@@ -352,7 +354,7 @@ def test_training_agrees_with_the_library():
 
 def test_training_on_little_or_broken_text():
     pytest.importorskip("tokenizers")
-    assert Tokenizer.train(["ab"], 258).ranks == [bytes([b]) for b in module.byte_of_letter().values()]
+    assert Tokenizer.train(["ab"], 258).ranks == [bytes([b]) for b in BYTE_OF_LETTER.values()]
     small = Tokenizer.train(["ab ab", "\ud800"], 5000)
     assert 258 < small.vocab_size < 300 and small.decode(small.encode("xyz\n")) == "xyz\n"
 

@@ -105,8 +105,8 @@ def test_a_single_file_beside_an_index_of_other_files(tmp_path):
     assert torch.equal(read(folder).norm, tensors["model.norm.weight"])
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "../x.safetensors"}}',
-                                  "{"])
+@pytest.mark.parametrize("text", ["[]", "{}", "{", '{"weight_map": 3}',
+                                  '{"weight_map": {"a": "../x.safetensors"}}'])
 def test_an_index_that_is_none_is_refused(text, tmp_path):
     folder = folder_of(tensors_of(), tmp_path)
     (folder / "model.safetensors").unlink()
@@ -128,7 +128,7 @@ def test_a_file_that_was_cut_off_is_refused(share, tmp_path):
 
 def test_a_pointer_of_git_lfs_is_refused(tmp_path):
     path = folder_of(tensors_of(), tmp_path) / "model.safetensors"
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:407a7c581bdd6697\nsize 1044992\n")
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:407a7c581b\nsize 1044992\n")
     with refused("git lfs pull"):
         read(tmp_path)
 
