@@ -38,7 +38,14 @@ DEPENDENCIES = [
 EXTRAS = {
     "bpe": ["tokenizers>=0.21"],  # trains a byte-level BPE on a text of the user's
     "trl": ["trl>=1.0", "transformers>=5.0"],  # the peer in benchmarks/vs_trl.py
-    "dev": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"],
+    "dev": [
+        "pytest>=8.3",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6.100",
+        "ruff>=0.9",
+        "tokenizers>=0.21",  # open models are held against these two
+        "transformers>=5.0",
+    ],
 }
 
 setup(

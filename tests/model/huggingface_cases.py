@@ -4,6 +4,7 @@ got wrong about them.
 A fresh model hides errors: norms of 1 and biases of 0 do nothing. Half of the embeddings here are very small,
 so that the eps of the norms counts."""
 import json
+import os
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,7 +25,8 @@ from r1zero.model.transformer import Transformer
 TOLERANCE = 1e-4
 VOCAB = 288  # more than the 258 ids of bytes: the other rows are padding
 LENGTHS = 41, 23  # past each window and each original context
-DATA = Path(__file__).parents[3] / "shared" / "data"  # beside the repository, where it is there
+# Real files, which are not part of the repository.
+DATA = Path(os.environ.get("R1ZERO_DATA", Path(__file__).parents[3] / "shared" / "data"))
 CPU = torch.device("cpu")
 
 SHAPE = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,

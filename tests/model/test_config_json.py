@@ -9,41 +9,39 @@ from r1zero.model.transformer import count_parameters
 
 from .huggingface_cases import transformers
 
-QWEN = dict(vocab_size=151_936, num_key_value_heads=2, max_position_embeddings=32_768, rms_norm_eps=1e-6)
-# The sizes that the published files say, and the number of parameters that was published with them.
+
+def keys(model_type, vocab, d_model, layers, heads, kv_heads, d_ff, **others) -> dict:
+    return dict(model_type=model_type, vocab_size=vocab, hidden_size=d_model, num_hidden_layers=layers,
+                num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=d_ff, **others)
+
+
+LLAMA3 = dict(factor=32.0, high_freq_factor=4.0, low_freq_factor=1.0, rope_type="llama3",
+              original_max_position_embeddings=8192)
+# The number of parameters that was published, and what the published file says.
 REAL = {
-    "Qwen2.5-0.5B": (494_032_768, dict(
-        QWEN, model_type="qwen2", hidden_size=896, num_hidden_layers=24, num_attention_heads=14,
-        intermediate_size=4864, rope_theta=1e6, tie_word_embeddings=True,
-        sliding_window=32_768, use_sliding_window=False, max_window_layers=24, hidden_act="silu", torch_dtype="bfloat16")),
-    "Qwen3-0.6B": (596_049_920, dict(
-        QWEN, model_type="qwen3", hidden_size=1024, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, intermediate_size=3072, rope_theta=1e6, rope_scaling=None,
-        tie_word_embeddings=True, sliding_window=None, use_sliding_window=False)),
-    "Llama-3.2-1B": (1_235_814_400, dict(
-        model_type="llama", vocab_size=128_256, hidden_size=2048, num_hidden_layers=16,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=64, intermediate_size=8192, rope_theta=5e5, rms_norm_eps=1e-5,
-        tie_word_embeddings=True, max_position_embeddings=131_072, pretraining_tp=1,
-        rope_scaling=dict(factor=32.0, high_freq_factor=4.0, low_freq_factor=1.0, rope_type="llama3",
-                          original_max_position_embeddings=8192))),
-    "SmolLM2-135M": (134_515_008, dict(
-        model_type="llama", vocab_size=49_152, hidden_size=576, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, intermediate_size=1536, rope_theta=1e5, rms_norm_eps=1e-5,
-        tie_word_embeddings=True, max_position_embeddings=8192, rope_interleaved=False, is_llama_config=True)),
-    "SmolLM3-3B": (3_075_098_624, dict(
-        model_type="smollm3", vocab_size=128_256, hidden_size=2048, num_hidden_layers=36,
-        num_attention_heads=16, num_key_value_heads=4, intermediate_size=11_008, rope_theta=5e6,
-        no_rope_layer_interval=4, use_sliding_window=False, sliding_window=None, max_window_layers=28)),
-    "OLMo-2-1B": (1_484_916_736, dict(
-        model_type="olmo2", vocab_size=100_352, hidden_size=2048, num_hidden_layers=16,
-        num_attention_heads=16, num_key_value_heads=16, intermediate_size=8192, rope_theta=5e5, rms_norm_eps=1e-6,
+    "Qwen2.5-0.5B": (494_032_768, keys(
+        "qwen2", 151_936, 896, 24, 14, 2, 4864, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=True,
+        sliding_window=32_768, use_sliding_window=False, max_window_layers=24, torch_dtype="bfloat16")),
+    "Qwen3-0.6B": (596_049_920, keys(
+        "qwen3", 151_936, 1024, 28, 16, 8, 3072, head_dim=128, rope_theta=1e6, rope_scaling=None,
+        tie_word_embeddings=True, sliding_window=None, use_sliding_window=False, attention_bias=False)),
+    "Llama-3.2-1B": (1_235_814_400, keys(
+        "llama", 128_256, 2048, 16, 32, 8, 8192, head_dim=64, rope_theta=5e5, rms_norm_eps=1e-5,
+        tie_word_embeddings=True, max_position_embeddings=131_072, rope_scaling=LLAMA3)),
+    "SmolLM2-135M": (134_515_008, keys(
+        "llama", 49_152, 576, 30, 9, 3, 1536, rope_theta=1e5, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        max_position_embeddings=8192, rope_interleaved=False, is_llama_config=True)),
+    "SmolLM3-3B": (3_075_098_624, keys(
+        "smollm3", 128_256, 2048, 36, 16, 4, 11_008, rope_theta=5e6, no_rope_layer_interval=4,
+        use_sliding_window=False, sliding_window=None, max_window_layers=28)),
+    "OLMo-2-1B": (1_484_916_736, keys(
+        "olmo2", 100_352, 2048, 16, 16, 16, 8192, rope_theta=5e5, rms_norm_eps=1e-6,
         tie_word_embeddings=False, max_position_embeddings=4096)),
-    "Mistral-7B-v0.1": (7_241_732_096, dict(
-        model_type="mistral", vocab_size=32_000, hidden_size=4096, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8, intermediate_size=14_336, rope_theta=1e4, rms_norm_eps=1e-5,
-        sliding_window=4096, max_position_embeddings=32_768)),
+    "Mistral-7B-v0.1": (7_241_732_096, keys(
+        "mistral", 32_000, 4096, 32, 32, 8, 14_336, rope_theta=1e4, sliding_window=4096)),
 }
-SMALL = dict(vocab_size=64, hidden_size=128, num_hidden_layers=5, num_attention_heads=32, intermediate_size=48)
+SMALL = dict(vocab_size=64, hidden_size=128, num_hidden_layers=5, num_attention_heads=32,
+             intermediate_size=48)
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -80,9 +78,6 @@ def scaled(**content):
     return config_of({"model_type": "llama", **SMALL, "max_position_embeddings": 256, **content})
 
 
-LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
-
-
 def test_rope_is_read_from_old_and_new_keys_in_their_order():
     assert scaled(rope_theta=5.0).rope_theta == 5.0
     assert scaled(rope_theta=5.0, rope_parameters={"rope_theta": 7.0}).rope_theta == 7.0
@@ -90,8 +85,9 @@ def test_rope_is_read_from_old_and_new_keys_in_their_order():
         linear = scaled(rope_scaling={kind: "linear", "factor": 2.0})
         assert (linear.rope_scaling, linear.rope_theta) == (RopeScaling("linear", 2.0), 10_000.0)
     # Without a number of its own, the original context is the whole one; a number at the top goes first.
-    assert scaled(rope_scaling={"rope_type": "llama3", **LLAMA3}).rope_scaling.original_max_seq_len == 256
-    inside = {"rope_type": "llama3", **LLAMA3, "original_max_position_embeddings": 32}
+    inside = {**LLAMA3, "original_max_position_embeddings": 32}
+    without = {**LLAMA3, "original_max_position_embeddings": None}
+    assert scaled(rope_scaling=without).rope_scaling.original_max_seq_len == 256
     assert scaled(rope_parameters=inside).rope_scaling.original_max_seq_len == 32
     top = scaled(rope_parameters=inside, original_max_position_embeddings=64)
     assert top.rope_scaling.original_max_seq_len == 64
@@ -105,7 +101,7 @@ def test_other_scalings_are_refused_by_name(kind):
 
 def test_keys_that_change_nothing_are_ignored():
     harmless = dict(attention_dropout=0.1, initializer_range=1.0, use_cache=False, pretraining_tp=2,
-                    _name_or_path="x", transformers_version="9", attention_multiplier=None, clip_qkv=None, logits_scaling=1.0,
+                    transformers_version="9", attention_multiplier=None, clip_qkv=None, logits_scaling=1.0,
                     partial_rotary_factor=1.0, hidden_act="silu", num_experts=None, auto_map={"A": "b.C"})
     assert scaled(**harmless) == scaled()
 

@@ -100,7 +100,8 @@ OURS = {
     "depth=11, whose width is no multiple of its heads": (from_depth(11, 258, n_layers=1), "mistral"),
     "windows and no RoPE in some layers": (
         ModelConfig(258, n_layers=3, window=5, window_layers=(0, 2), nope_layers=(1,)), "smollm3"),
-    "window in the middle": (ModelConfig(258, n_layers=3, window=5, window_layers=(1,), qk_norm=True), "qwen3"),
+    "window in the middle": (
+        ModelConfig(258, n_layers=3, window=5, window_layers=(1,), qk_norm=True), "qwen3"),
     "linear": (ModelConfig(258, n_layers=1, rope_scaling=RopeScaling("linear", 2.0)), "llama"),
 }
 
