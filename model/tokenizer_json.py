@@ -125,7 +125,10 @@ def source_of(tokenizer: Tokenizer) -> dict:
     if tokenizer.kind == "words" or (tokenizer.kind == "bpe" and not is_gpt2):
         stages.insert(0, split)
 
-    # 2. The vocabulary. A word is always a piece of its own, so nothing is merged into it.
+    # 2. The vocabulary, with the added tokens: the library numbers those that are not in it anew.
+    #    A word is always a piece of its own, so nothing is merged into it.
+    vocab = {token.content: token.id for token in tokenizer.added.tokens}
+    vocab |= {to_letters(token): i for i, token in enumerate(tokenizer.ranks)}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [asdict(token) | flags for token in tokenizer.added.tokens]
     model = {
@@ -137,7 +140,7 @@ def source_of(tokenizer: Tokenizer) -> dict:
         "fuse_unk": False,
         "byte_fallback": False,
         "ignore_merges": True,
-        "vocab": {to_letters(token): i for i, token in enumerate(tokenizer.ranks)},
+        "vocab": vocab,
         "merges": [] if tokenizer.kind == "words" else _every_cut(tokenizer.ranks),
     }
     return {
