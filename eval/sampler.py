@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ..model.chat_template import encode_prompts
 from ..model.engine.engine import Engine
 from ..model.engine.requests import Completion, Request, group_requests
 from ..model.engine.sampling import sample_seeds
@@ -39,8 +40,11 @@ class ModelSampler:
         seed: int = 0,
         cut_prompts: bool = False,
         engine: Engine | None = None,
+        chat: bool = False,
     ):
         """cut_prompts: cut the beginning of a prompt that is too long, instead of raising.
+
+        chat: put each prompt through the model's chat template.
 
         engine: one that the model has already, since each holds a cache; None makes one.
         """
@@ -56,6 +60,7 @@ class ModelSampler:
         self.temperature = temperature
         self.seed = seed
         self.cut_prompts = cut_prompts
+        self.chat = chat
         self.room = limit - max_new_tokens
         """Tokens that a prompt may have."""
         self.n_prompts = 0
@@ -65,12 +70,17 @@ class ModelSampler:
 
     def stream(self, prompt: str) -> Iterator[tuple[str, Sampled | None]]:
         """One response as it comes: (new text, None), and with the last of it the whole."""
+        [ids] = self._encode([prompt])
+        return self.stream_tokens(ids)
+
+    def stream_tokens(self, prompt: list[int]) -> Iterator[tuple[str, Sampled | None]]:
+        """`stream` of a prompt's token ids, as `encode_messages` gives those of a conversation."""
         [request] = self._requests([prompt], 1)
         for event in self.engine.stream([request]):
             yield event.text, self._sampled(event.completion) if event.completion else None
 
     def __call__(self, prompts: list[str], n_samples: int) -> list[list[Sampled]]:
-        completions = self.engine.generate(self._requests(prompts, n_samples))
+        completions = self.engine.generate(self._requests(self._encode(prompts), n_samples))
         responses = [self._sampled(completion) for completion in completions]
         return [responses[i : i + n_samples] for i in range(0, len(responses), n_samples)]
 
@@ -79,11 +89,14 @@ class ModelSampler:
         text = response_text(self.tokenizer, tokens)
         return Sampled(text, len(tokens), completion.finish_reason, tokens)
 
-    def _requests(self, prompts: list[str], n_samples: int) -> list[Request]:
-        ids = self.tokenizer.encode_batch(prompts)
+    def _encode(self, prompts: list[str]) -> list[list[int]]:
+        ids = encode_prompts(self.tokenizer, prompts, self.chat)
         if self.cut_prompts:
             self.n_cut += sum(len(prompt) > self.room for prompt in ids)
             ids = [prompt[-self.room :] for prompt in ids]
+        return ids
+
+    def _requests(self, ids: list[list[int]], n_samples: int) -> list[Request]:
         seeds = torch.cat(
             [sample_seeds(n_samples, self.seed, self.n_prompts + i) for i in range(len(ids))]
         )

@@ -342,16 +342,20 @@ def make_learner(
     reference: Reference,
     engine: Engine,
     critic_trunk: Transformer | None = None,
+    chat: bool = False,
 ) -> Learner:
     """The objects that `grpo_step` uses, each chosen once, here.
 
     critic_trunk: a transformer for the critic to begin from; needed by baseline "critic" alone.
+    chat: put each prompt through the model's chat template.
     """
     device = policy.device
     grader = Grader(config)
 
-    dynamic = config.dynamic_sampling > 1
-    sampler = DynamicSampler(engine, grader) if dynamic else GroupSampler(engine)
+    if config.dynamic_sampling > 1:
+        sampler = DynamicSampler(engine, grader, chat)
+    else:
+        sampler = GroupSampler(engine, chat)
 
     scaler = LossScaler.of(policy)
     kl_cost, critic = no_kl, None

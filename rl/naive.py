@@ -22,6 +22,7 @@ import torch
 
 from ..eval.response import parse_response, response_text
 from ..eval.tasks.countdown import Countdown
+from ..model.chat_template import encode_prompt
 from ..model.checkpoint import load_model
 from ..model.engine.naive import generate_naive
 from ..model.engine.requests import Request
@@ -90,7 +91,7 @@ def grpo_gradient(model, tokenizer, task, problems: list, step: int) -> dict:
     seeds = sample_seeds(len(problems) * GROUP_SIZE, SEED, step).tolist()
     sampled = {"answers": [], "rewards": [], "advantages": []}
     for group, problem in enumerate(problems):
-        prompt = tokenizer.encode(task.prompt(problem))
+        prompt = encode_prompt(tokenizer, task.prompt(problem))
         group_seeds = seeds[group * GROUP_SIZE : (group + 1) * GROUP_SIZE]
 
         # 1. Sample a group of answers to the same problem.

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ..eval.response import Sample, response_text
+from ..model.chat_template import encode_prompts
 from ..model.engine.engine import Engine
 from ..model.engine.requests import group_requests
 from ..model.engine.sampling import sample_seeds
@@ -84,14 +85,15 @@ def sample_groups(
     temperature: float,
     seeds: torch.Tensor,
     problems: list | None = None,
+    chat: bool = False,
 ) -> Rollouts:
     """Sample `group_size` answers to each prompt; the samples of one prompt are one group.
 
-    seeds: [len(prompts) * group_size] int64; problems: one per prompt. Raises ValueError as the
-    engine does.
+    seeds: [len(prompts) * group_size] int64; problems: one per prompt; chat: put each prompt
+    through the model's chat template. Raises ValueError as `encode_prompt` and the engine do.
     """
     tokenizer = engine.tokenizer
-    prompt_ids = tokenizer.encode_batch(prompts)
+    prompt_ids = encode_prompts(tokenizer, prompts, chat)
     requests = group_requests(
         prompt_ids, group_size, max_new_tokens, temperature, seeds, tokenizer.eos_ids
     )
@@ -119,8 +121,10 @@ def sample_groups(
 class GroupSampler:
     """Samples a group of answers to each of the next problems."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, chat: bool = False):
+        """chat: put each prompt through the model's chat template."""
         self.engine = engine
+        self.chat = chat
         self.position = 0
         """The next problem's index; a checkpoint keeps it."""
 
@@ -142,6 +146,7 @@ class GroupSampler:
             config.temperature,
             sample_seeds(n_prompts * config.group_size, config.seed, *seed_keys),
             problems,
+            self.chat,
         )
 
 
@@ -150,8 +155,8 @@ class DynamicSampler(GroupSampler):
     eq. 11), as long as the step has problems left: config.dynamic_sampling times prompts_per_step.
     """
 
-    def __init__(self, engine: Engine, grader: Callable):
-        super().__init__(engine)
+    def __init__(self, engine: Engine, grader: Callable, chat: bool = False):
+        super().__init__(engine, chat)
         self.grader = grader
 
     def sample(self, task, config, step: int) -> Rollouts:

@@ -26,6 +26,7 @@ from ..eval.console import say
 from ..eval.harness import evaluate
 from ..eval.sampler import ModelSampler
 from ..eval.tasks.base import Task
+from ..model.chat_template import encode_prompts
 from ..model.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -152,7 +153,8 @@ def make_learner(
     if has_critic:
         critic_trunk = build_model(model_config, weights, device, precision)
     engine = make_engine(config, task, policy, tokenizer, has_critic)
-    learner = family.make_learner(config, policy, reference, engine, critic_trunk)
+    chat = is_chat(config)
+    learner = family.make_learner(config, policy, reference, engine, critic_trunk, chat)
     if config.mistake:
         MISTAKES[config.mistake].make(learner)
     return learner
@@ -212,9 +214,15 @@ def form_notice(task: Task, config: Algorithm) -> str | None:
     )
 
 
-def longest_prompt(task: Task, tokenizer: Tokenizer, problems: list) -> int:
+def is_chat(config: GRPOConfig) -> bool:
+    """Whether prompts go through the model's chat template."""
+    return getattr(config.task, "chat", False)
+
+
+def longest_prompt(config: GRPOConfig, task: Task, tokenizer: Tokenizer, problems: list) -> int:
     """The number of tokens of the longest prompt."""
-    return max(map(len, tokenizer.encode_batch([task.prompt(problem) for problem in problems])))
+    prompts = [task.prompt(problem) for problem in problems]
+    return max(map(len, encode_prompts(tokenizer, prompts, is_chat(config))))
 
 
 def check_room(config: GRPOConfig, task: Task, policy: Transformer, tokenizer: Tokenizer) -> None:
@@ -235,7 +243,9 @@ def check_room(config: GRPOConfig, task: Task, policy: Transformer, tokenizer: T
                 f"--task {task.name} has no {split} problems; give it some, or choose another task"
             )
     longest = max(
-        longest_prompt(task, tokenizer, task.problems(split, min(size or MEASURED, MEASURED)))
+        longest_prompt(
+            config, task, tokenizer, task.problems(split, min(size or MEASURED, MEASURED))
+        )
         for split, size in sizes.items()
     )
     limit = policy.config.max_seq_len
@@ -256,7 +266,7 @@ def make_engine(config: GRPOConfig, task: Task, policy, tokenizer, has_critic: b
     """An engine whose cache is for what a step samples, and leaves room for the first update."""
     # Measure a few prompts. If later ones are longer, fewer rows run at a time.
     few = task.problems("train", config.prompts_per_step)
-    longest = longest_prompt(task, tokenizer, few) + config.max_new_tokens
+    longest = longest_prompt(config, task, tokenizer, few) + config.max_new_tokens
     # Bytes per parameter that the first update makes: gradients and two moments, all in fp32, of
     # the policy and of the critic, and the reference when it comes back from the CPU.
     bytes_per_parameter = 12
@@ -287,6 +297,7 @@ def held_out_accuracy(learner: Learner, task: Task, config: GRPOConfig) -> float
         config.temperature,
         config.seed,
         engine=engine,
+        chat=is_chat(config),
     )
     size = task.size("test")
     n_problems = config.eval_problems if size is None else min(size, config.eval_problems)

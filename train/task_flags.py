@@ -1,6 +1,6 @@
 """The flags that choose a task, for every command that needs one.
 
-They are --task, --options, --data and --skip-bad.
+They are --task, --options, --data, --skip-bad and --chat.
 """
 
 from dataclasses import dataclass
@@ -44,6 +44,8 @@ class TaskFlags:
     ] = None
     skip_bad: Annotated[bool, tyro.conf.arg(prefix_name=False)] = False
     """Go on without the lines of --data that are bad, and say how many there are."""
+    chat: Annotated[bool, tyro.conf.arg(prefix_name=False)] = False
+    """Put each question through the model's chat template."""
 
     @property
     def short_name(self) -> str:

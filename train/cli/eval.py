@@ -167,6 +167,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
         config.temperature,
         config.seed,
         cut_prompts=True,
+        chat=config.task.chat,
     )
     # 3. Sample and grade. The responses take the place of earlier ones when all are there.
     ks = config.ks or sorted({1, config.samples})
