@@ -1,7 +1,7 @@
 """Hugging Face folders: open weights in, our weights out.
 
-    config = read_config("Qwen2.5-0.5B")
-    model = read_weights("Qwen2.5-0.5B", config, device)
+    model, tokenizer = read_model("Qwen2.5-0.5B", device)
+    write_model("out", model, tokenizer, torch.bfloat16)
 
 A folder holds config.json (config_json.py), files of weights (weight_files.py) and those of the
 tokenizer (tokenizer_json.py). families.py says what each family calls its tensors. q, k and v lie
@@ -14,15 +14,21 @@ tensor is copied to its place a piece at a time: there is no second copy of the 
 Left out: quantised weights other than fp8 with scales per block, pickled weights (.bin), downloads.
 """
 
-from dataclasses import dataclass
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from .config import ModelConfig
-from .config_json import config_of, family_named
-from .families import names_in_file
+from .config_json import config_of, content_of, family_named, family_of
+from .families import FAMILIES, names_in_file
+from .files import UNFINISHED, atomic_write_json, atomic_write_text, flush
 from .precision import Precision, choose_precision
+from .tokenizer import Tokenizer
+from .tokenizer_json import read_tokenizer, write_tokenizer
 from .transformer import Transformer
 from .weight_files import (
     FP8,
@@ -35,12 +41,14 @@ from .weight_files import (
     pieces,
     read_json,
     stored_tensors,
+    write_tensors,
 )
 
 CONFIG = "config.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Tables of angles that old files of Llama hold; they follow from the config.
 REDUNDANT = ".rotary_emb.inv_freq"
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 # ---- config.json ----
@@ -214,3 +222,99 @@ def check_head(model: Transformer, head: Stored) -> None:
                 "say) tie_word_embeddings true; set it to false if the head is the model's own, "
                 "or remove the tensor"
             )
+
+
+def read_model(
+    folder: str | Path, device: torch.device, precision: Precision | None = None
+) -> tuple[Transformer, Tokenizer]:
+    """The model and the tokenizer of a folder. Arguments as in `read_weights`.
+
+    Rows of the embedding behind the tokenizer's last id are padding, and are never sampled.
+    Raises ValueError, and then nothing is read, if the files do not fit each other.
+    """
+    config = read_config(folder)
+    tokenizer = read_tokenizer(folder, config.vocab_size)
+    if tokenizer.n_ids < config.vocab_size:
+        config = replace(config, vocab_in_use=tokenizer.n_ids)
+    return read_weights(folder, config, device, precision), tokenizer
+
+
+# ---- writing ----
+
+
+def write_config(
+    folder: Path, config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype
+) -> None:
+    """Write config.json and generation_config.json."""
+    eos = list(tokenizer.eos_ids)
+    ends = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos,
+        "pad_token_id": None,
+    }
+    name = DTYPE_NAMES[dtype]
+    content = content_of(family_of(config), config) | ends | {"dtype": name, "torch_dtype": name}
+    atomic_write_json(folder / CONFIG, content)
+    # From here readers take the tokens that end a text.
+    atomic_write_json(folder / "generation_config.json", ends)
+
+
+def write_model(
+    folder: str | Path,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype = torch.float32,
+    card: str = "",
+) -> None:
+    """Write a folder that transformers, vLLM and `read_model` read. It appears whole or not at all.
+
+    dtype: of the weights in the files. card: text of its README.md.
+    Raises ValueError for a folder that holds something, for a model that no family of open models
+    describes, and where the folder cannot be written.
+    """
+    folder = Path(folder)
+    check_free(folder)
+    unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
+    names = FAMILIES[family_of(model.config)].names
+    parameters = dict(model.named_parameters())
+    tensors = {part.name: parameters[part.parameter][part.rows] for part in parts_of(model, names)}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        write_config(unfinished, model.config, tokenizer, dtype)
+        write_tokenizer(unfinished, tokenizer)
+        write_tensors(unfinished, tensors, dtype)
+        if card:
+            atomic_write_text(unfinished / "README.md", card)
+        make_readable(unfinished)
+        if folder.exists():
+            folder.rmdir()
+        unfinished.rename(folder)
+        flush(folder.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"{folder} cannot be written: {reason}; make room, or give another folder"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def check_free(folder: Path) -> None:
+    """Raise ValueError unless a folder can be made there."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists() or folder.is_symlink():
+        raise ValueError(f"{folder} is there already; give the name of a folder to make")
+
+
+def make_readable(folder: Path) -> None:
+    """Give all files the mode that the umask says (save_file lets only the owner read), and flush
+    them."""
+    mode = (folder / CONFIG).stat().st_mode & 0o777
+    for path in folder.iterdir():
+        with suppress(OSError):  # some mounts know no modes: then all files have the same
+            path.chmod(mode)
+        flush(path)
+    flush(folder)

@@ -4,6 +4,7 @@ got wrong about them.
 A fresh model hides errors: norms of 1 and biases of 0 do nothing. Half of the embeddings here are very small,
 so that the eps of the norms counts."""
 import json
+import os
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -22,9 +23,10 @@ from r1zero.model.rope_scaling import RopeScaling
 from r1zero.model.transformer import Transformer
 
 TOLERANCE = 1e-4
-VOCAB = 64
+VOCAB = 288  # more than the 258 ids of bytes: the other rows are padding
 LENGTHS = 41, 23  # past each window and each original context
-DATA = Path(__file__).parents[3] / "shared" / "data"  # beside the repository, where it is there
+# Real files, which are not part of the repository.
+DATA = Path(os.environ.get("R1ZERO_DATA", Path(__file__).parents[3] / "shared" / "data"))
 CPU = torch.device("cpu")
 
 SHAPE = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
@@ -103,7 +105,7 @@ def sequences() -> list[torch.Tensor]:
 
 
 def logits_of(model: Transformer) -> torch.Tensor:
-    """All logits of the two sequences, packed: [64, V]."""
+    """All logits of the two sequences, packed: [T, V]."""
     packed = pack([tokens.tolist() for tokens in sequences()])
     return model.logits(model.hidden_states(packed))
 
@@ -319,7 +321,7 @@ REFUSALS = [
     ("llama", "intermediate_size", 24, "9 of another shape"),
     ("llama", "num_hidden_layers", 2, "9 not of this model: model.layers.2.input_layernorm.weight"),
     ("llama", "num_hidden_layers", 4, "9 missing: model.layers.3.input_layernorm.weight"),
-    ("llama", "vocab_size", 65, "embed_tokens.weight is"),
+    ("llama", "vocab_size", 289, "embed_tokens.weight is"),
     ("llama", "head_dim", 16, "12 of another shape"),
     ("llama", "tie_word_embeddings", True, "lm_head.weight is not the embedding"),
     ("llama", "tie_word_embeddings", "false", "expected true or false"),

@@ -155,8 +155,9 @@ def test_one_error_lists_all_that_is_missing_too_much_or_of_another_shape(tmp_pa
     tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(36, 24)
     tensors["model.layers.1.self_attn.k_proj.weight"] = torch.zeros(24, 24)
     tensors["model.layers.1.self_attn.v_proj.weight"] = torch.zeros(12, 24, dtype=torch.int32)
-    with refused("2 missing: ", "model.layers.0.mlp.up_proj.weight", "1 not of this model: model.layers.2.mlp",
-                 r"k_proj.weight is \[24, 24\] and not \[12, 24\]", "v_proj.weight is I32"):
+    listed = ("2 missing: ", "model.layers.0.mlp.up_proj.weight", "1 not of this model: model.layers.2.mlp",
+              r"k_proj.weight is \[24, 24\] and not \[12, 24\]", "v_proj.weight is I32")
+    with refused(*listed):
         read(folder_of(tensors, tmp_path))
 
 
