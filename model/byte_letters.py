@@ -16,6 +16,11 @@ BYTE_OF_LETTER.update({chr(256 + i): b for i, b in enumerate(OTHERS)})
 
 LETTER_OF_BYTE = {b: letter for letter, b in BYTE_OF_LETTER.items()}
 
+# For str.translate: letters to the characters of their bytes' numbers, all else to no byte at all.
+_NO_BYTE = {other: "\uffff" for other in OTHERS}
+_NUMBERS = {ord(letter): chr(b) for letter, b in BYTE_OF_LETTER.items()}
+_TO_NUMBERS = _NO_BYTE | _NUMBERS
+
 
 def to_letters(token: bytes) -> str:
     """A token as such a file writes it."""
@@ -24,5 +29,5 @@ def to_letters(token: bytes) -> str:
 
 
 def from_letters(text: str) -> bytes:
-    """The bytes of a token. Raises KeyError for a character that stands for no byte."""
-    return bytes(BYTE_OF_LETTER[letter] for letter in text)
+    """The bytes of a token. Raises ValueError for a character that stands for no byte."""
+    return text.translate(_TO_NUMBERS).encode("latin-1")

@@ -325,7 +325,7 @@ class ByteLevelBPE(ImportedTokenizer):
     def _token_bytes(self, text: str) -> bytes:
         try:
             return from_letters(text)
-        except KeyError:
+        except ValueError:
             return text.encode()  # the library decodes it so
 
     def normalise(self, text: str) -> str:

@@ -64,7 +64,7 @@ class LibraryTokenizer(ImportedTokenizer):
         if self._is_byte_level:
             try:
                 return from_letters(text)
-            except KeyError:
+            except ValueError:
                 return text.encode()
         byte = BYTE.fullmatch(text)
         if byte and self.source["model"].get("byte_fallback"):

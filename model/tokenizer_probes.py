@@ -20,6 +20,7 @@ PROBES = (
     "é e\u0301 ü u\u0308 \u1e9b\u0323 Å A\u030a >\u0338 \uac00\u11a8",
     "😀🏽👩\u200d👩\u200d👧 \U0001f1e9\U0001f1ea \ufe0f \u200b \ufeff \u00ad",
     "\x00 \x04\x06 a\x04b \x1b[0m \x7f \x85 \u2028 \u3000 \u00a0",
+    "x  12   345 =  6    中文  字 カ12 \u0378\u0378  \x00\x00a  !  1é",
     "a     b  c   d\t\te \n\n \n x",
     "<think>\n1 < 2\n</think> <answer>3</answer> <|im_start|>user <|eot_id|>",
     "<s> </s> [INST] <0x0A> <｜User｜> <|endoftext|>",

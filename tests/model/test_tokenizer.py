@@ -335,6 +335,9 @@ def test_ranks_in_any_order_of_lines(tmp_path):
 def test_the_letters_for_bytes_are_all_different():
     assert sorted(BYTE_OF_LETTER.values()) == list(range(256))
     assert from_letters("A!ĠĊ\u0143") == bytes([65, 33, 32, 10, 173])
+    for letter in [" ", "\xad", "\u0144", "日", "a b"]:
+        with pytest.raises(ValueError, match="encode"):
+            from_letters(letter)
     assert to_letters(bytes([65, 33, 32, 10, 173])) == "A!ĠĊ\u0143"
 
 

@@ -1,4 +1,5 @@
 """Small tokenizer.json files of our own making, each with one thing that open models' tokenizers have."""
+
 import json
 import os
 import random
@@ -13,22 +14,64 @@ from r1zero.model.tokenizer_json import read_tokenizer
 DATA = Path(os.environ.get("R1ZERO_DATA", Path(__file__).parents[3] / "shared" / "data"))
 LICENSED = sorted(DATA.glob("tokenizers/*/tokenizer.json"))  # those of real models, where they are here
 
-CORPUS = ["The cat sat on the mat, the cat's hat: 1234 times.\n\n  Then it   sat\ton\r\nthe naïve café 日本中文!",
-          "def f(x):\n    return x**2  # 12, 345 and 6789; it's the end. I'M the one, the other, the cat"] * 4
-HOSTILE = ["", " ", "  12", "    中文", "a     b", "a\x04b", "\x00\x00a", "e\u0301 \u1e9b\u0323", "\U0001f600\u200d\u0378a",
-           "x  \n\n  y ", "日本12カタ3", "1234567", "!!\n\n", "it'S 'ſ", "\ud800a", "a\u2028\u3000 b", "½٣²",
-           "<|im_end|>", "<|im_end|>\u0338", "a <think>b</think>", "<|im_end|><|im_", "the<|im_start|> cat  "]
-CL100K = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-DEEPSEEK = [r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+",
-            r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
-            r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""]
+CORPUS = [
+    "The cat sat on the mat, the cat's hat: 1234 times.\n\n  Then it   sat\ton\r\nthe naïve café 日本中文!",
+    "x  12   345 =  6    中文  字 \u0378\u0378 \x00\x00 y  12   345 =  6    中文  字 \u0378\u0378 \x00\x00 z",
+    "def f(x):\n    return x**2  # 12, 345 and 6789; it's the end. I'M the one, the other, the cat",
+] * 4
+HOSTILE = [
+    "",
+    " ",
+    "  12",
+    "    中文",
+    "a     b",
+    "a\x04b",
+    "\x00\x00a",
+    "e\u0301 \u1e9b\u0323",
+    "\U0001f600\u200d\u0378a",
+    "x  \n\n  y ",
+    "日本12カタ3",
+    "1234567",
+    "!!\n\n",
+    "it'S 'ſ",
+    "\ud800a",
+    "a\u2028\u3000 b",
+    "½٣²",
+    "<|im_end|>",
+    "<|im_end|>\u0338",
+    "a <think>b</think>",
+    "<|im_end|><|im_",
+    "the<|im_start|> cat  ",
+]
+CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DEEPSEEK = [
+    r"\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+]
+
+# The post-processor that puts <|im_start|>, the first token that `trained` adds, before a text.
+BOS = {
+    "type": "TemplateProcessing",
+    "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [340], "tokens": ["<|im_start|>"]}},
+    "single": [
+        {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+}
 
 
 def splits(*patterns: str, behavior: str = "isolated", invert: bool = False):
     """The stages of a pre-tokenizer that splits by each pattern in turn."""
     stages = [pre_tokenizers.Split(Regex(pattern), behavior, invert) for pattern in patterns]
-    return pre_tokenizers.Sequence([*stages, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return pre_tokenizers.Sequence(
+        [*stages, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
 
 
 def trained(pre_tokenizer=None, normalizer=None, size: int = 340, **flags) -> dict:
@@ -38,8 +81,9 @@ def trained(pre_tokenizer=None, normalizer=None, size: int = 340, **flags) -> di
     library.decoder = decoders.ByteLevel()
     if normalizer:
         library.normalizer = normalizer
-    trainer = trainers.BpeTrainer(vocab_size=size, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
     library.train_from_iterator(CORPUS, trainer)
     source = json.loads(library.to_str())
     for content, special in (("<|im_start|>", True), ("<|im_end|>", True), ("<think>", False)):
@@ -50,8 +94,15 @@ def trained(pre_tokenizer=None, normalizer=None, size: int = 340, **flags) -> di
 def add_token(source: dict, content: str, special: bool = True, **flags) -> int:
     """Add a token with the next id to a tokenizer.json."""
     ids = [*source["model"]["vocab"].values(), *(token["id"] for token in source["added_tokens"])]
-    entry = {"id": max(ids) + 1, "content": content, "special": special, "single_word": False, "lstrip": False,
-             "rstrip": False, "normalized": False} | flags
+    entry = {
+        "id": max(ids) + 1,
+        "content": content,
+        "special": special,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+    } | flags
     source["added_tokens"].append(entry)
     return entry["id"]
 
@@ -88,7 +139,23 @@ def library_of(source: dict) -> Tokenizer:
 def random_texts(n: int, more: list[str] = (), seed: int = 0) -> list[str]:
     """Texts of characters of all kinds, and of pieces on which tokenizers differ."""
     chance = random.Random(seed)
-    pieces = [*HOSTILE[1:], *more, "the ", "cat", "12", "3", "\n", "  ", "\t", "é", "\u0301", "日", ">", "'s", "\u0378"]
+    pieces = [
+        *HOSTILE[1:],
+        *more,
+        "the ",
+        "cat",
+        "12",
+        "3",
+        "\n",
+        "  ",
+        "\t",
+        "é",
+        "\u0301",
+        "日",
+        ">",
+        "'s",
+        "\u0378",
+    ]
     pieces.remove("\ud800a")
 
     def text() -> str:
@@ -98,16 +165,22 @@ def random_texts(n: int, more: list[str] = (), seed: int = 0) -> list[str]:
         if kind < 0.8:
             return "".join(chance.choice(pieces) for _ in range(length))
         last = 0x3400 if kind < 0.9 else 0x20000
-        return "".join(chr(chance.choice([chance.randint(0, 0xD7FF), chance.randint(0xE000, 0xFFFF)]) % last)
-                       for _ in range(length))
+        return "".join(
+            chr(chance.choice([chance.randint(0, 0xD7FF), chance.randint(0xE000, 0xFFFF)]) % last)
+            for _ in range(length)
+        )
+
     return [text() for _ in range(n)]
 
 
 def differing(tokenizer: ImportedTokenizer, library: Tokenizer, texts: list[str]) -> list[str]:
     """Those texts that have other ids than the library gives."""
     found = library.encode_batch(texts, add_special_tokens=False)
-    return [text for text, encoding in zip(texts, found, strict=True)
-            if tokenizer.encode_template(text) != encoding.ids]
+    return [
+        text
+        for text, encoding in zip(texts, found, strict=True)
+        if tokenizer.encode_template(text) != encoding.ids
+    ]
 
 
 def sentencepiece(prefix_by_normalizer: bool = True) -> dict:
@@ -118,8 +191,9 @@ def sentencepiece(prefix_by_normalizer: bool = True) -> dict:
     else:
         library.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     names = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(vocab_size=500, show_progress=False,
-                                  special_tokens=[*names, *(f"<0x{b:02X}>" for b in range(256))])
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, show_progress=False, special_tokens=[*names, *(f"<0x{b:02X}>" for b in range(256))]
+    )
     library.train_from_iterator(CORPUS, trainer)
     source = json.loads(library.to_str())
     source["added_tokens"] = [token for token in source["added_tokens"] if token["content"] in names]
@@ -131,8 +205,11 @@ SHAPES = {
     "cl100k": lambda: trained(splits(CL100K)),
     "cl100k, NFC": lambda: trained(splits(CL100K), normalizers.NFC()),
     "removed": lambda: trained(splits(CL100K, behavior="removed", invert=True)),
-    "digits": lambda: trained(pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])),
+    "digits": lambda: trained(
+        pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    ),
     "three splits": lambda: trained(splits(*DEEPSEEK)),
     "one piece": lambda: trained(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)),
     "a split with gaps": lambda: trained(splits(r"\p{L}+")),
