@@ -208,6 +208,15 @@ def share_fault(share: Any) -> str | None:
     return f"gave {quoted(repr(share))}, expected a finite number"
 
 
+def judged_text(task: Task | type[Task], sample: Sample) -> str:
+    """The text that is judged: what of the answer stands in the prompt already, then the response.
+
+    So a response is judged alike, whether its `<think>` was sampled or given.
+    """
+    prefilled = getattr(task, "prefilled", None)
+    return sample.text if prefilled is None else prefilled(sample.problem) + sample.text
+
+
 def asked(
     task: Task | type[Task], member: str, sample: Sample, fault_of: Callable[[Any], str | None]
 ) -> Any:
@@ -218,7 +227,7 @@ def asked(
     """
     cause = None
     try:
-        given = getattr(task, member)(sample.problem, sample.text)
+        given = getattr(task, member)(sample.problem, judged_text(task, sample))
         fault = fault_of(given)
     except (Exception, SystemExit) as error:  # whatever the code of a user may raise
         cause = error
@@ -245,7 +254,7 @@ def coherence_of(task: Task | type[Task], sample: Sample) -> float:
 def grade_response(task: Task | type[Task], sample: Sample) -> Graded:
     """Grade a response: is it right, and is it well formed? A task's class is enough."""
     grade = verdict(task, sample)
-    response = parse_response(sample.text)
+    response = parse_response(judged_text(task, sample))
     why_format = response.why
     if sample.cut_off:
         fault = "" if response.well_formed else f" {response.why}"

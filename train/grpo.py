@@ -57,6 +57,8 @@ from .task_flags import TaskFlags
 
 TABLE_EVERY = 10  # steps between tables of samples in Weights & Biases, without --eval-every
 MEASURED = 10_000  # prompts per split whose length is looked at before a run
+# Templates of prompts that ask for another form than the format reward is for.
+WITHOUT_FRAME = ("zero_shot", "eight_shot", "chat")
 # A NaN or an infinity in any of these metrics ends the run.
 CHECKED = ("loss", "gradient_norm", "value_loss", "critic_gradient_norm")
 
@@ -206,11 +208,13 @@ def keep_start(run: Run, learner: Learner) -> None:
 
 def form_notice(task: Task, config: Algorithm) -> str | None:
     """What to say of a prompt that asks for another form than the format reward is for, or None."""
-    if getattr(task, "template", None) != "zero_shot" or config.rewards.format_weight == 0:
+    template = getattr(task, "template", None)
+    if template not in WITHOUT_FRAME or config.rewards.format_weight == 0:
         return None
     return (
-        "the template zero_shot asks for `#### n`, and the format reward is for <think> and "
-        "<answer>; --options template=r1_zero asks for those"
+        f"the template {template} does not ask for <think> and <answer>, which the format reward "
+        "is for; --options template=r1_zero asks for those, and --rewards.format-weight 0 leaves "
+        "that reward out"
     )
 
 

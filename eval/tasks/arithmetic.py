@@ -3,6 +3,10 @@
     prompt      17+25=
     response    <think> ... </think><answer>42</answer>
 
+The toy form above is for models that were trained on it. Models that know English are asked in
+words: `template` is zero_shot, r1_zero, r1_zero_think or chat (prompts.py). In a chat the answer
+may also stand in a box of LaTeX, or in a sentence `The answer is 42.` (final_answer.py).
+
 Numbers have up to `digits` digits. Operators are sampled from + - *, and * binds before + and -, as
 usual. Only the answer block is read, so the same grader serves responses with and without thoughts.
 A response that runs on into another sum, on a new line behind its answer, is judged by its own
@@ -14,7 +18,7 @@ Left out: division (quotients that are no integers need a rule of their own) and
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ..response import WHITE_SPACE, own_response, parse_response, quoted
@@ -29,20 +33,57 @@ from .base import (
     stable_hash,
 )
 from .expression import ExpressionError, parse_expression
+from .final_answer import final_answer
 from .numbers import read_number
+from .prompts import TEMPLATES, chat, check_template, zero_shot
 
 OPERATIONS = "+-*"
 MAX_OPERANDS = 8
 MAX_DIGITS = 9
 MAX_TRIES = 10_000  # before giving up on options that leave a split empty
+SPACED = re.compile(r"[ \t]*([-+*])[ \t]*")
 # A sum that is asked, not worked out: no number follows it.
 QUESTION = re.compile(r"(?:\n|(?<=</answer>))[ \t]*+([0-9][-+*0-9 \t]*+)=(?![ \t\r\n]*+[-−0-9])")
+HOW_TO_END = (
+    "Think step by step, then give the number alone between <answer> and </answer>, for example "
+    "<answer>7</answer>."
+)
+# How a problem is put to a model that knows English, by the name of the template.
+FORMS = {
+    "zero_shot": zero_shot(HOW_TO_END),
+    "r1_zero": TEMPLATES["r1_zero"],
+    "r1_zero_think": TEMPLATES["r1_zero_think"],
+    "chat": chat(HOW_TO_END),
+}
+TOY = "plain"
+TOY_OR_WORDS = (TOY, *FORMS)
 
 
 @dataclass(frozen=True)
 class ArithmeticProblem:
     expression: str
     answer: int
+    template: str = TOY
+    """How the problem is put to the model."""
+
+
+def question(problem: ArithmeticProblem) -> str:
+    """The problem in words."""
+    spaced = SPACED.sub(r" \1 ", problem.expression)
+    return f"What is {spaced}?"
+
+
+def answer_of(problem: ArithmeticProblem, response: str) -> str | None:
+    """The answer in the response's own part; None if there is none."""
+    if problem.template != TOY:
+        form = FORMS[problem.template]
+        marks = form.marks if problem.template == "chat" else ()
+        return final_answer(form.own_part(question(problem), response), marks)
+
+    def is_own(match: re.Match) -> bool:
+        return "".join(match[1].split()) == problem.expression
+
+    return parse_response(own_response(response, QUESTION, is_own)).answer
 
 
 @dataclass(frozen=True)
@@ -62,9 +103,13 @@ class Arithmetic(Task):
     """Share of all problems that is held out for testing."""
     seed: int = 0
     """Changes the training problems; the test problems are the same for every seed."""
+    template: str = TOY
+    """How a problem is put to the model: plain is `17+25=`; zero_shot, r1_zero, r1_zero_think and
+    chat ask in words (prompts.py)."""
 
     def __post_init__(self):
         """Raises ValueError for an option out of range."""
+        check_template(self.template, TOY_OR_WORDS)
         if not 2 <= self.n_operands <= MAX_OPERANDS:
             raise ValueError(
                 f"arithmetic: n_operands is {self.n_operands}; it must be 2 to {MAX_OPERANDS}"
@@ -95,7 +140,7 @@ class Arithmetic(Task):
                 terms = [f"{op}{number}" for op, number in zip(ops, numbers[1:], strict=True)]
                 text = f"{numbers[0]}{''.join(terms)}"
                 value, _ = parse_expression(text)
-                return ArithmeticProblem(text, int(value))
+                return ArithmeticProblem(text, int(value), self.template)
         raise ValueError(f"arithmetic: {MAX_TRIES:,} tries gave no {split} problem; raise digits")
 
     @staticmethod
@@ -112,25 +157,33 @@ class Arithmetic(Task):
 
     @staticmethod
     def problem_from_record(record: Mapping[str, Any]) -> ArithmeticProblem:
-        """The problem of {"expression": "17+25"}. ValueError for another kind of value."""
+        """The problem of {"expression": "17+25"}; `template` may stand beside it.
+
+        ValueError for another kind of value.
+        """
+        template = record.get("template", TOY)
+        check_template(template, TOY_OR_WORDS)
         [expression] = required_fields(record, "expression")
         if not isinstance(expression, str):
             raise ValueError(f'"expression" is {quoted(repr(expression))}, expected text')
-        return Arithmetic.problem_from_text(expression)
+        return replace(Arithmetic.problem_from_text(expression), template=template)
 
     @staticmethod
     def prompt(problem: ArithmeticProblem) -> str:
-        """`17+25=`"""
+        """`17+25=`, or the problem in words."""
+        if problem.template != TOY:
+            return FORMS[problem.template].prompt(question(problem))
         return f"{problem.expression}="
+
+    @staticmethod
+    def prefilled(problem: ArithmeticProblem) -> str:
+        """What of the answer the prompt holds already."""
+        return "" if problem.template == TOY else FORMS[problem.template].prefilled
 
     @staticmethod
     def grade(problem: ArithmeticProblem, response: str) -> Grade:
         """Right if the last answer block is the number and nothing else: `-7`, not `042`."""
-
-        def is_own(match: re.Match) -> bool:
-            return "".join(match[1].split()) == problem.expression
-
-        answer = parse_response(own_response(response, QUESTION, is_own)).answer
+        answer = answer_of(problem, response)
         if answer is None:
             return Grade(0.0, None, "There is no complete <answer>...</answer> block.")
         number = read_number(answer)

@@ -53,6 +53,9 @@ class Task(Protocol):
     coherence: ClassVar[Callable[[Any, str], float] | None] = None
     """A static method, from a problem and a response to the share of its steps that are true; None
     for a task without steps that could be checked."""
+    prefilled: ClassVar[Callable[[Any], str] | None] = None
+    """A static method, from a problem to what of the answer its prompt holds already, such as
+    `<think>`; None where no prompt does. It is put in front of the response that is judged."""
     lines_skipped: int = 0
     """How many bad lines of that file were left out."""
     held_out: bool = True

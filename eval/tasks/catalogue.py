@@ -13,10 +13,13 @@ from . import own
 from .arithmetic import Arithmetic
 from .base import Task
 from .countdown import Countdown
+from .game24 import Game24
 from .gsm8k import GSM8K
 from .jsonl import JSONL
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Arithmetic, Countdown, GSM8K, JSONL)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Arithmetic, Countdown, Game24, GSM8K, JSONL)
+}
 
 
 def find_task(name: str) -> type[Task]:

@@ -12,6 +12,10 @@ The grader asks less than the generator: any of the four operations may be used,
 way may be negative or fractions, because the prompt does not forbid it. What counts is every number
 exactly once and the exact target. A problem from elsewhere may have a negative target.
 
+The toy form above is for models that were trained on it. Models that know English are asked in
+words: `template` is zero_shot, r1_zero, r1_zero_think or chat (prompts.py), and the answer stands
+in its block all the same.
+
 A response that runs on into another problem, on a new line behind its answer, is judged by its own
 answer.
 
@@ -19,7 +23,6 @@ Left out: near misses and partial credit (they teach short wrong answers), and u
 the numbers.
 """
 
-import csv
 import math
 import re
 from collections import Counter
@@ -28,10 +31,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import combinations_with_replacement
-from pathlib import Path
 from typing import Any, ClassVar
 
-from ..lines import Kept, Line, parse_lines, read_lines
 from ..response import WHITE_SPACE, own_response, parse_response, quoted
 from .base import (
     Grade,
@@ -47,6 +48,7 @@ from .base import (
 from .coherence import coherence
 from .expression import MAX_DIGITS, ExpressionError, parse_expression
 from .numbers import read_number, whole_in_file
+from .prompts import TEMPLATES, chat, check_template, zero_shot
 from .solver import MAX_NUMBERS, OPERATIONS, apply, reachable, solutions
 
 # How many multisets of numbers are listed, by n_numbers: listing them takes a second or two.
@@ -55,6 +57,19 @@ MAX_TRIES = 10_000  # before giving up on options that leave no problem
 QUESTION = re.compile(
     r"(?:\n|(?<=</answer>))[ \t]*+([0-9][0-9, \t]*+)(?:->|→)[ \t]*+([-−]?[0-9]*+)"
 )
+HOW_TO_END = (
+    "Think step by step, then give the expression alone between <answer> and </answer>, for "
+    "example <answer>(1 + 2) * 3</answer>."
+)
+# How a problem is put to a model that knows English, by the name of the template.
+FORMS = {
+    "zero_shot": zero_shot(HOW_TO_END),
+    "r1_zero": TEMPLATES["r1_zero"],
+    "r1_zero_think": TEMPLATES["r1_zero_think"],
+    "chat": chat(HOW_TO_END),
+}
+TOY = "plain"
+TOY_OR_WORDS = (TOY, *FORMS)
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,8 @@ class CountdownProblem:
     target: int
     """A whole number of the same range, or a negative one of as many digits. (ValueError for
     anything else.)"""
+    template: str = TOY
+    """How the problem is put to the model."""
 
     def __post_init__(self):
         if not isinstance(self.numbers, tuple | list) or not 1 <= len(self.numbers) <= MAX_NUMBERS:
@@ -110,36 +127,34 @@ def parse_prompt(text: str) -> CountdownProblem:
         raise ValueError(f"{expected}: {error}") from None
 
 
-def load_game24(path: str | Path, skip_bad: bool = False) -> Kept[CountdownProblem]:
-    """The puzzles of a Game-of-24 CSV file: column `Puzzles` holds numbers like "1 1 4 6".
-
-    Raises ValueError for a file that cannot be read and for lines that are no puzzles, as
-    eval/lines.py does.
-    """
-    header, *lines = read_lines(path) or [Line(1, b"")]
-    try:
-        column = csv_cells(header.text).index("Puzzles")
-    except ValueError:
-        raise ValueError(
-            f"{path} has no column Puzzles in its first line; is it a Game-of-24 file?"
-        ) from None
-    if not lines:
-        raise ValueError(f"{path} holds no puzzles")
-
-    def puzzle_of(line: str) -> CountdownProblem:
-        puzzle = csv_cells(line)[column : column + 1]
-        return parse_prompt(f"{''.join(puzzle)} -> 24")
-
-    expected = "puzzles like 1 1 4 6 in the column Puzzles"
-    return parse_lines(path, lines, puzzle_of, expected, skip_bad).values()
+def question(problem: CountdownProblem) -> str:
+    """The problem in words."""
+    *others, last = map(str, problem.numbers)
+    numbers = f"{', '.join(others)} and {last}" if others else last
+    return (
+        f"Write an arithmetic expression that equals {problem.target}. Use each of the numbers "
+        f"{numbers} exactly once, with + - * / and brackets."
+    )
 
 
-def csv_cells(line: str) -> list[str]:
-    """The cells of one line of CSV. Raises ValueError for a quote that does not end."""
-    try:
-        return next(csv.reader([line], strict=True), [])
-    except csv.Error as error:
-        raise ValueError(f"not CSV: {error}") from None
+def form_of(record: Mapping[str, Any]) -> str:
+    """The template in an object of JSON; ValueError for one that there is not."""
+    template = record.get("template", TOY)
+    check_template(template, TOY_OR_WORDS)
+    return template
+
+
+def own_part(problem: CountdownProblem, response: str) -> str:
+    """The response up to another problem in the form of its prompt."""
+    if problem.template != TOY:
+        return FORMS[problem.template].own_part(question(problem), response)
+
+    def is_own(match: re.Match) -> bool:
+        words = match[1].replace(",", " ").split()
+        same_numbers = sorted(words) == sorted(map(str, problem.numbers))
+        return same_numbers and match[2].replace("−", "-") == str(problem.target)
+
+    return own_response(response, QUESTION, is_own)
 
 
 def solve(problem: CountdownProblem, ops: str = OPERATIONS, whole: bool = True) -> Iterator[str]:
@@ -212,9 +227,13 @@ class Countdown(Task):
     """Share of all problems that is held out for testing."""
     seed: int = 0
     """Changes the order of the training problems; the test problems are the same for every seed."""
+    template: str = TOY
+    """How a problem is put to the model: plain is `3 7 9 -> 13`; zero_shot, r1_zero, r1_zero_think
+    and chat ask in words (prompts.py)."""
 
     def __post_init__(self):
         """Raises ValueError for an option out of range, or an empty split."""
+        check_template(self.template, TOY_OR_WORDS)
         if not 2 <= self.n_numbers <= MAX_NUMBERS:
             raise ValueError(
                 f"countdown: n_numbers is {self.n_numbers}; it must be 2 to {MAX_NUMBERS}"
@@ -311,7 +330,8 @@ class Countdown(Task):
         shuffled = sorted(
             range(self.n_numbers), key=lambda i: stable_hash("numbers", seed, index, i)
         )
-        return CountdownProblem(tuple(problem.numbers[i] for i in shuffled), problem.target)
+        numbers = tuple(problem.numbers[i] for i in shuffled)
+        return CountdownProblem(numbers, problem.target, self.template)
 
     @staticmethod
     def problem_from_text(text: str) -> CountdownProblem:
@@ -320,16 +340,26 @@ class Countdown(Task):
 
     @staticmethod
     def problem_from_record(record: Mapping[str, Any]) -> CountdownProblem:
-        """The problem of {"numbers": [3, 7, 9], "target": 13}; a number may be text, like "13"."""
+        """The problem of {"numbers": [3, 7, 9], "target": 13}; a number may be text, like "13".
+
+        `template` may stand beside it.
+        """
         numbers, target = required_fields(record, "numbers", "target")
         if isinstance(numbers, list):
             numbers = [whole_in_file(number) for number in numbers]
-        return CountdownProblem(numbers, whole_in_file(target))
+        return CountdownProblem(numbers, whole_in_file(target), form_of(record))
 
     @staticmethod
     def prompt(problem: CountdownProblem) -> str:
-        """`3 7 9 -> 13`"""
+        """`3 7 9 -> 13`, or the problem in words."""
+        if problem.template != TOY:
+            return FORMS[problem.template].prompt(question(problem))
         return f"{' '.join(map(str, problem.numbers))} -> {problem.target}"
+
+    @staticmethod
+    def prefilled(problem: CountdownProblem) -> str:
+        """What of the answer the prompt holds already."""
+        return "" if problem.template == TOY else FORMS[problem.template].prefilled
 
     @staticmethod
     def grade(problem: CountdownProblem, response: str) -> Grade:
@@ -337,13 +367,7 @@ class Countdown(Task):
 
         `(9-3)+7 = 13` counts too, but only with the target itself on the right side.
         """
-
-        def is_own(match: re.Match) -> bool:
-            words = match[1].replace(",", " ").split()
-            same_numbers = sorted(words) == sorted(map(str, problem.numbers))
-            return same_numbers and match[2].replace("−", "-") == str(problem.target)
-
-        answer = parse_response(own_response(response, QUESTION, is_own)).answer
+        answer = parse_response(own_part(problem, response)).answer
         if answer is None:
             return Grade(0.0, None, "There is no complete <answer>...</answer> block.")
         fault = _fault(problem, answer)

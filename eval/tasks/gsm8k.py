@@ -6,7 +6,8 @@ both, give the training file and `test=gsm8k_test.jsonl` (problem_file.py).
 
 The answer of a response is its last complete answer block, or else what follows its last `####` on
 that line. A mark may stand inside the block, and one with nothing behind it changes nothing. The
-answer must be a number and nothing else, as people write one (numbers.py, prose): `1,234`, `$12`,
+templates chat and eight_shot ask for other marks, which are read too (final_answer.py). The answer
+must be a number and nothing else, as people write one (numbers.py, prose): `1,234`, `$12`,
 `12.50` and `12.` are numbers; `12 eggs` and `1/2` are not. Numbers are compared as exact fractions.
 
 A base model that has answered often runs on into a next question, `Question:` or another form that
@@ -23,13 +24,13 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ..lines import json_object
-from ..response import WHITE_SPACE, parse_response, quoted
+from ..response import WHITE_SPACE, quoted
 from .base import Grade, required_fields
+from .final_answer import HASHES, behind_hashes, final_answer, in_words
 from .numbers import read_number, text_of_number_field
 from .problem_file import FileTask
 from .prompts import TEMPLATES, check_template
 
-MARK = "####"
 EXPECTED = "JSON lines with the fields question and answer"
 # A plain question has no form, so the first answer ends the response: a block, or a mark's line.
 FIRST_ANSWER = re.compile(r"(?<=</answer>)|(?<!#)#{4,}+[ \t]*+[^\s#][^\n]*+(\n|\Z)")
@@ -45,22 +46,13 @@ class GSM8KProblem:
     """How the question is put to the model."""
 
 
-def marked(text: str) -> str | None:
-    """What follows the last `####` that has anything behind it on its line; None without one."""
-    for piece in reversed(text.split(MARK)[1:]):
-        rest_of_line = piece.partition("\n")[0].lstrip("#")
-        if rest_of_line.strip(WHITE_SPACE):
-            return rest_of_line
-    return None
-
-
 def gold_number(answer: str) -> str:
     """What follows the last `####`, or all of `answer`; ValueError if that is not a number."""
-    gold = answer if MARK not in answer else marked(answer) or ""
+    gold = answer if HASHES not in answer else behind_hashes(answer) or ""
     gold = gold.strip(WHITE_SPACE)
     if read_number(gold, prose=True) is None:
         raise ValueError(
-            f"expected a number after {MARK}, like '... {MARK} 18'; got {quoted(gold)}"
+            f"expected a number after {HASHES}, like '... {HASHES} 18'; got {quoted(gold)}"
         )
     return gold
 
@@ -84,7 +76,8 @@ class GSM8K(FileTask):
     templates: ClassVar[tuple[str, ...]] = tuple(TEMPLATES)
 
     template: str = "zero_shot"
-    """How a question is put to the model: zero_shot, r1_zero, few_shot or plain (prompts.py)."""
+    """How a question is put to the model: zero_shot, r1_zero, r1_zero_think, few_shot, eight_shot,
+    chat or plain (prompts.py)."""
 
     def parse_line(self, line: str) -> GSM8KProblem:
         """The problem of a line; ValueError, with the reason, for a bad line."""
@@ -124,18 +117,20 @@ class GSM8K(FileTask):
         return TEMPLATES[problem.template].prompt(problem.question)
 
     @staticmethod
+    def prefilled(problem: GSM8KProblem) -> str:
+        """What of the answer the prompt holds already."""
+        return TEMPLATES[problem.template].prefilled
+
+    @staticmethod
     def grade(problem: GSM8KProblem, response: str) -> Grade:
-        """Right if the last answer block, or else what follows the last `####`, is the gold one.
+        """Right if the last answer block, or else what follows the last mark, is the gold one.
 
         What comes behind the next question of its template is not read.
         """
-        own = FORMS[problem.template].own_part(problem.question, response)
-        block = parse_response(own).answer
-        answer = marked(own if block is None else block)  # a mark may stand inside the block
+        form = FORMS[problem.template]
+        answer = final_answer(form.own_part(problem.question, response), form.marks)
         if answer is None:
-            answer = block
-        if answer is None:
-            why = f"There is neither a complete answer block nor a number after {MARK}."
+            why = f"There is neither a complete answer block nor {in_words(form.marks)}."
             return Grade(0.0, None, why)
         value = read_number(answer, prose=True)
         if value is None:

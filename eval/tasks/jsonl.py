@@ -162,8 +162,8 @@ class JSONL(FileTask):
     example: ClassVar[str] = '{"answer": "42", "grader": "exact", "response": "..."}'
     problem_flag: ClassVar[str] = "answer"
     file_format: ClassVar[str] = EXPECTED
-    # Not zero_shot, which asks for a number behind a mark.
-    templates: ClassVar[tuple[str, ...]] = ("plain", "r1_zero", "few_shot")
+    # Not zero_shot, eight_shot and chat, which ask for a number behind a mark.
+    templates: ClassVar[tuple[str, ...]] = ("plain", "r1_zero", "r1_zero_think", "few_shot")
 
     test_share: float = 0.2
     """Share of the prompts that is held out for testing; with 0, the whole file is there for
@@ -205,6 +205,11 @@ class JSONL(FileTask):
     def prompt(problem: JSONLProblem) -> str:
         """The prompt in its template; plain is the prompt as it stands."""
         return TEMPLATES[problem.template].prompt(problem.prompt)
+
+    @staticmethod
+    def prefilled(problem: JSONLProblem) -> str:
+        """What of the answer the prompt holds already."""
+        return TEMPLATES[problem.template].prefilled
 
     @staticmethod
     def grade(problem: JSONLProblem, response: str) -> Grade:

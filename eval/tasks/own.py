@@ -33,8 +33,9 @@ CALLS = {
     "problem_from_record": ("record",),
 }
 INHERITED = {"problems": ("split", "n", "start")}  # `Task` has it whole
-OPTIONAL = {"coherence": ("problem", "response")}  # None where a task has none
-STATIC = ("grade", "problem_from_text", "problem_from_record", "coherence")
+# None where a task has none.
+OPTIONAL = {"coherence": ("problem", "response"), "prefilled": ("problem",)}
+STATIC = ("grade", "problem_from_text", "problem_from_record", *OPTIONAL)
 # What a base model may answer, right or wrong.
 PROBES = ("", "no", "<think>a</think><answer>1</answer>", "<answer>", "\0\ud800</answer>")
 

@@ -126,7 +126,7 @@ def test_evaluate_counts_everything(tmp_path):
     ]
     assert lines[5] == {
         "index": 1,
-        "problem": {"numbers": list(problems[1].numbers), "target": problems[1].target},
+        "problem": {"numbers": list(problems[1].numbers), "target": problems[1].target, "template": "plain"},
         "prompt": TASK.prompt(problems[1]),
         "response": "<answer>1+1</answer>",
         "accuracy": 0.0,

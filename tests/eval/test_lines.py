@@ -5,7 +5,7 @@ import pytest
 
 from r1zero.eval.lines import MAX_NAMED, json_object, parse_lines, read_lines
 from r1zero.eval.tasks.catalogue import find_task, make_task
-from r1zero.eval.tasks.countdown import load_game24
+from r1zero.eval.tasks.game24 import load_game24
 from r1zero.train.cli.grade import read_responses
 from r1zero.train.conversations import read_conversations
 from r1zero.train.data import read_documents

@@ -141,6 +141,7 @@ def test_a_prompt_that_asks_for_no_tags_is_told_of_where_tags_are_rewarded(tmp_p
     config = grpo_config("r", "b")
     no_form = replace(config, rewards=replace(config.rewards, format_weight=0.0))
     told = form_notice(asks_mark, config)
-    assert "`#### n`" in told and "template=r1_zero" in told and "\n" not in told
+    assert "template zero_shot does not ask for <think>" in told and "template=r1_zero" in told
+    assert "\n" not in told and form_notice(replace(asks_mark, template="chat"), config)
     for task, flags in ((asks_mark, no_form), (asks_tags, config), (Bandit(), config)):
         assert form_notice(task, flags) is None

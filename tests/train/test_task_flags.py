@@ -125,7 +125,7 @@ def test_the_files_of_a_task():
         ),
         ("--task jsonl --data moody_task.py", "moody_task.py, line 2: not JSON"),
         ("--task gsm8k --data my.jsonl --eval-every 1", "holds none out of --data; add --options test=FILE"),
-        ("--task gsm8k --data my.jsonl --options template=chat", "template is 'chat'"),
+        ("--task gsm8k --data my.jsonl --options template=few", "template is 'few'"),
         ("--task gsm8k --data my.jsonl --options template=r1_zero", "and the base has room for"),
         ("--task moody_task:Nobody", "has no 'Nobody'"),
         ("--task moody_task:Plain", "is no dataclass"),

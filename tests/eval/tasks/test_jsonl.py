@@ -14,6 +14,9 @@ from r1zero.eval.tasks.prompts import TEMPLATES
 ROWS = [{"prompt": f"{i}+1=", "answer": i + 1} for i in range(40)]
 NEXT = {
     "r1_zero": ["\nUser: 2+2= Assistant: ", " User: 2+2="],
+    "r1_zero_think": ["\nUser: 2+2= Assistant: ", " User: 2+2="],
+    "eight_shot": ["\n\nQ: 2+2=\nA:"],
+    "chat": [],
     "few_shot": ["\n\nQuestion: 2+2=\nAnswer:", "Question: x"],
     "plain": ["\n2+2=", " Or:", ""],
     "zero_shot": ["\n\nQuestion: 2+2=\nAnswer:"],
@@ -170,7 +173,7 @@ def test_a_second_file_is_the_test_set_and_its_prompts_are_not_trained_on(tmp_pa
         (
             ROWS,
             {"template": "zero_shot"},
-            "jsonl: template is 'zero_shot'; it must be one of: plain, r1_zero, few_shot",
+            "jsonl: template is 'zero_shot'; it must be one of: plain, r1_zero, r1_zero_think, few_shot",
         ),
     ],
 )
@@ -225,7 +228,7 @@ def test_a_response_that_runs_on_into_another_question_is_judged_by_its_own_answ
                 assert task.grade(of("5"), f" Hm.{behind}<answer>5</answer>").answer is None
         if template != "plain":  # the own question, said again, is no other one
             again = TEMPLATES[template].prompt("2+2=?").splitlines()[-2:]
-            again = "\n".join(again) if template != "r1_zero" else "User: 2+2=? Assistant:"
+            again = "\n".join(again) if "r1_zero" not in template else "User: 2+2=? Assistant:"
             again = again[again.index("Question:") :] if "Question:" in again else again
             if "2+2=?" in again:
                 assert task.grade(of("4"), f"So\n{again} <answer>4</answer>").accuracy == 1.0
@@ -244,11 +247,11 @@ def test_gsm8k_is_trained_on_one_file_and_tested_on_another(tmp_path):
     assert task.prompt(problem).endswith("User: 8 and 1? Assistant:")
     assert GSM8K.problem_from_record(vars(problem)) == problem
     with pytest.raises(
-        ValueError, match="template is 'chat'; it must be one of: zero_shot, r1_zero, few_shot, plain"
+        ValueError, match="template is 'few'; it must be one of: zero_shot, r1_zero, r1_zero_think, few_"
     ):
-        make_task("gsm8k", path=train, template="chat")
-    with pytest.raises(ValueError, match="template is 'chat'"):
-        GSM8K.problem_from_record({"gold": "1", "template": "chat"})
+        make_task("gsm8k", path=train, template="few")
+    with pytest.raises(ValueError, match="template is 'few'"):
+        GSM8K.problem_from_record({"gold": "1", "template": "few"})
     assert GSM8K.problem_from_record({"answer": 1, "question": None}).question == ""
     with pytest.raises(ValueError, match='"question" is .*expected text'):
         GSM8K.problem_from_record({"answer": 1, "question": ["How many?"]})

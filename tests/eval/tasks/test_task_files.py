@@ -4,7 +4,8 @@ import json
 import pytest
 
 from r1zero.eval.tasks.catalogue import make_task
-from r1zero.eval.tasks.countdown import Countdown, CountdownProblem, load_game24, solve
+from r1zero.eval.tasks.countdown import Countdown, CountdownProblem, solve
+from r1zero.eval.tasks.game24 import load_game24
 from r1zero.eval.tasks.gsm8k import GSM8K
 
 
