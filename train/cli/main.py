@@ -60,6 +60,42 @@ COMMANDS = {
         function="minimal",
         purpose="the smallest whole loop, with probes, in two minutes",
     ),
+    "recipe countdown-qwen2.5-1.5b": Command(
+        module="recipes.open_model_table",
+        config="CountdownQwen15B",
+        function="open_model",
+        purpose="R1-Zero on Qwen2.5-1.5B, with its control",
+    ),
+    "recipe countdown-qwen2.5-3b": Command(
+        module="recipes.open_model_table",
+        config="CountdownQwen3B",
+        function="open_model",
+        purpose="R1-Zero on Qwen2.5-3B, with its control",
+    ),
+    "recipe gsm8k-qwen2.5-0.5b": Command(
+        module="recipes.open_model_table",
+        config="GSM8KQwen05B",
+        function="open_model",
+        purpose="GSM8K on Qwen2.5-0.5B, with its control",
+    ),
+    "recipe gsm8k-smollm2-360m": Command(
+        module="recipes.open_model_table",
+        config="GSM8KSmolLM2",
+        function="open_model",
+        purpose="GSM8K on SmolLM2-360M-Instruct, with its control",
+    ),
+    "recipe math-qwen3-0.6b": Command(
+        module="recipes.open_model_table",
+        config="MathQwen06B",
+        function="open_model",
+        purpose="MATH on Qwen3-0.6B-Base, with its control",
+    ),
+    "recipe math-olmo2-1b": Command(
+        module="recipes.open_model_table",
+        config="MathOLMo2",
+        function="open_model",
+        purpose="MATH on OLMo-2-1B, with its control",
+    ),
     "pretrain": Command(
         module="pretrain",
         config="PretrainConfig",
@@ -130,7 +166,8 @@ COMMANDS = {
 def purposes(beginning: str = "") -> list[str]:
     """A line per command whose name begins like this."""
     commands = {name: c for name, c in COMMANDS.items() if name.startswith(beginning)}
-    return [f"  {name:<14} {command.purpose}" for name, command in commands.items()]
+    width = max((len(name) for name in commands), default=0)
+    return [f"  {name:<{width}} {command.purpose}" for name, command in commands.items()]
 
 
 def usage_of_half(first_word: str) -> str | None:

@@ -1,0 +1,106 @@
+"""The recipes on open models: their flags, their facts, and one of them at toy size from end to end."""
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from r1zero.eval.tasks.catalogue import option_types
+from r1zero.eval.tasks.catalogue import find_task
+from r1zero.train.cli.main import COMMANDS, main
+from r1zero.train.recipes import open_model_table
+from r1zero.train.recipes.open_model_table import RECIPES, markdown_table
+from r1zero.train.recipes.open_models import stages_of, table
+from r1zero.train.run import read_record
+
+from ..loop_cases import save_base
+
+NAMES = [recipe.facts.name for recipe in RECIPES]
+each_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=NAMES)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A toy that stands for the open model: it knows the toy form of Countdown."""
+    return save_base(tmp_path_factory.mktemp("open"))
+
+
+def flags(folder, base):
+    return ["recipe", "countdown-qwen2.5-1.5b", "--base", str(base), "--run", str(folder), "--steps", "1",
+            "--options", "n_numbers=3", "high=9", "--prompts-per-step", "2", "--group-size", "2",
+            "--max-new-tokens", "12", "--eval-problems", "3", "--eval-samples", "1", "--device", "cpu"]
+
+
+@each_recipe
+def test_every_recipe_is_a_command_and_its_options_are_the_tasks(recipe):
+    command = COMMANDS[f"recipe {recipe.facts.name}"]
+    assert getattr(open_model_table, command.config) is recipe
+    config = recipe(base="x")
+    known = option_types(find_task(recipe.task))
+    assert all(option.partition("=")[0] in known for option in config.options)
+    assert ("path" in known) == (config.data is not None) == bool(recipe.facts.fetch)
+    assert [stage.control for stage in stages_of(config)] == ["none", "random"]
+    assert config.run == f"runs/{recipe.facts.name}"
+
+
+@each_recipe
+def test_the_two_stages_differ_in_the_rewards_alone(recipe):
+    rl, control = stages_of(recipe(base="x"))
+    differ = {f.name for f in fields(rl) if getattr(rl, f.name) != getattr(control, f.name)}
+    assert differ == {"run", "control"}
+
+
+@each_recipe
+def test_explaining_a_recipe_needs_no_files_and_makes_none(recipe, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipe", recipe.facts.name, "--base", "nowhere", "--explain"]) == 0
+    said = capsys.readouterr().out
+    for text in (recipe.facts.model, recipe.facts.expected, "predicted", *recipe.facts.all_commands):
+        assert text in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_model_or_file_is_told_with_the_commands_that_fetch_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipe", "gsm8k-qwen2.5-0.5b", "--base", "nowhere"]) == 2
+    error = capsys.readouterr().err
+    assert "nowhere, gsm8k_train.jsonl, gsm8k_test.jsonl not found here" in error
+    assert "hf download Qwen/Qwen2.5-0.5B --local-dir Qwen2.5-0.5B" in error and "curl -L" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_measures_the_base_trains_twice_and_shows_the_three_beside_the_published(tmp_path, base, capsys):
+    folder = tmp_path / "recipe"
+    assert main(flags(folder, base)) == 0
+    said = capsys.readouterr().out
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["measured"]) == ["base", "rl", "control"]
+    assert all(found["n_problems"] == 3 for found in results["measured"].values())
+    assert table(results["measured"]) in said and RECIPES[0].facts.expected in said
+    controls = {name: read_record(folder / name / "run.json")["config"]["control"] for name in ("rl", "control")}
+    assert controls == {"rl": "none", "control": "random"}
+    prompts = [[json.loads(row)["prompt"] for row in (folder / f"eval_{name}.jsonl").read_text().splitlines()]
+               for name in results["measured"]]
+    assert prompts == [prompts[0]] * 3
+
+    # A finished recipe is neither overwritten nor measured again.
+    before = (folder / "results.json").read_text()
+    assert main(flags(folder, base)) == 2 and "--resume" in capsys.readouterr().err
+    assert main([*flags(folder, base), "--resume"]) == 0
+    after = json.loads((folder / "results.json").read_text())
+    assert after["measured"] == json.loads(before)["measured"]
+    # Other settings are no resume.
+    assert main([*flags(folder, base), "--resume", "--lr", "1e-3"]) == 2
+    assert "lr" in capsys.readouterr().err
+
+
+def test_a_bad_flag_is_told_before_anything_is_made(tmp_path, base, capsys):
+    for bad, said in ((["--group-size", "1"], "--group-size is 1"), (["--control", "typo"], "--control is 'typo'"),
+                      (["--eval-problems", "0"], "--eval-problems is 0")):
+        assert main([*flags(tmp_path / "x", base), *bad]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_the_readme_has_the_table_of_the_recipes():
+    readme = Path(__file__).parents[3] / "README.md"
+    assert markdown_table() in readme.read_text(encoding="utf-8")

@@ -1,0 +1,314 @@
+"""GRPO on an open model: the settings and their sources, the number to expect, the control beside.
+
+    hf download Qwen/Qwen2.5-0.5B --local-dir Qwen2.5-0.5B
+    r1zero recipe gsm8k-qwen2.5-0.5b --base Qwen2.5-0.5B --explain     what it is, what it needs
+    r1zero recipe gsm8k-qwen2.5-0.5b --base Qwen2.5-0.5B               all of it
+
+1. Measure the base on the held-out problems.
+2. GRPO on the training problems, with the rule rewards; measure again.
+3. The same steps with rewards that are the toss of a coin; measure again. A random reward lifts
+   some bases, above all Qwen's (Spurious Rewards, arXiv 2506.10947), so a gain means little without
+   it.
+4. A table of the three, with 95 % intervals, beside the number that others have published.
+
+Each stage is an ordinary run in a folder of its own, so Ctrl-C and --resume work throughout. Every
+setting is a flag. The recipes themselves are in open_model_table.py.
+
+Left out: the download. The commands for it are printed by --explain, and they need a network.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from ...eval.console import show
+from ...eval.harness import evaluate
+from ...eval.sampler import ModelSampler
+from ...model.checkpoint import load_model
+from ...model.optimizer import OptimConfig
+from ..compute_flags import ComputeFlags
+from ..grpo import GRPOConfig, grpo, grpo_config
+from ..machine import describe_machine, pick_device, reuse_memory
+from ..run import at_least, check_folder_name
+from ..task_flags import TaskFlags
+from .demo import PartResults, check_part, run_part
+
+# Masters, gradients and two moments in fp32, a reference in fp32, and the engine's copy in bf16.
+BYTES_PER_PARAMETER = 4 + 4 + 8 + 4 + 2
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a reader wants to know of a recipe before it is run. Nothing here was measured by us."""
+
+    name: str
+    """The recipe's name: r1zero recipe NAME."""
+    model: str
+    """The base, as it is called on huggingface.co."""
+    model_license: str
+    problems: str
+    """What is trained on, and what is held out."""
+    data_license: str
+    fetch: tuple[str, ...]
+    """The commands that fetch the data; none for problems that are generated."""
+    settings: str
+    """Where the settings are from."""
+    expected: str
+    """The published number to expect, how it was measured, and where it stands."""
+    parameters: int
+    """How many the base has."""
+
+    @property
+    def all_commands(self) -> tuple[str, ...]:
+        """The commands that fetch the model and the data."""
+        folder = self.model.rpartition("/")[2]
+        return (f"hf download {self.model} --local-dir {folder}", *self.fetch)
+
+    @property
+    def predicted(self) -> str:
+        """The memory that a run is predicted to take; nobody has measured it yet."""
+        gigabytes = self.parameters * BYTES_PER_PARAMETER / 1e9
+        return f"{gigabytes:.0f} GB, and more for cache and activations"
+
+    def in_words(self) -> str:
+        """The facts, one below the other."""
+        rows = [
+            ("base", f"{self.model} ({self.model_license})"),
+            ("problems", f"{self.problems} ({self.data_license})"),
+            ("settings", self.settings),
+            ("published", self.expected),
+            ("memory", f"predicted: {self.predicted}"),
+        ]
+        lines = [f"{name:<10} {text}" for name, text in rows]
+        return "\n".join([*lines, "fetch", *(f"  {command}" for command in self.all_commands)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenModelConfig(ComputeFlags):
+    """The flags that all these recipes have; each has defaults of its own."""
+
+    facts: ClassVar[Facts]
+    task: ClassVar[str]
+    """The name of its task."""
+
+    base: str
+    """Folder of the model, as hf download leaves it, or of a run that is trained further."""
+    run: str
+    """Folder of the recipe."""
+    explain: bool = False
+    """Only say what the recipe is, where its settings are from, and what to expect."""
+    resume: bool = False
+    """Continue a recipe that was stopped."""
+    data: str | None = None
+    """File of the training problems, for a task that reads them from one."""
+    test: str | None = None
+    """File of the held-out problems. A run refuses training problems that stand in it."""
+    options: tuple[str, ...] = ()
+    """Options of the task as name=value, such as the template of the prompt."""
+    chat: bool = False
+    """Put each question through the model's chat template."""
+    steps: int = 500
+    """Number of GRPO steps."""
+    control: str = "random"
+    """Rewards of the control: random (the toss of a coin), permute (shuffled within each group), or
+    none to leave it out."""
+    prompts_per_step: int = 16
+    """Number of problems per step."""
+    group_size: int = 8
+    """Number of answers sampled per problem."""
+    max_new_tokens: int = 1024
+    """Maximum number of new tokens per answer."""
+    lr: float = 1e-6
+    """Learning rate, after 10 steps of warm-up; it stays there."""
+    kl_coef: float = 0.001
+    """Weight of the KL to the base in the loss."""
+    micro_tokens: int = 8192
+    """Maximum number of tokens per forward and backward pass."""
+    save_every: int = 50
+    """Number of steps between checkpoints."""
+    eval_problems: int = 500
+    """Number of held-out problems to measure on."""
+    eval_samples: int = 4
+    """Number of answers per held-out problem."""
+    seed: int = 0
+    """Seed of the sampling."""
+    device: str = "auto"
+    """Device to compute on: auto (the GPU if there is one), cpu, cuda or mps."""
+    wandb: bool = False
+    """Also log to Weights & Biases."""
+
+    def __post_init__(self):
+        ComputeFlags.__post_init__(self)
+        check_folder_name(self.run)
+        at_least(self, 1, "steps", "eval_problems", "eval_samples", "save_every")
+        at_least(self, 0, "seed")
+        # What GRPO would refuse is refused now, not after the base was measured.
+        for stage in stages_of(self):
+            assert stage.steps == self.steps
+
+    def task_flags(self) -> TaskFlags:
+        """The task, with its files and options."""
+        options = self.options
+        if self.test is not None:
+            options = (*options, f"test={self.test}")
+        return TaskFlags(name=self.task, options=options, data=self.data, chat=self.chat)
+
+
+def stage_config(config: OpenModelConfig, name: str, control: str) -> GRPOConfig:
+    """GRPO as the recipe has it. name: of the stage's folder; control: none, random or permute."""
+    return grpo_config(
+        "grpo",
+        run=str(Path(config.run) / name),
+        base=config.base,
+        task=config.task_flags(),
+        steps=config.steps,
+        control=control,
+        prompts_per_step=config.prompts_per_step,
+        group_size=config.group_size,
+        max_new_tokens=config.max_new_tokens,
+        loss={"kl_coef": config.kl_coef},
+        optim=OptimConfig(lr=config.lr, warmup=10, final_lr=1.0, weight_decay=0.0, eps=1e-8),
+        micro_tokens=config.micro_tokens,
+        save_every=config.save_every,
+        seed=config.seed,
+        device=config.device,
+        dtype=config.dtype,
+        fp32_head=config.fp32_head,
+        wandb=config.wandb,
+    )
+
+
+def stages_of(config: OpenModelConfig) -> Iterator[GRPOConfig]:
+    """GRPO, and the control if there is one."""
+    yield stage_config(config, "rl", "none")
+    if config.control != "none":
+        yield stage_config(config, "control", config.control)
+
+
+# ---- what is measured ----
+
+
+class Results(PartResults):
+    """results.json: what was measured of the base and of each stage, and the seconds."""
+
+    def __init__(self, config: OpenModelConfig):
+        super().__init__(Path(config.run), {"measured": {}})
+        self.values |= {"config": asdict(config), "machine": describe_machine()}
+        self.values["published"] = config.facts.expected
+
+    @property
+    def measured(self) -> dict[str, dict]:
+        return self.values["measured"]
+
+    def is_measured(self, name: str, config: OpenModelConfig) -> bool:
+        """Whether this model was measured with these flags."""
+        return self.measured.get(name, {}).get("measured_with") == measured_with(config)
+
+    def keep(self, name: str, config: OpenModelConfig, found: dict) -> None:
+        """Note what was measured of a model."""
+        self.measured[name] = {"measured_with": measured_with(config), **found}
+        self.write()
+
+
+def measured_with(config: OpenModelConfig) -> dict:
+    """The flags that a measurement depends on."""
+    names = ("base", "test", "data", "chat", "steps", "eval_problems", "eval_samples")
+    return {name: getattr(config, name) for name in (*names, "max_new_tokens", "seed")}
+
+
+def measure(config: OpenModelConfig, name: str, folder: str) -> dict:
+    """Held-out accuracy of the model in a folder, at temperature 1, as JSON types.
+
+    The answers go to eval_<name>.jsonl.
+    """
+    device = pick_device(config.device)
+    model, tokenizer, _ = load_model(folder, device, precision=config.precision(device))
+    task = config.task_flags().make()
+    size = task.size("test")  # None: as many as are asked for
+    n_problems = config.eval_problems if size is None else min(size, config.eval_problems)
+    sampler = ModelSampler(
+        model,
+        tokenizer,
+        config.max_new_tokens,
+        seed=config.seed,
+        cut_prompts=True,
+        chat=config.chat,
+    )
+    ks = sorted({1, config.eval_samples})
+    out = Path(config.run) / f"eval_{name}.jsonl"
+    problems = task.problems("test", n_problems)
+    return evaluate(sampler, task, problems, config.eval_samples, ks, out).to_dict()
+
+
+TITLES = {"base": "base", "rl": "GRPO", "control": "control"}
+
+
+def table(measured: dict[str, dict]) -> str:
+    """A row per model: how often it is right, its form, its length, and how often it is cut off."""
+    rows = [("held-out problems", "right [95 %]", "well formed", "tokens")]
+    for name, title in TITLES.items():
+        if name not in measured:
+            continue
+        found = measured[name]
+        low, high = found["accuracy_95"]
+        right = f"{found['accuracy']:.1%} [{low:.1%}, {high:.1%}]"
+        rows.append((title, right, f"{found['format_rate']:.1%}", f"{found['mean_tokens']:.0f}"))
+    return "\n".join(f"{a:<18}{b:>24}{c:>14}{d:>9}" for a, b, c, d in rows)
+
+
+# ---- the whole ----
+
+
+def open_model(config: OpenModelConfig) -> Path | None:
+    """Run every stage that is not done yet; returns the path of results.json.
+
+    Raises ValueError if the folder already holds a recipe and --resume was not given, or one that
+    was made with other flags, and for files that are missing; Stopped after Ctrl-C.
+    """
+    show(config.facts.in_words())
+    if config.explain:
+        return None
+    reuse_memory()
+    folder = Path(config.run)
+    # As with a run, the first checkpoint begins it: before, a corrected command may go on.
+    if any(folder.glob("*/checkpoints/step_*")) and not config.resume:
+        raise ValueError(
+            f"{folder} holds a recipe already; add --resume to go on with it, or give another --run"
+        )
+    # 1. What can be refused is refused before anything is written.
+    pick_device(config.device)
+    check_data(config)
+    for stage in stages_of(config):
+        check_part(stage)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = Results(config)
+
+    def measured(name: str, model_folder: str) -> None:
+        if not results.is_measured(name, config):
+            started = time.perf_counter()
+            results.keep(name, config, measure(config, name, model_folder))
+            results.add_seconds(f"measuring {name}", time.perf_counter() - started)
+        show(table(results.measured))
+
+    # 2. The base, as it comes.
+    measured("base", config.base)
+    # 3. GRPO, and the same number of steps on rewards that say nothing.
+    for stage in stages_of(config):
+        name = Path(stage.run).name
+        results.add_seconds(name, run_part(grpo, stage))
+        measured(name, stage.run)
+    # 4. What others have found, beside what was measured here.
+    show(f"published: {config.facts.expected}\n{results.path}")
+    return results.path
+
+
+def check_data(config: OpenModelConfig) -> None:
+    """Raise ValueError, with the commands that fetch it, for a model or a file that is missing."""
+    needed = [config.base, *(path for path in (config.data, config.test) if path is not None)]
+    missing = [path for path in needed if not Path(path).exists()]
+    if missing:
+        commands = "; ".join(config.facts.all_commands)
+        raise ValueError(f"{', '.join(missing)} not found here; fetch what is needed: {commands}")
+    config.task_flags().make()
