@@ -13,7 +13,6 @@ The new folder answers a question through transformers, where that is installed.
 """
 import argparse
 import importlib.util
-import json
 import tempfile
 import zipfile
 from collections.abc import Iterator
