@@ -162,6 +162,18 @@ PRESETS: dict[str, dict] = {
         tie_embeddings=True,
         max_seq_len=32_768,
     ),
+    "smollm2-135m": dict(
+        n_layers=30,
+        d_model=576,
+        n_heads=9,
+        n_kv_heads=3,
+        head_dim=64,
+        d_ff=1536,
+        rope_theta=1e5,
+        norm_eps=1e-5,
+        tie_embeddings=True,
+        max_seq_len=8192,
+    ),
 }
 
 

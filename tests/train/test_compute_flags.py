@@ -10,10 +10,11 @@ from r1zero.model.tokenizer import Tokenizer
 from r1zero.model.transformer import Transformer
 from r1zero.train.cli.chat import ChatConfig
 from r1zero.train.cli.eval import EvalConfig
+from r1zero.train.compute_flags import ComputeFlags
 from r1zero.train.fit import fit
 from r1zero.train.grpo import grpo, timed_step
 from r1zero.train.log import read_metrics
-from r1zero.train.machine import pick_device
+from r1zero.train.machine import pick_device, use_onednn
 from r1zero.train.pretrain import pretrain
 from r1zero.train.run import Run
 from r1zero.train.sft import SFTConfig
@@ -63,6 +64,37 @@ def test_policy_reference_critic_and_engine_compute_in_what_the_flags_say(tmp_pa
     assert seen == 5 * [Precision(expected, fp32_head)]
     [row] = read_metrics(tmp_path / "run")
     assert ("loss_scale" in row) == (dtype == "fp16") and row["loss"] == row["loss"]
+
+
+def test_onednn_computes_the_products_of_a_run_that_asks_for_it_and_of_no_other(tmp_path):
+    def precision_in(name, **options):
+        seen = []
+
+        def looking(*step):
+            seen.append(torch.get_float32_matmul_precision())
+            return timed_step(*step)
+
+        grpo(grpo_config(tmp_path / name, base, steps=1, **options), step_of=looking)
+        [row] = read_metrics(tmp_path / name)
+        assert row["logp_gap"] < 0.1
+        return seen
+
+    base = save_base(tmp_path / "base")
+    # "medium" is PyTorch's word for it; a GPU's products are left alone
+    assert precision_in("with", onednn=True) == ["medium"] and precision_in("without") == ["highest"]
+    ComputeFlags(onednn=True).precision(torch.device("mps"))
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_products_by_onednn_are_those_of_mkl_but_for_rounding():
+    a, b = torch.randn(100, 576), torch.randn(576, 200)
+    exact = a.double() @ b.double()
+    try:
+        use_onednn(True)
+        assert (a @ b - exact).abs().max() < 1  # with AMX, sums of 576 products rounded to bf16
+    finally:
+        use_onednn(False)
+    assert (a @ b - exact).abs().max() < 1e-3
 
 
 def test_pretraining_in_fp16_goes_on_to_the_same_bits(tmp_path, monkeypatch):
@@ -127,9 +159,10 @@ def test_the_dtype_stays_the_same_on_resume_and_an_older_run_had_the_default(tmp
     data = text_file(tmp_path)
     pretrain(pretrain_config(tmp_path / "run", data, steps=2))
     for changes, named in ((dict(dtype="bf16"), "--dtype is auto there and bf16 here"),
-                           (dict(fp32_head=True), "--fp32-head is False there and True here")):
+                           (dict(fp32_head=True), "--fp32-head is False there and True here"),
+                           (dict(onednn=True), "--onednn is False there and True here")):
         with fails(ValueError, named):
             pretrain(pretrain_config(tmp_path / "run", data, steps=3, resume=True, **changes))
-    forget(tmp_path / "run", "dtype", "fp32_head")
+    forget(tmp_path / "run", "dtype", "fp32_head", "onednn")
     pretrain(pretrain_config(tmp_path / "run", data, steps=3, resume=True))
     assert len(read_metrics(tmp_path / "run")) == 3
