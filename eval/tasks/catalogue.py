@@ -15,8 +15,11 @@ from .base import Task
 from .countdown import Countdown
 from .gsm8k import GSM8K
 from .jsonl import JSONL
+from .math import Math
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Arithmetic, Countdown, GSM8K, JSONL)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Arithmetic, Countdown, GSM8K, JSONL, Math)
+}
 
 
 def find_task(name: str) -> type[Task]:
