@@ -202,13 +202,18 @@ def keep_start(run: Run, learner: Learner) -> None:
     save_checkpoint(run.folder / START, 0, tensors, state)
 
 
+# What a template asks for that is not the form which the format reward is for.
+OTHER_FORMS = {"zero_shot": "`#### n`", "boxed": r"\boxed{}"}
+
+
 def form_notice(task: Task, config: Algorithm) -> str | None:
     """What to say of a prompt that asks for another form than the format reward is for, or None."""
-    if getattr(task, "template", None) != "zero_shot" or config.rewards.format_weight == 0:
+    template = getattr(task, "template", None)
+    if template not in OTHER_FORMS or config.rewards.format_weight == 0:
         return None
     return (
-        "the template zero_shot asks for `#### n`, and the format reward is for <think> and "
-        "<answer>; --options template=r1_zero asks for those"
+        f"the template {template} asks for {OTHER_FORMS[template]}, and the format reward is for "
+        "<think> and <answer>; --options template=r1_zero asks for those"
     )
 
 
