@@ -4,8 +4,8 @@
     response    <think> ... </think><answer>42</answer>
 
 The toy form above is for models that were trained on it. Models that know English are asked in
-words: `template` is zero_shot, r1_zero, r1_zero_think or chat (prompts.py). In a chat the answer
-may also stand in a box of LaTeX, or in a sentence `The answer is 42.` (final_answer.py).
+words: `template` is zero_shot, few_shot, r1_zero, r1_zero_think or chat (prompts.py). In a chat the
+answer may also stand in a box of LaTeX, or in a sentence `The answer is 42.` (final_answer.py).
 
 Numbers have up to `digits` digits. Operators are sampled from + - *, and * binds before + and -, as
 usual. Only the answer block is read, so the same grader serves responses with and without thoughts.
@@ -48,9 +48,24 @@ HOW_TO_END = (
     "Think step by step, then give the number alone between <answer> and </answer>, for example "
     "<answer>7</answer>."
 )
+EXAMPLES = """\
+Question: What is 3 + 5?
+Answer: <think>3 + 5 = 8</think> <answer>8</answer>
+
+Question: What is 9 - 2?
+Answer: <think>9 - 2 = 7</think> <answer>7</answer>
+
+Question: What is 4 * 6?
+Answer: <think>4 * 6 = 24</think> <answer>24</answer>
+
+Question: What is 4 - 6?
+Answer: <think>4 - 6 = -2</think> <answer>-2</answer>
+
+"""
 # How a problem is put to a model that knows English, by the name of the template.
 FORMS = {
     "zero_shot": zero_shot(HOW_TO_END),
+    "few_shot": replace(TEMPLATES["few_shot"], before=f"{EXAMPLES}Question: "),
     "r1_zero": TEMPLATES["r1_zero"],
     "r1_zero_think": TEMPLATES["r1_zero_think"],
     "chat": chat(HOW_TO_END),
@@ -104,8 +119,8 @@ class Arithmetic(Task):
     seed: int = 0
     """Changes the training problems; the test problems are the same for every seed."""
     template: str = TOY
-    """How a problem is put to the model: plain is `17+25=`; zero_shot, r1_zero, r1_zero_think and
-    chat ask in words (prompts.py)."""
+    """How a problem is put to the model: plain is `17+25=`; zero_shot, few_shot, r1_zero,
+    r1_zero_think and chat ask in words (prompts.py)."""
 
     def __post_init__(self):
         """Raises ValueError for an option out of range."""

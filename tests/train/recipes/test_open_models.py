@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from r1zero.eval.tasks.catalogue import option_types
-from r1zero.eval.tasks.catalogue import find_task
+from r1zero.eval.tasks.catalogue import find_task, option_types
 from r1zero.train.cli.main import COMMANDS, main
 from r1zero.train.recipes import open_model_table
 from r1zero.train.recipes.open_model_table import RECIPES, markdown_table
