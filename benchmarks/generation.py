@@ -12,6 +12,10 @@ On a CPU, in fp32, there are three cases. In each round their sides take turns, 
              to 128, as the rows of a static batch do
     larger   64 requests of 32 new tokens, 25 M parameters
 
+With `--cases smollm2` there is a fourth, in the shape of a real model; `--onednn` is as in training:
+
+    smollm2  32 requests of 32 new tokens after prompts of 64 tokens, 134.5 M parameters
+
 transformers gets its prompts as a tensor, without padding, and in "spread" a stopping criterion that ends
 each row at its length. Ours gets lists, and makes requests and completions. Each rate is also given as a
 share of the rate of a 1024 x 1024 matrix product in the same round. The FLOPs counted are those of the model
@@ -42,7 +46,7 @@ from r1zero.model.engine.engine import Engine
 from r1zero.model.engine.requests import Request, group_requests
 from r1zero.model.engine.sampling import sample_seeds
 from r1zero.model.transformer import Transformer, count_parameters, flops_per_token
-from r1zero.train.machine import reuse_memory
+from r1zero.train.machine import reuse_memory, use_onednn
 
 from .common import finish, show, spread, table, time_of
 from .qwen2 import qwen2_of, qwen2_shaped
@@ -64,6 +68,7 @@ class Flags:
     new_tokens: int = 64
     cases: str = "equal,spread,larger"
     device: str = "cpu"
+    onednn: bool = False
     out: str | None = None
 
 
@@ -84,9 +89,10 @@ def parsed(argv: list[str] | None = None) -> Flags:
     flag("prompt_tokens", "Number of tokens per prompt (CPU).")
     flag("new_tokens", "Number of new tokens per sample in \"equal\" (CPU). The case \"larger\" generates "
                        "half of it.")
-    flag("cases", "Names of the cases to measure, with commas (CPU).")
+    flag("cases", "Names of the cases to measure, with commas (CPU): equal, spread, larger, smollm2.")
     flag("device", "Device to measure.", choices=("cpu", "cuda"))
     flag("out", "File for the line of JSON.", type=str)
+    parser.add_argument("--onednn", action="store_true", help="Compute both sides' products by oneDNN (CPU).")
     return Flags(**vars(parser.parse_args(argv)))
 
 
@@ -94,6 +100,37 @@ def larger() -> ModelConfig:
     """25 M parameters in the shape of Qwen2."""
     return ModelConfig(vocab_size=8192, n_layers=8, d_model=448, n_heads=7, n_kv_heads=7, head_dim=64,
                        d_ff=1344, rope_theta=1e6, qkv_bias=True, tie_embeddings=True, max_seq_len=512)
+
+
+# ---- the cases ----
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and how much of it is asked for."""
+
+    config: ModelConfig
+    n_prompts: int
+    group_size: int
+    prompt_tokens: int
+    new_tokens: int
+
+
+def case_named(name: str, flags: Flags) -> Case:
+    """The case of a name. Raises ValueError for one that does not exist."""
+    group_size, prompt_tokens = flags.group_size, flags.prompt_tokens
+    if name in ("equal", "spread"):
+        return Case(qwen2_shaped(), flags.prompts, group_size, prompt_tokens, flags.new_tokens)
+    few_prompts = max(1, flags.prompts // 4)
+    if name == "larger":
+        return Case(larger(), few_prompts, group_size, prompt_tokens, flags.new_tokens // 2)
+    if name == "smollm2":
+        return Case(smollm2_shaped(), few_prompts, group_size // 2, 8 * prompt_tokens, flags.new_tokens // 2)
+    raise ValueError(f"--cases has {name!r}, expected equal, spread, larger or smollm2, with commas")
+
+
+def smollm2_shaped() -> ModelConfig:
+    """134.5 M parameters in the shape of SmolLM2-135M, with Qwen2's biases, so that it has the same peer."""
+    return preset("smollm2-135m", 49_152, qkv_bias=True, max_seq_len=512)
 
 
 # ---- the sides ----
@@ -147,24 +184,22 @@ def transformers_side(model: Transformer, requests: list[Request], lengths: np.n
 
 def case_of(name: str, flags: Flags) -> tuple[Transformer, dict, int, float]:
     """(model, sides, useful tokens, FLOPs for them)."""
-    is_larger = name == "larger"
-    config = larger() if is_larger else qwen2_shaped()
-    n_prompts = max(1, flags.prompts // 4) if is_larger else flags.prompts
-    new_tokens = flags.new_tokens // 2 if is_larger else flags.new_tokens
-    n_requests = n_prompts * flags.group_size
+    case = case_named(name, flags)
+    config, n_requests = case.config, case.n_prompts * case.group_size
     model = Transformer(config).init_weights(0)
     engine = Engine(model, max_rows=max(n_requests, 1))
     rng = np.random.default_rng(0)
-    prompts = rng.integers(config.vocab_size, size=(n_prompts, flags.prompt_tokens)).tolist()
+    prompts = rng.integers(config.vocab_size, size=(case.n_prompts, case.prompt_tokens)).tolist()
 
     sides = {}
     if name == "spread":
-        requests = requests_of(prompts, flags.group_size, LONGEST)
+        requests = requests_of(prompts, case.group_size, LONGEST)
         sides["static"] = lambda: engine.generate(requests)
         wanted = np.exp(rng.uniform(np.log(SHORTEST), np.log(LONGEST), n_requests)).round()
         ours, lengths = with_stops(engine, requests, wanted)
     else:
-        ours, lengths = requests_of(prompts, flags.group_size, new_tokens), np.full(n_requests, new_tokens)
+        ours = requests_of(prompts, case.group_size, case.new_tokens)
+        lengths = np.full(n_requests, case.new_tokens)
 
     def serve():
         assert [len(completion.tokens) for completion in engine.generate(ours)] == lengths.tolist()
@@ -173,7 +208,7 @@ def case_of(name: str, flags: Flags) -> tuple[Transformer, dict, int, float]:
     if importlib.util.find_spec("transformers"):
         sides["transformers"] = transformers_side(model, ours, lengths)
     # A token sees all that stand before it: on average the prompt and half of the answer.
-    flops = sum(int(n) * flops_per_token(config, 2 * (flags.prompt_tokens + n / 2), False) for n in lengths)
+    flops = sum(int(n) * flops_per_token(config, 2 * (case.prompt_tokens + n / 2), False) for n in lengths)
     return model, sides, int(lengths.sum()), flops
 
 
@@ -333,6 +368,7 @@ def on_gpu() -> dict:
 
 def main(flags: Flags) -> dict:
     reuse_memory()
+    use_onednn(flags.onednn)
     if not importlib.util.find_spec("transformers"):
         print("missing: transformers; so ours alone (pip install -e '.[trl]' brings the peer)")
     results = on_gpu() if flags.device == "cuda" else on_cpu(flags)

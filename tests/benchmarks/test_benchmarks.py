@@ -17,6 +17,7 @@ from r1zero.kernels import reference
 from r1zero.model.config import ModelConfig, preset
 from r1zero.model.transformer import Transformer
 from r1zero.train.batches import next_token_batch
+from r1zero.train.machine import use_onednn
 
 from ..train.loop_cases import save_base
 
@@ -164,6 +165,23 @@ def test_generation_at_toy_size(monkeypatch, capsys):
     assert [record["figures"][name]["tokens"] for name in ("equal", "larger")] == [32, 4]
     spread = record["figures"]["spread"]
     assert 8 <= spread["tokens"] < 8 * 24 and spread["ours_over"]["static"]["median"] > 0
+
+
+def test_generation_in_the_shape_of_smollm2_and_an_unknown_case(monkeypatch):
+    case = generation.case_named("smollm2", generation.Flags())
+    assert (case.n_prompts * case.group_size, case.prompt_tokens, case.new_tokens) == (32, 64, 32)
+    assert case.config == preset("smollm2-135m", 49_152, qkv_bias=True, max_seq_len=512)
+    monkeypatch.setattr(generation, "smollm2_shaped", lambda: TINY)
+    flags = generation.parsed(
+        ["--cases", "smollm2", "--prompts", "4", "--group-size", "4", "--prompt-tokens", "2",
+         "--new-tokens", "8", "--rounds", "1", "--warmup", "0", "--onednn"])
+    try:
+        record = generation.main(flags)
+    finally:
+        use_onednn(False)
+    assert record["flags"]["onednn"] and record["figures"]["smollm2"]["tokens"] == 2 * 4
+    with pytest.raises(ValueError, match="--cases has 'smol', expected equal, spread, larger or smollm2"):
+        generation.case_named("smol", flags)
 
 
 # ---- memory ----
