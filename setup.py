@@ -39,7 +39,14 @@ EXTRAS = {
     "hf": ["jinja2>=3.1.6"],  # renders chat templates
     "bpe": ["tokenizers>=0.21"],  # trains a byte-level BPE on a text of the user's
     "trl": ["trl>=1.0", "transformers>=5.0"],  # the peer in benchmarks/vs_trl.py
-    "dev": ["pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"],
+    "dev": [
+        "pytest>=8.3",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6.100",
+        "ruff>=0.9",
+        "tokenizers>=0.21",  # open models are held against these two
+        "transformers>=5.0",
+    ],
 }
 
 setup(

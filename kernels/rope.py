@@ -16,6 +16,8 @@ fp32 table.
 Shapes: T tokens, H heads, R = T H rows, D head_dim, C = D / 2 pairs.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from . import reference
@@ -122,17 +124,24 @@ rope_op.register_autograd(backward, setup_context=keep_for_backward)
 
 
 def rope_table(
-    positions: torch.Tensor, head_dim: int, theta: float
+    positions: torch.Tensor,
+    head_dim: int,
+    theta: float,
+    rescale: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of each token's angles: two of [T, head_dim / 2], fp32.
 
-    positions: [T] integers; theta: the base of the angles.
+    positions: [T] integers; theta: the base of the angles. rescale: what becomes of the frequencies
+    [head_dim / 2], in radians per position, where a model has stretched them to a longer context.
     """
     # in fp64 where the device has it, so that position 100,000 keeps its angle
     dtype = widest_dtype(positions.device)
     pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype)
     exponents = pairs / head_dim
-    angles = positions.to(dtype)[:, None] * theta**-exponents
+    frequencies = theta**-exponents
+    if rescale is not None:
+        frequencies = rescale(frequencies)
+    angles = positions.to(dtype)[:, None] * frequencies
     return angles.cos().float(), angles.sin().float()
 
 

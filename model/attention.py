@@ -9,7 +9,8 @@ values are, so it is a `KV` object's:
 
 One object serves all layers of a forward pass; `layer` says which of them calls.
 
-Left out: dropout, sliding windows, attention masks (a batch is flat with offsets, see packed.py).
+Left out: dropout, attention masks (a batch is flat with offsets, see packed.py), and a cache that
+forgets what lies before a window.
 
 Shapes: T tokens, M d_model, H query heads, G key/value heads, D width of a query or key, E width of
 a value (here D), K keys of all sequences.
@@ -25,6 +26,14 @@ from ..kernels.rope import rope
 from .config import ModelConfig
 from .linear import Linear
 from .packed import Packed
+
+
+def split_heads(
+    qkv_THD: torch.Tensor, n_kv_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All heads [T, H + 2 G, D] as q [T, H, D], k and v [T, G, D]."""
+    n_heads = qkv_THD.shape[1] - 2 * n_kv_heads
+    return qkv_THD.split([n_heads, n_kv_heads, n_kv_heads], dim=1)
 
 
 def rotate(
@@ -45,9 +54,17 @@ class KV:
     """What one forward pass reads its keys and values from, for all layers."""
 
     def attend(
-        self, layer: int, q_THD: torch.Tensor, k_TGD: torch.Tensor, v_TGE: torch.Tensor
+        self,
+        layer: int,
+        q_THD: torch.Tensor,
+        k_TGD: torch.Tensor,
+        v_TGE: torch.Tensor,
+        window: int | None = None,
     ) -> torch.Tensor:
-        """Attention [T, H, E] of the new tokens; q and k have their positions already (RoPE)."""
+        """Attention [T, H, E] of the new tokens; q and k have their positions already (RoPE).
+
+        window: how many keys a query sees, its own included; None: all.
+        """
         raise NotImplementedError
 
     def rotate_and_attend(
@@ -57,10 +74,11 @@ class KV:
         cos: torch.Tensor,
         sin: torch.Tensor,
         n_kv_heads: int,
+        window: int | None = None,
     ) -> torch.Tensor:
         """RoPE, then `attend`. A subclass may do both in one kernel."""
         q, k, v = rotate(qkv_THD, cos, sin, n_kv_heads)
-        return self.attend(layer, q, k, v)
+        return self.attend(layer, q, k, v, window)
 
 
 class PackedKV(KV):
@@ -69,7 +87,7 @@ class PackedKV(KV):
     def __init__(self, packed: Packed):
         self.packed = packed
 
-    def attend(self, layer, q_THD, k_TGD, v_TGE):
+    def attend(self, layer, q_THD, k_TGD, v_TGE, window=None):
         packed = self.packed
         if packed.keys is not None:
             k_TGD, v_TGE = gather_keys(k_TGD, v_TGE, packed.keys)
@@ -81,9 +99,12 @@ class PackedKV(KV):
             packed.max_seqlen,
             cu_seqlens_k=packed.cu_keys,
             max_seqlen_k=packed.max_keys,
+            window=window,
         )
 
-    def rotate_and_attend(self, layer, qkv_THD, cos, sin, n_kv_heads):
+    def rotate_and_attend(self, layer, qkv_THD, cos, sin, n_kv_heads, window=None):
+        if window is not None:
+            return super().rotate_and_attend(layer, qkv_THD, cos, sin, n_kv_heads, window)
         packed = self.packed
         return rope_attention(
             qkv_THD,
@@ -110,9 +131,10 @@ class PrefillKV(KV):
         with queries in them: to hold on to them costs much more than a copy."""
         raise NotImplementedError
 
-    def attend(self, layer, q_THD, k_TGD, v_TGE):
+    def attend(self, layer, q_THD, k_TGD, v_TGE, window=None):
         self.keep(layer, k_TGD, v_TGE)
-        return attention(q_THD, k_TGD, v_TGE, self.packed.cu_seqlens, self.packed.max_seqlen)
+        packed = self.packed
+        return attention(q_THD, k_TGD, v_TGE, packed.cu_seqlens, packed.max_seqlen, window=window)
 
 
 class RecordingKV(PrefillKV):
@@ -144,24 +166,36 @@ class Attention(nn.Module):
         self.n_kv_heads = config.n_kv_heads
         self.head_dim = config.head_dim
         self.norm_eps = config.norm_eps
+        self.window = config.window_of(layer)
+        self.uses_rope = layer not in config.nope_layers
+        self.norms_full_width = config.qk_norm_full_width
 
         # q, k and v share one matrix, for one larger product.
         n_rows = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
         self.qkv = Linear(config.d_model, n_rows, bias=config.qkv_bias)
-        self.q_norm = nn.Parameter(torch.empty(config.head_dim)) if config.qk_norm else None
-        self.k_norm = nn.Parameter(torch.empty(config.head_dim)) if config.qk_norm else None
-        self.out = Linear(config.n_heads * config.head_dim, config.d_model)
+        self.q_norm, self.k_norm = None, None
+        if config.qk_norm or config.qk_norm_full_width:
+            q_heads, k_heads = (
+                (config.n_heads, config.n_kv_heads) if config.qk_norm_full_width else (1, 1)
+            )
+            self.q_norm = nn.Parameter(torch.empty(q_heads * config.head_dim))
+            self.k_norm = nn.Parameter(torch.empty(k_heads * config.head_dim))
+        self.out = Linear(config.n_heads * config.head_dim, config.d_model, bias=config.out_bias)
 
     def project(self, x_TM: torch.Tensor) -> torch.Tensor:
         """[T, M] -> all heads [T, H + 2 G, D]: queries, keys, values; not rotated yet."""
         qkv_THD = rearrange(self.qkv(x_TM), "t (h d) -> t h d", d=self.head_dim)
         if self.q_norm is None:
             return qkv_THD
-        # Qwen3 norms each head of q and k, before RoPE.
-        q, k, v = qkv_THD.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
-        q = rmsnorm(q, self.q_norm, self.norm_eps)
-        k = rmsnorm(k, self.k_norm, self.norm_eps)
-        return torch.cat([q, k, v], dim=1)
+        # Before RoPE, Qwen3 norms each head of q and k, and OLMo-2 all heads of each as one vector.
+        q, k, v = split_heads(qkv_THD, self.n_kv_heads)
+        return torch.cat([self.norm(q, self.q_norm), self.norm(k, self.k_norm), v], dim=1)
+
+    def norm(self, x_THD: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """RMSNorm of each head, or of all heads together."""
+        if not self.norms_full_width:
+            return rmsnorm(x_THD, weight, self.norm_eps)
+        return rmsnorm(x_THD.flatten(1), weight, self.norm_eps).unflatten(1, x_THD.shape[1:])
 
     def forward(
         self, x_TM: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: KV
@@ -170,9 +204,19 @@ class Attention(nn.Module):
         # 1. Each token's queries, keys and values.
         qkv_THD = self.project(x_TM)
         # 2. RoPE, and softmax(q k^T / sqrt(D)) v over the tokens before it and itself.
-        y_THE = kv.rotate_and_attend(self.layer, qkv_THD, cos, sin, self.n_kv_heads)
+        if self.uses_rope:
+            y_THE = kv.rotate_and_attend(
+                self.layer, qkv_THD, cos, sin, self.n_kv_heads, self.window
+            )
+        else:
+            y_THE = kv.attend(self.layer, *split_heads(qkv_THD, self.n_kv_heads), self.window)
         # 3. The heads side by side, back to the width of the model.
         return self.out(rearrange(y_THE, "t h e -> t (h e)"))
+
+    @property
+    def is_ordinary(self) -> bool:
+        """Whether it has RoPE, no window, and no norm over several heads, as in most models."""
+        return self.uses_rope and self.window is None and not self.norms_full_width
 
     @property
     def cache_shape(self) -> tuple[int, int, int]:

@@ -4,7 +4,11 @@ Printable Latin-1 stands for itself; the other 68 bytes, in order, are U+0100, U
 a space, and every token is a text without white space.
 """
 
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+PRINTABLE = [
+    *range(33, 127),
+    *range(161, 173),
+    *range(174, 256),
+]
 OTHERS = [b for b in range(256) if b not in PRINTABLE]
 
 BYTE_OF_LETTER = {chr(b): b for b in PRINTABLE}

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from .config import ModelConfig
 from .files import UNFINISHED, atomic_write_json, flush
+from .huggingface import is_huggingface, read_model
 from .precision import Precision, choose_precision
 from .tokenizer import Tokenizer
 from .transformer import Transformer
@@ -55,7 +56,7 @@ class Checkpoint:
 
     step: int
     tensors: dict[str, dict[str, torch.Tensor]]
-    """By group and name, on the CPU."""
+    """By group and name; on the CPU, unless `load_model` read a Hugging Face folder."""
     state: dict
     """As JSON returns it: lists for tuples, strings for keys."""
     path: Path
@@ -370,7 +371,7 @@ def _find_checkpoints(folder: Path) -> dict[int, list[Path]] | None:
         holds = ", ".join(names[:5] + ["…"] * (len(names) > 5)) or "nothing"
         raise CheckpointError(
             f"{folder} is not the folder of a run: it holds {holds}, and no checkpoints/. "
-            "Give the folder that training wrote to"
+            "Give the folder that training wrote to, or one of a Hugging Face model"
         )
     folders = _folders(root)
     if not folders:
@@ -517,9 +518,13 @@ def load_model(
 ) -> tuple[Transformer, Tokenizer, Checkpoint]:
     """The model, tokenizer and checkpoint of a run, without the optimizer's tensors.
 
+    A folder of a Hugging Face model is taken too. Then the checkpoint is of step 0, and its tensors
+    are the model's own parameters: they change when it is trained.
     Arguments as in `load_checkpoint` and `build_model`.
     Raises CheckpointError if there is none to use, ValueError if it holds no model.
     """
+    if is_huggingface(folder):
+        return _load_huggingface(Path(folder), device, which, precision)
     checkpoint = load_checkpoint(folder, which, groups=("model",))
     has_state = {"model_config", "tokenizer"} <= checkpoint.state.keys()
     if not has_state or "model" not in checkpoint.tensors:
@@ -531,3 +536,16 @@ def load_model(
     model = build_model(model_config, weights, device, precision)
     tokenizer = Tokenizer.from_dict(checkpoint.state["tokenizer"])
     return model, tokenizer, checkpoint
+
+
+def _load_huggingface(
+    folder: Path, device: torch.device, which: str | int, precision: Precision | None
+) -> tuple[Transformer, Tokenizer, Checkpoint]:
+    if which != "last":
+        raise ValueError(
+            f"{folder} is a Hugging Face model, which has no checkpoint {which!r}; ask for the last"
+        )
+    model, tokenizer = read_model(folder, device, precision)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    state = {"model_config": model.config.to_dict(), "tokenizer": tokenizer.to_dict()}
+    return model, tokenizer, Checkpoint(0, {"model": weights}, state, folder)

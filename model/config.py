@@ -3,18 +3,20 @@
     preset("qwen3-0.6b", vocab_size=151_936)      the shape of an open model
     preset("depth=6", vocab_size=1024)            6 layers, and widths to match
 
-Left out: dropout, learned positions, biases other than on q, k, v. The bases of the R1 family
-(Llama, Qwen) have none of them.
+What open models of the Llama kind do differently is a field here. Left out: dropout, learned
+positions, activations other than SwiGLU's.
 """
 
 import math
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 
+from .rope_scaling import RopeScaling
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a pre-norm decoder with RoPE, grouped-query attention and SwiGLU.
+    """Shape of a decoder with RoPE, grouped-query attention and SwiGLU.
 
     Raises ValueError if the numbers do not fit together.
     """
@@ -38,12 +40,32 @@ class ModelConfig:
     """RMSNorm on each head of q and k, before RoPE (Qwen3)."""
     qkv_bias: bool = False
     """Bias on the q, k and v projections (Qwen2)."""
+    out_bias: bool = False
+    """Bias on the projection behind attention."""
+    mlp_bias: bool = False
+    """Bias on the matrices of the MLP."""
+    qk_norm_full_width: bool = False
+    """RMSNorm on all heads of q together, and on all of k, before RoPE (OLMo-2)."""
+    post_norm: bool = False
+    """Norms behind attention and MLP, x + norm(f(x)), instead of before them (OLMo-2)."""
+    rope_scaling: RopeScaling | None = None
+    """How RoPE was stretched to a longer context; a dict of its fields is taken too."""
+    nope_layers: tuple[int, ...] = ()
+    """Layers without RoPE, from 0 (SmolLM3)."""
+    window: int | None = None
+    """How many keys a query sees in the window layers, itself included; None: all."""
+    window_layers: tuple[int, ...] = ()
+    """Layers whose attention has the window, from 0 (Mistral: all of them)."""
+    vocab_in_use: int | None = None
+    """Rows of the head that stand for a token; None: all. Those behind are padding, which is left
+    out of the logits, so that it is never sampled."""
     tie_embeddings: bool = True
     """Whether the head's weight is the embedding."""
     max_seq_len: int = 512
     """Longest sequence, prompt and answer together."""
 
     def __post_init__(self):
+        self._read_json_values()
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
             if field.type is int and not (isinstance(value, Integral) and value > 0):
@@ -59,6 +81,37 @@ class ModelConfig:
             raise ValueError(
                 f"model: head_dim {self.head_dim} is odd; RoPE rotates pairs, so it must be even"
             )
+
+        if self.qk_norm and self.qk_norm_full_width:
+            raise ValueError("model: qk_norm and qk_norm_full_width exclude each other; choose one")
+        for name in ("nope_layers", "window_layers"):
+            layers = getattr(self, name)
+            if not all(isinstance(i, Integral) and 0 <= i < self.n_layers for i in layers):
+                raise ValueError(
+                    f"model: {name} is {layers}, expected numbers of layers, 0 to "
+                    f"{self.n_layers - 1}"
+                )
+        if self.window_layers and not (isinstance(self.window, Integral) and self.window > 0):
+            raise ValueError(
+                f"model: window is {self.window!r}, expected a whole number above 0 for the layers "
+                f"{self.window_layers}"
+            )
+        if self.vocab_in_use is not None and not 0 < self.vocab_in_use <= self.vocab_size:
+            raise ValueError(
+                f"model: vocab_in_use is {self.vocab_in_use}, expected 1 to vocab_size "
+                f"{self.vocab_size}"
+            )
+
+    def _read_json_values(self) -> None:
+        """Lists as tuples, and a dict as the RopeScaling that it was."""
+        for name in ("nope_layers", "window_layers"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.rope_scaling, dict):
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+
+    def window_of(self, layer: int) -> int | None:
+        """How many keys a query of this layer sees; None: all."""
+        return self.window if layer in self.window_layers else None
 
     def to_dict(self) -> dict:
         """For a checkpoint; `ModelConfig(**d)` returns the same config."""

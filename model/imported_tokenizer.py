@@ -50,6 +50,9 @@ class ImportedTokenizer(Tokenizer):
     Raises ValueError for ids that do not fit together.
     """
 
+    engine = "tiktoken"
+    """What does the work; a checkpoint says it."""
+
     def __init__(self, source: dict, settings: Settings):
         self.source, self.settings = source, settings
         self.kind = "imported"
@@ -126,16 +129,16 @@ class ImportedTokenizer(Tokenizer):
         ids = self.ids_with_gaps(self.blank, text)
         if LOST in ids:
             raise ValueError(
-                f"the text {text[:40]!r} holds bytes for which this model has no token, such as "
+                f"the text {text[:40]!r} cannot be encoded: this model has no token for "
                 f"{self._without_token()}; take these characters out"
             )
         return ids
 
     def _without_token(self) -> str:
-        missing = SINGLE_BYTES
-        if self.known_ids:
-            missing = [b for b in SINGLE_BYTES if b not in set(self.bytes_of_id)]
-        return ", ".join(f"0x{b.hex()}" for b in missing[:4]) or "those of an unknown character"
+        """What cannot be encoded, in words."""
+        present = set(self.bytes_of_id)
+        missing = [f"0x{b.hex()}" for b in SINGLE_BYTES if b not in present]
+        return f"{len(missing)} bytes such as {', '.join(missing[:4])}"
 
     def encode_template(self, text: str) -> list[int]:
         """Ids of a text in which added tokens are spelled, as Hugging Face's tokenizers encode it.
@@ -149,7 +152,7 @@ class ImportedTokenizer(Tokenizer):
             self._has_warned = True
             warnings.warn(
                 f"tokenizer: {len(ids) - len(kept)} bytes of a text have no token and were "
-                f"dropped, as by Hugging Face (bytes such as {self._without_token()})",
+                f"dropped, as by Hugging Face: it has none for {self._without_token()}",
                 stacklevel=2,
             )
         return kept
@@ -170,6 +173,7 @@ class ImportedTokenizer(Tokenizer):
         return {
             "format": FORMAT,
             "kind": self.kind,
+            "engine": self.engine,
             "tokenizer_json": self._packed,
             "settings": asdict(self.settings) | {"eos_ids": list(self.eos_ids)},
         }

@@ -21,14 +21,14 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.d_model, self.d_ff = config.d_model, config.d_ff
-        self.gate_up = Linear(config.d_model, 2 * config.d_ff)
-        self.down = Linear(config.d_ff, config.d_model)
+        self.gate_up = Linear(config.d_model, 2 * config.d_ff, bias=config.mlp_bias)
+        self.down = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
 
     def forward(self, x_TM: torch.Tensor) -> torch.Tensor:
         """[T, M] -> [T, M]."""
-        if plain(self.gate_up, self.down):
+        if plain(self.gate_up, self.down) and self.down.bias is None:
             return swiglu_mlp(x_TM, self.gate_up.weight, self.down.weight)
-        # An adapter or a quantised weight has a forward of its own.
+        # A bias is not in that kernel; an adapter or a quantised weight has a forward of its own.
         return self.down(swiglu(self.gate_up(x_TM)))
 
     @property

@@ -110,4 +110,6 @@ def split_pattern(pre_tokenizer: dict | None) -> str:
     # 2. The last one, and everything that it leaves.
     alternatives.append(_without(patterns[-1], excluded))
     matched = "|".join(alternatives)
+    if matched.endswith(f"|{ANY_CHARACTER}"):
+        return matched
     return rf"{matched}|(?:(?!{matched}){ANY_CHARACTER}){{1,{LONGEST_REST}}}"

@@ -1,4 +1,4 @@
-"""A decoder of the Llama and Qwen family: pre-norm, RoPE, grouped-query attention, SwiGLU.
+"""A decoder of the Llama, Qwen and OLMo families: RoPE, grouped-query attention, SwiGLU.
 
 `Transformer.forward` is the whole model and `Block` one layer; attention.py and mlp.py hold the two
 halves of a layer. It works on flat tokens (packed.py): no batch dimension, no mask.
@@ -10,7 +10,7 @@ The weights are the optimizer's masters, in fp32. Each layer casts its own to th
 hidden states where it uses them, so mixed precision is just `compute_dtype=torch.bfloat16`. With
 `fp32_head` the hidden states become fp32 before the last norm, and the head with them.
 
-Left out: dropout, learned positions, biases other than on q, k, v.
+Left out: dropout, learned positions.
 
 Shapes: T tokens, B rows to sample from, R rows to score, M d_model, V vocabulary.
 """
@@ -72,6 +72,18 @@ class Block(nn.Module):
         return 2 * len(self.mlp_norm) + self.attn.kept_per_token + self.mlp.kept_per_token
 
 
+class PostNormBlock(Block):
+    """One layer of OLMo-2 (arXiv 2501.00656): x += norm(attention(x)), then x += norm(mlp(x))."""
+
+    def forward(self, x_TM, residual_TM, cos, sin, kv):
+        """As in Block: the stream is x + residual. The sum is needed here, before any norm."""
+        if residual_TM is not None:
+            x_TM = x_TM + residual_TM
+        attended_TM = rmsnorm(self.attn(x_TM, cos, sin, kv), self.attn_norm, self.norm_eps)
+        x_TM = x_TM + attended_TM
+        return rmsnorm(self.mlp(x_TM), self.mlp_norm, self.norm_eps), x_TM
+
+
 class Transformer(nn.Module):
     """The whole model. A fresh one holds garbage: call `init_weights(seed)`, or load weights."""
 
@@ -89,7 +101,8 @@ class Transformer(nn.Module):
         # before the blocks: `init_weights` samples in the order of the parameters
         if not config.tie_embeddings:
             self.lm_head = Linear(config.d_model, config.vocab_size)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        kind = PostNormBlock if config.post_norm else Block
+        self.blocks = nn.ModuleList(kind(config, layer) for layer in range(config.n_layers))
         self.norm = nn.Parameter(torch.empty(config.d_model))
 
     def init_weights(self, seed: int) -> "Transformer":
@@ -122,7 +135,9 @@ class Transformer(nn.Module):
         tokens, positions: [T] int64. kv: where keys and values are, as in attention.py.
         """
         # 1. The angles of each token's position; all layers share them.
-        cos, sin = rope_table(positions, self.config.head_dim, self.config.rope_theta)
+        config = self.config
+        rescale = config.rope_scaling and config.rope_scaling.rescale
+        cos, sin = rope_table(positions, config.head_dim, config.rope_theta, rescale)
 
         # 2. Token ids to vectors [T, M].
         x_TM = F.embedding(tokens, self.embed).to(self.compute_dtype)
@@ -152,18 +167,20 @@ class Transformer(nn.Module):
 
     @property
     def head(self) -> torch.Tensor:
-        """[V, M], the weight that turns hidden states into logits.
+        """[V, M], the weight that turns hidden states into logits, without rows of padding.
 
         Raises ValueError if the head is not a plain Linear, so that its weight is not all of it.
         """
+        in_use = self.config.vocab_in_use
         if self.config.tie_embeddings:
-            return self.embed
+            return self.embed if in_use is None else self.embed[:in_use]
         if not self.has_plain_head:
             raise ValueError(
                 f"the head is a {type(self.lm_head).__name__}, but log-probs read its weight "
                 "directly; expected a Linear: leave lm_head out of what is adapted or quantised"
             )
-        return self.lm_head.weight
+        weight = self.lm_head.weight
+        return weight if in_use is None else weight[:in_use]
 
     def logprobs(
         self,
@@ -182,7 +199,7 @@ class Transformer(nn.Module):
     def logits(self, hidden_BM: torch.Tensor) -> torch.Tensor:
         """[B, V] fp32, for sampling from a few rows; training uses `logprobs`."""
         if not self.has_plain_head:
-            return self.lm_head(hidden_BM).float()
+            return self.lm_head(hidden_BM).float()[:, : self.config.vocab_in_use]
         weight = self.head.to(hidden_BM.dtype)
         if hidden_BM.is_cpu:
             # with V first in memory the product for few rows takes half the time
@@ -240,7 +257,7 @@ class Transformer(nn.Module):
             block.attn.flops_per_token(seqlen) + block.mlp.flops_per_token()
             for block in self.blocks
         )
-        head = 2 * self.config.vocab_size * self.config.d_model
+        head = 2 * (self.config.vocab_in_use or self.config.vocab_size) * self.config.d_model
         return layers + head
 
 

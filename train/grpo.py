@@ -81,8 +81,8 @@ class GRPOConfig(Algorithm, ComputeFlags, RunConfig):
     RENAMED: ClassVar[dict[str, dict]] = {"control": {False: "none", True: "permute"}}
 
     base: str
-    """Folder of the run (or checkpoint) to start from; it is also the KL's reference, until a
-    refresh."""
+    """Folder of the run, checkpoint or Hugging Face model to start from; it is also the KL's
+    reference, until a refresh."""
     task: TaskFlags = field(default_factory=TaskFlags)
     eval_every: int = 0
     """Number of steps between measurements on held-out problems; the best checkpoint is kept. 0

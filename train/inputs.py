@@ -40,7 +40,7 @@ def base_parts(base: Checkpoint, tokenizer: Tokenizer) -> Parts:
 
     def bytes_of_weights() -> Iterable[bytes]:
         for name in sorted(weights):
-            tensor = weights[name].detach().contiguous()
+            tensor = weights[name].detach().cpu().contiguous()
             yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
             yield tensor.flatten().view(torch.uint8).numpy()
 

@@ -42,6 +42,7 @@ from ..model.checkpoint import (
     mark_best,
     save_checkpoint,
 )
+from ..model.config import ModelConfig
 from ..model.files import atomic_write_json
 from ..model.optimizer import load_optimizer_tensors, optimizer_tensors
 from ..model.tokenizer import Tokenizer
@@ -241,7 +242,10 @@ class Run:
                 f"{path} was made with another tokenizer: the data, the base or --tokenizer has "
                 "changed since. Restore it, or give another run folder"
             )
-        check_config(state["model_config"], model.config.to_dict(), path)
+        saved_config = ModelConfig(
+            **state["model_config"]
+        )  # of an older version: it has fewer fields
+        check_config(saved_config.to_dict(), model.config.to_dict(), path)
 
     # ---- beginning and end ----
 

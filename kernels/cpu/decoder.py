@@ -20,6 +20,7 @@ with suffixes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -230,10 +231,12 @@ class Decoder:
         head_dim: int,
         norm_eps: float,
         rope_theta: float,
+        rope_rescale: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         """Raises ValueError for weights that the loops cannot read, with the reason."""
         self.n_heads, self.n_kv_heads, self.head_dim = n_heads, n_kv_heads, head_dim
-        self.rope_theta, self.eps, self.scale = rope_theta, f32(norm_eps), f32(head_dim**-0.5)
+        self.rope_theta, self.rope_rescale = rope_theta, rope_rescale
+        self.eps, self.scale = f32(norm_eps), f32(head_dim**-0.5)
         self.block = ROW_BLOCK if n_rows >= ROW_BLOCK else 1
         self.n_rows, self.n_slots = n_rows, 0
         self.n = 0  # rows in use
@@ -259,7 +262,7 @@ class Decoder:
         of_layers = [x for layer in weights.layers for x in layer if x is not None]
         self.n_weights = sum(x.numel() for x in of_layers)
         self.d_model, self.d_ff = len(weights.norm), weights.layers[0].down.shape[1]
-        self.vocab_size = len(weights.embed)
+        self.n_logits = 0 if weights.head is None else len(weights.head)
 
     # ---- the cache ----
 
@@ -294,7 +297,8 @@ class Decoder:
             if live:
                 blocks = min(len(old), shape[0])
                 self.kv[i][:blocks, :, :live] = old[:blocks, :, :live]
-        angles = rope_table(torch.arange(slots), self.head_dim, self.rope_theta)
+        positions = torch.arange(slots)
+        angles = rope_table(positions, self.head_dim, self.rope_theta, self.rope_rescale)
         self.angles = [x.numpy() for x in angles]
 
     def admit(
@@ -368,7 +372,7 @@ class Decoder:
         self.tensors = {
             k: torch.from_numpy(x).view(tiles, -1, columns) for k, x in self.arrays.items()
         }
-        self.logits = np.empty((self.vocab_size, tiles * columns), np.float32)
+        self.logits = np.empty((self.n_logits, tiles * columns), np.float32)
         self.buffer_shape = (tiles, columns)
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -48,12 +48,19 @@ class PagedKV(KV):
         self.offsets = self.positions % PAGE
         self.lengths = lengths + 1  # attention sees the new token, too
 
-    def attend(self, layer: int, q_BHD: torch.Tensor, k_BGD: torch.Tensor, v_BGE: torch.Tensor):
+    def attend(
+        self,
+        layer: int,
+        q_BHD: torch.Tensor,
+        k_BGD: torch.Tensor,
+        v_BGE: torch.Tensor,
+        window: int | None = None,
+    ):
         """Write the new keys and values to their pages; attention [B, H, E] over the whole row."""
         k_cache, v_cache = self.caches[layer]
         k_cache[self.pages, :, self.offsets] = k_BGD
         v_cache[self.pages, :, self.offsets] = v_BGE
-        return decode_attention(q_BHD, k_cache, v_cache, self.table, self.lengths)
+        return decode_attention(q_BHD, k_cache, v_cache, self.table, self.lengths, window=window)
 
 
 class PageWritingKV(PrefillKV):

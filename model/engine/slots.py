@@ -38,6 +38,9 @@ def gather_weights(model: Transformer) -> DecoderWeights | None:
             return None
         if not plain(attn.qkv, attn.out, mlp.gate_up, mlp.down):
             return None
+        biases = (attn.out.bias, mlp.gate_up.bias, mlp.down.bias)
+        if any(bias is not None for bias in biases) or not attn.is_ordinary:
+            return None
         layers.append(
             LayerWeights(
                 attn_norm=block.attn_norm,
@@ -89,6 +92,7 @@ class Slots:
             head_dim=config.head_dim,
             norm_eps=config.norm_eps,
             rope_theta=config.rope_theta,
+            rope_rescale=config.rope_scaling and config.rope_scaling.rescale,
         )
 
     @staticmethod

@@ -91,10 +91,10 @@ def naive_swiglu(x):
     return gate / (1 + (-gate).exp()) * up
 
 
-def naive_rope(x, positions, theta):
+def naive_rope(x, positions, theta, rescale=lambda frequency: frequency):
     D = x.shape[-1]
-    turns = [[complex(math.cos(a), math.sin(a)) for a in (p * theta ** (-2 * i / D) for i in range(D // 2))]
-             for p in positions.tolist()]
+    frequencies = [rescale(theta ** (-2 * i / D)) for i in range(D // 2)]
+    turns = [[complex(math.cos(p * f), math.sin(p * f)) for f in frequencies] for p in positions.tolist()]
     z = torch.complex(x[..., : D // 2], x[..., D // 2 :])
     z = z * torch.tensor(turns, dtype=torch.complex128)[:, None]
     return torch.cat([z.real, z.imag], -1)

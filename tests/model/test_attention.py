@@ -22,11 +22,11 @@ class NaiveCache(KV):
     def __init__(self, n_layers):
         self.k, self.v = ([[] for _ in range(n_layers)] for _ in "kv")
 
-    def attend(self, layer, q_THD, k_TGD, v_TGE):
+    def attend(self, layer, q_THD, k_TGD, v_TGE, window=None):
         self.k[layer].append(k_TGD)
         self.v[layer].append(v_TGE)
         k, v = torch.cat(self.k[layer]), torch.cat(self.v[layer])
-        return naive_attention(q_THD, k, v, [len(q_THD)], lengths_k=[len(k)])
+        return naive_attention(q_THD, k, v, [len(q_THD)], lengths_k=[len(k)], window=window)
 
 
 @each_config

@@ -1,10 +1,12 @@
 """The shape of a model: presets, the depth, and shapes that do not fit."""
+import json
+
 import pytest
 
 from r1zero.model.config import PRESETS, ModelConfig, from_depth, preset
 from r1zero.model.transformer import count_parameters
 
-from .model_cases import SHAPE
+from .model_cases import CONFIGS, SHAPE
 
 
 def test_presets_have_the_published_sizes():
@@ -35,10 +37,25 @@ def test_depth_sets_the_whole_shape():
     ({"norm_eps": 0.0}, "norm_eps is 0.0, expected a number above 0"),
     ({"rope_theta": float("nan")}, "rope_theta is nan"),
     ({"rope_theta": float("inf")}, "rope_theta is inf"),
+    ({"qk_norm": True, "qk_norm_full_width": True}, "exclude each other"),
+    ({"nope_layers": (2,)}, r"nope_layers is \(2,\), expected numbers of layers, 0 to 1"),
+    ({"window_layers": (0,)}, "window is None, expected a whole number above 0 for the layers"),
+    ({"window_layers": (0,), "window": 0}, "window is 0"),
+    ({"vocab_in_use": 20}, "vocab_in_use is 20, expected 1 to vocab_size 19"),
+    ({"rope_scaling": {"kind": "yarn", "factor": 2.0}}, "rope scaling is 'yarn'; expected one of linear,"),
+    ({"rope_scaling": {"kind": "llama3", "factor": 0.0}}, "factor is 0.0, expected a number above 0"),
+    ({"rope_scaling": {"kind": "llama3", "factor": 8.0, "low_freq_factor": 4.0}}, "not below high_freq"),
 ])
 def test_bad_configs(change, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(**{**SHAPE, **change})
+
+
+def test_a_config_survives_json():
+    config = CONFIGS["llama 3"]
+    assert ModelConfig(**json.loads(json.dumps(config.to_dict()))) == config
+    windowed = CONFIGS["smollm3"]
+    assert ModelConfig(**json.loads(json.dumps(windowed.to_dict()))) == windowed
 
 
 @pytest.mark.parametrize("name", ["gpt5", "", "depth=0", "depth=-1", "depth=x", "depth=", "depth=2.5"])

@@ -29,7 +29,26 @@ def test_the_model_is_the_naive_one(config):
 
 # ---- gradients
 
-@pytest.mark.parametrize("name", ["qwen2", "all, three queries a key"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_a_padded_vocabulary_have_no_probability_and_get_no_gradient(tied):
+    """Two rows behind the 17 in use: the model is the one whose head never had them."""
+    config = ModelConfig(**SHAPE, tie_embeddings=tied, vocab_in_use=17)
+    model, (tokens,) = scattered(config), [torch.randint(17, (9,)).tolist()]
+    hidden, targets = model.hidden_states(pack([tokens])), torch.tensor([*tokens[1:], 0])
+    logp, entropy = model.logprobs(hidden, targets)
+    expected = naive_logits(model, tokens)[:, :17].log_softmax(-1)
+    torch.testing.assert_close(logp, expected[range(9), targets])
+    torch.testing.assert_close(entropy, -(expected.exp() * expected).sum(-1))
+    assert model.logits(hidden).shape == (9, 17)
+    logp.sum().backward()
+    head = model.embed if tied else model.lm_head.weight
+    assert not head.grad[17:].any() and head.grad[:17].any(1).all()
+
+
+GRADIENT_CASES = ["qwen2", "all, three queries a key", "linear rope, biases", "smollm3", "olmo2"]
+
+
+@pytest.mark.parametrize("name", GRADIENT_CASES)
 def test_gradients_are_finite_differences(name):
     model = scattered(CONFIGS[name])
     packed = pack(sequences(5, 3, 1))
@@ -92,8 +111,10 @@ def test_count_parameters_is_the_sum_of_numel(config):
 
 def closed_count(c):
     """The parameters as a formula."""
-    qkv = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim * (c.d_model + c.qkv_bias) + 2 * c.head_dim * c.qk_norm
-    block = qkv + c.d_model * c.n_heads * c.head_dim + 3 * c.d_model * c.d_ff + 2 * c.d_model
+    heads = (c.n_heads + c.n_kv_heads) * c.qk_norm_full_width + 2 * c.qk_norm
+    qkv = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim * (c.d_model + c.qkv_bias) + c.head_dim * heads
+    biases = c.out_bias * c.d_model + c.mlp_bias * (2 * c.d_ff + c.d_model)
+    block = qkv + c.d_model * c.n_heads * c.head_dim + 3 * c.d_model * c.d_ff + 2 * c.d_model + biases
     return c.n_layers * block + c.d_model + c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
 
 

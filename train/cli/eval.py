@@ -44,7 +44,7 @@ class EvalConfig(ComputeFlags):
     """Measure a model on held-out problems."""
 
     run: str
-    """Folder of the run, or of a checkpoint."""
+    """Folder of the run, of a checkpoint, or of a Hugging Face model."""
     which: str = "last"
     """Which checkpoint of the run to load: last, best, or a step number."""
     task: TaskFlags = field(default_factory=TaskFlags)

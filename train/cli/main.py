@@ -111,6 +111,12 @@ COMMANDS = {
         purpose="say what reward a response earns, and why",
         is_text=True,
     ),
+    "export": Command(
+        module="cli.export",
+        config="ExportConfig",
+        function="export",
+        purpose="write a model as a Hugging Face folder, with a model card",
+    ),
     "chat": Command(
         module="cli.chat",
         config="ChatConfig",

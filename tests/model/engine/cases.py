@@ -60,7 +60,8 @@ ORACLE = {}  # its answers so far: it is slow, and many tests ask the same
 
 def naive_of(model, r):
     """The oracle's answer; r has no filters."""
-    key = (sum(float(p.detach().double().sum()) for p in model.parameters()), model.eos_bias, tuple(r.prompt),
+    weights = sum(float(p.detach().double().sum()) for p in model.parameters())
+    key = (weights, model.config, model.eos_bias, tuple(r.prompt),
            r.max_new_tokens, r.temperature, r.seed, r.stop_ids)
     if key not in ORACLE:
         ORACLE[key] = generate_naive(model, r)

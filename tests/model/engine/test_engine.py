@@ -1,4 +1,6 @@
 """The engine against the oracle that recomputes everything, in whatever company, order, batch and cache."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from r1zero.model.engine.requests import Request, group_requests
 from r1zero.model.engine.sampling import NonFiniteError, sample_seeds
 from r1zero.model.engine.slots import Slots
 from r1zero.model.packed import pack
+from r1zero.model.rope_scaling import RopeScaling
 
 from .cases import (
     CONFIG,
@@ -43,6 +46,36 @@ def test_the_engine_is_the_naive_loop(temperature, eos_bias, paged):
         assert c.tokens.dtype == np.int64 and c.logp.dtype == np.float32 and EOS not in c.tokens[:-1]
         assert c.finish_reason == ("stop" if c.tokens[-1] == EOS else "length")
         assert c.finish_reason == "stop" or len(c.tokens) == r.max_new_tokens
+
+
+@both_caches
+def test_padding_of_the_vocabulary_is_never_sampled(paged):
+    model, requests = Watched(config=replace(CONFIG, vocab_in_use=23)), mixed_requests(48, temperature=3.0)
+    found = Engine(model, paged=paged).generate(requests)
+    agree(model, requests, found)
+    assert 15 < max(token for c in found for token in c.tokens.tolist()) < 23
+
+
+KINDS = {
+    "window and a layer without RoPE": dict(window=7, window_layers=(0,), nope_layers=(1,)),
+    "post-norm": dict(post_norm=True, qk_norm=False, qk_norm_full_width=True),
+    "biases": dict(out_bias=True, mlp_bias=True),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_layers_that_no_compiled_loop_knows_decode_from_pages(kind):
+    model, requests = Watched(config=replace(CONFIG, **kind)), mixed_requests()
+    engine = Engine(model)
+    assert isinstance(engine.cache, Pages)
+    agree(model, requests, engine.generate(requests))
+
+
+@both_caches
+def test_stretched_rope_decodes_from_any_cache(paged):
+    scaling = RopeScaling("llama3", 8.0, original_max_seq_len=24)
+    model, requests = Watched(config=replace(CONFIG, rope_scaling=scaling)), mixed_requests()
+    agree(model, requests, Engine(model, paged=paged).generate(requests))
 
 
 @both_caches

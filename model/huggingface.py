@@ -1,0 +1,320 @@
+"""Hugging Face folders: open weights in, our weights out.
+
+    model, tokenizer = read_model("Qwen2.5-0.5B", device)
+    write_model("out", model, tokenizer, torch.bfloat16)
+
+A folder holds config.json (config_json.py), files of weights (weight_files.py) and those of the
+tokenizer (tokenizer_json.py). families.py says what each family calls its tensors. q, k and v lie
+below each other in one of our parameters, and so do gate and up.
+
+Reading compares every name and shape with the config before the first number is read, and lists all
+that is wrong in one error; transformers fills a missing tensor with random numbers. Then each
+tensor is copied to its place a piece at a time: there is no second copy of the weights.
+
+Left out: quantised weights other than fp8 with scales per block, pickled weights (.bin), downloads.
+"""
+
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from .config import ModelConfig
+from .config_json import config_of, content_of, family_named, family_of
+from .families import FAMILIES, names_in_file
+from .files import UNFINISHED, atomic_write_json, atomic_write_text, flush
+from .precision import Precision, choose_precision
+from .tokenizer import Tokenizer
+from .tokenizer_json import read_tokenizer, write_tokenizer
+from .transformer import Transformer
+from .weight_files import (
+    FP8,
+    INDEX,
+    PLAIN_DTYPES,
+    SCALE,
+    Stored,
+    copy_tensor,
+    named,
+    pieces,
+    read_json,
+    stored_tensors,
+    write_tensors,
+)
+
+CONFIG = "config.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# Tables of angles that old files of Llama hold; they follow from the config.
+REDUNDANT = ".rotary_emb.inv_freq"
+DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+# ---- config.json ----
+
+
+def is_huggingface(folder: str | Path) -> bool:
+    """Whether a folder is a model of Hugging Face's layout, and not one of our runs."""
+    folder = Path(folder)
+    is_ours = (folder / "checkpoints").exists() or (folder / "state.json").exists()
+    return not is_ours and any((folder / name).is_file() for name in (CONFIG, INDEX))
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The config of a folder's model. Raises ValueError for one that we cannot compute."""
+    path = Path(folder) / CONFIG
+    content = read_json(path)
+    try:
+        fp8_block(content)
+        return config_of(content)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} {error}") from None
+
+
+def fp8_block(content: dict) -> tuple[int, int] | None:
+    """(rows, columns) that share a scale, where the weights are fp8; None where they are plain.
+
+    Raises ValueError, which goes on after the name of the file, for other quantised formats.
+    """
+    quantisation = content.get("quantization_config")
+    if not quantisation:
+        return None
+    method, block = quantisation.get("quant_method"), quantisation.get("weight_block_size")
+    is_block = isinstance(block, list) and len(block) == 2 and all(type(n) is int for n in block)
+    if method != "fp8" or not is_block:
+        raise ValueError(
+            f"has quantization_config with quant_method {method!r} and weight_block_size {block}; "
+            "r1zero reads fp8 with a scale per block, and weights that are not quantised"
+        )
+    return tuple(block)
+
+
+# ---- where each tensor belongs ----
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of a file: these rows of one of our parameters."""
+
+    name: str
+    """In the file."""
+    parameter: str
+    rows: slice
+    shape: tuple[int, ...]
+
+
+def parts_of(model: Transformer, names: dict[str, tuple[str, ...]]) -> list[Part]:
+    """The parts of all parameters. names: of the family, as in families.py."""
+    config, parts = model.config, []
+    for parameter, tensor in model.named_parameters():
+        sizes = [len(tensor)]
+        if ".qkv." in parameter:
+            q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+            sizes = [q, kv, kv]
+        elif ".gate_up." in parameter:
+            sizes = [config.d_ff, config.d_ff]
+        start = 0
+        for name, size in zip(names_in_file(names, parameter), sizes, strict=True):
+            rows = slice(start, start + size)
+            parts.append(Part(name, parameter, rows, (size, *tensor.shape[1:])))
+            start += size
+    return parts
+
+
+def expected_shapes(
+    parts: list[Part], stored: dict[str, Stored], block: tuple[int, int] | None, tied: bool
+) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of what the files should hold. block: as `fp8_block` returns it."""
+    expected = {part.name: part.shape for part in parts}
+    matrices = [part for part in parts if len(part.shape) == 2 and block is not None]
+    for part in matrices:
+        if part.name in stored and stored[part.name].dtype == FP8:
+            # A scale for each block; blocks at the edges may be cut off.
+            sizes = zip(part.shape, block, strict=True)
+            expected[part.name + SCALE] = tuple(-(-size // step) for size, step in sizes)
+    # A redundant head is compared with the embedding when that is read.
+    if tied and HEAD in stored:
+        expected[HEAD] = expected[EMBEDDING]
+    return expected
+
+
+def check_tensors(
+    expected: dict[str, tuple[int, ...]], stored: dict[str, Stored], is_fp8: bool
+) -> None:
+    """Raise ValueError, listing all tensors that are missing, too many, or not as expected."""
+    readable = (*PLAIN_DTYPES, FP8) if is_fp8 else PLAIN_DTYPES
+    both = {name: stored[name] for name in expected if name in stored}
+    missing = [name for name in expected if name not in stored]
+    extra = [name for name in stored if name not in expected and not name.endswith(REDUNDANT)]
+    misshapen = [
+        f"{name} is {list(tensor.shape)} and not {list(expected[name])}"
+        for name, tensor in both.items()
+        if tensor.shape != expected[name]
+    ]
+    odd = [
+        f"{name} is {tensor.dtype}"
+        for name, tensor in both.items()
+        if tensor.dtype not in readable and not name.endswith(SCALE)
+    ]
+    kinds = {
+        "missing": missing,
+        "not of this model": extra,
+        "of another shape": misshapen,
+        f"of a dtype that is none of {', '.join(readable)}": odd,
+    }
+    complaints = [f"{len(names)} {what}: {named(names)}" for what, names in kinds.items() if names]
+    if HEAD in missing:
+        complaints.append(f"without a head, {CONFIG} must say tie_word_embeddings true")
+    if complaints:
+        raise ValueError(
+            f"the tensors are not those that {CONFIG} describes; {'; '.join(complaints)}"
+        )
+
+
+# ---- reading ----
+
+
+@torch.no_grad()
+def read_weights(
+    folder: str | Path,
+    config: ModelConfig,
+    device: torch.device,
+    precision: Precision | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Transformer:
+    """The model of a folder. At its peak, memory holds the weights and a piece of a file.
+
+    precision: what it computes in; None is the device's own choice, as with --dtype auto.
+    dtype: of the parameters. Raises ValueError for tensors that are not those of the config.
+    """
+    folder = Path(folder)
+    content = read_json(folder / CONFIG)
+    names, block = family_named(content).names, fp8_block(content)
+    precision = precision or choose_precision("auto", False, device)
+
+    # 1. What should be there, and what is, before any memory is taken.
+    with torch.device("meta"):
+        parts = parts_of(Transformer(config), names)
+    stored = stored_tensors(folder)
+    expected = expected_shapes(parts, stored, block, config.tie_embeddings)
+    try:
+        check_tensors(expected, stored, is_fp8=block is not None)
+        # 2. Memory that nothing has written to, and each tensor into its place there.
+        with torch.device(device):
+            model = Transformer(config, precision.dtype, precision.fp32_head).to(dtype)
+        parameters = dict(model.named_parameters())
+        for part in parts:
+            copy_tensor(parameters[part.parameter][part.rows], part.name, stored, block)
+        if HEAD in expected and config.tie_embeddings:
+            check_head(model, stored[HEAD])
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    return model
+
+
+def check_head(model: Transformer, head: Stored) -> None:
+    """Raise ValueError if a file holds a head that is not the embedding, though they are tied."""
+    for rows, piece in pieces(head, HEAD):
+        if not torch.equal(model.embed[rows], piece.to(model.embed)):
+            raise ValueError(
+                f"{HEAD} is not the embedding, though {CONFIG} says (or means, where it does not "
+                "say) tie_word_embeddings true; set it to false if the head is the model's own, "
+                "or remove the tensor"
+            )
+
+
+def read_model(
+    folder: str | Path, device: torch.device, precision: Precision | None = None
+) -> tuple[Transformer, Tokenizer]:
+    """The model and the tokenizer of a folder. Arguments as in `read_weights`.
+
+    Rows of the embedding behind the tokenizer's last id are padding, and are never sampled.
+    Raises ValueError, and then nothing is read, if the files do not fit each other.
+    """
+    config = read_config(folder)
+    tokenizer = read_tokenizer(folder, config.vocab_size)
+    if tokenizer.n_ids < config.vocab_size:
+        config = replace(config, vocab_in_use=tokenizer.n_ids)
+    return read_weights(folder, config, device, precision), tokenizer
+
+
+# ---- writing ----
+
+
+def write_config(
+    folder: Path, config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype
+) -> None:
+    """Write config.json and generation_config.json."""
+    eos = list(tokenizer.eos_ids)
+    ends = {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos,
+        "pad_token_id": None,
+    }
+    name = DTYPE_NAMES[dtype]
+    content = content_of(family_of(config), config) | ends | {"dtype": name, "torch_dtype": name}
+    atomic_write_json(folder / CONFIG, content)
+    # From here readers take the tokens that end a text.
+    atomic_write_json(folder / "generation_config.json", ends)
+
+
+def write_model(
+    folder: str | Path,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    dtype: torch.dtype = torch.float32,
+    card: str = "",
+) -> None:
+    """Write a folder that transformers, vLLM and `read_model` read. It appears whole or not at all.
+
+    dtype: of the weights in the files. card: text of its README.md.
+    Raises ValueError for a folder that holds something, for a model that no family of open models
+    describes, and where the folder cannot be written.
+    """
+    folder = Path(folder)
+    check_free(folder)
+    unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
+    names = FAMILIES[family_of(model.config)].names
+    parameters = dict(model.named_parameters())
+    tensors = {part.name: parameters[part.parameter][part.rows] for part in parts_of(model, names)}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        write_config(unfinished, model.config, tokenizer, dtype)
+        write_tokenizer(unfinished, tokenizer)
+        write_tensors(unfinished, tensors, dtype)
+        if card:
+            atomic_write_text(unfinished / "README.md", card)
+        make_readable(unfinished)
+        if folder.exists():
+            folder.rmdir()
+        unfinished.rename(folder)
+        flush(folder.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"{folder} cannot be written: {reason}; make room, or give another folder"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def check_free(folder: Path) -> None:
+    """Raise ValueError unless a folder can be made there."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists() or folder.is_symlink():
+        raise ValueError(f"{folder} is there already; give the name of a folder to make")
+
+
+def make_readable(folder: Path) -> None:
+    """Give all files the mode that the umask says (save_file lets only the owner read), and flush
+    them."""
+    mode = (folder / CONFIG).stat().st_mode & 0o777
+    for path in folder.iterdir():
+        with suppress(OSError):  # some mounts know no modes: then all files have the same
+            path.chmod(mode)
+        flush(path)
+    flush(folder)

@@ -1,0 +1,120 @@
+"""config.json of real models and of any age, and what an absent key means."""
+import pytest
+
+from r1zero.model.config import ModelConfig, preset
+from r1zero.model.config_json import config_of, content_of, family_of
+from r1zero.model.families import FAMILIES
+from r1zero.model.rope_scaling import RopeScaling
+from r1zero.model.transformer import count_parameters
+
+from .huggingface_cases import transformers
+
+
+def keys(model_type, vocab, d_model, layers, heads, kv_heads, d_ff, **others) -> dict:
+    return dict(model_type=model_type, vocab_size=vocab, hidden_size=d_model, num_hidden_layers=layers,
+                num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=d_ff, **others)
+
+
+LLAMA3 = dict(factor=32.0, high_freq_factor=4.0, low_freq_factor=1.0, rope_type="llama3",
+              original_max_position_embeddings=8192)
+# The number of parameters that was published, and what the published file says.
+REAL = {
+    "Qwen2.5-0.5B": (494_032_768, keys(
+        "qwen2", 151_936, 896, 24, 14, 2, 4864, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=True,
+        sliding_window=32_768, use_sliding_window=False, max_window_layers=24, torch_dtype="bfloat16")),
+    "Qwen3-0.6B": (596_049_920, keys(
+        "qwen3", 151_936, 1024, 28, 16, 8, 3072, head_dim=128, rope_theta=1e6, rope_scaling=None,
+        tie_word_embeddings=True, sliding_window=None, use_sliding_window=False, attention_bias=False)),
+    "Llama-3.2-1B": (1_235_814_400, keys(
+        "llama", 128_256, 2048, 16, 32, 8, 8192, head_dim=64, rope_theta=5e5, rms_norm_eps=1e-5,
+        tie_word_embeddings=True, max_position_embeddings=131_072, rope_scaling=LLAMA3)),
+    "SmolLM2-135M": (134_515_008, keys(
+        "llama", 49_152, 576, 30, 9, 3, 1536, rope_theta=1e5, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        max_position_embeddings=8192, rope_interleaved=False, is_llama_config=True)),
+    "SmolLM3-3B": (3_075_098_624, keys(
+        "smollm3", 128_256, 2048, 36, 16, 4, 11_008, rope_theta=5e6, no_rope_layer_interval=4,
+        use_sliding_window=False, sliding_window=None, max_window_layers=28)),
+    "OLMo-2-1B": (1_484_916_736, keys(
+        "olmo2", 100_352, 2048, 16, 16, 16, 8192, rope_theta=5e5, rms_norm_eps=1e-6,
+        tie_word_embeddings=False, max_position_embeddings=4096)),
+    "Mistral-7B-v0.1": (7_241_732_096, keys(
+        "mistral", 32_000, 4096, 32, 32, 8, 14_336, rope_theta=1e4, sliding_window=4096)),
+}
+SMALL = dict(vocab_size=64, hidden_size=128, num_hidden_layers=5, num_attention_heads=32,
+             intermediate_size=48)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_published_models_have_their_published_number_of_parameters(name):
+    expected, content = REAL[name]
+    assert count_parameters(config_of(content)) == expected
+    assert content_of(content["model_type"], config_of(content)).items() >= {
+        key: content[key] for key in ("vocab_size", "rope_theta", "rms_norm_eps") if key in content}.items()
+
+
+def test_published_models_differ_as_they_should():
+    llama, mistral, smollm3 = (config_of(REAL[name][1]) for name in
+                               ("Llama-3.2-1B", "Mistral-7B-v0.1", "SmolLM3-3B"))
+    assert llama.rope_scaling == RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
+    assert mistral.window == 4096 and mistral.window_layers == tuple(range(32))
+    assert smollm3.nope_layers == (3, 7, 11, 15, 19, 23, 27, 31, 35) and smollm3.tie_embeddings
+    assert config_of(REAL["Qwen2.5-0.5B"][1]).window is None
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_absent_key_means_what_it_means_to_transformers(name):
+    theirs = transformers().AutoConfig.for_model(name, **SMALL)
+    ours = config_of({"model_type": name, **SMALL})
+    assert (ours.norm_eps, ours.tie_embeddings) == (theirs.rms_norm_eps, theirs.tie_word_embeddings)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert (ours.n_kv_heads, ours.max_seq_len) == (theirs.num_key_value_heads, theirs.max_position_embeddings)
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 128 // 32)
+    assert ours.window == getattr(theirs, "sliding_window", None)
+    uses_rope = getattr(theirs, "no_rope_layers", [1] * 5)
+    assert ours.nope_layers == tuple(i for i, used in enumerate(uses_rope) if not used)
+
+
+def scaled(**content):
+    return config_of({"model_type": "llama", **SMALL, "max_position_embeddings": 256, **content})
+
+
+def test_rope_is_read_from_old_and_new_keys_in_their_order():
+    assert scaled(rope_theta=5.0).rope_theta == 5.0
+    assert scaled(rope_theta=5.0, rope_parameters={"rope_theta": 7.0}).rope_theta == 7.0
+    for kind in ("type", "rope_type"):
+        linear = scaled(rope_scaling={kind: "linear", "factor": 2.0})
+        assert (linear.rope_scaling, linear.rope_theta) == (RopeScaling("linear", 2.0), 10_000.0)
+    # Without a number of its own, the original context is the whole one; a number at the top goes first.
+    inside = {**LLAMA3, "original_max_position_embeddings": 32}
+    without = {**LLAMA3, "original_max_position_embeddings": None}
+    assert scaled(rope_scaling=without).rope_scaling.original_max_seq_len == 256
+    assert scaled(rope_parameters=inside).rope_scaling.original_max_seq_len == 32
+    top = scaled(rope_parameters=inside, original_max_position_embeddings=64)
+    assert top.rope_scaling.original_max_seq_len == 64
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "mrope", "proportional"])
+def test_other_scalings_are_refused_by_name(kind):
+    with pytest.raises(ValueError, match=f"rope_type '{kind}'"):
+        scaled(rope_scaling={"type": kind, "factor": 2.0})
+
+
+def test_keys_that_change_nothing_are_ignored():
+    harmless = dict(attention_dropout=0.1, initializer_range=1.0, use_cache=False, pretraining_tp=2,
+                    transformers_version="9", attention_multiplier=None, clip_qkv=None, logits_scaling=1.0,
+                    partial_rotary_factor=1.0, hidden_act="silu", num_experts=None, auto_map={"A": "b.C"})
+    assert scaled(**harmless) == scaled()
+
+
+def test_an_old_qwen_without_layer_types_has_the_window_from_a_layer_on():
+    window = dict(use_sliding_window=True, sliding_window=8, max_window_layers=3)
+    assert config_of({"model_type": "qwen2", **SMALL, **window}).window_layers == (3, 4)
+    assert config_of({"model_type": "qwen2", **SMALL, **window, "max_window_layers": 9}).window_layers == ()
+
+
+def test_every_config_that_can_be_written_comes_back():
+    for config in (preset("qwen3-0.6b", 100), preset("qwen2.5-1.5b", 100), preset("demo", 100),
+                   ModelConfig(100, n_layers=2, post_norm=True, qk_norm_full_width=True, vocab_in_use=90)):
+        content = content_of(family_of(config), config)
+        back = config_of(content).to_dict()
+        assert back | {"vocab_in_use": config.vocab_in_use} == config.to_dict()

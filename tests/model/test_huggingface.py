@@ -1,0 +1,76 @@
+"""Open models from a Hugging Face folder compute what transformers computes; and what an error would do."""
+import numpy as np
+import pytest
+import torch
+
+from r1zero.model.engine.pages import Pages
+from r1zero.model.engine.slots import Slots
+
+from .huggingface_cases import (
+    ALL_ERRORS,
+    CHANGES,
+    REFUSALS,
+    TOLERANCE,
+    changed,
+    each_family,
+    error_of,
+    gradients,
+    read,
+    saved,
+    sequences,
+    their_logits,
+    wrong,
+)
+
+
+@each_family
+def test_packed_sequences_have_the_logits_of_transformers(name):
+    assert error_of(read(saved(name)), name) < TOLERANCE
+
+
+@each_family
+@pytest.mark.parametrize("kind", [Pages, Slots])
+def test_the_cache_has_them_token_by_token(name, kind):
+    model = read(saved(name))
+    if kind is Slots and not Slots.serves(model):
+        pytest.skip("the compiled loops do not serve this family")
+    both = sequences()
+    first = 3  # tokens of the prompt
+    steps = min(map(len, both)) - first
+    with torch.inference_mode():
+        cache = kind(model, 2)
+        cache.allocate(256)
+        prompts = [tokens[:first].tolist() for tokens in both]
+        logits = [cache.admit(np.arange(2), prompts, np.arange(2)).clone()]
+        for step in range(steps):
+            newest = torch.stack([tokens[first + step] for tokens in both])
+            logits.append(cache.decode(newest).clone())
+    expected = their_logits(name).split([len(tokens) for tokens in both])
+    for row, rows_of_theirs in enumerate(expected):
+        found = torch.stack([step[row] for step in logits])
+        wanted = rows_of_theirs[first - 1: first + steps]
+        assert (found - wanted).abs().max() < TOLERANCE
+
+
+@each_family
+def test_gradients_are_those_of_transformers(name):
+    theirs, ours = gradients(name)
+    assert theirs.keys() == ours.keys()
+    for key, gradient in theirs.items():
+        assert (ours[key] - gradient).abs().max() < 1e-3 * gradient.abs().max(), key
+
+
+@pytest.mark.parametrize("name, error", ALL_ERRORS)
+def test_every_classic_error_moves_the_logits(name, error):
+    assert error_of(wrong(name, error), name) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("name, key, value", CHANGES)
+def test_every_key_of_the_config_moves_the_logits(name, key, value, tmp_path):
+    assert error_of(read(changed(name, key, value, tmp_path)), name) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("name, key, value, why", REFUSALS)
+def test_a_config_that_does_not_fit_is_refused_in_one_line(name, key, value, why, tmp_path):
+    with pytest.raises(ValueError, match=rf"\A(?=.*{why})[^\n]+\Z"):
+        read(changed(name, key, value, tmp_path))

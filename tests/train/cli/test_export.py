@@ -1,0 +1,99 @@
+"""r1zero export: the folder, and a model card that says what is known and nothing else."""
+import json
+
+import pytest
+
+from r1zero.model.checkpoint import load_checkpoint, mark_best, save_checkpoint
+from r1zero.model.huggingface import read_model
+from r1zero.model.tokenizer import Tokenizer
+from r1zero.train.cli.export import ExportConfig, export
+from r1zero.train.cli.main import main
+from r1zero.train.machine import pick_device
+
+from ...rl.cases import tiny
+
+SETTINGS = {"base": "/home/somebody/models/base-1b", "algo": "dapo", "seed": 3,
+            "task": {"name": "countdown", "data": "/data/private/countdown.jsonl"}}
+
+
+def trained(folder, step=7, score=None, seed=0):
+    """A run of GRPO with one checkpoint."""
+    model = tiny(seed)
+    state = {"model_config": model.config.to_dict(), "tokenizer": Tokenizer.bytes().to_dict(),
+             "settings": SETTINGS, "loop": "grpo", "score": score}
+    save_checkpoint(folder, step, {"model": dict(model.named_parameters())}, state, keep_last=9)
+    return folder
+
+
+def card(folder) -> str:
+    return (folder / "README.md").read_text()
+
+
+def summary(step, accuracy=0.25, **changes):
+    return {"checkpoint": f"runs/rl/checkpoints/step_{step:08}", "step": step, "task": "countdown",
+            "n_problems": 64, "n_samples": 4, "accuracy": accuracy,
+            "accuracy_95": [accuracy - 0.05, accuracy + 0.05], "truncated": 0.125,
+            "flags": {"temperature": 1.0}, **changes}
+
+
+def test_the_card_says_where_the_weights_come_from(tmp_path):
+    run = trained(tmp_path / "run", score=0.5)
+    export(ExportConfig(run=str(run), out=str(tmp_path / "out")))
+    text = card(tmp_path / "out")
+    n_parameters = f"{sum(p.numel() for p in tiny().parameters()):,} parameters"
+    for word in ("# out", n_parameters, "`r1zero grpo`, step 7", "base: `base-1b`", "algo: `dapo`",
+                 '"seed": 3', "50.0%", "has measured nothing of this checkpoint"):
+        assert word in text, word
+    assert "somebody" not in text and "private" not in text
+    assert text.startswith("---\nlibrary_name: transformers\n")
+
+
+def test_the_card_has_what_was_measured_of_this_checkpoint_and_of_no_other(tmp_path):
+    run = trained(tmp_path / "run")
+    for name, content in (("eval_countdown_step7", summary(7)), ("eval_countdown_step3", summary(3, 0.875)),
+                          ("broken", {"step": 7})):
+        (run / f"{name}.jsonl.summary.json").write_text(json.dumps(content, indent=1))
+    (run / "torn.summary.json").write_text('{"checkpoint": ')
+    export(ExportConfig(run=str(run), out=str(tmp_path / "out")))
+    text = card(tmp_path / "out")
+    assert "| countdown | 25.0% [20.0%, 30.0%] | 64 | 4 | 1.0 | 12.5% |" in text and "87.5%" not in text
+    assert "measured nothing" not in text and "held-out" not in text
+
+
+def test_a_checkpoint_may_be_chosen_and_the_dtype(tmp_path):
+    run = trained(tmp_path / "run", step=3, seed=1)
+    trained(run, step=7)
+    mark_best(run, 3, 0.5)
+    export(ExportConfig(run=str(run), which="best", out=str(tmp_path / "best"), dtype="bf16"))
+    model, _ = read_model(tmp_path / "best", pick_device("cpu"))
+    assert (model.embed == load_checkpoint(run, 3).tensors["model"]["embed"].bfloat16().float()).all()
+    assert json.loads((tmp_path / "best/config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_a_folder_that_was_not_trained_says_so(tmp_path):
+    export(ExportConfig(run=str(trained(tmp_path / "run")), out=str(tmp_path / "one")))
+    export(ExportConfig(run=str(tmp_path / "one"), out=str(tmp_path / "two")))
+    assert "The weights of `one`, not trained any further." in card(tmp_path / "two")
+    first, second = (read_model(tmp_path / name, pick_device("cpu"))[0] for name in ("one", "two"))
+    assert all((a == b).all() for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("words, why", [
+    (["--dtype", "int8"], "--dtype is 'int8', expected one of fp32, bf16, fp16"),
+    (["--which", "9"], "no checkpoint 9"),
+    (["--run", "nowhere"], "nowhere does not exist"),
+])
+def test_bad_flags_are_one_line_and_write_nothing(words, why, tmp_path, capfd):
+    run = trained(tmp_path / "run")
+    given = {"--run": str(run), "--out": str(tmp_path / "out")} | dict([words])
+    assert main(["export", *(word for pair in given.items() for word in pair)]) == 2
+    error = capfd.readouterr().err.strip()
+    assert why in error and "\n" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_there_is_refused_before_the_model_is_loaded(tmp_path, capfd):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine").touch()
+    assert main(["export", "--run", "nowhere", "--out", str(tmp_path / "out")]) == 2
+    assert "is there already" in capfd.readouterr().err

@@ -1,0 +1,141 @@
+"""Write a model as a Hugging Face folder, which transformers, vLLM and SGLang load.
+
+    r1zero export --run runs/rl --out models/mine
+    r1zero export --run runs/rl --which best --out models/mine --dtype bf16
+
+The folder holds the weights, config.json, the tokenizer and a model card. The card says what the
+checkpoint says of itself and what `r1zero eval` measured in the run's folder, and nothing else. Of
+absolute paths it names the last part only.
+
+Left out: uploads, GGUF, quantised weights.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...eval.console import show
+from ...model.checkpoint import Checkpoint
+from ...model.huggingface import check_free, write_model
+from ...model.precision import DTYPES, Precision
+from ...model.transformer import Transformer, count_parameters
+from ..report.record import read_dict
+from ..versions import git_commit, package_version
+from .eval import load_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a model as a Hugging Face folder."""
+
+    run: str
+    """Folder of the run, of a checkpoint, or of a Hugging Face model."""
+    which: str = "last"
+    """Which checkpoint of the run to load: last, best, or a step number."""
+    out: str
+    """Folder to write; there must be none of that name."""
+    dtype: str = "fp32"
+    """Dtype of the weights in the files: fp32, bf16 or fp16."""
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"--dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+
+
+# ---- the model card ----
+
+
+def without_folders(value):
+    """Settings in which an absolute path is its last part: a card is for other people."""
+    if isinstance(value, dict):
+        return {name: without_folders(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [without_folders(inner) for inner in value]
+    is_path = isinstance(value, str) and os.path.isabs(value)
+    return Path(value).name if is_path else value
+
+
+def folder_of(checkpoint: Checkpoint) -> Path:
+    """The folder of the checkpoint's run, or its own where it belongs to none."""
+    root = checkpoint.path.parent
+    return root.parent if root.name == "checkpoints" else checkpoint.path
+
+
+def measured(checkpoint: Checkpoint) -> list[str]:
+    """Lines of a table of what `r1zero eval` measured of this checkpoint; empty if nothing."""
+    rows = []
+    for path in sorted(folder_of(checkpoint).glob("*.summary.json")):
+        summary = read_dict(path)
+        is_of_this = Path(summary.get("checkpoint", "")).name == checkpoint.path.name
+        if not is_of_this or not {"accuracy", "accuracy_95", "task"} <= summary.keys():
+            continue
+        low, high = summary["accuracy_95"]
+        rows.append(
+            f"| {summary['task']} | {summary['accuracy']:.1%} [{low:.1%}, {high:.1%}] "
+            f"| {summary['n_problems']} | {summary['n_samples']} "
+            f"| {summary['flags']['temperature']} | {summary['truncated']:.1%} |"
+        )
+    if not rows:
+        return []
+    head = "| task | pass@1 [95 %] | problems | samples each | temperature | cut off |"
+    return [head, "|---|---|---|---|---|---|", *rows]
+
+
+def origin(checkpoint: Checkpoint) -> list[str]:
+    """Where the weights come from: the base, the loop, the algorithm and the step."""
+    settings = without_folders(checkpoint.state.get("settings", {}))
+    if not settings:
+        return [f"The weights of `{folder_of(checkpoint).name}`, not trained any further."]
+    loop = checkpoint.state.get("loop", "training")
+    lines = [f"- made by: `r1zero {loop}`, step {checkpoint.step}"]
+    lines += [f"- {key}: `{settings[key]}`" for key in ("base", "algo") if key in settings]
+    text = json.dumps(settings, indent=1)
+    return [*lines, "", "All settings of the run:", "", "```json", text, "```"]
+
+
+def card_of(checkpoint: Checkpoint, model: Transformer, name: str) -> str:
+    """The text of a model card."""
+    config = model.config
+    commit = git_commit()
+    version = f"r1zero {package_version('r1zero')}" + (f" (commit {commit[:12]})" if commit else "")
+    scores = measured(checkpoint) or ["`r1zero eval` has measured nothing of this checkpoint."]
+    score = checkpoint.state.get("score")
+    if score is not None:
+        scores += ["", f"On held-out problems during the run (pass@1): {score:.1%}"]
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            "tags: [r1zero]",
+            "---",
+            "",
+            f"# {name}",
+            "",
+            f"Written by {version}. {count_parameters(config):,} parameters, {config.n_layers} "
+            f"layers, room for {config.max_seq_len:,} tokens.",
+            "",
+            "## Where it comes from",
+            "",
+            *origin(checkpoint),
+            "",
+            "## Measured",
+            "",
+            *scores,
+            "",
+        ]
+    )
+
+
+def export(config: ExportConfig) -> None:
+    """Write the folder. Raises ValueError for bad flags and for models that cannot be written."""
+    out = Path(config.out)
+    check_free(out)
+    device, precision = torch.device("cpu"), Precision(torch.float32)
+    model, tokenizer, checkpoint = load_run(config.run, config.which, device, precision)
+    card = card_of(checkpoint, model, out.name)
+    write_model(out, model, tokenizer, DTYPES[config.dtype], card)
+    show(f"written: {out}")
