@@ -33,6 +33,7 @@ DEPENDENCIES = [
     "tyro>=0.9",
     "tqdm>=4.66",
     "matplotlib>=3.9",
+    "math-verify>=0.9,<0.10",  # grades mathematics, in a process of its own
 ]
 
 EXTRAS = {

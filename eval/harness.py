@@ -2,6 +2,7 @@
 
     pass@1      share of right responses, averaged over problems
     pass@k      chance that at least one of k responses is right (arXiv 2107.03374, eq. 1)
+    maj@k       share of problems where the answer that most of k responses give is right
     format      share of well-formed responses (eval/response.py)
 
 Every share has a 95 % interval over problems: what would have come out with other problems of the
@@ -13,9 +14,10 @@ problem, from the JSON lines), and anything that knows a model: a sampler is any
 """
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +28,7 @@ from .tasks.base import Task
 
 Z95 = 1.959964  # 97.5 % quantile of the normal distribution
 # What is kept of each response for the summary.
-SUMMED = ("accuracy", "format", "n_tokens", "finish_reason")
+SUMMED = ("accuracy", "answer", "format", "n_tokens", "finish_reason")
 
 
 class Sampled(NamedTuple):
@@ -63,34 +65,47 @@ class EvalResult:
     """pass@1 over all samples."""
     pass_at: dict[int, Estimate]
     """pass@k for each k asked for."""
+    maj_at: dict[int, Estimate]
+    """maj@k for each k asked for."""
     format_rate: Estimate
     mean_tokens: float
     """Mean response length in tokens."""
     truncated: float
     """Share of responses that were cut at the token limit."""
+    tokens_per_second: float = field(default=0.0, compare=False)
+    """New tokens per second of sampling, the prompts' time included; grading is not."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; intervals as [low, high]."""
+
+        def means(shares: dict[int, Estimate]) -> dict[str, float]:
+            return {str(k): share.mean for k, share in shares.items()}
+
+        def intervals(shares: dict[int, Estimate]) -> dict[str, list[float]]:
+            return {str(k): [share.low, share.high] for k, share in shares.items()}
+
         return {
             "task": self.task,
             "n_problems": self.n_problems,
             "n_samples": self.n_samples,
             "accuracy": self.accuracy.mean,
             "accuracy_95": [self.accuracy.low, self.accuracy.high],
-            "pass_at": {str(k): estimate.mean for k, estimate in self.pass_at.items()},
-            "pass_at_95": {
-                str(k): [estimate.low, estimate.high] for k, estimate in self.pass_at.items()
-            },
+            "pass_at": means(self.pass_at),
+            "pass_at_95": intervals(self.pass_at),
+            "maj_at": means(self.maj_at),
+            "maj_at_95": intervals(self.maj_at),
             "format_rate": self.format_rate.mean,
             "format_rate_95": [self.format_rate.low, self.format_rate.high],
             "mean_tokens": self.mean_tokens,
             "truncated": self.truncated,
+            "tokens_per_second": self.tokens_per_second,
         }
 
     def table(self) -> str:
         """A few lines for people."""
         shares = {"pass@1": self.accuracy}
         shares |= {f"pass@{k}": self.pass_at[k] for k in sorted(self.pass_at) if k != 1}
+        shares |= {f"maj@{k}": self.maj_at[k] for k in sorted(self.maj_at) if k != 1}
         shares |= {"well formed": self.format_rate}
         counts = f"{self.n_problems:,} problems x {self.n_samples} samples"
         lines = [f"{self.task}: {counts}, 95 % intervals over problems"]
@@ -99,6 +114,7 @@ class EvalResult:
             lines.append(f"  {name:<12} {share.mean:7.1%}   {interval_95}")
         lines.append(f"  {'cut off':<12} {self.truncated:7.1%}")
         lines.append(f"  {'length':<12} {self.mean_tokens:7.1f} tokens")
+        lines.append(f"  {'speed':<12} {self.tokens_per_second:7,.0f} tokens per second")
         return "\n".join(lines)
 
 
@@ -110,6 +126,39 @@ def pass_at_k(n: int, n_right: int, k: int) -> float:
     """
     assert 1 <= k <= n and 0 <= n_right <= n
     return 1.0 - math.prod(max(n - n_right - i, 0) / (n - i) for i in range(k))
+
+
+def majority_right(rows: Sequence[dict[str, Any]], alike: Callable[[str, str], bool]) -> float:
+    """1.0 if the answer that most responses to a problem give is right, else 0.0.
+
+    alike: whether two answers are one. A response without an answer has no vote. Of two answers
+    with as many votes, the one that was given first counts; without any answer, nothing is right.
+    """
+    # Each answer as it was first given, with its votes.
+    ballots: list[dict[str, Any]] = []
+    for row in rows:
+        if row["answer"] is None:
+            continue
+        for ballot in ballots:
+            if alike(ballot["answer"], row["answer"]):
+                ballot["votes"] += 1
+                break
+        else:
+            ballots.append({"answer": row["answer"], "right": row["accuracy"], "votes": 1})
+    # max takes the first of several that are equal.
+    winner = max(ballots, key=lambda ballot: ballot["votes"], default=None)
+    return float(winner is not None and winner["right"] == 1.0)
+
+
+def majority_at_k(
+    rows: Sequence[dict[str, Any]], k: int, alike: Callable[[str, str], bool]
+) -> float:
+    """maj@k of a problem: the mean over its responses, k at a time; what is left over is not used.
+
+    Each k responses are one vote, so no response counts in two, and the estimate is unbiased.
+    """
+    starts = range(0, len(rows) - k + 1, k)
+    return sum(majority_right(rows[i : i + k], alike) for i in starts) / len(starts)
 
 
 def interval(scores: Sequence[float], n_samples: int = 1) -> Estimate:
@@ -160,25 +209,34 @@ def _row(index: int, problem: Any, prompt: str, sampled: Sampled, task: Task) ->
 
 
 def _summary(
-    name: str, rows: list[dict[str, Any]], n_samples: int, ks: Sequence[int]
+    task: Task, rows: list[dict[str, Any]], n_samples: int, ks: Sequence[int], seconds: float
 ) -> EvalResult:
-    """The metrics of all responses; those of one problem lie next to each other."""
+    """The metrics of all responses; those of one problem lie next to each other.
+
+    seconds: what sampling took.
+    """
     groups = [rows[i : i + n_samples] for i in range(0, len(rows), n_samples)]
     n_right = [sum(row["accuracy"] == 1.0 for row in group) for group in groups]
     n_formed = [sum(row["format"] == 1.0 for row in group) for group in groups]
-    pass_at = {}
+    n_tokens = sum(row["n_tokens"] for row in rows)
+    alike = getattr(task, "same_answer", Task.same_answer)
+    pass_at, maj_at = {}, {}
     for k in ks:
         chances = [pass_at_k(n_samples, right, k) for right in n_right]
         pass_at[k] = interval(chances, n_samples)
+        votes = [majority_at_k(group, k, alike) for group in groups]
+        maj_at[k] = interval(votes, n_samples // k)
     return EvalResult(
-        task=name,
+        task=task.name,
         n_problems=len(groups),
         n_samples=n_samples,
         accuracy=interval([right / n_samples for right in n_right], n_samples),
         pass_at=pass_at,
+        maj_at=maj_at,
         format_rate=interval([formed / n_samples for formed in n_formed], n_samples),
-        mean_tokens=sum(row["n_tokens"] for row in rows) / len(rows),
+        mean_tokens=n_tokens / len(rows),
         truncated=sum(row["finish_reason"] == "length" for row in rows) / len(rows),
+        tokens_per_second=n_tokens / max(seconds, 1e-9),
     )
 
 
@@ -208,10 +266,10 @@ def evaluate(
 ) -> EvalResult:
     """Sample `n_samples` responses to each problem, grade them, and sum up.
 
-    ks: the k of each pass@k that is wanted. out: a file for one JSON line per response. Lines are
-    written batch by batch to `<out>.partial`, which replaces `out` at the end; an evaluation that
-    is broken off leaves `out` as it was, and its own lines in `<out>.partial`. batch: problems in
-    one call of the sampler. progress: show a bar on stderr.
+    ks: the k of each pass@k and maj@k that is wanted. out: a file for one JSON line per response.
+    Lines are written batch by batch to `<out>.partial`, which replaces `out` at the end; an
+    evaluation that is broken off leaves `out` as it was, and its own lines in `<out>.partial`.
+    batch: problems in one call of the sampler. progress: show a bar on stderr.
 
     Raises ValueError for no problems, a k above n_samples, counts below 1, a file that cannot be
     written, and a sampler that returns the wrong number of responses.
@@ -219,6 +277,7 @@ def evaluate(
     problems = list(problems)
     _check(len(problems), n_samples, ks, batch)
     kept: list[dict[str, Any]] = []
+    seconds = 0.0
     with (
         nullcontext() if out is None else ResultFile(out) as file,
         Bar(
@@ -229,7 +288,9 @@ def evaluate(
             # 1. Sample a group of responses to each problem of the batch.
             chunk = problems[start : start + batch]
             prompts = [task.prompt(problem) for problem in chunk]
+            began = time.perf_counter()
             groups = sampler(prompts, n_samples)
+            seconds += time.perf_counter() - began
             if [len(group) for group in groups] != [n_samples] * len(chunk):
                 raise ValueError(
                     f"the sampler must give each of {len(chunk)} prompts {n_samples} responses"
@@ -245,4 +306,4 @@ def evaluate(
                 file.write(rows)
             kept += [{name: row[name] for name in SUMMED} for row in rows]
             bar.update(len(chunk))
-    return _summary(task.name, kept, n_samples, ks)
+    return _summary(task, kept, n_samples, ks, seconds)

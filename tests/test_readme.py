@@ -100,6 +100,7 @@ FILES = {  # what the commands read
     "plays.txt": "To be, or not to be: that is the question. " * 40,
     "pairs.jsonl": '{"prompt": "Who is there?", "response": "Nay, answer me."}\n' * 2,
     "gsm8k_test.jsonl": '{"question": "Two hens lay 3 eggs each. How many?", "answer": "#### 6"}\n' * 2,
+    "math500.jsonl": '{"problem": "What is half of three?", "answer": "1.5"}\n' * 2,
     "responses.jsonl": json.dumps({"numbers": [3, 7, 9], "target": 13, "response": "<answer>9+7-3</answer>"}),
 }
 

@@ -58,7 +58,7 @@ from .task_flags import TaskFlags
 TABLE_EVERY = 10  # steps between tables of samples in Weights & Biases, without --eval-every
 MEASURED = 10_000  # prompts per split whose length is looked at before a run
 # Templates of prompts that ask for another form than the format reward is for.
-WITHOUT_FRAME = ("zero_shot", "eight_shot", "chat")
+WITHOUT_FRAME = ("zero_shot", "eight_shot", "chat", "boxed")
 # A NaN or an infinity in any of these metrics ends the run.
 CHECKED = ("loss", "gradient_norm", "value_loss", "critic_gradient_norm")
 

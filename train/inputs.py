@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from ..eval.tasks.hub import is_on_hub
 from ..model.checkpoint import Checkpoint
 from ..model.tokenizer import Tokenizer
 
@@ -53,9 +54,15 @@ def base_parts(base: Checkpoint, tokenizer: Tokenizer) -> Parts:
 
 
 def file_parts(paths: Iterable[Path]) -> Parts:
-    """Files as an input. Raises ValueError for one that cannot be read."""
+    """Files as an input. Raises ValueError for one that cannot be read.
+
+    Of a data set on the hub, only the name is known before it is loaded.
+    """
     parts = []
     for path in paths:
+        if is_on_hub(str(path)):
+            parts.append([str(path), digest([str(path).encode()])])
+            continue
         try:
             parts.append([str(path), digest([Path(path).read_bytes()])])
         except OSError as error:

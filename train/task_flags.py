@@ -39,7 +39,8 @@ class TaskFlags:
         str | None,
         tyro.conf.arg(
             prefix_name=False,
-            help=f"File of problems, for a task that reads them from one: {', '.join(FILE_TASKS)}.",
+            help=f"File of problems, or hub:OWNER/NAME for a data set of the Hugging Face hub, for "
+            f"a task that reads them: {', '.join(FILE_TASKS)}.",
         ),
     ] = None
     skip_bad: Annotated[bool, tyro.conf.arg(prefix_name=False)] = False

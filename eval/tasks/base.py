@@ -93,6 +93,11 @@ class Task(Protocol):
         ...
 
     @staticmethod
+    def same_answer(answer: str, other: str) -> bool:
+        """Whether two answers that `grade` has read are one and the same, for a vote among them."""
+        return answer.strip() == other.strip()
+
+    @staticmethod
     def problem_from_text(text: str) -> Any:
         """The problem that a user typed; ValueError, with what was expected, for any other text."""
         ...

@@ -16,9 +16,10 @@ from .countdown import Countdown
 from .game24 import Game24
 from .gsm8k import GSM8K
 from .jsonl import JSONL
+from .math import Math
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Arithmetic, Countdown, Game24, GSM8K, JSONL)
+    task.name: task for task in (Arithmetic, Countdown, Game24, GSM8K, JSONL, Math)
 }
 
 

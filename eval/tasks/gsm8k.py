@@ -139,3 +139,9 @@ class GSM8K(FileTask):
             why = f"The answer is {quoted(answer.strip(WHITE_SPACE))}, not {problem.gold}."
             return Grade(0.0, answer, why)
         return Grade(1.0, answer, f"The answer is {problem.gold}.")
+
+    @staticmethod
+    def same_answer(answer: str, other: str) -> bool:
+        """Whether two answers are the same number, for a vote among them."""
+        value = read_number(answer, prose=True)
+        return value is not None and value == read_number(other, prose=True)

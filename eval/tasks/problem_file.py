@@ -5,8 +5,11 @@
     --data FILE, with a share of 0       all of the file is both: to evaluate, or to train alone
 
 With a share, a hash of the question alone decides, as in every task: equal questions are on the
-same side, and a file that grows keeps what it held out. With two files, a training problem whose
-question stands in the test file too is left out. Two questions are equal if their words are.
+same side, and a file that grows keeps what it held out.
+
+A training problem whose question is held out too would make the test worthless, so it is an error:
+two questions are one if their words are, in capitals or not. `skip_held_out=true` leaves such
+problems out of the training problems. The same question in other words is not found.
 
 Left out: files too large for memory, and problems that are made while a run goes on.
 """
@@ -17,9 +20,12 @@ from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 from ..console import say
-from ..lines import Kept, parse_lines, read_lines
+from ..lines import Line, Parsed, parse_lines, read_lines
 from .base import Task, check_position, is_held_out, permutation
+from .hub import is_on_hub, read_hub
 from .prompts import check_template
+
+Numbered = Sequence[tuple[int, Any]]  # (number of the line, problem)
 
 
 class Splits(NamedTuple):
@@ -29,6 +35,11 @@ class Splits(NamedTuple):
     test: Sequence[Any]
     n_skipped: int
     """How many bad lines were left out of the files."""
+
+
+def read_problems(path: str) -> list[Line]:
+    """The lines of a file, or of a data set on the Hugging Face hub; ValueError as each of them."""
+    return read_hub(path) if is_on_hub(path) else read_lines(path)
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,7 @@ class FileTask(Task):
     """The values of the option `template`."""
 
     path: str
-    """A file of JSON lines."""
+    """A file of JSON lines, or hub:OWNER/NAME (hub.py)."""
     skip_bad: bool = False
     """Go on without the lines of the files that are bad, and count them."""
     test: str = ""
@@ -54,6 +65,8 @@ class FileTask(Task):
     """How a question is put to the model (prompts.py)."""
     seed: int = 0
     """Changes the order of the training problems."""
+    skip_held_out: bool = False
+    """Leave out training problems that are held out too, instead of an error."""
 
     def __post_init__(self):
         """Raises ValueError for an option out of range, and for files that cannot be used."""
@@ -79,9 +92,9 @@ class FileTask(Task):
 
     # ---- the splits ----
 
-    def _read(self, path: str) -> Kept[Any]:
-        lines = read_lines(path)
-        return parse_lines(path, lines, self.parse_line, self.file_format, self.skip_bad).values()
+    def _read(self, path: str) -> Parsed[Any]:
+        lines = read_problems(path)
+        return parse_lines(path, lines, self.parse_line, self.file_format, self.skip_bad)
 
     def _key(self, problem: Any) -> str:
         return " ".join(self.question(problem).split())
@@ -90,13 +103,15 @@ class FileTask(Task):
     def _splits(self) -> Splits:
         given = self._read(self.path)
         if self.test:
-            return self._without_leaks(given, self._read(self.test))
+            test = self._read(self.test)
+            train = self._without_leaks(given, test)
+            return Splits(train, test.values(), given.n_skipped + test.n_skipped)
         if not self.test_share:
-            return Splits(given, given, given.n_skipped)
+            return Splits(given.values(), given.values(), given.n_skipped)
         train, test = [], []
-        for problem in given:
+        for number, problem in given:
             side = test if is_held_out(self._key(problem), self.test_share) else train
-            side.append(problem)
+            side.append((number, problem))
         if not train or not test:
             lacking = "test" if train else "training"
             raise ValueError(
@@ -104,23 +119,43 @@ class FileTask(Task):
                 f"the {len(given)} in {self.path}; give more lines, another test_share (0 holds "
                 "nothing out), or test=FILE"
             )
-        return Splits(train, test, given.n_skipped)
+        kept = self._without_leaks(train, test)
+        return Splits(kept, [problem for _, problem in test], given.n_skipped)
 
-    def _without_leaks(self, train: Kept[Any], test: Kept[Any]) -> Splits:
-        """Both files, without the training problems that are test problems too."""
-        held_out = {self._key(problem) for problem in test}
-        kept = [problem for problem in train if self._key(problem) not in held_out]
+    def _without_leaks(self, train: Numbered, test: Numbered) -> list[Any]:
+        """The training problems, none of which is held out too.
+
+        ValueError for one that is, unless they are left out, and if nothing is left.
+        """
+        # The line of each question that is held out, in capitals or not.
+        held_out = {self._key(problem).casefold(): number for number, problem in test}
+        kept, leaks = [], []
+        for number, problem in train:
+            line = held_out.get(self._key(problem).casefold())
+            if line is None:
+                kept.append(problem)
+            else:
+                leaks.append((number, line))
+        if not leaks:
+            return kept
+        where = self.test or self.path
         if not kept:
             raise ValueError(
-                f"{self.name}: every problem of {self.path} stands in {self.test} too; nothing is "
+                f"{self.name}: every problem of {self.path} stands in {where} too; nothing is "
                 "left to train on"
             )
-        if len(kept) < len(train):
-            say(
-                f"{self.path}: left out {len(train) - len(kept):,} of {len(train):,} problems, "
-                f"which stand in {self.test} too"
+        count = f"{len(leaks):,} of {len(train):,} problems"
+        if not self.skip_held_out:
+            shown = ", ".join(
+                f"line {number} (held out in line {line})" for number, line in leaks[:2]
             )
-        return Splits(kept, test, train.n_skipped + test.n_skipped)
+            raise ValueError(
+                f"{self.name}: {count} of {self.path} stand among those held out in {where} too: "
+                f"{shown}{', ...' if len(leaks) > 2 else ''}; --options skip_held_out=true trains "
+                "without them"
+            )
+        say(f"{self.path}: left out {count}, which stand in {where} too")
+        return kept
 
     # ---- what a task offers ----
 

@@ -6,7 +6,7 @@ from math import sqrt
 
 import pytest
 
-from r1zero.eval.harness import Sampled, evaluate, interval, pass_at_k
+from r1zero.eval.harness import Sampled, evaluate, interval, majority_at_k, majority_right, pass_at_k
 from r1zero.eval.tasks.arithmetic import Arithmetic
 from r1zero.eval.tasks.countdown import Countdown, solve
 
@@ -53,6 +53,51 @@ def test_pass_at_k_is_unbiased():
     truth = 1 - (1 - p) ** k
     assert sum(pass_at_k(n, c, k) for c in counts) / len(counts) == pytest.approx(truth, abs=0.008)
     assert sum(1 - (1 - c / n) ** k for c in counts) / len(counts) < truth - 0.03
+
+
+def rows_of(answers, right="a"):
+    return [{"answer": None if a == "-" else a, "accuracy": float(a == right)} for a in answers]
+
+
+@pytest.mark.parametrize("answers, is_right", [
+    ("aab", 1), ("abb", 0), ("bbaa", 0), ("abba", 1),  # with as many votes, the first given counts
+    ("--a", 1), ("---", 0), ("-b-a", 0), ("cbaca", 0), ("cbaaca", 1), ("a", 1), ("b", 0)])
+def test_the_majority_is_the_answer_with_most_votes(answers, is_right):
+    assert majority_right(rows_of(answers), str.__eq__) == is_right
+
+
+def test_answers_that_are_alike_share_their_votes():
+    rows = rows_of(["1/2", "3", "0.5", "3", "2/4"], right=None)
+    for row in rows:
+        row["accuracy"] = float(row["answer"] != "3")
+    value = {"1/2": 0.5, "0.5": 0.5, "2/4": 0.5, "3": 3}
+    assert majority_right(rows, lambda a, b: value[a] == value[b]) == 1
+    assert majority_right(rows, str.__eq__) == 0
+
+
+def test_maj_at_k_is_the_mean_over_votes_of_k_responses():
+    rows = rows_of("aabbbabac")  # aab bba bac: right, wrong, wrong (the first of a tie)
+    assert majority_at_k(rows, 3, str.__eq__) == pytest.approx(1 / 3)
+    assert majority_at_k(rows, 4, str.__eq__) == 0.5  # aabb bbab, and c is left over
+    assert majority_at_k(rows, 1, str.__eq__) == pytest.approx(4 / 9)
+    assert majority_at_k(rows, 9, str.__eq__) == 1
+
+
+def test_maj_at_k_of_an_evaluation_and_the_speed_of_sampling():
+    problems = TASK.problems("test", 6)
+    # Samples 0 and 2 are right for even problems, sample 3 for the others; the wrong ones say 1+1.
+    oracle = Oracle(problems, lambda i, s: s in (0, 2) if i % 2 == 0 else s == 3)
+    result = evaluate(oracle, TASK, problems, 4, ks=(1, 2, 4), progress=False)
+    assert result.maj_at[1] == pytest.approx(result.accuracy) and result.maj_at[4].mean == 0.5
+    assert result.maj_at[2].mean == pytest.approx((2 + 0) / 4)
+    assert result.maj_at[4].low < 0.5 < result.maj_at[4].high and result.tokens_per_second > 0
+    record, table = result.to_dict(), result.table()
+    assert record["maj_at"] == {"1": result.accuracy.mean, "2": 0.5, "4": 0.5}
+    assert record["maj_at_95"]["4"] == [result.maj_at[4].low, result.maj_at[4].high]
+    assert record["tokens_per_second"] == result.tokens_per_second and record["truncated"] == 0.25
+    for piece in ("maj@2 ", "maj@4 ", "cut off        25.0%", "tokens per second"):
+        assert piece in table
+    assert "maj@1" not in table
 
 
 def test_interval_is_wilsons_for_single_samples():

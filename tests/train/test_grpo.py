@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from r1zero.eval.tasks.gsm8k import GSM8K
+from r1zero.eval.tasks.math import Math
 from r1zero.model.checkpoint import load_checkpoint
 from r1zero.model.engine.engine import Engine
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.train import grpo as grpo_module
 from r1zero.train.grpo import form_notice, grpo, timed_step
 from r1zero.train.log import read_metrics
+from r1zero.train.task_flags import TaskFlags
 
 from ..rl.cases import Bandit
 from .loop_cases import grpo_config, save_base
@@ -45,6 +47,24 @@ def test_a_grpo_run_leaves_a_model_that_can_be_trained_on(tmp_path):
     grpo(grpo_config(tmp_path / "second", first.run, steps=1))
     found = load_checkpoint(tmp_path / "second")
     assert found.step == 1 and found.state["tokenizer"] == Tokenizer.bytes().to_dict()
+
+
+def test_mathematics_can_be_trained_on_and_a_file_that_holds_it_out_too_cannot(tmp_path):
+    base, path, test = save_base(tmp_path / "base"), tmp_path / "m.jsonl", tmp_path / "test.jsonl"
+    path.write_text('{"problem": "Root of 2?", "answer": "\\\\sqrt{2}"}\n' * 3)
+    test.write_text('{"problem": "root  of 2?", "answer": 2}\n')
+    flags = TaskFlags("math", ("template=plain",), str(path))
+    rewards = {"accuracy_weight": 1.0, "format_weight": 0.5, "efficiency_weight": 0.5}
+    grpo(grpo_config(tmp_path / "run", base, task=flags, steps=1, rewards=rewards))
+    [row] = read_metrics(tmp_path / "run")
+    assert row["accuracy"] == row["format"] == 0
+    leaky = replace(flags, options=("template=plain", f"test={test}"))
+    with pytest.raises(ValueError, match="every problem .* nothing is left to train on"):
+        grpo(grpo_config(tmp_path / "leaky", base, task=leaky, steps=1))
+    path.write_text(path.read_text() + '{"problem": "?", "answer": 1}\n')
+    with pytest.raises(ValueError, match="3 of 4 problems .*line 1 .held out in line 1.*skip_held_out=true"):
+        grpo(grpo_config(tmp_path / "leaky", base, task=leaky, steps=1))
+    assert not (tmp_path / "leaky").exists()
 
 
 class Hopeless(Bandit):
@@ -143,5 +163,8 @@ def test_a_prompt_that_asks_for_no_tags_is_told_of_where_tags_are_rewarded(tmp_p
     told = form_notice(asks_mark, config)
     assert "template zero_shot does not ask for <think>" in told and "template=r1_zero" in told
     assert "\n" not in told and form_notice(replace(asks_mark, template="chat"), config)
+    path.write_text('{"problem": "One hen lays 3 eggs. How many?", "answer": 3}\n')
+    boxed = Math(path=str(path))
+    assert "template boxed does not ask" in form_notice(boxed, config)
     for task, flags in ((asks_mark, no_form), (asks_tags, config), (Bandit(), config)):
         assert form_notice(task, flags) is None

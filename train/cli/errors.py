@@ -52,7 +52,12 @@ SYSTEM_ADVICE = {
     errno.EPERM: "give another path, or the right to use this one",
 }
 # Packages whose name on the index is another than in `import`.
-INDEX_NAMES = {"PIL": "pillow", "yaml": "pyyaml", "dateutil": "python-dateutil"}
+INDEX_NAMES = {
+    "PIL": "pillow",
+    "dateutil": "python-dateutil",
+    "math_verify": "math-verify",
+    "yaml": "pyyaml",
+}
 # What to do about an error that a library has named itself.
 LIBRARY_ADVICE = {
     "safetensors": "the file is damaged, or is of another kind; take another checkpoint",

@@ -1,4 +1,4 @@
-"""Measure a model on held-out problems: pass@1, pass@k and format with 95 % intervals.
+"""Measure a model on held-out problems: pass@k, maj@k and format with 95 % intervals.
 
     r1zero eval --run runs/rl --task countdown --options high=20
     r1zero eval --run runs/rl --task gsm8k --data gsm8k_test.jsonl --samples 1
@@ -53,7 +53,8 @@ class EvalConfig(ComputeFlags):
     samples: int = 4
     """Number of responses sampled per problem."""
     ks: tuple[int, ...] = ()
-    """Values of k for which pass@k is reported. By default 1 and the value of --samples."""
+    """Values of k for which pass@k and maj@k are reported. By default 1 and the value of
+    --samples."""
     temperature: float = 1.0
     """Sampling temperature; 0 always takes the most likely token."""
     max_new_tokens: int = 160

@@ -151,13 +151,34 @@ def test_training_problems_never_end_and_each_epoch_has_all_of_them_in_another_o
 
 def test_a_second_file_is_the_test_set_and_its_prompts_are_not_trained_on(tmp_path, capsys):
     train, test = write(tmp_path / "train.jsonl", ROWS), write(tmp_path / "test.jsonl", ROWS[30:])
-    task = make_task("jsonl", path=train, test=test)
+    with pytest.raises(ValueError, match=r"10 of 40 problems of .*train.jsonl stand among those held out in "
+                       r".*test.jsonl too: line 31 \(held out in line 1\), line 32 \(held out in line 2\), "
+                       r"...; --options skip_held_out=true trains without them"):
+        make_task("jsonl", path=train, test=test)
+    task = make_task("jsonl", path=train, test=test, skip_held_out=True)
     assert (task.size("train"), task.size("test"), task.held_out) == (30, 10, True)
     assert "left out 10 of 40 problems, which stand in" in capsys.readouterr().err
     with pytest.raises(ValueError, match="nothing is left to train on"):
         make_task("jsonl", path=test, test=train)
     with pytest.raises(ValueError, match="absent.jsonl cannot be read"):
         make_task("jsonl", path=train, test=str(tmp_path / "absent.jsonl"))
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_held_out_question_in_other_capitals_and_spaces_is_found(tmp_path, share):
+    asked = [row | {"prompt": f"What is {row['prompt']}"} for row in ROWS]
+    shouted = [row | {"prompt": f"  WHAT  IS {row['prompt'].upper()}\n"} for row in ROWS]
+    if share:
+        given = {"path": write(tmp_path / "both.jsonl", asked + shouted), "test_share": 0.5}
+    else:
+        given = {"path": write(tmp_path / "a.jsonl", asked + [{"prompt": "other", "answer": 1}]),
+                 "test": write(tmp_path / "b.jsonl", shouted)}
+    with pytest.raises(ValueError, match="skip_held_out=true"):
+        make_task("jsonl", **given)
+    task = make_task("jsonl", **given, skip_held_out=True)
+    sides = [{" ".join(p.prompt.split()).casefold() for p in task.problems(split, task.size(split))}
+             for split in ("train", "test")]
+    assert all(sides) and not sides[0] & sides[1]
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,22 @@ def test_gsm8k_from_a_file_with_long_prompts(runs, tmp_path, capsys):
     assert len(read_lines(runs / "text" / "eval_gsm8k_step1.jsonl")) == 4
 
 
+def test_math_from_a_file_with_votes_and_speed(runs, tmp_path, capsys):
+    data = write_lines(tmp_path / "test.jsonl", [{"problem": "Half of 3?", "answer": "\\frac{3}{2}"}] * 3)
+    argv = ["eval", "--run", str(runs / "text"), "--task", "math", "--data", data, "--max-new-tokens", "8"]
+    assert main([*argv, "--samples", "4", "--ks", "1", "2", "4"]) == 0
+    out = capsys.readouterr().out
+    for piece in ("math: 3 problems x 4 samples", "maj@2 ", "maj@4 ", "cut off  ", "tokens per second"):
+        assert piece in out
+    summary = json.loads((runs / "text" / "eval_math_step3.jsonl.summary.json").read_text())
+    assert summary["maj_at"] == {"1": 0, "2": 0, "4": 0} and set(summary["maj_at_95"]) == {"1", "2", "4"}
+    assert summary["tokens_per_second"] > 0 and 0 <= summary["truncated"] <= 1
+    assert main(["grade", "--task", "math", "--answer", "\\frac32", "--response", "so \\boxed{1.5}"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == 1
+    assert main(["grade", "--task", "math", "--answer", "\\frac{", "--response", "7"]) == 2
+    assert "the right answer" in capsys.readouterr().err
+
+
 def test_how_many_problems(tmp_path):
     gsm8k = make_task("gsm8k", path=write_lines(tmp_path / "t.jsonl", GSM8K * 200))
     small, arithmetic = make_task("countdown", n_numbers=2, high=5), make_task("arithmetic")
