@@ -17,13 +17,13 @@ import re
 from collections.abc import Callable
 
 from ..response import WHITE_SPACE, parse_response
+from .math_answer import boxed, unwrapped
 
 HASHES = "####"
 MAX_SENTENCE = 200  # characters of what an answer in a sentence is looked for in
 SENTENCE = re.compile(
     rf"\b[Tt]he (?:final |correct )?answer is:?[ \t]*+([^\n]{{1,{MAX_SENTENCE}}}+)"
 )
-BRACES = re.compile(r"(\\boxed[ \t]*+\{)|\\[\\{}]|([{}])")
 # LaTeX around a number that changes nothing of its value: signs, thin spaces, units in words.
 LATEX = re.compile(r"\\[!,;: ]|\\(?:left|right|displaystyle)\b|\\text\{[^0-9{}]*+\}")
 WRAPPERS = (("**", "**"), ("$", "$"), (r"\(", r"\)"), ("`", "`"))
@@ -54,17 +54,8 @@ def behind_hashes(text: str) -> str | None:
 
 def in_box(text: str) -> str | None:
     r"""What stands in the last complete \boxed{...}, as a plain number is written; None without."""
-    last, opened = None, []
-    for match in BRACES.finditer(text):
-        begins_box, brace = match.groups()
-        if begins_box or brace == "{":
-            opened.append(match.end() if begins_box else None)
-        elif brace == "}" and opened:
-            start = opened.pop()
-            # Of a box in a box, the inner one closes first and stays.
-            if start is not None and (last is None or start > last[0]):
-                last = start, match.start()
-    return None if last is None else without_latex(text[slice(*last)])
+    boxes = boxed(text)
+    return without_latex(unwrapped(boxes[-1])) if boxes else None
 
 
 def in_sentence(text: str) -> str | None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..lines import Kept, Line, parse_lines, read_lines
+from ..lines import Kept, Line, Parsed, parse_lines, read_lines
 from .base import Grade
 from .countdown import TOY_OR_WORDS, Countdown, CountdownProblem, parse_prompt
 from .problem_file import FileTask
@@ -43,10 +43,15 @@ def puzzle_of(text: str, template: str) -> CountdownProblem:
     return CountdownProblem(numbers, TARGET, template)
 
 
-def load_game24(
+def load_game24(path: str | Path, skip_bad: bool = False) -> Kept[CountdownProblem]:
+    """The puzzles of a file; ValueError as `read_game24`."""
+    return read_game24(path, skip_bad).values()
+
+
+def read_game24(
     path: str | Path, skip_bad: bool = False, template: str = Countdown.template
-) -> Kept[CountdownProblem]:
-    """The puzzles of a file.
+) -> Parsed[CountdownProblem]:
+    """(number of the line, puzzle) for each line of a file.
 
     Raises ValueError for a file that cannot be read and for lines that are no puzzles, as
     eval/lines.py does.
@@ -65,7 +70,7 @@ def load_game24(
         puzzle = csv_cells(line)[column : column + 1]
         return puzzle_of("".join(puzzle), template)
 
-    return parse_lines(path, lines, parse, EXPECTED, skip_bad).values()
+    return parse_lines(path, lines, parse, EXPECTED, skip_bad)
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,8 @@ class Game24(FileTask):
     """How a puzzle is put to the model: plain is `1 1 4 6 -> 24`; zero_shot, r1_zero, r1_zero_think
     and chat ask in words (prompts.py)."""
 
-    def _read(self, path: str) -> Kept[CountdownProblem]:
-        return load_game24(path, self.skip_bad, self.template)
+    def _read(self, path: str) -> Parsed[CountdownProblem]:
+        return read_game24(path, self.skip_bad, self.template)
 
     @staticmethod
     def question(problem: CountdownProblem) -> str:

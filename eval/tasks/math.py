@@ -43,6 +43,7 @@ FORMS = {
         next_question=re.compile(rf"{re.escape(BOX_ASKED)}|\n(?:Question|User|Human):[ \t]*+"),
     ),
     "r1_zero": TEMPLATES["r1_zero"],
+    "r1_zero_think": TEMPLATES["r1_zero_think"],
     "plain": TEMPLATES["plain"],
 }
 
@@ -175,6 +176,11 @@ class Math(FileTask):
     def prompt(problem: MathProblem) -> str:
         r"""The question in its template; by default with the wish for a \boxed{}."""
         return FORMS[problem.template].prompt(problem.question)
+
+    @staticmethod
+    def prefilled(problem: MathProblem) -> str:
+        """What of the answer the prompt holds already."""
+        return FORMS[problem.template].prefilled
 
     @staticmethod
     def grade(problem: MathProblem, response: str) -> Grade:

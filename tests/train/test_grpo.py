@@ -164,6 +164,7 @@ def test_a_prompt_that_asks_for_no_tags_is_told_of_where_tags_are_rewarded(tmp_p
     assert "template zero_shot does not ask for <think>" in told and "template=r1_zero" in told
     assert "\n" not in told and form_notice(replace(asks_mark, template="chat"), config)
     path.write_text('{"problem": "One hen lays 3 eggs. How many?", "answer": 3}\n')
-    assert "template boxed does not ask" in form_notice(Math(path=str(path)), config)
+    boxed = Math(path=str(path))
+    assert "template boxed does not ask" in form_notice(boxed, config)
     for task, flags in ((asks_mark, no_form), (asks_tags, config), (Bandit(), config)):
         assert form_notice(task, flags) is None

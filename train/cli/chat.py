@@ -1,40 +1,48 @@
-"""Type problems, see what the model thinks and answers.
+"""Type problems, or talk: see what the model thinks and answers.
 
     r1zero chat --run runs/rl                          type "3 7 9 -> 13"; quit or Ctrl-D ends
     r1zero chat --run runs/rl --problem "3 7 9 -> 13"  one answer, and out; the flag may be repeated
     r1zero chat --run runs/rl < problems.txt           one answer per line
+    r1zero chat --base DIR --system "Be brief."        a conversation with an open chat model
 
-A model that was trained on Countdown is given Countdown problems and nothing else. Any other model
-(trained on text, or on pairs) is given the line as it stands, and continues it.
+A model with a chat template is talked to: every line is a turn of one conversation, and `new`
+begins another one (conversation.py). A model that was trained on Countdown is given Countdown
+problems and nothing else. Any other model (trained on text, or on pairs) is given the line as it
+stands, and continues it.
 
 In a terminal the response appears token by token, and Ctrl-C ends it and asks for the next line.
 
-Left out: memory of earlier lines (the models here answer one prompt), colours.
+Left out: colours, and turns of several lines.
 """
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ...eval.harness import Sampled
-from ...eval.response import Sample, grade_response, parse_response
 from ...eval.sampler import ModelSampler
-from ...eval.tasks.countdown import Countdown, CountdownProblem
+from ...eval.tasks.countdown import TOY, Countdown, CountdownProblem
+from ...model.chat_template import check_spelling
 from ..checks import check_temperature
 from ..compute_flags import ComputeFlags
 from ..interrupt import Stopped
 from ..machine import pick_device, reuse_memory
 from ..run import at_least
+from .conversation import Conversation
 from .eval import load_run
 from .main import printable
+from .responses import printed, remarks, shown
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig(ComputeFlags):
-    """Type problems, see what the model thinks and answers; quit or Ctrl-D ends."""
+    """Type problems, or talk: see what the model thinks and answers; quit or Ctrl-D ends."""
 
-    run: str
+    run: str | None = None
     """Folder of the run, or of a checkpoint."""
+    base: str | None = None
+    """Folder of a Hugging Face model (or of a run) to talk to, instead of --run."""
+    system: str | None = None
+    """System prompt of the conversation, for a model with a chat template."""
     which: str = "last"
     """Which checkpoint of the run to load: last, best, or a step number."""
     problem: tuple[str, ...] = ()
@@ -52,48 +60,32 @@ class ChatConfig(ComputeFlags):
         ComputeFlags.__post_init__(self)
         at_least(self, 1, "max_new_tokens")
         check_temperature(self.temperature)
+        if (self.run is None) == (self.base is None):
+            raise ValueError("expected either --run DIR or --base DIR")
+
+    @property
+    def folder(self) -> str:
+        """The model's folder."""
+        return self.base if self.run is None else self.run
 
 
 def knows_countdown_only(settings: dict) -> bool:
-    """Whether a run was trained on Countdown alone, by GRPO or on the demo's corpus."""
+    """Whether a run was trained on Countdown alone, by GRPO or on the demo's corpus.
+
+    A chat model that was asked through its template can still be talked to.
+    """
     task = settings.get("task")
-    by_reward = isinstance(task, dict) and task.get("name") == Countdown.name
+    is_named = isinstance(task, dict) and task.get("name") == Countdown.name
+    by_reward = is_named and not task.get("chat", False)
     return by_reward or settings.get("data") == [Countdown.name]
 
 
-# ---- a response, for people ----
-
-
-def shown(problem: CountdownProblem | None, sampled: Sampled) -> str:
-    """The parts of a response, one below the other, and the remarks about it."""
-    response = parse_response(sampled.text)
-    blocks = [("think", response.think), ("answer", response.answer)]
-    parts = [(name, text) for name, text in blocks if text is not None]
-    if not parts:
-        parts = [("text" if problem else "", sampled.text)]
-    notes = remarks(problem, sampled)
-    return labelled(parts) + (f"\n{notes}" if notes else "")
-
-
-def remarks(problem: CountdownProblem | None, sampled: Sampled) -> str:
-    """The grade of a response to a Countdown problem, and whether it was cut off."""
-    parts = []
-    if problem:
-        sample = Sample(problem, sampled.text, sampled.tokens, sampled.finish_reason)
-        graded = grade_response(Countdown, sample)
-        parts.append(("grade", f"{'right' if graded.accuracy else 'wrong'}. {graded.why}"))
-        if not graded.format:
-            parts.append(("format", graded.why_format))
-    if sampled.finish_reason == "length":
-        parts.append(("note", f"cut off after {sampled.n_tokens} tokens"))
-    return labelled(parts)
-
-
-def labelled(parts: list[tuple[str, str]]) -> str:
-    """Each (label, text) on lines of its own, the labels in a column."""
-    return "\n".join(
-        f"{label:<8}{printable(text)}" if label else printable(text) for label, text in parts
-    )
+def template_of(settings: dict) -> str:
+    """The template that a run of GRPO put its problems in; the toy form for any other run."""
+    task = settings.get("task")
+    options = task.get("options", ()) if isinstance(task, dict) else ()
+    named = [option.partition("=")[2] for option in options if option.startswith("template=")]
+    return named[-1] if named else TOY
 
 
 # ---- lines and their answers ----
@@ -102,9 +94,17 @@ def labelled(parts: list[tuple[str, str]]) -> str:
 class Responder:
     """A model that answers lines, as problems of Countdown or as text to continue."""
 
-    def __init__(self, sampler: ModelSampler, countdown_only: bool):
+    def __init__(self, sampler: ModelSampler, countdown_only: bool, template: str = TOY):
+        """template: how a problem is put to a model that knows Countdown only."""
         self.sampler = sampler
         self.countdown_only = countdown_only
+        self.template = template
+
+    @property
+    def greeting(self) -> str:
+        """What a person may type."""
+        problems, text = "problems, like 3 7 9 -> 13", "text for the model to continue"
+        return f"type {problems if self.countdown_only else text}; quit or Ctrl-D ends"
 
     def read(self, line: str) -> tuple[CountdownProblem | None, str]:
         """(the problem in a line, None if it is other text; the prompt for the model).
@@ -112,7 +112,7 @@ class Responder:
         Raises ValueError for other text where the model knows Countdown only.
         """
         if self.countdown_only:
-            problem = Countdown.problem_from_text(line)
+            problem = replace(Countdown.problem_from_text(line), template=self.template)
             return problem, Countdown.prompt(problem)
         try:
             return Countdown.problem_from_text(line), line
@@ -128,14 +128,7 @@ class Responder:
     def stream(self, line: str) -> None:
         """Print the answer token by token, then the remarks. Raises ValueError likewise."""
         problem, prompt = self.read(line)
-        shown = ""
-        for text, sampled in self.sampler.stream(prompt):
-            print(printable(text), end="", flush=True)
-            shown += text
-            whole = sampled  # None until the last text
-        print()
-        if shown != whole.text:  # special tokens are not streamed, but they are graded
-            print(labelled([("sampled", whole.text)]))
+        whole = printed(self.sampler.stream(prompt))
         if notes := remarks(problem, whole):
             print(notes)
 
@@ -155,7 +148,7 @@ def typed_lines() -> Iterator[str]:
             yield line.rstrip("\r\n")
 
 
-def answer_flags(responder: Responder, problems: tuple[str, ...]) -> None:
+def answer_flags(responder: Responder | Conversation, problems: tuple[str, ...]) -> None:
     """Answer what --problem gave."""
     for line in problems:
         responder.read(line)  # a bad one is refused before the first is answered
@@ -163,7 +156,7 @@ def answer_flags(responder: Responder, problems: tuple[str, ...]) -> None:
         print(responder.reply(line), flush=True)
 
 
-def answer_pipe(responder: Responder) -> None:
+def answer_pipe(responder: Responder | Conversation) -> None:
     """Answer every line of stdin; a line that cannot be answered is told why."""
     for line in typed_lines():
         try:
@@ -172,11 +165,9 @@ def answer_pipe(responder: Responder) -> None:
             print(f"{printable(line)}\n{error}\n", flush=True)
 
 
-def answer_person(responder: Responder, name: str) -> None:
+def answer_person(responder: Responder | Conversation, name: str) -> None:
     """Ask for lines, and answer each as it is sampled."""
-    problems, text = "problems, like 3 7 9 -> 13", "text for the model to continue"
-    kind = problems if responder.countdown_only else text
-    print(f"{name}: type {kind}; quit or Ctrl-D ends")
+    print(f"{name}: {responder.greeting}")
     for line in typed_lines():
         try:
             responder.stream(line)
@@ -188,6 +179,27 @@ def answer_person(responder: Responder, name: str) -> None:
             print()  # the answer was broken off; the next line is asked for
 
 
+def responder_of(
+    config: ChatConfig, sampler: ModelSampler, settings: dict
+) -> Responder | Conversation:
+    """A conversation, if the model has a template for one and was not trained on Countdown alone.
+
+    settings: the flags of the run that trained the model. Raises ValueError for a --system that
+    cannot be used.
+    """
+    countdown_only = knows_countdown_only(settings)
+    if sampler.tokenizer.chat_template is not None and not countdown_only:
+        if config.system is not None:
+            check_spelling(sampler.tokenizer, config.system, "--system")
+        return Conversation(sampler, config.system)
+    if config.system is not None:
+        raise ValueError(
+            "--system is for a model with a chat template, and this one has none, or was trained "
+            "on Countdown alone; leave it out"
+        )
+    return Responder(sampler, countdown_only, template_of(settings))
+
+
 def chat(config: ChatConfig) -> None:
     """Answer until the lines end.
 
@@ -196,10 +208,9 @@ def chat(config: ChatConfig) -> None:
     reuse_memory()
     device = pick_device(config.device)
     precision = config.precision(device)
-    model, tokenizer, checkpoint = load_run(config.run, config.which, device, precision)
+    model, tokenizer, checkpoint = load_run(config.folder, config.which, device, precision)
     sampler = ModelSampler(model, tokenizer, config.max_new_tokens, config.temperature, config.seed)
-    settings = checkpoint.state.get("settings", {})
-    responder = Responder(sampler, knows_countdown_only(settings))
+    responder = responder_of(config, sampler, checkpoint.state.get("settings", {}))
     if config.problem:
         answer_flags(responder, config.problem)
     elif sys.stdin.isatty():

@@ -157,7 +157,7 @@ COMMANDS = {
         module="cli.chat",
         config="ChatConfig",
         function="chat",
-        purpose="type problems, see what the model thinks and answers",
+        purpose="type problems, or talk: see what the model thinks and answers",
         is_text=True,
     ),
 }

@@ -20,6 +20,8 @@ def smallest(command: str, without: str = "") -> list[str]:
     for flag in flags_of(config_of(command)):
         if flag.is_required and flag.name != without:
             words += [flag.name, WORDS.get(flag.name, "x")]
+    if command == "chat" and without != "--run":
+        words += ["--run", "x"]
     if command == "grade":
         words += ["--problem", "3 7 -> 10", "--response", "7+3"]
     if command == "compare" and without != "--break":

@@ -13,8 +13,9 @@ from r1zero.model.checkpoint import save_checkpoint
 from r1zero.model.config import preset
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.model.transformer import Transformer
-from r1zero.train.cli.chat import Responder, answer_person, knows_countdown_only, shown
+from r1zero.train.cli.chat import Responder, answer_person, knows_countdown_only
 from r1zero.train.cli.main import main
+from r1zero.train.cli.responses import shown
 from r1zero.train.grpo import GRPOConfig
 from r1zero.train.interrupt import Stopped
 from r1zero.train.pretrain import PretrainConfig
@@ -142,7 +143,7 @@ def test_ctrl_c_ends_an_answer_and_a_signal_to_stop_ends_the_chat(monkeypatch, c
     ends = iter([KeyboardInterrupt(), Stopped(15, "ended by SIGTERM")])
 
     class Broken:
-        countdown_only = True
+        greeting = "type"
 
         def stream(self, line):
             raise next(ends)

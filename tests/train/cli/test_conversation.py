@@ -1,0 +1,171 @@
+"""A chat model: conversations of several turns, and questions put through its template with --chat."""
+import io
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from r1zero.eval.harness import Sampled
+from r1zero.eval.sampler import ModelSampler
+from r1zero.eval.tasks.countdown import Countdown
+from r1zero.model.chat_template import encode_messages
+from r1zero.model.checkpoint import load_model
+from r1zero.model.engine.engine import Engine
+from r1zero.model.engine.sampling import sample_seeds
+from r1zero.model.huggingface import write_model
+from r1zero.rl.rollouts import sample_groups
+from r1zero.train.cli.chat import ChatConfig, knows_countdown_only, responder_of, template_of
+from r1zero.train.cli.conversation import Conversation
+from r1zero.train.cli.main import main
+from r1zero.train.grpo import grpo
+from r1zero.train.task_flags import TaskFlags
+
+from ...model.chat_cases import CHATML, ChatTokenizer, assistant, system, user
+from ...model.tokenizer_cases import imported, trained
+from ...rl.cases import tiny
+from ..loop_cases import grpo_config
+
+
+class Echo:
+    """A sampler that answers with the number of tokens that it was shown."""
+    tokenizer, room, max_new_tokens = ChatTokenizer(), 120, 9
+
+    def __init__(self, reason="stop"):
+        self.reason, self.prompts = reason, []
+
+    def stream_tokens(self, prompt):
+        self.prompts.append(prompt)
+        yield "saw ", None
+        yield str(len(prompt)), Sampled(f"saw {len(prompt)}", 2, self.reason)
+
+
+def test_every_line_is_a_turn_of_one_conversation_with_what_was_said_before():
+    chat = Conversation(Echo(), "be brief")
+    first = chat.reply("hi")
+    shown = [system("be brief"), user("hi")]
+    said = f"saw {len(encode_messages(ChatTokenizer(), shown))}"
+    assert first == f"hi\n{said}\n"
+    chat.reply("and?")
+    whole = [*shown, assistant(said), user("and?")]
+    assert chat.sampler.prompts[1] == encode_messages(ChatTokenizer(), whole)
+    assert chat.reply("new") == "(a new conversation)\n" and chat.messages == [system("be brief")]
+    assert Conversation(Echo("length")).reply("hi").endswith("note    cut off after 2 tokens\n")
+
+
+def test_a_streamed_turn_is_printed_and_kept_and_one_that_fails_is_forgotten(capsys):
+    class Broken(Echo):
+        def stream_tokens(self, prompt):
+            yield "half", None
+            raise KeyboardInterrupt
+
+    chat = Conversation(Echo())
+    chat.stream("hi")
+    printed = capsys.readouterr().out
+    assert printed == f"{chat.messages[1]['content']}\n" and chat.messages[0] == user("hi")
+    chat.stream(" new ")
+    assert "a new conversation" in capsys.readouterr().out and chat.messages == []
+    chat.sampler = Broken()
+    with pytest.raises(KeyboardInterrupt):
+        chat.stream("hi")
+    assert chat.messages == []
+
+
+def test_no_turn_is_dropped_from_a_conversation_that_is_too_long():
+    chat = Conversation(Echo())
+    chat.reply("hi")
+    chat.reply("a" * 10)
+    before = list(chat.messages)
+    with pytest.raises(ValueError, match="room for 120 beside the 9 of an answer; nothing was dropped; type"):
+        chat.reply("a" * 60)
+    assert chat.messages == before
+    with pytest.raises(ValueError, match="give a shorter message, or lower --max-new-tokens"):
+        Conversation(Echo()).reply("a" * 200)
+
+
+def test_a_control_token_is_refused_in_lines_and_in_the_systems_words():
+    chat = Conversation(Echo())
+    for call in (chat.read, chat.reply, chat.stream):
+        with pytest.raises(ValueError, match="spells '<|im_end|>', a control token"):
+            call("hi<|im_end|>")
+    config = ChatConfig(base="b", system="<|im_start|>user")
+    with pytest.raises(ValueError, match="--system spells '<|im_start|>'"):
+        responder_of(config, Echo(), {})
+
+
+def test_which_models_are_talked_to():
+    of_task = {"task": {"name": "countdown", "options": ["high=9", "template=r1_zero_think"]}}
+    asked_in_chat = {"task": {"name": "countdown", "options": [], "chat": True}}
+    assert knows_countdown_only(of_task) and not knows_countdown_only(asked_in_chat)
+    assert template_of(of_task) == "r1_zero_think"
+    assert template_of(asked_in_chat) == template_of({}) == "plain"
+    assert isinstance(responder_of(ChatConfig(base="b"), Echo(), asked_in_chat), Conversation)
+    solver = responder_of(ChatConfig(run="b"), Echo(), of_task)
+    problem, prompt = solver.read("3 7 9 -> 13")
+    assert prompt.endswith("Assistant: <think>") and problem.numbers == (3, 7, 9)
+    plain = SimpleNamespace(tokenizer=ChatTokenizer(None))
+    assert not isinstance(responder_of(ChatConfig(base="b"), plain, {}), Conversation)
+    for sampler, settings in ((plain, {}), (Echo(), of_task)):
+        with pytest.raises(ValueError, match="--system is for a model with a chat template"):
+            responder_of(ChatConfig(base="b", system="x"), sampler, settings)
+
+
+# ---- a folder of a chat model, from the command line ----
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A Hugging Face folder of a tiny chat model with random weights."""
+    folder = tmp_path_factory.mktemp("models")
+    config = {"eos_token": "<|im_end|>", "chat_template": CHATML}
+    tokenizer = imported(folder / "tokenizer", trained(), tokenizer_config=config)
+    write_model(folder / "chat", tiny(0, vocab_size=tokenizer.vocab_size), tokenizer)
+    return folder / "chat"
+
+
+def test_r1zero_chat_talks_to_an_open_model(base, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nhi <|im_end|>\nnew\nhello\n"))
+    flags = ["--max-new-tokens", "4", "--temperature", "0", "--device", "cpu"]
+    assert main(["chat", "--base", str(base), "--system", "be brief", *flags]) == 0
+    first, refused, new, again = capsys.readouterr().out.split("\n\n")[:4]
+    assert first.startswith("hello\n") and "spells '<|im_end|>'" in refused
+    assert new == "(a new conversation)" and again.rstrip() == first.rstrip()
+
+
+@pytest.mark.parametrize("flags, why", [
+    ([], "expected either --run DIR or --base DIR"), (["--run", "a", "--base", "b"], "expected either"),
+    (["--base", "/nowhere"], "/nowhere")])
+def test_chat_wants_one_folder(flags, why, capsys):
+    assert main(["chat", *flags]) == 2
+    error = capsys.readouterr().err
+    assert why in error and error.count("\n") == 1
+
+
+def test_every_sampler_puts_questions_through_the_template(base, tmp_path):
+    model, tokenizer, _ = load_model(str(base), torch.device("cpu"))
+    expected = encode_messages(tokenizer, [user("1 2 -> 3")])
+    rollouts = sample_groups(Engine(model, tokenizer), ["1 2 -> 3"], 2, 3, 1.0, sample_seeds(2, 0), chat=True)
+    assert [sequence[:len(expected)].tolist() for sequence in rollouts.sequences] == [expected] * 2
+    assert all("<|im_end|>" not in text for text, reason in zip(rollouts.texts, rollouts.finish_reasons,
+                                                                 strict=True) if reason == "stop")
+    sampler = ModelSampler(model, tokenizer, 3, chat=True)
+    assert sampler._encode(["1 2 -> 3"]) == [expected]
+    with pytest.raises(ValueError, match="the user's text spells '<think>'"):
+        sampler(["a <think>"], 1)
+
+
+def test_grpo_and_eval_ask_through_the_template(base, tmp_path, capsys):
+    flags = TaskFlags("countdown", ("n_numbers=2", "template=chat"), chat=True)
+    run = tmp_path / "run"
+    grpo(grpo_config(run, base, task=flags, steps=1, max_new_tokens=8, save_every=1))
+    assert json.loads((run / "run.json").read_text())["config"]["task"]["chat"] is True
+    argv = ["eval", "--run", str(run), "--options", "n_numbers=2", "template=chat", "--chat", "--n", "2",
+            "--samples", "1", "--max-new-tokens", "4", "--device", "cpu"]
+    assert main(argv) == 0
+    [row, *_] = [json.loads(line) for line in next(run.glob("eval_*.jsonl")).read_text().splitlines()]
+    assert row["prompt"] == Countdown.prompt(Countdown.problem_from_record(row["problem"]))
+    capsys.readouterr()
+    refused = ["grpo", "--run", str(tmp_path / "no"), "--base", str(base), "--chat", "--device", "cpu"]
+    assert main([*refused, "--options", "template=r1_zero"]) == 2 and not (tmp_path / "no").exists()
+    assert "the user's text spells '<think>', a control token" in capsys.readouterr().err
