@@ -74,6 +74,12 @@ def test_an_absent_key_means_what_it_means_to_transformers(name):
     assert ours.nope_layers == tuple(i for i, used in enumerate(uses_rope) if not used)
 
 
+@pytest.mark.parametrize("name", ["qwen2", "mistral", "smollm3"])
+def test_a_null_for_key_value_heads_is_one_for_each_head(name):
+    content = {"model_type": name, **SMALL, "num_attention_heads": 16, "num_key_value_heads": None}
+    assert config_of(content).n_kv_heads == 16
+
+
 def scaled(**content):
     return config_of({"model_type": "llama", **SMALL, "max_position_embeddings": 256, **content})
 
@@ -110,6 +116,8 @@ def test_an_old_qwen_without_layer_types_has_the_window_from_a_layer_on():
     window = dict(use_sliding_window=True, sliding_window=8, max_window_layers=3)
     assert config_of({"model_type": "qwen2", **SMALL, **window}).window_layers == (3, 4)
     assert config_of({"model_type": "qwen2", **SMALL, **window, "max_window_layers": 9}).window_layers == ()
+    written = content_of("qwen2", config_of({"model_type": "qwen2", **SMALL, **window}))
+    assert config_of({k: v for k, v in written.items() if k != "layer_types"}).window_layers == (3, 4)
 
 
 def test_every_config_that_can_be_written_comes_back():

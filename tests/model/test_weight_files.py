@@ -5,13 +5,14 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from r1zero.model.config import ModelConfig
 from r1zero.model.config_json import content_of
 from r1zero.model.huggingface import read_config, read_weights
 from r1zero.model.transformer import Transformer
-from r1zero.model.weight_files import pieces, shards_of, stored_tensors, write_tensors
+from r1zero.model.weight_files import copy_tensor, pieces, shards_of, stored_tensors, write_tensors
 
 from .huggingface_cases import CPU, edit_config, read
 
@@ -228,6 +229,17 @@ def test_fp8_is_read_block_by_block_with_ragged_edges(scale_dtype, tmp_path):
     assert torch.equal(read(folder).embed, meant["model.embed_tokens.weight"])
 
 
+def test_fp8_of_several_pieces_has_the_scales_of_its_own_rows(tmp_path):
+    fp8 = torch.ones(300, 8192).to(torch.float8_e4m3fn)
+    scale = 1.0 + torch.arange(19 * 410).reshape(19, 410)  # blocks of 16 x 20
+    save_file({"w": fp8, "w_scale_inv": scale}, tmp_path / "model.safetensors")
+    stored, target = stored_tensors(tmp_path), torch.empty(300, 8192)
+    assert len(list(pieces(stored["w"], "w", 16))) > 1
+    copy_tensor(target, "w", stored, (16, 20))
+    rows, columns = torch.arange(300) // 16, torch.arange(8192) // 20
+    assert torch.equal(target, scale[rows][:, columns])
+
+
 def test_fp8_with_a_scale_that_is_missing_or_misshapen_is_refused(tmp_path):
     folder, tensors, _ = fp8_folder(tmp_path)
     name = "model.layers.0.mlp.down_proj.weight_scale_inv"
@@ -250,6 +262,8 @@ def test_what_is_written_is_what_was_there_to_the_bit(tmp_path):
     tensors = {name: tensor.bfloat16().float() for name, tensor in tensors_of().items()}
     write_tensors(tmp_path, tensors, torch.bfloat16)
     back = load_file(tmp_path / "model.safetensors")
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # older readers refuse a file without
     assert back.keys() == tensors.keys()
     assert all(back[name].dtype == torch.bfloat16 and torch.equal(back[name].float(), tensors[name])
                for name in tensors)
