@@ -38,7 +38,7 @@ DEPENDENCIES = [
 
 EXTRAS = {
     "hf": ["jinja2>=3.1.6"],  # renders chat templates
-    "bpe": ["tokenizers>=0.21"],  # trains a byte-level BPE on a text of the user's
+    "bpe": ["tokenizers>=0.21"],  # trains a byte-level BPE; reads those of SentencePiece's kind
     "trl": ["trl>=1.0", "transformers>=5.0"],  # the peer in benchmarks/vs_trl.py
     "dev": [
         "pytest>=8.3",

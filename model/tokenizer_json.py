@@ -17,8 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .byte_letters import to_letters
+from .byte_level_bpe import ByteLevelBPE, check_merges
 from .files import atomic_write_json, atomic_write_text
-from .imported_tokenizer import ByteLevelBPE, ImportedTokenizer, Settings, check_merges
+from .imported_tokenizer import ImportedTokenizer, Settings
 from .split_pattern import GPT2_PATTERN, Inexpressible
 from .tokenizer import Tokenizer
 from .tokenizer_folder import Folder, template_bos

@@ -33,7 +33,7 @@ def test_a_token_takes_the_white_space_that_it_may():
     assert found("a \n<x>\u3000 b", AddedToken(1, "<x>", lstrip=True)) == ["a", 1, "\u3000 b"]
     assert found("a \n<x>\u3000 b", AddedToken(1, "<x>", rstrip=True)) == ["a \n", 1, "b"]
     both = AddedToken(1, "<x>", lstrip=True, rstrip=True)
-    assert found(" <x> <x>\x1c", both) == [1, 1, "\x1c"]  # U+001C is white space to Python only
+    assert found("\x1c<x> <x>\x1c", both) == ["\x1c", 1, 1, "\x1c"]  # U+001C is white space to Python only
 
 
 def test_white_space_only_is_no_control_token():

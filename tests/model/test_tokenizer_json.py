@@ -9,7 +9,8 @@ import pytest
 
 Library = pytest.importorskip("tokenizers").Tokenizer
 
-from r1zero.model.imported_tokenizer import ByteLevelBPE, Settings  # noqa: E402
+from r1zero.model.byte_level_bpe import ByteLevelBPE  # noqa: E402
+from r1zero.model.imported_tokenizer import Settings  # noqa: E402
 from r1zero.model.tokenizer import Tokenizer  # noqa: E402
 from r1zero.model.tokenizer_json import read_tokenizer, source_of, write_tokenizer  # noqa: E402
 from r1zero.model.tokenizer_library import LibraryTokenizer  # noqa: E402
