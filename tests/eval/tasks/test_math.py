@@ -112,6 +112,7 @@ def test_a_right_answer_may_say_what_is_not():
     ("<answer>7</answer> \\boxed{8}", "7"), ("\\boxed{8} <answer>7", "8"),
     ("<answer>\\boxed{7}. Yes</answer>", "7"),
     ("\\boxed{\\frac{1}{2}} and \\boxed{3", "\\frac{1}{2}"), ("\\boxed{1 and \\boxed{2}", "2"),
+    ("<answer>\\boxed{x=\\boxed{7}}</answer>", "x=\\boxed{7}"),
     ("\\boxed{\\boxed{7}}", "7"), ("\\boxed {7}", "7"), ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"),
     ("{ \\boxed{7}", "7"),
     ("<answer>\\boxed{1} or \\boxed{2}</answer>", "1, 2"), ("<answer>\\boxed{1} = \\boxed{1}</answer>", "1"),
