@@ -75,6 +75,10 @@ def test_shards_are_read_and_what_the_index_does_not_name_is_not(tmp_path):
     # An older, stale shard: the same names with other numbers, and names that mean nothing.
     stale = {"model.norm.weight": torch.zeros(24), "x": torch.zeros(1)}
     save_file(stale, folder / "model-00001-of-00099.safetensors")
+    # And a tensor in a file of the index, which the index does not name.
+    first = load_file(folder / files[0])
+    save_file(first | {"left.over": torch.zeros(1)}, folder / files[0])
+    assert stored_tensors(folder).keys() == tensors.keys()
     for name, value in tensors.items():
         stored = stored_tensors(folder)[name]
         assert torch.equal(torch.cat([piece for _, piece in pieces(stored, name)]), value)
@@ -112,7 +116,8 @@ def test_an_index_that_is_none_is_refused(text, tmp_path):
     folder = folder_of(tensors_of(), tmp_path)
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(text)
-    with refused("model.safetensors.index.json"):
+    why = "not valid JSON" if text == "{" else "no JSON object" if text == "[]" else "no weight_map"
+    with refused("model.safetensors.index.json", why):
         read(folder)
 
 
