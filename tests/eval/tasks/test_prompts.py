@@ -147,8 +147,8 @@ def test_countdown_and_arithmetic_are_asked_in_words_and_graded_as_ever(template
     assert "What is 12 - 3 * 4?" in Arithmetic.prompt(ArithmeticProblem("12-3*4", 0, template))
     assert Arithmetic.grade(sum_, f"So <answer>{sum_.answer}</answer>").accuracy == 1.0
     assert Arithmetic.grade(sum_, f"So <answer>{sum_.answer + 1}</answer>").accuracy == 0.0
-    in_box = Arithmetic.grade(sum_, f"So \\boxed{{{sum_.answer}}}").accuracy
-    assert in_box == float(template == "chat")
+    for marked in (f"So \\boxed{{{sum_.answer}}}", f"#### {sum_.answer}"):
+        assert Arithmetic.grade(sum_, marked).accuracy == float(template == "chat")
 
 
 def test_a_problem_in_words_is_judged_by_its_own_answer_where_the_model_runs_on():
