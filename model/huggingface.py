@@ -57,8 +57,11 @@ DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float
 def is_huggingface(folder: str | Path) -> bool:
     """Whether a folder is a model of Hugging Face's layout, and not one of our runs."""
     folder = Path(folder)
-    is_ours = (folder / "checkpoints").exists() or (folder / "state.json").exists()
-    return not is_ours and any((folder / name).is_file() for name in (CONFIG, INDEX))
+    try:
+        is_ours = (folder / "checkpoints").exists() or (folder / "state.json").exists()
+        return not is_ours and any((folder / name).is_file() for name in (CONFIG, INDEX))
+    except OSError:
+        return False  # whoever reads it as a run says why it cannot be read
 
 
 def read_config(folder: str | Path) -> ModelConfig:
