@@ -87,6 +87,8 @@ def fault(gold: str, answer: str) -> str | None:
     """
     if (why := math_answer.unreadable(answer)) is not None:
         return why
+    if math_answer.says_not(answer) and not math_answer.says_not(gold):
+        return f"The answer {quoted(answer)} says what is not."
     is_right = math_answer.are_equal(gold, answer)
     if is_right is None:
         try:

@@ -21,10 +21,11 @@ from .numbers import read_number
 
 MAX_LENGTH = 400  # characters of an answer that is read
 MAX_DEPTH = 12  # brackets, one in the other; math-verify's time grows steeply with them
-BRACES = re.compile(r"\\(?:f?boxed|fbox)[ \t]*+\{|\\[\\{}]|[{}]")
-BRACE = re.compile(r"(?<!\\)[{}]")
-# Spaces and signs of LaTeX that change nothing.
-THIN = re.compile(r"\\[!,;: ]|\\(?:left|right)(?![a-zA-Z])|(?<=[0-9,]) +(?=[0-9]{3}(?![0-9]))")
+BOX = r"\\(?:boxed|fbox)[ \t]*+\{"
+BRACES = re.compile(rf"{BOX}|\\[\\{{}}]|[{{}}]")
+ESCAPED = (r"\{", r"\}", "\\\\")
+# Spaces and signs of LaTeX that change nothing, and spaces between thousands.
+THIN = re.compile(r"\\[!,;: ] *|\\(?:left|right)(?![a-zA-Z])|(?<=[0-9]) +(?=[0-9]{3}(?![0-9]))")
 # What says no, or says nothing: math-verify takes it for a unit, or for letters.
 DENIAL = re.compile(r"\\n(?:eq?|ot)(?![a-z])|(?<![a-zA-Z\\])not(?![a-zA-Z])", re.IGNORECASE)
 TWO_NUMBERS = re.compile(r"(?<!frac )[0-9]\s+[0-9.]")
@@ -90,7 +91,7 @@ def unwrapped(text: str) -> str:
             if text == f"{opening}{inner}{closing}" and opening not in inner.replace(r"\$", ""):
                 text = inner.strip(WHITE_SPACE)
         boxes = boxed(text)
-        if len(boxes) == 1 and re.fullmatch(r"\\f?box(?:ed)?[ \t]*\{.*\}", text, re.DOTALL):
+        if len(boxes) == 1 and re.fullmatch(rf"{BOX}.*\}}", text, re.DOTALL):
             text = boxes[0].strip(WHITE_SPACE)
     return CURRENCY.sub("", text.replace("−", "-").replace("~", " "), count=1)
 
@@ -104,16 +105,20 @@ def unreadable(answer: str) -> str | None:
     depth = list(accumulate((char in "{([") - (char in "})]") for char in answer))
     if max(depth) > MAX_DEPTH:
         return f"The answer has more than {MAX_DEPTH} brackets, one in the other."
-    braces = list(accumulate(1 if brace == "{" else -1 for brace in BRACE.findall(answer)))
+    signs = (match[0] for match in BRACES.finditer(answer))
+    braces = list(accumulate(0 if sign in ESCAPED else 1 - 2 * (sign == "}") for sign in signs))
     if braces and (min(braces) < 0 or braces[-1] != 0):
         return "The answer has a brace without its partner."
     if "$" in answer.replace(r"\$", ""):
         return "The answer has text around a formula; only the formula should be there."
-    if DENIAL.search(answer):
-        return "The answer says what is not."
     if exact(answer) is None and TWO_NUMBERS.search(plain(answer)):
         return "The answer has two numbers with nothing but space between them."
     return None
+
+
+def says_not(text: str) -> bool:
+    """Whether an answer says what is not the case."""
+    return DENIAL.search(text) is not None
 
 
 # ---- what can be compared exactly ----

@@ -91,21 +91,32 @@ def test_another_way_to_write_it_is_right(gold, answer):
 @pytest.mark.parametrize("gold, answer", [
     ("\\frac13", "0.333333"), ("2", "2.0000000001"), ("\\pi", "3.14159"), (".0000672", ".0000673"),
     ("52_8", "52_9"), ("10", "1010_2"), ("(3,4]", "(3,4)"), ("(3,4)", "(4,3)"), ("5", "\\pm 5"),
-    ("12", "1 2"), ("5", "7 = 5"), ("5", "7 = 2+3"), ("5", "5 \\approx 6"), ("5", "3, 5"),
+    ("12", "1 2"), ("1200", "1, 200"), ("5", "7 = 5"), ("5", "7 = 2+3"), ("5", "5 \\approx 6"), ("5", "3, 5"),
     ("3", "The answer is 3"),
     ("3", "$2$ or $3$"), ("5", ""), ("5", "\\boxed{}"), ("5", "\\frac{5}{0}"), ("0", "\\text{not } 0")])
 def test_what_is_not_the_right_answer_is_wrong(gold, answer):
     assert graded(gold, f"\\boxed{{{answer}}}") == graded(gold, f"<answer>{answer}</answer>") == 0.0
 
 
+@pytest.mark.parametrize("answer", ["5}{", "5}", "{5", "\\{5}", "5\\}{", "5}\\\\{"])
+def test_braces_without_partners_are_not_mended(answer):
+    assert "without its partner" in Math.grade(MathProblem("", "5"), f"<answer>{answer}</answer>").why
+
+
+def test_a_right_answer_may_say_what_is_not():
+    assert graded("x \\ne 2", "\\boxed{x \\neq 2}") == 1.0 and graded("x \\ne 2", "\\boxed{x \\ne 3}") == 0.0
+    assert graded("2", "\\boxed{x \\ne 2}") == 0.0 and can_read("x \\ne 2")
+
+
 @pytest.mark.parametrize("text, answer", [
     ("<answer>7</answer> \\boxed{8}", "7"), ("\\boxed{8} <answer>7", "8"),
     ("<answer>\\boxed{7}. Yes</answer>", "7"),
     ("\\boxed{\\frac{1}{2}} and \\boxed{3", "\\frac{1}{2}"), ("\\boxed{1 and \\boxed{2}", "2"),
+    ("<answer>\\boxed{x=\\boxed{7}}</answer>", "x=\\boxed{7}"),
     ("\\boxed{\\boxed{7}}", "7"), ("\\boxed {7}", "7"), ("\\boxed{\\{1,2\\}}", "\\{1,2\\}"),
     ("{ \\boxed{7}", "7"),
     ("<answer>\\boxed{1} or \\boxed{2}</answer>", "1, 2"), ("<answer>\\boxed{1} = \\boxed{1}</answer>", "1"),
-    ("<answer>\\(7\\)</answer>", "7"), ("<answer>5}{</answer>", "5}{"), ("<answer>\\[ 7. \\]</answer>",
+    ("<answer>\\(7\\)</answer>", "7"),  ("<answer>\\[ 7. \\]</answer>",
     "7"), ("<answer>$$7$$</answer>", "7"),
     ("the answer is 7", None), ("\\boxed 7", None), ("\\boxed{7", None), ("", None)])
 def test_where_the_answer_stands(text, answer):
