@@ -53,8 +53,7 @@ class EvalConfig(ComputeFlags):
     samples: int = 4
     """Number of responses sampled per problem."""
     ks: tuple[int, ...] = ()
-    """Values of k for which pass@k and maj@k are reported. By default 1 and the value of
-    --samples."""
+    """Values of k for which pass@k and maj@k are reported; by default 1, and all samples."""
     temperature: float = 1.0
     """Sampling temperature; 0 always takes the most likely token."""
     max_new_tokens: int = 160

@@ -224,7 +224,7 @@ def test_votes_are_by_value_and_frame_and_answer_are_two_things():
     assert not Math.same_answer("1", "2") and not Math.same_answer("((", "1") and Math.same_answer("((", "((")
     grade = grade_response(Math, Sample(MathProblem("", "5"), "\\boxed{5}"))
     assert (grade.accuracy, grade.format, grade.answer) == (1.0, 0.0, "5")
-    with pytest.raises(ValueError, match="'few_shot'; it must be one of: boxed, r1_zero, plain"):
+    with pytest.raises(ValueError, match="'few_shot'; it must be one of: boxed, r1_zero, r1_zero_think"):
         make_task("math", path="a.jsonl", template="few_shot")
 
 
