@@ -144,11 +144,13 @@ def test_an_interrupt_leaves_nothing_behind(paged, moment, monkeypatch):
 
 
 def test_the_cache_is_as_large_as_the_rows_need():
-    assert tokens_within(1e9, 1000, 4, 20, 256) == max(256, 4 * 48)
+    assert tokens_within(1e9, 1000, 4, 20, 256) == 4 * 48
     assert tokens_within(1e9, 1000, 100, 20, 256) == 100 * 48
     assert tokens_within(2e6, 1000, 100, 20, 256) == 2000
     assert tokens_within(1e9, 1000, 100, None, 256) == tokens_within(1e9, 1000, 100, 999, 256) == 100 * 272
-    assert tokens_within(-5e9, 1000, 100, 20, 256) == 256
+    assert tokens_within(-5e9, 1000, 100, None, 256) == tokens_within(-5e9, 1000, 100, 200, 256) == 256
+    # of an open model with a long context no more is taken than its requests may need
+    assert tokens_within(-5e9, 1000, 100, 20, 131_072) == 48
     assert Engine(Watched(), longest=20, max_rows=64).cache_tokens == 64 * 48
 
 
