@@ -28,6 +28,7 @@ DEPENDENCIES = [
     "numpy>=2.0",
     "numba>=0.62",  # compiles the loops of a CPU; without it they run as plain PyTorch, slower
     "tiktoken>=0.9",
+    "regex",  # tiktoken's own; splits the rare text whose bytes have no token
     "wandb>=0.19",
     "safetensors>=0.5",
     "tyro>=0.9",

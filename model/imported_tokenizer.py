@@ -137,8 +137,7 @@ class ImportedTokenizer(Tokenizer):
         """Ids of a text in which added tokens are spelled, as Hugging Face's tokenizers encode it.
 
         No bos is put in front. Bytes that have no token are dropped; the first time that happens a
-        warning says so. What meets over a dropped byte inside a piece is not merged here; the
-        library merges it. Never use this on what a user wrote (see `control_tokens_in`).
+        warning says so. Never use this on what a user wrote (see `control_tokens_in`).
         """
         ids = self.ids_with_gaps(self.added, text)
         kept = [i for i in ids if i != LOST]

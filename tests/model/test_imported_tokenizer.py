@@ -107,7 +107,8 @@ def test_a_byte_without_a_token_is_refused_or_dropped_with_one_warning(tmp_path)
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert tokenizer.encode_template("t\x04he") == library.encode("t\x04he").ids  # nothing merges over it
+        for text in ("t\x04he", "!\x04!", "\x04", "!!\x04\x05!!", "a\x04!\x05! the", "\U00042019" * 2):
+            assert tokenizer.encode_template(text) == library.encode(text).ids, text
         assert differing(tokenizer, library, TEXTS) == []
     assert [str(w.message)[:44] for w in caught] == ["tokenizer: 1 bytes of a text have no token a"]
     assert tokenizer.encode_template("t\x04he") != tokenizer.encode_template("the")
