@@ -11,6 +11,7 @@ PACKAGES = {
     "r1zero.kernels.cpu": "kernels/cpu",
     "r1zero.model": "model",
     "r1zero.model.engine": "model/engine",
+    "r1zero.model.tokens": "model/tokens",
     "r1zero.eval": "eval",
     "r1zero.eval.tasks": "eval/tasks",
     "r1zero.rl": "rl",

@@ -4,7 +4,7 @@
     write_model("out", model, tokenizer, torch.bfloat16)
 
 A folder holds config.json (config_json.py), files of weights (weight_files.py) and those of the
-tokenizer (tokenizer_json.py). families.py says what each family calls its tensors. q, k and v lie
+tokenizer (tokens/json_file.py). families.py says what each family calls its tensors. q, k and v lie
 below each other in one of our parameters, and so do gate and up.
 
 Reading compares every name and shape with the config before the first number is read, and lists all
@@ -28,7 +28,7 @@ from .families import FAMILIES, names_in_file
 from .files import UNFINISHED, atomic_write_json, atomic_write_text, flush
 from .precision import Precision, choose_precision
 from .tokenizer import Tokenizer
-from .tokenizer_json import read_tokenizer, write_tokenizer
+from .tokens.json_file import read_tokenizer, write_tokenizer
 from .transformer import Transformer
 from .weight_files import (
     FP8,

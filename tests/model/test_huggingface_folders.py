@@ -14,7 +14,7 @@ from r1zero.model.packed import pack
 from r1zero.model.precision import Precision
 from r1zero.model.rope_scaling import RopeScaling
 from r1zero.model.tokenizer import Tokenizer
-from r1zero.model.tokenizer_json import write_tokenizer
+from r1zero.model.tokens.json_file import write_tokenizer
 from r1zero.model.transformer import Transformer
 
 from .huggingface_cases import CPU, TINY, VOCAB, each_family, saved, sequences, their_logits, transformers

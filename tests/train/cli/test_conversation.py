@@ -23,7 +23,7 @@ from r1zero.train.grpo import grpo
 from r1zero.train.task_flags import TaskFlags
 
 from ...model.chat_cases import CHATML, ChatTokenizer, assistant, system, user
-from ...model.tokenizer_cases import imported, trained
+from ...model.tokens.cases import imported, trained
 from ...rl.cases import tiny
 from ..loop_cases import grpo_config
 

@@ -11,11 +11,11 @@ knows no added tokens.
 import json
 import re
 
+from ..tokenizer import without_surrogates
 from .added_tokens import AddedTokens
 from .byte_letters import from_letters
-from .imported_tokenizer import LOST, ImportedTokenizer, Settings
+from .imported import LOST, ImportedTokenizer, Settings
 from .split_pattern import stages
-from .tokenizer import without_surrogates
 
 SPACE = "\u2581"  # ▁
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")

@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("tokenizers")
 
-from r1zero.model.tokenizer_json import read_tokenizer, write_tokenizer  # noqa: E402
+from r1zero.model.tokens.json_file import read_tokenizer, write_tokenizer  # noqa: E402
 
-from .tokenizer_cases import (  # noqa: E402
+from .cases import (  # noqa: E402
     BOS,
     imported,
     library_of,

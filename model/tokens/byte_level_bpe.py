@@ -10,11 +10,11 @@ from collections.abc import Iterable
 import regex
 import tiktoken
 
+from ..tokenizer import SINGLE_BYTES, safe_parts
 from .byte_letters import BYTE_OF_LETTER, LETTER_OF_BYTE, from_letters
-from .imported_tokenizer import LOST, ImportedTokenizer, Settings
+from .imported import LOST, ImportedTokenizer, Settings
 from .nfc import to_nfc
 from .split_pattern import Inexpressible, split_pattern
-from .tokenizer import SINGLE_BYTES, safe_parts
 
 
 def merge_pairs(model: dict) -> list[tuple[str, str]]:

@@ -5,10 +5,10 @@ import tiktoken
 
 pytest.importorskip("tokenizers")
 
-from r1zero.model.split_pattern import GPT2_PATTERN  # noqa: E402
-from r1zero.model.tokenizer_probes import PROBES, probe_texts, verify  # noqa: E402
+from r1zero.model.tokens.probes import PROBES, probe_texts, verify  # noqa: E402
+from r1zero.model.tokens.split_pattern import GPT2_PATTERN  # noqa: E402
 
-from .tokenizer_cases import CL100K, DEEPSEEK, imported, splits, trained  # noqa: E402
+from .cases import CL100K, DEEPSEEK, imported, splits, trained  # noqa: E402
 
 
 def with_pattern(tokenizer, pattern):

@@ -9,7 +9,7 @@ generation_config.json    the ids that end an answer, often several; else config
 import json
 from pathlib import Path
 
-from .imported_tokenizer import Settings
+from .imported import Settings
 
 
 def _read_json(path: Path) -> dict:

@@ -3,11 +3,11 @@
     tokenizer = read_tokenizer("Qwen3-0.6B", vocab_size=151936)
     write_tokenizer("out", tokenizer)
 
-What is read is tried on probe texts before it is used (see tokenizer_probes.py). tokenizer.json is
+What is read is tried on probe texts before it is used (see probes.py). tokenizer.json is
 what counts: transformers may replace parts of it by what it knows of a model's class.
 
 Left out: tokenizer.model of SentencePiece (transformers converts it), WordPiece and Unigram. What
-tiktoken cannot imitate is done by the library (see tokenizer_library.py).
+tiktoken cannot imitate is done by the library (see library.py).
 """
 
 import base64
@@ -16,15 +16,15 @@ import zlib
 from dataclasses import asdict
 from pathlib import Path
 
+from ..files import atomic_write_json, atomic_write_text
+from ..tokenizer import Tokenizer
 from .byte_letters import to_letters
 from .byte_level_bpe import ByteLevelBPE, check_merges
-from .files import atomic_write_json, atomic_write_text
-from .imported_tokenizer import ImportedTokenizer, Settings
+from .folder import Folder, template_bos
+from .imported import ImportedTokenizer, Settings
+from .library import LibraryTokenizer
+from .probes import verify
 from .split_pattern import GPT2_PATTERN, Inexpressible
-from .tokenizer import Tokenizer
-from .tokenizer_folder import Folder, template_bos
-from .tokenizer_library import LibraryTokenizer
-from .tokenizer_probes import verify
 
 # ---- from a folder, or a checkpoint ----
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from r1zero.model.imported_tokenizer import ImportedTokenizer
-from r1zero.model.split_pattern import GPT2_PATTERN
-from r1zero.model.tokenizer_json import read_tokenizer
+from r1zero.model.tokens.imported import ImportedTokenizer
+from r1zero.model.tokens.json_file import read_tokenizer
+from r1zero.model.tokens.split_pattern import GPT2_PATTERN
 
 DATA = Path(os.environ.get("R1ZERO_DATA", Path(__file__).parents[3] / "shared" / "data"))
 LICENSED = sorted(DATA.glob("tokenizers/*/tokenizer.json"))  # those of real models, where they are here

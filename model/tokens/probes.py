@@ -7,8 +7,8 @@ ids that it gives.
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 
-from .imported_tokenizer import LOST, ImportedTokenizer
-from .tokenizer_library import load
+from .imported import LOST, ImportedTokenizer
+from .library import load
 
 PROBES = (
     "",

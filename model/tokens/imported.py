@@ -1,7 +1,7 @@
 """Tokenizers of open models: what all that come from a tokenizer.json have in common.
 
     ByteLevelBPE         most of them, by tiktoken (see byte_level_bpe.py)
-    LibraryTokenizer     the others, by the library `tokenizers` (see tokenizer_library.py)
+    LibraryTokenizer     the others, by the library `tokenizers` (see library.py)
 
 Ids are the file's. They have holes, and added tokens may stand among the ordinary ones. A byte may
 have no token at all: `encode` refuses a text that has one, `encode_template` drops it with a
@@ -18,8 +18,8 @@ import zlib
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
+from ..tokenizer import FORMAT, SINGLE_BYTES, Tokenizer, without_surrogates
 from .added_tokens import AddedToken, AddedTokens
-from .tokenizer import FORMAT, SINGLE_BYTES, Tokenizer, without_surrogates
 
 LOST = -1  # in place of an id: a byte that has no token
 
@@ -37,7 +37,7 @@ class Settings:
 
 
 class ImportedTokenizer(Tokenizer):
-    """A tokenizer.json and its settings. Build one by `read_tokenizer` (see tokenizer_json.py).
+    """A tokenizer.json and its settings. Build one by `read_tokenizer` (see json_file.py).
 
     source: the content of tokenizer.json.
     Raises ValueError for ids that do not fit together.

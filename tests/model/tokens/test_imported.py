@@ -8,13 +8,13 @@ from hypothesis import given, settings
 
 pytest.importorskip("tokenizers")
 
-from r1zero.model.byte_level_bpe import ByteLevelBPE  # noqa: E402
 from r1zero.model.engine.text import TextStream  # noqa: E402
-from r1zero.model.imported_tokenizer import Settings  # noqa: E402
-from r1zero.model.split_pattern import LONGEST_REST  # noqa: E402
 from r1zero.model.tokenizer import Tokenizer  # noqa: E402
+from r1zero.model.tokens.byte_level_bpe import ByteLevelBPE  # noqa: E402
+from r1zero.model.tokens.imported import Settings  # noqa: E402
+from r1zero.model.tokens.split_pattern import LONGEST_REST  # noqa: E402
 
-from .tokenizer_cases import (  # noqa: E402
+from .cases import (  # noqa: E402
     CL100K,
     DEEPSEEK,
     HOSTILE,
