@@ -27,8 +27,9 @@ def base(tmp_path_factory):
 
 def flags(folder, base):
     return ["recipe", "countdown-qwen2.5-1.5b", "--base", str(base), "--run", str(folder), "--steps", "1",
-            "--options", "template=plain", "n_numbers=3", "high=9", "--prompts-per-step", "2", "--group-size", "2",
-            "--max-new-tokens", "12", "--eval-problems", "3", "--eval-samples", "1", "--device", "cpu"]
+            "--options", "template=plain", "n_numbers=3", "high=9", "--prompts-per-step", "2",
+            "--group-size", "2", "--max-new-tokens", "12", "--eval-problems", "3", "--eval-samples", "1",
+            "--device", "cpu"]
 
 
 @each_recipe
