@@ -15,13 +15,14 @@ import hashlib
 import json
 import warnings
 import zlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from ..tokenizer import FORMAT, SINGLE_BYTES, Tokenizer, without_surrogates
 from .added_tokens import AddedToken, AddedTokens
 
-LOST = -1  # in place of an id: a byte that has no token
+LOST = -1  # in place of an id: what has no token, or none that the text may have
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class ImportedTokenizer(Tokenizer):
         }
         self._set_meanings(token_of_id, AddedTokens(tokens, self.normalise))
         self.blank = AddedTokens([t for t in tokens if t.is_blank], self.normalise)
+        self.control_ids = {t.id for t in tokens if not t.is_blank}
         self._check_imported()
         self._has_warned = False
 
@@ -106,32 +108,48 @@ class ImportedTokenizer(Tokenizer):
 
     # Text to ids
 
-    def ids_with_gaps(self, added: AddedTokens, text: str) -> list[int]:
-        """Ids of a text in which some added tokens are looked for; LOST for a byte without one."""
+    def _encode_pieces(self, pieces: Iterable[AddedToken | str]) -> list[int]:
+        """Ids of added tokens and of the texts between them; LOST for a byte without a token."""
         ids = []
-        for piece in added.split(without_surrogates(text)):
+        for piece in pieces:
             ids += self._encode_ordinary(piece) if isinstance(piece, str) else [piece.id]
         return ids
+
+    def typed_ids(self, text: str) -> list[int]:
+        """Ids of what somebody wrote; LOST for a byte without a token, and for a control token.
+
+        No control token is looked for, but one that stands in the vocabulary may come of merges.
+        """
+        ids = self._encode_pieces(self.blank.split(without_surrogates(text)))
+        if self.control_ids.isdisjoint(ids):
+            return ids
+        return [LOST if i in self.control_ids else i for i in ids]
+
+    def template_ids(self, text: str) -> list[int]:
+        """Ids of a text in which added tokens are spelled; LOST for a byte without a token."""
+        return self._encode_pieces(self.added.split(without_surrogates(text)))
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, never a control token; the caller adds bos and eos.
 
         `decode` returns the normalised text. Raises ValueError for a text with a byte that has no
-        token.
+        token, and for one whose merges end in a control token.
         """
-        ids = self.ids_with_gaps(self.blank, text)
+        ids = self.typed_ids(text)
         if LOST in ids:
             raise ValueError(
                 f"the text {text[:40]!r} cannot be encoded: this model has no token for "
-                f"{self._without_token()}; take these characters out"
+                f"{self._without_token(text)}; take these characters out"
             )
         return ids
 
-    def _without_token(self) -> str:
-        """What cannot be encoded, in words."""
+    def _without_token(self, text: str) -> str:
+        """What of a text cannot be encoded, in words."""
         present = set(self.bytes_of_id)
-        missing = [f"0x{b.hex()}" for b in SINGLE_BYTES if b not in present]
-        return f"{len(missing)} bytes such as {', '.join(missing[:4])}"
+        missing = [b for b in SINGLE_BYTES if b not in present]
+        if not any(b in without_surrogates(text).encode() for b in missing):
+            return "a word of it but a control token, which nobody types"
+        return f"{len(missing)} bytes such as {', '.join(f'0x{b.hex()}' for b in missing[:4])}"
 
     def encode_template(self, text: str) -> list[int]:
         """Ids of a text in which added tokens are spelled, as Hugging Face's tokenizers encode it.
@@ -139,13 +157,13 @@ class ImportedTokenizer(Tokenizer):
         No bos is put in front. Bytes that have no token are dropped; the first time that happens a
         warning says so. Never use this on what a user wrote (see `control_tokens_in`).
         """
-        ids = self.ids_with_gaps(self.added, text)
+        ids = self.template_ids(text)
         kept = [i for i in ids if i != LOST]
         if len(kept) < len(ids) and not self._has_warned:
             self._has_warned = True
             warnings.warn(
                 f"tokenizer: {len(ids) - len(kept)} bytes of a text have no token and were "
-                f"dropped, as by Hugging Face: it has none for {self._without_token()}",
+                f"dropped, as by Hugging Face: it has none for {self._without_token(text)}",
                 stacklevel=2,
             )
         return kept
