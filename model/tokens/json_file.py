@@ -19,12 +19,12 @@ from pathlib import Path
 from ..files import atomic_write_json, atomic_write_text
 from ..tokenizer import Tokenizer
 from .byte_letters import to_letters
-from .byte_level_bpe import ByteLevelBPE, check_merges
+from .byte_level_bpe import ByteLevelBPE, check_merges, normalisers
 from .folder import Folder, template_bos
 from .imported import ImportedTokenizer, Settings
 from .library import LibraryTokenizer
 from .probes import verify
-from .split_pattern import GPT2_PATTERN, Inexpressible
+from .split_pattern import GPT2_PATTERN, Inexpressible, split_pattern
 
 # ---- from a folder, or a checkpoint ----
 
@@ -85,6 +85,24 @@ def tokenizer_from_dict(data: dict) -> ImportedTokenizer:
 
 
 # ---- into a folder ----
+
+# What Qwen2Tokenizer of transformers 5.24 (tokenization_qwen2.py) has of its own.
+QWEN2_END = "<|endoftext|>"
+QWEN2_SPLIT = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {
+            "type": "Split",
+            "pattern": {
+                "Regex": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+            },
+            "behavior": "Isolated",
+            "invert": False,
+        },
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+    ],
+}
 
 
 def _bos_processor(name: str, bos_id: int) -> dict:
@@ -157,6 +175,23 @@ def source_of(tokenizer: Tokenizer) -> dict:
     }
 
 
+def is_like_qwen2(tokenizer: Tokenizer) -> bool:
+    """Would transformers' Qwen2Tokenizer, which knows a split of its own, give the same ids?
+
+    It takes vocabulary, merges and added tokens from the file, and nothing else. It always adds
+    <|endoftext|>.
+    """
+    source = source_of(tokenizer)
+    return (
+        isinstance(tokenizer, ByteLevelBPE)
+        and tokenizer.pattern == split_pattern(QWEN2_SPLIT)
+        and normalisers(source.get("normalizer")) == ["NFC"]
+        and not source["model"].get("ignore_merges")
+        and QWEN2_END in tokenizer.special_tokens
+        and not tokenizer.adds_bos
+    )
+
+
 def write_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> None:
     """Write a tokenizer as `tokenizers` and transformers load it, with equal ids.
 
@@ -173,7 +208,8 @@ def write_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> None:
         source = source | {"post_processor": processor}
     atomic_write_text(folder / "tokenizer.json", json.dumps(source, ensure_ascii=False))
 
-    # 2. The names. This class takes the file as it is; others would replace parts of it.
+    # 2. The names. This class takes the file as it is; others would replace parts of it. Beside a
+    #    model of the family qwen2 transformers ignores it (see `is_like_qwen2`).
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": names.get(tokenizer.bos_id),

@@ -44,7 +44,7 @@ def test_a_missing_normalisation_and_wrong_added_tokens_are_caught(tmp_path):
 
 def test_a_control_token_in_what_a_person_types_is_caught(tmp_path):
     source = trained()
-    the = source["added_tokens"][0] | {"id": source["model"]["vocab"]["the"], "content": "the", "special": False}
+    the = source["added_tokens"][0] | {"id": source["model"]["vocab"]["the"], "content": "the"}
     tokenizer = imported(tmp_path, source | {"added_tokens": [the, *source["added_tokens"]]})
     tokenizer.typed_ids = lambda text: tokenizer._encode_pieces(tokenizer.blank.split(text))
     with pytest.raises(ValueError, match="'the', typed by a person, has a control token"):
