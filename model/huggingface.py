@@ -253,7 +253,7 @@ def write_config(
     ends = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": eos[0] if len(eos) == 1 else eos,
-        "pad_token_id": None,
+        "pad_token_id": tokenizer.pad_id,
     }
     name = DTYPE_NAMES[dtype]
     content = content_of(family_of(config), config) | ends | {"dtype": name, "torch_dtype": name}

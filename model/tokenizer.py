@@ -116,6 +116,8 @@ class Tokenizer:
     """Does a prompt of the model begin with bos_id?"""
     chat_template: str | None = None
     """A jinja template of conversations, if the model has one."""
+    pad_id: int | None = None
+    unk_id: int | None = None
 
     def __init__(
         self,

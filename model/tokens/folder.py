@@ -1,7 +1,7 @@
 """What the files of a Hugging Face folder say of its tokenizer.
 
 tokenizer.json            vocabulary, merges, split, added tokens; perhaps bos before each text
-tokenizer_config.json     the names of bos and eos, perhaps the chat template and added tokens
+tokenizer_config.json     the names of bos, eos and padding, perhaps chat template and added tokens
 chat_template.jinja       the chat template, in newer folders
 generation_config.json    the ids that end an answer, often several; else config.json has them
 """
@@ -81,6 +81,7 @@ class Folder:
         self.source = read_source(self.path, self.tokenizer_config)
         added = {t["content"]: t["id"] for t in self.source.get("added_tokens", [])}
         self._id_of = dict(self.source["model"]["vocab"]) | added
+        self._id_of_added = added
 
     def _named_id(self, name: str) -> int | None:
         """The id of bos_token or eos_token; None if the folder names none."""
@@ -122,6 +123,15 @@ class Folder:
         bos_id = self.generation.get("bos_token_id", self.config.get("bos_token_id"))
         return (bos_id if bos_id in self._id_of.values() else None), adds_bos
 
+    def pad_and_unk(self) -> tuple[int | None, int | None]:
+        """The ids of padding and of the unknown token; None for each that is no added token."""
+        pad, unk = (_content(self.tokenizer_config.get(f"{name}_token")) for name in ("pad", "unk"))
+        files = (self.generation, self.config)
+        candidates = [self._id_of_added.get(pad), *(file.get("pad_token_id") for file in files)]
+        known = self._id_of_added.values()
+        pad_id = next((i for i in candidates if type(i) is int and i in known), None)
+        return pad_id, self._id_of_added.get(unk)
+
     def chat_template(self) -> str | None:
         """From its own file, or from tokenizer_config.json; of several, the one named default."""
         path = self.path / "chat_template.jinja"
@@ -138,7 +148,10 @@ class Folder:
         bos_id, adds_bos = self.bos()
         n_ids = 1 + max(self._id_of.values())
         size = n_ids if vocab_size is None else vocab_size
-        return Settings(size, self.eos_ids(), bos_id, adds_bos, self.chat_template())
+        pad_id, unk_id = self.pad_and_unk()
+        return Settings(
+            size, self.eos_ids(), bos_id, adds_bos, self.chat_template(), pad_id, unk_id
+        )
 
 
 def template_bos(post_processor: dict | None) -> int | None:

@@ -35,6 +35,10 @@ class Settings:
     bos_id: int | None = None
     adds_bos: bool = False
     chat_template: str | None = None
+    pad_id: int | None = None
+    """Not used here: batches are flat. It is kept for whoever loads an export."""
+    unk_id: int | None = None
+    """Nor this one: what has no token is refused."""
 
 
 class ImportedTokenizer(Tokenizer):
@@ -53,6 +57,7 @@ class ImportedTokenizer(Tokenizer):
         self.vocab_size, self.bos_id = settings.vocab_size, settings.bos_id
         self.eos_ids, self.eos_id = settings.eos_ids, settings.eos_ids[0]
         self.adds_bos, self.chat_template = settings.adds_bos, settings.chat_template
+        self.pad_id, self.unk_id = settings.pad_id, settings.unk_id
 
         tokens = added_tokens(source)
         self.special_tokens = {t.content: t.id for t in tokens if t.special}

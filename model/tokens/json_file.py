@@ -195,7 +195,8 @@ def is_like_qwen2(tokenizer: Tokenizer) -> bool:
 def write_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> None:
     """Write a tokenizer as `tokenizers` and transformers load it, with equal ids.
 
-    The end tokens but the first belong into generation_config.json, which is the model's.
+    The end tokens but the first belong into generation_config.json, which is the model's. So does
+    an end that is an ordinary token: transformers would add its name as a new token.
     """
     folder = Path(folder)
     names = {t.id: t.content for t in tokenizer.added.tokens}
@@ -213,7 +214,9 @@ def write_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> None:
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": names.get(tokenizer.bos_id),
-        "eos_token": names.get(tokenizer.eos_id, tokenizer.token_text(tokenizer.eos_id)),
+        "eos_token": names.get(tokenizer.eos_id),
+        "pad_token": names.get(tokenizer.pad_id),
+        "unk_token": names.get(tokenizer.unk_id),
         "clean_up_tokenization_spaces": False,
     }
     atomic_write_json(folder / "tokenizer_config.json", config)

@@ -32,7 +32,14 @@ TEXTS = ["the cat's hat: 12 + 34 = 46", "e\u0301 don't  stop\n\n 1234", "<think>
 def with_bos() -> ByteLevelBPE:
     """A BPE with another split, none of Qwen's tokens, and bos in front of a prompt."""
     source = trained(splits(CL100K), size=270)
-    return ByteLevelBPE(source, Settings(VOCAB, (271,), 270, True))
+    return ByteLevelBPE(source, Settings(VOCAB, (271,), 270, True, pad_id=272, unk_id=271))
+
+
+def ends_with_a_newline() -> Tokenizer:
+    """Bytes, one of which ends a text."""
+    return Tokenizer(
+        "bytes", r"[\s\S]", [bytes([b]) for b in range(256)], special_tokens={}, eos_ids=[10]
+    )
 
 
 TOKENIZERS = {
@@ -40,6 +47,7 @@ TOKENIZERS = {
     "words": lambda: Tokenizer.from_words(["12", " + ", "<think>"]),
     "ours": lambda: Tokenizer.train(CORPUS, 280),
     "with bos": with_bos,
+    "an ordinary token as the end": ends_with_a_newline,
     "as Qwen's": lambda: like_qwen2(VOCAB, 280),
 }
 
@@ -50,11 +58,18 @@ def test_transformers_gives_the_ids_of_every_tokenizer_beside_every_family(name,
     model, tokenizer = read(saved(name)), TOKENIZERS[kind]()
     write_model(tmp_path / "out", model, tokenizer)
     theirs = transformers().AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert len(theirs) == tokenizer.n_ids and theirs.eos_token_id == tokenizer.eos_id
+    named = [tokenizer.eos_id if tokenizer.special_tokens else None, tokenizer.pad_id, tokenizer.unk_id]
+    assert [theirs.eos_token_id, theirs.pad_token_id, theirs.unk_token_id] == named
+    assert len(theirs) == tokenizer.n_ids
     for text in [*TEXTS, *tokenizer.special_tokens, " ".join(tokenizer.special_tokens)]:
         assert theirs(text, add_special_tokens=False).input_ids == tokenizer.encode_template(text)
     first = [tokenizer.bos_id] if tokenizer.adds_bos else []
     assert theirs("a").input_ids == [*first, *tokenizer.encode("a")]
+    if tokenizer.pad_id is not None:
+        assert theirs(["a", ""], padding=True).input_ids[1][-1] == tokenizer.pad_id
+    for file in ("config.json", "generation_config.json"):
+        content = json.loads((tmp_path / "out" / file).read_text())
+        assert content["pad_token_id"] == tokenizer.pad_id and content["eos_token_id"] == tokenizer.eos_id
 
 
 @pytest.mark.parametrize("windows, kind", [((), "llama"), ((1, 2), "smollm3")])

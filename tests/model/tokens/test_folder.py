@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("tokenizers")
 
+from r1zero.model.tokenizer import Tokenizer  # noqa: E402
 from r1zero.model.tokens.json_file import read_tokenizer, write_tokenizer  # noqa: E402
 
 from .cases import (  # noqa: E402
@@ -74,6 +75,35 @@ def test_a_prompt_begins_with_bos_where_the_files_say_so(tmp_path, processor, co
 def test_the_end_tokens_of_all_files_count(tmp_path, files, expected):
     tokenizer = imported(tmp_path, trained(), **files)
     assert tokenizer.eos_ids == expected and tokenizer.eos_id == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, (None, None)),
+        ({"tokenizer_config": {"pad_token": "<|im_end|>", "unk_token": "<|im_start|>"}}, (341, 340)),
+        ({"tokenizer_config": {"pad_token": {"content": "<think>"}, "unk_token": None}}, (342, None)),
+        ({"special_tokens_map": {"pad_token": "<|im_end|>"}}, (341, None)),
+        ({"generation_config": {"pad_token_id": 340}, "config": {"pad_token_id": 342}}, (340, None)),
+        ({"generation_config": {"pad_token_id": None}, "config": {"pad_token_id": 342}}, (342, None)),
+        # No added token: transformers would make one.
+        ({"tokenizer_config": {"pad_token": "[PAD]", "unk_token": "the"}}, (None, None)),
+        ({"config": {"pad_token_id": -1}}, (None, None)),
+        ({"config": {"pad_token_id": 7}}, (None, None)),
+        ({"config": {"pad_token_id": [340]}}, (None, None)),
+    ],
+)
+def test_padding_and_the_unknown_token_are_kept_for_an_export(tmp_path, files, expected):
+    files = {name: {"eos_token": "<|im_end|>"} | content for name, content in files.items()}
+    tokenizer = imported(tmp_path, trained(), **files)
+    assert (tokenizer.pad_id, tokenizer.unk_id) == expected
+    (tmp_path / "out").mkdir()
+    write_tokenizer(tmp_path / "out", tokenizer)
+    again = read_tokenizer(tmp_path / "out")
+    assert (again.pad_id, again.unk_id) == expected and again.fingerprint() == tokenizer.fingerprint()
+    old = tokenizer.to_dict()
+    del old["settings"]["pad_id"], old["settings"]["unk_id"]
+    assert Tokenizer.from_dict(old).pad_id is None
 
 
 def test_the_chat_template_is_found_where_old_and_new_folders_have_it(tmp_path):
