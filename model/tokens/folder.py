@@ -18,11 +18,49 @@ def _read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}); download it again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} is no JSON object; download it again")
     return value
+
+
+def _check_entry(path: Path, key: str, entry: dict) -> None:
+    """Raise ValueError unless an entry describes an added token."""
+    described = isinstance(entry, dict) and isinstance(entry.get("content"), str)
+    if not described or type(entry.get("id")) is not int:
+        raise ValueError(
+            f"{path}: {key} has {entry!r:.200}; expected an object with id, a whole number, and "
+            "with content, a text; download it again"
+        )
+
+
+def _added_tokens(path: Path, source: dict) -> list[dict]:
+    """The added tokens of a tokenizer.json."""
+    entries = source.get("added_tokens", [])
+    if not isinstance(entries, list):
+        raise ValueError(
+            f"{path}: added_tokens is {entries!r:.60}; expected a list; download it again"
+        )
+    for entry in entries:
+        _check_entry(path, "added_tokens", entry)
+    return entries
+
+
+def _declared_tokens(path: Path, tokenizer_config: dict) -> list[dict]:
+    """The added tokens that a tokenizer_config.json describes, by id."""
+    entries = tokenizer_config.get("added_tokens_decoder", {})
+    if not isinstance(entries, dict) or not all(key.isdecimal() for key in entries):
+        raise ValueError(
+            f"{path}: added_tokens_decoder is {entries!r:.60}; expected an object whose keys are "
+            "ids; download it again"
+        )
+    tokens = []
+    for key, entry in entries.items():
+        token = entry | {"id": int(key)} if isinstance(entry, dict) else entry
+        _check_entry(path, "added_tokens_decoder", token)
+        tokens.append(token)
+    return sorted(tokens, key=lambda token: token["id"])
 
 
 def read_source(folder: Path, tokenizer_config: dict) -> dict:
@@ -40,20 +78,19 @@ def read_source(folder: Path, tokenizer_config: dict) -> dict:
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
         raise ValueError(f"{path} is no tokenizer: it has no model with a vocab; download it again")
 
-    content_of_id = {token["id"]: token["content"] for token in source.get("added_tokens", [])}
-    for key, token in tokenizer_config.get("added_tokens_decoder", {}).items():
-        known = content_of_id.setdefault(int(key), token["content"])
-        if known != token["content"]:
+    added = _added_tokens(path, source)
+    content_of_id = {token["id"]: token["content"] for token in added}
+    missing = []
+    for token in _declared_tokens(folder / "tokenizer_config.json", tokenizer_config):
+        known = content_of_id.get(token["id"])
+        if known is None:
+            missing.append(token)
+        elif known != token["content"]:
             raise ValueError(
-                f"{folder}: id {key} is {known!r} in tokenizer.json, but {token['content']!r} in "
-                "tokenizer_config.json; take both files from one model"
+                f"{folder}: id {token['id']} is {known!r} in tokenizer.json, but "
+                f"{token['content']!r} in tokenizer_config.json; take both files from one model"
             )
-    missing = content_of_id.keys() - {token["id"] for token in source.get("added_tokens", [])}
-    if missing:
-        declared = tokenizer_config["added_tokens_decoder"]
-        more = [declared[str(i)] | {"id": i} for i in sorted(missing)]
-        source = source | {"added_tokens": source.get("added_tokens", []) + more}
-    return source
+    return source | {"added_tokens": added + missing} if missing else source
 
 
 def _content(token: str | dict | None) -> str | None:
@@ -109,10 +146,18 @@ class Folder:
         return tuple(dict.fromkeys(ids))
 
     def bos(self) -> tuple[int | None, bool]:
-        """(the id of bos, whether a prompt begins with it)."""
+        """(the id of bos, whether a prompt begins with it).
+
+        add_bos_token goes before the template of tokenizer.json, as in transformers 4. Version 5.24
+        looks at the template alone. An export writes a template that says the same to both.
+        """
         # 1. A template that is applied to each text. It may end with tokens too; a prompt does not.
         in_template = template_bos(self.source.get("post_processor"))
         stated = self.tokenizer_config.get("add_bos_token")
+        if not isinstance(stated, bool | None):
+            raise ValueError(
+                f"add_bos_token is {stated!r} in tokenizer_config.json; expected true or false"
+            )
         adds_bos = in_template is not None if stated is None else stated
 
         # 2. Its id: from there, by name, or from the model's config.
@@ -141,6 +186,10 @@ class Folder:
         if isinstance(template, list):
             by_name = {entry["name"]: entry["template"] for entry in template}
             template = by_name.get("default")
+        if not isinstance(template, str | None):
+            raise ValueError(
+                f"chat_template is {template!r:.60} in tokenizer_config.json; expected a text"
+            )
         return template
 
     def settings(self, vocab_size: int | None) -> Settings:

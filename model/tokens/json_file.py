@@ -56,16 +56,22 @@ def read_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Importe
     Raises ValueError for files that are missing, damaged or of different models, for a tokenizer
     that has more ids than the model has rows, and for one that cannot be expressed, saying why.
     """
-    read = Folder(folder)
+    try:
+        return _checked(Folder(folder), vocab_size)
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise ValueError(
+            f"{folder}: tokenizer.json, or a file beside it, is damaged ({error!r}); download it "
+            "again"
+        ) from None
+
+
+def _checked(read: Folder, vocab_size: int | None) -> ImportedTokenizer:
+    """The tokenizer that a folder describes, checked on probe texts."""
     try:
         tokenizer = make_tokenizer(read.source, read.settings(vocab_size))
         verify(tokenizer)
     except ValueError as error:
-        raise ValueError(f"{folder}/tokenizer.json: {error}") from None
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(
-            f"{folder}/tokenizer.json is damaged ({error!r}); download it again"
-        ) from None
+        raise ValueError(f"{read.path}/tokenizer.json: {error}") from None
     return tokenizer
 
 

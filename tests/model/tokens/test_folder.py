@@ -1,5 +1,6 @@
 """What the files beside tokenizer.json say is found in old and new folders, or refused in one line."""
 
+import json
 import re
 
 import pytest
@@ -142,6 +143,11 @@ def test_added_tokens_that_only_tokenizer_config_names_are_found(tmp_path):
 # ---- bad input ----
 
 
+def naming(**keys) -> dict:
+    """A tokenizer_config.json with these keys."""
+    return {"tokenizer_config": {"eos_token": "<|im_end|>"} | keys}
+
+
 def damaged(**changes) -> dict:
     source = trained(size=300)
     for key, value in changes.items():
@@ -181,6 +187,23 @@ def damaged(**changes) -> dict:
             "take both files from one model",
         ),
         (damaged(), {"tokenizer_config": [1]}, "tokenizer_config.json is no JSON object"),
+        (damaged() | {"added_tokens": None}, {}, "tokenizer.json: added_tokens is None; expected a list"),
+        (damaged() | {"added_tokens": {"1": {}}}, {}, "added_tokens is .*; expected a list"),
+        (damaged(added={"id": None}), {}, "added_tokens has .*'id': None.*expected an object with id"),
+        (damaged(added={"id": "300"}), {}, "added_tokens has .*'id': '300'"),
+        (damaged(added={"id": True}), {}, "added_tokens has .*'id': True"),
+        (damaged(added={"content": None}), {}, "added_tokens has .*'content': None"),
+        (damaged() | {"added_tokens": ["<|im_end|>"]}, {}, r"added_tokens has '<\|im_end\|>'; exp"),
+        (damaged(added={"special": None}), {}, "tokenizer.json"),
+        (damaged(), naming(added_tokens_decoder=None), "added_tokens_decoder is None"),
+        (damaged(), naming(added_tokens_decoder=[1]), "tokenizer_config.json: added_"),
+        (damaged(), naming(added_tokens_decoder={"301": "x"}), "added_tokens_decoder has 'x'; expected"),
+        (damaged(), naming(added_tokens_decoder={"x": {"content": "y"}}), "is {'x'.* keys are ids"),
+        (damaged(), naming(eos_token=["x"]), "is damaged"),
+        (damaged() | {"post_processor": 3}, {}, "is damaged"),
+        (damaged(), naming(add_bos_token="false"), "'false' in tokenizer_config.json; expected"),
+        (damaged(), naming(chat_template=5), "chat_template is 5 in tokenizer_config.json"),
+        (damaged(), naming(chat_template=["x"]), "is damaged"),
     ],
 )
 def test_bad_folders_are_refused_in_one_line(tmp_path, source, files, match):
@@ -188,6 +211,23 @@ def test_bad_folders_are_refused_in_one_line(tmp_path, source, files, match):
     with pytest.raises(ValueError, match=match) as caught:
         read_tokenizer(tmp_path)
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("depth", [400, 100_000])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_file_nested_without_end_is_refused_in_one_line(tmp_path, name, depth):
+    write_folder(tmp_path, trained(size=300))
+    part = '{"type": "Sequence", "processors": ['
+    nested = part * depth + "]}" * depth
+    whole = json.loads((tmp_path / name).read_text())
+    text = json.dumps(whole | {"post_processor": 0, "x": 0})
+    text = text.replace('"post_processor": 0', f'"post_processor": {nested}')
+    (tmp_path / name).write_text(text)
+    if name == "tokenizer_config.json" and depth == 400:
+        assert read_tokenizer(tmp_path).eos_ids  # a key of no meaning
+        return
+    with pytest.raises(ValueError, match=r"\A[^\n]*(download|refuses)[^\n]*\Z"):
+        read_tokenizer(tmp_path)
 
 
 def test_a_folder_without_the_file_says_what_it_has(tmp_path):
