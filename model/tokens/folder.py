@@ -25,10 +25,14 @@ def _read_json(path: Path) -> dict:
     return value
 
 
+def _is_id(value) -> bool:
+    return type(value) is int and value >= 0
+
+
 def _check_entry(path: Path, key: str, entry: dict) -> None:
     """Raise ValueError unless an entry describes an added token."""
     described = isinstance(entry, dict) and isinstance(entry.get("content"), str)
-    if not described or type(entry.get("id")) is not int:
+    if not described or not _is_id(entry.get("id")):
         raise ValueError(
             f"{path}: {key} has {entry!r:.200}; expected an object with id, a whole number, and "
             "with content, a text; download it again"
@@ -77,6 +81,14 @@ def read_source(folder: Path, tokenizer_config: dict) -> dict:
     model = source.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
         raise ValueError(f"{path} is no tokenizer: it has no model with a vocab; download it again")
+
+    if isinstance(model["vocab"], dict):
+        for text, i in model["vocab"].items():
+            if not _is_id(i):
+                raise ValueError(
+                    f"{path}: the id of {text!r} is {i!r:.60}, expected a whole number; download "
+                    "it again"
+                )
 
     added = _added_tokens(path, source)
     content_of_id = {token["id"]: token["content"] for token in added}

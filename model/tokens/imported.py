@@ -3,11 +3,13 @@
     ByteLevelBPE         most of them, by tiktoken (see byte_level_bpe.py)
     LibraryTokenizer     the others, by the library `tokenizers` (see library.py)
 
-Ids are the file's. They have holes, and added tokens may stand among the ordinary ones. A byte may
-have no token at all: `encode` refuses a text that has one, `encode_template` drops it with a
-warning, as Hugging Face does without a word. An added token of white space only is ordinary text.
+Ids are the file's. They may have holes, which a model can sample: they read as U+FFFD. Added tokens
+may stand among the ordinary ones, and merges may even make one: `encode` refuses a text in which
+they would. A byte may have no token at all: `encode` refuses a text that has one, `encode_template`
+drops it with a warning, as Hugging Face does without a word. An added token of white space only is
+ordinary text.
 
-Nothing of the file is lost: a checkpoint keeps the whole of it, and an export writes it again.
+Nothing of tokenizer.json is lost: a checkpoint keeps it whole, and an export writes it again.
 """
 
 import base64

@@ -6,8 +6,9 @@
 What is read is tried on probe texts before it is used (see probes.py). tokenizer.json is
 what counts: transformers may replace parts of it by what it knows of a model's class.
 
-Left out: tokenizer.model of SentencePiece (transformers converts it), WordPiece and Unigram. What
-tiktoken cannot imitate is done by the library (see library.py).
+Left out: tokenizer.model of SentencePiece (transformers converts it), WordPiece and Unigram; of
+tokenizer_config.json what is no token, such as model_max_length. What tiktoken cannot imitate is
+done by the library (see library.py).
 """
 
 import base64

@@ -191,6 +191,8 @@ def damaged(**changes) -> dict:
         (damaged() | {"added_tokens": {"1": {}}}, {}, "added_tokens is .*; expected a list"),
         (damaged(added={"id": None}), {}, "added_tokens has .*'id': None.*expected an object with id"),
         (damaged(added={"id": "300"}), {}, "added_tokens has .*'id': '300'"),
+        (damaged(added={"id": -1}), {}, "added_tokens has .*'id': -1"),
+        (damaged(model={"vocab": {"a": 1.0}}), {}, "the id of 'a' is 1.0, expected a whole number"),
         (damaged(added={"id": True}), {}, "added_tokens has .*'id': True"),
         (damaged(added={"content": None}), {}, "added_tokens has .*'content': None"),
         (damaged() | {"added_tokens": ["<|im_end|>"]}, {}, r"added_tokens has '<\|im_end\|>'; exp"),
