@@ -28,7 +28,7 @@ from .families import FAMILIES, names_in_file
 from .files import UNFINISHED, atomic_write_json, atomic_write_text, flush
 from .precision import Precision, choose_precision
 from .tokenizer import Tokenizer
-from .tokens.json_file import read_tokenizer, write_tokenizer
+from .tokens.json_file import is_like_qwen2, read_tokenizer, write_tokenizer
 from .transformer import Transformer
 from .weight_files import (
     FP8,
@@ -253,13 +253,24 @@ def write_config(
     ends = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": eos[0] if len(eos) == 1 else eos,
-        "pad_token_id": None,
+        "pad_token_id": tokenizer.pad_id,
     }
     name = DTYPE_NAMES[dtype]
     content = content_of(family_of(config), config) | ends | {"dtype": name, "torch_dtype": name}
     atomic_write_json(folder / CONFIG, content)
     # From here readers take the tokens that end a text.
     atomic_write_json(folder / "generation_config.json", ends)
+
+
+def config_to_write(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The config as which a model is written.
+
+    Beside a qwen2, transformers (5.24) loads every tokenizer as Qwen's and gives wrong ids, without
+    a word. Another family with a bias on `out` too computes the same, if that bias is zero.
+    """
+    if family_of(config) == "qwen2" and not is_like_qwen2(tokenizer):
+        return replace(config, out_bias=True)
+    return config
 
 
 def write_model(
@@ -278,14 +289,22 @@ def write_model(
     folder = Path(folder)
     check_free(folder)
     unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
-    names = FAMILIES[family_of(model.config)].names
+    config = config_to_write(model.config, tokenizer)
+    names = FAMILIES[family_of(config)].names
     parameters = dict(model.named_parameters())
-    tensors = {part.name: parameters[part.parameter][part.rows] for part in parts_of(model, names)}
+    with torch.device("meta"):
+        parts = parts_of(Transformer(config), names)
+    tensors = {
+        part.name: parameters[part.parameter][part.rows]
+        if part.parameter in parameters
+        else torch.zeros(part.shape)  # a bias of `out`
+        for part in parts
+    }
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
-        write_config(unfinished, model.config, tokenizer, dtype)
+        write_config(unfinished, config, tokenizer, dtype)
         write_tokenizer(unfinished, tokenizer)
         write_tensors(unfinished, tensors, dtype)
         if card:

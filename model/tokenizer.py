@@ -17,7 +17,8 @@ what spells `<|eos|>` is ordinary text. `encode_template` is for text that a pro
 chat template does: there `<|eos|>` is the token. Both are the same on any other text.
 
 The vocabulary may be larger than the ids that mean something, as in models whose embedding is
-padded to a round number. A model can sample such an id: it reads as U+FFFD.
+padded to a round number. Such an id reads as U+FFFD. An open model never samples those from `n_ids`
+on (ModelConfig.vocab_in_use); it can sample one that lies between the ids of tokens, a hole.
 
 Left out: normalisation, except in open models that need it (it breaks the round trip), a pad or
 unknown token (batches are flat, and every byte is a token).
@@ -116,6 +117,8 @@ class Tokenizer:
     """Does a prompt of the model begin with bos_id?"""
     chat_template: str | None = None
     """A jinja template of conversations, if the model has one."""
+    pad_id: int | None = None
+    unk_id: int | None = None
 
     def __init__(
         self,

@@ -21,9 +21,11 @@ from .huggingface_cases import CPU, TINY, VOCAB, each_family, saved, sequences, 
 
 
 def whole(name: str, folder):
-    """The tiny model of transformers with a tokenizer of bytes."""
+    """The tiny model of transformers with a tokenizer of bytes; the Qwen2 with one as Qwen's."""
+    from .tokens.cases import like_qwen2  # it needs the library `tokenizers`, as `saved` does
+
     shutil.copytree(saved(name), folder)
-    write_tokenizer(folder, Tokenizer.bytes())
+    write_tokenizer(folder, like_qwen2(VOCAB) if name == "qwen2" else Tokenizer.bytes())
     ends = {"bos_token_id": 256, "eos_token_id": [257, 10]}
     (folder / "generation_config.json").write_text(json.dumps(ends))
     return folder
@@ -77,7 +79,7 @@ def test_readers_of_old_and_of_new_keys_read_the_same(name, tmp_path):
 
 
 def test_padded_rows_are_never_sampled_and_are_written_all_the_same(tmp_path):
-    model, tokenizer = read_model(whole("qwen2", tmp_path / "in"), CPU)
+    model, tokenizer = read_model(whole("qwen3", tmp_path / "in"), CPU)
     assert tokenizer.vocab_size == VOCAB and model.config.vocab_in_use == 258
     assert model.logits(torch.zeros(1, 32)).shape == (1, 258)
     write_model(tmp_path / "out", model, tokenizer)

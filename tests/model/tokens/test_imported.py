@@ -67,6 +67,21 @@ def test_what_a_person_types_has_no_control_token_and_comes_back(chat, text):
         assert tokenizer.encode_template(text) == ids
 
 
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("split", [None, splits(CL100K)])
+def test_a_control_token_that_merges_make_is_refused_where_a_person_types_it(tmp_path, special, split):
+    source = trained(split)
+    control = source["model"]["vocab"]["the"]
+    the = source["added_tokens"][0] | {"id": control, "content": "the", "special": special}
+    source["added_tokens"].insert(0, the)
+    tokenizer = imported(tmp_path, source)
+    with pytest.raises(ValueError, match="'the cat' cannot be encoded: .* but a control token"):
+        tokenizer.encode("the cat")
+    assert control in tokenizer.encode_template("the cat")
+    assert tokenizer.control_tokens_in("the cat") == ["the"]
+    assert tokenizer.decode(tokenizer.encode("a cat")) == "a cat"
+
+
 def test_control_tokens_are_hidden_or_shown_as_the_file_says(chat):
     tokenizer, _ = chat
     start, end, think = (
