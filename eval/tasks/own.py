@@ -54,9 +54,7 @@ def load_task(name: str) -> type[Task]:
             f"{what} lacks {', '.join(missing)}; let it inherit from r1zero.eval.tasks.base.Task, "
             "which says what each is, and has a default for some"
         )
-    given = {
-        name: call for name, call in OPTIONAL.items() if getattr(task, name, None) is not None
-    }
+    given = {name: call for name, call in OPTIONAL.items() if getattr(task, name, None) is not None}
     for member, arguments in (CALLS | INHERITED | given).items():
         check_signature(task, member, arguments, what)
     check_texts(task, what)

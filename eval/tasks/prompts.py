@@ -8,6 +8,9 @@
     chat            the question, and how to end: for --chat, which adds the model's own template
     plain           the question alone
 
+All but the last two end in a cue that a base model writes on behind. In a chat model's template
+they would be a user's message that ends with the assistant's first word, so --chat refuses them.
+
 A base model that has answered often runs on into another question of the form that it was asked in.
 So each template has a pattern for that, which cuts the response (`own_response` in response.py). A
 plain question has no form: there the first answer block behind the thoughts ends the response.
@@ -170,8 +173,24 @@ TEMPLATES = {
     "plain": Template(before="", after="", next_question=re.compile(r"(?<=</answer>)")),
 }
 
+# The templates that end in a cue for the answer, as base models take them.
+CONTINUED = ("zero_shot", "r1_zero", "r1_zero_think", "few_shot", "eight_shot")
+
 
 def check_template(name: str, known: tuple[str, ...] = tuple(TEMPLATES)) -> None:
     """ValueError, with the known names, for a template that is not among them."""
     if name not in known:
         raise ValueError(f"template is {name!r}; it must be one of: {', '.join(known)}")
+
+
+def check_message(template: str | None) -> None:
+    """ValueError for a template whose prompts are no messages of a user, so nothing for --chat.
+
+    None, and the templates of a task of the user's own, are taken.
+    """
+    if template in CONTINUED:
+        raise ValueError(
+            f"--chat puts a question through the model's own template, and template={template} is "
+            "for a model that continues the text; leave out --chat, or give --options with a "
+            "template that asks as a user does: chat, plain, or boxed of --task math"
+        )

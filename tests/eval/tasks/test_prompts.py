@@ -166,8 +166,8 @@ def test_two_numbers_make_the_easiest_countdown_and_forms_are_checked():
     problem = task.problem("test", 0)
     assert len(problem.numbers) == 2 and sum(problem.numbers) == problem.target
     for name in ("countdown", "arithmetic"):
-        with pytest.raises(ValueError, match="template is 'few_shot'; it must be one of: plain, zero_shot"):
-            make_task(name, template="few_shot")
+        with pytest.raises(ValueError, match="template is 'eight_shot'; it must be one of: plain, zero_shot"):
+            make_task(name, template="eight_shot")
 
 
 # ---- the Game of 24 ----

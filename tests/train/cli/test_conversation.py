@@ -10,6 +10,7 @@ import torch
 from r1zero.eval.harness import Sampled
 from r1zero.eval.sampler import ModelSampler
 from r1zero.eval.tasks.countdown import Countdown
+from r1zero.eval.tasks.prompts import CONTINUED
 from r1zero.model.chat_template import encode_messages
 from r1zero.model.checkpoint import load_model
 from r1zero.model.engine.engine import Engine
@@ -165,7 +166,17 @@ def test_grpo_and_eval_ask_through_the_template(base, tmp_path, capsys):
     assert main(argv) == 0
     [row, *_] = [json.loads(line) for line in next(run.glob("eval_*.jsonl")).read_text().splitlines()]
     assert row["prompt"] == Countdown.prompt(Countdown.problem_from_record(row["problem"]))
-    capsys.readouterr()
-    refused = ["grpo", "--run", str(tmp_path / "no"), "--base", str(base), "--chat", "--device", "cpu"]
-    assert main([*refused, "--options", "template=r1_zero"]) == 2 and not (tmp_path / "no").exists()
-    assert "the user's text spells '<think>', a control token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("template", CONTINUED)
+def test_a_template_for_a_text_that_goes_on_is_refused_in_a_chat_before_anything_is_read(
+        template, tmp_path, capsys):
+    task = ["--task", "gsm8k", "--data", str(tmp_path / "gsm8k.jsonl"), "--chat", "--options"]
+    (tmp_path / "gsm8k.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    for argv in (["grpo", "--run", str(tmp_path / "no"), "--base", "absent"], ["eval", "--run", "absent"]):
+        assert main([*argv, *task, f"template={template}"]) == 2 and not (tmp_path / "no").exists()
+        error = capsys.readouterr().err
+        assert f"template={template} is for a model that continues" in error and error.count("\n") == 1
+    for taken in ("chat", "plain"):
+        assert main(["eval", "--run", "absent", *task, f"template={taken}"]) == 2
+        assert "absent" in capsys.readouterr().err
