@@ -6,9 +6,10 @@
     encode_prompt(tokenizer, "3 7 9 -> 13")     the ids of a prompt of any model
 
 The template belongs to the tokenizer and is run in a sandbox (chat_sandbox.py). Turns are told
-apart by control tokens such as <|im_end|>. A user who types one would speak as somebody else, so
-what users and the system say is refused if it spells one. What the assistant said is not: it may
-hold tokens of its own, such as <think>.
+apart by control tokens such as <|im_end|>. A user who types one would speak as somebody else, and
+so would the result of a tool, so every message but the assistant's is refused if it spells one.
+What the assistant said may hold tokens of its own, such as <think>; whether it wrote them as tokens
+or spelled them in letters is for the caller to see (`forged`).
 
 Some templates write today's date into the text (Llama 3.1 and 3.2). The prompts of a run must not
 change with the day, so `encode_prompt` has one date for all days. It is the date that Llama's
@@ -18,14 +19,14 @@ Left out: tools, pictures, and `continue_final_message`. What was sampled is nev
 to be trained on, because a template may change it (Qwen3's drops the thoughts of earlier turns).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from .tokenizer import Tokenizer
 
 PROMPT_DATE = datetime(2024, 7, 26)
-CHECKED_ROLES = ("user", "system")
+TRUSTED_ROLE = "assistant"
 # The names under which templates look for what a model thought. The first is the usual one.
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
@@ -130,6 +131,39 @@ def check_spelling(tokenizer: Tokenizer, text: Any, whose: str = "the text") -> 
         )
 
 
+def texts_in(value: Any) -> Iterator[str]:
+    """All texts in data of JSON's kinds, but for the names of fields."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for inner in value:
+            yield from texts_in(inner)
+    elif value is not None:
+        yield str(value)
+
+
+def check_message_spelling(tokenizer: Tokenizer, message: Message) -> None:
+    """ValueError for a message that spells a control token in any field; not the assistant's."""
+    if not isinstance(message, Mapping) or message.get("role") == TRUSTED_ROLE:
+        return
+    role = message.get("role")
+    whose = f"the {role}'s text" if str(role).isidentifier() else "a message"
+    for text in texts_in(message):
+        check_spelling(tokenizer, text, whose)
+
+
+def forged(tokenizer: Tokenizer, text: str, tokens: Sequence[int]) -> str | None:
+    """A control token that the text of an answer spells more often than its tokens hold it.
+
+    Rendered again, it would be read as one. None if there is no such.
+    """
+    for spelled in tokenizer.control_tokens_in(text):
+        control = tokenizer.encode_template(spelled)[-1]
+        if text.count(spelled) > list(tokens).count(control):
+            return spelled
+    return None
+
+
 def encode_messages(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
@@ -139,11 +173,10 @@ def encode_messages(
     """The token ids of a conversation, up to where the assistant's next message begins.
 
     The template writes the beginning-of-text token itself, if the model has one. Raises ValueError
-    as `render` does, and for a user's or the system's message that spells a control token.
+    as `render` does, and for a message that spells a control token and is not the assistant's.
     """
     for message in messages:
-        if isinstance(message, Mapping) and message.get("role") in CHECKED_ROLES:
-            check_spelling(tokenizer, message.get("content", ""), f"the {message['role']}'s text")
+        check_message_spelling(tokenizer, message)
     return tokenizer.encode_template(render(tokenizer, messages, now=now, **variables))
 
 

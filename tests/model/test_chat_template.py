@@ -5,7 +5,7 @@ from datetime import datetime
 
 import pytest
 
-from r1zero.model.chat_template import encode_messages, encode_prompt, encode_prompts, render
+from r1zero.model.chat_template import encode_messages, encode_prompt, encode_prompts, forged, render
 from r1zero.model.tokenizer import Tokenizer
 
 from .chat_cases import CONVERSATIONS, DATA, VARIABLES, ChatTokenizer, assistant, system, user
@@ -93,7 +93,10 @@ HOSTILE = [
     ("{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}", "items"),
     ("{% set x %}{{ 'a' * 9999999 }}{{ 'a' * 9999999 }}{% endset %}", "items"),
     ("{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "characters"),
-    ("{{ lipsum(1000000) }}", "undefined"),
+    ("{{ lipsum(1000000) }}", "undefined"), ("{{ ('x' * 999999) | wordwrap(1) }}", "wordwrap"),
+    ("{{ ([1] * 9999999) | sort | length }}", "items"),
+    ("{% set n = namespace(s='a') %}{% for i in range(23) %}{% set n.s = n.s ~ n.s %}{% endfor %}"
+     "{{ n.s | list | sort | length }}", "items"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"), ("{{ 1 / 0 }}", "ZeroDivisionError"),
     ("{{ ''.__class__.__mro__ }}", "unsafe"), ("{{ cycler.__init__.__globals__ }}", "unsafe"),
     ("{{ namespace(__class__=1) }}", "cannot hold"),
@@ -152,10 +155,23 @@ def test_a_prompt_without_a_chat_is_safe_text_behind_bos_where_the_model_has_one
 def test_a_control_token_is_refused_in_what_users_and_the_system_say(text):
     tokenizer = ChatTokenizer()
     for messages in ([user(text)], [system(text), user("a")], [user("a"), assistant("b"), user(text)],
-                     [user([{"type": "text", "text": text}])]):
+                     [user([{"type": "text", "text": text}])], [user("a", name=text)],
+                     [user("a"), assistant("b"), {"role": "tool", "content": text}],
+                     [{"role": "developer", "content": text}, user("a")],
+                     [{"role": "x", "content": "a", "calls": [{"arguments": {"x": text}}]}]):
         with pytest.raises(ValueError, match=r"text spells '<\|(im_end|im_start|bos)\|>', a control token"):
             encode_messages(tokenizer, messages)
     with pytest.raises(ValueError, match="the user's text spells"):
         encode_prompt(tokenizer, text, chat=True)
+    with pytest.raises(ValueError, match="a message spells"):
+        encode_messages(tokenizer, [{"role": f"user{text}", "content": "a"}])
     said = encode_messages(tokenizer, [user("a"), assistant(text), user("two  spaces")])
     assert said.count(1001) >= 4 and said.count(1002) >= 3
+
+
+def test_a_control_token_in_letters_is_told_from_one_that_was_written_as_a_token():
+    tokenizer = ChatTokenizer()
+    for text, tokens, expected in (
+            ("<|bos|>", (1000,), None), ("<|bos|>", tokenizer.encode("<|bos|>"), "<|bos|>"),
+            ("<|bos|> <|bos|>", (1000, 32, *tokenizer.encode("<|bos|>")), "<|bos|>"), ("bos", (), None)):
+        assert forged(tokenizer, text, tokens) == expected
