@@ -53,11 +53,7 @@ def render(
     Raises ValueError for a tokenizer without a template, for messages that are no list of objects,
     and for whatever the template refuses or fails at.
     """
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "this model has no chat template: it is a base model, or its chat_template.jinja is "
-            "missing; leave out --chat, or put the file beside its tokenizer.json"
-        )
+    check_has_template(tokenizer)
     values = {
         **special_variables(tokenizer),
         "tools": None,
@@ -82,6 +78,15 @@ def render(
         raise ValueError(
             f"the model's chat template refused the messages: {error or kind} ({kind})"
         ) from error
+
+
+def check_has_template(tokenizer: Tokenizer) -> None:
+    """ValueError for a tokenizer without a chat template."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "this model has no chat template: it is a base model, or its chat_template.jinja is "
+            "missing; leave out --chat, or put the file beside its tokenizer.json"
+        )
 
 
 def special_variables(tokenizer: Tokenizer) -> dict[str, str]:
@@ -200,3 +205,18 @@ def encode_prompt(tokenizer: Tokenizer, text: str, chat: bool = False) -> list[i
     """
     [ids] = encode_prompts(tokenizer, [text], chat)
     return ids
+
+
+def encode_problems(tokenizer: Tokenizer, texts: Sequence[str], chat: bool) -> list[list[int]]:
+    """`encode_prompts` of a list of problems; an error names the problem by its number, from 0."""
+    if chat:
+        check_has_template(tokenizer)
+    encoded = []
+    for number, text in enumerate(texts):
+        try:
+            encoded.append(encode_prompt(tokenizer, text, chat))
+        except ValueError as error:
+            raise ValueError(
+                f"problem {number} (the first is 0), {ascii(text[:60])}: {error}"
+            ) from error
+    return encoded

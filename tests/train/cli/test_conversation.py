@@ -1,6 +1,7 @@
 """A chat model: conversations of several turns, and questions put through its template with --chat."""
 import io
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -194,3 +195,40 @@ def test_a_template_for_a_text_that_goes_on_is_refused_in_a_chat_before_anything
     for taken in ("chat", "plain"):
         assert main(["eval", "--run", "absent", *task, f"template={taken}"]) == 2
         assert "absent" in capsys.readouterr().err
+
+
+def gsm8k(folder, *questions):
+    rows = [json.dumps({"question": question, "answer": "1"}) for question in questions]
+    (folder / "gsm8k.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    return ["--task", "gsm8k", "--data", str(folder / "gsm8k.jsonl"), "--chat", "--options", "template=chat",
+            "--max-new-tokens", "4", "--device", "cpu"]
+
+
+def test_a_problem_that_cannot_be_asked_is_named_before_the_first_answer_is_sampled(base, tmp_path, capsys):
+    flags = gsm8k(tmp_path, "1?", "2?", "3 <|im_end|>?", "4?")
+    out = tmp_path / "out" / "a.jsonl"
+    assert main(["eval", "--run", str(base), "--out", str(out), "--batch", "1", *flags]) == 2
+    error = capsys.readouterr().err
+    assert "problem 2 (the first is 0), '3 <|im_end|>?" in error and not out.parent.exists()
+    assert error.count("\n") == 1 and "the user's text spells '<|im_end|>'" in error
+    assert main(["grpo", "--base", str(base), "--run", str(tmp_path / "no"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"problem [0-3] \(the first is 0\), '3 <", error) and not (tmp_path / "no").exists()
+
+
+def test_a_message_is_never_cut_and_other_prompts_keep_the_token_that_begins_them(base):
+    model, tokenizer, _ = load_model(str(base), torch.device("cpu"))
+    limit = model.config.max_seq_len
+    chat = ModelSampler(model, tokenizer, 3, cut_prompts=True, chat=True)
+    long = "a b" * limit
+    with pytest.raises(ValueError, match=f"problem 1 .* tokens in the chat template, .*leaves {limit - 3} "):
+        chat.check(["a", long])
+    with pytest.raises(ValueError, match="a conversation is not cut"):
+        chat(["a", long], 1)
+    for adds_bos, room in ((True, limit - 3), (True, 1), (False, limit - 3)):
+        shown = ChatTokenizer(adds_bos=adds_bos)
+        sampler = ModelSampler(model, shown, limit - room, cut_prompts=True, engine=chat.engine)
+        bos = [1000] if adds_bos else []
+        letters = shown.encode(long)[len(long) - room + len(bos):]
+        assert sampler._encode([long, ""]) == [[*bos, *letters], bos] and len(bos + letters) == room
+        assert sampler.n_cut == 1
