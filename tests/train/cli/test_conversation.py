@@ -127,6 +127,22 @@ def test_which_models_are_talked_to():
             responder_of(ChatConfig(base="b", system="x"), sampler, settings)
 
 
+@pytest.mark.parametrize("name, options, begins, ends", [
+    ("gsm8k", ["template=r1_zero"], "A conversation between User", " User: 1+1? Assistant:"),
+    ("gsm8k", [], "Question: 1+1?", "\nAnswer:"), ("jsonl", [], "1+1?", "1+1?"),
+    ("math", [], "1+1?\nPlease reason", "within \\boxed{}."), ("own:Task", [], "1+1?", "1+1?"),
+    ("arithmetic", ["template=few_shot"], "Question: What is 3 + 5?", "Question: 1+1?\nAnswer:"),
+    ("game24", ["template=plain"], "1+1?", "1+1?"), ("own:Task", ["template=odd"], "1+1?", "1+1?")])
+def test_a_chat_model_that_was_trained_on_plain_prompts_is_asked_in_their_form(name, options, begins, ends):
+    settings = {"task": {"name": name, "options": options, "chat": False}}
+    responder = responder_of(ChatConfig(run="r"), Echo(), settings)
+    problem, prompt = responder.read("1+1?")
+    assert problem is None and prompt.startswith(begins) and prompt.endswith(ends)
+    assert ("go into the template" in responder.greeting) == (prompt != "1+1?")
+    settings["task"]["chat"] = True
+    assert isinstance(responder_of(ChatConfig(run="r"), Echo(), settings), Conversation)
+
+
 # ---- a folder of a chat model, from the command line ----
 
 
