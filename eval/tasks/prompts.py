@@ -20,6 +20,10 @@ TinyZero and others write `<think>` into the prompt. Such a response is judged w
 in front (`judged_text` in response.py). So the format reward still wants the whole frame, of which
 the model has to write the rest, and a second `<think>` breaks the frame.
 
+The template in print reads `User: prompt. Assistant:`, where the question stands for `prompt`. Here
+the full stop is taken as the sentence's own, so a question that ends in `?` gets none behind it.
+The print also has a line break before <answer>, which is read as one of its lines' ends.
+
 The worked problems are our own. Published numbers for 8-shot prompts were measured with others.
 
 Left out: the chat templates of models. They belong to tokenizers (model/chat_template.py).
