@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from .framed_text import FramedText
 from .tokenizer import Tokenizer
 
 PROMPT_DATE = datetime(2024, 7, 26)
@@ -185,12 +186,39 @@ def encode_messages(
     return tokenizer.encode_template(render(tokenizer, messages, now=now, **variables))
 
 
+def encode_safely(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The token ids of a text, in which no question makes a control token; its frame may.
+
+    Equal to Hugging Face's ids of the whole where the question spells no control token.
+    """
+    before, question, after = text.parts if isinstance(text, FramedText) else ("", text, "")
+    # The question and the frame around it, up to the next control tokens, are encoded as one text:
+    # a token may reach from the one into the other, as the space before a word does.
+    ends = [before.rfind(name) + len(name) for name in spelled_in(tokenizer, before)]
+    starts = [after.find(name) for name in spelled_in(tokenizer, after)]
+    end, start = max(ends, default=0), min(starts, default=len(after))
+    middle = f"{before[end:]}{question}{after[:start]}"
+    return [
+        *tokenizer.encode_template(before[:end]),
+        *tokenizer.encode(middle),
+        *tokenizer.encode_template(after[start:]),
+    ]
+
+
+def spelled_in(tokenizer: Tokenizer, text: str) -> list[str]:
+    """The control tokens in a text that stand there letter by letter."""
+    return [name for name in tokenizer.control_tokens_in(text) if name in text]
+
+
 def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], chat: bool) -> list[list[int]]:
     """`encode_prompt` of each text."""
     if chat:
-        conversations = [[{"role": "user", "content": text}] for text in texts]
+        conversations = [[{"role": "user", "content": str(text)}] for text in texts]
         return [encode_messages(tokenizer, c, now=lambda: PROMPT_DATE) for c in conversations]
-    encoded = tokenizer.encode_batch(texts)
+    if any(isinstance(text, FramedText) for text in texts):
+        encoded = [encode_safely(tokenizer, text) for text in texts]
+    else:
+        encoded = tokenizer.encode_batch(texts)
     if tokenizer.adds_bos:
         return [[tokenizer.bos_id, *ids] for ids in encoded]
     return encoded
@@ -200,8 +228,8 @@ def encode_prompt(tokenizer: Tokenizer, text: str, chat: bool = False) -> list[i
     """The token ids of a prompt: the one place where its text becomes ids.
 
     chat: the text is a user's message, and the template is put around it. Otherwise the model
-    continues the text, and no text makes a control token; ids begin with bos if the model was
-    trained so. Raises ValueError as `encode_messages` does.
+    continues the text, in which nothing but the frame of a `FramedText` makes a control token; ids
+    begin with bos if the model was trained so. Raises ValueError as `encode_messages` does.
     """
     [ids] = encode_prompts(tokenizer, [text], chat)
     return ids

@@ -20,6 +20,9 @@ TinyZero and others write `<think>` into the prompt. Such a response is judged w
 in front (`judged_text` in response.py). So the format reward still wants the whole frame, of which
 the model has to write the rest, and a second `<think>` breaks the frame.
 
+Where `<think>` is a control token of the model (Qwen3), the one in a template becomes that token,
+as the model was trained, and one in a question does not (model/framed_text.py).
+
 The template in print reads `User: prompt. Assistant:`, where the question stands for `prompt`. Here
 the full stop is taken as the sentence's own, so a question that ends in `?` gets none behind it.
 The print also has a line break before <answer>, which is read as one of its lines' ends.
@@ -32,6 +35,7 @@ Left out: the chat templates of models. They belong to tokenizers (model/chat_te
 import re
 from dataclasses import dataclass
 
+from ...model.framed_text import FramedText
 from ..response import own_response
 
 FRAME_ASKED = (
@@ -112,8 +116,8 @@ class Template:
     """What of the answer stands in the prompt already, at its end."""
 
     def prompt(self, question: str) -> str:
-        """The text that the model continues."""
-        return f"{self.before}{question}{self.after}"
+        """The text that the model continues, which knows where the question stands in it."""
+        return FramedText(self.before, question, self.after)
 
     def own_part(self, question: str, response: str) -> str:
         """The response up to another question; the own one, said again, does not end it."""
