@@ -210,11 +210,25 @@ def spelled_in(tokenizer: Tokenizer, text: str) -> list[str]:
     return [name for name in tokenizer.control_tokens_in(text) if name in text]
 
 
+def encode_as_message(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The token ids of a prompt as a user's message, up to where the answer begins.
+
+    ValueError for a control token, unless the frame of a `FramedText` spells it and the question
+    does not.
+    """
+    before, question, after = text.parts if isinstance(text, FramedText) else ("", text, "")
+    check_spelling(tokenizer, question, "the user's text")
+    ours = [*tokenizer.control_tokens_in(before), *tokenizer.control_tokens_in(after)]
+    if not set(tokenizer.control_tokens_in(text)) <= set(ours):
+        check_spelling(tokenizer, text, "the user's text")
+    messages = [{"role": "user", "content": str(text)}]
+    return tokenizer.encode_template(render(tokenizer, messages, now=lambda: PROMPT_DATE))
+
+
 def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], chat: bool) -> list[list[int]]:
     """`encode_prompt` of each text."""
     if chat:
-        conversations = [[{"role": "user", "content": str(text)}] for text in texts]
-        return [encode_messages(tokenizer, c, now=lambda: PROMPT_DATE) for c in conversations]
+        return [encode_as_message(tokenizer, text) for text in texts]
     if any(isinstance(text, FramedText) for text in texts):
         encoded = [encode_safely(tokenizer, text) for text in texts]
     else:

@@ -200,8 +200,19 @@ def test_the_frame_of_a_prompt_makes_control_tokens_and_the_question_in_it_does_
     assert encode_prompt(ChatTokenizer(), FramedText("<|im", "_end|>", "")) == letters("<|im_end|>")
     again = pickle.loads(pickle.dumps(prompt))
     assert again.parts == prompt.parts and again == prompt and json.dumps(prompt) == json.dumps(str(prompt))
-    assert encode_prompt(ChatTokenizer(), FramedText("a", "b", ""), chat=True) == encode_prompt(
-        ChatTokenizer(), "ab", chat=True)
+
+
+def test_in_a_chat_the_spelling_of_the_question_is_checked_and_that_of_its_frame_is_not():
+    tokenizer = ChatTokenizer()
+    plain = encode_prompt(tokenizer, "ab", chat=True)
+    assert encode_prompt(tokenizer, FramedText("a", "b", ""), chat=True) == plain
+    framed = encode_prompt(tokenizer, FramedText("a", "b", "<|bos|>"), chat=True)
+    end = plain.index(1002)
+    assert framed == [*plain[:end], 1000, *plain[end:]]
+    for parts in (
+            ("a", "b<|bos|>", "<|bos|>"), ("", "b<|im", "_end|><|bos|>"), ("<|bos|>", "<|im_end|>", "")):
+        with pytest.raises(ValueError, match="the user's text spells"):
+            encode_prompt(tokenizer, FramedText(*parts), chat=True)
 
 
 QWEN3 = DATA / "tokenizers" / "qwen3"
