@@ -169,6 +169,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
         cut_prompts=True,
         chat=config.task.chat,
     )
+    sampler.check([task.prompt(problem) for problem in problems])
     # 3. Sample and grade. The responses take the place of earlier ones when all are there.
     ks = config.ks or sorted({1, config.samples})
     result = evaluate(sampler, task, problems, config.samples, ks, out, config.batch)

@@ -151,6 +151,12 @@ def test_countdown_and_arithmetic_are_asked_in_words_and_graded_as_ever(template
         assert Arithmetic.grade(sum_, marked).accuracy == float(template == "chat")
 
 
+def test_a_chat_about_a_sum_that_gives_no_answer_is_told_of_every_mark_that_counts():
+    whys = [Arithmetic.grade(ArithmeticProblem("6+7", 13, form), "13").why for form in ("plain", "chat")]
+    assert whys[0] == "There is no complete <answer>...</answer> block."
+    assert whys[1].startswith("There is neither a complete answer block nor a \\boxed{} nor a number after")
+
+
 def test_a_problem_in_words_is_judged_by_its_own_answer_where_the_model_runs_on():
     problem = CountdownProblem((3, 7, 9), 13, "zero_shot")
     behind = "\nQuestion: Write an arithmetic expression.\nAnswer: <answer>1</answer>"
@@ -166,8 +172,8 @@ def test_two_numbers_make_the_easiest_countdown_and_forms_are_checked():
     problem = task.problem("test", 0)
     assert len(problem.numbers) == 2 and sum(problem.numbers) == problem.target
     for name in ("countdown", "arithmetic"):
-        with pytest.raises(ValueError, match="template is 'few_shot'; it must be one of: plain, zero_shot"):
-            make_task(name, template="few_shot")
+        with pytest.raises(ValueError, match="template is 'eight_shot'; it must be one of: plain, zero_shot"):
+            make_task(name, template="eight_shot")
 
 
 # ---- the Game of 24 ----
