@@ -261,6 +261,40 @@ def test_fp8_with_a_scale_that_is_missing_or_misshapen_is_refused(tmp_path):
         read(folder)
 
 
+def test_fp8_is_for_matrices_with_scales_of_a_floating_dtype(tmp_path):
+    folder, tensors, _ = fp8_folder(tmp_path)
+    norm, down = "model.norm.weight", "model.layers.0.mlp.down_proj.weight_scale_inv"
+    odd = {norm: tensors[norm].to(torch.float8_e4m3fn), down: tensors[down].to(torch.int64)}
+    save_file(tensors | odd, folder / "model.safetensors")
+    with refused("2 of a dtype that is not read", f"{norm} is F8_E4M3", f"{down} is I64"):
+        read(folder)
+
+
+@pytest.mark.parametrize("block", [[0, 0], [16, -1], [16], [True, 16], "16"])
+def test_a_block_without_rows_or_columns_is_refused(block, tmp_path):
+    quantised = {"quant_method": "fp8", "weight_block_size": block}
+    with refused("config.json has quantization_config", "weight_block_size"):
+        read(folder_of(tensors_of(), tmp_path, quantization_config=quantised))
+    with refused("has quantization_config 3", "it also has hidden_act 'gelu'"):
+        read(folder_of(tensors_of(), tmp_path, quantization_config=3, hidden_act="gelu"))
+
+
+def test_a_block_larger_than_the_matrix_takes_no_memory(tmp_path):
+    save_file({"w": torch.ones(3, 5).to(torch.float8_e4m3fn), "w_scale_inv": torch.full((1, 1), 2.0)},
+              tmp_path / "model.safetensors")
+    target = torch.empty(3, 5)
+    copy_tensor(target, "w", stored_tensors(tmp_path), (2**31 - 1, 2**31 - 1))
+    assert (target == 2).all()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_not_read(number, tmp_path):
+    tensors = tensors_of()
+    tensors["model.layers.1.self_attn.k_proj.weight"][7, 3] = number
+    with refused("layers.1.self_attn.k_proj.weight has numbers that are not finite", "model.safetensors"):
+        read(folder_of(tensors, tmp_path))
+
+
 # ---- writing and memory ----
 
 def test_what_is_written_is_what_was_there_to_the_bit(tmp_path):
@@ -289,20 +323,22 @@ def memory(key):
 
 config = read_config(sys.argv[1])
 before = memory("VmRSS")
-model = read_weights(sys.argv[1], config, torch.device("cpu"))
+model = read_weights(sys.argv[1], config, torch.device("cpu"), dtype=getattr(torch, sys.argv[2]))
 print(memory("VmHWM") - before, sum(p.nbytes for p in model.parameters()))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says how much memory a process took")
-def test_reading_takes_little_more_memory_than_the_weights(tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_reading_takes_little_more_memory_than_the_weights(dtype, tmp_path):
     big = ModelConfig(vocab_size=40_000, n_layers=4, d_model=768, n_heads=6, n_kv_heads=3, head_dim=128,
                       d_ff=1024)
     (tmp_path / "config.json").write_text(json.dumps(content_of("llama", big)))
     with torch.device("meta"):
         assert sum(p.nbytes for p in Transformer(big).parameters()) > 170e6
-    save_file(tensors_of(big), tmp_path / "model.safetensors")
-    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors_of(big).items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), dtype]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     taken, weights = map(int, ran.stdout.split())
     assert weights < taken < 1.2 * weights
