@@ -15,7 +15,7 @@ Left out: quantised weights other than fp8 with scales per block, pickled weight
 """
 
 import shutil
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 
 from .config import ModelConfig
 from .config_json import config_of, content_of, family_named, family_of
+from .config_keys import Complaints, is_count
 from .families import FAMILIES, names_in_file
 from .files import UNFINISHED, atomic_write_json, atomic_write_text, flush
 from .precision import Precision, choose_precision
@@ -35,6 +36,7 @@ from .weight_files import (
     INDEX,
     PLAIN_DTYPES,
     SCALE,
+    SCALE_DTYPES,
     Stored,
     copy_tensor,
     named,
@@ -65,14 +67,17 @@ def is_huggingface(folder: str | Path) -> bool:
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The config of a folder's model. Raises ValueError for one that we cannot compute."""
+    """The config of a folder's model. Raises ValueError, listing all that we cannot compute."""
     path = Path(folder) / CONFIG
     content = read_json(path)
+    complaints = Complaints()
+    complaints.of(fp8_block, content)
+    config = complaints.of(config_of, content)
     try:
-        fp8_block(content)
-        return config_of(content)
-    except (AttributeError, TypeError, ValueError) as error:
+        complaints.raise_all()
+    except ValueError as error:
         raise ValueError(f"{path} {error}") from None
+    return config
 
 
 def fp8_block(content: dict) -> tuple[int, int] | None:
@@ -83,8 +88,10 @@ def fp8_block(content: dict) -> tuple[int, int] | None:
     quantisation = content.get("quantization_config")
     if not quantisation:
         return None
+    if not isinstance(quantisation, dict):
+        raise ValueError(f"has quantization_config {quantisation!r}; expected an object")
     method, block = quantisation.get("quant_method"), quantisation.get("weight_block_size")
-    is_block = isinstance(block, list) and len(block) == 2 and all(type(n) is int for n in block)
+    is_block = isinstance(block, list) and len(block) == 2 and all(is_count(n) for n in block)
     if method != "fp8" or not is_block:
         raise ValueError(
             f"has quantization_config with quant_method {method!r} and weight_block_size {block}; "
@@ -146,7 +153,6 @@ def check_tensors(
     expected: dict[str, tuple[int, ...]], stored: dict[str, Stored], is_fp8: bool
 ) -> None:
     """Raise ValueError, listing all tensors that are missing, too many, or not as expected."""
-    readable = (*PLAIN_DTYPES, FP8) if is_fp8 else PLAIN_DTYPES
     both = {name: stored[name] for name in expected if name in stored}
     missing = [name for name in expected if name not in stored]
     extra = [name for name in stored if name not in expected and not name.endswith(REDUNDANT)]
@@ -158,13 +164,13 @@ def check_tensors(
     odd = [
         f"{name} is {tensor.dtype}"
         for name, tensor in both.items()
-        if tensor.dtype not in readable and not name.endswith(SCALE)
+        if tensor.dtype not in readable_dtypes(name, expected[name], is_fp8)
     ]
     kinds = {
         "missing": missing,
         "not of this model": extra,
         "of another shape": misshapen,
-        f"of a dtype that is none of {', '.join(readable)}": odd,
+        "of a dtype that is not read": odd,
     }
     complaints = [f"{len(names)} {what}: {named(names)}" for what, names in kinds.items() if names]
     if HEAD in missing:
@@ -175,7 +181,60 @@ def check_tensors(
         )
 
 
+def readable_dtypes(name: str, shape: tuple[int, ...], is_fp8: bool) -> tuple[str, ...]:
+    """The dtypes that a tensor may have in a file."""
+    if is_fp8 and name.endswith(SCALE):
+        return SCALE_DTYPES
+    # Only matrices have blocks.
+    return (*PLAIN_DTYPES, FP8) if is_fp8 and len(shape) == 2 else PLAIN_DTYPES
+
+
 # ---- reading ----
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A folder whose tensors, by their headers, are those that its config describes."""
+
+    parts: list[Part]
+    stored: dict[str, Stored]
+    block: tuple[int, int] | None
+    """As `fp8_block` returns it."""
+    has_redundant_head: bool
+
+
+def matched(folder: Path, config: ModelConfig) -> Matched:
+    """What should be there, and what is: names, shapes and dtypes, without a number of the files.
+
+    Raises ValueError for tensors that are not those of the config.
+    """
+    content = read_json(folder / CONFIG)
+    names, block = family_named(content).names, fp8_block(content)
+    stored = stored_tensors(folder)
+    try:
+        with torch.device("meta"):
+            parts = parts_of(Transformer(config), names)
+        expected = expected_shapes(parts, stored, block, config.tie_embeddings)
+        check_tensors(expected, stored, is_fp8=block is not None)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    except RuntimeError:  # a number of bytes above 2^63
+        raise ValueError(
+            f"{folder / CONFIG} describes tensors that are larger than any memory; take the "
+            "config.json of these weights"
+        ) from None
+    return Matched(parts, stored, block, HEAD in expected and config.tie_embeddings)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype):
+    """New tensors have this dtype while the block runs."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @torch.no_grad()
@@ -192,25 +251,23 @@ def read_weights(
     dtype: of the parameters. Raises ValueError for tensors that are not those of the config.
     """
     folder = Path(folder)
-    content = read_json(folder / CONFIG)
-    names, block = family_named(content).names, fp8_block(content)
     precision = precision or choose_precision("auto", False, device)
 
-    # 1. What should be there, and what is, before any memory is taken.
-    with torch.device("meta"):
-        parts = parts_of(Transformer(config), names)
-    stored = stored_tensors(folder)
-    expected = expected_shapes(parts, stored, block, config.tie_embeddings)
+    # 1. What is there is compared with what should be, before any memory is taken.
+    match = matched(folder, config)
+
+    # 2. Memory in this dtype, to which nothing has been written.
+    with torch.device(device), default_dtype(dtype):
+        model = Transformer(config, precision.dtype, precision.fp32_head)
+
+    # 3. Each tensor into its place there.
+    parameters = dict(model.named_parameters())
     try:
-        check_tensors(expected, stored, is_fp8=block is not None)
-        # 2. Memory that nothing has written to, and each tensor into its place there.
-        with torch.device(device):
-            model = Transformer(config, precision.dtype, precision.fp32_head).to(dtype)
-        parameters = dict(model.named_parameters())
-        for part in parts:
-            copy_tensor(parameters[part.parameter][part.rows], part.name, stored, block)
-        if HEAD in expected and config.tie_embeddings:
-            check_head(model, stored[HEAD])
+        for part in match.parts:
+            target = parameters[part.parameter][part.rows]
+            copy_tensor(target, part.name, match.stored, match.block)
+        if match.has_redundant_head:
+            check_head(model, match.stored[HEAD])
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     return model
@@ -236,6 +293,8 @@ def read_model(
     Raises ValueError, and then nothing is read, if the files do not fit each other.
     """
     config = read_config(folder)
+    # The tokenizer takes memory for as many ids as config.json says: are there as many rows?
+    matched(Path(folder), config)
     tokenizer = read_tokenizer(folder, config.vocab_size)
     if tokenizer.n_ids < config.vocab_size:
         config = replace(config, vocab_in_use=tokenizer.n_ids)
@@ -324,8 +383,11 @@ def write_model(
 
 
 def check_free(folder: Path) -> None:
-    """Raise ValueError unless a folder can be made there."""
-    if folder.is_dir() and not any(folder.iterdir()):
+    """Raise ValueError unless a folder can be made there, or an empty one replaced."""
+    # An empty folder is replaced: whoever stands in it would stand in none.
+    if folder.name in ("", "..") or folder.resolve() == Path.cwd():
+        raise ValueError(f"{folder} is no name for a new folder; give one to make, such as out")
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
         return
     if folder.exists() or folder.is_symlink():
         raise ValueError(f"{folder} is there already; give the name of a folder to make")

@@ -1,6 +1,7 @@
 """Hugging Face folders, whole: what goes in comes out, transformers loads it, and nothing is half written."""
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from r1zero.model.checkpoint import load_model
 from r1zero.model.config import ModelConfig, from_depth, preset
 from r1zero.model.config_json import config_of, content_of, family_of
-from r1zero.model.huggingface import is_huggingface, read_config, read_model, write_model
+from r1zero.model.huggingface import check_free, is_huggingface, read_config, read_model, write_model
 from r1zero.model.packed import pack
 from r1zero.model.precision import Precision
 from r1zero.model.rope_scaling import RopeScaling
@@ -17,7 +18,17 @@ from r1zero.model.tokenizer import Tokenizer
 from r1zero.model.tokens.json_file import write_tokenizer
 from r1zero.model.transformer import Transformer
 
-from .huggingface_cases import CPU, TINY, VOCAB, each_family, saved, sequences, their_logits, transformers
+from .huggingface_cases import (
+    CPU,
+    TINY,
+    VOCAB,
+    each_family,
+    edit_config,
+    saved,
+    sequences,
+    their_logits,
+    transformers,
+)
 
 
 def whole(name: str, folder):
@@ -152,6 +163,25 @@ def test_weights_that_are_not_finite_leave_nothing_behind(tmp_path):
     with pytest.raises(ValueError, match="model.norm.weight has numbers that are not finite"):
         write_model(tmp_path / "out", model, Tokenizer.bytes())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_vocabulary_that_the_weights_do_not_have_is_refused_before_the_tokenizer_takes_its_memory(tmp_path):
+    folder = edit_config(whole("llama", tmp_path / "in"), vocab_size=2**31 - 1)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="embed_tokens.weight is"):
+        read_model(folder, CPU)
+    sizes = dict.fromkeys(("hidden_size", "head_dim", "num_attention_heads", "intermediate_size"), 2**31 - 2)
+    edit_config(folder, **sizes)
+    with pytest.raises(ValueError, match="larger than any memory"):
+        read_model(folder, CPU)
+
+
+@pytest.mark.parametrize("name", [".", "..", "sub/..", "/"])
+def test_a_name_that_is_none_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path(name), Path(tmp_path)):
+        with pytest.raises(ValueError, match="is no name for a new folder"):
+            check_free(folder)
 
 
 # ---- as a base ----

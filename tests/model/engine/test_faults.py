@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from r1zero.model.config import ModelConfig
+from r1zero.model.config import ModelConfig, preset
 from r1zero.model.engine.cache import tokens_within
 from r1zero.model.engine.engine import Engine
 from r1zero.model.engine.naive import generate_naive
@@ -69,6 +69,15 @@ def test_a_bad_request_is_refused_and_others_go_on(change, message):
     for event in stream:
         tokens = tokens + event.tokens
     assert tokens == engine.generate([GOOD])[0].tokens.tolist()
+
+
+def test_no_more_likely_tokens_are_reported_than_the_head_has_rows():
+    config = preset("tiny", 29, vocab_in_use=20)
+    engine = Engine(Transformer(config).init_weights(0))
+    found, = engine.generate([Request([28], 2, top_logprobs=20)])
+    assert found.top_ids.shape == (2, 20) and found.top_ids.max() == 19
+    with pytest.raises(ValueError, match="top_logprobs is 21; expected .* from 0 to the 20 tokens"):
+        engine.generate([Request([28], 2, top_logprobs=21)])
 
 
 def test_seeds_of_any_kind():
