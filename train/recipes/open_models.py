@@ -32,7 +32,7 @@ from ...model.checkpoint import load_model
 from ...model.optimizer import OptimConfig
 from ..checks import check_temperature
 from ..compute_flags import ComputeFlags
-from ..grpo import GRPOConfig, grpo, grpo_config
+from ..grpo import GRPOConfig, check_room, grpo, grpo_config
 from ..machine import describe_machine, pick_device, reuse_memory
 from ..run import at_least, check_folder_name
 from ..task_flags import TaskFlags
@@ -285,9 +285,12 @@ def measure(config: OpenModelConfig, name: str, folder: str) -> dict:
         cut_prompts=True,
         chat=config.chat,
     )
+    problems = task.problems("test", n_problems)
+    # Before the first answer is sampled: prompts that cannot be encoded, or leave no room to train.
+    sampler.check([task.prompt(problem) for problem in problems])
+    check_room(stage_config(config, "rl", "none"), task, model, tokenizer)
     ks = sorted({1, config.eval_samples})
     out = Path(config.run) / f"eval_{name}.jsonl"
-    problems = task.problems("test", n_problems)
     return evaluate(sampler, task, problems, config.eval_samples, ks, out).to_dict()
 
 
@@ -332,7 +335,6 @@ def open_model(config: OpenModelConfig) -> Path | None:
     check_data(config)
     for stage in stages_of(config):
         check_part(stage)
-    folder.mkdir(parents=True, exist_ok=True)
     results = Results(config)
 
     def measured(name: str, model_folder: str) -> None:

@@ -146,6 +146,15 @@ def test_a_bad_flag_is_told_before_anything_is_made(bad, said, tmp_path, base, c
     assert said in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
+def test_prompts_that_leave_no_room_are_told_before_the_base_is_measured(tmp_path, base, capsys):
+    """R1-Zero's template alone is longer than the toy's context."""
+    argv = flags(tmp_path / "x", base)
+    argv[argv.index("template=plain")] = "template=r1_zero"
+    assert main(argv) == 2
+    assert "a prompt of --task countdown has up to" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 def test_the_readme_has_the_table_of_the_recipes():
     readme = Path(__file__).parents[3] / "README.md"
     assert markdown_table() in readme.read_text(encoding="utf-8")
