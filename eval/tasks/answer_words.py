@@ -9,6 +9,7 @@ be paid as 5. Units are told from other words by what they are not: they have no
 few words, and none of those below.
 
 Left out: a list of all units, and whether a unit fits: 10\text{ m} is taken for 10\text{ cm}.
+Only its power is compared, where both have one.
 """
 
 import re
@@ -21,6 +22,8 @@ TEXT = re.compile(r"\\(?:text[a-z]*|[mh]box|emph|math(?:rm|bf|it|sf|tt)|operator
 # cm, sq. in, m/s, cm^2, o'clock
 UNIT = re.compile(r"(?:[^\W\d_]|[ ./°²³'~-]|\^\{?-?[0-9]\}?)+")
 MAX_UNIT_WORDS = 4
+# The 2 of \text{ cm}^2, \mbox{ in}^{2}
+POWER = re.compile(rf"{TEXT.pattern}[^{{}}]*\}}\s*\^\s*\{{?([0-9]+)")
 JOINING = ("and", "or")  # alone between two values, they make a list
 NO_UNIT = frozenset(
     "and or nor not no never isn't ain't but wrong false incorrect untrue is are was be maybe "
@@ -69,6 +72,9 @@ def extra(gold: str, answer: str) -> str | None:
     for kind in marks(answer):
         if kind not in marks(gold):
             return f"The answer {quoted(answer)} has {kind}."
+    powers, wanted = POWER.findall(answer), POWER.findall(gold)
+    if powers and wanted and powers != wanted:
+        return f"The answer {quoted(answer)} has another power of the unit."
     known = texts(gold)
     words = texts(answer)
     is_all_words = len(words) == 1 and TEXT.match(answer) and answer.endswith("}")
