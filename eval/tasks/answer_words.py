@@ -36,10 +36,12 @@ NO_UNIT = frozenset(
 MARKS = {
     # x \ne 5, \not 5, not 5
     "a denial": re.compile(r"\\n(?:eq?|ot)(?![a-z])|(?<![a-zA-Z\\])not(?![a-zA-Z])", re.IGNORECASE),
-    # 5_{6}, (5)_6; a number with its base is read before
+    # 5_{6}, (5)_6
     "an index at a number": re.compile(r"[0-9})\]]\s*_"),
-    # 5', 5^\prime
-    "a prime at a number": re.compile(r"[0-9})\]]\s*(?:'|\^\s*\{?\s*\\prime)"),
+    # 5', \pi^\prime; f'(x) = 2x has none
+    "a prime at a value": re.compile(
+        r"[0-9})\]]\s*(?:'|\^\s*\{?\s*\\prime)|(?:'|\^\s*\{?\s*\\prime\s*\}?)\s*$"
+    ),
     # [-\infty, 0]
     "a closed bracket at infinity": re.compile(r"\[\s*-\s*\\infty|\\infty\s*(?:\\right)?\s*\]"),
     # x \in 5

@@ -159,7 +159,8 @@ class Math(FileTask):
     templates: ClassVar[tuple[str, ...]] = tuple(FORMS)
 
     template: str = "boxed"
-    r"""How a question is put to the model: boxed (asks for \boxed{}), r1_zero or plain."""
+    r"""How a question is put to the model: boxed (asks for \boxed{}), r1_zero, r1_zero_think or
+    plain."""
 
     def parse_line(self, line: str) -> MathProblem:
         """The problem of a line; ValueError, with the reason, for a bad line."""

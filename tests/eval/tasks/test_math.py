@@ -86,6 +86,7 @@ def test_words_and_marks_beside_a_value_are_no_way_to_give_two_answers(gold):
     for before in ("x \\in ", "\\text{6 or }", "\\text{no }", "\\text{not }"):
         assert graded(gold, f"\\boxed{{{before}{gold}}}") == (before == "x \\in " and gold == "(3,4]"), before
     assert graded("x \\in 5", "\\boxed{x \\in 5}") == graded("x_1'", "\\boxed{x_1'}") == 1.0
+    assert graded("\\pi", "\\boxed{\\pi'}") == 0.0 and graded("2x", "\\boxed{f'(x) = 2x}") == 1.0
 
 
 @pytest.mark.parametrize("unit", ["cm", "square units", "dollars per hour", "m/s", "p.m.", "degrees", "th",
