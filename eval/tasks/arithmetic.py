@@ -215,3 +215,11 @@ class Arithmetic(Task):
             given = quoted(answer.strip(WHITE_SPACE))
             return Grade(0.0, answer, f"The answer is {given}, not {problem.answer}.")
         return Grade(1.0, answer, f"The answer is {problem.answer}.")
+
+    @staticmethod
+    def same_answer(answer: str, other: str) -> bool:
+        """Whether two answers are the same number, or the same text, for a vote among them."""
+        value = read_number(answer)
+        if value is None:
+            return answer.strip(WHITE_SPACE) == other.strip(WHITE_SPACE)
+        return value == read_number(other)

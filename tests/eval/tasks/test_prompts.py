@@ -59,9 +59,27 @@ CHAT_ANSWERS = [
     ("<answer>18</answer> \\boxed{17}", "18"), ("<answer>\\boxed{18}</answer>", "18"), ("\\boxed 18", None),
     ("\\boxed{\\boxed{18}}", "18"), ("\\boxed{18} {x} and \\boxed{17", "18"), ("\\boxed{}", None),
     ("\\boxed{18 or 19}", None), ("The answer is 18 or 19.", None), ("The answer is \n18", None),
-    ("#### 17\n\\boxed{18}", "18"), ("The answer is 17. \\boxed{18}", "18")]
+    ("#### 17\n\\boxed{18}", "18"), ("The answer is 17. \\boxed{18}", "18"),
+    ("\\boxed{\\text{not }18}", None), ("\\boxed{18\\text{ is wrong}}", None), ("\\boxed{1\\text{}8}", None),
+    ("\\boxed{18 \\text{ or nineteen}}", None), ("\\boxed{1\\ 8}", None), ("\\boxed{1\\,8}", None),
+    ("\\boxed{18 \\text{ or 19}}", None), ("\\boxed{1\\,018}", "1018"), ("\\boxed{18\\,}", "18"),
+    ("\\boxed{18 dollars}", "18"), ("\\boxed{\\text{18}}", "18"), ("\\boxed{\\$18 \\text{ per day}}", "18")]
+SENTENCES = [
+    ("The answer is 17. Wait, that is wrong. The answer is 18.", "18"), ("The answer is 18.The answer is 17",
+    "17"),
+    ("The answer is not 17. The answer is 18.", "18"), ("The answer is 17, no, the answer is 18.", "18"),
+    ("The answer is 18. The answer is not 18.", None), ("The answer is 18 or the answer is 17", "17"),
+    ("The answer is \\boxed{18}.", "18"), ("The answer is $\\boxed{18}$", "18"), ("The answer is 18 eggs.",
+    "18"),
+    ("The answer is $18 per day.", "18"), ("The answer is 18 \\text{ eggs}.", "18"),
+    ("The answer is 18 dollars", "18"),
+    ("The answer is \\boxed{18} or \\boxed{17}.", None), ("The answer is 18 or nineteen.", None),
+    ("The answer is 18 eggs, not 17.", None), ("The answer is 18 is wrong", None),
+    ("The answer is 18\nThe answer is", "18"),
+    ("The answer is 18 17.", None), ("The answer is 18 e3", None)]
 ANSWERS = [
     *[("chat", response, gold) for response, gold in CHAT_ANSWERS],
+    *[("eight_shot", response, gold) for response, gold in SENTENCES],
     ("eight_shot", " 9 * 2 = 18. The answer is 18.", "18"), ("eight_shot", "\\boxed{18}", None),
     ("eight_shot", "The answer is 18.\n\nQ: x\nA: The answer is 3.", "18"),
     ("eight_shot", "The answer is 1,018", "1018"), ("eight_shot", "The answer is -3.", "-3"),
