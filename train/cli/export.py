@@ -11,6 +11,7 @@ Left out: uploads, GGUF, quantised weights.
 """
 
 import json
+import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ from ..report.record import read_dict
 from ..versions import git_commit, package_version
 from .eval import load_run
 
-# A path, absolute or relative: a slash, and nothing that only other texts have, such as </answer>.
-PATH = re.compile(r"[^\s<>]*/[^\s<>]+")
+# A slash, and nothing that only other texts have, such as </answer>
+RELATIVE_PATH = re.compile(r"[^\s<>]*/[^\s<>]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,9 @@ def without_folders(value):
         return {name: without_folders(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [without_folders(inner) for inner in value]
-    is_path = isinstance(value, str) and not value.startswith("hub:") and PATH.fullmatch(value)
+    if not isinstance(value, str) or value.startswith("hub:"):
+        return value
+    is_path = os.path.isabs(value) or RELATIVE_PATH.fullmatch(value)
     return Path(value).name if is_path else value
 
 

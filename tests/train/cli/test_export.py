@@ -82,9 +82,10 @@ def test_the_card_names_the_license_and_the_base_that_the_flags_give(tmp_path):
 
 
 def test_a_card_has_of_each_path_the_last_part_only():
+    assert without_folders("/home/some body/my base") == "my base"
     given = {"a": "/home/me/base", "b": "../me/base", "c": ["runs/me/x.jsonl", "~/me/rewards.py:score"]}
     assert without_folders(given) == {"a": "base", "b": "base", "c": ["x.jsonl", "rewards.py:score"]}
-    texts = {"a": "hub:openai/gsm8k", "b": "</answer>", "c": "1 / 2 of them", "d": 3, "e": "/"}
+    texts = {"a": "hub:openai/gsm8k", "b": "</answer>", "c": "1 / 2 of them", "d": 3}
     assert without_folders(texts) == texts
 
 
