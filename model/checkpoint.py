@@ -368,7 +368,8 @@ def _find_checkpoints(folder: Path) -> dict[int, list[Path]] | None:
             )
         found = "is a file" if folder.exists() else "does not exist"
         raise CheckpointError(
-            f"{folder} {found}; expected the folder of a run, which holds checkpoints/"
+            f"{folder} {found}; expected the folder of a run, which holds checkpoints/, or of an "
+            "open model, which holds config.json"
         )
     if (folder / "state.json").exists() or FOLDER_NAME.fullmatch(folder.name):
         return None

@@ -59,6 +59,8 @@ TABLE_EVERY = 10  # steps between tables of samples in Weights & Biases, without
 MEASURED = 10_000  # prompts per split whose length is looked at before a run
 # Templates of prompts that ask for another form than the format reward is for.
 WITHOUT_FRAME = ("zero_shot", "eight_shot", "chat", "boxed")
+# From so many parameters on, a larger learning rate than this is told to be one.
+LARGE, LARGE_RATE = 50_000_000, 5e-5
 # A NaN or an infinity in any of these metrics ends the run.
 CHECKED = ("loss", "gradient_norm", "value_loss", "critic_gradient_norm")
 
@@ -215,6 +217,18 @@ def form_notice(task: Task, config: Algorithm) -> str | None:
         f"the template {template} does not ask for <think> and <answer>, which the format reward "
         "is for; --options template=r1_zero asks for those, and --rewards.format-weight 0 leaves "
         "that reward out"
+    )
+
+
+def rate_notice(config: Algorithm, policy: Transformer) -> str | None:
+    """What to say of a learning rate that is for a much smaller model, or None."""
+    size = sum(parameter.numel() for parameter in policy.parameters())
+    if size < LARGE or config.optim.lr <= LARGE_RATE:
+        return None
+    return (
+        f"--optim.lr is {config.optim.lr:g}, which suits models of a million parameters; this one "
+        f"has {size / 1e6:,.0f} million, and is likely to fall apart. 1e-6 to 1e-5 are usual, with "
+        "--optim.eps 1e-8"
     )
 
 
@@ -391,8 +405,9 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
     run.check_inputs(inputs_of(config, base))
     run.check_model(policy, tokenizer)
     check_room(config, task, policy, tokenizer)
-    if notice := form_notice(task, config):
-        say(notice)
+    for notice in (form_notice(task, config), rate_notice(config, policy)):
+        if notice:
+            say(notice)
     learner = make_learner(algorithm, task, base, start_weights(run))
     engine = learner.sampler.engine
     trained, more = trained_modules(learner, config)

@@ -76,8 +76,10 @@ def read_source(folder: Path, tokenizer_config: dict) -> dict:
     source = _read_json(path)
     if not source:
         old = [name for name in ("tokenizer.model", "vocab.json") if (folder / name).exists()]
-        has = f"it has {old[0]}, which transformers converts" if old else "it belongs to the model"
-        raise ValueError(f"{folder} has no tokenizer.json; {has}: AutoTokenizer...save_pretrained")
+        mend = "download it with the model"
+        if old:
+            mend = f"transformers makes one of its {old[0]} (AutoTokenizer, then save_pretrained)"
+        raise ValueError(f"{folder} has no tokenizer.json; {mend}")
     model = source.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
         raise ValueError(f"{path} is no tokenizer: it has no model with a vocab; download it again")

@@ -10,10 +10,12 @@ import torch
 from r1zero.eval.tasks.gsm8k import GSM8K
 from r1zero.eval.tasks.math import Math
 from r1zero.model.checkpoint import load_checkpoint
+from r1zero.model.config import preset
 from r1zero.model.engine.engine import Engine
 from r1zero.model.tokenizer import Tokenizer
+from r1zero.model.transformer import Transformer
 from r1zero.train import grpo as grpo_module
-from r1zero.train.grpo import form_notice, grpo, timed_step
+from r1zero.train.grpo import form_notice, grpo, rate_notice, timed_step
 from r1zero.train.log import read_metrics
 from r1zero.train.task_flags import TaskFlags
 
@@ -168,3 +170,14 @@ def test_a_prompt_that_asks_for_no_tags_is_told_of_where_tags_are_rewarded(tmp_p
     assert "template boxed does not ask" in form_notice(boxed, config)
     for task, flags in ((asks_mark, no_form), (asks_tags, config), (Bandit(), config)):
         assert form_notice(task, flags) is None
+
+
+def test_a_learning_rate_for_toys_is_told_to_be_one_on_an_open_model():
+    with torch.device("meta"):
+        large = Transformer(preset("smollm2-135m", 49_152))
+        small = Transformer(preset("demo", 800))
+    config = grpo_config("r", "b")
+    told = rate_notice(config, large)
+    assert f"--optim.lr is {config.optim.lr:g}" in told and "135 million" in told and "\n" not in told
+    assert rate_notice(config, small) is None
+    assert rate_notice(replace(config, optim=replace(config.optim, lr=1e-5)), large) is None

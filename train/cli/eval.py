@@ -126,12 +126,20 @@ def choose_problems(task: Task, n: int | None) -> list:
 
 
 def output_path(config: EvalConfig, checkpoint: Checkpoint) -> Path:
-    """--out, or a file in the run's folder, or in the checkpoint's where it belongs to no run."""
+    """--out, or a file in the run's folder, or in the checkpoint's where it belongs to no run.
+
+    Its name has the task, the file of problems and the step: MATH-500 and AIME are one task.
+    """
     if config.out is not None:
         return Path(config.out)
     root = checkpoint.path.parent
     folder = root.parent if root.name == "checkpoints" else checkpoint.path
-    return folder / f"eval_{config.task.short_name}_step{checkpoint.step}.jsonl"
+    names = [config.task.short_name]
+    if config.task.data is not None:
+        names.append(Path(config.task.data.replace(":", "/")).stem)
+    if config.task.chat:
+        names.append("chat")
+    return folder / f"eval_{'_'.join(names)}_step{checkpoint.step}.jsonl"
 
 
 def summary_of(
@@ -169,6 +177,11 @@ def run_eval(config: EvalConfig) -> EvalResult:
         cut_prompts=True,
         chat=config.task.chat,
     )
+    if tokenizer.chat_template and not config.task.chat:
+        say(
+            "r1zero eval: the model has a chat template, and prompts are put to it as plain text; "
+            "--chat --options template=chat asks it as a chat model"
+        )
     sampler.check([task.prompt(problem) for problem in problems])
     # 3. Sample and grade. The responses take the place of earlier ones when all are there.
     ks = config.ks or sorted({1, config.samples})

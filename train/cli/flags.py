@@ -219,6 +219,10 @@ def unknown(word: str, names: dict) -> str:
     if not word.startswith("-"):
         return f"there is no flag before {word!r}; a value follows its flag, as in --steps 10"
     close = difflib.get_close_matches(hyphened(word), names, n=1)
+    # Some commands train a model (--base), others only read one (--run).
+    other = {"--base": "--run", "--run": "--base"}.get(word.partition("=")[0])
+    if other in names:
+        close = [other]
     return f"there is no flag {word}" + (f"; did you mean {close[0]}?" if close else "")
 
 

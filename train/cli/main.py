@@ -316,6 +316,9 @@ def main(argv: list[str] | None = None) -> int:
         half = usage_of_half(name)
         if half and flags in (["-h"], ["--help"]):
             return print_text(half, output)
+        if half:  # `r1zero recipe`, or one that there is not
+            say(f"r1zero: there is no command {one_line(' '.join(argv[:2]))!r}; {half}")
+            return 2
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         say(

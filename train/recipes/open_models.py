@@ -24,12 +24,14 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
-from ...eval.console import show
+from ...eval.console import say, show
 from ...eval.harness import evaluate
 from ...eval.sampler import ModelSampler
 from ...eval.tasks import hub
 from ...model.checkpoint import load_model
+from ...model.huggingface import is_huggingface, read_config
 from ...model.optimizer import OptimConfig
+from ...model.transformer import count_parameters
 from ..checks import check_temperature
 from ..compute_flags import ComputeFlags
 from ..grpo import GRPOConfig, check_room, grpo, grpo_config
@@ -98,8 +100,9 @@ class OpenModelConfig(ComputeFlags):
     task_options: ClassVar[tuple[str, ...]] = ()
     """The recipe's own options of the task, such as the template of the prompt."""
 
-    base: str
-    """Folder of the model, as hf download leaves it, or of a run that is trained further."""
+    base: str = ""
+    """Folder of the model, as hf download leaves it, or of a run that is trained further; needed
+    but for --explain."""
     run: str
     """Folder of the recipe."""
     explain: bool = False
@@ -323,6 +326,8 @@ def open_model(config: OpenModelConfig) -> Path | None:
     show(f"options    {' '.join(config.task_flags().options)}")
     if config.explain:
         return None
+    if not config.base:
+        raise ValueError("--base must be given: the folder of the model")
     reuse_memory()
     folder = Path(config.run)
     # As with a run, the first checkpoint begins it: before, a corrected command may go on.
@@ -365,3 +370,12 @@ def check_data(config: OpenModelConfig) -> None:
         commands = "; ".join(config.facts.all_commands)
         raise ValueError(f"{', '.join(missing)} not found here; fetch what is needed: {commands}")
     config.task_flags().make()
+    if is_huggingface(config.base):
+        found = count_parameters(read_config(config.base))
+        expected = config.facts.parameters
+        if found != expected:
+            say(
+                f"{config.base} has {found:,} parameters, and {config.facts.model} has "
+                f"{expected:,}: it is another model, so what is said to be published, and the "
+                "memory, are not for it"
+            )

@@ -108,9 +108,9 @@ def test_gsm8k_from_a_file_with_long_prompts(runs, tmp_path, capsys):
     out, error = capsys.readouterr()
     assert "gsm8k: 3 problems x 2 samples" in out and "pass@2" in out and "[0.0%, 56.1%]" in out
     assert error.count("r1zero eval: warning: 1 of 3 prompts are longer than the 248 tokens") == 1
-    rows = read_lines(runs / "text" / "eval_gsm8k_step3.jsonl")
+    rows = read_lines(runs / "text" / "eval_gsm8k_test_step3.jsonl")
     assert [row["index"] for row in rows] == [0, 0, 1, 1, 2, 2] and rows[2]["problem"]["gold"] == "1,233"
-    summary = json.loads((runs / "text" / "eval_gsm8k_step3.jsonl.summary.json").read_text())
+    summary = json.loads((runs / "text" / "eval_gsm8k_test_step3.jsonl.summary.json").read_text())
     assert (summary["step"], summary["n_problems"], summary["prompts_cut"]) == (3, 3, 1)
     assert summary["accuracy"] == 0 and summary["flags"]["task"]["data"] == data
     # The same responses in batches of one, from the same weights at another step, to a file of the user's.
@@ -118,7 +118,7 @@ def test_gsm8k_from_a_file_with_long_prompts(runs, tmp_path, capsys):
     assert main([*argv, "--samples", "2", "--batch", "1", "--which", "1", "--out", str(kept)]) == 0
     assert read_lines(kept) == rows and (tmp_path / "deep" / "kept.jsonl.summary.json").exists()
     assert main([*argv[:2], str(runs / "text/checkpoints/step_00000001"), *argv[3:], "--n", "1"]) == 0
-    assert len(read_lines(runs / "text" / "eval_gsm8k_step1.jsonl")) == 4
+    assert len(read_lines(runs / "text" / "eval_gsm8k_test_step1.jsonl")) == 4
 
 
 def test_math_from_a_file_with_votes_and_speed(runs, tmp_path, capsys):
@@ -128,7 +128,7 @@ def test_math_from_a_file_with_votes_and_speed(runs, tmp_path, capsys):
     out = capsys.readouterr().out
     for piece in ("math: 3 problems x 4 samples", "maj@2 ", "maj@4 ", "cut off  ", "tokens per second"):
         assert piece in out
-    summary = json.loads((runs / "text" / "eval_math_step3.jsonl.summary.json").read_text())
+    summary = json.loads((runs / "text" / "eval_math_test_step3.jsonl.summary.json").read_text())
     assert summary["maj_at"] == {"1": 0, "2": 0, "4": 0} and set(summary["maj_at_95"]) == {"1", "2", "4"}
     assert summary["tokens_per_second"] > 0 and 0 <= summary["truncated"] <= 1
     assert main(["grade", "--task", "math", "--answer", "\\frac32", "--response", "so \\boxed{1.5}"]) == 0

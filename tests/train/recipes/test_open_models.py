@@ -6,11 +6,15 @@ from pathlib import Path
 import pytest
 
 from r1zero.eval.tasks.catalogue import find_task, option_types
+from r1zero.model.config import preset
+from r1zero.model.huggingface import write_model
+from r1zero.model.tokenizer import Tokenizer
+from r1zero.model.transformer import Transformer
 from r1zero.train.cli.main import COMMANDS, main
 from r1zero.train.compute_flags import ComputeFlags
 from r1zero.train.recipes import open_model_table
 from r1zero.train.recipes.open_model_table import RECIPES, markdown_table
-from r1zero.train.recipes.open_models import measured_with, stages_of, table
+from r1zero.train.recipes.open_models import check_data, measured_with, stages_of, table
 from r1zero.train.run import read_record
 
 from ..loop_cases import save_base
@@ -91,11 +95,21 @@ def test_a_base_is_measured_anew_if_the_task_the_files_or_the_precision_changed(
 @each_recipe
 def test_explaining_a_recipe_needs_no_files_and_makes_none(recipe, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["recipe", recipe.facts.name, "--base", "nowhere", "--explain"]) == 0
+    assert main(["recipe", recipe.facts.name, "--explain"]) == 0
     said = capsys.readouterr().out
     for text in (recipe.facts.model, recipe.facts.expected, "predicted", *recipe.facts.all_commands):
         assert text in said
+    assert main(["recipe", recipe.facts.name]) == 2
+    assert "--base must be given" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_another_model_than_the_recipes_is_told_to_be_one(tmp_path, capsys):
+    """It may be trained, but what others have published is not for it."""
+    base = tmp_path / "open"
+    write_model(base, Transformer(preset("tiny", 258)).init_weights(0), Tokenizer.bytes())
+    check_data(RECIPES[0](base=str(base)))
+    assert "it is another model" in capsys.readouterr().err
 
 
 def test_a_missing_model_or_file_is_told_with_the_commands_that_fetch_it(tmp_path, capsys, monkeypatch):
