@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from ..model.balance import BalanceConfig
 from ..model.checkpoint import load_model
 from ..model.optimizer import OptimConfig
 from ..model.transformer import Transformer
@@ -49,6 +50,7 @@ class SFTConfig(ComputeFlags, RunConfig):
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=1e-3, warmup=5, weight_decay=0.0)
     )
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
     seed: int = 0
     """Seed of the order of the conversations."""
 
