@@ -157,7 +157,7 @@ class Balance:
         """
         for router, counts_E in zip(self.routers, self.counts, strict=True):
             bias = router.balance_bias
-            if bias is None or not self.config.bias_rate:
+            if bias is None:
                 continue
             total_E = torch.from_numpy(all_sum(counts_E.cpu().double().numpy())).to(bias.device)
             too_few_E = (total_E.mean() - total_E).sign().to(bias.dtype)

@@ -154,6 +154,16 @@ def test_a_forward_pass_that_is_done_again_for_the_backward_is_counted_once():
     torch.testing.assert_close(counts[1], counts[3])
 
 
+def test_a_layer_that_runs_twice_is_noted_once_and_a_micro_batch_counts_once():
+    model, packed = scattered(DEEPSEEK), pack(sequences(7, 5))
+    balance = Balance(model)
+    with balance.watch():
+        model.hidden_states(packed)
+        model.hidden_states(packed)
+    assert float(balance.loss(1.0)) > 0 and balance.loss(1.0) == 0.0
+    assert balance.counts[0].sum() == 12 * 3
+
+
 def test_what_is_not_watched_is_not_counted_and_no_hook_stays():
     model = scattered(DEEPSEEK)
     balance = Balance(model)
@@ -166,11 +176,11 @@ def test_what_is_not_watched_is_not_counted_and_no_hook_stays():
 
 def test_the_metrics_tell_load_dead_experts_and_the_largest_load():
     logits = torch.full((8, 5), -5.0)
-    logits[:, 0], logits[:4, 1], logits[4:, 3] = 5.0, 4.0, 4.0
+    logits[:, 0], logits[:7, 1], logits[7:, 3] = 5.0, 4.0, 4.0
     balance, _ = watched([logits, logits], 2)
     balance.loss(1.0)
     metrics = balance.metrics()
-    assert metrics["expert_load"] == [[2.5, 1.25, 0.0, 1.25, 0.0]] * 2
+    assert metrics["expert_load"] == [[2.5, 2.1875, 0.0, 0.3125, 0.0]] * 2
     assert metrics["expert_load_max"] == 2.5 and metrics["experts_dead"] == 0.4
 
 

@@ -10,7 +10,7 @@ import torch
 
 from r1zero.model.checkpoint import CheckpointError, build_model
 from r1zero.model.config import ModelConfig
-from r1zero.model.engine.pages import cast_copy
+from r1zero.model.engine.pages import Pages, cast_copy
 from r1zero.model.mlp import MLP, make_mlp
 from r1zero.model.moe import MoE, Router, choose_experts, gates_of, scores_of
 from r1zero.model.moe_config import ROUTING, MoEConfig
@@ -285,3 +285,17 @@ def test_an_engines_copy_keeps_the_fp32_router_and_the_bias():
         if router.balance_bias is not None:
             assert torch.equal(copied.balance_bias, router.balance_bias)
             assert copied.balance_bias is not router.balance_bias
+
+
+def test_an_engine_that_is_refreshed_has_the_trainers_bias():
+    model = scattered(CONFIGS["deepseek's mixture"], dtype=torch.float32)
+    pages = Pages(model, 2)
+    pages.weights = cast_copy(model, torch.bfloat16)
+    router, copied = model.blocks[1].mlp.router, pages.weights.blocks[1].mlp.router
+    with torch.no_grad():
+        router.balance_bias += 1.0
+        router.linear.weight += 1.0
+    assert not torch.equal(copied.balance_bias, router.balance_bias)
+    pages.refresh()
+    assert torch.equal(copied.balance_bias, router.balance_bias)
+    assert torch.equal(copied.linear.weight, router.linear.weight)

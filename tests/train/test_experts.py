@@ -72,6 +72,16 @@ def test_the_bias_moves_once_per_step_however_the_batch_is_cut_and_not_in_a_step
         model.blocks[0].mlp.gate_up[0] = float("nan")
     train_step(model, Capture(model), few_documents().batch(0), 1.0, STILL, 10)
     assert not biases(model).any()
+    model = tiny_moe()  # the loss is finite, its gradient is not
+    model.norm.register_hook(lambda gradient: gradient * float("nan"))
+    loss, norm = train_step(model, Capture(model), few_documents().batch(0), 1.0, STILL, 10)
+    assert np.isfinite(loss) and np.isnan(norm) and not biases(model).any()
+
+
+def test_the_flags_of_the_balance_reach_the_loop(tmp_path):
+    still = BalanceConfig(bias_rate=0.0)
+    model = pretrain(pretrain_config(tmp_path / "run", text_file(tmp_path), model="tiny-moe", balance=still))
+    assert not biases(model).any()
 
 
 def test_routers_have_a_learning_rate_of_their_own_and_dense_models_no_more_groups_than_before():
