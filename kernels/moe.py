@@ -101,7 +101,7 @@ def add_in_order(rows: torch.Tensor, place: torch.Tensor, gates=None) -> torch.T
     """[T, M] fp32 or wider: each token's rows, times their gates if given; k = 0 first."""
     total = 0.0
     for k in range(place.shape[1]):
-        row = reference.wide(rows[place[:, k]])
+        row = reference.wide(rows.index_select(0, place[:, k]))
         total = total + (row if gates is None else gates[:, k, None] * row)
     return total
 
@@ -112,7 +112,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TM, order, place):
         ctx.save_for_backward(place)
-        return x_TM[order // place.shape[1]]
+        return x_TM.index_select(0, order // place.shape[1])
 
     @staticmethod
     @once_differentiable
@@ -134,8 +134,11 @@ class Combine(torch.autograd.Function):
         rows, gates, order, place = ctx.saved_tensors
         dy = reference.wide(dy)
         gate_of_row = gates.flatten()[order]
-        drows = gate_of_row[:, None] * dy[order // place.shape[1]]
-        dgates = [(dy * reference.wide(rows[place[:, k]])).sum(-1) for k in range(place.shape[1])]
+        drows = gate_of_row[:, None] * dy.index_select(0, order // place.shape[1])
+        dgates = [
+            (dy * reference.wide(rows.index_select(0, place[:, k]))).sum(-1)
+            for k in range(place.shape[1])
+        ]
         return drows.to(rows.dtype), torch.stack(dgates, 1).to(gates.dtype), None, None
 
 
@@ -184,8 +187,8 @@ def why_not_grouped(
 ) -> str | None:
     """Why they do not serve experts [d_model -> width -> d_model] in `dtype` on `device`, or None.
 
-    On a CPU they are faster than the loop where experts have few rows, as in decoding (three times
-    with 2 rows each), and no slower else. They refuse fp64, and rows that are no multiple of 16
+    On a CPU they are faster than the loop where experts have few rows, as in decoding (twice, with
+    2 rows each), and as fast else. They refuse fp64, and rows that are no multiple of 16
     bytes.
     """
     served = (torch.float32, torch.bfloat16) if device.type == "cpu" else (torch.bfloat16,)

@@ -124,6 +124,18 @@ def test_an_expert_without_tokens_gets_a_gradient_of_zero():
         assert not dgate_up[unused].any() and not ddown[unused].any() and ddown[0].any()
 
 
+@pytest.mark.parametrize("impl", ["grouped", "loop"])
+def test_an_upstream_gradient_without_strides_is_taken(impl):
+    """PyTorch's grouped products raise on it; sum() makes one."""
+    leaves = [a.requires_grad_() if a.is_floating_point() else a for a in case(6, 4, 2, dtype=torch.float32)]
+    moe_mlp(*leaves, impl=impl).sum().backward()
+    got = [leaf.grad for leaf in leaves if leaf.is_floating_point()]
+    leaves = [a.detach() for a in leaves]
+    _, *expected = results(leaves, "reference", torch.ones(6, 8))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_bad_input_is_refused_in_words():
     x, gates, experts, gate_up, down = case(3, 4, 2)
     for arguments, part in [
