@@ -73,7 +73,8 @@ class PretrainConfig(ComputeFlags, RunConfig):
     batch_tokens: int = 2048
     """Number of tokens in one optimizer step."""
     micro_tokens: int = 2048
-    """Number of tokens per forward and backward pass. It changes memory and speed, nothing else."""
+    """Number of tokens per forward and backward pass. It changes memory and speed, nothing else; in
+    a model with experts, also what their auxiliary loss is measured on."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     task: Countdown = field(default_factory=Countdown)

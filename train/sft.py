@@ -46,7 +46,8 @@ class SFTConfig(ComputeFlags, RunConfig):
     batch_tokens: int = 1024
     """Maximum number of tokens in one optimizer step. Conversations are never cut."""
     micro_tokens: int = 2048
-    """Number of tokens per forward and backward pass. It changes memory and speed, nothing else."""
+    """Number of tokens per forward and backward pass. It changes memory and speed, nothing else; in
+    a model with experts, also what their auxiliary loss is measured on."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=1e-3, warmup=5, weight_decay=0.0)
     )

@@ -154,4 +154,5 @@ def test_bad_input_is_refused_in_words():
     assert "16 bytes" in why_not_grouped(torch.float32, CPU, 10, 8)
     assert "16 bytes" in why_not_grouped(torch.bfloat16, CPU, 8, 12)
     assert why_not_grouped(torch.float32, CPU, 12, 8) is None
+    assert "not torch.float32" in why_not_grouped(torch.float32, torch.device("cuda"), 8, 8)
     assert "mps" in why_not_grouped(torch.float32, torch.device("mps"), 8, 8)

@@ -299,3 +299,11 @@ def test_an_engine_that_is_refreshed_has_the_trainers_bias():
     pages.refresh()
     assert torch.equal(copied.balance_bias, router.balance_bias)
     assert torch.equal(copied.linear.weight, router.linear.weight)
+
+
+def test_a_graph_holds_a_step_only_where_no_part_waits_for_the_host():
+    moe = MoE(ModelConfig(**{**SHAPE, "d_model": 16}, moe=MoEConfig(4, 2, 8)), None)
+    assert moe.can_capture(torch.bfloat16) and not moe.can_capture(torch.float64)
+    assert MLP(CONFIGS["plain"]).can_capture(torch.float64)
+    odd = MoE(ModelConfig(**{**SHAPE, "d_model": 16}, moe=MoEConfig(4, 2, 5)), None)
+    assert not odd.can_capture(torch.bfloat16)
