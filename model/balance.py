@@ -100,8 +100,16 @@ class Balance:
 
     def begin(self) -> None:
         """Begin to count for a new optimizer step."""
-        self.counts: list[torch.Tensor] = [0] * len(self.routers)
         self._sums: list[torch.Tensor] = []
+        self.counts_LE = torch.zeros(0, 0)
+        if self.routers:
+            device, n_experts = (
+                self.routers[0].linear.weight.device,
+                self.routers[0].config.n_experts,
+            )
+            self.counts_LE = torch.zeros(
+                len(self.routers), n_experts, dtype=torch.int64, device=device
+            )
 
     @contextmanager
     def watch(self):
@@ -143,7 +151,7 @@ class Balance:
         """[3]: auxiliary loss, z-loss and entropy of a layer, whose choices are counted."""
         config = self.routers[layer].config
         counts_E = expert_counts(routes.experts, config.n_experts)
-        self.counts[layer] = self.counts[layer] + counts_E
+        self.counts_LE[layer] += counts_E
         probabilities_TE = probabilities(routes.logits, config)
         with torch.no_grad():
             nats = entropy(probabilities_TE)
@@ -153,14 +161,14 @@ class Balance:
     def update(self) -> None:
         """Move each router's balance bias once, by the counts of this step over all processes.
 
-        Every process must call it.
+        Every process must call it, also one that had no tokens.
         """
-        for router, counts_E in zip(self.routers, self.counts, strict=True):
-            bias = router.balance_bias
-            if bias is None:
-                continue
-            total_E = torch.from_numpy(all_sum(counts_E.cpu().double().numpy())).to(bias.device)
-            too_few_E = (total_E.mean() - total_E).sign().to(bias.dtype)
+        biases = [router.balance_bias for router in self.routers]
+        if not biases or biases[0] is None:
+            return
+        totals_LE = torch.from_numpy(all_sum(self.counts_LE.cpu().double().numpy()))
+        too_few_LE = (totals_LE.mean(1, keepdim=True) - totals_LE).sign()
+        for bias, too_few_E in zip(biases, too_few_LE.to(biases[0]), strict=True):
             bias += self.config.bias_rate * too_few_E
 
     def metrics(self) -> dict:
@@ -172,12 +180,12 @@ class Balance:
         if not self._sums:
             return {}
         aux, z, nats = torch.stack(self._sums).sum(0).tolist()
-        loads = [(counts_E / counts_E.double().mean()).tolist() for counts_E in self.counts]
-        every = [load for layer in loads for load in layer]
+        counts_LE = self.counts_LE.double()
+        loads_LE = counts_LE / counts_LE.mean(1, keepdim=True)
         return {
-            "expert_load": [[round(load, 4) for load in layer] for layer in loads],
-            "expert_load_max": max(every),
-            "experts_dead": sum(load == 0 for load in every) / len(every),
+            "expert_load": [[round(load, 4) for load in layer] for layer in loads_LE.tolist()],
+            "expert_load_max": float(loads_LE.max()),
+            "experts_dead": float((loads_LE == 0).double().mean()),
             "router_entropy": nats,
             "aux_loss": aux,
             "z_loss": z,
