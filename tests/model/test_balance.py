@@ -188,6 +188,15 @@ def test_the_metrics_tell_load_dead_experts_and_the_largest_load():
     assert metrics["expert_load_max"] == 2.5 and metrics["experts_dead"] == 0.4
 
 
+def test_a_model_without_balance_biases_is_only_counted():
+    model = scattered(CONFIGS["mixtral"])
+    balance, before = Balance(model), {name: value.clone() for name, value in model.state_dict().items()}
+    micro_step(balance, model)
+    balance.update()
+    assert balance.counts_LE.sum(1).tolist() == [12 * 2] * 2 and len(balance.metrics()) == 6
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_a_dense_model_has_nothing_to_balance():
     model = scattered(CONFIGS["plain"])
     balance = Balance(model)
