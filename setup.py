@@ -11,6 +11,7 @@ PACKAGES = {
     "r1zero.kernels.cpu": "kernels/cpu",
     "r1zero.model": "model",
     "r1zero.model.engine": "model/engine",
+    "r1zero.model.tokens": "model/tokens",
     "r1zero.eval": "eval",
     "r1zero.eval.tasks": "eval/tasks",
     "r1zero.rl": "rl",
@@ -28,6 +29,7 @@ DEPENDENCIES = [
     "numpy>=2.0",
     "numba>=0.62",  # compiles the loops of a CPU; without it they run as plain PyTorch, slower
     "tiktoken>=0.9",
+    "regex",  # tiktoken's own; splits the rare text whose bytes have no token
     "wandb>=0.19",
     "safetensors>=0.5",
     "tyro>=0.9",

@@ -109,6 +109,7 @@ class TokenIdTokenizer:
     """Token ids in decimal, with spaces between them."""
 
     eos_ids: tuple[int, ...]
+    adds_bos: bool = False
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [[int(word) for word in text.split()] for text in texts]

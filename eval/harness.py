@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .console import Bar
-from .response import Sample, grade_response
+from .response import Sample, grade_response, quoted
 from .result_file import ResultFile
 from .tasks.base import Task
 
@@ -128,6 +128,25 @@ def pass_at_k(n: int, n_right: int, k: int) -> float:
     return 1.0 - math.prod(max(n - n_right - i, 0) / (n - i) for i in range(k))
 
 
+def same_answer_of(task: Task) -> Callable[[str, str], bool]:
+    """Whether two answers are one, as the task says; ValueError, with both, where it raises.
+
+    None of ours does; a task of the user's own may.
+    """
+    alike = getattr(task, "same_answer", Task.same_answer)
+
+    def asked(answer: str, other: str) -> bool:
+        try:
+            return bool(alike(answer, other))
+        except (Exception, SystemExit) as error:  # whatever the code of a user may raise
+            raise ValueError(
+                f"same_answer of {task.name} raised {type(error).__name__}: {error}, for the "
+                f"answers {quoted(answer)} and {quoted(other)}"
+            ) from error
+
+    return asked
+
+
 def majority_right(rows: Sequence[dict[str, Any]], alike: Callable[[str, str], bool]) -> float:
     """1.0 if the answer that most responses to a problem give is right, else 0.0.
 
@@ -219,7 +238,7 @@ def _summary(
     n_right = [sum(row["accuracy"] == 1.0 for row in group) for group in groups]
     n_formed = [sum(row["format"] == 1.0 for row in group) for group in groups]
     n_tokens = sum(row["n_tokens"] for row in rows)
-    alike = getattr(task, "same_answer", Task.same_answer)
+    alike = same_answer_of(task)
     pass_at, maj_at = {}, {}
     for k in ks:
         chances = [pass_at_k(n_samples, right, k) for right in n_right]

@@ -7,14 +7,15 @@ many samples a problem has, up to rounding: matrix products change with the batc
 
 A prompt that leaves no room for the response in the model's max_seq_len is an error. On request it
 loses its beginning and is counted instead, so that a small model can take a whole test set, long
-questions included, and the user knows what it was not shown.
+questions included, and the user knows what it was not shown. The token that begins a text is kept.
+A message in a chat template is never cut: the system's words and the marks of turns would go first.
 """
 
 from collections.abc import Iterator
 
 import torch
 
-from ..model.chat_template import encode_prompts
+from ..model.chat_template import encode_problems, encode_prompts
 from ..model.engine.engine import Engine
 from ..model.engine.requests import Completion, Request, group_requests
 from ..model.engine.sampling import sample_seeds
@@ -42,7 +43,8 @@ class ModelSampler:
         engine: Engine | None = None,
         chat: bool = False,
     ):
-        """cut_prompts: cut the beginning of a prompt that is too long, instead of raising.
+        """cut_prompts: cut the beginning of a prompt that is too long, instead of raising; not with
+        chat.
 
         chat: put each prompt through the model's chat template.
 
@@ -68,6 +70,15 @@ class ModelSampler:
         self.n_cut = 0
         """How many of them lost their beginning."""
 
+    def check(self, prompts: list[str]) -> None:
+        """Try to encode all prompts of an evaluation, and sample nothing.
+
+        Raises ValueError, with the problem's number, for one that cannot be put to the model.
+        """
+        for number, ids in enumerate(encode_problems(self.tokenizer, prompts, self.chat)):
+            if self.chat:
+                self._check_room(ids, f"problem {number} (the first is 0)")
+
     def stream(self, prompt: str) -> Iterator[tuple[str, Sampled | None]]:
         """One response as it comes: (new text, None), and with the last of it the whole."""
         [ids] = self._encode([prompt])
@@ -91,10 +102,29 @@ class ModelSampler:
 
     def _encode(self, prompts: list[str]) -> list[list[int]]:
         ids = encode_prompts(self.tokenizer, prompts, self.chat)
-        if self.cut_prompts:
+        if self.chat:
+            for prompt in ids:
+                self._check_room(prompt, "a prompt")
+        elif self.cut_prompts:
             self.n_cut += sum(len(prompt) > self.room for prompt in ids)
-            ids = [prompt[-self.room :] for prompt in ids]
+            ids = [self._cut(prompt) for prompt in ids]
         return ids
+
+    def _check_room(self, ids: list[int], what: str) -> None:
+        """ValueError for a message that is too long."""
+        if len(ids) > self.room:
+            raise ValueError(
+                f"{what} has {len(ids)} tokens in the chat template, and a max_seq_len of "
+                f"{self.engine.model.config.max_seq_len} leaves {self.room} beside "
+                f"{self.max_new_tokens} new ones; a conversation is not cut: lower "
+                "--max-new-tokens, or leave the problem out"
+            )
+
+    def _cut(self, ids: list[int]) -> list[int]:
+        """The end of a prompt that is too long, behind bos if it began with that."""
+        n_kept = 1 if self.tokenizer.adds_bos else 0
+        n_lost = max(len(ids) - self.room, 0)
+        return ids[:n_kept] + ids[n_kept + n_lost :]
 
     def _requests(self, ids: list[list[int]], n_samples: int) -> list[Request]:
         seeds = torch.cat(

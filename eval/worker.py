@@ -71,12 +71,16 @@ class Worker:
             self._leave_to_parent()
         with self.lock:
             for _ in range(TRIES):
-                if self.process is None or self.process.poll() is not None:
-                    self._start()
                 try:
+                    if self.process is None or self.process.poll() is not None:
+                        self._start()
                     return self._exchange([name, *arguments])
                 except Died:
                     self._stop()
+                except BaseException:
+                    # Ctrl-C, or a signal's exception: a late reply would answer the next question.
+                    self._stop()
+                    raise
             raise Overrun(f"the worker ended over it, {TRIES} times")
 
     def close(self) -> None:
@@ -114,13 +118,11 @@ class Worker:
         try:
             missing = self._reply(START_SECONDS)
         except (Overrun, Died) as error:
-            self._stop()
             raise RuntimeError(
                 f"the process {self.module} does not start ({error}); see whether "
                 f"{sys.executable} -m {self.module} 2 {self.memory} does"
             ) from None
         if missing is not None:
-            self._stop()
             raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
 
     def _stop(self) -> None:
@@ -142,7 +144,6 @@ class Worker:
         try:
             line = self.replies.get(timeout=seconds)
         except queue.Empty:
-            self._stop()
             raise Overrun(f"it took more than {seconds:g} seconds on the clock") from None
         if line is not None:
             return json.loads(line)

@@ -6,11 +6,18 @@ has `break` and `continue`, a tag `generation`, a filter `tojson` that escapes n
 functions raise_exception, strftime_now, dict and namespace.
 
 The sandbox hides Python from the template. It does not bound what a template computes, so limits
-of our own do. They are on the passes of its loops and its calls together, on products and powers,
-on what a variable holds, and on the whole text. An honest template comes nowhere near them.
+of our own do, each for one way to compute without end:
 
-Left out: a process of its own, with a limit on its memory. A template that is made for it can still
-take much, such as by a filter that pads text to a length of its choosing.
+    step            loops in loops, and macros that call themselves twice
+    call_binop      'a' * 10 ** 9, and 10 ** 10 ** 9
+    limited         a text that is appended to itself, again and again
+    run_template    a loop that writes a long text at every pass
+
+An honest template comes nowhere near them. A filter gets at most MAX_TEXT items from these, for
+which it takes a second or so; `wordwrap`, whose time grows with the square, is taken away.
+
+Left out: a process of its own, with a limit on its time and memory. A template that is made for it
+can still take much, by a filter that pads or slices to a length of its choosing.
 
 Needs jinja2 3.1.6, where known ways out of the sandbox are closed.
 """
@@ -30,7 +37,7 @@ from jinja2.utils import Namespace
 OLDEST = (3, 1, 6)
 MAX_STEPS = 200_000  # passes of loops, and calls
 MAX_POWER_BITS = 4_096  # of a number
-MAX_TEXT = 10_000_000  # characters of a text, or items of a list
+MAX_TEXT = 1_000_000  # characters of a text, or items of a list
 
 
 class TooMuch(TemplateError):
@@ -127,10 +134,14 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         self.globals["raise_exception"] = raise_exception
         self.globals["dict"] = MakeDict()
         self.globals["namespace"] = SafeNamespace
-        del self.globals["lipsum"]  # Jinja's filler text takes minutes where a template asks for it
+        # Jinja's filler text takes minutes where a template asks for it, and so does this filter.
+        del self.globals["lipsum"], self.filters["wordwrap"]
 
     def step(self) -> None:
-        """One more pass of a loop, or call. Raises TooMuch behind the last that is allowed."""
+        """One more pass of a loop, or call. Raises TooMuch behind the last that is allowed.
+
+        All loops and calls share the count, or loops in loops would multiply it.
+        """
         self.steps += 1
         if self.steps > MAX_STEPS:
             raise TooMuch(f"it took more than {MAX_STEPS:,} steps")
@@ -147,7 +158,10 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         return super().call(context, function, *args, **kwargs)
 
     def call_binop(self, context, operator: str, left: Any, right: Any) -> Any:
-        """`left * right` or `left ** right`, if the result is not too large."""
+        """`left * right` or `left ** right`, if the result is not too large.
+
+        Jinja asks here for the operators in intercepted_binops, and for no others.
+        """
         for count, value in ((left, right), (right, left)):
             is_repeated = isinstance(count, int) and hasattr(value, "__len__")
             if is_repeated and count * len(value) > MAX_TEXT:
@@ -161,7 +175,10 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
 
 
 def watch(tree: nodes.Template, environment: ChatEnvironment) -> None:
-    """Lead the values of all loops through `counted`, and those of variables through `limited`."""
+    """Lead the values of all loops through `counted`, and those of variables through `limited`.
+
+    Jinja calls no method of ours for a loop or a `set`, so the two are filters in its tree.
+    """
 
     def filtered(node: nodes.Expr | None, name: str, line: int) -> nodes.Filter:
         made = nodes.Filter(node, name, [], [], None, None)

@@ -39,6 +39,8 @@ FORMAT = "r1zero checkpoint"
 VERSION = 2  # raise it when the names or the meaning of what is saved change
 # .old: the checkpoint that is being replaced, between two renames
 FOLDER_NAME = re.compile(r"step_(\d{8,})(\.old)?")
+# A model of the Hugging Face hub: its owner and its name
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 LISTINGS = 5  # how often a folder is looked at again, if what was in it is gone meanwhile
 
 
@@ -359,6 +361,11 @@ def _find_checkpoints(folder: Path) -> dict[int, list[Path]] | None:
     Raises CheckpointError for a folder without checkpoints.
     """
     if not folder.is_dir():
+        if HUB_NAME.fullmatch(str(folder)) and not folder.parent.exists():
+            raise CheckpointError(
+                f"{folder} does not exist; models are not fetched by name. If it is one of the "
+                f"hub: hf download {folder} --local-dir {folder.name}, then give {folder.name}"
+            )
         found = "is a file" if folder.exists() else "does not exist"
         raise CheckpointError(
             f"{folder} {found}; expected the folder of a run, which holds checkpoints/"

@@ -124,6 +124,11 @@ class ModelConfig:
         """How many keys a query of this layer sees; None: all."""
         return self.window if layer in self.window_layers else None
 
+    @property
+    def head_rows(self) -> int:
+        """Rows of the head, without padding: as many ids as the logits have."""
+        return self.vocab_size if self.vocab_in_use is None else self.vocab_in_use
+
     def to_dict(self) -> dict:
         """For a checkpoint; `ModelConfig(**d)` returns the same config."""
         return asdict(self)

@@ -2,8 +2,8 @@
 
 `config_of` reads the content of any age. transformers 5 moved RoPE's numbers into
 `rope_parameters`; before, they were `rope_theta` and `rope_scaling`. A key that is absent means the
-default of the family's class (families.py). Keys that would change the numbers in a way that we do
-not have are refused by name; all others are ignored.
+default of the family's class (families.py, config_keys.py). Keys that would change the numbers in a
+way that we do not have are refused by name; all others are ignored.
 
 `content_of` writes the old keys and the new ones, since a reader of either age takes a default for
 what it does not find.
@@ -14,21 +14,13 @@ Left out: a RoPE for each kind of layer, partial rotation, yarn, longrope, dynam
 Source: `modeling_rope_utils.py` of transformers 5.24.
 """
 
-from numbers import Real
+from typing import Any
 
 from .config import ModelConfig
+from .config_keys import NUMBER, SIZES, Complaints, Keys, keys_of
 from .families import FAMILIES, FULL, SLIDING, Family, no_window, nope_layers_of, window_if_used
 from .rope_scaling import RopeScaling
 
-# Sizes that no default could guess, and their names here.
-SIZES = {
-    "vocab_size": "vocab_size",
-    "num_hidden_layers": "n_layers",
-    "hidden_size": "d_model",
-    "num_attention_heads": "n_heads",
-    "intermediate_size": "d_ff",
-}
-SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
 # Keys of other families that change the numbers, and the values that change nothing.
 NEUTRAL: dict[str, tuple] = {
     "hidden_act": ("silu", "swish"),
@@ -50,6 +42,7 @@ NEUTRAL: dict[str, tuple] = {
     "rope_interleaved": (None, False),
     "rope_interleave": (None, False),
     "use_bidirectional_attention": (None, False),
+    "is_causal": (None, True),
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
 }
@@ -65,41 +58,47 @@ SCALING_KEYS = {
 def config_of(content: dict) -> ModelConfig:
     """The config that the content of a config.json describes.
 
-    Raises ValueError for a family, a value or a combination that we do not have.
+    Raises ValueError for a family that we do not have, and one that lists all values and
+    combinations that we do not have.
     """
     family = family_named(content)
-    refuse_unknown_numbers(content)
+    complaints = Complaints()
 
-    # 1. A key that is absent means the default of its class. So does a null, except for a window.
-    keys = dict(family.defaults)
-    keys |= {k: v for k, v in content.items() if v is not None or k == "sliding_window"}
-    check_types(keys)
+    # 1. What we do not compute, and one object in which every key has its value.
+    complaints.of(check_architectures, content, family)
+    complaints.of(refuse_unknown_numbers, content)
+    keys = keys_of(content, family.defaults, complaints)
 
-    # 2. Biases, windows, layers without RoPE: where the family has them.
-    n_layers = keys["num_hidden_layers"]
+    # 2. What follows from several keys.
+    windows = complaints.of(windows_of, keys, family)
+    nope_layers = complaints.of(layers_without_rope, keys, family)
+    head_dim = complaints.of(head_dim_of, keys)
+    n_kv_heads = complaints.of(kv_heads_of, keys)
+    rope_theta = complaints.of(theta_of, keys)
+    rope_scaling = complaints.of(rope_scaling_of, keys)
+    complaints.raise_all()
+
+    # 3. Everything is known.
+    window, window_layers = windows
     attention_bias = "attention_bias" in family.bias_keys and keys["attention_bias"]
-    window, window_layers = family.window(keys, n_layers)
-    differs = dict(
+    biases = dict(
         qkv_bias=attention_bias,
         out_bias=attention_bias,
         mlp_bias="mlp_bias" in family.bias_keys and keys["mlp_bias"],
-        window=window,
-        window_layers=window_layers,
-        nope_layers=nope_layers_of(keys, n_layers) if family.has_nope_layers else (),
     )
-
-    # 3. And the numbers that all have.
-    rope_theta, rope_scaling = rope_of(content, keys)
     return ModelConfig(
         **{ours: keys[key] for key, ours in SIZES.items()},
-        n_kv_heads=kv_heads_of(content, keys),
-        head_dim=head_dim_of(keys),
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
+        nope_layers=nope_layers,
+        window=window,
+        window_layers=window_layers,
         norm_eps=keys["rms_norm_eps"],
         tie_embeddings=keys["tie_word_embeddings"],
         max_seq_len=keys["max_position_embeddings"],
-        **(differs | family.fixed),
+        **(biases | family.fixed),
     )
 
 
@@ -112,21 +111,27 @@ def family_named(content: dict) -> Family:
             f"has model_type {name!r}; expected one of {', '.join(FAMILIES)}, the families that "
             "r1zero has"
         )
-    classes = content.get("architectures")
-    if classes and family.architecture not in classes:
-        raise ValueError(
-            f"has architectures {classes}; expected {family.architecture}, a model that predicts "
-            "the next token"
-        )
     return family
+
+
+def check_architectures(content: dict, family: Family) -> None:
+    """Raise ValueError for a model of the family that is no language model."""
+    classes = content.get("architectures")
+    if classes is None or classes == []:
+        return
+    if not isinstance(classes, list) or family.architecture not in classes:
+        raise ValueError(
+            f"has architectures {classes!r}; expected [{family.architecture!r}], a model that "
+            "predicts the next token"
+        )
 
 
 def refuse_unknown_numbers(content: dict) -> None:
     """Raise ValueError for keys that change the numbers in a way that we do not have."""
     found = [
         f"{key} {content[key]!r}"
-        for key, neutral in NEUTRAL.items()
-        if key in content and content[key] not in neutral
+        for key in NEUTRAL
+        if key in content and not is_neutral(key, content[key])
     ]
     if found:
         raise ValueError(
@@ -134,42 +139,68 @@ def refuse_unknown_numbers(content: dict) -> None:
         )
 
 
-def check_types(keys: dict) -> None:
-    """Raise ValueError for a size that is missing or no size, and for a switch that is no bool."""
-    if missing := [key for key in SIZES if key not in keys]:
-        raise ValueError(f"lacks {', '.join(missing)}; take the whole config.json of the model")
-    for key in (*SIZES, "max_position_embeddings"):
-        if type(keys[key]) is not int or keys[key] < 1:
-            raise ValueError(f"has {key} {keys[key]!r}; expected a whole number above 0")
-    for key in SWITCHES:
-        if key in keys and not isinstance(keys[key], bool):
-            raise ValueError(f"has {key} {keys[key]!r}; expected true or false")
+def is_neutral(key: str, value: Any) -> bool:
+    """Whether a value of a key in NEUTRAL changes nothing. Python's True == 1 does not count."""
+    is_bool = isinstance(value, bool)
+    return any(value == same and is_bool == isinstance(same, bool) for same in NEUTRAL[key])
 
 
-def head_dim_of(keys: dict) -> int:
+# ---- what follows from several keys; each raises ValueError, or Unusable if a key is unusable ----
+
+
+def windows_of(keys: Keys, family: Family) -> tuple[int | None, tuple[int, ...]]:
+    """(window, the layers that have it)."""
+    return family.window(keys, keys["num_hidden_layers"])
+
+
+def layers_without_rope(keys: Keys, family: Family) -> tuple[int, ...]:
+    return nope_layers_of(keys, keys["num_hidden_layers"]) if family.has_nope_layers else ()
+
+
+def head_dim_of(keys: Keys) -> int:
     """The width of a head: its own key, or the width of the model over the heads."""
-    if keys["head_dim"] is not None:
-        return keys["head_dim"]
-    d_model, n_heads = keys["hidden_size"], keys["num_attention_heads"]
-    if d_model % n_heads:
+    head_dim, where = keys["head_dim"], ""
+    if head_dim is None:
+        d_model, n_heads = keys["hidden_size"], keys["num_attention_heads"]
+        if d_model % n_heads:
+            raise ValueError(
+                f"has no head_dim, and hidden_size {d_model} is no multiple of num_attention_heads "
+                f"{n_heads}; add head_dim"
+            )
+        head_dim, where = d_model // n_heads, " (hidden_size / num_attention_heads)"
+    if head_dim % 2:
+        raise ValueError(f"has head_dim {head_dim}{where}, which is odd; RoPE rotates pairs")
+    return head_dim
+
+
+def kv_heads_of(keys: Keys) -> int:
+    """The number of key/value heads. None means one for each head."""
+    n_heads, n_kv_heads = keys["num_attention_heads"], keys["num_key_value_heads"]
+    if n_kv_heads is None:
+        return n_heads
+    if n_heads % n_kv_heads:
         raise ValueError(
-            f"has no head_dim, and hidden_size {d_model} is no multiple of num_attention_heads "
-            f"{n_heads}; add head_dim"
+            f"has num_attention_heads {n_heads}, no multiple of num_key_value_heads {n_kv_heads}; "
+            "each key/value head serves the same number of heads"
         )
-    return d_model // n_heads
+    return n_kv_heads
 
 
-def kv_heads_of(content: dict, keys: dict) -> int:
-    """The number of key/value heads. A null means one for each head, in every family."""
-    is_null = "num_key_value_heads" in content and content["num_key_value_heads"] is None
-    if is_null or keys["num_key_value_heads"] is None:
-        return keys["num_attention_heads"]
-    return keys["num_key_value_heads"]
+def theta_of(keys: Keys) -> float:
+    """The base of RoPE's frequencies: from the new place, an old one, or the top."""
+    for place in ("rope_parameters", "rope_scaling"):
+        theta = keys.get(place, {}).get("rope_theta")
+        if theta is None:
+            continue
+        if not NUMBER.fits(theta):
+            raise ValueError(f"has rope_theta {theta!r} in {place}; expected {NUMBER.expected}")
+        return theta
+    return keys["rope_theta"]
 
 
-def rope_of(content: dict, keys: dict) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling). keys: the content with the family's defaults."""
-    new, old = content.get("rope_parameters") or {}, content.get("rope_scaling") or {}
+def rope_scaling_of(keys: Keys) -> RopeScaling | None:
+    """How RoPE is stretched: from the new place or the old one."""
+    new, old = keys.get("rope_parameters", {}), keys.get("rope_scaling", {})
     if {SLIDING, FULL} & new.keys():
         raise ValueError(
             f"has rope_parameters {new}, one RoPE for each kind of layer; r1zero has one for all"
@@ -180,20 +211,18 @@ def rope_of(content: dict, keys: dict) -> tuple[float, RopeScaling | None]:
             f"has rope_parameters {new} and rope_scaling {old}, which contradict each other; take "
             "out the wrong one"
         )
-    theta = new.get("rope_theta") or old.get("rope_theta") or keys["rope_theta"]
-    return theta, scaling_new or scaling_old
+    return scaling_new or scaling_old
 
 
-def scaling_of(rope: dict, keys: dict) -> RopeScaling | None:
+def scaling_of(rope: dict, keys: Keys) -> RopeScaling | None:
     """The scaling that a dict of RoPE's numbers describes; None for none."""
-    if rope.get("partial_rotary_factor") not in NEUTRAL["partial_rotary_factor"]:
-        raise ValueError(
-            f"has partial_rotary_factor {rope['partial_rotary_factor']}; r1zero rotates whole heads"
-        )
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    partial = rope.get("partial_rotary_factor")
+    if not is_neutral("partial_rotary_factor", partial):
+        raise ValueError(f"has partial_rotary_factor {partial!r}; r1zero rotates whole heads")
+    kind = rope_type_of(rope)
     if kind == "default":
         return None
-    if kind not in SCALING_KEYS:
+    if kind not in list(SCALING_KEYS):
         raise ValueError(
             f"has rope_type {kind!r}, which r1zero does not compute; expected default, "
             f"{' or '.join(SCALING_KEYS)}"
@@ -203,11 +232,27 @@ def scaling_of(rope: dict, keys: dict) -> RopeScaling | None:
         # A number at the top goes before the one inside; without any, it is the whole context.
         inside = rope.get("original_max_position_embeddings") or keys["max_position_embeddings"]
         numbers["original_max_seq_len"] = keys.get("original_max_position_embeddings", inside)
-    if not all(isinstance(number, Real) for number in numbers.values()):
+    if not all(NUMBER.fits(number) for number in numbers.values()):
         raise ValueError(
-            f"has {rope} for RoPE; expected numbers for {', '.join(SCALING_KEYS[kind])}"
+            f"has {rope} for RoPE; expected numbers above 0, for {', '.join(SCALING_KEYS[kind])}"
         )
-    return RopeScaling(kind=kind, **numbers)
+    try:
+        return RopeScaling(kind=kind, **numbers)
+    except ValueError as error:
+        raise ValueError(f"has {rope} for RoPE: {error}") from None
+
+
+def rope_type_of(rope: dict) -> Any:
+    """The kind of a scaling, under its new key or its old one."""
+    kinds = [rope[key] for key in ("rope_type", "type") if rope.get(key) is not None]
+    if not kinds and rope.keys() & SCALING_KEYS["llama3"]:
+        raise ValueError(f"has {rope} for RoPE, numbers without a rope_type; add it")
+    if len(kinds) == 2 and kinds[0] != kinds[1]:
+        raise ValueError(
+            f"has rope_type {kinds[0]!r} and type {kinds[1]!r}, which contradict each other; take "
+            "out the wrong one"
+        )
+    return kinds[0] if kinds else "default"
 
 
 # ---- writing ----

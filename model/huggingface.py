@@ -4,7 +4,7 @@
     write_model("out", model, tokenizer, torch.bfloat16)
 
 A folder holds config.json (config_json.py), files of weights (weight_files.py) and those of the
-tokenizer (tokenizer_json.py). families.py says what each family calls its tensors. q, k and v lie
+tokenizer (tokens/json_file.py). families.py says what each family calls its tensors. q, k and v lie
 below each other in one of our parameters, and so do gate and up.
 
 Reading compares every name and shape with the config before the first number is read, and lists all
@@ -15,7 +15,7 @@ Left out: quantised weights other than fp8 with scales per block, pickled weight
 """
 
 import shutil
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,17 +24,19 @@ from safetensors import SafetensorError
 
 from .config import ModelConfig
 from .config_json import config_of, content_of, family_named, family_of
+from .config_keys import Complaints, is_count
 from .families import FAMILIES, names_in_file
 from .files import UNFINISHED, atomic_write_json, atomic_write_text, flush
 from .precision import Precision, choose_precision
 from .tokenizer import Tokenizer
-from .tokenizer_json import read_tokenizer, write_tokenizer
+from .tokens.json_file import is_like_qwen2, read_tokenizer, write_tokenizer
 from .transformer import Transformer
 from .weight_files import (
     FP8,
     INDEX,
     PLAIN_DTYPES,
     SCALE,
+    SCALE_DTYPES,
     Stored,
     copy_tensor,
     named,
@@ -57,19 +59,25 @@ DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float
 def is_huggingface(folder: str | Path) -> bool:
     """Whether a folder is a model of Hugging Face's layout, and not one of our runs."""
     folder = Path(folder)
-    is_ours = (folder / "checkpoints").exists() or (folder / "state.json").exists()
-    return not is_ours and any((folder / name).is_file() for name in (CONFIG, INDEX))
+    try:
+        is_ours = (folder / "checkpoints").exists() or (folder / "state.json").exists()
+        return not is_ours and any((folder / name).is_file() for name in (CONFIG, INDEX))
+    except OSError:
+        return False  # whoever reads it as a run says why it cannot be read
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The config of a folder's model. Raises ValueError for one that we cannot compute."""
+    """The config of a folder's model. Raises ValueError, listing all that we cannot compute."""
     path = Path(folder) / CONFIG
     content = read_json(path)
+    complaints = Complaints()
+    complaints.of(fp8_block, content)
+    config = complaints.of(config_of, content)
     try:
-        fp8_block(content)
-        return config_of(content)
-    except (AttributeError, TypeError, ValueError) as error:
+        complaints.raise_all()
+    except ValueError as error:
         raise ValueError(f"{path} {error}") from None
+    return config
 
 
 def fp8_block(content: dict) -> tuple[int, int] | None:
@@ -80,8 +88,10 @@ def fp8_block(content: dict) -> tuple[int, int] | None:
     quantisation = content.get("quantization_config")
     if not quantisation:
         return None
+    if not isinstance(quantisation, dict):
+        raise ValueError(f"has quantization_config {quantisation!r}; expected an object")
     method, block = quantisation.get("quant_method"), quantisation.get("weight_block_size")
-    is_block = isinstance(block, list) and len(block) == 2 and all(type(n) is int for n in block)
+    is_block = isinstance(block, list) and len(block) == 2 and all(is_count(n) for n in block)
     if method != "fp8" or not is_block:
         raise ValueError(
             f"has quantization_config with quant_method {method!r} and weight_block_size {block}; "
@@ -143,7 +153,6 @@ def check_tensors(
     expected: dict[str, tuple[int, ...]], stored: dict[str, Stored], is_fp8: bool
 ) -> None:
     """Raise ValueError, listing all tensors that are missing, too many, or not as expected."""
-    readable = (*PLAIN_DTYPES, FP8) if is_fp8 else PLAIN_DTYPES
     both = {name: stored[name] for name in expected if name in stored}
     missing = [name for name in expected if name not in stored]
     extra = [name for name in stored if name not in expected and not name.endswith(REDUNDANT)]
@@ -155,13 +164,13 @@ def check_tensors(
     odd = [
         f"{name} is {tensor.dtype}"
         for name, tensor in both.items()
-        if tensor.dtype not in readable and not name.endswith(SCALE)
+        if tensor.dtype not in readable_dtypes(name, expected[name], is_fp8)
     ]
     kinds = {
         "missing": missing,
         "not of this model": extra,
         "of another shape": misshapen,
-        f"of a dtype that is none of {', '.join(readable)}": odd,
+        "of a dtype that is not read": odd,
     }
     complaints = [f"{len(names)} {what}: {named(names)}" for what, names in kinds.items() if names]
     if HEAD in missing:
@@ -172,7 +181,60 @@ def check_tensors(
         )
 
 
+def readable_dtypes(name: str, shape: tuple[int, ...], is_fp8: bool) -> tuple[str, ...]:
+    """The dtypes that a tensor may have in a file."""
+    if is_fp8 and name.endswith(SCALE):
+        return SCALE_DTYPES
+    # Only matrices have blocks.
+    return (*PLAIN_DTYPES, FP8) if is_fp8 and len(shape) == 2 else PLAIN_DTYPES
+
+
 # ---- reading ----
+
+
+@dataclass(frozen=True)
+class Matched:
+    """A folder whose tensors, by their headers, are those that its config describes."""
+
+    parts: list[Part]
+    stored: dict[str, Stored]
+    block: tuple[int, int] | None
+    """As `fp8_block` returns it."""
+    has_redundant_head: bool
+
+
+def matched(folder: Path, config: ModelConfig) -> Matched:
+    """What should be there, and what is: names, shapes and dtypes, without a number of the files.
+
+    Raises ValueError for tensors that are not those of the config.
+    """
+    content = read_json(folder / CONFIG)
+    names, block = family_named(content).names, fp8_block(content)
+    stored = stored_tensors(folder)
+    try:
+        with torch.device("meta"):
+            parts = parts_of(Transformer(config), names)
+        expected = expected_shapes(parts, stored, block, config.tie_embeddings)
+        check_tensors(expected, stored, is_fp8=block is not None)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    except RuntimeError:  # a number of bytes above 2^63
+        raise ValueError(
+            f"{folder / CONFIG} describes tensors that are larger than any memory; take the "
+            "config.json of these weights"
+        ) from None
+    return Matched(parts, stored, block, HEAD in expected and config.tie_embeddings)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype):
+    """New tensors have this dtype while the block runs."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @torch.no_grad()
@@ -189,25 +251,23 @@ def read_weights(
     dtype: of the parameters. Raises ValueError for tensors that are not those of the config.
     """
     folder = Path(folder)
-    content = read_json(folder / CONFIG)
-    names, block = family_named(content).names, fp8_block(content)
     precision = precision or choose_precision("auto", False, device)
 
-    # 1. What should be there, and what is, before any memory is taken.
-    with torch.device("meta"):
-        parts = parts_of(Transformer(config), names)
-    stored = stored_tensors(folder)
-    expected = expected_shapes(parts, stored, block, config.tie_embeddings)
+    # 1. What is there is compared with what should be, before any memory is taken.
+    match = matched(folder, config)
+
+    # 2. Memory in this dtype, to which nothing has been written.
+    with torch.device(device), default_dtype(dtype):
+        model = Transformer(config, precision.dtype, precision.fp32_head)
+
+    # 3. Each tensor into its place there.
+    parameters = dict(model.named_parameters())
     try:
-        check_tensors(expected, stored, is_fp8=block is not None)
-        # 2. Memory that nothing has written to, and each tensor into its place there.
-        with torch.device(device):
-            model = Transformer(config, precision.dtype, precision.fp32_head).to(dtype)
-        parameters = dict(model.named_parameters())
-        for part in parts:
-            copy_tensor(parameters[part.parameter][part.rows], part.name, stored, block)
-        if HEAD in expected and config.tie_embeddings:
-            check_head(model, stored[HEAD])
+        for part in match.parts:
+            target = parameters[part.parameter][part.rows]
+            copy_tensor(target, part.name, match.stored, match.block)
+        if match.has_redundant_head:
+            check_head(model, match.stored[HEAD])
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     return model
@@ -233,6 +293,8 @@ def read_model(
     Raises ValueError, and then nothing is read, if the files do not fit each other.
     """
     config = read_config(folder)
+    # The tokenizer takes memory for as many ids as config.json says: are there as many rows?
+    matched(Path(folder), config)
     tokenizer = read_tokenizer(folder, config.vocab_size)
     if tokenizer.n_ids < config.vocab_size:
         config = replace(config, vocab_in_use=tokenizer.n_ids)
@@ -250,13 +312,24 @@ def write_config(
     ends = {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": eos[0] if len(eos) == 1 else eos,
-        "pad_token_id": None,
+        "pad_token_id": tokenizer.pad_id,
     }
     name = DTYPE_NAMES[dtype]
     content = content_of(family_of(config), config) | ends | {"dtype": name, "torch_dtype": name}
     atomic_write_json(folder / CONFIG, content)
     # From here readers take the tokens that end a text.
     atomic_write_json(folder / "generation_config.json", ends)
+
+
+def config_to_write(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """The config as which a model is written.
+
+    Beside a qwen2, transformers (5.24) loads every tokenizer as Qwen's and gives wrong ids, without
+    a word. Another family with a bias on `out` too computes the same, if that bias is zero.
+    """
+    if family_of(config) == "qwen2" and not is_like_qwen2(tokenizer):
+        return replace(config, out_bias=True)
+    return config
 
 
 def write_model(
@@ -275,14 +348,22 @@ def write_model(
     folder = Path(folder)
     check_free(folder)
     unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
-    names = FAMILIES[family_of(model.config)].names
+    config = config_to_write(model.config, tokenizer)
+    names = FAMILIES[family_of(config)].names
     parameters = dict(model.named_parameters())
-    tensors = {part.name: parameters[part.parameter][part.rows] for part in parts_of(model, names)}
+    with torch.device("meta"):
+        parts = parts_of(Transformer(config), names)
+    tensors = {
+        part.name: parameters[part.parameter][part.rows]
+        if part.parameter in parameters
+        else torch.zeros(part.shape)  # a bias of `out`
+        for part in parts
+    }
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
-        write_config(unfinished, model.config, tokenizer, dtype)
+        write_config(unfinished, config, tokenizer, dtype)
         write_tokenizer(unfinished, tokenizer)
         write_tensors(unfinished, tensors, dtype)
         if card:
@@ -302,8 +383,11 @@ def write_model(
 
 
 def check_free(folder: Path) -> None:
-    """Raise ValueError unless a folder can be made there."""
-    if folder.is_dir() and not any(folder.iterdir()):
+    """Raise ValueError unless a folder can be made there, or an empty one replaced."""
+    # An empty folder is replaced: whoever stands in it would stand in none.
+    if folder.name in ("", "..") or folder.resolve() == Path.cwd():
+        raise ValueError(f"{folder} is no name for a new folder; give one to make, such as out")
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
         return
     if folder.exists() or folder.is_symlink():
         raise ValueError(f"{folder} is there already; give the name of a folder to make")

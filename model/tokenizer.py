@@ -4,7 +4,7 @@
     Tokenizer.from_words(["10", " -> "])        bytes, and whole words as one token each: toy tasks
     Tokenizer.from_ranks_file("gpt2.tiktoken")  ranks that somebody else made
     Tokenizer.train(texts, 1024)                BPE of your own text, by the library `tokenizers`
-    read_tokenizer(folder)                      that of an open model (see tokenizer_json.py)
+    read_tokenizer(folder)                      that of an open model (see tokens/json_file.py)
 
 Each is a tiktoken `Encoding`. A pattern cuts the text into pieces; inside a piece the neighbouring
 pair with the lowest rank is merged first. A piece that is a rank itself is that token at once.
@@ -17,7 +17,8 @@ what spells `<|eos|>` is ordinary text. `encode_template` is for text that a pro
 chat template does: there `<|eos|>` is the token. Both are the same on any other text.
 
 The vocabulary may be larger than the ids that mean something, as in models whose embedding is
-padded to a round number. A model can sample such an id: it reads as U+FFFD.
+padded to a round number. Such an id reads as U+FFFD. An open model never samples those from `n_ids`
+on (ModelConfig.vocab_in_use); it can sample one that lies between the ids of tokens, a hole.
 
 Left out: normalisation, except in open models that need it (it breaks the round trip), a pad or
 unknown token (batches are flat, and every byte is a token).
@@ -37,10 +38,10 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from .added_tokens import AddedToken, AddedTokens
-from .byte_letters import from_letters
-from .ranks_file import read_ranks
-from .split_pattern import ANY_CHARACTER, GPT2_PATTERN
+from .tokens.added_tokens import AddedToken, AddedTokens
+from .tokens.byte_letters import from_letters
+from .tokens.ranks_file import read_ranks
+from .tokens.split_pattern import ANY_CHARACTER, GPT2_PATTERN
 
 FORMAT = 1  # of to_dict
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>")  # of a tokenizer that is given no others
@@ -116,6 +117,8 @@ class Tokenizer:
     """Does a prompt of the model begin with bos_id?"""
     chat_template: str | None = None
     """A jinja template of conversations, if the model has one."""
+    pad_id: int | None = None
+    unk_id: int | None = None
 
     def __init__(
         self,
@@ -439,7 +442,7 @@ class Tokenizer:
     def from_dict(cls, data: dict) -> "Tokenizer":
         """The tokenizer that `to_dict` wrote. Raises ValueError for anything else."""
         if isinstance(data, dict) and data.get("kind") == "imported":
-            from .tokenizer_json import tokenizer_from_dict  # it imports this module
+            from .tokens.json_file import tokenizer_from_dict  # it imports this module
 
             return tokenizer_from_dict(data)
         version = data.get("format") if isinstance(data, dict) else None

@@ -262,7 +262,7 @@ class Transformer(nn.Module):
             block.attn.flops_per_token(seqlen) + block.mlp.flops_per_token()
             for block in self.blocks
         )
-        head = 2 * (self.config.vocab_in_use or self.config.vocab_size) * self.config.d_model
+        head = 2 * self.config.head_rows * self.config.d_model
         return layers + head
 
 

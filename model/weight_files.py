@@ -25,6 +25,7 @@ MOST_NAMED = 6  # names that a message lists
 # Names of dtypes in a safetensors file. A weight in fp8 has its scales under a name of their own.
 PLAIN_DTYPES = ("F32", "BF16", "F16")
 FP8, SCALE = "F8_E4M3", "_scale_inv"
+SCALE_DTYPES = (*PLAIN_DTYPES, "F8_E8M0")
 
 
 # ---- what there is ----
@@ -141,7 +142,10 @@ def pieces(stored: Stored, name: str, multiple: int = 1):
 
 
 def copy_tensor(target: torch.Tensor, name: str, stored: dict[str, Stored], block) -> None:
-    """Copy a tensor of a file to its place, in the target's dtype. block: as `fp8_block`."""
+    """Copy a tensor of a file to its place, in the target's dtype. block: as `fp8_block`.
+
+    Raises ValueError for numbers that are not finite there.
+    """
     is_fp8 = stored[name].dtype == FP8
     scale = None
     if is_fp8:
@@ -152,13 +156,21 @@ def copy_tensor(target: torch.Tensor, name: str, stored: dict[str, Stored], bloc
             blocks = slice(rows.start // block[0], -(-rows.stop // block[0]))
             piece = dequantised(piece, scale[blocks], block)
         target[rows].copy_(piece)
+        # Least and largest: NaN is both. (isfinite would take memory of its own.)
+        if not torch.stack(target[rows].aminmax()).isfinite().all():
+            raise ValueError(
+                f"{name} has numbers that are not finite in {target.dtype}; fetch "
+                f"{stored[name].path.name} again, or take other weights"
+            )
 
 
 def dequantised(fp8: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """w * scale in fp32. fp8: [rows, columns], whole blocks but for the edges; scale: one for each
     block (DeepSeek-V3, arXiv 2412.19437, section 3.3)."""
     n_rows, n_columns = fp8.shape
-    wide = scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    # A block may be larger than the matrix.
+    block_rows, block_columns = min(block[0], n_rows), min(block[1], n_columns)
+    wide = scale.repeat_interleave(block_rows, 0).repeat_interleave(block_columns, 1)
     return fp8.float() * wide[:n_rows, :n_columns]
 
 

@@ -45,7 +45,7 @@ def update_policy(learner, rollouts: Rollouts, advantages: Advantages, config, s
     anything is updated with a wrong log-prob.
     """
     policy = learner.policy
-    check_targets(np.concatenate(rollouts.sequences), policy.config.vocab_size)
+    check_targets(np.concatenate(rollouts.sequences), policy.config.head_rows)
     updates = lay_out_updates(learner, rollouts, advantages, config, step)
     rate = learning_rate(step, config.steps, config.optim)
     log = UpdateLog(gap_limit(policy, config), corrects=config.loss.max_importance > 0)

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from r1zero.model.config import preset
+from r1zero.model.huggingface import write_model
+from r1zero.model.tokenizer import Tokenizer
+from r1zero.model.transformer import Transformer
 from r1zero.rl import naive
 from r1zero.rl.family import PRESETS
 from r1zero.train.cli.main import COMMANDS, command_of, main
@@ -105,6 +109,12 @@ FILES = {  # what the commands read
 }
 
 
+def make_open_model(folder: Path) -> None:
+    """A folder in Hugging Face's layout, of random weights, with room for worked examples in bytes."""
+    config = preset("tiny", 258, max_seq_len=1024, rope_theta=10_000.0)
+    write_model(folder, Transformer(config).init_weights(0), Tokenizer.bytes())
+
+
 def toy_size(words: list[str]) -> list[str]:
     """The command with toy settings. Raises AssertionError for one that has none here."""
     command, _ = command_of(words[1:])
@@ -140,6 +150,7 @@ def test_the_commands_run_in_order(page, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(naive, name, value)
     for name, content in FILES.items():
         Path(name).write_text(content, encoding="utf-8")
+    make_open_model(Path("models/SmolLM2-135M-Instruct"))
     for words in commands_of((ROOT / page).read_text(encoding="utf-8")):
         code = run(words)
         error = capsys.readouterr().err
@@ -297,7 +308,7 @@ def unknown_options(text: str, options: dict[str, set[str]]) -> list[str]:
     """Flags in code that the command beside them does not have; where there is none, that no command has."""
     bad = []
     for code in [*code_spans(text), *plain_lines(text)]:
-        words = re.search(r"\br1zero ([a-z]+) ?([a-z]*)", code)
+        words = re.search(r"\br1zero ([a-z]+) ?([a-z0-9.-]*)", code)
         command = command_of(list(words.groups()))[0] if words else None
         if command and command not in options:
             bad.append(code)

@@ -40,7 +40,7 @@ def train_step(
     scaler, balance = scaler or LossScaler(), balance or Balance(model)
     balance.begin()
     device = model.embed.device
-    check_targets(batch.targets, model.config.vocab_size)
+    check_targets(batch.targets, model.config.head_rows)
     denominator = float(batch.weight.sum())
     mean_loss = 0.0
     for part in split_batch(batch, micro_tokens):

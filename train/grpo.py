@@ -26,7 +26,7 @@ from ..eval.console import say
 from ..eval.harness import evaluate
 from ..eval.sampler import ModelSampler
 from ..eval.tasks.base import Task
-from ..model.chat_template import encode_prompts
+from ..model.chat_template import encode_problems
 from ..model.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -224,9 +224,9 @@ def is_chat(config: GRPOConfig) -> bool:
 
 
 def longest_prompt(config: GRPOConfig, task: Task, tokenizer: Tokenizer, problems: list) -> int:
-    """The number of tokens of the longest prompt."""
+    """The number of tokens of the longest prompt. ValueError for one that cannot be encoded."""
     prompts = [task.prompt(problem) for problem in problems]
-    return max(map(len, encode_prompts(tokenizer, prompts, is_chat(config))))
+    return max(map(len, encode_problems(tokenizer, prompts, is_chat(config))))
 
 
 def check_room(config: GRPOConfig, task: Task, policy: Transformer, tokenizer: Tokenizer) -> None:

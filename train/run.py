@@ -44,6 +44,7 @@ from ..model.checkpoint import (
 )
 from ..model.config import ModelConfig
 from ..model.files import atomic_write_json
+from ..model.huggingface import is_huggingface
 from ..model.optimizer import load_optimizer_tensors, optimizer_tensors
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
@@ -180,6 +181,11 @@ class Run:
                 f"cannot use the run folder {self.folder}: {nearest} {why}; give another one"
             )
         self._steps_seen = checkpoint_steps(self.folder)
+        if is_huggingface(self.folder):
+            raise ValueError(
+                f"{self.folder} holds a Hugging Face model, which checkpoints would hide; give the "
+                "run a folder of its own"
+            )
         if not self._steps_seen:
             return None
         if not self.config.resume:

@@ -14,6 +14,7 @@ from ..eval.tasks.base import Task
 from ..eval.tasks.catalogue import TASKS, find_task, make_task, option_types
 from ..eval.tasks.own import source_of
 from ..eval.tasks.problem_file import FileTask
+from ..eval.tasks.prompts import check_message
 
 TEST = "test="  # the option that names a second file
 FILE_TASKS = [name for name, task in TASKS.items() if "path" in option_types(task)]
@@ -46,7 +47,7 @@ class TaskFlags:
     skip_bad: Annotated[bool, tyro.conf.arg(prefix_name=False)] = False
     """Go on without the lines of --data that are bad, and say how many there are."""
     chat: Annotated[bool, tyro.conf.arg(prefix_name=False)] = False
-    """Put each question through the model's chat template."""
+    """Put each question through the model's chat template; mostly with --options template=chat."""
 
     @property
     def short_name(self) -> str:
@@ -72,7 +73,9 @@ class TaskFlags:
         return source_of(find_task(self.name)) if is_named(self.name) else None
 
     def make(self) -> Task:
-        """The task. Raises ValueError for an unknown task or option, or a wrong value."""
+        """The task. Raises ValueError for an unknown task or option, a wrong value, and --chat with
+        a template that is no message of a user.
+        """
         types = option_types(find_task(self.name))
         values = dict(self._parse(option, types) for option in self.options)
         if self.data is not None:
@@ -89,7 +92,10 @@ class TaskFlags:
                     f"{self.name} makes its own; leave it out"
                 )
             values["skip_bad"] = True
-        return make_task(self.name, **values)
+        task = make_task(self.name, **values)
+        if self.chat:
+            check_message(getattr(task, "template", None))
+        return task
 
     @staticmethod
     def _parse(option: str, types: dict[str, type]) -> tuple[str, str | int | float | bool]:

@@ -33,7 +33,7 @@ from .base import (
     stable_hash,
 )
 from .expression import ExpressionError, parse_expression
-from .final_answer import final_answer
+from .final_answer import final_answer, in_words
 from .numbers import read_number
 from .prompts import TEMPLATES, chat, check_template, zero_shot
 
@@ -197,10 +197,17 @@ class Arithmetic(Task):
 
     @staticmethod
     def grade(problem: ArithmeticProblem, response: str) -> Grade:
-        """Right if the last answer block is the number and nothing else: `-7`, not `042`."""
+        """Right if the last answer block is the number and nothing else: `-7`, not `042`.
+
+        In a chat without such a block, a box or another mark counts too (final_answer.py).
+        """
         answer = answer_of(problem, response)
         if answer is None:
-            return Grade(0.0, None, "There is no complete <answer>...</answer> block.")
+            why = "There is no complete <answer>...</answer> block."
+            if problem.template == "chat":
+                marks = in_words(FORMS["chat"].marks)
+                why = f"There is neither a complete answer block nor {marks}."
+            return Grade(0.0, None, why)
         number = read_number(answer)
         if number is None:
             return Grade(0.0, answer, f"The answer {quoted(answer)} is not a number.")
@@ -208,3 +215,11 @@ class Arithmetic(Task):
             given = quoted(answer.strip(WHITE_SPACE))
             return Grade(0.0, answer, f"The answer is {given}, not {problem.answer}.")
         return Grade(1.0, answer, f"The answer is {problem.answer}.")
+
+    @staticmethod
+    def same_answer(answer: str, other: str) -> bool:
+        """Whether two answers are the same number, or the same text, for a vote among them."""
+        value = read_number(answer)
+        if value is None:
+            return answer.strip(WHITE_SPACE) == other.strip(WHITE_SPACE)
+        return value == read_number(other)

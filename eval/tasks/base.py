@@ -94,7 +94,11 @@ class Task(Protocol):
 
     @staticmethod
     def same_answer(answer: str, other: str) -> bool:
-        """Whether two answers that `grade` has read are one and the same, for a vote among them."""
+        """Whether two answers that `grade` has read are one and the same, for a vote among them.
+
+        Two that are the same must have the same grade. The harness asks an instance, so this may be
+        a method that looks at the options.
+        """
         return answer.strip() == other.strip()
 
     @staticmethod

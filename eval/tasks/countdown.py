@@ -202,6 +202,19 @@ def _fault(problem: CountdownProblem, answer: str) -> str | None:
     return None
 
 
+def worth(answer: str) -> tuple:
+    """All that the grader looks at in an answer, so equal ones are graded alike.
+
+    (value, numbers used, value behind `=`); for what is no arithmetic, its text.
+    """
+    expression, equals, right_side = answer.partition("=")
+    try:
+        value, used = parse_expression(expression)
+    except ExpressionError:
+        return (answer.strip(WHITE_SPACE),)
+    return value, sorted(used), equals and read_number(right_side)
+
+
 def _shown(value: Fraction) -> str:
     return str(value) if len(str(value)) <= 40 else "a number with very many digits"
 
@@ -373,6 +386,11 @@ class Countdown(Task):
         fault = _fault(problem, answer)
         right = f"The answer uses every number once and equals {problem.target}."
         return Grade(float(fault is None), answer, fault or right)
+
+    @staticmethod
+    def same_answer(answer: str, other: str) -> bool:
+        """Whether two expressions are worth the same and use the same numbers, for a vote."""
+        return worth(answer) == worth(other)
 
     @staticmethod
     def coherence(problem: CountdownProblem, response: str) -> float:

@@ -7,7 +7,7 @@ r"""The final answer of a response: in its answer block, or behind a mark that i
 
 Of several kinds, the block goes first, then the first kind that the prompt's form names; of one
 kind, the last one counts. A mark may stand inside the block. So a response has one answer, however
-many it writes.
+many it writes. In a box and in a sentence a unit may stand behind the number: `18 dollars`.
 
 Left out: the last number of a text without a mark. It pays for numbers that were never given as the
 answer. Each reader is linear in the length of the text.
@@ -17,16 +17,18 @@ import re
 from collections.abc import Callable
 
 from ..response import WHITE_SPACE, parse_response
-from .math_answer import boxed, unwrapped
+from .answer_words import is_unit
+from .math_answer import MAX_LENGTH, boxed, plain, unwrapped
 
 HASHES = "####"
 MAX_SENTENCE = 200  # characters of what an answer in a sentence is looked for in
-SENTENCE = re.compile(
-    rf"\b[Tt]he (?:final |correct )?answer is:?[ \t]*+([^\n]{{1,{MAX_SENTENCE}}}+)"
-)
-# LaTeX around a number that changes nothing of its value: signs, thin spaces, units in words.
-LATEX = re.compile(r"\\[!,;: ]|\\(?:left|right|displaystyle)\b|\\text\{[^0-9{}]*+\}")
+SENTENCE = re.compile(r"\b[Tt]he (?:final |correct )?answer is:?[ \t]*+")
 WRAPPERS = (("**", "**"), ("$", "$"), (r"\(", r"\)"), ("`", "`"))
+# 18 dollars, 18\text{ eggs}
+WITH_UNIT = re.compile(
+    r"(?P<number>[^a-zA-Z{}\\]*[0-9%])"
+    r"(?:\s*\\(?:text|mbox|mathrm)\{(?P<text>[^{}]*)\}|\s+(?P<words>[^{}\\]+))"
+)
 
 
 def final_answer(response: str, marks: tuple[str, ...]) -> str | None:
@@ -59,25 +61,32 @@ def in_box(text: str) -> str | None:
 
 
 def in_sentence(text: str) -> str | None:
-    """What follows the last `The answer is` on its line, up to the end of its sentence."""
-    found = None
+    r"""What follows the last `The answer is` on its line, up to the end of its sentence.
+
+    A box in the sentence is read too: `The answer is \boxed{18}.`
+    """
+    found = ""
     for match in SENTENCE.finditer(text):
-        found = match[1]
-    if found is None:
-        return None
+        rest_of_line = text[match.end() : match.end() + MAX_SENTENCE].partition("\n")[0]
+        found = rest_of_line or found
     # A full stop ends the sentence where no digit follows it.
     sentence = re.split(r"\.(?![0-9])", found, maxsplit=1)[0]
-    return without_latex(sentence)
+    return without_latex(unwrapped(sentence)) if found else None
 
 
 def without_latex(text: str) -> str:
-    """A number without the marks of LaTeX or Markdown around it; other text hardly changes."""
-    text = LATEX.sub("", text.replace("{,}", ",")).strip(WHITE_SPACE)
+    """A number without a unit, LaTeX or Markdown around it; other text hardly changes."""
+    if len(text) > MAX_LENGTH:
+        return text
+    text = plain(text.replace(r"\displaystyle", "")).strip(WHITE_SPACE)
     for opening, closing in WRAPPERS:
         is_around = text.startswith(opening) and text.endswith(closing)
         if is_around and len(text) > len(opening) + len(closing):
             text = text[len(opening) : -len(closing)].strip(WHITE_SPACE)
-    return text.replace(r"\$", "$").replace(r"\%", "%")
+    text = text.replace(r"\$", "$").replace(r"\%", "%")
+    match = WITH_UNIT.fullmatch(text)
+    has_unit = match is not None and is_unit(match["text"] or match["words"] or "")
+    return match["number"] if has_unit else text
 
 
 READERS: dict[str, Callable[[str], str | None]] = {

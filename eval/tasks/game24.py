@@ -129,6 +129,11 @@ class Game24(FileTask):
         return Countdown.grade(problem, response)
 
     @staticmethod
+    def same_answer(answer: str, other: str) -> bool:
+        """Whether two expressions are worth the same and use the same numbers, for a vote."""
+        return Countdown.same_answer(answer, other)
+
+    @staticmethod
     def coherence(problem: CountdownProblem, response: str) -> float:
         """The share of true equations among those that the response writes, from 0 to 1."""
         return Countdown.coherence(problem, response)

@@ -8,7 +8,8 @@ The answer of a response is its last complete answer block, or else what follows
 that line. A mark may stand inside the block, and one with nothing behind it changes nothing. The
 templates chat and eight_shot ask for other marks, which are read too (final_answer.py). The answer
 must be a number and nothing else, as people write one (numbers.py, prose): `1,234`, `$12`,
-`12.50` and `12.` are numbers; `12 eggs` and `1/2` are not. Numbers are compared as exact fractions.
+`12.50` and `12.` are numbers; `1/2` is not, and `12 eggs` only in a box or a sentence. Numbers are
+compared as exact fractions.
 
 A base model that has answered often runs on into a next question, `Question:` or another form that
 its template has (prompts.py), and answers that. Its response is judged up to there. A plain
@@ -27,7 +28,7 @@ from ..lines import json_object
 from ..response import WHITE_SPACE, quoted
 from .base import Grade, required_fields
 from .final_answer import HASHES, behind_hashes, final_answer, in_words
-from .numbers import read_number, text_of_number_field
+from .numbers import read_number, same_number, text_of_number_field
 from .problem_file import FileTask
 from .prompts import TEMPLATES, check_template
 
@@ -142,6 +143,5 @@ class GSM8K(FileTask):
 
     @staticmethod
     def same_answer(answer: str, other: str) -> bool:
-        """Whether two answers are the same number, for a vote among them."""
-        value = read_number(answer, prose=True)
-        return value is not None and value == read_number(other, prose=True)
+        """Whether two answers are the same number, or the same text, for a vote among them."""
+        return same_number(answer, other)

@@ -26,7 +26,7 @@ from typing import Any, ClassVar, NamedTuple
 from ..lines import json_object
 from ..response import WHITE_SPACE, parse_response, quoted
 from .base import Grade, required_fields
-from .numbers import read_number, text_of_number_field
+from .numbers import read_number, same_number, text_of_number_field
 from .patterns import MAX_TEXT, compile_pattern, full_match
 from .problem_file import FileTask
 from .prompts import TEMPLATES, check_template
@@ -221,3 +221,10 @@ class JSONL(FileTask):
         given = answer.strip(WHITE_SPACE)
         fault = GRADERS[problem.grader].fault(problem.answer, given)
         return Grade(float(fault is None), answer, fault or "The answer is right.")
+
+    def same_answer(self, answer: str, other: str) -> bool:
+        """Whether two answers are one, for a vote: the same number, where numbers are graded.
+
+        By the option `grader`: a line's own grader changes its grade, but not the vote.
+        """
+        return same_number(answer, other) if self.grader == "number" else answer == other

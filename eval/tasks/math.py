@@ -10,12 +10,15 @@ refused when the file is read.
 Which answer a response gives is said in math_answer.py. Numbers are compared as exact fractions:
 025 is 25, and 0.333 is not 1/3. All else goes to math-verify in a process of its own, within limits
 of time and memory (eval/worker.py). An answer that takes more is wrong. Several values are right
-only if the right answer is all of them.
+only if the right answer is all of them, and of words only units may stand beside a value
+(answer_words.py). An expression that is copied from the question is wrong, though its value may be
+right: 99^2 + 99 + 1 is no answer to what it is.
 
 Left out: proofs, and partial credit.
 """
 
 import re
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +27,7 @@ from typing import Any, ClassVar
 from ..lines import json_object
 from ..response import quoted
 from ..worker import Overrun, Worker
-from . import math_answer
+from . import answer_words, math_answer
 from .base import Grade
 from .numbers import text_of_number_field
 from .problem_file import FileTask
@@ -48,6 +51,9 @@ FORMS = {
 }
 
 
+PROSE = re.compile(r"\\(?:text|mbox)\{[^{}\\]*\}|\\l?dots")  # in a right answer
+
+
 @dataclass(frozen=True)
 class MathProblem:
     question: str
@@ -59,6 +65,9 @@ class MathProblem:
 
 # ---- comparing ----
 
+# Answers whose comparison took too much, the last ones: so a vote does not try them all again.
+overran: deque[str] = deque(maxlen=1_000)
+
 
 @lru_cache(maxsize=1)
 def worker() -> Worker:
@@ -68,15 +77,22 @@ def worker() -> Worker:
 
 @lru_cache(maxsize=10_000)
 def can_read(gold: str) -> bool:
-    """Whether a right answer can be compared with anything. RuntimeError as `Worker.ask`."""
+    r"""Whether a right answer can be compared with anything. RuntimeError as `Worker.ask`.
+
+    What math-verify does not know, but is words and dots, such as 6:00 \text{ p.m.}, is compared as
+    it is spelled.
+    """
     if math_answer.unreadable(gold) is not None:
         return False
     if math_answer.are_equal(gold, gold):
         return True
     try:
-        return worker().ask("is_right", gold, gold) is True
+        if worker().ask("is_right", gold, gold) is True:
+            return True
     except Overrun:
         return False
+    rest, n_words = PROSE.subn("", gold)
+    return n_words > 0 and "\\" not in rest
 
 
 @lru_cache(maxsize=10_000)
@@ -85,15 +101,17 @@ def fault(gold: str, answer: str) -> str | None:
 
     The answers of a group are often alike, so the last ones are kept.
     """
-    if (why := math_answer.unreadable(answer)) is not None:
+    why = math_answer.unreadable(answer) or answer_words.extra(gold, answer)
+    if why is not None:
         return why
-    if math_answer.says_not(answer) and not math_answer.says_not(gold):
-        return f"The answer {quoted(answer)} says what is not."
     is_right = math_answer.are_equal(gold, answer)
+    if is_right is None and math_answer.spelled(gold) == math_answer.spelled(answer):
+        is_right = True
     if is_right is None:
         try:
             is_right = worker().ask("is_right", gold, answer) is True
         except Overrun as overrun:
+            overran.append(answer)
             return f"The answer {quoted(answer)} was not compared: {overrun}."
     return None if is_right else f"The answer is {quoted(answer)}, not {quoted(gold)}."
 
@@ -141,7 +159,8 @@ class Math(FileTask):
     templates: ClassVar[tuple[str, ...]] = tuple(FORMS)
 
     template: str = "boxed"
-    r"""How a question is put to the model: boxed (asks for \boxed{}), r1_zero or plain."""
+    r"""How a question is put to the model: boxed (asks for \boxed{}), r1_zero, r1_zero_think or
+    plain."""
 
     def parse_line(self, line: str) -> MathProblem:
         """The problem of a line; ValueError, with the reason, for a bad line."""
@@ -195,12 +214,20 @@ class Math(FileTask):
         if answer is None:
             why = "There is neither a complete answer block nor a complete \\boxed{...}."
             return Grade(0.0, None, why)
-        why = fault(problem.gold, answer)
+        if math_answer.is_copied(problem.question, problem.gold, answer):
+            why = f"The answer {quoted(answer)} is copied from the question."
+        else:
+            why = fault(problem.gold, answer)
         return Grade(float(why is None), answer, why or "The answer is right.")
 
     @staticmethod
     def same_answer(answer: str, other: str) -> bool:
-        """Whether two answers are one and the same value, for a vote among them."""
+        """Whether two answers are one and the same value, for a vote among them.
+
+        One that took too much when it was compared before is compared as text.
+        """
         if answer == other:
             return True
-        return math_answer.unreadable(answer) is None and fault(answer, other) is None
+        if answer in overran or other in overran or math_answer.unreadable(answer) is not None:
+            return False
+        return fault(answer, other) is None

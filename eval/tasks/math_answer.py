@@ -10,6 +10,10 @@ stands behind it is not read. Nothing else is searched for: an answer with words
 
 Numbers are compared here, as exact fractions: 0.3333 is not 1/3. All else is math-verify's work
 (math_worker.py), so an answer that it would take too long over is refused here first.
+
+Chosen, as math-verify does: 5\% is right for 5 and for 0.05, and 500\% for 5; a ratio is its
+quotient, so 7/30 is right for 7:30; 15 digits of \pi are right for \pi; (1,2) and \{1,2\} are right
+for 1,2; units are not compared.
 """
 
 import re
@@ -21,50 +25,83 @@ from .numbers import read_number
 
 MAX_LENGTH = 400  # characters of an answer that is read
 MAX_DEPTH = 12  # brackets, one in the other; math-verify's time grows steeply with them
-BOX = r"\\(?:boxed|fbox)[ \t]*+\{"
-BRACES = re.compile(rf"{BOX}|\\[\\{{}}]|[{{}}]")
-ESCAPED = (r"\{", r"\}", "\\\\")
-# Spaces and signs of LaTeX that change nothing, and spaces between thousands.
-THIN = re.compile(r"\\[!,;: ] *|\\(?:left|right)(?![a-zA-Z])|(?<=[0-9]) +(?=[0-9]{3}(?![0-9]))")
-# What says no, or says nothing: math-verify takes it for a unit, or for letters.
-DENIAL = re.compile(r"\\n(?:eq?|ot)(?![a-z])|(?<![a-zA-Z\\])not(?![a-zA-Z])", re.IGNORECASE)
-TWO_NUMBERS = re.compile(r"(?<!frac )[0-9]\s+[0-9.]")
-CURRENCY = re.compile(r"\\?\$[ ]*(?=[-+−.]?[0-9][^$]*$)")
+
+# Braces. \boxed{, \fbox {
+BOX = re.compile(r"\\(?:boxed|fbox)[ \t]*+\{")
+ESCAPED = (r"\{", r"\}", "\\\\")  # no braces that group
+BRACES = re.compile(r"\\[\\{}]|[{}]")
+
+# Around an answer. $x$, \(x\)
 WRAPPERS = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
-INTEGER = r"[0-9]{1,40}"
-PART = rf"(?:\{{\s*({INTEGER})\s*\}}|\s*([0-9]))"
-MIXED = re.compile(
-    rf"(?P<sign>[-+]?)\s*(?P<whole>{INTEGER})?\s*\\[dtc]?frac{PART}{PART}"
-    rf"|(?P<sign2>[-+]?)\s*({INTEGER})\s*/\s*({INTEGER})"
+# $12, \$12, \$ -.5
+CURRENCY = re.compile(r"\\?\$[ ]*(?=[-+−.]?[0-9][^$]*$)")
+# \text{1}
+DIGITS_AS_TEXT = re.compile(r"\\(?:text|mbox|mathrm)\{([0-9]+)\}")
+
+# Inside of one. \left(, 10,\!080
+NOTHING = re.compile(r"\\(?:left|right)(?![a-zA-Z])|\\! *|\\[,;: ](?= *$)")
+# 10\,080
+SPACE = re.compile(r"\\[,;: ]")
+# 10 080, but not 1 2
+BETWEEN_THOUSANDS = re.compile(r"(?<=[0-9]) +(?=[0-9]{3}(?![0-9]))")
+# 5 6; but \frac 5 6 and \log_2 3 are one value
+TWO_NUMBERS = re.compile(r"(?<!frac )(?<![_^])[0-9]\s+[0-9.]")
+
+# What a question may hold and an answer, too. 5, x=5, 90^\circ, \$2.50, 5cm, Ann, (A)
+BARE = re.compile(
+    r"(?:[a-zA-Z]=)?(?:[-+]?(?:\\?\$)?[0-9.,]+(?:\\?%|\^\\circ)?[a-zA-Z]*|\(?[a-zA-Z]+\)?)"
 )
-BASED = re.compile(rf"({INTEGER})_(?:\{{([0-9]{{1,2}})\}}|([0-9]{{1,2}}))")
+
+# Numbers. {12}, 3
+INTEGER = r"[0-9]{1,40}"
+PART = rf"(?:\{{\s*{INTEGER}\s*\}}|\s*[0-9])"
+# \frac{1}{2}, \frac12, -1\frac{4}{5}
+MIXED = re.compile(
+    rf"(?P<sign>[-+]?)\s*(?P<whole>{INTEGER})?\s*\\[dtc]?frac(?P<top>{PART})(?P<bottom>{PART})"
+)
+# 1/2, - 1 / 2
+QUOTIENT = re.compile(rf"(?P<sign>[-+]?)\s*(?P<top>{INTEGER})\s*/\s*(?P<bottom>{INTEGER})")
+# 0.\overline{3}, -1.2\bar{45}
+REPEATING = re.compile(
+    rf"(?P<sign>[-+]?)(?P<whole>{INTEGER})?\.(?P<fixed>[0-9]{{0,20}})"
+    r"\\(?:overline|bar)\s*(?:\{(?P<cycle>[0-9]{1,20})\}|(?P<digit>[0-9]))"
+)
+# 1011_2, 2516_{8}, BEE_{16}
+BASED = re.compile(
+    rf"(?P<digits>{INTEGER}|[0-9A-F]{{2,40}}(?=_\{{16\}}))"
+    r"_(?:\{(?P<base>[0-9]{1,40})\}|(?P<digit>[0-9]))"
+)
 
 
 # ---- where the answer stands ----
 
 
-def boxed(text: str) -> list[str]:
-    r"""What stands in each complete \boxed{...}, in order; of a box in a box, the outer one.
+def in_braces(text: str, opening: re.Pattern) -> list[str]:
+    r"""What stands in each complete \command{...}, in order; of one in another, the outer one.
 
-    Linear in the length of `text`.
+    opening: matches the command with its brace. Linear in the length of `text`.
     """
     found: list[tuple[int, int]] = []
-    opened: list[int | None] = []  # where the box of an open brace begins; None for other braces
-    for match in BRACES.finditer(text):
-        sign = match[0]
-        if sign == "{":
+    opened: list[int | None] = []  # where the text of an open brace begins; None for other braces
+    for match in re.finditer(rf"(?P<opening>{opening.pattern})|{BRACES.pattern}", text):
+        if match["opening"]:
+            opened.append(match.end())
+        elif match[0] == "{":
             opened.append(None)
-        elif sign == "}":
+        elif match[0] == "}":
             start = opened.pop() if opened else None
             if start is None:
                 continue
-            # The boxes inside of this one are a part of it.
+            # What was found inside of this one is a part of it.
             while found and found[-1][0] > start:
                 found.pop()
             found.append((start, match.start()))
-        elif sign.endswith("{") and len(sign) > 2:
-            opened.append(match.end())
     return [text[start:end] for start, end in found]
+
+
+def boxed(text: str) -> list[str]:
+    r"""What stands in each complete \boxed{...}, in order; of a box in a box, the outer one."""
+    return in_braces(text, BOX)
 
 
 def given(text: str) -> str | None:
@@ -91,9 +128,10 @@ def unwrapped(text: str) -> str:
             if text == f"{opening}{inner}{closing}" and opening not in inner.replace(r"\$", ""):
                 text = inner.strip(WHITE_SPACE)
         boxes = boxed(text)
-        if len(boxes) == 1 and re.fullmatch(rf"{BOX}.*\}}", text, re.DOTALL):
+        if len(boxes) == 1 and re.fullmatch(rf"{BOX.pattern}.*\}}", text, re.DOTALL):
             text = boxes[0].strip(WHITE_SPACE)
-    return CURRENCY.sub("", text.replace("−", "-").replace("~", " "), count=1)
+    text = DIGITS_AS_TEXT.sub(r"\1", text.replace("−", "-").replace("~", " "))
+    return CURRENCY.sub("", text, count=1)
 
 
 def unreadable(answer: str) -> str | None:
@@ -116,42 +154,80 @@ def unreadable(answer: str) -> str | None:
     return None
 
 
-def says_not(text: str) -> bool:
-    """Whether an answer says what is not the case."""
-    return DENIAL.search(text) is not None
+# ---- answers as they are spelled ----
+
+
+def spelled(text: str) -> str:
+    r"""An answer without what makes no difference: spaces, \left, \text, braces around a sign."""
+    text = plain(text)
+    text = re.sub(r"\\(?:text|mbox|mathrm)\s*(?=\{)", "", text)
+    text = re.sub(r"\\[dtc](frac|binom)", r"\\\1", re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text))
+    text = re.sub(r"\{([^{}\\])\}", r"\1", text)
+    return text[1:-1] if re.fullmatch(r"\{[^{}]*\}", text) else text
+
+
+def is_copied(question: str, gold: str, answer: str) -> bool:
+    """Whether an answer is an expression of the question, and not the right answer as written.
+
+    What is 99^2 + 99 + 1? It is 99^2 + 99 + 1: that is true, and no answer. Numbers and names are
+    no such copies, alone or behind `x =`.
+    """
+    if not answer or len(answer) > MAX_LENGTH:
+        return False
+    text, wanted = spelled(answer), spelled(gold)
+    # 1/2 is no part of 11/2.
+    copied = re.search(rf"(?<![0-9.]){re.escape(text)}(?![0-9])", spelled(question))
+    if copied is None or BARE.fullmatch(text):
+        return False
+    return (fraction_parts(text) or text) != (fraction_parts(wanted) or wanted)
 
 
 # ---- what can be compared exactly ----
 
 
 def plain(text: str) -> str:
-    """An answer without thin spaces, and with commas between thousands as in prose."""
-    return THIN.sub("", text.replace("{,}", ",")).strip()
+    """An answer without marks of spacing, and with commas between thousands as in prose."""
+    text = SPACE.sub(" ", NOTHING.sub("", text.replace("{,}", ",")))
+    return BETWEEN_THOUSANDS.sub("", text).strip()
+
+
+def fraction_parts(text: str) -> tuple[str, int, int, int] | None:
+    """(sign, whole, top, bottom) of a fraction or a mixed number; None for all else."""
+    match = MIXED.fullmatch(text) or QUOTIENT.fullmatch(text)
+    if match is None:
+        return None
+    top, bottom = (int(match[name].strip("{} ")) for name in ("top", "bottom"))
+    return match["sign"], int(match.groupdict().get("whole") or 0), top, bottom
+
+
+def repeating(match: re.Match) -> Fraction:
+    """The value of a decimal whose last digits repeat: 0.1666... is 1/10 + 6/90."""
+    cycle, fixed = match["cycle"] or match["digit"], match["fixed"]
+    head = Fraction(int((match["whole"] or "0") + fixed), 10 ** len(fixed))
+    tail = Fraction(int(cycle), (10 ** len(cycle) - 1) * 10 ** len(fixed))
+    return -(head + tail) if match["sign"] == "-" else head + tail
 
 
 def exact(text: str) -> Fraction | None:
     """The value of a number, a fraction or a mixed number; None for all else, percent too."""
     text = plain(text)
+    if parts := fraction_parts(text):
+        sign, whole, top, bottom = parts
+        value = whole + Fraction(top, bottom) if bottom else None
+        return -value if value is not None and sign == "-" else value
+    if match := REPEATING.fullmatch(text):
+        return repeating(match)
     if text.endswith("%"):
         return None
     if re.fullmatch(r"[-+]?\.[0-9]+", text):
         text = text.replace(".", "0.")
-    match = MIXED.fullmatch(text)
-    if match is None:
-        return read_number(text, prose=True)
-    sign, whole, *parts, sign2, top, bottom = match.groups()
-    if top is None:
-        top, bottom = (part for part in parts if part is not None)
-    if int(bottom) == 0:
-        return None
-    value = int(whole or 0) + Fraction(int(top), int(bottom))
-    return -value if (sign or sign2) == "-" else value
+    return read_number(text, prose=True)
 
 
 def based(text: str) -> tuple[str, int] | None:
     """(digits, base) of a number with its base, like 1011_2; None for all else."""
     match = BASED.fullmatch(plain(text))
-    return match and (match[1], int(match[2] or match[3]))
+    return match and (match["digits"], int(match["base"] or match["digit"]))
 
 
 def are_equal(gold: str, answer: str) -> bool | None:

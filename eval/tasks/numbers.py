@@ -59,6 +59,14 @@ def read_number(text: str, *, leading_zeros: bool = False, prose: bool = False) 
     return -value if signs and signs in MINUS else value
 
 
+def same_number(text: str, other: str) -> bool:
+    """Whether two texts are the same number as people write one, or else the same text."""
+    value = read_number(text, prose=True)
+    if value is None:
+        return text.strip(WHITE_SPACE) == other.strip(WHITE_SPACE)
+    return value == read_number(other, prose=True)
+
+
 # ---- numbers in files of problems ----
 
 

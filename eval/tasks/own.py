@@ -33,7 +33,7 @@ CALLS = {
     "problem_from_record": ("record",),
 }
 INHERITED = {"problems": ("split", "n", "start")}  # `Task` has it whole
-# None where a task has none.
+# None, or not there at all, where a task has none.
 OPTIONAL = {"coherence": ("problem", "response"), "prefilled": ("problem",)}
 STATIC = ("grade", "problem_from_text", "problem_from_record", *OPTIONAL)
 # What a base model may answer, right or wrong.
@@ -47,13 +47,14 @@ def load_task(name: str) -> type[Task]:
     if not isinstance(task, type) or not is_dataclass(task):
         raise ValueError(f"{what} is no dataclass; put @dataclass(frozen=True) above its class")
     members = (*Task.__annotations__, *CALLS, *INHERITED)
-    missing = [member for member in members if not has_own(task, member)]
+    required = [member for member in members if member not in OPTIONAL]
+    missing = [member for member in required if not has_own(task, member)]
     if missing:
         raise ValueError(
             f"{what} lacks {', '.join(missing)}; let it inherit from r1zero.eval.tasks.base.Task, "
             "which says what each is, and has a default for some"
         )
-    given = {name: call for name, call in OPTIONAL.items() if getattr(task, name) is not None}
+    given = {name: call for name, call in OPTIONAL.items() if getattr(task, name, None) is not None}
     for member, arguments in (CALLS | INHERITED | given).items():
         check_signature(task, member, arguments, what)
     check_texts(task, what)
@@ -179,6 +180,13 @@ def check_task(task: Task, what: str) -> None:
                 f"{what}: problem({split!r}, 0) is another one when it is asked again; it must "
                 "follow from its options, split and index alone (stable_hash in base.py)"
             )
+        if getattr(task, "prefilled", None) is not None:
+            prefilled = ask("prefilled", problem)
+            if not isinstance(prefilled, str):
+                raise ValueError(
+                    f"{what}: prefilled(problem) gave {quoted(repr(prefilled))}, expected text; "
+                    "it is empty where the prompt holds nothing of the answer"
+                )
     # 3. Training goes on behind the last problem.
     if sizes["train"]:
         index = sizes["train"]
@@ -187,7 +195,7 @@ def check_task(task: Task, what: str) -> None:
     # 4. Grades of what a model might say.
     for response in PROBES:
         faults = {"grade": grade_fault(ask("grade", problem, response))}
-        if task.coherence is not None:
+        if getattr(task, "coherence", None) is not None:
             faults["coherence"] = share_fault(ask("coherence", problem, response))
         for member, fault in faults.items():
             if fault:

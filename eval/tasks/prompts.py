@@ -8,6 +8,9 @@
     chat            the question, and how to end: for --chat, which adds the model's own template
     plain           the question alone
 
+All but the last two end in a cue that a base model writes on behind. In a chat model's template
+they would be a user's message that ends with the assistant's first word, so --chat refuses them.
+
 A base model that has answered often runs on into another question of the form that it was asked in.
 So each template has a pattern for that, which cuts the response (`own_response` in response.py). A
 plain question has no form: there the first answer block behind the thoughts ends the response.
@@ -17,6 +20,13 @@ TinyZero and others write `<think>` into the prompt. Such a response is judged w
 in front (`judged_text` in response.py). So the format reward still wants the whole frame, of which
 the model has to write the rest, and a second `<think>` breaks the frame.
 
+Where `<think>` is a control token of the model (Qwen3), the one in a template becomes that token,
+as the model was trained, and one in a question does not (model/framed_text.py).
+
+The template in print reads `User: prompt. Assistant:`, where the question stands for `prompt`. Here
+the full stop is taken as the sentence's own, so a question that ends in `?` gets none behind it.
+The print also has a line break before <answer>, which is read as one of its lines' ends.
+
 The worked problems are our own. Published numbers for 8-shot prompts were measured with others.
 
 Left out: the chat templates of models. They belong to tokenizers (model/chat_template.py).
@@ -25,6 +35,7 @@ Left out: the chat templates of models. They belong to tokenizers (model/chat_te
 import re
 from dataclasses import dataclass
 
+from ...model.framed_text import FramedText
 from ..response import own_response
 
 FRAME_ASKED = (
@@ -105,8 +116,8 @@ class Template:
     """What of the answer stands in the prompt already, at its end."""
 
     def prompt(self, question: str) -> str:
-        """The text that the model continues."""
-        return f"{self.before}{question}{self.after}"
+        """The text that the model continues, which knows where the question stands in it."""
+        return FramedText(self.before, question, self.after)
 
     def own_part(self, question: str, response: str) -> str:
         """The response up to another question; the own one, said again, does not end it."""
@@ -170,8 +181,24 @@ TEMPLATES = {
     "plain": Template(before="", after="", next_question=re.compile(r"(?<=</answer>)")),
 }
 
+# The templates that end in a cue for the answer, as base models take them.
+CONTINUED = ("zero_shot", "r1_zero", "r1_zero_think", "few_shot", "eight_shot")
+
 
 def check_template(name: str, known: tuple[str, ...] = tuple(TEMPLATES)) -> None:
     """ValueError, with the known names, for a template that is not among them."""
     if name not in known:
         raise ValueError(f"template is {name!r}; it must be one of: {', '.join(known)}")
+
+
+def check_message(template: str | None) -> None:
+    """ValueError for a template whose prompts are no messages of a user, so nothing for --chat.
+
+    None, and the templates of a task of the user's own, are taken.
+    """
+    if template in CONTINUED:
+        raise ValueError(
+            f"--chat puts a question through the model's own template, and template={template} is "
+            "for a model that continues the text; leave out --chat, or give --options with a "
+            "template that asks as a user does: chat, plain, or boxed of --task math"
+        )

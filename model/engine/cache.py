@@ -99,12 +99,13 @@ def tokens_within(
     """The size of a cache, in tokens: room for `n_rows` sequences of `longest` tokens.
 
     Each row has a page more in hand. The size is less where that many tokens do not fit into
-    `n_bytes`, but never less than one sequence of `max_seq_len`. longest: None is max_seq_len.
+    `n_bytes`, but never less than one sequence of twice `longest`, or of `max_seq_len` if that is
+    less: an open model's context alone may be larger than a GPU. longest: None is max_seq_len.
     """
     longest = min(longest or max_seq_len, max_seq_len)
     wanted = n_rows * PAGE * pages_for(longest + PAGE)
     affordable = int(n_bytes / token_bytes)
-    at_least = PAGE * pages_for(max_seq_len)
+    at_least = PAGE * pages_for(min(2 * longest, max_seq_len))
     return max(at_least, min(wanted, affordable))
 
 

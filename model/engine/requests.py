@@ -115,16 +115,16 @@ def check_requests(model: Transformer, requests: Sequence[Request], tokenizer=No
     """Raises ValueError for no requests, and for one that cannot be served."""
     if not requests:
         raise ValueError("generate: got 0 prompts; expected at least one request")
-    vocab_size, max_seq_len = model.config.vocab_size, model.config.max_seq_len
+    config = model.config
     seen: set[int] = set()  # prompts by identity: the samples of a group share theirs
     for request in requests:
         if id(request.prompt) not in seen:
             seen.add(id(request.prompt))
-            _check_prompt(request.prompt, vocab_size)
+            _check_prompt(request.prompt, config.vocab_size)
         _check_sampling(request)
-        _check_top_logprobs(request, vocab_size)
+        _check_top_logprobs(request, config.head_rows)
         _check_stop_ids(request)
-        _check_length(request, max_seq_len)
+        _check_length(request, config.max_seq_len)
         _check_stop_texts(request, tokenizer)
 
 
@@ -169,11 +169,11 @@ def _check_sampling(r: Request) -> None:
         )
 
 
-def _check_top_logprobs(r: Request, vocab_size: int) -> None:
-    if not is_whole(r.top_logprobs, 0, vocab_size):
+def _check_top_logprobs(r: Request, head_rows: int) -> None:
+    if not is_whole(r.top_logprobs, 0, head_rows):
         raise ValueError(
             f"generate: top_logprobs is {r.top_logprobs}; expected a whole number from 0 to "
-            f"the model's vocab_size {vocab_size}"
+            f"the {head_rows} tokens that the model's head has"
         )
 
 

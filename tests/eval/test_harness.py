@@ -6,9 +6,20 @@ from math import sqrt
 
 import pytest
 
-from r1zero.eval.harness import Sampled, evaluate, interval, majority_at_k, majority_right, pass_at_k
+from r1zero.eval.harness import (
+    Sampled,
+    evaluate,
+    interval,
+    majority_at_k,
+    majority_right,
+    pass_at_k,
+    same_answer_of,
+)
 from r1zero.eval.tasks.arithmetic import Arithmetic
 from r1zero.eval.tasks.countdown import Countdown, solve
+from r1zero.eval.tasks.game24 import Game24
+from r1zero.eval.tasks.gsm8k import GSM8K
+from r1zero.eval.tasks.jsonl import JSONL
 
 TASK = Countdown(high=9)
 
@@ -81,6 +92,40 @@ def test_maj_at_k_is_the_mean_over_votes_of_k_responses():
     assert majority_at_k(rows, 4, str.__eq__) == 0.5  # aabb bbab, and c is left over
     assert majority_at_k(rows, 1, str.__eq__) == pytest.approx(4 / 9)
     assert majority_at_k(rows, 9, str.__eq__) == 1
+
+
+def test_a_vote_of_expressions_is_by_what_they_are_worth():
+    rows = rows_of(["9-3+7", "7+9-3", "9+7+3", "(7-3)+9", "9+7+3"], right=None)
+    for row in rows:
+        row["accuracy"] = float(row["answer"] != "9+7+3")
+    for task in (Countdown, Game24):
+        alike = same_answer_of(task)
+        assert majority_right(rows, alike) == 1
+        assert alike("1*6", "6*1 ") and not alike("1*6", "2*3") and not alike("1*6", "6")
+        assert alike("6*1=6", "1*6 = 6") and not alike("6*1=6", "6*1") and not alike("6*1=6", "6*1=7")
+        assert alike("six", " six") and not alike("six", "6")
+
+
+def test_a_vote_of_numbers_is_by_value_where_numbers_are_graded(tmp_path):
+    assert Arithmetic.same_answer("42", "+42") and Arithmetic.same_answer("42", " 42.0")
+    assert not Arithmetic.same_answer("42", "042") and Arithmetic.same_answer("x", "x ")
+    assert GSM8K.same_answer("$1,018", "1018.0") and GSM8K.same_answer("x", "x")
+    assert not GSM8K.same_answer("x", "1")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "9+9=", "answer": "18"}\n')
+    path = str(tmp_path / "a.jsonl")
+    by_number, by_text = (JSONL(path, test_share=0, grader=grader) for grader in ("number", "exact"))
+    assert same_answer_of(by_number)("18", "18.0") and not same_answer_of(by_text)("18", "18.0")
+
+
+def test_a_users_own_vote_that_raises_is_told_with_the_answers():
+    class Own(Arithmetic):
+        @staticmethod
+        def same_answer(answer, other):
+            return int(answer) == int(other)
+
+    with pytest.raises(ValueError, match="of arithmetic raised ValueError: .*answers 'x' and '1'"):
+        same_answer_of(Own())("x", "1")
+    assert same_answer_of(Own())("1", "01") is True
 
 
 def test_maj_at_k_of_an_evaluation_and_the_speed_of_sampling():

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -95,6 +96,57 @@ def test_a_worker_that_somebody_killed_is_replaced(worker):
     with pytest.raises(Overrun, match="the worker ended over it, 2 times"):
         worker.ask("exit")
     assert worker.ask("double", 3) == 6
+
+
+class Interrupted(BaseException):
+    """As KeyboardInterrupt is one."""
+
+
+def interrupt(seconds, call):
+    """Raise out of a call after some seconds, as Ctrl-C does."""
+    def handler(*_):
+        raise Interrupted
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        with pytest.raises(Interrupted):
+            call()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there is no such timer here")
+def test_a_question_that_was_interrupted_does_not_answer_the_next(worker):
+    first = worker.ask("pid")
+    interrupt(0.1, lambda: worker.ask("sleep", 0.4))
+    assert [worker.ask("double", i) for i in (1, 2, 3)] == [2, 4, 6]
+    assert worker.ask("pid") != first and wait_for_end(first)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there is no such timer here")
+def test_a_start_that_was_interrupted_is_not_taken_for_a_reply(tmp_path, worker):
+    (tmp_path / "slow_worker.py").write_text(SOURCE.replace("seen = []", "seen = []; time.sleep(0.5)", 1))
+    slow = Worker("slow_worker")
+    interrupt(0.2, lambda: slow.ask("double", 7))
+    assert [slow.ask("double", i) for i in (1, 2)] == [2, 4]
+    slow.close()
+
+
+def test_a_worker_that_is_killed_in_mid_answer_answers_nobody_else(worker):
+    """Eight threads ask a fresh worker, which is killed meanwhile: each has its own reply, or none."""
+    def ask(i):
+        if i % 10 == 5:
+            os.kill(worker.ask("pid"), signal.SIGKILL)
+        worker.ask("sleep", 0.001)
+        return worker.ask("double", i)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, range(40))) == [2 * i for i in range(40)]
+    first = worker.ask("pid")
+    killer = threading.Timer(0.2, os.kill, (first, signal.SIGKILL))
+    killer.start()
+    assert worker.ask("sleep", 0.5) is None and worker.ask("double", 4) == 8  # it is asked once more
+    killer.join()
 
 
 def test_a_module_that_does_not_start_is_named(worker, tmp_path):

@@ -277,6 +277,7 @@ def wrong(name: str, error: str) -> Transformer:
 
 # ---- config.json with one key changed ----
 
+LINEAR = dict(rope_type="linear", factor=4.0, rope_theta=300.0)
 CHANGES = [
     ("llama", "rms_norm_eps", 1e-6),
     ("llama", "rope_parameters.rope_theta", 500.0),
@@ -295,12 +296,15 @@ CHANGES = [
     ("mistral", "sliding_window", "absent"),
     ("mistral", "rope_parameters.rope_theta", 500.0),
     ("mistral", "rms_norm_eps", 1e-6),
+    ("mistral", "rope_parameters", LINEAR),
     ("qwen2", "sliding_window", 9),
     ("qwen2", "rms_norm_eps", 1e-6),
     ("qwen2", "layer_types", ["sliding_attention"] * 3),
     ("qwen2", "rope_parameters.rope_theta", 500.0),
+    ("qwen2", "rope_parameters", LLAMA3 | {"rope_theta": 300.0}),
     ("qwen3", "rms_norm_eps", 1e-5),
     ("qwen3", "rope_parameters.rope_theta", 500.0),
+    ("qwen3", "rope_parameters", LINEAR),
     ("smollm3", "no_rope_layers", [0, 1, 0, 1]),
     ("smollm3", "no_rope_layers", [1, 1, 1, 1]),
     ("smollm3", "no_rope_layers", [0, 0, 1, 0]),
@@ -308,8 +312,10 @@ CHANGES = [
     ("smollm3", "layer_types", ["full_attention"] * 4),
     ("smollm3", "rms_norm_eps", 1e-6),
     ("smollm3", "rope_parameters.rope_theta", "absent"),
+    ("smollm3", "rope_parameters", LINEAR),
     ("olmo2", "rms_norm_eps", 1e-6),
     ("olmo2", "rope_parameters.rope_theta", 500.0),
+    ("olmo2", "rope_parameters", LINEAR),
 ]
 # And those after which the config no longer fits the weights, or speaks of what we do not have.
 REFUSALS = [
@@ -335,7 +341,7 @@ REFUSALS = [
     ("llama", "partial_rotary_factor", 0.5, "partial_rotary_factor 0.5"),
     ("llama", "sliding_window", 8, "sliding window"),
     ("llama", "rope_parameters.rope_type", "yarn", "rope_type 'yarn'"),
-    ("llama", "rope_parameters.factor", None, "expected numbers for factor"),
+    ("llama", "rope_parameters.factor", None, "expected numbers above 0, for factor"),
     ("llama", "rope_parameters.partial_rotary_factor", 0.5, "rotates whole heads"),
     ("llama", "rope_parameters", {"full_attention": {}, "sliding_attention": {}}, "each kind of layer"),
     ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}, "contradict each other"),
@@ -354,7 +360,7 @@ REFUSALS = [
     ("qwen3", "head_dim", "absent", "q_norm.weight is"),
     ("qwen3", "attention_bias", True, "12 missing"),
     ("qwen3", "tie_word_embeddings", False, "1 missing: lm_head.weight"),
-    ("qwen3", "num_key_value_heads", 3, "no multiple of n_kv_heads"),
+    ("qwen3", "num_key_value_heads", 3, "no multiple of num_key_value_heads"),
     ("smollm3", "use_sliding_window", False, "contradict each other"),
     ("smollm3", "no_rope_layers", [1], "0 or 1 for each of 4 layers"),
     ("olmo2", "tie_word_embeddings", True, "lm_head.weight is not the embedding"),

@@ -104,6 +104,7 @@ def test_any_changed_byte_is_harmless_or_found(run_of_two, name, position, value
 
 @pytest.mark.parametrize("spoil, match", [
     (lambda run: run / "nowhere", "nowhere does not exist; expected the folder of a run"),
+    (lambda run: "Qwen/Qwen3-0.6B", "not fetched by name.* hf download Qwen/Qwen3-0.6B --local-dir Qwen3"),
     (lambda run: (run / "file").write_text("x") and run / "file", "file is a file; expected the folder"),
     (lambda run: run, "not the folder of a run: it holds nothing, and no checkpoints/. Give the folder"),
     (lambda run: [(run / c).touch() for c in "abcdef"] and run, "holds a, b, c, d, e, …, and no check"),

@@ -2,7 +2,7 @@
 import pytest
 
 from r1zero.model.config import ModelConfig, preset
-from r1zero.model.config_json import config_of, content_of, family_of
+from r1zero.model.config_json import NEUTRAL, config_of, content_of, family_of
 from r1zero.model.families import FAMILIES
 from r1zero.model.rope_scaling import RopeScaling
 from r1zero.model.transformer import count_parameters
@@ -105,6 +105,40 @@ def test_other_scalings_are_refused_by_name(kind):
         scaled(rope_scaling={"type": kind, "factor": 2.0})
 
 
+def test_the_theta_inside_an_old_rope_scaling_counts():
+    linear = {"type": "linear", "factor": 2.0}
+    assert scaled(rope_theta=5.0, rope_scaling=linear).rope_theta == 5.0
+    assert scaled(rope_theta=5.0, rope_scaling=linear | {"rope_theta": 7.0}).rope_theta == 7.0
+    with pytest.raises(ValueError, match="rope_theta True in rope_scaling"):
+        scaled(rope_scaling=linear | {"rope_theta": True})
+
+
+def test_a_scaling_without_a_type_or_with_two_is_refused():
+    for key in ("rope_scaling", "rope_parameters"):
+        with pytest.raises(ValueError, match="numbers without a rope_type"):
+            scaled(**{key: {"factor": 8}})
+        with pytest.raises(ValueError, match="'linear' and type 'llama3', which contradict"):
+            scaled(**{key: LLAMA3 | {"rope_type": "linear", "type": "llama3"}})
+    assert scaled(rope_parameters={"rope_theta": 7.0}).rope_scaling is None
+
+
+# What other families of transformers have, and Llama does not.
+CHANGING = """hidden_act partial_rotary_factor attention_multiplier query_pre_attn_scalar embedding_multiplier
+    residual_multiplier logits_scaling logit_scale scale_emb scale_depth attn_logit_softcapping
+    final_logit_softcapping clip_qkv num_experts num_local_experts n_routed_experts rope_interleaved
+    rope_interleave use_bidirectional_attention is_causal is_encoder_decoder add_cross_attention""".split()
+
+
+@pytest.mark.parametrize("key", CHANGING)
+def test_every_key_that_changes_the_numbers_is_refused_by_name(key):
+    with pytest.raises(ValueError, match=f"has {key} 7, which r1zero does not compute"):
+        scaled(**{key: 7})
+    other = key != "is_causal"
+    with pytest.raises(ValueError, match=f"has {key} {other}, which"):
+        scaled(**{key: other})
+    assert all(scaled(**{key: value}) == scaled() for value in NEUTRAL[key])
+
+
 def test_keys_that_change_nothing_are_ignored():
     harmless = dict(attention_dropout=0.1, initializer_range=1.0, use_cache=False, pretraining_tp=2,
                     transformers_version="9", attention_multiplier=None, clip_qkv=None, logits_scaling=1.0,
@@ -118,6 +152,14 @@ def test_an_old_qwen_without_layer_types_has_the_window_from_a_layer_on():
     assert config_of({"model_type": "qwen2", **SMALL, **window, "max_window_layers": 9}).window_layers == ()
     written = content_of("qwen2", config_of({"model_type": "qwen2", **SMALL, **window}))
     assert config_of({k: v for k, v in written.items() if k != "layer_types"}).window_layers == (3, 4)
+
+
+def test_an_old_smollm3_without_layer_types_has_the_window_in_its_layers_without_rope():
+    window = dict(use_sliding_window=True, sliding_window=8, no_rope_layer_interval=2)
+    config = config_of({"model_type": "smollm3", **SMALL, **window})
+    assert config.window_layers == config.nope_layers == (1, 3)
+    window |= {"no_rope_layers": [1, 1, 0, 1, 1]}
+    assert config_of({"model_type": "smollm3", **SMALL, **window}).window_layers == (2,)
 
 
 def test_every_config_that_can_be_written_comes_back():

@@ -13,6 +13,7 @@ from .huggingface_cases import (
     TOLERANCE,
     changed,
     each_family,
+    edit_config,
     error_of,
     gradients,
     read,
@@ -68,6 +69,15 @@ def test_every_classic_error_moves_the_logits(name, error):
 @pytest.mark.parametrize("name, key, value", CHANGES)
 def test_every_key_of_the_config_moves_the_logits(name, key, value, tmp_path):
     assert error_of(read(changed(name, key, value, tmp_path)), name) > 100 * TOLERANCE
+
+
+def test_without_layer_types_other_keys_say_which_layers_have_the_window(tmp_path):
+    for name, key, right, wrongs in (("qwen2", "max_window_layers", 1, (0, 2, 3)),
+                                     ("smollm3", "no_rope_layers", [1, 0, 1, 0], ([1, 1, 1, 0],))):
+        folder = changed(name, "layer_types", "absent", tmp_path / name)
+        assert error_of(read(edit_config(folder, **{key: right})), name) < TOLERANCE
+        for value in wrongs:
+            assert error_of(read(edit_config(folder, **{key: value})), name) > 100 * TOLERANCE, (name, value)
 
 
 @pytest.mark.parametrize("name, key, value, why", REFUSALS)

@@ -1,6 +1,7 @@
 """Hugging Face folders, whole: what goes in comes out, transformers loads it, and nothing is half written."""
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,21 +10,33 @@ from safetensors.torch import load_file
 from r1zero.model.checkpoint import load_model
 from r1zero.model.config import ModelConfig, from_depth, preset
 from r1zero.model.config_json import config_of, content_of, family_of
-from r1zero.model.huggingface import is_huggingface, read_config, read_model, write_model
+from r1zero.model.huggingface import check_free, is_huggingface, read_config, read_model, write_model
 from r1zero.model.packed import pack
 from r1zero.model.precision import Precision
 from r1zero.model.rope_scaling import RopeScaling
 from r1zero.model.tokenizer import Tokenizer
-from r1zero.model.tokenizer_json import write_tokenizer
+from r1zero.model.tokens.json_file import write_tokenizer
 from r1zero.model.transformer import Transformer
 
-from .huggingface_cases import CPU, TINY, VOCAB, each_family, saved, sequences, their_logits, transformers
+from .huggingface_cases import (
+    CPU,
+    TINY,
+    VOCAB,
+    each_family,
+    edit_config,
+    saved,
+    sequences,
+    their_logits,
+    transformers,
+)
 
 
 def whole(name: str, folder):
-    """The tiny model of transformers with a tokenizer of bytes."""
+    """The tiny model of transformers with a tokenizer of bytes; the Qwen2 with one as Qwen's."""
+    from .tokens.cases import like_qwen2  # it needs the library `tokenizers`, as `saved` does
+
     shutil.copytree(saved(name), folder)
-    write_tokenizer(folder, Tokenizer.bytes())
+    write_tokenizer(folder, like_qwen2(VOCAB) if name == "qwen2" else Tokenizer.bytes())
     ends = {"bos_token_id": 256, "eos_token_id": [257, 10]}
     (folder / "generation_config.json").write_text(json.dumps(ends))
     return folder
@@ -77,7 +90,7 @@ def test_readers_of_old_and_of_new_keys_read_the_same(name, tmp_path):
 
 
 def test_padded_rows_are_never_sampled_and_are_written_all_the_same(tmp_path):
-    model, tokenizer = read_model(whole("qwen2", tmp_path / "in"), CPU)
+    model, tokenizer = read_model(whole("qwen3", tmp_path / "in"), CPU)
     assert tokenizer.vocab_size == VOCAB and model.config.vocab_in_use == 258
     assert model.logits(torch.zeros(1, 32)).shape == (1, 258)
     write_model(tmp_path / "out", model, tokenizer)
@@ -150,6 +163,25 @@ def test_weights_that_are_not_finite_leave_nothing_behind(tmp_path):
     with pytest.raises(ValueError, match="model.norm.weight has numbers that are not finite"):
         write_model(tmp_path / "out", model, Tokenizer.bytes())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_vocabulary_that_the_weights_do_not_have_is_refused_before_the_tokenizer_takes_its_memory(tmp_path):
+    folder = edit_config(whole("llama", tmp_path / "in"), vocab_size=2**31 - 1)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="embed_tokens.weight is"):
+        read_model(folder, CPU)
+    sizes = dict.fromkeys(("hidden_size", "head_dim", "num_attention_heads", "intermediate_size"), 2**31 - 2)
+    edit_config(folder, **sizes)
+    with pytest.raises(ValueError, match="larger than any memory"):
+        read_model(folder, CPU)
+
+
+@pytest.mark.parametrize("name", [".", "..", "sub/..", "/"])
+def test_a_name_that_is_none_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path(name), Path(tmp_path)):
+        with pytest.raises(ValueError, match="is no name for a new folder"):
+            check_free(folder)
 
 
 # ---- as a base ----

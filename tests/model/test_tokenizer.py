@@ -10,9 +10,9 @@ import torch
 from hypothesis import example, given, settings
 
 from r1zero.model import tokenizer as module
-from r1zero.model.byte_letters import BYTE_OF_LETTER, from_letters, to_letters
 from r1zero.model.engine.text import TextStream
 from r1zero.model.tokenizer import LONGEST_SPACE, SINGLE_BYTES, Tokenizer
+from r1zero.model.tokens.byte_letters import BYTE_OF_LETTER, from_letters, to_letters
 
 WORDS = ["1", "10", "13", "100", " -> ", "<think>", "</think>", "ok", "é", "日本", "日", "\n\n", ".*", "a#"]
 TEXTS = ["The cat sat on the mat, the cat's hat: 1234 times.\n\n  Then it   sat\ton\r\nthe naïve café 日本!",

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from r1zero.model.config import ModelConfig
 from r1zero.model.config_json import content_of
@@ -261,6 +262,40 @@ def test_fp8_with_a_scale_that_is_missing_or_misshapen_is_refused(tmp_path):
         read(folder)
 
 
+def test_fp8_is_for_matrices_with_scales_of_a_floating_dtype(tmp_path):
+    folder, tensors, _ = fp8_folder(tmp_path)
+    norm, down = "model.norm.weight", "model.layers.0.mlp.down_proj.weight_scale_inv"
+    odd = {norm: tensors[norm].to(torch.float8_e4m3fn), down: tensors[down].to(torch.int64)}
+    save_file(tensors | odd, folder / "model.safetensors")
+    with refused("2 of a dtype that is not read", f"{norm} is F8_E4M3", f"{down} is I64"):
+        read(folder)
+
+
+@pytest.mark.parametrize("block", [[0, 0], [16, -1], [16], [True, 16], "16"])
+def test_a_block_without_rows_or_columns_is_refused(block, tmp_path):
+    quantised = {"quant_method": "fp8", "weight_block_size": block}
+    with refused("config.json has quantization_config", "weight_block_size"):
+        read(folder_of(tensors_of(), tmp_path, quantization_config=quantised))
+    with refused("has quantization_config 3", "it also has hidden_act 'gelu'"):
+        read(folder_of(tensors_of(), tmp_path, quantization_config=3, hidden_act="gelu"))
+
+
+def test_a_block_larger_than_the_matrix_takes_no_memory(tmp_path):
+    save_file({"w": torch.ones(3, 5).to(torch.float8_e4m3fn), "w_scale_inv": torch.full((1, 1), 2.0)},
+              tmp_path / "model.safetensors")
+    target = torch.empty(3, 5)
+    copy_tensor(target, "w", stored_tensors(tmp_path), (2**31 - 1, 2**31 - 1))
+    assert (target == 2).all()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_not_read(number, tmp_path):
+    tensors = tensors_of()
+    tensors["model.layers.1.self_attn.k_proj.weight"][7, 3] = number
+    with refused("layers.1.self_attn.k_proj.weight has numbers that are not finite", "model.safetensors"):
+        read(folder_of(tensors, tmp_path))
+
+
 # ---- writing and memory ----
 
 def test_what_is_written_is_what_was_there_to_the_bit(tmp_path):
@@ -277,6 +312,27 @@ def test_what_is_written_is_what_was_there_to_the_bit(tmp_path):
 def test_numbers_that_do_not_fit_are_not_written(tmp_path):
     with refused("a has numbers that are not finite in torch.float16"):
         write_tensors(tmp_path, {"a": torch.tensor([1e6])}, torch.float16)
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of new tensors that have memory. (A CPU takes none before something is written.)"""
+
+    n_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.empty.memory_format, torch.ops.aten._to_copy.default):
+            self.n_bytes += made.nbytes if made.device.type != "meta" else 0
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_model_is_never_there_in_another_dtype(dtype, tmp_path):
+    folder = folder_of(tensors_of(), tmp_path)
+    with Allocated() as allocated:
+        model = read_weights(folder, read_config(folder), CPU, dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype} and torch.get_default_dtype() == torch.float32
+    assert allocated.n_bytes == sum(p.nbytes for p in model.parameters())
 
 
 MEASURE = """

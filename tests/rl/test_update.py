@@ -10,6 +10,7 @@ from r1zero.model.engine.engine import Engine
 from r1zero.model.engine.sampling import sample_seeds
 from r1zero.model.optimizer import OptimConfig, make_optimizer
 from r1zero.model.tokenizer import Tokenizer
+from r1zero.model.transformer import Transformer
 from r1zero.rl.advantages import group_advantages
 from r1zero.rl.losses import loss_weights, policy_loss
 from r1zero.rl.rollouts import micro_batch, micro_batches, response_logprobs, sample_groups
@@ -111,6 +112,15 @@ def test_a_prompt_of_several_samples_is_computed_once():
 
 def update(learner, rollouts, advantages_N, config, step: int = 0) -> dict:
     return update_policy(learner, rollouts, per_token(advantages_N, rollouts), config, step)
+
+
+def test_an_answer_with_a_token_that_is_padding_of_the_head_is_refused():
+    rollouts = rollouts_by_hand(tiny())  # their last token is the highest id
+    padded = Transformer(dataclasses.replace(tiny().config, vocab_in_use=257)).init_weights(0)
+    config = algorithm(optim=STILL)
+    learner = make_learner(config, padded, Capture(padded))
+    with pytest.raises(ValueError, match="token id 257 .*from 0 to 256"):
+        update(learner, rollouts, ADVANTAGES, config)
 
 
 def update_once(model, rollouts, advantages, reference=None, **changes):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from r1zero.model.checkpoint import CheckpointError, checkpoint_steps, load_checkpoint
+from r1zero.model.huggingface import write_model
 from r1zero.model.optimizer import OptimConfig
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.train.grpo import grpo
@@ -13,7 +14,7 @@ from r1zero.train.log import read_metrics
 from r1zero.train.pretrain import pretrain
 from r1zero.train.run import Run, RunConfig, at_least
 
-from ..rl.cases import Bandit
+from ..rl.cases import Bandit, tiny
 from .loop_cases import grpo_config, pretrain_config, save_base, text_file
 from .run_cases import fails, forget, outcome, pretrain_on_text
 
@@ -25,6 +26,16 @@ def test_a_run_folder_that_cannot_be(tmp_path):
         with fails(ValueError, "cannot use the run folder .*give another one"):
             Run(RunConfig(run=str(folder)), "test")
     assert file.read_text() == "mine"
+
+
+def test_the_folder_of_an_open_model_is_no_run_folder(tmp_path):
+    # Its checkpoints would make it a run: nobody could load the open model from it any more.
+    write_model(tmp_path / "open", tiny(), Tokenizer.bytes())
+    before = sorted(path.name for path in (tmp_path / "open").iterdir())
+    for resume in (False, True):
+        with fails(ValueError, "open holds a Hugging Face model.*a folder of its own"):
+            Run(RunConfig(run=str(tmp_path / "open"), resume=resume), "test")
+    assert sorted(path.name for path in (tmp_path / "open").iterdir()) == before
 
 
 def test_a_foreign_checkpoint_is_refused_and_left_alone(tmp_path):

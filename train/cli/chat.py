@@ -6,9 +6,10 @@
     r1zero chat --base DIR --system "Be brief."        a conversation with an open chat model
 
 A model with a chat template is talked to: every line is a turn of one conversation, and `new`
-begins another one (conversation.py). A model that was trained on Countdown is given Countdown
-problems and nothing else. Any other model (trained on text, or on pairs) is given the line as it
-stands, and continues it.
+begins another one (conversation.py). But a model that GRPO trained without --chat is asked as it
+was in training: the line is a question in the template of its task. If that was Countdown, it is
+given Countdown problems and nothing else. Any other model (trained on text, or on pairs) is given
+the line as it stands, and continues it.
 
 In a terminal the response appears token by token, and Ctrl-C ends it and asks for the next line.
 
@@ -20,7 +21,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from ...eval.sampler import ModelSampler
+from ...eval.tasks import arithmetic, countdown, math
+from ...eval.tasks.catalogue import TASKS
 from ...eval.tasks.countdown import TOY, Countdown, CountdownProblem
+from ...eval.tasks.prompts import TEMPLATES, Template
 from ...model.chat_template import check_spelling
 from ..checks import check_temperature
 from ..compute_flags import ComputeFlags
@@ -31,6 +35,14 @@ from .conversation import Conversation
 from .eval import load_run
 from .main import printable
 from .responses import printed, remarks, shown
+
+# The templates of a task, by its name; other tasks have those of prompts.py.
+FORMS_OF = {
+    "arithmetic": arithmetic.FORMS,
+    "countdown": countdown.FORMS,
+    "game24": countdown.FORMS,
+    "math": math.FORMS,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,31 +92,58 @@ def knows_countdown_only(settings: dict) -> bool:
     return by_reward or settings.get("data") == [Countdown.name]
 
 
+def was_asked_in_text(settings: dict) -> bool:
+    """Whether a run was trained by GRPO on prompts that it continues, without a chat template."""
+    task = settings.get("task")
+    return isinstance(task, dict) and not task.get("chat", False)
+
+
 def template_of(settings: dict) -> str:
     """The template that a run of GRPO put its problems in; the toy form for any other run."""
     task = settings.get("task")
-    options = task.get("options", ()) if isinstance(task, dict) else ()
-    named = [option.partition("=")[2] for option in options if option.startswith("template=")]
-    return named[-1] if named else TOY
+    if not isinstance(task, dict):
+        return TOY
+    named = [o.partition("=")[2] for o in task.get("options", ()) if o.startswith("template=")]
+    return named[-1] if named else getattr(TASKS.get(task.get("name")), "template", TOY)
+
+
+def form_of(settings: dict) -> Template | None:
+    """The form that a run of GRPO put its questions in; None if they stood alone, or no run did."""
+    task, template = settings.get("task"), template_of(settings)
+    if template == TOY:
+        return None
+    return FORMS_OF.get(task.get("name"), TEMPLATES).get(template)
 
 
 # ---- lines and their answers ----
 
 
 class Responder:
-    """A model that answers lines, as problems of Countdown or as text to continue."""
+    """A model that answers lines: problems of Countdown, questions, or text to continue."""
 
-    def __init__(self, sampler: ModelSampler, countdown_only: bool, template: str = TOY):
-        """template: how a problem is put to a model that knows Countdown only."""
+    def __init__(
+        self,
+        sampler: ModelSampler,
+        countdown_only: bool,
+        template: str = TOY,
+        form: Template | None = None,
+    ):
+        """template: how a problem is put to a model that knows Countdown only. form: how any
+        question is put to another model; None continues the line as it stands."""
         self.sampler = sampler
         self.countdown_only = countdown_only
         self.template = template
+        self.form = form
 
     @property
     def greeting(self) -> str:
         """What a person may type."""
-        problems, text = "problems, like 3 7 9 -> 13", "text for the model to continue"
-        return f"type {problems if self.countdown_only else text}; quit or Ctrl-D ends"
+        wanted = "text for the model to continue"
+        if self.countdown_only:
+            wanted = "problems, like 3 7 9 -> 13"
+        elif self.form is not None:
+            wanted = f"questions, which go into the template {self.template} as in training"
+        return f"type {wanted}; quit or Ctrl-D ends"
 
     def read(self, line: str) -> tuple[CountdownProblem | None, str]:
         """(the problem in a line, None if it is other text; the prompt for the model).
@@ -114,6 +153,8 @@ class Responder:
         if self.countdown_only:
             problem = replace(Countdown.problem_from_text(line), template=self.template)
             return problem, Countdown.prompt(problem)
+        if self.form is not None:
+            return None, self.form.prompt(line)
         try:
             return Countdown.problem_from_text(line), line
         except ValueError:
@@ -182,22 +223,23 @@ def answer_person(responder: Responder | Conversation, name: str) -> None:
 def responder_of(
     config: ChatConfig, sampler: ModelSampler, settings: dict
 ) -> Responder | Conversation:
-    """A conversation, if the model has a template for one and was not trained on Countdown alone.
+    """A conversation, if the model has a template for one and was not trained in another form.
 
     settings: the flags of the run that trained the model. Raises ValueError for a --system that
     cannot be used.
     """
     countdown_only = knows_countdown_only(settings)
-    if sampler.tokenizer.chat_template is not None and not countdown_only:
+    is_talker = not (countdown_only or was_asked_in_text(settings))
+    if sampler.tokenizer.chat_template is not None and is_talker:
         if config.system is not None:
             check_spelling(sampler.tokenizer, config.system, "--system")
         return Conversation(sampler, config.system)
     if config.system is not None:
         raise ValueError(
             "--system is for a model with a chat template, and this one has none, or was trained "
-            "on Countdown alone; leave it out"
+            "on problems without one; leave it out"
         )
-    return Responder(sampler, countdown_only, template_of(settings))
+    return Responder(sampler, countdown_only, template_of(settings), form_of(settings))
 
 
 def chat(config: ChatConfig) -> None:

@@ -7,11 +7,14 @@ out the thoughts of earlier turns (Qwen3's). A turn that is broken off, or refus
 Nothing is dropped from a conversation without a word. When it has grown too long for the model, it
 takes no more turns, and says so; `new` begins another one.
 
-A line that spells a control token of the model is refused (model/chat_template.py).
+A line that spells a control token of the model is refused (model/chat_template.py). An answer that
+spells one in letters would be read as that token when it is rendered for the next turn. So it is
+shown, and then forgotten with its line.
 """
 
+from ...eval.harness import Sampled
 from ...eval.sampler import ModelSampler
-from ...model.chat_template import Message, check_spelling, encode_messages
+from ...model.chat_template import Message, check_spelling, encode_messages, forged
 from .main import printable
 from .responses import labelled, printed, remarks
 
@@ -42,8 +45,7 @@ class Conversation:
             return f"{self.restart()}\n"
         prompt = self.prompt(line)
         *_, (_, sampled) = self.sampler.stream_tokens(prompt)
-        self.keep(line, sampled.text)
-        notes = remarks(None, sampled)
+        notes = self.keep(line, sampled)
         answer = labelled([("", sampled.text)]) + (f"\n{notes}" if notes else "")
         return f"{printable(line)}\n{answer}\n"
 
@@ -53,8 +55,7 @@ class Conversation:
             print(self.restart())
             return
         sampled = printed(self.sampler.stream_tokens(self.prompt(line)))
-        self.keep(line, sampled.text)
-        if notes := remarks(None, sampled):
+        if notes := self.keep(line, sampled):
             print(notes)
 
     def restart(self) -> str:
@@ -82,7 +83,18 @@ class Conversation:
             f"beside the {self.sampler.max_new_tokens} of an answer; {advice}"
         )
 
-    def keep(self, line: str, answer: str) -> None:
-        """Add a turn and the answer to it."""
+    def keep(self, line: str, sampled: Sampled) -> str:
+        """Add a turn and the answer to it; returns the remarks on them.
+
+        A turn whose answer forges a control token is left out.
+        """
+        notes = remarks(None, sampled)
+        if spelled := forged(self.sampler.tokenizer, sampled.text, sampled.tokens):
+            left_out = (
+                f"(this turn is forgotten: its answer spells {ascii(spelled)} in letters, which "
+                "would be read as the model's control token)"
+            )
+            return f"{notes}\n{left_out}" if notes else left_out
         self.messages.append({"role": "user", "content": line})
-        self.messages.append({"role": "assistant", "content": answer})
+        self.messages.append({"role": "assistant", "content": sampled.text})
+        return notes

@@ -53,8 +53,7 @@ class EvalConfig(ComputeFlags):
     samples: int = 4
     """Number of responses sampled per problem."""
     ks: tuple[int, ...] = ()
-    """Values of k for which pass@k and maj@k are reported. By default 1 and the value of
-    --samples."""
+    """Values of k for which pass@k and maj@k are reported; by default 1, and all samples."""
     temperature: float = 1.0
     """Sampling temperature; 0 always takes the most likely token."""
     max_new_tokens: int = 160
@@ -170,6 +169,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
         cut_prompts=True,
         chat=config.task.chat,
     )
+    sampler.check([task.prompt(problem) for problem in problems])
     # 3. Sample and grade. The responses take the place of earlier ones when all are there.
     ks = config.ks or sorted({1, config.samples})
     result = evaluate(sampler, task, problems, config.samples, ks, out, config.batch)

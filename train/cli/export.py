@@ -4,14 +4,16 @@
     r1zero export --run runs/rl --which best --out models/mine --dtype bf16
 
 The folder holds the weights, config.json, the tokenizer and a model card. The card says what the
-checkpoint says of itself and what `r1zero eval` measured in the run's folder, and nothing else. Of
-absolute paths it names the last part only.
+checkpoint says of itself, what `r1zero eval` measured in the run's folder, and the license and the
+base that the flags name. Of paths it names the last part only.
 
 Left out: uploads, GGUF, quantised weights.
 """
 
 import json
 import os
+import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,9 @@ from ..report.record import read_dict
 from ..versions import git_commit, package_version
 from .eval import load_run
 
+# A slash, and nothing that only other texts have, such as </answer>
+RELATIVE_PATH = re.compile(r"[^\s<>]*/[^\s<>]+")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
@@ -39,6 +44,10 @@ class ExportConfig:
     """Folder to write; there must be none of that name."""
     dtype: str = "fp32"
     """Dtype of the weights in the files: fp32, bf16 or fp16."""
+    base_model: str = ""
+    """What the weights were trained from, by its name on the hub, for the model card."""
+    license: str = ""
+    """License of the weights, such as apache-2.0, for the model card."""
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
@@ -49,12 +58,14 @@ class ExportConfig:
 
 
 def without_folders(value):
-    """Settings in which an absolute path is its last part: a card is for other people."""
+    """Settings in which a path is its last part: a card is for other people."""
     if isinstance(value, dict):
         return {name: without_folders(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [without_folders(inner) for inner in value]
-    is_path = isinstance(value, str) and os.path.isabs(value)
+    if not isinstance(value, str) or value.startswith("hub:"):
+        return value
+    is_path = os.path.isabs(value) or RELATIVE_PATH.fullmatch(value)
     return Path(value).name if is_path else value
 
 
@@ -64,20 +75,27 @@ def folder_of(checkpoint: Checkpoint) -> Path:
     return root.parent if root.name == "checkpoints" else checkpoint.path
 
 
+def row_of(summary: dict) -> str:
+    """A summary as a row of the table. Raises KeyError, TypeError or ValueError for another file's
+    content."""
+    low, high = summary["accuracy_95"]
+    return (
+        f"| {summary['task']} | {summary['accuracy']:.1%} [{low:.1%}, {high:.1%}] "
+        f"| {summary['n_problems']} | {summary['n_samples']} "
+        f"| {summary['flags']['temperature']} | {summary['truncated']:.1%} |"
+    )
+
+
 def measured(checkpoint: Checkpoint) -> list[str]:
     """Lines of a table of what `r1zero eval` measured of this checkpoint; empty if nothing."""
     rows = []
     for path in sorted(folder_of(checkpoint).glob("*.summary.json")):
         summary = read_dict(path)
-        is_of_this = Path(summary.get("checkpoint", "")).name == checkpoint.path.name
-        if not is_of_this or not {"accuracy", "accuracy_95", "task"} <= summary.keys():
-            continue
-        low, high = summary["accuracy_95"]
-        rows.append(
-            f"| {summary['task']} | {summary['accuracy']:.1%} [{low:.1%}, {high:.1%}] "
-            f"| {summary['n_problems']} | {summary['n_samples']} "
-            f"| {summary['flags']['temperature']} | {summary['truncated']:.1%} |"
-        )
+        is_of_this = Path(str(summary.get("checkpoint"))).name == checkpoint.path.name
+        # An older or edited summary may lack a number: then it is no row.
+        if is_of_this:
+            with suppress(KeyError, TypeError, ValueError):
+                rows.append(row_of(summary))
     if not rows:
         return []
     head = "| task | pass@1 [95 %] | problems | samples each | temperature | cut off |"
@@ -96,7 +114,20 @@ def origin(checkpoint: Checkpoint) -> list[str]:
     return [*lines, "", "All settings of the run:", "", "```json", text, "```"]
 
 
-def card_of(checkpoint: Checkpoint, model: Transformer, name: str) -> str:
+def front_matter(config: ExportConfig) -> list[str]:
+    """What the hub reads of a card. JSON's strings are YAML's."""
+    named = {"base_model": config.base_model, "license": config.license}
+    return [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [r1zero]",
+        *(f"{key}: {json.dumps(value)}" for key, value in named.items() if value),
+        "---",
+    ]
+
+
+def card_of(checkpoint: Checkpoint, model: Transformer, flags: ExportConfig) -> str:
     """The text of a model card."""
     config = model.config
     commit = git_commit()
@@ -107,13 +138,9 @@ def card_of(checkpoint: Checkpoint, model: Transformer, name: str) -> str:
         scores += ["", f"On held-out problems during the run (pass@1): {score:.1%}"]
     return "\n".join(
         [
-            "---",
-            "library_name: transformers",
-            "pipeline_tag: text-generation",
-            "tags: [r1zero]",
-            "---",
+            *front_matter(flags),
             "",
-            f"# {name}",
+            f"# {Path(flags.out).name}",
             "",
             f"Written by {version}. {count_parameters(config):,} parameters, {config.n_layers} "
             f"layers, room for {config.max_seq_len:,} tokens.",
@@ -136,6 +163,6 @@ def export(config: ExportConfig) -> None:
     check_free(out)
     device, precision = torch.device("cpu"), Precision(torch.float32)
     model, tokenizer, checkpoint = load_run(config.run, config.which, device, precision)
-    card = card_of(checkpoint, model, out.name)
+    card = card_of(checkpoint, model, config)
     write_model(out, model, tokenizer, DTYPES[config.dtype], card)
     show(f"written: {out}")

@@ -54,7 +54,12 @@ class CountdownQwen15B(OpenModelConfig):
         parameters=1_543_714_304,
     )
     run: str = "runs/countdown-qwen2.5-1.5b"
-    options: tuple[str, ...] = ("template=r1_zero", "n_numbers=4", "high=99", "ops=+-*/")
+    task_options: ClassVar[tuple[str, ...]] = (
+        "template=r1_zero",
+        "n_numbers=4",
+        "high=99",
+        "ops=+-*/",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +80,12 @@ class CountdownQwen3B(OpenModelConfig):
         parameters=3_085_938_688,
     )
     run: str = "runs/countdown-qwen2.5-3b"
-    options: tuple[str, ...] = ("template=r1_zero", "n_numbers=4", "high=99", "ops=+-*/")
+    task_options: ClassVar[tuple[str, ...]] = (
+        "template=r1_zero",
+        "n_numbers=4",
+        "high=99",
+        "ops=+-*/",
+    )
     steps: int = 1000
 
 
@@ -92,14 +102,15 @@ class GSM8KQwen05B(OpenModelConfig):
         data_license="MIT",
         fetch=GSM8K_FILES,
         settings="ours; they are not tuned",
-        expected="32.6 % -> 46.1 % with 8 worked examples (GSM8K-RLVR's README; its authors "
-        "measured 41.6 % for the base, Qwen's report the same)",
+        expected="32.6 % -> 46.1 % with 8 worked examples of its own; how it sampled is not said "
+        "(GSM8K-RLVR's README; it gives 41.6 % as Qwen's own figure for the base)",
         parameters=494_032_768,
     )
     run: str = "runs/gsm8k-qwen2.5-0.5b"
     data: str = "gsm8k_train.jsonl"
     test: str = "gsm8k_test.jsonl"
-    options: tuple[str, ...] = ("template=eight_shot",)
+    task_options: ClassVar[tuple[str, ...]] = ("template=eight_shot",)
+    format_weight: float = 0.0
     max_new_tokens: int = 384
     eval_problems: int = 1319
     eval_samples: int = 1
@@ -124,7 +135,8 @@ class GSM8KSmolLM2(OpenModelConfig):
     run: str = "runs/gsm8k-smollm2-360m"
     data: str = "gsm8k_train.jsonl"
     test: str = "gsm8k_test.jsonl"
-    options: tuple[str, ...] = ("template=chat",)
+    task_options: ClassVar[tuple[str, ...]] = ("template=chat",)
+    format_weight: float = 0.0
     chat: bool = True
     max_new_tokens: int = 384
     eval_problems: int = 1319
@@ -152,12 +164,16 @@ class MathQwen06B(OpenModelConfig):
     run: str = "runs/math-qwen3-0.6b"
     data: str = "math_train.jsonl"
     test: str = "math500/test.jsonl"
-    options: tuple[str, ...] = ("template=boxed",)
+    task_options: ClassVar[tuple[str, ...]] = ("template=boxed",)
+    format_weight: float = 0.0
+    skip_bad: bool = True
     steps: int = 100
     prompts_per_step: int = 8
     max_new_tokens: int = 512
     kl_coef: float = 0.0
     eval_samples: int = 1
+    eval_temperature: float = 0.0
+    eval_max_new_tokens: int = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,12 +196,16 @@ class MathOLMo2(OpenModelConfig):
     run: str = "runs/math-olmo2-1b"
     data: str = "math_train.jsonl"
     test: str = "math500/test.jsonl"
-    options: tuple[str, ...] = ("template=boxed",)
+    task_options: ClassVar[tuple[str, ...]] = ("template=boxed",)
+    format_weight: float = 0.0
+    skip_bad: bool = True
     steps: int = 100
     prompts_per_step: int = 8
     max_new_tokens: int = 512
     kl_coef: float = 0.0
     eval_samples: int = 1
+    eval_temperature: float = 0.0
+    eval_max_new_tokens: int = 2048
 
 
 RECIPES = (CountdownQwen15B, CountdownQwen3B, GSM8KQwen05B, GSM8KSmolLM2, MathQwen06B, MathOLMo2)

@@ -17,19 +17,22 @@ setting is a flag. The recipes themselves are in open_model_table.py.
 Left out: the download. The commands for it are printed by --explain, and they need a network.
 """
 
+import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
 from ...eval.console import show
 from ...eval.harness import evaluate
 from ...eval.sampler import ModelSampler
+from ...eval.tasks import hub
 from ...model.checkpoint import load_model
 from ...model.optimizer import OptimConfig
+from ..checks import check_temperature
 from ..compute_flags import ComputeFlags
-from ..grpo import GRPOConfig, grpo, grpo_config
+from ..grpo import GRPOConfig, check_room, grpo, grpo_config
 from ..machine import describe_machine, pick_device, reuse_memory
 from ..run import at_least, check_folder_name
 from ..task_flags import TaskFlags
@@ -92,6 +95,8 @@ class OpenModelConfig(ComputeFlags):
     facts: ClassVar[Facts]
     task: ClassVar[str]
     """The name of its task."""
+    task_options: ClassVar[tuple[str, ...]] = ()
+    """The recipe's own options of the task, such as the template of the prompt."""
 
     base: str
     """Folder of the model, as hf download leaves it, or of a run that is trained further."""
@@ -105,8 +110,11 @@ class OpenModelConfig(ComputeFlags):
     """File of the training problems, for a task that reads them from one."""
     test: str | None = None
     """File of the held-out problems. A run refuses training problems that stand in it."""
+    skip_bad: bool = False
+    """Go on without the lines of the files that are bad, and say how many there are."""
     options: tuple[str, ...] = ()
-    """Options of the task as name=value, such as the template of the prompt."""
+    """Options of the task as name=value, instead of the recipe's own of that name or besides
+    them; --explain shows the recipe's."""
     chat: bool = False
     """Put each question through the model's chat template."""
     steps: int = 500
@@ -124,6 +132,9 @@ class OpenModelConfig(ComputeFlags):
     """Learning rate, after 10 steps of warm-up; it stays there."""
     kl_coef: float = 0.001
     """Weight of the KL to the base in the loss."""
+    format_weight: float = 0.2
+    """Weight of the reward for the frame of think and answer tags; 0 where the prompt does not ask
+    for them."""
     micro_tokens: int = 8192
     """Maximum number of tokens per forward and backward pass."""
     save_every: int = 50
@@ -132,6 +143,10 @@ class OpenModelConfig(ComputeFlags):
     """Number of held-out problems to measure on."""
     eval_samples: int = 4
     """Number of answers per held-out problem."""
+    eval_temperature: float = 1.0
+    """Sampling temperature of the measurements; 0 always takes the most likely token."""
+    eval_max_new_tokens: int = 0
+    """Maximum number of new tokens per answer of the measurements; 0 is --max-new-tokens."""
     seed: int = 0
     """Seed of the sampling."""
     device: str = "auto"
@@ -143,17 +158,26 @@ class OpenModelConfig(ComputeFlags):
         ComputeFlags.__post_init__(self)
         check_folder_name(self.run)
         at_least(self, 1, "steps", "eval_problems", "eval_samples", "save_every")
-        at_least(self, 0, "seed")
-        # What GRPO would refuse is refused now, not after the base was measured.
-        for stage in stages_of(self):
-            assert stage.steps == self.steps
+        at_least(self, 0, "seed", "eval_max_new_tokens")
+        check_temperature(self.eval_temperature)
+        # Making the stages' flags checks them: before the base is measured, not after.
+        list(stages_of(self))
 
     def task_flags(self) -> TaskFlags:
         """The task, with its files and options."""
-        options = self.options
+        # The last option of a name counts.
+        chosen = {
+            option.partition("=")[0]: option for option in (*self.task_options, *self.options)
+        }
         if self.test is not None:
-            options = (*options, f"test={self.test}")
-        return TaskFlags(name=self.task, options=options, data=self.data, chat=self.chat)
+            chosen["test"] = f"test={self.test}"
+        return TaskFlags(
+            name=self.task,
+            options=tuple(chosen.values()),
+            data=self.data,
+            skip_bad=self.skip_bad,
+            chat=self.chat,
+        )
 
 
 def stage_config(config: OpenModelConfig, name: str, control: str) -> GRPOConfig:
@@ -169,15 +193,20 @@ def stage_config(config: OpenModelConfig, name: str, control: str) -> GRPOConfig
         group_size=config.group_size,
         max_new_tokens=config.max_new_tokens,
         loss={"kl_coef": config.kl_coef},
+        rewards={"format_weight": config.format_weight},
         optim=OptimConfig(lr=config.lr, warmup=10, final_lr=1.0, weight_decay=0.0, eps=1e-8),
         micro_tokens=config.micro_tokens,
         save_every=config.save_every,
         seed=config.seed,
         device=config.device,
-        dtype=config.dtype,
-        fp32_head=config.fp32_head,
         wandb=config.wandb,
+        **compute_flags_of(config),
     )
+
+
+def compute_flags_of(config: OpenModelConfig) -> dict:
+    """The flags that say what the models compute in."""
+    return {field.name: getattr(config, field.name) for field in fields(ComputeFlags)}
 
 
 def stages_of(config: OpenModelConfig) -> Iterator[GRPOConfig]:
@@ -203,23 +232,42 @@ class Results(PartResults):
         return self.values["measured"]
 
     def is_measured(self, name: str, config: OpenModelConfig) -> bool:
-        """Whether this model was measured with these flags."""
-        return self.measured.get(name, {}).get("measured_with") == measured_with(config)
+        """Whether this model was measured with these flags and files."""
+        return self.measured.get(name, {}).get("measured_with") == measured_with(config, name)
 
     def keep(self, name: str, config: OpenModelConfig, found: dict) -> None:
         """Note what was measured of a model."""
-        self.measured[name] = {"measured_with": measured_with(config), **found}
+        self.measured[name] = {"measured_with": measured_with(config, name), **found}
         self.write()
 
 
-def measured_with(config: OpenModelConfig) -> dict:
-    """The flags that a measurement depends on."""
-    names = ("base", "test", "data", "chat", "steps", "eval_problems", "eval_samples")
-    return {name: getattr(config, name) for name in (*names, "max_new_tokens", "seed")}
+def measured_with(config: OpenModelConfig, name: str) -> dict:
+    """What a measurement depends on, as JSON types: flags, and the files of problems and base."""
+    names = ("eval_problems", "eval_samples", "eval_temperature", "seed")
+    depends: dict = {flag: getattr(config, flag) for flag in names} | compute_flags_of(config)
+    depends["max_new_tokens"] = config.eval_max_new_tokens or config.max_new_tokens
+    depends["task"] = json.loads(json.dumps(asdict(config.task_flags())))
+    paths = [config.base, *(path for path in config.task_flags().files if not is_on_hub(path))]
+    depends["files"] = {path: stamps_of(Path(path)) for path in paths}
+    # How far a stage was trained; the base is the same for any number of steps.
+    depends["steps"] = 0 if name == "base" else config.steps
+    return depends
+
+
+def stamps_of(path: Path) -> list:
+    """The name, size and time of a file, or of each file directly in a folder."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    found = [(file.name, file.stat()) for file in files if file.is_file()]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]
+
+
+def is_on_hub(path: str) -> bool:
+    """Whether a file of problems is a data set of the Hugging Face hub."""
+    return path.startswith(hub.PREFIX)
 
 
 def measure(config: OpenModelConfig, name: str, folder: str) -> dict:
-    """Held-out accuracy of the model in a folder, at temperature 1, as JSON types.
+    """Held-out accuracy of the model in a folder, as JSON types.
 
     The answers go to eval_<name>.jsonl.
     """
@@ -231,14 +279,18 @@ def measure(config: OpenModelConfig, name: str, folder: str) -> dict:
     sampler = ModelSampler(
         model,
         tokenizer,
-        config.max_new_tokens,
-        seed=config.seed,
+        config.eval_max_new_tokens or config.max_new_tokens,
+        config.eval_temperature,
+        config.seed,
         cut_prompts=True,
         chat=config.chat,
     )
+    problems = task.problems("test", n_problems)
+    # Before the first answer is sampled: prompts that cannot be encoded, or leave no room to train.
+    sampler.check([task.prompt(problem) for problem in problems])
+    check_room(stage_config(config, "rl", "none"), task, model, tokenizer)
     ks = sorted({1, config.eval_samples})
     out = Path(config.run) / f"eval_{name}.jsonl"
-    problems = task.problems("test", n_problems)
     return evaluate(sampler, task, problems, config.eval_samples, ks, out).to_dict()
 
 
@@ -268,6 +320,7 @@ def open_model(config: OpenModelConfig) -> Path | None:
     was made with other flags, and for files that are missing; Stopped after Ctrl-C.
     """
     show(config.facts.in_words())
+    show(f"options    {' '.join(config.task_flags().options)}")
     if config.explain:
         return None
     reuse_memory()
@@ -282,7 +335,6 @@ def open_model(config: OpenModelConfig) -> Path | None:
     check_data(config)
     for stage in stages_of(config):
         check_part(stage)
-    folder.mkdir(parents=True, exist_ok=True)
     results = Results(config)
 
     def measured(name: str, model_folder: str) -> None:
@@ -306,7 +358,8 @@ def open_model(config: OpenModelConfig) -> Path | None:
 
 def check_data(config: OpenModelConfig) -> None:
     """Raise ValueError, with the commands that fetch it, for a model or a file that is missing."""
-    needed = [config.base, *(path for path in (config.data, config.test) if path is not None)]
+    files = [path for path in (config.data, config.test) if path is not None]
+    needed = [config.base, *(path for path in files if not is_on_hub(path))]
     missing = [path for path in needed if not Path(path).exists()]
     if missing:
         commands = "; ".join(config.facts.all_commands)

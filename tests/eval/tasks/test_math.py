@@ -9,8 +9,9 @@ import pytest
 
 from r1zero.eval.response import Sample, grade_response
 from r1zero.eval.tasks import math_answer
+from r1zero.eval.tasks.answer_words import is_unit
 from r1zero.eval.tasks.catalogue import make_task
-from r1zero.eval.tasks.math import BOX_ASKED, WORKER, Math, MathProblem, can_read, worker
+from r1zero.eval.tasks.math import BOX_ASKED, WORKER, Math, MathProblem, can_read, overran, worker
 from r1zero.eval.worker import Overrun, Worker
 
 ROOT = Path(__file__).parents[3]
@@ -72,11 +73,74 @@ def test_an_answer_with_another_beside_it_is_wrong(gold):
     assert graded(gold, f"<answer>\\boxed{{{gold}}} \\boxed{{7777}}</answer>") == 0.0
 
 
+@pytest.mark.parametrize("gold", ["5", "3\\sqrt{13}", "(3,4]"])
+def test_words_and_marks_beside_a_value_are_no_way_to_give_two_answers(gold):
+    for beside in ("\\text{ or 6}", "\\text{, or 6, or 7}", "\\mathrm{or6}", "\\mbox{ or six}", "\\text{6}",
+                   "\\text{ is wrong; the answer is 6}", "\\text{ apples and } 6 \\text{ pears}",
+                   "\\textit{ or 6}",
+                   "\\text{ is incorrect}", "\\text{ false }", "\\text{ never}", "\\text{ or maybe } x",
+                   "_{7777}",
+                   "\\text{ a {b} or 6}", "_6", " _{66}", "'", "^\\prime", "^{\\prime}", "\\quad\\text{6}",
+                   "\\text{ if lucky, else x}", "\\text{\\textbf{6}}", "\\text{}6", "\\operatorname{or6}"):
+        assert graded(gold, f"\\boxed{{{gold}{beside}}}") == 0.0, beside
+    for before in ("x \\in ", "\\text{6 or }", "\\text{no }", "\\text{not }"):
+        assert graded(gold, f"\\boxed{{{before}{gold}}}") == (before == "x \\in " and gold == "(3,4]"), before
+    assert graded("x \\in 5", "\\boxed{x \\in 5}") == graded("x_1'", "\\boxed{x_1'}") == 1.0
+    assert graded("\\pi", "\\boxed{\\pi'}") == 0.0 and graded("2x", "\\boxed{f'(x) = 2x}") == 1.0
+
+
+@pytest.mark.parametrize("unit", ["cm", "square units", "dollars per hour", "m/s", "p.m.", "degrees", "th",
+    "apples"])
+def test_a_unit_may_stand_behind_a_value(unit):
+    assert is_unit(unit) and is_unit(f" {unit} ") and graded("5", f"\\boxed{{5\\text{{ {unit}}}}}") == 1.0
+    assert graded("3\\sqrt{13}", f"\\boxed{{3\\sqrt{{13}}\\,\\mathrm{{{unit}}}}}") == 1.0
+    assert not is_unit(f"{unit} or six") and not is_unit(f"not {unit}") and not is_unit(f"{unit} 6")
+
+
+@pytest.mark.parametrize("question, gold, answer, is_right", [
+    ("What is $99^2 + 99 + 1$?", "9901", "99^2+99+1", 0), ("What is $99^2 + 99 + 1$?", "9901", "9901", 1),
+    ("What is $\\dbinom{9}{8}$?", "9", "\\binom{9}{8}", 0),
+    ("What is $\\dbinom{9}{8}$?", "9", "\\dbinom 98", 0), ("What is $\\binom{9}{8}$?", "9",
+    "\\binom{9}{8}", 0),
+    ("Simplify $\\frac{36}{48}$.", "\\frac{3}{4}", "\\frac{36}{48}", 0),
+    ("Which is more, $\\frac{3}{4}$ or 1/2?", "\\frac{3}{4}", "\\dfrac34", 1),
+    ("Which is less, 3/4 or 1/2?", "\\frac12", "1/2", 1), ("Which is it: (A) or (B)?", "\\text{(A)}",
+    "(A)", 1),
+    ("Who is older, Ann or Bob?", "\\text{Ann}", "Ann", 1), ("Is it $x = 5$ or $x = 6$?", "5", "x=5", 1),
+    ("What is 0.\\overline{3}?", "\\frac13", "0.\\overline{3}", 0), ("Solve $(x-1)(x+1)=0$", "(x-1)(x+1)",
+    "(x-1)(x + 1)", 1),
+    ("Is $\\left( 0, 1 \\right)$ it?", "(0,1)", "\\left(0, 1\\right)", 1), ("Is it 11/2?", "0.5", "1/2", 1),
+    ("Is it $90^\\circ$?", "90",
+    "90^\\circ", 1)])
+def test_an_expression_that_is_copied_from_the_question_is_no_answer(question, gold, answer, is_right):
+    grade = Math.grade(MathProblem(question, gold), f"\\boxed{{{answer}}}")
+    assert grade.accuracy == is_right and ("copied from the question" in grade.why) != bool(is_right)
+
+
+@pytest.mark.parametrize("gold, same, other", [
+    ("0.\\overline{3}", "\\frac13", "0.3"), ("-0.1\\overline{6}", "-\\frac{1}{6}", "\\frac16"),
+    ("\\frac{7}{11}", "0.\\overline{63}", "0.\\overline{36}"), ("\\log_2 3", "\\log_{2} 3", "\\log_3 2"),
+    ("6:00 \\text{ p.m.}", "6:00\\text{ p.m.}", "6:00\\text{ a.m.}"), ("BEE_{16}", "BEE", "BED"),
+    ("1, 3, 5, \\ldots", "1,3,5,\\ldots", "1,3,5"), ("\\frac{\\text{1}}{2}", "0.5", "2")])
+def test_right_answers_of_rarer_kinds_are_read(gold, same, other):
+    gold = math_answer.unwrapped(gold)
+    assert can_read(gold) and graded(gold, f"\\boxed{{{same}}}") == graded(gold, f"\\boxed{{{gold}}}") == 1.0
+    assert graded(gold, f"\\boxed{{{other}}}") == 0.0
+
+
+@pytest.mark.parametrize("gold, answer", [
+    ("5", "5\\%"), ("5", "500\\%"), ("7:30", "\\frac{7}{30}"), ("10\\text{ cm}", "10\\text{ m}"),
+    ("\\pi", "3.14159265358979"), ("(1,2)", "1,2"), ("1,2", "\\{1,2\\}")])
+def test_what_is_chosen_to_be_right_as_math_verify_does(gold, answer):
+    assert graded(gold, f"\\boxed{{{answer}}}") == 1.0
+
+
 @pytest.mark.parametrize("gold, answer", [
     ("25", "025"), ("025", "25"), ("\\frac12", "0.5"), ("\\frac12", "1/2"), ("\\frac12", "50\\%"), ("10",
     "10\\%"),
     ("1\\frac45", "1.8"), ("-\\frac12", "\\frac{-1}{2}"), ("10{,}080", "10 080"), ("10080", "10\\,080"),
-    ("15", "15~\\mathrm{cm}"), ("90", "90^{\\circ}"), ("\\$36", "36 \\text{ dollars}"), ("36", "$36"),
+    ("15\\mbox{ cm}^2", "15\\text{ cm}^{2}"), ("15", "15~\\mathrm{cm}"), ("90", "90^{\\circ}"), ("\\$36",
+    "36 \\text{ dollars}"), ("36", "$36"),
     ("52_8", "52"), ("-5", "\u22125"), ("5", "2+3 = 5"), ("5", "x = 5"), ("x=5", "5"), ("x \\in [-2,7]",
     "[-2,7]"),
     ("1,2", "2 \\text{ and } 1"), ("1,2", "x=1 \\text{ or } x=2"), ("2k+2", "2(k+1)"), ("\\sqrt{8}",
@@ -91,7 +155,10 @@ def test_another_way_to_write_it_is_right(gold, answer):
 @pytest.mark.parametrize("gold, answer", [
     ("\\frac13", "0.333333"), ("2", "2.0000000001"), ("\\pi", "3.14159"), (".0000672", ".0000673"),
     ("52_8", "52_9"), ("10", "1010_2"), ("(3,4]", "(3,4)"), ("(3,4)", "(4,3)"), ("5", "\\pm 5"),
-    ("12", "1 2"), ("1200", "1, 200"), ("5", "7 = 5"), ("5", "7 = 2+3"), ("5", "5 \\approx 6"), ("5", "3, 5"),
+    ("15\\mbox{ cm}^2", "15\\text{ cm}^{3}"), ("(2,\\infty)", "(2,\\infty]"), ("(-\\infty, 2]",
+    "\\left[ -\\infty, 2\\right]"),
+    ("12", "1 2"), ("12", "1\\ 2"), ("12", "1\\,2"), ("18", "1\\text{}8"), ("1200", "1, 200"), ("5",
+    "7 = 5"), ("5", "7 = 2+3"), ("5", "5 \\approx 6"), ("5", "3, 5"),
     ("3", "The answer is 3"),
     ("3", "$2$ or $3$"), ("5", ""), ("5", "\\boxed{}"), ("5", "\\frac{5}{0}"), ("0", "\\text{not } 0")])
 def test_what_is_not_the_right_answer_is_wrong(gold, answer):
@@ -151,6 +218,17 @@ def test_an_answer_that_was_ended_is_wrong_and_the_next_is_graded(monkeypatch):
     grade = Math.grade(MathProblem("", "\\sqrt{2}"), "\\boxed{10^{10^{10}}}")
     assert grade.accuracy == 0.0 and "was not compared: it took more than" in grade.why
     assert graded("\\sqrt{8}", "\\boxed{\\sqrt{4} \\cdot \\sqrt{2}}") == 1.0
+
+
+def test_a_vote_does_not_try_again_what_took_too_much(monkeypatch):
+    worker().close()
+    monkeypatch.setattr(worker(), "seconds", 0.3)
+    costly = [f"10^{{10^{{10+{i}i}}}}" for i in range(2)]
+    for answer in costly:
+        assert graded("\\sqrt{3}", f"\\boxed{{{answer}}}") == 0.0 and answer in overran
+    monkeypatch.setattr(worker(), "ask", None)  # it would raise
+    assert not Math.same_answer(*costly) and not Math.same_answer("\\sqrt{3}", costly[0])
+    assert Math.same_answer(costly[0], costly[0]) and "\\sqrt{3}" not in overran
 
 
 @pytest.mark.parametrize("answer", [
@@ -224,7 +302,7 @@ def test_votes_are_by_value_and_frame_and_answer_are_two_things():
     assert not Math.same_answer("1", "2") and not Math.same_answer("((", "1") and Math.same_answer("((", "((")
     grade = grade_response(Math, Sample(MathProblem("", "5"), "\\boxed{5}"))
     assert (grade.accuracy, grade.format, grade.answer) == (1.0, 0.0, "5")
-    with pytest.raises(ValueError, match="'few_shot'; it must be one of: boxed, r1_zero, plain"):
+    with pytest.raises(ValueError, match="'few_shot'; it must be one of: boxed, r1_zero, r1_zero_think"):
         make_task("math", path="a.jsonl", template="few_shot")
 
 

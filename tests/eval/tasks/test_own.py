@@ -237,6 +237,37 @@ def test_a_task_with_coherence_of_its_own_is_tried_and_taken(module):
     assert make_task(f"{module(text)}:MyTask").coherence("a", "") == 0.5
 
 
+def test_a_class_that_inherits_nothing_may_leave_out_what_a_task_may_be_without(module):
+    whole = """
+    problem_flag, file_format, lines_skipped, held_out = "problem", None, 0, True
+
+    def problems(self, split, n, start=0):
+        return [self.problem(split, index) for index in range(start, start + n)]
+
+    def size"""
+    text = TASK.replace("(Task)", "").replace("    def size", whole, 1)
+    task = make_task(f"{module(text)}:MyTask")
+    graded = grade_response(task, Sample("train0", "<answer>train0</answer>"))
+    assert graded.accuracy == 1.0 and not hasattr(task, "prefilled") and not hasattr(task, "coherence")
+
+
+@pytest.mark.parametrize(
+    "right, wrong, why",
+    [
+        ("return '<think>'", "return None", "prefilled(problem) gave 'None', expected text"),
+        ("return '<think>'", "return problem.absent", "prefilled('train0') raised AttributeError"),
+        ("(problem)", "()", "prefilled cannot be called as prefilled(problem)"),
+        ("@staticmethod", "", "prefilled must be a static method"),
+    ],
+)
+def test_what_the_prompt_holds_of_the_answer_is_tried_and_is_text(right, wrong, why, module):
+    prefilled = "    @staticmethod\n    def prefilled(problem):\n        return '<think>'\n"
+    texts = [TASK.replace("    def size", f"{p}\n    def size", 1)
+             for p in (prefilled, prefilled.replace(right, wrong))]
+    assert make_task(f"{module(texts[0])}:MyTask").prefilled("a") == "<think>"
+    assert why in refused(f"{module(texts[1])}:MyTask")
+
+
 class Moody:
     """Grades well at first."""
 

@@ -59,9 +59,27 @@ CHAT_ANSWERS = [
     ("<answer>18</answer> \\boxed{17}", "18"), ("<answer>\\boxed{18}</answer>", "18"), ("\\boxed 18", None),
     ("\\boxed{\\boxed{18}}", "18"), ("\\boxed{18} {x} and \\boxed{17", "18"), ("\\boxed{}", None),
     ("\\boxed{18 or 19}", None), ("The answer is 18 or 19.", None), ("The answer is \n18", None),
-    ("#### 17\n\\boxed{18}", "18"), ("The answer is 17. \\boxed{18}", "18")]
+    ("#### 17\n\\boxed{18}", "18"), ("The answer is 17. \\boxed{18}", "18"),
+    ("\\boxed{\\text{not }18}", None), ("\\boxed{18\\text{ is wrong}}", None), ("\\boxed{1\\text{}8}", None),
+    ("\\boxed{18 \\text{ or nineteen}}", None), ("\\boxed{1\\ 8}", None), ("\\boxed{1\\,8}", None),
+    ("\\boxed{18 \\text{ or 19}}", None), ("\\boxed{1\\,018}", "1018"), ("\\boxed{18\\,}", "18"),
+    ("\\boxed{18 dollars}", "18"), ("\\boxed{\\text{18}}", "18"), ("\\boxed{\\$18 \\text{ per day}}", "18")]
+SENTENCES = [
+    ("The answer is 17. Wait, that is wrong. The answer is 18.", "18"), ("The answer is 18.The answer is 17",
+    "17"),
+    ("The answer is not 17. The answer is 18.", "18"), ("The answer is 17, no, the answer is 18.", "18"),
+    ("The answer is 18. The answer is not 18.", None), ("The answer is 18 or the answer is 17", "17"),
+    ("The answer is \\boxed{18}.", "18"), ("The answer is $\\boxed{18}$", "18"), ("The answer is 18 eggs.",
+    "18"),
+    ("The answer is $18 per day.", "18"), ("The answer is 18 \\text{ eggs}.", "18"),
+    ("The answer is 18 dollars", "18"),
+    ("The answer is \\boxed{18} or \\boxed{17}.", None), ("The answer is 18 or nineteen.", None),
+    ("The answer is 18 eggs, not 17.", None), ("The answer is 18 is wrong", None),
+    ("The answer is 18\nThe answer is", "18"),
+    ("The answer is 18 17.", None), ("The answer is 18 e3", None)]
 ANSWERS = [
     *[("chat", response, gold) for response, gold in CHAT_ANSWERS],
+    *[("eight_shot", response, gold) for response, gold in SENTENCES],
     ("eight_shot", " 9 * 2 = 18. The answer is 18.", "18"), ("eight_shot", "\\boxed{18}", None),
     ("eight_shot", "The answer is 18.\n\nQ: x\nA: The answer is 3.", "18"),
     ("eight_shot", "The answer is 1,018", "1018"), ("eight_shot", "The answer is -3.", "-3"),
@@ -151,6 +169,12 @@ def test_countdown_and_arithmetic_are_asked_in_words_and_graded_as_ever(template
         assert Arithmetic.grade(sum_, marked).accuracy == float(template == "chat")
 
 
+def test_a_chat_about_a_sum_that_gives_no_answer_is_told_of_every_mark_that_counts():
+    whys = [Arithmetic.grade(ArithmeticProblem("6+7", 13, form), "13").why for form in ("plain", "chat")]
+    assert whys[0] == "There is no complete <answer>...</answer> block."
+    assert whys[1].startswith("There is neither a complete answer block nor a \\boxed{} nor a number after")
+
+
 def test_a_problem_in_words_is_judged_by_its_own_answer_where_the_model_runs_on():
     problem = CountdownProblem((3, 7, 9), 13, "zero_shot")
     behind = "\nQuestion: Write an arithmetic expression.\nAnswer: <answer>1</answer>"
@@ -166,8 +190,8 @@ def test_two_numbers_make_the_easiest_countdown_and_forms_are_checked():
     problem = task.problem("test", 0)
     assert len(problem.numbers) == 2 and sum(problem.numbers) == problem.target
     for name in ("countdown", "arithmetic"):
-        with pytest.raises(ValueError, match="template is 'few_shot'; it must be one of: plain, zero_shot"):
-            make_task(name, template="few_shot")
+        with pytest.raises(ValueError, match="template is 'eight_shot'; it must be one of: plain, zero_shot"):
+            make_task(name, template="eight_shot")
 
 
 # ---- the Game of 24 ----

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from r1zero.model.config import ModelConfig
+from r1zero.model.config import ModelConfig, preset
 from r1zero.model.engine.cache import tokens_within
 from r1zero.model.engine.engine import Engine
 from r1zero.model.engine.naive import generate_naive
@@ -69,6 +69,15 @@ def test_a_bad_request_is_refused_and_others_go_on(change, message):
     for event in stream:
         tokens = tokens + event.tokens
     assert tokens == engine.generate([GOOD])[0].tokens.tolist()
+
+
+def test_no_more_likely_tokens_are_reported_than_the_head_has_rows():
+    config = preset("tiny", 29, vocab_in_use=20)
+    engine = Engine(Transformer(config).init_weights(0))
+    found, = engine.generate([Request([28], 2, top_logprobs=20)])
+    assert found.top_ids.shape == (2, 20) and found.top_ids.max() == 19
+    with pytest.raises(ValueError, match="top_logprobs is 21; expected .* from 0 to the 20 tokens"):
+        engine.generate([Request([28], 2, top_logprobs=21)])
 
 
 def test_seeds_of_any_kind():
@@ -144,11 +153,13 @@ def test_an_interrupt_leaves_nothing_behind(paged, moment, monkeypatch):
 
 
 def test_the_cache_is_as_large_as_the_rows_need():
-    assert tokens_within(1e9, 1000, 4, 20, 256) == max(256, 4 * 48)
+    assert tokens_within(1e9, 1000, 4, 20, 256) == 4 * 48
     assert tokens_within(1e9, 1000, 100, 20, 256) == 100 * 48
     assert tokens_within(2e6, 1000, 100, 20, 256) == 2000
     assert tokens_within(1e9, 1000, 100, None, 256) == tokens_within(1e9, 1000, 100, 999, 256) == 100 * 272
-    assert tokens_within(-5e9, 1000, 100, 20, 256) == 256
+    assert tokens_within(-5e9, 1000, 100, None, 256) == tokens_within(-5e9, 1000, 100, 200, 256) == 256
+    # of an open model with a long context no more is taken than its requests may need
+    assert tokens_within(-5e9, 1000, 100, 20, 131_072) == 48
     assert Engine(Watched(), longest=20, max_rows=64).cache_tokens == 64 * 48
 
 

@@ -6,7 +6,7 @@ import pytest
 from r1zero.model.checkpoint import load_checkpoint, mark_best, save_checkpoint
 from r1zero.model.huggingface import read_model
 from r1zero.model.tokenizer import Tokenizer
-from r1zero.train.cli.export import ExportConfig, export
+from r1zero.train.cli.export import ExportConfig, export, measured, without_folders
 from r1zero.train.cli.main import main
 from r1zero.train.machine import pick_device
 
@@ -58,6 +58,35 @@ def test_the_card_has_what_was_measured_of_this_checkpoint_and_of_no_other(tmp_p
     text = card(tmp_path / "out")
     assert "| countdown | 25.0% [20.0%, 30.0%] | 64 | 4 | 1.0 | 12.5% |" in text and "87.5%" not in text
     assert "measured nothing" not in text and "held-out" not in text
+
+
+@pytest.mark.parametrize("broken", [
+    {"n_problems": "absent"}, {"flags": "absent"}, {"flags": None}, {"truncated": "absent"},
+    {"accuracy": "high"}, {"accuracy_95": [0.1]}, {"accuracy_95": 3}, {"checkpoint": 3}, {"task": "absent"}])
+def test_a_summary_that_lacks_something_is_no_row(broken, tmp_path):
+    run = trained(tmp_path / "run")
+    content = {key: value for key, value in (summary(7) | broken).items() if value != "absent"}
+    (run / "eval.summary.json").write_text(json.dumps(content))
+    assert measured(load_checkpoint(run)) == []
+
+
+def test_the_card_names_the_license_and_the_base_that_the_flags_give(tmp_path):
+    run = trained(tmp_path / "run")
+    flags = ExportConfig(run=str(run), out=str(tmp_path / "out"), license="apache-2.0",
+                         base_model="Qwen/Qwen2.5-0.5B")
+    export(flags)
+    head = card(tmp_path / "out").split("---")[1].splitlines()
+    assert 'license: "apache-2.0"' in head and 'base_model: "Qwen/Qwen2.5-0.5B"' in head
+    export(ExportConfig(run=str(run), out=str(tmp_path / "plain")))
+    assert "license" not in card(tmp_path / "plain") and "base_model" not in card(tmp_path / "plain")
+
+
+def test_a_card_has_of_each_path_the_last_part_only():
+    assert without_folders("/home/some body/my base") == "my base"
+    given = {"a": "/home/me/base", "b": "../me/base", "c": ["runs/me/x.jsonl", "~/me/rewards.py:score"]}
+    assert without_folders(given) == {"a": "base", "b": "base", "c": ["x.jsonl", "rewards.py:score"]}
+    texts = {"a": "hub:openai/gsm8k", "b": "</answer>", "c": "1 / 2 of them", "d": 3}
+    assert without_folders(texts) == texts
 
 
 def test_a_checkpoint_may_be_chosen_and_the_dtype(tmp_path):

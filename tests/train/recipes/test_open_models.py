@@ -7,9 +7,10 @@ import pytest
 
 from r1zero.eval.tasks.catalogue import find_task, option_types
 from r1zero.train.cli.main import COMMANDS, main
+from r1zero.train.compute_flags import ComputeFlags
 from r1zero.train.recipes import open_model_table
 from r1zero.train.recipes.open_model_table import RECIPES, markdown_table
-from r1zero.train.recipes.open_models import stages_of, table
+from r1zero.train.recipes.open_models import measured_with, stages_of, table
 from r1zero.train.run import read_record
 
 from ..loop_cases import save_base
@@ -26,8 +27,9 @@ def base(tmp_path_factory):
 
 def flags(folder, base):
     return ["recipe", "countdown-qwen2.5-1.5b", "--base", str(base), "--run", str(folder), "--steps", "1",
-            "--options", "n_numbers=3", "high=9", "--prompts-per-step", "2", "--group-size", "2",
-            "--max-new-tokens", "12", "--eval-problems", "3", "--eval-samples", "1", "--device", "cpu"]
+            "--options", "template=plain", "n_numbers=3", "high=9", "--prompts-per-step", "2",
+            "--group-size", "2", "--max-new-tokens", "12", "--eval-problems", "3", "--eval-samples", "1",
+            "--device", "cpu"]
 
 
 @each_recipe
@@ -36,7 +38,8 @@ def test_every_recipe_is_a_command_and_its_options_are_the_tasks(recipe):
     assert getattr(open_model_table, command.config) is recipe
     config = recipe(base="x")
     known = option_types(find_task(recipe.task))
-    assert all(option.partition("=")[0] in known for option in config.options)
+    assert all(option.partition("=")[0] in known for option in config.task_options)
+    assert any(option.startswith("template=") for option in config.task_options)
     assert ("path" in known) == (config.data is not None) == bool(recipe.facts.fetch)
     assert [stage.control for stage in stages_of(config)] == ["none", "random"]
     assert config.run == f"runs/{recipe.facts.name}"
@@ -47,6 +50,42 @@ def test_the_two_stages_differ_in_the_rewards_alone(recipe):
     rl, control = stages_of(recipe(base="x"))
     differ = {f.name for f in fields(rl) if getattr(rl, f.name) != getattr(control, f.name)}
     assert differ == {"run", "control"}
+
+
+@each_recipe
+def test_both_stages_compute_as_the_flags_say(recipe):
+    changed = {"dtype": "fp16", "fp32_head": True, "onednn": True}
+    assert changed.keys() == {f.name for f in fields(ComputeFlags)}
+    for stage in stages_of(recipe(base="x", **changed)):
+        assert {name: getattr(stage, name) for name in changed} == changed
+
+
+def test_an_option_takes_the_place_of_the_recipes_own_of_that_name_alone():
+    recipe = open_model_table.GSM8KQwen05B
+    options = recipe(base="x", options=("skip_held_out=true",)).task_flags().options
+    assert options == ("template=eight_shot", "skip_held_out=true", "test=gsm8k_test.jsonl")
+    options = recipe(base="x", options=("template=chat",)).task_flags().options
+    assert options == ("template=chat", "test=gsm8k_test.jsonl")
+
+
+def test_a_base_is_measured_anew_if_the_task_the_files_or_the_precision_changed(tmp_path):
+    """Else the table would compare a base on one task with a trained model on another."""
+    base, data = tmp_path / "base", tmp_path / "d.jsonl"
+    base.mkdir()
+    data.write_text("1")
+    (base / "config.json").write_text("{}")
+    recipe = open_model_table.GSM8KQwen05B
+    common = dict(base=str(base), data=str(data), test=str(data))
+    first = measured_with(recipe(**common), "base")
+    assert measured_with(recipe(**common, steps=7), "base") == first  # it is the same for any number of steps
+    assert measured_with(recipe(**common, steps=7), "rl") != measured_with(recipe(**common), "rl")
+    for change in ({"options": ("template=chat",)}, {"dtype": "fp16"}, {"onednn": True}, {"chat": True},
+                   {"eval_temperature": 0.5}, {"eval_max_new_tokens": 9}, {"seed": 3}, {"eval_samples": 2}):
+        assert measured_with(recipe(**common, **change), "base") != first, change
+    data.write_text("22")
+    second = measured_with(recipe(**common), "base")
+    (base / "config.json").write_text("{ }")
+    assert first != second != measured_with(recipe(**common), "base")
 
 
 @each_recipe
@@ -88,7 +127,9 @@ def test_a_recipe_measures_the_base_and_both_trained_models(tmp_path, base, caps
     assert main([*flags(folder, base), "--resume"]) == 0
     after = json.loads((folder / "results.json").read_text())
     assert after["measured"] == json.loads(before)["measured"]
-    # Other settings are no resume.
+    # Another task, or other settings, are no resume.
+    assert main([*flags(folder, base), "--resume", "--eval-temperature", "0.5", "--lr", "2e-6"]) == 2
+    assert json.loads((folder / "results.json").read_text()) == after
     assert main([*flags(folder, base), "--resume", "--lr", "1e-3"]) == 2
     assert "lr" in capsys.readouterr().err
 
@@ -103,6 +144,15 @@ BAD_FLAGS = [
 def test_a_bad_flag_is_told_before_anything_is_made(bad, said, tmp_path, base, capsys):
     assert main([*flags(tmp_path / "x", base), *bad]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_prompts_that_leave_no_room_are_told_before_the_base_is_measured(tmp_path, base, capsys):
+    """R1-Zero's template alone is longer than the toy's context."""
+    argv = flags(tmp_path / "x", base)
+    argv[argv.index("template=plain")] = "template=r1_zero"
+    assert main(argv) == 2
+    assert "a prompt of --task countdown has up to" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_the_readme_has_the_table_of_the_recipes():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from r1zero.model.split_pattern import GPT2_PATTERN, LONGEST_REST, Inexpressible, split_pattern
+from r1zero.model.tokens.split_pattern import GPT2_PATTERN, LONGEST_REST, Inexpressible, split_pattern
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 GPT2 = BYTES | {"use_regex": True}

@@ -7,13 +7,14 @@ merges, and a byte may have none. tiktoken panics at a byte without a rank, so a
 
 from collections.abc import Iterable
 
+import regex
 import tiktoken
 
+from ..tokenizer import SINGLE_BYTES, safe_parts
 from .byte_letters import BYTE_OF_LETTER, LETTER_OF_BYTE, from_letters
-from .imported_tokenizer import LOST, ImportedTokenizer, Settings
+from .imported import LOST, ImportedTokenizer, Settings
 from .nfc import to_nfc
 from .split_pattern import Inexpressible, split_pattern
-from .tokenizer import SINGLE_BYTES, safe_parts
 
 
 def merge_pairs(model: dict) -> list[tuple[str, str]]:
@@ -148,8 +149,23 @@ class ByteLevelBPE(ImportedTokenizer):
 
     def _encode_ordinary(self, text: str) -> list[int]:
         id_of_rank = self._id_of_rank
-        return [
-            id_of_rank[rank]
-            for part in safe_parts(text)
-            for rank in self.encoding.encode_ordinary(part)
-        ]
+        ids = []
+        for part in safe_parts(text):
+            ranks = self.encoding.encode_ordinary(part)
+            new = [id_of_rank[rank] for rank in ranks]
+            ids += self._encode_around_gaps(part) if LOST in new else new
+        return ids
+
+    def _encode_around_gaps(self, text: str) -> list[int]:
+        """Ids of a text with bytes that have no token; LOST for each of them.
+
+        Hugging Face's library drops such a byte behind the split and before the merges, so that its
+        neighbours in a piece meet. tiktoken splits and merges in one go: here it only merges.
+        """
+        ids = []
+        for piece in regex.findall(self.pattern, text, flags=regex.V1):
+            kept = bytes(b for b in piece.encode() if self._id_of_rank[b] != LOST)
+            ids += [LOST] * (len(piece.encode()) - len(kept))
+            ranks = self.encoding._encode_single_piece(kept) if kept else []
+            ids += [self._id_of_rank[rank] for rank in ranks]
+        return ids

@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from r1zero.model.nfc import to_nfc
+from r1zero.model.tokens.nfc import to_nfc
 
 LATER = "\u0898\u1df9\u1abf\U00011938\U00011935\U0001e131\U000105d2"  # marks and letters since Unicode 10
 MARKS = "\u0301\u0334\u0345\u0315\u0327\u0338\u11a8"

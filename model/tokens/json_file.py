@@ -3,11 +3,12 @@
     tokenizer = read_tokenizer("Qwen3-0.6B", vocab_size=151936)
     write_tokenizer("out", tokenizer)
 
-What is read is tried on probe texts before it is used (see tokenizer_probes.py). tokenizer.json is
+What is read is tried on probe texts before it is used (see probes.py). tokenizer.json is
 what counts: transformers may replace parts of it by what it knows of a model's class.
 
-Left out: tokenizer.model of SentencePiece (transformers converts it), WordPiece and Unigram. What
-tiktoken cannot imitate is done by the library (see tokenizer_library.py).
+Left out: tokenizer.model of SentencePiece (transformers converts it), WordPiece and Unigram; of
+tokenizer_config.json what is no token, such as model_max_length. What tiktoken cannot imitate is
+done by the library (see library.py).
 """
 
 import base64
@@ -16,15 +17,15 @@ import zlib
 from dataclasses import asdict
 from pathlib import Path
 
+from ..files import atomic_write_json, atomic_write_text
+from ..tokenizer import Tokenizer
 from .byte_letters import to_letters
-from .byte_level_bpe import ByteLevelBPE, check_merges
-from .files import atomic_write_json, atomic_write_text
-from .imported_tokenizer import ImportedTokenizer, Settings
-from .split_pattern import GPT2_PATTERN, Inexpressible
-from .tokenizer import Tokenizer
-from .tokenizer_folder import Folder, template_bos
-from .tokenizer_library import LibraryTokenizer
-from .tokenizer_probes import verify
+from .byte_level_bpe import ByteLevelBPE, check_merges, normalisers
+from .folder import Folder, template_bos
+from .imported import ImportedTokenizer, Settings
+from .library import LibraryTokenizer
+from .probes import verify
+from .split_pattern import GPT2_PATTERN, Inexpressible, split_pattern
 
 # ---- from a folder, or a checkpoint ----
 
@@ -56,16 +57,22 @@ def read_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Importe
     Raises ValueError for files that are missing, damaged or of different models, for a tokenizer
     that has more ids than the model has rows, and for one that cannot be expressed, saying why.
     """
-    read = Folder(folder)
+    try:
+        return _checked(Folder(folder), vocab_size)
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise ValueError(
+            f"{folder}: tokenizer.json, or a file beside it, is damaged ({error!r}); download it "
+            "again"
+        ) from None
+
+
+def _checked(read: Folder, vocab_size: int | None) -> ImportedTokenizer:
+    """The tokenizer that a folder describes, checked on probe texts."""
     try:
         tokenizer = make_tokenizer(read.source, read.settings(vocab_size))
         verify(tokenizer)
     except ValueError as error:
-        raise ValueError(f"{folder}/tokenizer.json: {error}") from None
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(
-            f"{folder}/tokenizer.json is damaged ({error!r}); download it again"
-        ) from None
+        raise ValueError(f"{read.path}/tokenizer.json: {error}") from None
     return tokenizer
 
 
@@ -85,6 +92,24 @@ def tokenizer_from_dict(data: dict) -> ImportedTokenizer:
 
 
 # ---- into a folder ----
+
+# What Qwen2Tokenizer of transformers 5.24 (tokenization_qwen2.py) has of its own.
+QWEN2_END = "<|endoftext|>"
+QWEN2_SPLIT = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {
+            "type": "Split",
+            "pattern": {
+                "Regex": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+            },
+            "behavior": "Isolated",
+            "invert": False,
+        },
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+    ],
+}
 
 
 def _bos_processor(name: str, bos_id: int) -> dict:
@@ -157,10 +182,28 @@ def source_of(tokenizer: Tokenizer) -> dict:
     }
 
 
+def is_like_qwen2(tokenizer: Tokenizer) -> bool:
+    """Would transformers' Qwen2Tokenizer, which knows a split of its own, give the same ids?
+
+    It takes vocabulary, merges and added tokens from the file, and nothing else. It always adds
+    <|endoftext|>.
+    """
+    source = source_of(tokenizer)
+    return (
+        isinstance(tokenizer, ByteLevelBPE)
+        and tokenizer.pattern == split_pattern(QWEN2_SPLIT)
+        and normalisers(source.get("normalizer")) == ["NFC"]
+        and not source["model"].get("ignore_merges")
+        and QWEN2_END in tokenizer.special_tokens
+        and not tokenizer.adds_bos
+    )
+
+
 def write_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> None:
     """Write a tokenizer as `tokenizers` and transformers load it, with equal ids.
 
-    The end tokens but the first belong into generation_config.json, which is the model's.
+    The end tokens but the first belong into generation_config.json, which is the model's. So does
+    an end that is an ordinary token: transformers would add its name as a new token.
     """
     folder = Path(folder)
     names = {t.id: t.content for t in tokenizer.added.tokens}
@@ -173,11 +216,14 @@ def write_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> None:
         source = source | {"post_processor": processor}
     atomic_write_text(folder / "tokenizer.json", json.dumps(source, ensure_ascii=False))
 
-    # 2. The names. This class takes the file as it is; others would replace parts of it.
+    # 2. The names. This class takes the file as it is; others would replace parts of it. Beside a
+    #    model of the family qwen2 transformers ignores it (see `is_like_qwen2`).
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": names.get(tokenizer.bos_id),
-        "eos_token": names.get(tokenizer.eos_id, tokenizer.token_text(tokenizer.eos_id)),
+        "eos_token": names.get(tokenizer.eos_id),
+        "pad_token": names.get(tokenizer.pad_id),
+        "unk_token": names.get(tokenizer.unk_id),
         "clean_up_tokenization_spaces": False,
     }
     atomic_write_json(folder / "tokenizer_config.json", config)

@@ -1,14 +1,16 @@
 """What the files beside tokenizer.json say is found in old and new folders, or refused in one line."""
 
+import json
 import re
 
 import pytest
 
 pytest.importorskip("tokenizers")
 
-from r1zero.model.tokenizer_json import read_tokenizer, write_tokenizer  # noqa: E402
+from r1zero.model.tokenizer import Tokenizer  # noqa: E402
+from r1zero.model.tokens.json_file import read_tokenizer, write_tokenizer  # noqa: E402
 
-from .tokenizer_cases import (  # noqa: E402
+from .cases import (  # noqa: E402
     BOS,
     imported,
     library_of,
@@ -76,6 +78,35 @@ def test_the_end_tokens_of_all_files_count(tmp_path, files, expected):
     assert tokenizer.eos_ids == expected and tokenizer.eos_id == expected[0]
 
 
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, (None, None)),
+        ({"tokenizer_config": {"pad_token": "<|im_end|>", "unk_token": "<|im_start|>"}}, (341, 340)),
+        ({"tokenizer_config": {"pad_token": {"content": "<think>"}, "unk_token": None}}, (342, None)),
+        ({"special_tokens_map": {"pad_token": "<|im_end|>"}}, (341, None)),
+        ({"generation_config": {"pad_token_id": 340}, "config": {"pad_token_id": 342}}, (340, None)),
+        ({"generation_config": {"pad_token_id": None}, "config": {"pad_token_id": 342}}, (342, None)),
+        # No added token: transformers would make one.
+        ({"tokenizer_config": {"pad_token": "[PAD]", "unk_token": "the"}}, (None, None)),
+        ({"config": {"pad_token_id": -1}}, (None, None)),
+        ({"config": {"pad_token_id": 7}}, (None, None)),
+        ({"config": {"pad_token_id": [340]}}, (None, None)),
+    ],
+)
+def test_padding_and_the_unknown_token_are_kept_for_an_export(tmp_path, files, expected):
+    files = {name: {"eos_token": "<|im_end|>"} | content for name, content in files.items()}
+    tokenizer = imported(tmp_path, trained(), **files)
+    assert (tokenizer.pad_id, tokenizer.unk_id) == expected
+    (tmp_path / "out").mkdir()
+    write_tokenizer(tmp_path / "out", tokenizer)
+    again = read_tokenizer(tmp_path / "out")
+    assert (again.pad_id, again.unk_id) == expected and again.fingerprint() == tokenizer.fingerprint()
+    old = tokenizer.to_dict()
+    del old["settings"]["pad_id"], old["settings"]["unk_id"]
+    assert Tokenizer.from_dict(old).pad_id is None
+
+
 def test_the_chat_template_is_found_where_old_and_new_folders_have_it(tmp_path):
     names = {"eos_token": "<|im_end|>"}
     several = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
@@ -110,6 +141,11 @@ def test_added_tokens_that_only_tokenizer_config_names_are_found(tmp_path):
 
 
 # ---- bad input ----
+
+
+def naming(**keys) -> dict:
+    """A tokenizer_config.json with these keys."""
+    return {"tokenizer_config": {"eos_token": "<|im_end|>"} | keys}
 
 
 def damaged(**changes) -> dict:
@@ -151,6 +187,25 @@ def damaged(**changes) -> dict:
             "take both files from one model",
         ),
         (damaged(), {"tokenizer_config": [1]}, "tokenizer_config.json is no JSON object"),
+        (damaged() | {"added_tokens": None}, {}, "tokenizer.json: added_tokens is None; expected a list"),
+        (damaged() | {"added_tokens": {"1": {}}}, {}, "added_tokens is .*; expected a list"),
+        (damaged(added={"id": None}), {}, "added_tokens has .*'id': None.*expected an object with id"),
+        (damaged(added={"id": "300"}), {}, "added_tokens has .*'id': '300'"),
+        (damaged(added={"id": -1}), {}, "added_tokens has .*'id': -1"),
+        (damaged(model={"vocab": {"a": 1.0}}), {}, "the id of 'a' is 1.0, expected a whole number"),
+        (damaged(added={"id": True}), {}, "added_tokens has .*'id': True"),
+        (damaged(added={"content": None}), {}, "added_tokens has .*'content': None"),
+        (damaged() | {"added_tokens": ["<|im_end|>"]}, {}, r"added_tokens has '<\|im_end\|>'; exp"),
+        (damaged(added={"special": None}), {}, "tokenizer.json"),
+        (damaged(), naming(added_tokens_decoder=None), "added_tokens_decoder is None"),
+        (damaged(), naming(added_tokens_decoder=[1]), "tokenizer_config.json: added_"),
+        (damaged(), naming(added_tokens_decoder={"301": "x"}), "added_tokens_decoder has 'x'; expected"),
+        (damaged(), naming(added_tokens_decoder={"x": {"content": "y"}}), "is {'x'.* keys are ids"),
+        (damaged(), naming(eos_token=["x"]), "is damaged"),
+        (damaged() | {"post_processor": 3}, {}, "is damaged"),
+        (damaged(), naming(add_bos_token="false"), "'false' in tokenizer_config.json; expected"),
+        (damaged(), naming(chat_template=5), "chat_template is 5 in tokenizer_config.json"),
+        (damaged(), naming(chat_template=["x"]), "is damaged"),
     ],
 )
 def test_bad_folders_are_refused_in_one_line(tmp_path, source, files, match):
@@ -158,6 +213,23 @@ def test_bad_folders_are_refused_in_one_line(tmp_path, source, files, match):
     with pytest.raises(ValueError, match=match) as caught:
         read_tokenizer(tmp_path)
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("depth", [400, 100_000])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_file_nested_without_end_is_refused_in_one_line(tmp_path, name, depth):
+    write_folder(tmp_path, trained(size=300))
+    part = '{"type": "Sequence", "processors": ['
+    nested = part * depth + "]}" * depth
+    whole = json.loads((tmp_path / name).read_text())
+    text = json.dumps(whole | {"post_processor": 0, "x": 0})
+    text = text.replace('"post_processor": 0', f'"post_processor": {nested}')
+    (tmp_path / name).write_text(text)
+    if name == "tokenizer_config.json" and depth == 400:
+        assert read_tokenizer(tmp_path).eos_ids  # a key of no meaning
+        return
+    with pytest.raises(ValueError, match=r"\A[^\n]*(download|refuses)[^\n]*\Z"):
+        read_tokenizer(tmp_path)
 
 
 def test_a_folder_without_the_file_says_what_it_has(tmp_path):

@@ -2,7 +2,7 @@
 
 import unicodedata
 
-from r1zero.model.added_tokens import AddedToken, AddedTokens
+from r1zero.model.tokens.added_tokens import AddedToken, AddedTokens
 
 
 def found(text, *tokens, normalise=None):

@@ -1,13 +1,15 @@
 """Tokenizers of open models: what all that come from a tokenizer.json have in common.
 
     ByteLevelBPE         most of them, by tiktoken (see byte_level_bpe.py)
-    LibraryTokenizer     the others, by the library `tokenizers` (see tokenizer_library.py)
+    LibraryTokenizer     the others, by the library `tokenizers` (see library.py)
 
-Ids are the file's. They have holes, and added tokens may stand among the ordinary ones. A byte may
-have no token at all: `encode` refuses a text that has one, `encode_template` drops it with a
-warning, as Hugging Face does without a word. An added token of white space only is ordinary text.
+Ids are the file's. They may have holes, which a model can sample: they read as U+FFFD. Added tokens
+may stand among the ordinary ones, and merges may even make one: `encode` refuses a text in which
+they would. A byte may have no token at all: `encode` refuses a text that has one, `encode_template`
+drops it with a warning, as Hugging Face does without a word. An added token of white space only is
+ordinary text.
 
-Nothing of the file is lost: a checkpoint keeps the whole of it, and an export writes it again.
+Nothing of tokenizer.json is lost: a checkpoint keeps it whole, and an export writes it again.
 """
 
 import base64
@@ -15,13 +17,14 @@ import hashlib
 import json
 import warnings
 import zlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
+from ..tokenizer import FORMAT, SINGLE_BYTES, Tokenizer, without_surrogates
 from .added_tokens import AddedToken, AddedTokens
-from .tokenizer import FORMAT, SINGLE_BYTES, Tokenizer, without_surrogates
 
-LOST = -1  # in place of an id: a byte that has no token
+LOST = -1  # in place of an id: what has no token, or none that the text may have
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,14 @@ class Settings:
     bos_id: int | None = None
     adds_bos: bool = False
     chat_template: str | None = None
+    pad_id: int | None = None
+    """Not used here: batches are flat. It is kept for whoever loads an export."""
+    unk_id: int | None = None
+    """Nor this one: what has no token is refused."""
 
 
 class ImportedTokenizer(Tokenizer):
-    """A tokenizer.json and its settings. Build one by `read_tokenizer` (see tokenizer_json.py).
+    """A tokenizer.json and its settings. Build one by `read_tokenizer` (see json_file.py).
 
     source: the content of tokenizer.json.
     Raises ValueError for ids that do not fit together.
@@ -52,6 +59,7 @@ class ImportedTokenizer(Tokenizer):
         self.vocab_size, self.bos_id = settings.vocab_size, settings.bos_id
         self.eos_ids, self.eos_id = settings.eos_ids, settings.eos_ids[0]
         self.adds_bos, self.chat_template = settings.adds_bos, settings.chat_template
+        self.pad_id, self.unk_id = settings.pad_id, settings.unk_id
 
         tokens = added_tokens(source)
         self.special_tokens = {t.content: t.id for t in tokens if t.special}
@@ -63,6 +71,7 @@ class ImportedTokenizer(Tokenizer):
         }
         self._set_meanings(token_of_id, AddedTokens(tokens, self.normalise))
         self.blank = AddedTokens([t for t in tokens if t.is_blank], self.normalise)
+        self.control_ids = {t.id for t in tokens if not t.is_blank}
         self._check_imported()
         self._has_warned = False
 
@@ -106,46 +115,62 @@ class ImportedTokenizer(Tokenizer):
 
     # Text to ids
 
-    def ids_with_gaps(self, added: AddedTokens, text: str) -> list[int]:
-        """Ids of a text in which some added tokens are looked for; LOST for a byte without one."""
+    def _encode_pieces(self, pieces: Iterable[AddedToken | str]) -> list[int]:
+        """Ids of added tokens and of the texts between them; LOST for a byte without a token."""
         ids = []
-        for piece in added.split(without_surrogates(text)):
+        for piece in pieces:
             ids += self._encode_ordinary(piece) if isinstance(piece, str) else [piece.id]
         return ids
+
+    def typed_ids(self, text: str) -> list[int]:
+        """Ids of what somebody wrote; LOST for a byte without a token, and for a control token.
+
+        No control token is looked for, but one that stands in the vocabulary may come of merges.
+        """
+        ids = self._encode_pieces(self.blank.split(without_surrogates(text)))
+        if self.control_ids.isdisjoint(ids):
+            return ids
+        return [LOST if i in self.control_ids else i for i in ids]
+
+    def template_ids(self, text: str) -> list[int]:
+        """Ids of a text in which added tokens are spelled; LOST for a byte without a token."""
+        return self._encode_pieces(self.added.split(without_surrogates(text)))
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, never a control token; the caller adds bos and eos.
 
         `decode` returns the normalised text. Raises ValueError for a text with a byte that has no
-        token.
+        token, and for one whose merges end in a control token.
         """
-        ids = self.ids_with_gaps(self.blank, text)
+        ids = self.typed_ids(text)
         if LOST in ids:
             raise ValueError(
                 f"the text {text[:40]!r} cannot be encoded: this model has no token for "
-                f"{self._without_token()}; take these characters out"
+                f"{self._without_token(text)}; take these characters out"
             )
         return ids
 
-    def _without_token(self) -> str:
-        """What cannot be encoded, in words."""
+    def _without_token(self, text: str) -> str:
+        """What of a text cannot be encoded, in words."""
         present = set(self.bytes_of_id)
-        missing = [f"0x{b.hex()}" for b in SINGLE_BYTES if b not in present]
-        return f"{len(missing)} bytes such as {', '.join(missing[:4])}"
+        missing = [b for b in SINGLE_BYTES if b not in present]
+        if not any(b in without_surrogates(text).encode() for b in missing):
+            return "a word of it but a control token, which nobody types"
+        return f"{len(missing)} bytes such as {', '.join(f'0x{b.hex()}' for b in missing[:4])}"
 
     def encode_template(self, text: str) -> list[int]:
         """Ids of a text in which added tokens are spelled, as Hugging Face's tokenizers encode it.
 
         No bos is put in front. Bytes that have no token are dropped; the first time that happens a
-        warning says so. Never use it on what a user wrote (see `control_tokens_in`).
+        warning says so. Never use this on what a user wrote (see `control_tokens_in`).
         """
-        ids = self.ids_with_gaps(self.added, text)
+        ids = self.template_ids(text)
         kept = [i for i in ids if i != LOST]
         if len(kept) < len(ids) and not self._has_warned:
             self._has_warned = True
             warnings.warn(
                 f"tokenizer: {len(ids) - len(kept)} bytes of a text have no token and were "
-                f"dropped, as by Hugging Face: it has none for {self._without_token()}",
+                f"dropped, as by Hugging Face: it has none for {self._without_token(text)}",
                 stacklevel=2,
             )
         return kept

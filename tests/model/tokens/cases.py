@@ -7,9 +7,10 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from r1zero.model.imported_tokenizer import ImportedTokenizer
-from r1zero.model.split_pattern import GPT2_PATTERN
-from r1zero.model.tokenizer_json import read_tokenizer
+from r1zero.model.tokens.byte_level_bpe import ByteLevelBPE
+from r1zero.model.tokens.imported import ImportedTokenizer, Settings
+from r1zero.model.tokens.json_file import read_tokenizer
+from r1zero.model.tokens.split_pattern import GPT2_PATTERN
 
 DATA = Path(os.environ.get("R1ZERO_DATA", Path(__file__).parents[3] / "shared" / "data"))
 LICENSED = sorted(DATA.glob("tokenizers/*/tokenizer.json"))  # those of real models, where they are here
@@ -47,6 +48,7 @@ CL100K = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN2 = CL100K.replace(r"\p{N}{1,3}", r"\p{N}")
 DEEPSEEK = [
     r"\p{N}{1,3}",
     "[一-龥぀-ゟ゠-ヿ]+",
@@ -105,6 +107,13 @@ def add_token(source: dict, content: str, special: bool = True, **flags) -> int:
     } | flags
     source["added_tokens"].append(entry)
     return entry["id"]
+
+
+def like_qwen2(vocab_size: int, size: int = 256) -> ByteLevelBPE:
+    """A tokenizer as Qwen's; with size tokens, then bos, then the end."""
+    source = trained(splits(QWEN2), normalizers.NFC(), size=size)
+    add_token(source, "<|endoftext|>")
+    return ByteLevelBPE(source, Settings(vocab_size, (size + 1,), size))
 
 
 def handmade(*merges: str) -> dict:

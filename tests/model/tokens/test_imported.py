@@ -8,13 +8,13 @@ from hypothesis import given, settings
 
 pytest.importorskip("tokenizers")
 
-from r1zero.model.byte_level_bpe import ByteLevelBPE  # noqa: E402
 from r1zero.model.engine.text import TextStream  # noqa: E402
-from r1zero.model.imported_tokenizer import Settings  # noqa: E402
-from r1zero.model.split_pattern import LONGEST_REST  # noqa: E402
 from r1zero.model.tokenizer import Tokenizer  # noqa: E402
+from r1zero.model.tokens.byte_level_bpe import ByteLevelBPE  # noqa: E402
+from r1zero.model.tokens.imported import Settings  # noqa: E402
+from r1zero.model.tokens.split_pattern import LONGEST_REST  # noqa: E402
 
-from .tokenizer_cases import (  # noqa: E402
+from .cases import (  # noqa: E402
     CL100K,
     DEEPSEEK,
     HOSTILE,
@@ -67,6 +67,21 @@ def test_what_a_person_types_has_no_control_token_and_comes_back(chat, text):
         assert tokenizer.encode_template(text) == ids
 
 
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("split", [None, splits(CL100K)])
+def test_a_control_token_that_merges_make_is_refused_where_a_person_types_it(tmp_path, special, split):
+    source = trained(split)
+    control = source["model"]["vocab"]["the"]
+    the = source["added_tokens"][0] | {"id": control, "content": "the", "special": special}
+    source["added_tokens"].insert(0, the)
+    tokenizer = imported(tmp_path, source)
+    with pytest.raises(ValueError, match="'the cat' cannot be encoded: .* but a control token"):
+        tokenizer.encode("the cat")
+    assert control in tokenizer.encode_template("the cat")
+    assert tokenizer.control_tokens_in("the cat") == ["the"]
+    assert tokenizer.decode(tokenizer.encode("a cat")) == "a cat"
+
+
 def test_control_tokens_are_hidden_or_shown_as_the_file_says(chat):
     tokenizer, _ = chat
     start, end, think = (
@@ -107,7 +122,8 @@ def test_a_byte_without_a_token_is_refused_or_dropped_with_one_warning(tmp_path)
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert tokenizer.encode_template("t\x04he") == library.encode("t\x04he").ids  # nothing merges over it
+        for text in ("t\x04he", "!\x04!", "\x04", "!!\x04\x05!!", "a\x04!\x05! the", "\U00042019" * 2):
+            assert tokenizer.encode_template(text) == library.encode(text).ids, text
         assert differing(tokenizer, library, TEXTS) == []
     assert [str(w.message)[:44] for w in caught] == ["tokenizer: 1 bytes of a text have no token a"]
     assert tokenizer.encode_template("t\x04he") != tokenizer.encode_template("the")

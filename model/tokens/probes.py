@@ -7,8 +7,8 @@ ids that it gives.
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 
-from .imported_tokenizer import LOST, ImportedTokenizer
-from .tokenizer_library import load
+from .imported import LOST, ImportedTokenizer
+from .library import load
 
 PROBES = (
     "",
@@ -43,6 +43,7 @@ def probe_texts(tokenizer: ImportedTokenizer) -> Iterator[str]:
         yield " ".join(letters) + "".join(letters)
     for token in _spread(tokenizer.added.tokens, MAX_PROBED_TOKENS):
         yield f"a {token.content}b  {token.content} {token.content}\n"
+        yield token.content  # merges may make it of a whole text
     ordinary = _spread(sorted(tokenizer.known_ids), MAX_PROBED_TOKENS)
     for left, right in zip(ordinary, reversed(ordinary), strict=True):
         tokens = tokenizer.bytes_of_id[left] + tokenizer.bytes_of_id[right]
@@ -61,8 +62,10 @@ def verify(tokenizer: ImportedTokenizer) -> None:
     """
     library = library_of(tokenizer)
     for text in probe_texts(tokenizer):
-        # 1. What a person types comes back, or is refused.
-        ids = tokenizer.ids_with_gaps(tokenizer.blank, text)
+        # 1. What a person types has no control token. It comes back, or is refused.
+        ids = tokenizer.typed_ids(text)
+        if not tokenizer.control_ids.isdisjoint(ids):
+            raise ValueError(f"the text {text[:60]!r}, typed by a person, has a control token")
         normalised = tokenizer.normalise(text)
         possible = (normalised, f" {normalised}")  # SentencePiece puts a space in front
         if LOST not in ids and tokenizer.decode(ids) not in possible:
@@ -74,7 +77,7 @@ def verify(tokenizer: ImportedTokenizer) -> None:
         # 2. A text with added tokens has the ids that everybody else has.
         if library is None:
             continue
-        ids = [i for i in tokenizer.ids_with_gaps(tokenizer.added, text) if i != LOST]
+        ids = [i for i in tokenizer.template_ids(text) if i != LOST]
         expected = library.encode(text, add_special_tokens=False).ids
         if ids != expected:
             raise ValueError(

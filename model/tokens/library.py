@@ -11,11 +11,10 @@ knows no added tokens.
 import json
 import re
 
-from .added_tokens import AddedTokens
+from ..tokenizer import without_surrogates
 from .byte_letters import from_letters
-from .imported_tokenizer import LOST, ImportedTokenizer, Settings
+from .imported import LOST, ImportedTokenizer, Settings
 from .split_pattern import stages
-from .tokenizer import without_surrogates
 
 SPACE = "\u2581"  # ▁
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -58,7 +57,7 @@ class LibraryTokenizer(ImportedTokenizer):
 
         # Ids that no text of a user may have: control tokens, and the one that stands for anything.
         self._unknown = source["model"]["vocab"].get(source["model"].get("unk_token"))
-        self._refused = {token.id for token in self.added.tokens} - blank | {self._unknown}
+        self._refused = self.control_ids | {self._unknown}
 
     def _token_bytes(self, text: str) -> bytes:
         if self._is_byte_level:
@@ -77,25 +76,24 @@ class LibraryTokenizer(ImportedTokenizer):
         normalised = self.library.normalizer.normalize_str(text)
         return normalised if self._is_byte_level else normalised.replace(SPACE, " ")
 
-    def ids_with_gaps(self, added: AddedTokens, text: str) -> list[int]:
-        """Ids of a text; LOST, if control tokens are not looked for, where it cannot be encoded."""
+    def typed_ids(self, text: str) -> list[int]:
+        """Ids of what somebody wrote; LOST for a control token and for the unknown one."""
         text = without_surrogates(text)
-        if added is self.added:
-            return self.library.encode(text, add_special_tokens=False).ids
-
-        # ▁ would read as a space.
         ids = self._plain.encode(text, add_special_tokens=False).ids
-        refused = self._refused
         if SPACE in text and not self._is_byte_level:
-            refused = set(ids)
-        return [LOST if i in refused else i for i in ids]
+            return [LOST] * len(ids)  # ▁ would read as a space
+        return [LOST if i in self._refused else i for i in ids]
 
-    def _without_token(self) -> str:
+    def template_ids(self, text: str) -> list[int]:
+        """Ids of a text in which added tokens are spelled. The library leaves no gaps."""
+        return self.library.encode(without_surrogates(text), add_special_tokens=False).ids
+
+    def _without_token(self, text: str) -> str:
         return f"some character of it, or {SPACE}, which would read as a space"
 
     def control_tokens_in(self, text: str) -> list[str]:
         """The control tokens that `encode_template` would find in a text, each once."""
-        found = set(self.ids_with_gaps(self.added, text))
+        found = set(self.template_ids(text))
         found -= {token.id for token in self.blank.tokens}
         # The unknown token also stands for characters that have no other.
         tokens = [t for t in self.added.tokens if t.id in found]

@@ -7,10 +7,10 @@ import pytest
 pytest.importorskip("tokenizers")
 
 from r1zero.model.engine.text import TextStream  # noqa: E402
-from r1zero.model.tokenizer_json import read_tokenizer  # noqa: E402
-from r1zero.model.tokenizer_library import LibraryTokenizer  # noqa: E402
+from r1zero.model.tokens.json_file import read_tokenizer  # noqa: E402
+from r1zero.model.tokens.library import LibraryTokenizer  # noqa: E402
 
-from .tokenizer_cases import (  # noqa: E402
+from .cases import (  # noqa: E402
     add_token,
     differing,
     imported,

@@ -9,13 +9,13 @@ import pytest
 
 Library = pytest.importorskip("tokenizers").Tokenizer
 
-from r1zero.model.byte_level_bpe import ByteLevelBPE  # noqa: E402
-from r1zero.model.imported_tokenizer import Settings  # noqa: E402
 from r1zero.model.tokenizer import Tokenizer  # noqa: E402
-from r1zero.model.tokenizer_json import read_tokenizer, source_of, write_tokenizer  # noqa: E402
-from r1zero.model.tokenizer_library import LibraryTokenizer  # noqa: E402
+from r1zero.model.tokens.byte_level_bpe import ByteLevelBPE  # noqa: E402
+from r1zero.model.tokens.imported import Settings  # noqa: E402
+from r1zero.model.tokens.json_file import read_tokenizer, source_of, write_tokenizer  # noqa: E402
+from r1zero.model.tokens.library import LibraryTokenizer  # noqa: E402
 
-from .tokenizer_cases import (  # noqa: E402
+from .cases import (  # noqa: E402
     BOS,
     CL100K,
     DEEPSEEK,
