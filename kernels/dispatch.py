@@ -56,7 +56,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 class Backend:
     """One way to run an op. `run` and `refuses` take the op's arguments, all in one order."""
 
-    name: str  # "triton", "cpu" or "reference"
+    name: str  # "triton", "cpu" or "reference"; moe.py has two more in plain PyTorch
     run: Callable
     refuses: Callable[..., str | None]  # None: it serves these arguments; else why it does not
 

@@ -59,6 +59,19 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
+def moe_mlp(x_TM, gates_TK, experts_TK, gate_up, down) -> torch.Tensor:
+    """A mixture of experts, token by token: y[t] = sum over k of gates[t, k] * MLP_e(x[t]), where e
+    is experts[t, k]. gate_up [E, 2F, M], down [E, M, F]."""
+    result = []
+    for t, x in enumerate(wide(x_TM)):
+        y = torch.zeros_like(x)
+        for k, e in enumerate(experts_TK[t].tolist()):
+            hidden = swiglu(wide(gate_up[e]) @ x)
+            y = y + gates_TK[t, k] * (wide(down[e]) @ hidden)
+        result.append(y)
+    return torch.stack(result).to(x_TM.dtype)
+
+
 # ---- rows
 
 

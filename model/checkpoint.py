@@ -514,8 +514,26 @@ def build_model(
     """
     precision = precision or choose_precision("auto", False, device)
     model = Transformer(ModelConfig(**config), precision.dtype, precision.fp32_head)
+    check_shapes(weights, model)
     model.load_state_dict(weights)
     return model.to(device)
+
+
+def check_shapes(weights: dict[str, torch.Tensor], model: Transformer) -> None:
+    """Raise CheckpointError unless the weights are those of the model, name by name."""
+    there = {name: list(tensor.shape) for name, tensor in weights.items()}
+    here = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    differ = [
+        f"{name} is {there.get(name, 'missing')}, expected {here.get(name, 'none of that name')}"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
+    if differ:
+        more = f", and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise CheckpointError(
+            f"the weights do not fit their config: {'; '.join(differ[:3])}{more}; give a "
+            "checkpoint that is whole"
+        )
 
 
 def load_model(
@@ -554,6 +572,6 @@ def _load_huggingface(
             f"{folder} is a Hugging Face model, which has no checkpoint {which!r}; ask for the last"
         )
     model, tokenizer = read_model(folder, device, precision)
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights = model.state_dict()
     state = {"model_config": model.config.to_dict(), "tokenizer": tokenizer.to_dict()}
     return model, tokenizer, Checkpoint(0, {"model": weights}, state, folder)

@@ -11,6 +11,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 
+from .moe_config import MoEConfig
 from .rope_scaling import RopeScaling
 
 
@@ -56,6 +57,9 @@ class ModelConfig:
     """How many keys a query sees in the window layers, itself included; None: all."""
     window_layers: tuple[int, ...] = ()
     """Layers whose attention has the window, from 0 (Mistral: all of them)."""
+    moe: MoEConfig | None = None
+    """A mixture of experts in place of each MLP; None: the model is dense. A dict of its fields is
+    taken too."""
     vocab_in_use: int | None = None
     """Rows of the head that stand for a token; None: all. Those behind are padding, which is left
     out of the logits, so that it is never sampled."""
@@ -96,6 +100,11 @@ class ModelConfig:
                 f"model: window is {self.window!r}, expected a whole number above 0 for the layers "
                 f"{self.window_layers}"
             )
+        if self.moe and not all(0 <= i < self.n_layers for i in self.moe.dense_layers):
+            raise ValueError(
+                f"model: moe.dense_layers is {self.moe.dense_layers}, expected numbers of layers, "
+                f"0 to {self.n_layers - 1}"
+            )
         if self.vocab_in_use is not None and not 0 < self.vocab_in_use <= self.vocab_size:
             raise ValueError(
                 f"model: vocab_in_use is {self.vocab_in_use}, expected 1 to vocab_size "
@@ -103,11 +112,13 @@ class ModelConfig:
             )
 
     def _read_json_values(self) -> None:
-        """Lists as tuples, and a dict as the RopeScaling that it was."""
+        """Lists as tuples, and a dict as the RopeScaling or MoEConfig that it was."""
         for name in ("nope_layers", "window_layers"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.rope_scaling, dict):
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
+        if isinstance(self.moe, dict):
+            object.__setattr__(self, "moe", MoEConfig(**self.moe))
 
     def window_of(self, layer: int) -> int | None:
         """How many keys a query of this layer sees; None: all."""
@@ -130,6 +141,44 @@ PRESETS: dict[str, dict] = {
     ),
     "tiny": dict(
         n_layers=2, d_model=32, n_heads=2, n_kv_heads=1, head_dim=16, d_ff=64, max_seq_len=256
+    ),
+    # The same two with experts: as many parameters are active, up to the router's. Routed as
+    # DeepSeek-V3 is, with one shared expert, but without groups.
+    "demo-moe": dict(
+        n_layers=4,
+        d_model=128,
+        n_heads=4,
+        n_kv_heads=2,
+        head_dim=32,
+        d_ff=384,
+        max_seq_len=256,
+        moe=dict(
+            n_experts=16,
+            experts_per_token=3,
+            d_expert=96,
+            d_shared=96,
+            scores="sigmoid",
+            balance_bias=True,
+            fp32_router=True,
+        ),
+    ),
+    "tiny-moe": dict(
+        n_layers=2,
+        d_model=32,
+        n_heads=2,
+        n_kv_heads=1,
+        head_dim=16,
+        d_ff=64,
+        max_seq_len=256,
+        moe=dict(
+            n_experts=8,
+            experts_per_token=3,
+            d_expert=16,
+            d_shared=16,
+            scores="sigmoid",
+            balance_bias=True,
+            fp32_router=True,
+        ),
     ),
     "qwen2.5-0.5b": dict(
         n_layers=24,

@@ -2,10 +2,13 @@
 
     mlp(x) = W_down (silu(W_gate x) * W_up x)
 
-W_gate and W_up share one matrix, for one larger product. `make_mlp` chooses the module of a layer.
+W_gate and W_up share one matrix, for one larger product. `make_mlp` chooses the module of a layer:
+this one, or a mixture of many small ones (moe.py).
 
 Shapes: T tokens, M d_model, F d_ff.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -13,10 +16,13 @@ from torch import nn
 from ..kernels.mlp import swiglu, swiglu_mlp
 from .config import ModelConfig
 from .linear import Linear, plain
+from .moe import MoE
 
 
 class MLP(nn.Module):
     """The dense SwiGLU MLP."""
+
+    n_idle = 0  # parameters that a token does not use
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -41,8 +47,16 @@ class MLP(nn.Module):
         """Forward only; the products alone count."""
         return self.gate_up.flops_per_token() + self.down.flops_per_token()
 
+    def can_capture(self, dtype: torch.dtype) -> bool:
+        """Whether a CUDA graph can hold a step in `dtype`."""
+        return True
+
 
 def make_mlp(config: ModelConfig, layer: int) -> nn.Module:
-    """The MLP of one layer: a module with forward(x_TM) -> [T, M], flops_per_token() and
-    kept_per_token."""
-    return MLP(config)
+    """The MLP of one layer: a module with forward(x_TM) -> [T, M], flops_per_token(),
+    kept_per_token, n_idle and can_capture(dtype)."""
+    moe = config.moe
+    if moe is None or layer in moe.dense_layers:
+        return MLP(config)
+    shared = MLP(replace(config, d_ff=moe.d_shared)) if moe.d_shared else None
+    return MoE(config, shared)

@@ -22,6 +22,7 @@ import torch
 
 from .checkpoint import CheckpointError
 from .loss_scale import LossScaler
+from .moe import Router
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class OptimConfig:
     gradients where they are."""
     clip_grad: float = 1.0
     """Largest norm of the whole gradient; a larger gradient is scaled down to it."""
+    router_lr: float = 1.0
+    """Learning rate of the routers of a mixture of experts, as a multiple of all others'; 0 leaves
+    them as they are."""
 
     def __post_init__(self):
         """Raises ValueError for values out of range."""
@@ -54,6 +58,8 @@ class OptimConfig:
             raise ValueError(f"--optim.schedule is {self.schedule!r}, expected cosine or constant")
         # each alone, for NaN: it is not >= 0, but min() may pass over it
         at_least_zero = self.warmup >= 0 and self.weight_decay >= 0 and self.eps >= 0
+        if not 0 <= self.router_lr < math.inf:
+            raise ValueError(f"--optim.router-lr is {self.router_lr}, expected 0 or more")
         if not (self.lr > 0 and self.clip_grad > 0 and at_least_zero):
             raise ValueError(
                 f"optim: lr {self.lr}, clip_grad {self.clip_grad}, warmup {self.warmup}, "
@@ -71,7 +77,8 @@ class OptimConfig:
 
 
 def make_optimizer(module: torch.nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of `module`, with weight decay on matrices only.
+    """AdamW over the trainable parameters of `module`, with weight decay on matrices only, and a
+    learning rate of their own for routers.
 
     Raises ValueError if none of them is trainable.
     """
@@ -81,14 +88,24 @@ def make_optimizer(module: torch.nn.Module, config: OptimConfig) -> torch.optim.
             f"optimizer: no parameter of this {type(module).__name__} requires a gradient; "
             "expected one or more, so call requires_grad_() on what is to be trained"
         )
-    matrices = [p for p in trainable if p.ndim >= 2]
-    vectors = [p for p in trainable if p.ndim < 2]
-    groups = [
+    routers = [part for part in module.modules() if isinstance(part, Router)]
+    of_routers = {id(p) for router in routers for p in router.parameters()}
+    groups = decayed_groups([p for p in trainable if id(p) not in of_routers], config)
+    if of_routers:
+        steered = decayed_groups([p for p in trainable if id(p) in of_routers], config)
+        groups += [group | {"lr_scale": config.router_lr} for group in steered]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+def decayed_groups(parameters: list[torch.nn.Parameter], config: OptimConfig) -> list[dict]:
+    """Two groups: matrices, with weight decay, and vectors, without."""
+    matrices = [p for p in parameters if p.ndim >= 2]
+    vectors = [p for p in parameters if p.ndim < 2]
+    return [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
@@ -135,9 +152,9 @@ def optimizer_step(
     # 2. A larger gradient is scaled down to the limit.
     torch.nn.utils.clip_grads_with_norm_(parameters, config.clip_grad, norm)
 
-    # 3. Step.
+    # 3. Step. Routers have a multiple of the learning rate.
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     optimizer.step()
     optimizer.zero_grad()
     scaler.stepped()

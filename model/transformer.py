@@ -29,6 +29,9 @@ from .mlp import make_mlp
 from .packed import Packed
 from .precision import Precision
 
+# Endings of the names of matrices whose product is added to the residual stream.
+WRITE_TO_STREAM = ("attn.out.weight", "mlp.down.weight", "mlp.down", "mlp.shared.down.weight")
+
 
 def add_norm(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
@@ -108,6 +111,8 @@ class Transformer(nn.Module):
     def init_weights(self, seed: int) -> "Transformer":
         """Matrices ~ N(0, 1 / fan_in), norms 1, biases 0, by the seed alone. Returns the model.
 
+        Experts are matrices that are stacked.
+
         Matrices that write to the residual stream are divided by sqrt(2 n_layers), so that the sum
         of all blocks' outputs has the size of one (GPT-2).
         """
@@ -118,8 +123,8 @@ class Transformer(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
             else:
-                std = parameter.shape[1] ** -0.5
-                if name.endswith(("attn.out.weight", "mlp.down.weight")):
+                std = parameter.shape[-1] ** -0.5
+                if name.endswith(WRITE_TO_STREAM):
                     std /= (2 * self.config.n_layers) ** 0.5
                 noise = torch.randn(parameter.shape, generator=rng)
                 with torch.no_grad():
@@ -272,12 +277,19 @@ def count_parameters(config: ModelConfig) -> int:
     return sum(parameter.numel() for parameter in _without_memory(config).parameters())
 
 
+def count_active_parameters(config: ModelConfig) -> int:
+    """Number of parameters that one token uses: of a mixture's experts the chosen ones alone."""
+    idle = sum(block.mlp.n_idle for block in _without_memory(config).blocks)
+    return count_parameters(config) - idle
+
+
 def flops_per_token(config: ModelConfig, seqlen: float, training: bool) -> float:
     """FLOPs of the matrix products for one token, in sequences of mean length `seqlen`.
 
     A multiply-add is 2 FLOPs; causal attention counts half its square. Training is three times the
-    forward pass (Kaplan et al. 2020, arXiv 2001.08361). The embedding look-up is free, and what a
-    kernel computes again in its backward pass does not count.
+    forward pass (Kaplan et al. 2020, arXiv 2001.08361). The embedding look-up is free, experts that
+    the token does not go through are too, and what a kernel computes again in its backward pass
+    does not count.
     """
     forward = _without_memory(config).flops_per_token(seqlen)
     return 3 * forward if training else forward

@@ -11,6 +11,7 @@ import math
 import time
 
 from ..kernels.linear_logprob import check_targets
+from ..model.balance import Balance
 from ..model.loss_scale import LossScaler
 from ..model.optimizer import OptimConfig, learning_rate, make_optimizer, optimizer_step
 from ..model.tokenizer import Tokenizer
@@ -27,14 +28,17 @@ def train_step(
     optim: OptimConfig,
     micro_tokens: int,
     scaler: LossScaler | None = None,
+    balance: Balance | None = None,
 ) -> tuple[float, float]:
     """One optimizer step. Returns (mean loss in nats per weighted token, gradient norm).
 
     The mean's denominator is that of the whole batch, so the gradient does not depend on
     `micro_tokens`. A loss that is not finite changes nothing; the gradient norm is then NaN.
     scaler: for fp16; None is one that is off. An update that it skips has the gradient norm 0.
+    balance: of the experts; None is a default one. Its losses are no part of the mean loss.
     """
-    scaler = scaler or LossScaler()
+    scaler, balance = scaler or LossScaler(), balance or Balance(model)
+    balance.begin()
     device = model.embed.device
     check_targets(batch.targets, model.config.head_rows)
     denominator = float(batch.weight.sum())
@@ -48,35 +52,42 @@ def train_step(
             rows = rows.to(device)
 
         # Forward: the log-prob of each target given the tokens before it.
-        hidden_TM = model.hidden_states(part.inputs.to(device))
+        with balance.watch():
+            hidden_TM = model.hidden_states(part.inputs.to(device))
         logp_T, _ = model.logprobs(hidden_TM, targets_T.to(device), rows=rows)
         loss = -(logp_T * weight_T.to(device)).sum() / denominator
 
         # Backward: the gradients of all micro-batches add up, each times the same loss scale.
-        scaler.scale(loss).backward()
+        total = loss
+        if balance.routers:
+            total = loss + balance.loss(len(part.targets) / len(batch.targets))
+        scaler.scale(total).backward()
         mean_loss += float(loss.detach())
 
     if not math.isfinite(mean_loss):
         return mean_loss, math.nan
-    return mean_loss, optimizer_step(model, optimizer, lr, optim, scaler)
+    norm = optimizer_step(model, optimizer, lr, optim, scaler)
+    if 0 < norm < math.inf:
+        balance.update()
+    return mean_loss, norm
 
 
 def fit(run: Run, model: Transformer, tokenizer: Tokenizer, batches, config) -> None:
     """Train `model` for the steps that `run` has left.
 
     batches: its `batch(step)` is the data of a step, so a resumed run needs no more than the step.
-    config: has `save_every`, `optim` and `micro_tokens`.
+    config: has `save_every`, `optim`, `balance` and `micro_tokens`.
     Raises FloatingPointError for a loss or gradient that is not finite.
     """
     optimizer = make_optimizer(model, config.optim)
-    scaler = LossScaler.of(model)
+    scaler, balance = LossScaler.of(model), Balance(model, config.balance)
     scaler.load(run.restore(model, tokenizer, optimizer))
     n_tokens, started = 0, time.perf_counter()
     for step in run.steps():
         batch = batches.batch(step)
         lr = learning_rate(step, run.schedule_steps, config.optim)
         loss, gradient_norm = train_step(
-            model, optimizer, batch, lr, config.optim, config.micro_tokens, scaler
+            model, optimizer, batch, lr, config.optim, config.micro_tokens, scaler, balance
         )
         run.check_finite(step, model, loss=loss, gradient_norm=gradient_norm)
         n_tokens += len(batch.targets)
@@ -87,6 +98,7 @@ def fit(run: Run, model: Transformer, tokenizer: Tokenizer, batches, config) -> 
             "tokens": len(batch.targets),
             "tokens_per_s": n_tokens / (time.perf_counter() - started),
             **scaler.metrics(),
+            **balance.metrics(),
         }
         run.done(step, metrics, scaler.counters())
         run.log(step, metrics, show=("loss", "tokens_per_s"))

@@ -204,7 +204,7 @@ def keep_start(run: Run, learner: Learner) -> None:
         "model_config": learner.policy.config.to_dict(),
         "tokenizer": learner.sampler.engine.tokenizer.to_dict(),
     }
-    tensors = {"model": dict(learner.reference.model.named_parameters())}
+    tensors = {"model": learner.reference.model.state_dict()}
     save_checkpoint(run.folder / START, 0, tensors, state)
 
 

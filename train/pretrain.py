@@ -22,11 +22,17 @@ import torch
 
 from ..eval.console import show
 from ..eval.tasks.countdown import Countdown
+from ..model.balance import BalanceConfig
 from ..model.config import preset
 from ..model.files import atomic_write_json
 from ..model.optimizer import OptimConfig
 from ..model.tokenizer import Tokenizer
-from ..model.transformer import Transformer, count_parameters, flops_per_token
+from ..model.transformer import (
+    Transformer,
+    count_active_parameters,
+    count_parameters,
+    flops_per_token,
+)
 from .batches import DocumentBatches, TokenStream, tail_batches
 from .compute_flags import ComputeFlags
 from .data import encode_documents, is_jsonl, read_documents, split_tail, text_files
@@ -60,15 +66,17 @@ class PretrainConfig(ComputeFlags, RunConfig):
     vocab_size: int = 1024
     """Size of the vocabulary, where the tokenizer is trained."""
     model: str = "demo"
-    """Size of the model: a preset (demo and tiny, with room for 256 tokens, qwen2.5-0.5b, ...) or
-    depth=N, with room for 512."""
+    """Size of the model: a preset (demo and tiny, with room for 256 tokens; demo-moe and tiny-moe,
+    the same with experts; qwen2.5-0.5b, ...) or depth=N, with room for 512."""
     seq_len: int = 128
     """Number of tokens in a window of real text."""
     batch_tokens: int = 2048
     """Number of tokens in one optimizer step."""
     micro_tokens: int = 2048
-    """Number of tokens per forward and backward pass. It changes memory and speed, nothing else."""
+    """Number of tokens per forward and backward pass. It changes memory and speed, nothing else; in
+    a model with experts, also what their auxiliary loss is measured on."""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
     task: Countdown = field(default_factory=Countdown)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     documents: int = 50_000
@@ -228,8 +236,11 @@ def pretrain(config: PretrainConfig) -> Transformer:
     model_config = preset(config.model, tokenizer.vocab_size)
     model = Transformer(model_config, precision.dtype, precision.fp32_head)
     model.init_weights(config.seed).to(device)
+    n_active, active = count_active_parameters(model_config), ""
+    if model_config.moe:
+        active = f"{n_active:,} of them active per token, "
     show(
-        f"model {config.model}: {count_parameters(model_config):,} parameters, "
+        f"model {config.model}: {count_parameters(model_config):,} parameters, {active}"
         f"vocabulary {tokenizer.vocab_size:,}, "
         f"{flops_per_token(model_config, config.seq_len, True) / 1e6:.1f} MFLOPs per training token"
     )

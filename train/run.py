@@ -472,7 +472,7 @@ class Run:
         }
         tensors = {}
         for name, (module, its_optimizer) in self._modules.items():
-            tensors[name] = dict(module.named_parameters())
+            tensors[name] = module.state_dict()
             if its_optimizer is not None:
                 key = optimizer_key(name)
                 tensors[key], state[key] = optimizer_tensors(

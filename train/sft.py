@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from ..model.balance import BalanceConfig
 from ..model.checkpoint import load_model
 from ..model.optimizer import OptimConfig
 from ..model.transformer import Transformer
@@ -45,10 +46,12 @@ class SFTConfig(ComputeFlags, RunConfig):
     batch_tokens: int = 1024
     """Maximum number of tokens in one optimizer step. Conversations are never cut."""
     micro_tokens: int = 2048
-    """Number of tokens per forward and backward pass. It changes memory and speed, nothing else."""
+    """Number of tokens per forward and backward pass. It changes memory and speed, nothing else; in
+    a model with experts, also what their auxiliary loss is measured on."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=1e-3, warmup=5, weight_decay=0.0)
     )
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
     seed: int = 0
     """Seed of the order of the conversations."""
 

@@ -26,6 +26,7 @@ from torch import nn
 
 from ...kernels.decode_attention import SPLIT, can_capture, decode_attention
 from ..attention import KV, PrefillKV
+from ..moe import Router
 from ..packed import Packed, pack
 from ..transformer import Transformer
 from .cache import PAGE, pages_for
@@ -81,12 +82,15 @@ class PageWritingKV(PrefillKV):
 def cast_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
     """The same modules, whatever they are, over weights of their own in `dtype`.
 
-    What an fp32 head reads keeps its dtype.
+    What an fp32 head or an fp32 router reads keeps its dtype.
     """
     kept = set()
     if model.fp32_head:
         head = [model.embed] if model.config.tie_embeddings else model.lm_head.parameters()
         kept = {id(p) for p in (model.norm, *head)}
+
+    fp32_routers = [m for m in model.modules() if isinstance(m, Router) and m.config.fp32_router]
+    kept |= {id(p) for router in fp32_routers for p in router.parameters()}
 
     # deepcopy takes what the memo has in the place of a parameter, so none is copied as it is.
     copies = {}
@@ -129,7 +133,8 @@ class Pages:
         self.widths = doublings(SPLIT // PAGE, width)
         # At most len(sizes) * len(widths), but rows grow longer and fewer: most pairs never occur.
         self.graphs: dict[tuple[int, int], Callable[[], torch.Tensor]] = {}
-        self.captures = self.device.type == "cuda" and can_capture(self.caches[0][0])
+        capturable = all(block.mlp.can_capture(self.dtype) for block in self.model.blocks)
+        self.captures = self.device.type == "cuda" and can_capture(self.caches[0][0]) and capturable
         self.graph_pool = torch.cuda.graph_pool_handle() if self.captures else None
 
     def _zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -149,8 +154,8 @@ class Pages:
         """Rewrite the copy of the weights in place, if there is one: graphs hold its addresses."""
         if self.weights is self.model:
             return
-        theirs = dict(self.model.named_parameters())
-        for name, mine in self.weights.named_parameters():
+        theirs = self.model.state_dict()
+        for name, mine in self.weights.state_dict().items():
             mine.copy_(theirs[name])
 
     def clear(self) -> None:

@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from r1zero.model.config import ModelConfig
+from r1zero.model.moe_config import MoEConfig
 from r1zero.model.rope_scaling import RopeScaling
 from r1zero.model.transformer import Transformer
 
 from ..kernels.naive_ops import naive_attention, naive_rmsnorm, naive_rope, naive_swiglu
+from .moe_cases import naive_moe
 
 # pairs of a head of 6 turn 6.4, 2.0 and 0.66 times in 40 tokens at theta 30: kept, blended, divided
 LLAMA3 = RopeScaling("llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=40)
@@ -28,6 +30,14 @@ CONFIGS = {
     "olmo2": ModelConfig(**SHAPE, post_norm=True, qk_norm_full_width=True, tie_embeddings=False,
                          norm_eps=0.1),
 }
+CONFIGS |= {
+    "mixtral": ModelConfig(**SHAPE, tie_embeddings=False, moe=MoEConfig(5, 2, 7)),
+    "deepseek's mixture": ModelConfig(**SHAPE, moe=MoEConfig(
+        8, 3, 5, d_shared=6, dense_layers=(0,), scores="sigmoid", scale=2.5, n_groups=4, groups_per_token=2,
+        group_score="top2", balance_bias=True, fp32_router=True)),
+    "qwen2's and gpt-oss's mixture": ModelConfig(**SHAPE, mlp_bias=True, moe=MoEConfig(
+        4, 2, 6, d_shared=9, shared_gate=True, scores="logits", router_bias=True)),
+}
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
@@ -37,7 +47,7 @@ def scattered(config, seed=0, dtype=torch.float64):
     model.compute_dtype = dtype
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in model.parameters():
+        for p in (*model.parameters(), *model.buffers()):
             p += 0.3 * torch.randn(p.shape, generator=rng, dtype=dtype)
     return model
 
@@ -70,6 +80,13 @@ def naive_qk_norm(config, x, weight):
     return x
 
 
+def naive_mlp(mlp, x):
+    if hasattr(mlp, "router"):
+        return naive_moe(mlp, x, naive_mlp)
+    y = naive_swiglu(naive_bias(mlp.gate_up, x @ mlp.gate_up.weight.T))
+    return naive_bias(mlp.down, y @ mlp.down.weight.T)
+
+
 def naive_bias(linear, y):
     return y if linear.bias is None else y + linear.bias
 
@@ -94,7 +111,6 @@ def naive_logits(model, tokens):
         window = c.window if layer in c.window_layers else None
         attended = naive_attention(q, k, v, [len(tokens)], window=window).flatten(1)
         x = x + attn_after(naive_bias(block.attn.out, attended @ block.attn.out.weight.T))
-        y = naive_swiglu(naive_bias(block.mlp.gate_up, mlp_before(x) @ block.mlp.gate_up.weight.T))
-        x = x + mlp_after(naive_bias(block.mlp.down, y @ block.mlp.down.weight.T))
+        x = x + mlp_after(naive_mlp(block.mlp, mlp_before(x)))
     head = model.embed if c.tie_embeddings else model.lm_head.weight
     return naive_rmsnorm(x, model.norm, c.norm_eps) @ head.T

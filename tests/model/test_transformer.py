@@ -45,7 +45,8 @@ def test_rows_of_a_padded_vocabulary_have_no_probability_and_get_no_gradient(tie
     assert not head.grad[17:].any() and head.grad[:17].any(1).all()
 
 
-GRADIENT_CASES = ["qwen2", "all, three queries a key", "linear rope, biases", "smollm3", "olmo2"]
+GRADIENT_CASES = ["qwen2", "all, three queries a key", "linear rope, biases", "smollm3", "olmo2", "mixtral",
+                  "deepseek's mixture", "qwen2's and gpt-oss's mixture"]
 
 
 @pytest.mark.parametrize("name", GRADIENT_CASES)
@@ -113,15 +114,29 @@ def closed_count(c):
     """The parameters as a formula."""
     heads = (c.n_heads + c.n_kv_heads) * c.qk_norm_full_width + 2 * c.qk_norm
     qkv = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim * (c.d_model + c.qkv_bias) + c.head_dim * heads
-    biases = c.out_bias * c.d_model + c.mlp_bias * (2 * c.d_ff + c.d_model)
-    block = qkv + c.d_model * c.n_heads * c.head_dim + 3 * c.d_model * c.d_ff + 2 * c.d_model + biases
-    return c.n_layers * block + c.d_model + c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
+    block = qkv + c.d_model * c.n_heads * c.head_dim + 2 * c.d_model + c.out_bias * c.d_model
+    mlps = sum(closed_mlp(c, layer, c.moe and c.moe.n_experts, 1) for layer in range(c.n_layers))
+    return c.n_layers * block + mlps + c.d_model + c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
+
+
+def closed_mlp(c, layer, n_experts, with_biases):
+    """Numbers in the MLP of a layer, or in so many experts and what is beside them."""
+    def dense(width):
+        return 3 * c.d_model * width + with_biases * c.mlp_bias * (2 * width + c.d_model)
+
+    moe = c.moe
+    if moe is None or layer in moe.dense_layers:
+        return dense(c.d_ff)
+    router = moe.n_experts * (c.d_model + with_biases * moe.router_bias) + moe.shared_gate * c.d_model
+    shared = dense(moe.d_shared) if moe.d_shared else 0
+    return router + shared + 3 * n_experts * c.d_model * moe.d_expert
 
 
 def closed_flops(c, seqlen, training):
     """The FLOPs as a formula."""
-    block = (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim * c.d_model + 3 * c.d_model * c.d_ff
-    matmuls = 2 * (c.n_layers * block + c.vocab_size * c.d_model)
+    block = (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim * c.d_model
+    mlps = sum(closed_mlp(c, layer, c.moe and c.moe.experts_per_token, 0) for layer in range(c.n_layers))
+    matmuls = 2 * (c.n_layers * block + mlps + c.vocab_size * c.d_model)
     return (matmuls + 2 * c.n_layers * c.n_heads * c.head_dim * seqlen) * (3 if training else 1)
 
 

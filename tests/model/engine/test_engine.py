@@ -15,6 +15,7 @@ from r1zero.model.engine.pages import Pages
 from r1zero.model.engine.requests import Request, group_requests
 from r1zero.model.engine.sampling import NonFiniteError, sample_seeds
 from r1zero.model.engine.slots import Slots
+from r1zero.model.moe_config import MoEConfig
 from r1zero.model.packed import pack
 from r1zero.model.rope_scaling import RopeScaling
 
@@ -60,6 +61,8 @@ KINDS = {
     "window and a layer without RoPE": dict(window=7, window_layers=(0,), nope_layers=(1,)),
     "post-norm": dict(post_norm=True, qk_norm=False, qk_norm_full_width=True),
     "biases": dict(out_bias=True, mlp_bias=True),
+    "experts": dict(moe=MoEConfig(8, 3, 20, d_shared=16, dense_layers=(0,), scores="sigmoid",
+                                  balance_bias=True, n_groups=4, groups_per_token=2)),
 }
 
 
