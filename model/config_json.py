@@ -278,6 +278,11 @@ def rope_content(scaling: RopeScaling | None) -> dict:
     """The type of RoPE and the numbers of its scaling, for a config.json."""
     if scaling is None:
         return {"rope_type": "default"}
+    if scaling.kind not in SCALING_KEYS:
+        raise ValueError(
+            f"{scaling.kind} rope scaling has no form in a config.json that r1zero writes; "
+            f"expected {' or '.join(SCALING_KEYS)}"
+        )
     numbers = {key: float(getattr(scaling, key)) for key in SCALING_KEYS[scaling.kind]}
     if scaling.kind == "llama3":
         numbers["original_max_position_embeddings"] = scaling.original_max_seq_len

@@ -45,7 +45,8 @@ def test_rows_of_a_padded_vocabulary_have_no_probability_and_get_no_gradient(tie
     assert not head.grad[17:].any() and head.grad[:17].any(1).all()
 
 
-GRADIENT_CASES = ["qwen2", "all, three queries a key", "linear rope, biases", "smollm3", "olmo2"]
+GRADIENT_CASES = ["qwen2", "all, three queries a key", "linear rope, biases", "smollm3", "olmo2", "yarn",
+                  "deepseek v2 lite", "deepseek v3"]
 
 
 @pytest.mark.parametrize("name", GRADIENT_CASES)
@@ -109,20 +110,35 @@ def test_count_parameters_is_the_sum_of_numel(config):
     assert count_parameters(config) == sum(p.numel() for p in Transformer(config).parameters())
 
 
+def latent_matrices(c):
+    """Numbers in the matrices of latent attention (facts of DeepSeek-V3's own code)."""
+    latent, H, D, M = c.latent, c.n_heads, c.head_dim, c.d_model
+    q = M * H * D if latent.q_rank is None else latent.q_rank * (M + H * D)
+    kv = M * (latent.kv_rank + latent.rope_dim)
+    kv += latent.kv_rank * H * (D - latent.rope_dim + latent.value_dim)
+    return q + kv + H * latent.value_dim * M
+
+
 def closed_count(c):
     """The parameters as a formula."""
     heads = (c.n_heads + c.n_kv_heads) * c.qk_norm_full_width + 2 * c.qk_norm
     qkv = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim * (c.d_model + c.qkv_bias) + c.head_dim * heads
+    attention = qkv + c.d_model * c.n_heads * c.head_dim
+    if c.latent:
+        attention = latent_matrices(c) + c.latent.kv_rank + (c.latent.q_rank or 0)
     biases = c.out_bias * c.d_model + c.mlp_bias * (2 * c.d_ff + c.d_model)
-    block = qkv + c.d_model * c.n_heads * c.head_dim + 3 * c.d_model * c.d_ff + 2 * c.d_model + biases
+    block = attention + 3 * c.d_model * c.d_ff + 2 * c.d_model + biases
     return c.n_layers * block + c.d_model + c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
 
 
 def closed_flops(c, seqlen, training):
     """The FLOPs as a formula."""
-    block = (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim * c.d_model + 3 * c.d_model * c.d_ff
+    attention, per_key = (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim * c.d_model, 2 * c.head_dim
+    if c.latent:
+        attention, per_key = latent_matrices(c), c.head_dim + c.latent.value_dim
+    block = attention + 3 * c.d_model * c.d_ff
     matmuls = 2 * (c.n_layers * block + c.vocab_size * c.d_model)
-    return (matmuls + 2 * c.n_layers * c.n_heads * c.head_dim * seqlen) * (3 if training else 1)
+    return (matmuls + c.n_layers * c.n_heads * per_key * seqlen) * (3 if training else 1)
 
 
 @pytest.mark.parametrize("config", [*CONFIGS.values(), *(preset(name, 151_936) for name in PRESETS),
