@@ -48,7 +48,8 @@ class LatentAttention(nn.Module):
         self.d_model, self.n_heads, self.head_dim = config.d_model, config.n_heads, config.head_dim
         self.kv_rank, self.rope_dim = latent.kv_rank, latent.rope_dim
         self.nope_dim, self.value_dim = config.head_dim - latent.rope_dim, latent.value_dim
-        # of a whole key, rotated and not, in both forms
+        self.norm_eps = LATENT_NORM_EPS
+        # of a whole key, rotated part and other, in both forms
         self.scale = config.head_dim**-0.5
         if config.rope_scaling is not None:
             self.scale *= config.rope_scaling.softmax_factor
@@ -68,14 +69,14 @@ class LatentAttention(nn.Module):
     def queries(self, x_TM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """([T, H, N], [T, H, R]): both parts of each head's query, not rotated yet."""
         if self.q_down is not None:
-            x_TM = rmsnorm(self.q_down(x_TM), self.q_norm, LATENT_NORM_EPS)
+            x_TM = rmsnorm(self.q_down(x_TM), self.q_norm, self.norm_eps)
         q_THD = self.q_up(x_TM).unflatten(1, (self.n_heads, self.head_dim))
         return q_THD.split([self.nope_dim, self.rope_dim], dim=2)
 
     def latents(self, x_TM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """([T, L], [T, R]): each token's latent, and the part of its keys that is to be rotated."""
         latent_TL, k_rope_TR = self.kv_down(x_TM).split([self.kv_rank, self.rope_dim], dim=1)
-        return rmsnorm(latent_TL, self.kv_norm, LATENT_NORM_EPS), k_rope_TR
+        return rmsnorm(latent_TL, self.kv_norm, self.norm_eps), k_rope_TR
 
     def forward(
         self, x_TM: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, kv: KV
