@@ -773,9 +773,9 @@ def attention(
     Returns [Tq, H, E] in q's dtype. With return_lse also log sum exp of the scores [Tq, H], in fp32
     (fp64 for fp64). A row that sees no key gives 0 and -inf. Both results are differentiable, and
     the same in every run. impl: "triton" (E = D), "cpu" (fp32, E = D, a multiple of 16, no window,
-    no softcap), "reference", or None to choose. Raises ValueError for shapes, dtypes or devices that do not fit
-    together, for a window, scale or softcap that is not positive, and for an impl that cannot serve
-    the rest.
+    no softcap), "reference", or None to choose. Raises ValueError for shapes, dtypes or devices
+    that do not fit together, for a window, scale or softcap that is not positive, and for an impl
+    that cannot serve the rest.
     """
     _check(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale, window, softcap)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)

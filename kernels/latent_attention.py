@@ -2,13 +2,14 @@
 
 Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1) keeps no keys and values,
 but what all heads make theirs from: a latent c and a rotated key r per token. A head's key is
-(W_UK c, r) and its value W_UV c. With W_UK on the side of the query (which its caller does), and
-W_UV behind the sum, the latents are read as they lie:
+(W_UK c, r) and its value W_UV c. With W_UK on the side of the query, and W_UV behind the sum (both
+are the caller's), the latents are read as they lie:
 
-    s = scale ((W_UK^T q_nope) c + q_rope r),  o = softmax(s) c   (row b's first lengths[b] positions)
+    s = scale ((W_UK^T q_nope) c + q_rope r),  o = softmax(s) c
 
-So it is attention with one key/value head of L + R numbers, whose values are the first L. FLOPs: 2 B H S
-(2 L + R) for a length of S. Least bytes in 16 bit: 2 B S (L + R), each latent read once for all heads.
+over row b's first lengths[b] positions. So it is attention with one key/value head of L + R
+numbers, whose values are the first L. FLOPs: 2 B H S (2 L + R) for a length of S. Least bytes in
+16 bit: 2 B S (L + R), each latent read once for all heads.
 
 The two parts of a key lie apart, since L + R (576) is no power of two and only c is summed.
 
@@ -79,8 +80,6 @@ def latent_decode_attention(
                 f"expected int32 with {q_latent.shape[0]} rows on {q_latent.device}"
             )
     if not scale > 0:
-        raise ValueError(
-            f"latent_decode_attention: scale is {scale}, expected a number above 0"
-        )
+        raise ValueError(f"latent_decode_attention: scale is {scale}, expected a number above 0")
     args = (q_latent, q_rope, latent_pages, rope_pages, table, lengths, float(scale))
     return choose("latent_decode_attention", LATENT_DECODE_ATTENTION, impl, *args)(*args)

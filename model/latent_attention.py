@@ -1,4 +1,4 @@
-"""Multi-head latent attention (MLA) of DeepSeek-V2 and V3 (arXiv 2405.04434 section 2.1; 2412.19437).
+"""Multi-head latent attention (MLA) of DeepSeek-V2 and V3 (arXiv 2405.04434, section 2.1).
 
 A token keeps one latent c for all heads, not keys and values for each. With x the stream, h a head:
 
@@ -7,11 +7,13 @@ A token keeps one latent c for all heads, not keys and values for each. With x t
     q_h = (W_UQ_h z, RoPE(W_QR_h z))  z = norm(W_DQ x), or x itself without a q_rank
     out = W_O (softmax(scale q_h k_h^T) v_h, head by head)
 
-The position is in the rotated part alone ("decoupled RoPE"): so W_UK can be moved to the other side
-of the product. That gives two forms of the same numbers:
+The position is in the rotated part alone ("decoupled RoPE"). So W_UK can be moved to the other side
+of the product, which gives two forms of the same numbers:
 
-    expanded    keys and values are made from the latents; cheaper for many queries: training, prefill
-    absorbed    q_nope W_UK reads the latents as they are; cheaper where a token reads many: decoding
+    expanded    keys and values are made from the latents; cheaper for training and prefill, where
+                many queries read them
+    absorbed    q_nope W_UK reads the latents as they are; cheaper for decoding, where one query
+                reads many
 
 They differ by rounding, so an absorbed sampler and an expanded trainer have a gap between their
 log-probs: python -m benchmarks.latent_gap.
@@ -22,7 +24,7 @@ by side: whoever reads them permutes the rows that W_KR and W_QR have in kv_down
 Left out: biases but that of W_O, windows, a low rank that is shared between layers.
 
 Shapes: T tokens, B rows that decode, M d_model, H heads, N = D - R width of what is not rotated, R
-width of what is, D head_dim, E width of a value, L width of a latent, S width of the queries' latent.
+width of what is, D head_dim, E width of a value, L width of a latent.
 """
 
 import torch

@@ -56,7 +56,7 @@ class RopeScaling:
     truncate: bool = True
     """Whether the blend begins and ends at a whole pair (yarn)."""
     attention_factor: float | None = None
-    """What cosines and sines are multiplied by (yarn); None: what follows from the other numbers."""
+    """What cosines and sines are multiplied by (yarn); None: it follows from the other numbers."""
     mscale: float | None = None
     """With mscale_all_dim: how much of the sharpening cosines and sines have (yarn)."""
     mscale_all_dim: float | None = None

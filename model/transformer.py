@@ -1,8 +1,9 @@
-"""A decoder of the Llama, Qwen, OLMo and DeepSeek families: RoPE, grouped-query or latent attention,
-SwiGLU.
+"""A decoder of the Llama, Qwen, OLMo and DeepSeek families: RoPE, grouped-query or latent
+attention, SwiGLU.
 
-`Transformer.forward` is the whole model and `Block` one layer; attention.py (latent_attention.py) and
-mlp.py hold the two halves of a layer. It works on flat tokens (packed.py): no batch dimension, no mask.
+`Transformer.forward` is the whole model and `Block` one layer; attention.py or latent_attention.py,
+and mlp.py, hold the two halves of a layer. It works on flat tokens (packed.py): no batch dimension,
+no mask.
 
 `forward` returns hidden states, not logits. `logprobs` turns them into log-probs and entropies
 without ever holding [T, V]; `logits` serves the few rows that are sampled from.
