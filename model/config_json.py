@@ -8,9 +8,9 @@ not have are refused by name; all others are ignored.
 `content_of` writes the old keys and the new ones, since a reader of either age takes a default for
 what it does not find.
 
-The errors here go on after the name of the file: "has rope_type 'yarn'; ...".
+The errors here go on after the name of the file: "has rope_type 'longrope'; ...".
 
-Left out: a RoPE for each kind of layer, partial rotation, yarn, longrope, dynamic.
+Left out: a RoPE for each kind of layer, partial rotation, longrope, dynamic.
 Source: `modeling_rope_utils.py` of transformers 5.24.
 """
 
@@ -56,7 +56,16 @@ NEUTRAL: dict[str, tuple] = {
 SCALING_KEYS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
 }
+# yarn's other numbers, which a config.json may leave out; 0 and null mean the default.
+YARN_KEYS = (
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+)
 
 
 # ---- reading ----
@@ -199,10 +208,13 @@ def scaling_of(rope: dict, keys: dict) -> RopeScaling | None:
             f"{' or '.join(SCALING_KEYS)}"
         )
     numbers = {key: rope.get(key) for key in SCALING_KEYS[kind]}
-    if kind == "llama3":
+    if kind != "linear":
         # A number at the top goes before the one inside; without any, it is the whole context.
         inside = rope.get("original_max_position_embeddings") or keys["max_position_embeddings"]
         numbers["original_max_seq_len"] = keys.get("original_max_position_embeddings", inside)
+    if kind == "yarn":
+        numbers |= {key: rope[key] for key in YARN_KEYS if rope.get(key)}
+        numbers["truncate"] = rope.get("truncate", True)
     if not all(isinstance(number, Real) for number in numbers.values()):
         raise ValueError(
             f"has {rope} for RoPE; expected numbers for {', '.join(SCALING_KEYS[kind])}"
@@ -278,12 +290,11 @@ def rope_content(scaling: RopeScaling | None) -> dict:
     """The type of RoPE and the numbers of its scaling, for a config.json."""
     if scaling is None:
         return {"rope_type": "default"}
-    if scaling.kind not in SCALING_KEYS:
-        raise ValueError(
-            f"{scaling.kind} rope scaling has no form in a config.json that r1zero writes; "
-            f"expected {' or '.join(SCALING_KEYS)}"
-        )
     numbers = {key: float(getattr(scaling, key)) for key in SCALING_KEYS[scaling.kind]}
-    if scaling.kind == "llama3":
+    if scaling.kind == "yarn":
+        given = {key: getattr(scaling, key) for key in YARN_KEYS}
+        numbers |= {key: float(number) for key, number in given.items() if number is not None}
+        numbers["truncate"] = scaling.truncate
+    if scaling.kind != "linear":
         numbers["original_max_position_embeddings"] = scaling.original_max_seq_len
     return {"rope_type": scaling.kind, **numbers}
