@@ -8,9 +8,9 @@ from torch import nn
 from r1zero.kernels.rope import rope_table
 from r1zero.model.attention import PackedKV
 from r1zero.model.config import LatentShape, ModelConfig
-from r1zero.model.engine.cache import step_bytes
+from r1zero.model.engine.cache import PAGE, step_bytes
 from r1zero.model.engine.engine import Engine
-from r1zero.model.engine.pages import Pages
+from r1zero.model.engine.pages import PagedKV, Pages
 from r1zero.model.engine.slots import Slots
 from r1zero.model.packed import pack
 from r1zero.model.transformer import Transformer, count_parameters
@@ -145,6 +145,17 @@ def test_pages_have_the_size_that_the_layer_says():
     assert numbers * 4 == (32 + 16) * model.cache_bytes_per_token == 48 * 2 * (6 + 7) * 4
     with pytest.raises(ValueError, match="more than attention and dense MLPs"):
         Engine(model, paged=False)
+
+
+def test_a_decoding_step_asks_the_device_for_no_number():
+    """On the meta device there is none to be had: so a CUDA graph can hold the step."""
+    with torch.device("meta"):
+        model = Transformer(CONFIGS["deepseek v3"], torch.bfloat16)
+        caches = [[torch.empty(9, n, PAGE, w, dtype=torch.bfloat16) for w in widths]
+                  for n, *widths in (block.attn.cache_shape for block in model.blocks)]
+        kv = PagedKV(caches, torch.zeros(3, 2, dtype=torch.int32), torch.zeros(3, dtype=torch.int32))
+        hidden = model(torch.zeros(3, dtype=torch.int64), kv.positions, kv)
+    assert hidden.shape == (3, 12) and hidden.dtype == torch.bfloat16
 
 
 def test_the_estimate_of_what_training_keeps_is_what_the_layer_saves():
