@@ -28,7 +28,8 @@ So nothing is added up by atomics, and every run gives the same bits. The price 
 computes the scores twice, 7 products where 5 would do. Forward keeps a running maximum m_i, a
 running sum l_i and an accumulator acc per query, as the papers do, in base 2.
 
-Shapes: T tokens, H query heads, G kv heads, D head_dim, N sequences.
+Shapes: T tokens, H query heads, G kv heads, D head_dim (of queries and keys), E width of a value (D
+in the kernels; the plain reference takes any), N sequences.
 """
 
 import torch
@@ -729,8 +730,18 @@ def reference_attention(q, k, v, cu_q, max_q, scale, cu_k, max_k, window, softca
     return reference.attention(q, k, v, cu_q, cu_k, scale, window, softcap, return_lse)
 
 
+def attention_triton_refuses(q, k, v, *_) -> str | None:
+    """Why the Triton kernels do not serve these arguments, or None."""
+    if k.shape[2] != v.shape[2]:
+        return (
+            f"keys are {k.shape[2]} wide and values {v.shape[2]}; the Triton kernels take one "
+            "width for both"
+        )
+    return triton_refuses(q)
+
+
 ATTENTION = (
-    Backend("triton", triton_attention, triton_refuses),
+    Backend("triton", triton_attention, attention_triton_refuses),
     Backend("cpu", cpu.attention, cpu.refuses),
     Backend("reference", reference_attention, serves_all),
 )
@@ -753,18 +764,18 @@ def attention(
 ):
     """Each token attends to the tokens of its own sequence up to and including itself.
 
-    q: [Tq, H, D]; k, v: [Tk, G, D] with H a multiple of G, D up to 256.
+    q: [Tq, H, D]; k: [Tk, G, D]; v: [Tk, G, E] with H a multiple of G, D and E up to 256.
     cu_seqlens: [N + 1] int32 offsets into q; max_seqlen: the longest length, a number on the host.
     cu_seqlens_k, max_seqlen_k: the same of k and v where they differ (a cache, shared prefixes).
     scale: of q k^T, 1 / sqrt(D) by default. window: how many keys a query sees, itself included.
     softcap: scores become softcap tanh(score / softcap).
 
-    Returns [Tq, H, D] in q's dtype. With return_lse also log sum exp of the scores [Tq, H], in fp32
+    Returns [Tq, H, E] in q's dtype. With return_lse also log sum exp of the scores [Tq, H], in fp32
     (fp64 for fp64). A row that sees no key gives 0 and -inf. Both results are differentiable, and
-    the same in every run. impl: "triton", "cpu" (fp32, D a multiple of 16, no window, no softcap),
-    "reference", or None to choose. Raises ValueError for shapes, dtypes or devices that do not fit
-    together, for a window, scale or softcap that is not positive, and for an impl that cannot serve
-    the rest.
+    the same in every run. impl: "triton" (E = D), "cpu" (fp32, E = D, a multiple of 16, no window,
+    no softcap), "reference", or None to choose. Raises ValueError for shapes, dtypes or devices
+    that do not fit together, for a window, scale or softcap that is not positive, and for an impl
+    that cannot serve the rest.
     """
     _check(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale, window, softcap)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -861,17 +872,19 @@ def _check(q, k, v, cu_q, max_q, cu_k, max_k, scale, window, softcap):
     if (
         q.ndim != 3
         or k.ndim != 3
-        or k.shape != v.shape
+        or v.ndim != 3
+        or k.shape[:2] != v.shape[:2]
         or k.shape[2] != q.shape[2]
         or k.shape[1] == 0
         or q.shape[1] % k.shape[1]
     ):
         raise ValueError(
             f"attention: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}; expected "
-            "[Tq, H, D] and twice [Tk, G, D] with H a multiple of G"
+            "[Tq, H, D], [Tk, G, D] and [Tk, G, E] with H a multiple of G"
         )
-    if not 1 <= q.shape[2] <= MAX_HEAD_DIM:
-        raise ValueError(f"attention: head_dim is {q.shape[2]}, expected 1 to {MAX_HEAD_DIM}")
+    for name, width in (("head_dim", q.shape[2]), ("the width of values", v.shape[2])):
+        if not 1 <= width <= MAX_HEAD_DIM:
+            raise ValueError(f"attention: {name} is {width}, expected 1 to {MAX_HEAD_DIM}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}; expected one dtype")
     if (cu_k is None) != (max_k is None):

@@ -7,7 +7,7 @@ those formulas. Attention and linear_logprob are a little longer than the formul
 on them: they never hold all scores of a long sequence, or all logits.
 
 Shapes: N sequences, T flat tokens, S padded length, H query heads, G kv heads, R query heads per kv
-head, D head_dim, M d_model, F d_ff, V vocabulary.
+head, D head_dim, E width of a value, M d_model, F d_ff, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 VOCAB_SLICE = 4096  # columns of logits that exist at one time in linear_logprob
 QUERY_BLOCK = 128  # rows of attention scores that exist at one time
+POSITIONS = 32768  # of a cache of latents that are read at one time
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
@@ -168,9 +169,9 @@ class Attention(torch.autograd.Function):
     and ds times 1 - (s / softcap)^2 where there is a softcap. Backward computes P again, unless a
     run is one block only: then it is small and kept.
 
-    q: [n, R, Sq, D], n sequences x kv heads, R query heads for each; k, v: [n, Sk, D]; shift: see
-    causal_mask, max_shift its largest value. Returns O [n, R, Sq, D] and L [n, R, Sq], None unless
-    asked for. A row that sees no key gives 0 and -inf.
+    q: [n, R, Sq, D], n sequences x kv heads, R query heads for each; k: [n, Sk, D]; v: [n, Sk, E];
+    shift: see causal_mask, max_shift its largest value. Returns O [n, R, Sq, E] and L [n, R, Sq],
+    None unless asked for. A row that sees no key gives 0 and -inf.
     """
 
     @staticmethod
@@ -289,13 +290,13 @@ def attention(
     softcap: float | None = None,
     return_lse: bool = False,
 ):
-    """Causal attention within each sequence, the last query at the last key. q: [Tq, H, D]; k, v:
-    [Tk, G, D].
+    """Causal attention within each sequence, the last query at the last key. q: [Tq, H, D]; k:
+    [Tk, G, D]; v: [Tk, G, E].
 
     Runs of sequences alike in length are padded to their longest. Returns out, and lse [Tq, H] if
     asked for.
     """
-    H, G, D = q.shape[1], k.shape[1], q.shape[2]
+    H, G, E = q.shape[1], k.shape[1], v.shape[2]
     same_keys = cu_seqlens_k is cu_seqlens
     lengths_q = cu_seqlens.diff().tolist()
     lengths_k = lengths_q if same_keys else cu_seqlens_k.diff().tolist()
@@ -325,14 +326,15 @@ def attention(
             k_run, v_run = F.pad(k_run, (0, 0, 0, 1)), F.pad(v_run, (0, 0, 0, 1))
         options = (scale, shift, max(own), window, softcap, return_lse)
         out, lse = Attention.apply(q_run, k_run.squeeze(1), v_run.squeeze(1), *options)
-        by_token = out.view(n, G, -1, longest, D).permute(0, 3, 1, 2, 4)
-        outs.append(by_token.reshape(-1, H, D))
+        by_token = out.view(n, G, -1, longest, E).permute(0, 3, 1, 2, 4)
+        outs.append(by_token.reshape(-1, H, E))
         if return_lse:
             lses.append(lse.view(n, G, -1, longest).permute(0, 3, 1, 2).reshape(-1, H))
 
     # 3. Back to flat tokens.
     if not outs:  # no query at all
-        return (q, wide(q[..., 0])) if return_lse else q
+        nothing = q[..., :1].expand(-1, -1, E)
+        return (nothing, wide(q[..., 0])) if return_lse else nothing
     out = queries.flatten(outs).to(q.dtype)
     return (out, queries.flatten(lses)) if return_lse else out
 
@@ -375,6 +377,46 @@ def decode_attention(
     out = probs @ v.masked_fill(unseen.transpose(-1, -2), 0.0)
     out = out.masked_fill((lengths == 0)[:, None, None, None], 0.0)
     return out.reshape(B, H, D).to(q.dtype)
+
+
+def latent_decode_attention(
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
+    latent_pages: torch.Tensor,
+    rope_pages: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """One new token per row against the latents of its row. q_latent: [B, H, L]; q_rope: [B, H, R];
+    pages: [P, 1, page, L] and [P, 1, page, R]; table: [B, W]; lengths: [B]."""
+    # 1. How many pages are read: as many as the longest row has. A GPU reads all columns of the
+    # table, since to ask it for the lengths is to wait for it, and a CUDA graph could not.
+    page, n_pages = latent_pages.shape[2], table.shape[1]
+    if lengths.is_cpu and len(lengths):
+        n_pages = max(1, -(-int(lengths.max()) // page))
+    table = table[:, :n_pages].long()
+
+    # 2. Some rows at a time, so that the copies of their pages stay small.
+    outs = [q_latent[:0]]
+    n_rows = max(1, POSITIONS // max(1, n_pages * page))
+    for first in range(0, len(table), n_rows):
+        rows = slice(first, first + n_rows)
+        latent_BSL = wide(latent_pages[table[rows]]).flatten(1, 3)
+        rope_BSR = wide(rope_pages[table[rows]]).flatten(1, 3)
+
+        # 3. Scores [B, H, S]: all heads read the same latents. What a row does not have may be NaN.
+        position = torch.arange(latent_BSL.shape[1], device=table.device)
+        unseen = (position >= lengths[rows, None])[:, None]
+        latent_BSL.masked_fill_(unseen.transpose(1, 2), 0.0)
+        scores = wide(q_latent[rows]) @ latent_BSL.transpose(1, 2)
+        scores = scores + wide(q_rope[rows]) @ rope_BSR.transpose(1, 2)
+        probs = scores.mul_(scale).masked_fill_(unseen, float("-inf")).softmax(-1)
+
+        # 4. The weighted sum of the latents; 0 for a row of length 0.
+        out = (probs @ latent_BSL).masked_fill((lengths[rows] == 0)[:, None, None], 0.0)
+        outs.append(out.to(q_latent.dtype))
+    return torch.cat(outs)
 
 
 # ---- log-probs, one slice of the vocabulary at a time

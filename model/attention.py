@@ -12,8 +12,10 @@ One object serves all layers of a forward pass; `layer` says which of them calls
 Left out: dropout, attention masks (a batch is flat with offsets, see packed.py), and a cache that
 forgets what lies before a window.
 
+Latent attention, which reads the same KV objects, is latent_attention.py.
+
 Shapes: T tokens, M d_model, H query heads, G key/value heads, D width of a query or key, E width of
-a value (here D), K keys of all sequences.
+a value (here D), K keys of all sequences, L width of a latent, R width of what RoPE rotates of it.
 """
 
 import torch
@@ -53,6 +55,9 @@ def rotate(
 class KV:
     """What one forward pass reads its keys and values from, for all layers."""
 
+    reads_latents = False
+    """Whether latent attention calls `attend_latents` here, and not `attend`."""
+
     def attend(
         self,
         layer: int,
@@ -60,11 +65,27 @@ class KV:
         k_TGD: torch.Tensor,
         v_TGE: torch.Tensor,
         window: int | None = None,
+        scale: float | None = None,
+        kept: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Attention [T, H, E] of the new tokens; q and k have their positions already (RoPE).
 
-        window: how many keys a query sees, its own included; None: all.
+        window: how many keys a query sees, its own included; None: all. scale: of q k^T; None:
+        1 / sqrt(D). kept: what a cache keeps of the tokens in the place of k and v, if that is
+        something else (latent_attention.py).
         """
+        raise NotImplementedError
+
+    def attend_latents(
+        self,
+        layer: int,
+        q_latent_THL: torch.Tensor,
+        q_rope_THR: torch.Tensor,
+        latent_T1L: torch.Tensor,
+        k_rope_T1R: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """Attention [T, H, L] of the new tokens to latents, where `reads_latents`."""
         raise NotImplementedError
 
     def rotate_and_attend(
@@ -87,7 +108,7 @@ class PackedKV(KV):
     def __init__(self, packed: Packed):
         self.packed = packed
 
-    def attend(self, layer, q_THD, k_TGD, v_TGE, window=None):
+    def attend(self, layer, q_THD, k_TGD, v_TGE, window=None, scale=None, kept=None):
         packed = self.packed
         if packed.keys is not None:
             k_TGD, v_TGE = gather_keys(k_TGD, v_TGE, packed.keys)
@@ -97,6 +118,7 @@ class PackedKV(KV):
             v_TGE,
             packed.cu_seqlens,
             packed.max_seqlen,
+            scale,
             cu_seqlens_k=packed.cu_keys,
             max_seqlen_k=packed.max_keys,
             window=window,
@@ -127,14 +149,17 @@ class PrefillKV(KV):
         self.packed = packed
 
     def keep(self, layer: int, k_TGD: torch.Tensor, v_TGE: torch.Tensor) -> None:
-        """Keep the keys, rotated, and the values of all tokens. Both are views of larger tensors,
-        with queries in them: to hold on to them costs much more than a copy."""
+        """Keep the keys, rotated, and the values of all tokens, or what latent attention has in
+        their place. They are views of larger tensors, with queries in them: to hold on to them
+        costs much more than a copy."""
         raise NotImplementedError
 
-    def attend(self, layer, q_THD, k_TGD, v_TGE, window=None):
-        self.keep(layer, k_TGD, v_TGE)
+    def attend(self, layer, q_THD, k_TGD, v_TGE, window=None, scale=None, kept=None):
+        self.keep(layer, *(kept or (k_TGD, v_TGE)))
         packed = self.packed
-        return attention(q_THD, k_TGD, v_TGE, packed.cu_seqlens, packed.max_seqlen, window=window)
+        return attention(
+            q_THD, k_TGD, v_TGE, packed.cu_seqlens, packed.max_seqlen, scale, window=window
+        )
 
 
 class RecordingKV(PrefillKV):

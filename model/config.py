@@ -16,8 +16,34 @@ from .rope_scaling import RopeScaling
 
 
 @dataclass(frozen=True)
+class LatentShape:
+    """The widths of multi-head latent attention (DeepSeek-V2, arXiv 2405.04434).
+
+    Raises ValueError if one of them is no width.
+    """
+
+    kv_rank: int = 512
+    """Width of the latent that keys and values are made from."""
+    q_rank: int | None = None
+    """Width of the latent that queries are made from; None: they are made from the stream."""
+    rope_dim: int = 64
+    """Width of the part of a query or key that RoPE rotates; all heads share that of the key."""
+    value_dim: int = 128
+    """Width of a value."""
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if name == "q_rank" and value is None:
+                continue
+            if not (isinstance(value, Integral) and value > 0):
+                raise ValueError(
+                    f"model: latent.{name} is {value!r}, expected a whole number above 0"
+                )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a decoder with RoPE, grouped-query attention and SwiGLU.
+    """Shape of a decoder with RoPE, grouped-query or latent attention, and SwiGLU.
 
     Raises ValueError if the numbers do not fit together.
     """
@@ -31,7 +57,7 @@ class ModelConfig:
     """Query heads; a multiple of n_kv_heads."""
     n_kv_heads: int = 2
     head_dim: int = 32
-    """Width of a head; even, and free of d_model / n_heads."""
+    """Width of a query or key; even, and free of d_model / n_heads."""
     d_ff: int = 384
     """Width of the MLP between its two products."""
     rope_theta: float = 10_000.0
@@ -49,6 +75,8 @@ class ModelConfig:
     """RMSNorm on all heads of q together, and on all of k, before RoPE (OLMo-2)."""
     post_norm: bool = False
     """Norms behind attention and MLP, x + norm(f(x)), instead of before them (OLMo-2)."""
+    latent: LatentShape | None = None
+    """Keys and values of low rank (DeepSeek); a dict of its fields is taken too."""
     rope_scaling: RopeScaling | None = None
     """How RoPE was stretched to a longer context; a dict of its fields is taken too."""
     nope_layers: tuple[int, ...] = ()
@@ -85,7 +113,8 @@ class ModelConfig:
             raise ValueError(
                 f"model: head_dim {self.head_dim} is odd; RoPE rotates pairs, so it must be even"
             )
-
+        if self.latent is not None:
+            self._check_latent(self.latent)
         if self.qk_norm and self.qk_norm_full_width:
             raise ValueError("model: qk_norm and qk_norm_full_width exclude each other; choose one")
         for name in ("nope_layers", "window_layers"):
@@ -111,14 +140,41 @@ class ModelConfig:
                 f"{self.vocab_size}"
             )
 
+    def _check_latent(self, latent: LatentShape) -> None:
+        """Raise ValueError where latent attention does not fit the rest."""
+        if self.n_kv_heads != self.n_heads:
+            raise ValueError(
+                f"model: n_kv_heads is {self.n_kv_heads} with latent attention, where each head "
+                f"has keys of its own; expected n_heads, {self.n_heads}"
+            )
+        if latent.rope_dim % 2 or not latent.rope_dim < self.head_dim:
+            raise ValueError(
+                f"model: latent.rope_dim is {latent.rope_dim}, expected an even number below "
+                f"head_dim, {self.head_dim}: it is the rotated part of a head"
+            )
+        names = ("qk_norm", "qk_norm_full_width", "qkv_bias", "nope_layers", "window_layers")
+        given = [f"{name} {getattr(self, name)}" for name in names if getattr(self, name)]
+        if given:
+            raise ValueError(
+                f"model: latent attention has none of {', '.join(given)}; leave them at their "
+                "defaults"
+            )
+
     def _read_json_values(self) -> None:
-        """Lists as tuples, and a dict as the RopeScaling or MoEConfig that it was."""
+        """Lists as tuples, and a dict as the RopeScaling, MoEConfig or LatentShape that it was."""
         for name in ("nope_layers", "window_layers"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.rope_scaling, dict):
             object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         if isinstance(self.moe, dict):
             object.__setattr__(self, "moe", MoEConfig(**self.moe))
+        if isinstance(self.latent, dict):
+            object.__setattr__(self, "latent", LatentShape(**self.latent))
+
+    @property
+    def rope_dim(self) -> int:
+        """How many numbers of a query or key RoPE rotates."""
+        return self.head_dim if self.latent is None else self.latent.rope_dim
 
     def window_of(self, layer: int) -> int | None:
         """How many keys a query of this layer sees; None: all."""

@@ -8,9 +8,9 @@ way that we do not have are refused by name; all others are ignored.
 `content_of` writes the old keys and the new ones, since a reader of either age takes a default for
 what it does not find.
 
-The errors here go on after the name of the file: "has rope_type 'yarn'; ...".
+The errors here go on after the name of the file: "has rope_type 'longrope'; ...".
 
-Left out: a RoPE for each kind of layer, partial rotation, yarn, longrope, dynamic.
+Left out: a RoPE for each kind of layer, partial rotation, longrope, dynamic.
 Source: `modeling_rope_utils.py` of transformers 5.24.
 """
 
@@ -49,7 +49,16 @@ NEUTRAL: dict[str, tuple] = {
 SCALING_KEYS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
 }
+# yarn's other numbers, which a config.json may leave out; 0 and null mean the default.
+YARN_KEYS = (
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+)
 
 
 # ---- reading ----
@@ -228,16 +237,20 @@ def scaling_of(rope: dict, keys: Keys) -> RopeScaling | None:
             f"{' or '.join(SCALING_KEYS)}"
         )
     numbers = {key: rope.get(key) for key in SCALING_KEYS[kind]}
-    if kind == "llama3":
+    if kind != "linear":
         # A number at the top goes before the one inside; without any, it is the whole context.
         inside = rope.get("original_max_position_embeddings") or keys["max_position_embeddings"]
         numbers["original_max_seq_len"] = keys.get("original_max_position_embeddings", inside)
+    truncate = {}
+    if kind == "yarn":
+        numbers |= {key: rope[key] for key in YARN_KEYS if rope.get(key)}
+        truncate = {"truncate": rope.get("truncate", True)}
     if not all(NUMBER.fits(number) for number in numbers.values()):
         raise ValueError(
             f"has {rope} for RoPE; expected numbers above 0, for {', '.join(SCALING_KEYS[kind])}"
         )
     try:
-        return RopeScaling(kind=kind, **numbers)
+        return RopeScaling(kind=kind, **numbers, **truncate)
     except ValueError as error:
         raise ValueError(f"has {rope} for RoPE: {error}") from None
 
@@ -245,7 +258,7 @@ def scaling_of(rope: dict, keys: Keys) -> RopeScaling | None:
 def rope_type_of(rope: dict) -> Any:
     """The kind of a scaling, under its new key or its old one."""
     kinds = [rope[key] for key in ("rope_type", "type") if rope.get(key) is not None]
-    if not kinds and rope.keys() & SCALING_KEYS["llama3"]:
+    if not kinds and rope.keys() & {*SCALING_KEYS["llama3"], *YARN_KEYS}:
         raise ValueError(f"has {rope} for RoPE, numbers without a rope_type; add it")
     if len(kinds) == 2 and kinds[0] != kinds[1]:
         raise ValueError(
@@ -324,6 +337,10 @@ def rope_content(scaling: RopeScaling | None) -> dict:
     if scaling is None:
         return {"rope_type": "default"}
     numbers = {key: float(getattr(scaling, key)) for key in SCALING_KEYS[scaling.kind]}
-    if scaling.kind == "llama3":
+    if scaling.kind == "yarn":
+        given = {key: getattr(scaling, key) for key in YARN_KEYS}
+        numbers |= {key: float(number) for key, number in given.items() if number is not None}
+        numbers["truncate"] = scaling.truncate
+    if scaling.kind != "linear":
         numbers["original_max_position_embeddings"] = scaling.original_max_seq_len
     return {"rope_type": scaling.kind, **numbers}

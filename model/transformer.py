@@ -1,7 +1,9 @@
-"""A decoder of the Llama, Qwen and OLMo families: RoPE, grouped-query attention, SwiGLU.
+"""A decoder of the Llama, Qwen, OLMo and DeepSeek families: RoPE, grouped-query or latent
+attention, SwiGLU.
 
-`Transformer.forward` is the whole model and `Block` one layer; attention.py and mlp.py hold the two
-halves of a layer. It works on flat tokens (packed.py): no batch dimension, no mask.
+`Transformer.forward` is the whole model and `Block` one layer; attention.py or latent_attention.py,
+and mlp.py, hold the two halves of a layer. It works on flat tokens (packed.py): no batch dimension,
+no mask.
 
 `forward` returns hidden states, not logits. `logprobs` turns them into log-probs and entropies
 without ever holding [T, V]; `logits` serves the few rows that are sampled from.
@@ -24,6 +26,7 @@ from ..kernels.rmsnorm import rmsnorm
 from ..kernels.rope import rope_table
 from .attention import KV, Attention, PackedKV
 from .config import ModelConfig
+from .latent_attention import LatentAttention
 from .linear import Linear, plain
 from .mlp import make_mlp
 from .packed import Packed
@@ -42,6 +45,14 @@ def add_norm(
     return rmsnorm(x, weight, eps, residual)
 
 
+def make_attention(config: ModelConfig, layer: int) -> nn.Module:
+    """The attention of one layer: a module with forward(x_TM, cos, sin, kv) -> [T, M], cache_shape,
+    flops_per_token(seqlen) and kept_per_token."""
+    if config.latent is not None:
+        return LatentAttention(config, layer)
+    return Attention(config, layer)
+
+
 class Block(nn.Module):
     """One layer: x += attention(norm(x)), then x += mlp(norm(x))."""
 
@@ -49,7 +60,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm_eps = config.norm_eps
         self.attn_norm = nn.Parameter(torch.empty(config.d_model))
-        self.attn = Attention(config, layer)
+        self.attn = make_attention(config, layer)
         self.mlp_norm = nn.Parameter(torch.empty(config.d_model))
         self.mlp = make_mlp(config, layer)
 
@@ -141,8 +152,11 @@ class Transformer(nn.Module):
         """
         # 1. The angles of each token's position; all layers share them.
         config = self.config
-        rescale = config.rope_scaling and config.rope_scaling.rescale
-        cos, sin = rope_table(positions, config.head_dim, config.rope_theta, rescale)
+        scaling = config.rope_scaling
+        rescale = scaling and scaling.rescale
+        cos, sin = rope_table(positions, config.rope_dim, config.rope_theta, rescale)
+        if scaling is not None and scaling.table_factor != 1:
+            cos, sin = cos * scaling.table_factor, sin * scaling.table_factor
 
         # 2. Token ids to vectors [T, M].
         x_TM = F.embedding(tokens, self.embed).to(self.compute_dtype)

@@ -205,6 +205,11 @@ def refuses(q, k, v, cu_seqlens, max_seqlen, scale=None, cu_seqlens_k=None, max_
     reason = tensors_refuse(q, k, v)
     if reason:
         return reason
+    if k.shape[2] != v.shape[2]:
+        return (
+            f"keys are {k.shape[2]} wide and values {v.shape[2]}; the compiled loops take one "
+            "width for both"
+        )
     if q.shape[2] % TILE_COLUMNS or window is not None or softcap is not None:
         return (
             f"head_dim is {q.shape[2]}, window {window}, softcap {softcap}; the compiled loops "

@@ -132,8 +132,12 @@ def step_bytes(config: ModelConfig, dtype: torch.dtype, n_tokens: int, n_rows: i
     """
     c = config
     stream = 5 * c.d_model
-    # q, k, v; q and k rotated; the output, and k and v once more on their way to the pages
-    attention = (3 * c.n_heads + 5 * c.n_kv_heads) * c.head_dim
+    if c.latent is None:
+        # q, k, v; q and k rotated; the output, and k and v once more on their way to the pages
+        attention = (3 * c.n_heads + 5 * c.n_kv_heads) * c.head_dim
+    else:
+        # q; q and k with their rotated parts; k and v as they are made; the output
+        attention = c.n_heads * (4 * c.head_dim + 2 * c.latent.value_dim)
     mlp = 3 * c.d_ff  # gate and up side by side, and their product
     prefill = n_tokens * (stream + max(attention, mlp)) * dtype.itemsize
     sampling = n_rows * c.vocab_size * (3 * 4 + dtype.itemsize)

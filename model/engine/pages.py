@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from ...kernels.decode_attention import SPLIT, can_capture, decode_attention
+from ...kernels.latent_attention import latent_decode_attention
 from ..attention import KV, PrefillKV
 from ..moe import Router
 from ..packed import Packed, pack
@@ -34,7 +35,13 @@ from .page_table import PageTable
 
 
 class PagedKV(KV):
-    """What attention reads and writes when every row has one new token: the pages of the cache."""
+    """What attention reads and writes when every row has one new token: the pages of the cache.
+
+    Those of latent attention hold the rotated part of a key, shared by all heads, where others hold
+    keys, and the latents where others hold values.
+    """
+
+    reads_latents = True
 
     def __init__(self, caches: list, table: torch.Tensor, lengths: torch.Tensor):
         """caches: keys [N, G, PAGE, D] and values [N, G, PAGE, E] of each layer.
@@ -56,12 +63,30 @@ class PagedKV(KV):
         k_BGD: torch.Tensor,
         v_BGE: torch.Tensor,
         window: int | None = None,
+        scale: float | None = None,
+        kept=None,
     ):
         """Write the new keys and values to their pages; attention [B, H, E] over the whole row."""
+        k_cache, v_cache = self._write(layer, k_BGD, v_BGE)
+        return decode_attention(
+            q_BHD, k_cache, v_cache, self.table, self.lengths, scale, window=window
+        )
+
+    def attend_latents(self, layer, q_latent_BHL, q_rope_BHR, latent_B1L, k_rope_B1R, scale):
+        """Write the new latents to their pages; attention [B, H, L] over the whole row."""
+        rope_cache, latent_cache = self._write(layer, k_rope_B1R, latent_B1L)
+        return latent_decode_attention(
+            q_latent_BHL, q_rope_BHR, latent_cache, rope_cache, self.table, self.lengths, scale
+        )
+
+    def _write(
+        self, layer: int, k_BGD: torch.Tensor, v_BGE: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write what the new tokens have to their pages. Returns the layer's caches."""
         k_cache, v_cache = self.caches[layer]
         k_cache[self.pages, :, self.offsets] = k_BGD
         v_cache[self.pages, :, self.offsets] = v_BGE
-        return decode_attention(q_BHD, k_cache, v_cache, self.table, self.lengths, window=window)
+        return k_cache, v_cache
 
 
 class PageWritingKV(PrefillKV):

@@ -30,6 +30,10 @@ def gather_weights(model: Transformer) -> DecoderWeights | None:
     layers = []
     if type(model).forward is not Transformer.forward:
         return None
+    # Its table of cosines and sines has no factor.
+    scaling = model.config.rope_scaling
+    if scaling is not None and scaling.table_factor != 1:
+        return None
     for block in model.blocks:
         if type(block) is not Block:
             return None

@@ -39,7 +39,7 @@ def naive_attention(q, k, v, lengths, scale=None, lengths_k=None, window=None, s
     """One sequence and one formula at a time; rows that see no key give 0 and -inf."""
     per_kv_head = q.shape[1] // k.shape[1]
     served_by = [h // per_kv_head for h in range(q.shape[1])]
-    outs, lses, start, start_k = [q[:0]], [q[:0, :, 0]], 0, 0
+    outs, lses, start, start_k = [q.new_zeros(0, q.shape[1], v.shape[2])], [q[:0, :, 0]], 0, 0
     for n, m in zip(lengths, lengths_k or lengths, strict=True):
         qs = q[start : start + n]
         ks, vs = (x[start_k : start_k + m, served_by] for x in (k, v))

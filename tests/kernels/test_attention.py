@@ -46,6 +46,26 @@ def test_the_reference_is_the_formula_with_all_its_options(lengths, lengths_k, o
     assert_close(alone[1:], value_and_gradients(lambda *x: naive(*x)[0], qkv, upstream[:1])[1:], 1e-12)
 
 
+@pytest.mark.parametrize("G, D, E", [(2, 4, 7), (6, 10, 3), (1, 16, 1)])
+@pytest.mark.parametrize("lengths, lengths_k", CASES.values(), ids=CASES)
+def test_values_may_have_another_width_than_keys(lengths, lengths_k, G, D, E):
+    n_keys = sum(lengths_k or lengths)
+    qkv = [torch.randn(n, heads, width, dtype=torch.float64)
+           for n, heads, width in ((sum(lengths), 6, D), (n_keys, G, D), (n_keys, G, E))]
+    cache = {"cu_seqlens_k": cu(lengths_k), "max_seqlen_k": max(lengths_k)} if lengths_k else {}
+    upstream = [torch.randn(sum(lengths), 6, E, dtype=torch.float64)]
+    got, expected = (value_and_gradients(op, qkv, upstream) for op in (
+        lambda *x: attention(*x, cu(lengths), max(lengths), 0.3, **cache),
+        lambda *x: naive_attention(*x, lengths, 0.3, lengths_k=lengths_k)))
+    assert_close(got, expected, 1e-12)
+
+
+def test_no_query_gives_no_row_of_the_width_of_a_value():
+    out, lse = attention(torch.randn(0, 4, 8), torch.randn(0, 2, 8), torch.randn(0, 2, 5), cu([0]), 0,
+                         return_lse=True)
+    assert out.shape == (0, 4, 5) and lse.shape == (0, 4)
+
+
 # ---- wrong input
 
 
@@ -59,6 +79,7 @@ def call(lengths=(3, 2), H=4, G=2, D=8, k=None, v=None, cu_seqlens=None, max_seq
 def test_input_that_fits_is_taken():
     assert call().shape == (5, 4, 8)
     assert call(cu_seqlens=cu([5, 0]), max_seqlen=5).shape == (5, 4, 8)
+    assert call(v=torch.randn(5, 2, 3)).shape == (5, 4, 3)
 
 
 @pytest.mark.parametrize("wrong, message", [
@@ -71,6 +92,12 @@ def test_input_that_fits_is_taken():
     ({"k": torch.zeros(5, 8, 2).transpose(1, 2)}, r"last dimension of k has stride 2.*contiguous\(\)"),
     ({"k": torch.zeros(5, 2, 8, device="meta")}, "k is on meta"),
     ({"D": 257}, "head_dim is 257, expected 1 to 256"),
+    ({"v": torch.zeros(5, 2, 257)}, "the width of values is 257, expected 1 to 256"),
+    ({"v": torch.zeros(5, 2, 0)}, "the width of values is 0"),
+    ({"v": torch.zeros(5, 16)}, r"v \(5, 16\); expected .*\[Tk, G, E\]"),
+    ({"v": torch.zeros(5, 2, 4), "impl": "triton"}, "keys are 8 wide and values 4; the Triton kernels"),
+    ({"D": 16, "v": torch.zeros(5, 2, 4), "impl": "cpu"},
+     "impl is \"cpu\", but (keys are 16 wide and values 4; the compiled loops take one|.*Numba)"),
     ({"cu_seqlens": cu([])}, "is the batch empty"),
     ({"cu_seqlens": cu([3, 2]).long()}, "torch.int64"),
     ({"cu_seqlens": cu([3, 2])[None]}, r"\(1, 3\)"),

@@ -35,11 +35,14 @@ SHAPE = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, num_attentio
              pad_token_id=None)
 LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=16)
+# pairs of a head of 8 lie 0, 1/3, 2/3 and all the way from kept to divided at theta 300
+YARN = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=16, beta_fast=2.0, beta_slow=0.1)
 # name: (model_type, keys of its config)
 TINY = {
     "llama": ("llama", dict(rope_scaling=LLAMA3)),
     "llama with biases": ("llama", dict(rope_scaling=dict(type="linear", factor=4.0), attention_bias=True,
                                         mlp_bias=True, tie_word_embeddings=True)),
+    "llama with yarn": ("llama", dict(rope_scaling=YARN, rms_norm_eps=1e-6)),
     "mistral": ("mistral", dict(sliding_window=8, head_dim=16)),
     "qwen2": ("qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1)),
     "qwen3": ("qwen3", dict(head_dim=16, tie_word_embeddings=True, rms_norm_eps=1e-6)),
@@ -207,6 +210,7 @@ def over_head_dim(attn, heads, weight):
 
 LLAMA3_OURS = dict(kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                    original_max_seq_len=16)
+YARN_OURS = dict(kind="yarn", factor=8.0, original_max_seq_len=16, beta_fast=2.0, beta_slow=0.1)
 EVERYWHERE = {
     "RoPE on neighbouring pairs": with_weights(interleaved),
     "k and v swapped": with_weights(swap_k_and_v),
@@ -234,6 +238,13 @@ ERRORS = {
         "biases forgotten": with_weights(forget_biases),
         "bias of o forgotten": with_weights(lambda block: block.attn.out.bias.zero_()),
         "bias of down forgotten": with_weights(lambda block: block.mlp.down.bias.zero_()),
+    },
+    "llama with yarn": {
+        "yarn not applied": with_config(rope_scaling=None),
+        "cosines and sines without their factor": with_config(
+            rope_scaling=RopeScaling(**YARN_OURS, attention_factor=1.0)),
+        "not truncated": with_config(rope_scaling=RopeScaling(**YARN_OURS, truncate=False)),
+        "llama3 instead of yarn": with_config(rope_scaling=RopeScaling(**LLAMA3_OURS)),
     },
     "mistral": {
         "window of 9": with_config(window=9),
@@ -290,6 +301,12 @@ CHANGES = [
     ("llama", "rope_parameters.rope_type", "default"),
     ("llama", "rope_parameters", None),
     ("llama with biases", "rope_parameters.factor", 2.0),
+    ("llama with yarn", "rope_parameters.factor", 2.0),
+    ("llama with yarn", "rope_parameters.beta_fast", 0.5),
+    ("llama with yarn", "rope_parameters.beta_slow", 1.0),
+    ("llama with yarn", "rope_parameters.truncate", False),
+    ("llama with yarn", "rope_parameters.attention_factor", 1.0),
+    ("llama with yarn", "rope_parameters.original_max_position_embeddings", 64),
     ("llama with biases", "rms_norm_eps", 1e-6),
     ("mistral", "sliding_window", 9),
     ("mistral", "sliding_window", None),
@@ -340,7 +357,7 @@ REFUSALS = [
     ("llama", "logits_scaling", 8.0, "logits_scaling 8.0"),
     ("llama", "partial_rotary_factor", 0.5, "partial_rotary_factor 0.5"),
     ("llama", "sliding_window", 8, "sliding window"),
-    ("llama", "rope_parameters.rope_type", "yarn", "rope_type 'yarn'"),
+    ("llama", "rope_parameters.rope_type", "longrope", "rope_type 'longrope'"),
     ("llama", "rope_parameters.factor", None, "expected numbers above 0, for factor"),
     ("llama", "rope_parameters.partial_rotary_factor", 0.5, "rotates whole heads"),
     ("llama", "rope_parameters", {"full_attention": {}, "sliding_attention": {}}, "each kind of layer"),

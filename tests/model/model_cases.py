@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from r1zero.model.config import ModelConfig
+from r1zero.model.config import LatentShape, ModelConfig
 from r1zero.model.moe_config import MoEConfig
 from r1zero.model.rope_scaling import RopeScaling
 from r1zero.model.transformer import Transformer
@@ -14,6 +14,10 @@ from .moe_cases import naive_moe
 
 # pairs of a head of 6 turn 6.4, 2.0 and 0.66 times in 40 tokens at theta 30: kept, blended, divided
 LLAMA3 = RopeScaling("llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=40)
+# pairs of a part of 6 lie 0, 1/3 and 2/3 on the way from kept to divided at theta 30
+YARN = RopeScaling("yarn", 8.0, original_max_seq_len=40, beta_fast=4.0, beta_slow=0.5, mscale=0.7,
+                   mscale_all_dim=1.2)
+LATENT = dict(n_kv_heads=4, head_dim=10, rope_theta=30.0)
 SHAPE = dict(vocab_size=19, n_layers=2, d_model=12, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=10)
 CONFIGS = {
     "plain": ModelConfig(**SHAPE),
@@ -37,6 +41,12 @@ CONFIGS |= {
         group_score="top2", balance_bias=True, fp32_router=True)),
     "qwen2's and gpt-oss's mixture": ModelConfig(**SHAPE, mlp_bias=True, moe=MoEConfig(
         4, 2, 6, d_shared=9, shared_gate=True, scores="logits", router_bias=True)),
+    "yarn": ModelConfig(**SHAPE, rope_theta=30.0, rope_scaling=RopeScaling(
+        "yarn", 8.0, original_max_seq_len=40, beta_fast=4.0, beta_slow=0.5, truncate=False)),
+    "deepseek v2 lite": ModelConfig(**{**SHAPE, **LATENT}, tie_embeddings=False, out_bias=True,
+                                    latent=LatentShape(kv_rank=7, rope_dim=6, value_dim=5)),
+    "deepseek v3": ModelConfig(**{**SHAPE, **LATENT}, rope_scaling=YARN, norm_eps=0.1,
+                               latent=LatentShape(kv_rank=7, q_rank=8, rope_dim=6, value_dim=12)),
 }
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -56,10 +66,39 @@ def sequences(*lengths, vocab=19):
     return [torch.randint(vocab, (n,)).tolist() for n in lengths]
 
 
-def naive_frequency(scaling, frequency):
+def naive_yarn(scaling, frequency, theta, width):
+    """One pair's frequency, by its index, as DeepSeek-V3's own code has it."""
+    def pair_that_turns(times):
+        return width * math.log(scaling.original_max_seq_len / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    pair = round(-math.log(frequency) / math.log(theta) * width / 2)
+    slow = min(max((pair - low) / (high - low + (0.001 if low == high else 0)), 0), 1)
+    return frequency / scaling.factor * slow + frequency * (1 - slow)
+
+
+def naive_sharpening(scaling, share):
+    return 0.1 * share * math.log(scaling.factor) + 1
+
+
+def naive_table_factor(scaling):
+    """What yarn puts on cosines and sines."""
+    if scaling is None or scaling.kind != "yarn":
+        return 1.0
+    if scaling.mscale:
+        return naive_sharpening(scaling, scaling.mscale) / naive_sharpening(scaling, scaling.mscale_all_dim)
+    return naive_sharpening(scaling, 1.0)
+
+
+def naive_frequency(scaling, frequency, theta, width):
     """One pair's frequency after scaling, by wavelength, as the models' own code has it."""
     if scaling is None:
         return frequency
+    if scaling.kind == "yarn":
+        return naive_yarn(scaling, frequency, theta, width)
     if scaling.kind == "linear":
         return frequency / scaling.factor
     wavelength, original = 2 * math.pi / frequency, scaling.original_max_seq_len
@@ -91,25 +130,57 @@ def naive_bias(linear, y):
     return y if linear.bias is None else y + linear.bias
 
 
+def rotated(config, x):
+    """x [T, heads, R] with RoPE, for a sequence from position 0 on."""
+    def rescale(frequency):
+        return naive_frequency(config.rope_scaling, frequency, config.rope_theta, x.shape[-1])
+    turned = naive_rope(x, torch.arange(len(x)), config.rope_theta, rescale)
+    return turned * naive_table_factor(config.rope_scaling)
+
+
+def naive_heads(config, layer, attn, x):
+    """Grouped-query attention [T, H, D]."""
+    H, G, D = config.n_heads, config.n_kv_heads, config.head_dim
+    qkv = naive_bias(attn.qkv, x @ attn.qkv.weight.T)
+    q, k, v = (part.reshape(len(x), -1, D) for part in qkv.split([H * D, G * D, G * D], -1))
+    q, k = naive_qk_norm(config, q, attn.q_norm), naive_qk_norm(config, k, attn.k_norm)
+    if layer not in config.nope_layers:
+        q, k = rotated(config, q), rotated(config, k)
+    window = config.window if layer in config.window_layers else None
+    return naive_attention(q, k, v, [len(x)], window=window)
+
+
+def naive_latent_heads(config, attn, x):
+    """Latent attention [T, H, E], head by head, as DeepSeek-V2's paper has it (equations 9 to 19)."""
+    H, D, shape, heads = config.n_heads, config.head_dim, config.latent, []
+    N, E, scale = D - shape.rope_dim, shape.value_dim, D ** -0.5
+    if config.rope_scaling is not None:
+        scale *= naive_sharpening(config.rope_scaling, config.rope_scaling.mscale_all_dim) ** 2
+    c, k_rope = (x @ attn.kv_down.weight.T).split([shape.kv_rank, shape.rope_dim], -1)
+    c, k_rope = naive_rmsnorm(c, attn.kv_norm, 1e-6), rotated(config, k_rope[:, None])
+    z = x if shape.q_rank is None else naive_rmsnorm(x @ attn.q_down.weight.T, attn.q_norm, 1e-6)
+    for h in range(H):
+        q = (z @ attn.q_up.weight[h * D : (h + 1) * D].T)[:, None]
+        q = torch.cat([q[..., :N], rotated(config, q[..., N:])], -1)
+        up = attn.kv_up.weight[h * (N + E) : (h + 1) * (N + E)]
+        k, v = torch.cat([(c @ up[:N].T)[:, None], k_rope], -1), (c @ up[N:].T)[:, None]
+        heads.append(naive_attention(q, k, v, [len(x)], scale=scale))
+    return torch.cat(heads, 1)
+
+
 def naive_logits(model, tokens):
     """All logits of one sequence, from the definition."""
-    c, positions = model.config, torch.arange(len(tokens))
-    H, G, D = c.n_heads, c.n_kv_heads, c.head_dim
+    c = model.config
     x = model.embed[torch.tensor(tokens)]
     for layer, block in enumerate(model.blocks):
         norms = [lambda x, w=w: naive_rmsnorm(x, w, c.norm_eps) for w in (block.attn_norm, block.mlp_norm)]
         (attn_before, mlp_before), (attn_after, mlp_after) = norms, [lambda x: x] * 2
         if c.post_norm:
             (attn_before, mlp_before), (attn_after, mlp_after) = [lambda x: x] * 2, norms
-        qkv = naive_bias(block.attn.qkv, attn_before(x) @ block.attn.qkv.weight.T)
-        q, k, v = (part.reshape(len(tokens), -1, D) for part in qkv.split([H * D, G * D, G * D], -1))
-        q, k = naive_qk_norm(c, q, block.attn.q_norm), naive_qk_norm(c, k, block.attn.k_norm)
-        if layer not in c.nope_layers:
-            def rescale(frequency):
-                return naive_frequency(c.rope_scaling, frequency)
-            q, k = (naive_rope(part, positions, c.rope_theta, rescale) for part in (q, k))
-        window = c.window if layer in c.window_layers else None
-        attended = naive_attention(q, k, v, [len(tokens)], window=window).flatten(1)
+        if c.latent is None:
+            attended = naive_heads(c, layer, block.attn, attn_before(x)).flatten(1)
+        else:
+            attended = naive_latent_heads(c, block.attn, attn_before(x)).flatten(1)
         x = x + attn_after(naive_bias(block.attn.out, attended @ block.attn.out.weight.T))
         x = x + mlp_after(naive_mlp(block.mlp, mlp_before(x)))
     head = model.embed if c.tie_embeddings else model.lm_head.weight

@@ -22,11 +22,18 @@ class NaiveCache(KV):
     def __init__(self, n_layers):
         self.k, self.v = ([[] for _ in range(n_layers)] for _ in "kv")
 
-    def attend(self, layer, q_THD, k_TGD, v_TGE, window=None):
+    def attend(self, layer, q_THD, k_TGD, v_TGE, window=None, scale=None, kept=None):
         self.k[layer].append(k_TGD)
         self.v[layer].append(v_TGE)
         k, v = torch.cat(self.k[layer]), torch.cat(self.v[layer])
-        return naive_attention(q_THD, k, v, [len(q_THD)], lengths_k=[len(k)], window=window)
+        return naive_attention(q_THD, k, v, [len(q_THD)], lengths_k=[len(k)], scale=scale,
+                               window=window)
+
+
+def cache_shapes(model):
+    """What a cache holds of one token, in its first and in its second tensor."""
+    n_kv_heads, *widths = model.blocks[0].attn.cache_shape
+    return [(n_kv_heads, width) for width in widths]
 
 
 @each_config
@@ -43,8 +50,8 @@ def test_packed_recording_and_naive_keys_and_values_give_the_same_hidden_states(
                 parts.append(model(torch.tensor(tokens)[part], part, cache))
             torch.testing.assert_close(torch.cat(parts), hidden, rtol=1e-9, atol=1e-9)
     assert len(recording.kept) == config.n_layers
-    for k, v in recording.kept:
-        assert k.shape == v.shape == (40, config.n_kv_heads, config.head_dim)
+    for kept in recording.kept:
+        assert [x.shape[1:] for x in kept] == cache_shapes(model) and {len(x) for x in kept} == {40}
 
 
 def test_the_fused_and_the_recorded_prefill_agree_in_fp32():
@@ -103,8 +110,8 @@ def test_prefill_writes_pages_and_holds_nothing(config):
     for page, n in ((3, 3), (5, 3), (4, 5)):
         slots += range(page * PAGE, page * PAGE + n)
     slots = torch.tensor(slots)
-    shape = (6, config.n_kv_heads, PAGE, config.head_dim)
-    caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.n_layers)]
+    caches = [[torch.zeros(6, n_heads, PAGE, width) for n_heads, width in cache_shapes(model)]
+              for _ in range(config.n_layers)]
     recording, writing = RecordingKV(packed), Held(packed, caches, slots, tokens)
     with torch.no_grad():
         expected = model(packed.tokens, packed.positions, recording)
@@ -130,8 +137,8 @@ def test_prefill_and_decode_go_on_where_forward_stands(config):
         assert torch.equal(hidden, model.hidden_states(packed))
         caches = []
         for pair in recording.kept:
-            shape = (13, config.n_kv_heads, PAGE, config.head_dim)
-            caches.append(tuple(torch.full(shape, 1e3, dtype=torch.float64) for _ in pair))
+            caches.append([torch.full((13, n_heads, PAGE, width), 1e3, dtype=torch.float64)
+                           for n_heads, width in cache_shapes(model)])
             for x, cache in zip(pair, caches[-1], strict=True):
                 for row, part in enumerate(x.split(prompts)):
                     for i, entry in enumerate(part):

@@ -43,7 +43,17 @@ def test_depth_sets_the_whole_shape():
     ({"window_layers": (0,)}, "window is None, expected a whole number above 0 for the layers"),
     ({"window_layers": (0,), "window": 0}, "window is 0"),
     ({"vocab_in_use": 20}, "vocab_in_use is 20, expected 1 to vocab_size 19"),
-    ({"rope_scaling": {"kind": "yarn", "factor": 2.0}}, "rope scaling is 'yarn'; expected one of linear,"),
+    ({"rope_scaling": {"kind": "longrope", "factor": 2.0}},
+     "rope scaling is 'longrope'; expected one of linear,"),
+    ({"rope_scaling": {"kind": "yarn", "factor": 2.0, "beta_slow": 40.0}}, "beta_slow 40.0 is not below"),
+    ({"rope_scaling": {"kind": "yarn", "factor": 2.0, "mscale": 0}}, "mscale is 0, expected a number"),
+    ({"latent": {}}, "n_kv_heads is 2 with latent attention, .*expected n_heads, 4"),
+    ({"latent": {"kv_rank": 0}}, "latent.kv_rank is 0, expected a whole number above 0"),
+    ({"latent": {"q_rank": 1.5}}, "latent.q_rank is 1.5"),
+    ({"latent": {"rope_dim": 3}, "n_kv_heads": 4}, "latent.rope_dim is 3, expected an even number below"),
+    ({"latent": {"rope_dim": 6}, "n_kv_heads": 4}, "latent.rope_dim is 6, expected .* head_dim, 6"),
+    ({"latent": {"rope_dim": 2}, "n_kv_heads": 4, "qk_norm": True, "nope_layers": (1,)},
+     r"latent attention has none of qk_norm True, nope_layers \(1,\)"),
     ({"rope_scaling": {"kind": "llama3", "factor": 0.0}}, "factor is 0.0, expected a number above 0"),
     ({"rope_scaling": {"kind": "llama3", "factor": 8.0, "low_freq_factor": 4.0}}, "not below high_freq"),
 ])
@@ -57,6 +67,18 @@ def test_a_config_survives_json():
     assert ModelConfig(**json.loads(json.dumps(config.to_dict()))) == config
     windowed = CONFIGS["smollm3"]
     assert ModelConfig(**json.loads(json.dumps(windowed.to_dict()))) == windowed
+    latent = CONFIGS["deepseek v3"]
+    assert ModelConfig(**json.loads(json.dumps(latent.to_dict()))) == latent
+
+
+def test_a_config_from_before_latents_and_yarn_is_read():
+    """Checkpoints hold the fields of their day."""
+    config = CONFIGS["llama 3"]
+    old = config.to_dict()
+    del old["latent"]
+    for name in ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"):
+        del old["rope_scaling"][name]
+    assert ModelConfig(**old) == config
 
 
 @pytest.mark.parametrize("name", ["gpt5", "", "depth=0", "depth=-1", "depth=x", "depth=", "depth=2.5"])

@@ -99,7 +99,18 @@ def test_rope_is_read_from_old_and_new_keys_in_their_order():
     assert top.rope_scaling.original_max_seq_len == 64
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "mrope", "proportional"])
+def test_yarn_is_read_with_the_defaults_of_what_it_leaves_out():
+    least = scaled(rope_scaling={"type": "yarn", "factor": 4.0, "mscale": 0, "beta_fast": None}).rope_scaling
+    assert least == RopeScaling("yarn", 4.0, original_max_seq_len=256)
+    every = dict(factor=40, beta_fast=16, beta_slow=2, attention_factor=1.5, mscale=0.7, mscale_all_dim=0.8)
+    whole = scaled(rope_parameters={"rope_type": "yarn", "original_max_position_embeddings": 64,
+                                    "truncate": False, **every}).rope_scaling
+    assert whole == RopeScaling("yarn", original_max_seq_len=64, truncate=False, **every)
+    with pytest.raises(ValueError, match="expected numbers for factor"):
+        scaled(rope_scaling={"type": "yarn"})
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "mrope", "proportional"])
 def test_other_scalings_are_refused_by_name(kind):
     with pytest.raises(ValueError, match=f"rope_type '{kind}'"):
         scaled(rope_scaling={"type": kind, "factor": 2.0})

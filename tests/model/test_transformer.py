@@ -46,7 +46,8 @@ def test_rows_of_a_padded_vocabulary_have_no_probability_and_get_no_gradient(tie
 
 
 GRADIENT_CASES = ["qwen2", "all, three queries a key", "linear rope, biases", "smollm3", "olmo2", "mixtral",
-                  "deepseek's mixture", "qwen2's and gpt-oss's mixture"]
+                  "deepseek's mixture", "qwen2's and gpt-oss's mixture", "yarn", "deepseek v2 lite",
+                  "deepseek v3"]
 
 
 @pytest.mark.parametrize("name", GRADIENT_CASES)
@@ -110,11 +111,23 @@ def test_count_parameters_is_the_sum_of_numel(config):
     assert count_parameters(config) == sum(p.numel() for p in Transformer(config).parameters())
 
 
+def latent_matrices(c):
+    """Numbers in the matrices of latent attention (facts of DeepSeek-V3's own code)."""
+    latent, H, D, M = c.latent, c.n_heads, c.head_dim, c.d_model
+    q = M * H * D if latent.q_rank is None else latent.q_rank * (M + H * D)
+    kv = M * (latent.kv_rank + latent.rope_dim)
+    kv += latent.kv_rank * H * (D - latent.rope_dim + latent.value_dim)
+    return q + kv + H * latent.value_dim * M
+
+
 def closed_count(c):
     """The parameters as a formula."""
     heads = (c.n_heads + c.n_kv_heads) * c.qk_norm_full_width + 2 * c.qk_norm
     qkv = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim * (c.d_model + c.qkv_bias) + c.head_dim * heads
-    block = qkv + c.d_model * c.n_heads * c.head_dim + 2 * c.d_model + c.out_bias * c.d_model
+    attention = qkv + c.d_model * c.n_heads * c.head_dim
+    if c.latent:
+        attention = latent_matrices(c) + c.latent.kv_rank + (c.latent.q_rank or 0)
+    block = attention + 2 * c.d_model + c.out_bias * c.d_model
     mlps = sum(closed_mlp(c, layer, c.moe and c.moe.n_experts, 1) for layer in range(c.n_layers))
     return c.n_layers * block + mlps + c.d_model + c.vocab_size * c.d_model * (1 if c.tie_embeddings else 2)
 
@@ -134,10 +147,12 @@ def closed_mlp(c, layer, n_experts, with_biases):
 
 def closed_flops(c, seqlen, training):
     """The FLOPs as a formula."""
-    block = (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim * c.d_model
+    attention, per_key = (2 * c.n_heads + 2 * c.n_kv_heads) * c.head_dim * c.d_model, 2 * c.head_dim
+    if c.latent:
+        attention, per_key = latent_matrices(c), c.head_dim + c.latent.value_dim
     mlps = sum(closed_mlp(c, layer, c.moe and c.moe.experts_per_token, 0) for layer in range(c.n_layers))
-    matmuls = 2 * (c.n_layers * block + mlps + c.vocab_size * c.d_model)
-    return (matmuls + 2 * c.n_layers * c.n_heads * c.head_dim * seqlen) * (3 if training else 1)
+    matmuls = 2 * (c.n_layers * attention + mlps + c.vocab_size * c.d_model)
+    return (matmuls + c.n_layers * c.n_heads * per_key * seqlen) * (3 if training else 1)
 
 
 @pytest.mark.parametrize("config", [*CONFIGS.values(), *(preset(name, 151_936) for name in PRESETS),

@@ -18,9 +18,10 @@ from r1zero.rl.step import Learner
 from r1zero.rl.update import Reference, kl_cost_to
 
 
-def tiny(seed: int = 0, dtype: torch.dtype = torch.float32, vocab_size: int | None = None) -> Transformer:
+def tiny(seed: int = 0, dtype: torch.dtype = torch.float32, vocab_size: int | None = None,
+         **shape) -> Transformer:
     """A tiny model with random weights over the bytes."""
-    config = preset("tiny", vocab_size or Tokenizer.bytes().vocab_size)
+    config = preset("tiny", vocab_size or Tokenizer.bytes().vocab_size, **shape)
     return Transformer(config, dtype).init_weights(seed).to(dtype)
 
 

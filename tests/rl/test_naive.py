@@ -2,6 +2,7 @@
 gradient."""
 import subprocess
 import sys
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -30,17 +31,20 @@ def fast_learner(model, tokenizer, **overrides):
     options = {"loss": {"kl_coef": 0.0}, "prompts_per_step": PROBLEMS, "group_size": naive.GROUP_SIZE,
                "max_new_tokens": naive.MAX_NEW_TOKENS, "seed": naive.SEED, "optim": still, **overrides}
     config = resolve("grpo", options)
-    reference = Reference(tiny(dtype=torch.float64), model.device)
+    reference = Reference(deepcopy(model), model.device)
     learner = make_learner(config, model, reference, Engine(model, tokenizer))
     learner.optimizer = Capture(model)
     return learner, config
 
 
-@pytest.fixture(scope="module")
-def both():
+LATENTS = dict(n_kv_heads=2, latent=dict(kv_rank=16, q_rank=20, rope_dim=6, value_dim=12))
+
+
+@pytest.fixture(scope="module", params=[{}, LATENTS], ids=["grouped queries", "latents"])
+def both(request):
     """(what the naive page sampled, its gradient, rollouts, rewards and advantages of the fast step, its
     gradient) of the second step from the same random weights."""
-    model, tokenizer, task, step = tiny(dtype=torch.float64), Tokenizer.bytes(), Bandit(), 1
+    model, tokenizer, task, step = tiny(dtype=torch.float64, **request.param), Tokenizer.bytes(), Bandit(), 1
     sampled = naive.grpo_gradient(model, tokenizer, task, task.problems("train", PROBLEMS, PROBLEMS), step)
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()

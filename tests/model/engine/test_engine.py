@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from r1zero.kernels.cpu import compile as cpu
+from r1zero.model.config import LatentShape
 from r1zero.model.engine.cache import PAGE
 from r1zero.model.engine.engine import Engine
 from r1zero.model.engine.naive import generate_naive
@@ -63,6 +64,9 @@ KINDS = {
     "biases": dict(out_bias=True, mlp_bias=True),
     "experts": dict(moe=MoEConfig(8, 3, 20, d_shared=16, dense_layers=(0,), scores="sigmoid",
                                   balance_bias=True, n_groups=4, groups_per_token=2)),
+    "yarn": dict(rope_scaling=RopeScaling("yarn", 8.0, original_max_seq_len=24)),
+    "latents": dict(n_kv_heads=4, qk_norm=False, qkv_bias=False, latent=LatentShape(
+        kv_rank=10, q_rank=12, rope_dim=4, value_dim=6)),
 }
 
 
