@@ -177,6 +177,17 @@ def part_done(folder: Path, steps: int) -> bool:
     return bool(saved) and saved[-1] >= steps
 
 
+def check_not_begun(folder: Path, resume: bool) -> None:
+    """Raise ValueError for a folder that holds a recipe, unless that is to be resumed.
+
+    As with a run, the first checkpoint begins it: before, a corrected command may go on.
+    """
+    if any(folder.glob("*/checkpoints/step_*")) and not resume:
+        raise ValueError(
+            f"{folder} holds a recipe already; add --resume to go on with it, or give another --run"
+        )
+
+
 def check_part(config: RunConfig) -> None:
     """Raise CheckpointError if a part was begun with other settings. Nothing is written."""
     if checkpoint_steps(Path(config.run)):

@@ -41,7 +41,7 @@ from ..pretrain import PretrainConfig, pretrain
 from ..run import RunConfig, at_least
 from ..sft import SFTConfig, sft
 from ..task_flags import TaskFlags
-from .demo import PartResults, check_part, run_part
+from .demo import PartResults, check_not_begun, check_part, run_part
 from .minimal_text import FACTS, HELD_OUT, N_NUMBERS, make_task, pairs_file, question, words
 
 N_PAIRS = 6000  # examples of fine-tuning
@@ -304,11 +304,7 @@ def minimal(config: MinimalConfig) -> Path:
     """
     reuse_memory()
     folder = Path(config.run)
-    # As with a run, the first checkpoint begins it: before, a corrected command may go on.
-    if any(folder.glob("*/checkpoints/step_*")) and not config.resume:
-        raise ValueError(
-            f"{folder} holds a recipe already; add --resume to go on with it, or give another --run"
-        )
+    check_not_begun(folder, config.resume)
     # Nothing is written before it is known that this device and these flags will do.
     pick_device(config.device)
     check_stages(config, folder)

@@ -63,10 +63,9 @@ class CountdownQwen15B(OpenModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CountdownQwen3B(OpenModelConfig):
+class CountdownQwen3B(CountdownQwen15B):
     """R1-Zero on Qwen2.5-3B: the Countdown game on one large GPU."""
 
-    task: ClassVar[str] = "countdown"
     facts: ClassVar[Facts] = Facts(
         name="countdown-qwen2.5-3b",
         model="Qwen/Qwen2.5-3B",
@@ -80,12 +79,6 @@ class CountdownQwen3B(OpenModelConfig):
         parameters=3_085_938_688,
     )
     run: str = "runs/countdown-qwen2.5-3b"
-    task_options: ClassVar[tuple[str, ...]] = (
-        "template=r1_zero",
-        "n_numbers=4",
-        "high=99",
-        "ops=+-*/",
-    )
     steps: int = 1000
 
 
@@ -177,10 +170,9 @@ class MathQwen06B(OpenModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MathOLMo2(OpenModelConfig):
+class MathOLMo2(MathQwen06B):
     """GRPO on OLMo-2-1B, a base with public pretraining data: competition mathematics."""
 
-    task: ClassVar[str] = "math"
     facts: ClassVar[Facts] = Facts(
         name="math-olmo2-1b",
         model="allenai/OLMo-2-0425-1B",
@@ -194,18 +186,6 @@ class MathOLMo2(OpenModelConfig):
         parameters=1_484_916_736,
     )
     run: str = "runs/math-olmo2-1b"
-    data: str = "math_train.jsonl"
-    test: str = "math500/test.jsonl"
-    task_options: ClassVar[tuple[str, ...]] = ("template=boxed",)
-    format_weight: float = 0.0
-    skip_bad: bool = True
-    steps: int = 100
-    prompts_per_step: int = 8
-    max_new_tokens: int = 512
-    kl_coef: float = 0.0
-    eval_samples: int = 1
-    eval_temperature: float = 0.0
-    eval_max_new_tokens: int = 2048
 
 
 RECIPES = (CountdownQwen15B, CountdownQwen3B, GSM8KQwen05B, GSM8KSmolLM2, MathQwen06B, MathOLMo2)

@@ -38,7 +38,7 @@ from ..grpo import GRPOConfig, check_room, grpo, grpo_config
 from ..machine import describe_machine, pick_device, reuse_memory
 from ..run import at_least, check_folder_name
 from ..task_flags import TaskFlags
-from .demo import PartResults, check_part, run_part
+from .demo import PartResults, check_not_begun, check_part, run_part
 
 # Masters, gradients and two moments in fp32, a reference in fp32, and the engine's copy in bf16.
 BYTES_PER_PARAMETER = 4 + 4 + 8 + 4 + 2
@@ -330,11 +330,7 @@ def open_model(config: OpenModelConfig) -> Path | None:
         raise ValueError("--base must be given: the folder of the model")
     reuse_memory()
     folder = Path(config.run)
-    # As with a run, the first checkpoint begins it: before, a corrected command may go on.
-    if any(folder.glob("*/checkpoints/step_*")) and not config.resume:
-        raise ValueError(
-            f"{folder} holds a recipe already; add --resume to go on with it, or give another --run"
-        )
+    check_not_begun(folder, config.resume)
     # 1. What can be refused is refused before anything is written.
     pick_device(config.device)
     check_data(config)
