@@ -74,8 +74,8 @@ def test_a_jsonl_file_is_trained_on_and_a_fifth_of_it_evaluated(folder, capsys):
     flags = ["--task", "jsonl", "--data", "my.jsonl", "--options", "grader=number"]
     assert grpo(*flags, "--eval-every", "2") == 0
     assert main(["eval", "--run", "rl", *flags, "--samples", "1", "--max-new-tokens", "4"]) == 0
-    assert main(["grade", "--task", "jsonl", "--input", "rl/eval_jsonl_step2.jsonl"]) == 0
-    rows = [json.loads(line) for line in (folder / "rl/eval_jsonl_step2.jsonl").read_text().splitlines()]
+    assert main(["grade", "--task", "jsonl", "--input", "rl/eval_jsonl_my_step2.jsonl"]) == 0
+    rows = [json.loads(line) for line in (folder / "rl/eval_jsonl_my_step2.jsonl").read_text().splitlines()]
     assert 0 < len(rows) < 12 and rows[0]["problem"]["grader"] == "number"
 
 
