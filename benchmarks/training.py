@@ -36,7 +36,7 @@ GROUPS = {  # kind of work: prefixes of the profiler's operators; the first kind
     "data": ("data",),
     "copies and gathers": ("aten::copy_", "aten::cat", "aten::index", "aten::_index", "aten::embedding",
                            "aten::fill_", "aten::gather", "aten::zero_", "aten::repeat_interleave",
-                           "PutRows", "TakeRows"),
+                           "PutRows", "TakeRows", "Gather", "Combine"),
     "norms, RoPE, SwiGLU, loss": ("aten::", "RMSNorm", "RoPE", "SwiGLU", "LinearLogprob"),
     "Python, autograd": ("",),
 }

@@ -106,7 +106,7 @@ def test_yarn_is_read_with_the_defaults_of_what_it_leaves_out():
     whole = scaled(rope_parameters={"rope_type": "yarn", "original_max_position_embeddings": 64,
                                     "truncate": False, **every}).rope_scaling
     assert whole == RopeScaling("yarn", original_max_seq_len=64, truncate=False, **every)
-    with pytest.raises(ValueError, match="expected numbers for factor"):
+    with pytest.raises(ValueError, match="expected numbers above 0, for factor"):
         scaled(rope_scaling={"type": "yarn"})
 
 

@@ -16,10 +16,11 @@ def complaint(**changes) -> str:
 
 
 def test_one_error_names_all_that_is_wrong():
-    said = complaint(hidden_act="gelu", rope_scaling={"type": "yarn", "factor": 2}, tie_word_embeddings="no",
+    said = complaint(hidden_act="gelu", tie_word_embeddings="no",
+                     rope_scaling={"type": "longrope", "factor": 2},
                      head_dim=15, num_key_value_heads=5, architectures="LlamaForCausalLM",
                      vocab_size=None, sliding_window=8, rms_norm_eps=True, intermediate_size=0)
-    for what in ("has hidden_act 'gelu'", "has rope_type 'yarn'",
+    for what in ("has hidden_act 'gelu'", "has rope_type 'longrope'",
                  "tie_word_embeddings 'no'; expected true or false",
                  "head_dim 15, which is odd", "num_attention_heads 32, no multiple of num_key_value_heads 5",
                  "architectures 'LlamaForCausalLM'", "lacks vocab_size", "has a sliding window",

@@ -123,6 +123,9 @@ class OtherMLP(torch.nn.Module):
     def forward(self, x):
         return self.dense(x)
 
+    def can_capture(self, dtype):
+        return True
+
 
 class OtherBlock(Block):
     """Half of what a block adds."""
