@@ -286,6 +286,21 @@ DECODE_ATTENTION = (
 )
 
 
+def check_rows(op: str, q: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -> None:
+    """Raise ValueError unless a page table [B, W] and lengths [B] belong to the rows of q."""
+    for name, x, ndim in (("table", table, 2), ("lengths", lengths, 1)):
+        if (
+            x.ndim != ndim
+            or x.shape[0] != q.shape[0]
+            or x.dtype != torch.int32
+            or x.device != q.device
+        ):
+            raise ValueError(
+                f"{op}: {name} is {x.dtype} {tuple(x.shape)} on {x.device}; "
+                f"expected int32 with {q.shape[0]} rows on {q.device}"
+            )
+
+
 def decode_attention(
     q: torch.Tensor,
     k_pages: torch.Tensor,
@@ -327,17 +342,7 @@ def decode_attention(
             f"decode_attention: q is {q.dtype}, the pages {k_pages.dtype} and {v_pages.dtype}; "
             "expected one dtype"
         )
-    for name, x, ndim in (("table", table, 2), ("lengths", lengths, 1)):
-        if (
-            x.ndim != ndim
-            or x.shape[0] != q.shape[0]
-            or x.dtype != torch.int32
-            or x.device != q.device
-        ):
-            raise ValueError(
-                f"decode_attention: {name} is {x.dtype} {tuple(x.shape)} on {x.device}; "
-                f"expected int32 with {q.shape[0]} rows on {q.device}"
-            )
+    check_rows("decode_attention", q, table, lengths)
     for name, value in (("scale", scale), ("window", window), ("softcap", softcap)):
         if value is not None and not value > 0:
             raise ValueError(

@@ -22,6 +22,7 @@ row may have.
 import torch
 
 from . import reference
+from .decode_attention import check_rows
 from .dispatch import Backend, check_tensors, choose, serves_all
 
 LATENT_DECODE_ATTENTION = (Backend("reference", reference.latent_decode_attention, serves_all),)
@@ -72,13 +73,7 @@ def latent_decode_attention(
         raise ValueError(
             f"latent_decode_attention: queries and pages are {given}; expected one dtype"
         )
-    for name, x, ndim in (("table", table, 2), ("lengths", lengths, 1)):
-        fits = x.ndim == ndim and x.shape[0] == q_latent.shape[0] and x.dtype == torch.int32
-        if not fits or x.device != q_latent.device:
-            raise ValueError(
-                f"latent_decode_attention: {name} is {x.dtype} {tuple(x.shape)} on {x.device}; "
-                f"expected int32 with {q_latent.shape[0]} rows on {q_latent.device}"
-            )
+    check_rows("latent_decode_attention", q_latent, table, lengths)
     if not scale > 0:
         raise ValueError(f"latent_decode_attention: scale is {scale}, expected a number above 0")
     args = (q_latent, q_rope, latent_pages, rope_pages, table, lengths, float(scale))

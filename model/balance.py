@@ -103,13 +103,9 @@ class Balance:
         self._sums: list[torch.Tensor] = []
         self.counts_LE = torch.zeros(0, 0)
         if self.routers:
-            device, n_experts = (
-                self.routers[0].linear.weight.device,
-                self.routers[0].config.n_experts,
-            )
-            self.counts_LE = torch.zeros(
-                len(self.routers), n_experts, dtype=torch.int64, device=device
-            )
+            shape = (len(self.routers), self.routers[0].config.n_experts)
+            device = self.routers[0].linear.weight.device
+            self.counts_LE = torch.zeros(shape, dtype=torch.int64, device=device)
 
     @contextmanager
     def watch(self):

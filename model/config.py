@@ -8,6 +8,7 @@ positions, activations other than SwiGLU's.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 
@@ -170,6 +171,11 @@ class ModelConfig:
             object.__setattr__(self, "moe", MoEConfig(**self.moe))
         if isinstance(self.latent, dict):
             object.__setattr__(self, "latent", LatentShape(**self.latent))
+
+    @property
+    def rope_rescale(self) -> Callable | None:
+        """What becomes of RoPE's frequencies; None: they stay as they are."""
+        return self.rope_scaling and self.rope_scaling.rescale
 
     @property
     def rope_dim(self) -> int:

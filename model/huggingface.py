@@ -237,7 +237,6 @@ def default_dtype(dtype: torch.dtype):
         torch.set_default_dtype(before)
 
 
-@torch.no_grad()
 def read_weights(
     folder: str | Path,
     config: ModelConfig,
@@ -251,16 +250,28 @@ def read_weights(
     dtype: of the parameters. Raises ValueError for tensors that are not those of the config.
     """
     folder = Path(folder)
+    # What is there is compared with what should be, before any memory is taken.
+    return filled(folder, config, matched(folder, config), device, precision, dtype)
+
+
+@torch.no_grad()
+def filled(
+    folder: Path,
+    config: ModelConfig,
+    match: Matched,
+    device: torch.device,
+    precision: Precision | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Transformer:
+    """A model with the tensors of a folder. match: as `matched` returns it; the rest as in
+    `read_weights`."""
     precision = precision or choose_precision("auto", False, device)
 
-    # 1. What is there is compared with what should be, before any memory is taken.
-    match = matched(folder, config)
-
-    # 2. Memory in this dtype, to which nothing has been written.
+    # 1. Memory in this dtype, to which nothing has been written.
     with torch.device(device), default_dtype(dtype):
         model = Transformer(config, precision.dtype, precision.fp32_head)
 
-    # 3. Each tensor into its place there.
+    # 2. Each tensor into its place there.
     parameters = dict(model.named_parameters())
     try:
         for part in match.parts:
@@ -292,13 +303,14 @@ def read_model(
     Rows of the embedding behind the tokenizer's last id are padding, and are never sampled.
     Raises ValueError, and then nothing is read, if the files do not fit each other.
     """
+    folder = Path(folder)
     config = read_config(folder)
     # The tokenizer takes memory for as many ids as config.json says: are there as many rows?
-    matched(Path(folder), config)
+    match = matched(folder, config)
     tokenizer = read_tokenizer(folder, config.vocab_size)
     if tokenizer.n_ids < config.vocab_size:
         config = replace(config, vocab_in_use=tokenizer.n_ids)
-    return read_weights(folder, config, device, precision), tokenizer
+    return filled(folder, config, match, device, precision), tokenizer
 
 
 # ---- writing ----

@@ -153,8 +153,7 @@ class Transformer(nn.Module):
         # 1. The angles of each token's position; all layers share them.
         config = self.config
         scaling = config.rope_scaling
-        rescale = scaling and scaling.rescale
-        cos, sin = rope_table(positions, config.rope_dim, config.rope_theta, rescale)
+        cos, sin = rope_table(positions, config.rope_dim, config.rope_theta, config.rope_rescale)
         if scaling is not None and scaling.table_factor != 1:
             cos, sin = cos * scaling.table_factor, sin * scaling.table_factor
 
@@ -190,15 +189,13 @@ class Transformer(nn.Module):
 
         Raises ValueError if the head is not a plain Linear, so that its weight is not all of it.
         """
-        in_use = self.config.vocab_in_use
-        if self.config.tie_embeddings:
-            return self.embed if in_use is None else self.embed[:in_use]
         if not self.has_plain_head:
             raise ValueError(
                 f"the head is a {type(self.lm_head).__name__}, but log-probs read its weight "
                 "directly; expected a Linear: leave lm_head out of what is adapted or quantised"
             )
-        weight = self.lm_head.weight
+        weight = self.embed if self.config.tie_embeddings else self.lm_head.weight
+        in_use = self.config.vocab_in_use
         return weight if in_use is None else weight[:in_use]
 
     def logprobs(

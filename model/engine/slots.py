@@ -96,7 +96,7 @@ class Slots:
             head_dim=config.head_dim,
             norm_eps=config.norm_eps,
             rope_theta=config.rope_theta,
-            rope_rescale=config.rope_scaling and config.rope_scaling.rescale,
+            rope_rescale=config.rope_rescale,
         )
 
     @staticmethod
