@@ -196,8 +196,9 @@ class Attention(nn.Module):
         self.norms_full_width = config.qk_norm_full_width
 
         # q, k and v share one matrix, for one larger product.
-        n_rows = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
-        self.qkv = Linear(config.d_model, n_rows, bias=config.qkv_bias)
+        q_rows, kv_rows = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        parts = (q_rows, kv_rows, kv_rows)
+        self.qkv = Linear(config.d_model, sum(parts), bias=config.qkv_bias, parts=parts)
         self.q_norm, self.k_norm = None, None
         if config.qk_norm or config.qk_norm_full_width:
             q_heads, k_heads = (

@@ -14,6 +14,7 @@ Left out: pickles (they run code when read), saving in the background, sharded f
 CRC finds damage, not malice). Only one process may write to a run folder.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -31,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from .config import ModelConfig
 from .files import UNFINISHED, atomic_write_json, flush
 from .huggingface import is_huggingface, read_model
+from .lora import LoRAConfig, adapter_tensors, adapters_of, add_adapters, merge_adapters
 from .precision import Precision, choose_precision
 from .tokenizer import Tokenizer
 from .transformer import Transformer
@@ -519,10 +521,35 @@ def build_model(
     return model.to(device)
 
 
-def check_shapes(weights: dict[str, torch.Tensor], model: Transformer) -> None:
-    """Raise CheckpointError unless the weights are those of the model, name by name."""
+def tensors_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint keeps of a module: all tensors, or what is trained of an adapted one."""
+    return adapter_tensors(module) if adapters_of(module) else module.state_dict()
+
+
+def load_tensors(
+    module: torch.nn.Module, tensors: dict[str, torch.Tensor], where: str | Path
+) -> None:
+    """Load what `tensors_of` gave. Raises CheckpointError unless it is of such a module."""
+    check_shapes(tensors, module, f"{where}: ")
+    module.load_state_dict(tensors, strict=False)
+
+
+def weights_digest(weights: dict[str, torch.Tensor]) -> str:
+    """32 hex digits of all names, dtypes, shapes and numbers."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hasher.update(tensor.flatten().view(torch.uint8).numpy())
+    return hasher.hexdigest()
+
+
+def check_shapes(
+    weights: dict[str, torch.Tensor], module: torch.nn.Module, where: str = ""
+) -> None:
+    """Raise CheckpointError unless the weights are those of the module, name by name."""
     there = {name: list(tensor.shape) for name, tensor in weights.items()}
-    here = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    here = {name: list(tensor.shape) for name, tensor in tensors_of(module).items()}
     differ = [
         f"{name} is {there.get(name, 'missing')}, expected {here.get(name, 'none of that name')}"
         for name in sorted(there.keys() | here.keys())
@@ -531,7 +558,7 @@ def check_shapes(weights: dict[str, torch.Tensor], model: Transformer) -> None:
     if differ:
         more = f", and {len(differ) - 3} more" if len(differ) > 3 else ""
         raise CheckpointError(
-            f"the weights do not fit their config: {'; '.join(differ[:3])}{more}; give a "
+            f"{where}the weights do not fit their config: {'; '.join(differ[:3])}{more}; give a "
             "checkpoint that is whole"
         )
 
@@ -544,14 +571,17 @@ def load_model(
 ) -> tuple[Transformer, Tokenizer, Checkpoint]:
     """The model, tokenizer and checkpoint of a run, without the optimizer's tensors.
 
-    A folder of a Hugging Face model is taken too. Then the checkpoint is of step 0, and its tensors
-    are the model's own parameters: they change when it is trained.
+    A folder of a Hugging Face model is taken too. Then the checkpoint is of step 0. A run with
+    adapters gives an ordinary model: its base with the adapters added to it. In both cases the
+    checkpoint's tensors are the model's own parameters: they change when it is trained.
     Arguments as in `load_checkpoint` and `build_model`.
     Raises CheckpointError if there is none to use, ValueError if it holds no model.
     """
     if is_huggingface(folder):
         return _load_huggingface(Path(folder), device, which, precision)
     checkpoint = load_checkpoint(folder, which, groups=("model",))
+    if "lora" in checkpoint.state:
+        return _load_adapted(checkpoint, device, precision)
     has_state = {"model_config", "tokenizer"} <= checkpoint.state.keys()
     if not has_state or "model" not in checkpoint.tensors:
         raise ValueError(
@@ -562,6 +592,33 @@ def load_model(
     model = build_model(model_config, weights, device, precision)
     tokenizer = Tokenizer.from_dict(checkpoint.state["tokenizer"])
     return model, tokenizer, checkpoint
+
+
+def _load_adapted(
+    checkpoint: Checkpoint, device: torch.device, precision: Precision | None
+) -> tuple[Transformer, Tokenizer, Checkpoint]:
+    """The base of a checkpoint that holds adapters alone, with these added to it."""
+    kept = checkpoint.state["lora"]
+    mend = "restore it there, or use `r1zero export` where it still is"
+    try:
+        model, tokenizer, base = load_model(kept["base"], device, precision=precision)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{checkpoint.path} holds adapters alone, and their base cannot be loaded: {error}; "
+            f"{mend}"
+        ) from error
+    if weights_digest(base.tensors["model"]) != kept["base_weights"]:
+        raise CheckpointError(
+            f"{checkpoint.path} holds adapters of other weights than {kept['base']} has now; {mend}"
+        )
+    add_adapters(model, LoRAConfig(**kept["config"]), seed=0)
+    load_tensors(model, checkpoint.tensors["model"], checkpoint.path)
+    weights = merge_adapters(model).state_dict()
+    return (
+        model,
+        tokenizer,
+        Checkpoint(checkpoint.step, {"model": weights}, checkpoint.state, checkpoint.path),
+    )
 
 
 def _load_huggingface(

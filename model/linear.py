@@ -16,8 +16,13 @@ from torch import nn
 class Linear(nn.Module):
     """y = x W^T + b in the dtype of x. The weight [n_out, n_in] is the optimizer's fp32 master."""
 
-    def __init__(self, n_in: int, n_out: int, bias: bool = False):
+    def __init__(
+        self, n_in: int, n_out: int, bias: bool = False, parts: tuple[int, ...] | None = None
+    ):
+        """parts: how many rows each has, where several matrices lie below each other in this one
+        (q, k and v); None: it is one."""
         super().__init__()
+        self.parts = parts or (n_out,)
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
 

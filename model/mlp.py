@@ -27,7 +27,8 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.d_model, self.d_ff = config.d_model, config.d_ff
-        self.gate_up = Linear(config.d_model, 2 * config.d_ff, bias=config.mlp_bias)
+        parts = (config.d_ff, config.d_ff)
+        self.gate_up = Linear(config.d_model, sum(parts), bias=config.mlp_bias, parts=parts)
         self.down = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
 
     def forward(self, x_TM: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ from .config import ModelConfig
 from .latent_attention import LatentAttention
 from .linear import Linear, plain
 from .mlp import make_mlp
+from .moe import Router
 from .packed import Packed
 from .precision import Precision
 
@@ -228,6 +229,17 @@ class Transformer(nn.Module):
     def precision(self) -> Precision:
         """What it computes in, for another model that is to compute alike."""
         return Precision(self.compute_dtype, self.fp32_head)
+
+    def read_in_fp32(self) -> list[nn.Parameter]:
+        """What an fp32 head and fp32 routers compute with, so that a copy in 16 bit keeps it."""
+        parameters = []
+        if self.fp32_head:
+            head = [self.embed] if self.config.tie_embeddings else self.lm_head.parameters()
+            parameters = [self.norm, *head]
+        for module in self.modules():
+            if isinstance(module, Router) and module.config.fp32_router:
+                parameters += module.parameters()
+        return parameters
 
     @property
     def device(self) -> torch.device:

@@ -20,6 +20,7 @@ import torch
 from ..kernels.grpo import POLICY_METRICS
 from ..kernels.linear_logprob import check_targets
 from ..model.distributed import all_sum, sum_gradients
+from ..model.lora import AdapterCopy
 from ..model.optimizer import learning_rate, optimizer_step
 from .advantages import Advantages, sum_per_answer
 from .losses import entropy_bonus, importance_weights, kl_estimate, mean_metrics
@@ -264,6 +265,27 @@ class Reference:
     def refresh(self, policy) -> None:
         """Become a copy of the policy (R1-Zero: every 400 steps)."""
         self.model.load_state_dict(policy.state_dict())
+
+
+class AdapterReference(Reference):
+    """The reference of a policy with adapters: the policy itself, with the adapters that it began
+    with. Their B is 0, so it is the base, and there is no second model."""
+
+    def __init__(self, policy):
+        self.policy, self.device = policy, policy.device
+        self.model = AdapterCopy(policy)
+
+    @contextmanager
+    def in_use(self):
+        """The policy, with the reference's adapters while the block runs."""
+        self.model.swap(self.policy)
+        try:
+            yield self.policy
+        finally:
+            self.model.swap(self.policy)
+
+    def refresh(self, policy) -> None:
+        self.model.copy_from(policy)
 
 
 def kl_to_reference(reference: Reference, rollouts: Rollouts, config, step: int) -> dict:

@@ -33,10 +33,12 @@ from ..model.checkpoint import (
     build_model,
     load_checkpoint,
     load_model,
+    load_tensors,
     save_checkpoint,
 )
 from ..model.engine.engine import Engine
 from ..model.engine.sampling import NonFiniteError
+from ..model.lora import LEARNING_RATE_FACTOR, LoRAConfig, adapters_of, own_adapters
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ..rl import family
@@ -44,7 +46,8 @@ from ..rl.family import Algorithm, in_words
 from ..rl.plugin import PluginError, source_of
 from ..rl.rewards import check_parts
 from ..rl.step import Learner, grpo_step
-from ..rl.update import LogpGapError, Reference, gap_limit
+from ..rl.update import AdapterReference, LogpGapError, Reference, gap_limit
+from .adapters import default_optim, value_in
 from .compute_flags import ComputeFlags
 from .inputs import base_parts, file_parts
 from .lab.diagnosis import Diagnosis
@@ -85,6 +88,7 @@ class GRPOConfig(Algorithm, ComputeFlags, RunConfig):
     base: str
     """Folder of the run, checkpoint or Hugging Face model to start from; it is also the KL's
     reference, until a refresh."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     task: TaskFlags = field(default_factory=TaskFlags)
     eval_every: int = 0
     """Number of steps between measurements on held-out problems; the best checkpoint is kept. 0
@@ -113,17 +117,19 @@ class GRPOConfig(Algorithm, ComputeFlags, RunConfig):
 
     @classmethod
     def defaults_of(cls, flags: list[str]) -> "GRPOConfig":
-        """The defaults of the command line: the values of --algo's preset.
+        """The defaults of the command line: the values of --algo's preset, and with --lora.rank
+        its learning rates times 10.
 
         Raises ValueError for an unknown preset.
         """
-        algo = "r1_zero"
-        for word, following in zip(flags, [*flags[1:], algo], strict=True):
-            name, equals, value = word.partition("=")
-            if name == "--algo":
-                algo = value if equals else following
+        algo = value_in(flags, "--algo", "r1_zero")
         required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
-        return family.resolve(algo, dict.fromkeys(required, tyro.MISSING), cls)
+        defaults = family.resolve(algo, dict.fromkeys(required, tyro.MISSING), cls)
+        return replace(
+            defaults,
+            optim=default_optim(flags, defaults.optim),
+            critic_optim=default_optim(flags, defaults.critic_optim),
+        )
 
 
 def grpo_config(algo: str = "r1_zero", **overrides) -> GRPOConfig:
@@ -150,12 +156,19 @@ def make_learner(
     # All compute as the policy does. The reference is at home before the engine measures how much
     # memory is free.
     precision = policy.precision
-    reference = build_model(model_config, reference_weights or weights, device, precision)
-    reference = Reference(reference, device, config.ref_offload)
     has_critic = config.advantage.baseline == "critic"
     critic_trunk = None
-    if has_critic:
-        critic_trunk = build_model(model_config, weights, device, precision)
+    if adapters_of(policy):
+        # With adapters, reference and critic share the frozen weights.
+        reference = AdapterReference(policy)
+        if reference_weights:
+            load_tensors(reference.model, reference_weights, "the start of the run")
+        critic_trunk = own_adapters(policy) if has_critic else None
+    else:
+        reference = build_model(model_config, reference_weights or weights, device, precision)
+        reference = Reference(reference, device, config.ref_offload)
+        if has_critic:
+            critic_trunk = build_model(model_config, weights, device, precision)
     engine = make_engine(config, task, policy, tokenizer, has_critic)
     chat = is_chat(config)
     learner = family.make_learner(config, policy, reference, engine, critic_trunk, chat)
@@ -203,6 +216,7 @@ def keep_start(run: Run, learner: Learner) -> None:
         "settings": run.settings,
         "model_config": learner.policy.config.to_dict(),
         "tokenizer": learner.sampler.engine.tokenizer.to_dict(),
+        **run.adapted,
     }
     tensors = {"model": learner.reference.model.state_dict()}
     save_checkpoint(run.folder / START, 0, tensors, state)
@@ -223,12 +237,13 @@ def form_notice(task: Task, config: Algorithm) -> str | None:
 def rate_notice(config: Algorithm, policy: Transformer) -> str | None:
     """What to say of a learning rate that is for a much smaller model, or None."""
     size = sum(parameter.numel() for parameter in policy.parameters())
-    if size < LARGE or config.optim.lr <= LARGE_RATE:
+    factor = LEARNING_RATE_FACTOR if config.lora.rank else 1
+    if size < LARGE or config.optim.lr <= LARGE_RATE * factor:
         return None
     return (
         f"--optim.lr is {config.optim.lr:g}, which suits models of a million parameters; this one "
-        f"has {size / 1e6:,.0f} million, and is likely to fall apart. 1e-6 to 1e-5 are usual, with "
-        "--optim.eps 1e-8"
+        f"has {size / 1e6:,.0f} million, and is likely to fall apart. {factor * 1e-6:g} to "
+        f"{factor * 1e-5:g} are usual, with --optim.eps 1e-8"
     )
 
 
@@ -292,7 +307,7 @@ def make_engine(config: GRPOConfig, task: Task, policy, tokenizer, has_critic: b
         bytes_per_parameter += 12
     if config.ref_offload:
         bytes_per_parameter += 4
-    n_parameters = sum(p.numel() for p in policy.parameters())
+    n_parameters = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     # And what it computes with: a micro-batch holds one whole sample at least.
     activations = policy.activation_bytes(max(config.micro_tokens, longest))
     return Engine(
@@ -408,6 +423,7 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
     for notice in (form_notice(task, config), rate_notice(config, policy)):
         if notice:
             say(notice)
+    run.adapt(policy, base[2])
     learner = make_learner(algorithm, task, base, start_weights(run))
     engine = learner.sampler.engine
     trained, more = trained_modules(learner, config)

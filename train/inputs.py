@@ -15,10 +15,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
 from ..eval.tasks.hub import is_on_hub
-from ..model.checkpoint import Checkpoint
+from ..model.checkpoint import Checkpoint, weights_digest
 from ..model.tokenizer import Tokenizer
 
 MOST_NAMED = 5  # parts that a message names
@@ -37,17 +35,9 @@ def digest(chunks: Iterable[bytes]) -> str:
 
 def base_parts(base: Checkpoint, tokenizer: Tokenizer) -> Parts:
     """A base model as an input: its weights, its shape and its tokenizer."""
-    weights = base.tensors["model"]
-
-    def bytes_of_weights() -> Iterable[bytes]:
-        for name in sorted(weights):
-            tensor = weights[name].detach().cpu().contiguous()
-            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
-            yield tensor.flatten().view(torch.uint8).numpy()
-
     shape = json.dumps(base.state["model_config"], sort_keys=True)
     return [
-        ["weights", digest(bytes_of_weights())],
+        ["weights", weights_digest(base.tensors["model"])],
         ["shape", digest([shape.encode()])],
         ["tokenizer", tokenizer.fingerprint()],
     ]

@@ -39,8 +39,10 @@ from ..model.checkpoint import (
     check_config,
     checkpoint_steps,
     load_checkpoint,
+    load_tensors,
     mark_best,
     save_checkpoint,
+    tensors_of,
 )
 from ..model.config import ModelConfig
 from ..model.files import atomic_write_json
@@ -48,6 +50,7 @@ from ..model.huggingface import is_huggingface
 from ..model.optimizer import load_optimizer_tensors, optimizer_tensors
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
+from .adapters import adapt
 from .inputs import Inputs, changes_of
 from .interrupt import Interrupt, Stopped
 from .lock import FolderLock
@@ -163,6 +166,8 @@ class Run:
         self.schedule_steps: int = state.get("schedule_steps", config.steps)
         """Number of steps of the learning rate's schedule: those that the run began with."""
         self._modules: dict[str, tuple] = {}
+        self.adapted: dict = {}
+        """For the state of a checkpoint that holds adapters alone: {"lora": ...}, or nothing."""
         self._tokenizer: Tokenizer | None = None
         self._saved_step = self._done_step = self.first_step - 1
         self._counters: dict = {}
@@ -252,6 +257,14 @@ class Run:
             **state["model_config"]
         )  # of an older version: it has fewer fields
         check_config(saved_config.to_dict(), model.config.to_dict(), path)
+
+    def adapt(self, model: Transformer, base: Checkpoint) -> None:
+        """Freeze the model, and put the adapters of --lora.rank beside its weights, if it is not 0.
+
+        The checkpoints of the run then hold the adapters alone, and where their base is. To be
+        called after `check_inputs` with an input "base".
+        """
+        self.adapted = adapt(model, self.config.lora, self.config.seed, base, self.inputs)
 
     # ---- beginning and end ----
 
@@ -440,7 +453,7 @@ class Run:
         self.check_model(model, tokenizer)
         state, tensors = self.resumed.state, self.resumed.tensors
         for name, (module, its_optimizer) in self._modules.items():
-            module.load_state_dict(tensors[name])
+            load_tensors(module, tensors[name], self.resumed.path)
             if its_optimizer is not None:
                 key = optimizer_key(name)
                 load_optimizer_tensors(
@@ -469,10 +482,11 @@ class Run:
             "tokenizer": self._tokenizer.to_dict(),
             "counters": self._counters,
             "score": score,
+            **self.adapted,
         }
         tensors = {}
         for name, (module, its_optimizer) in self._modules.items():
-            tensors[name] = module.state_dict()
+            tensors[name] = tensors_of(module)
             if its_optimizer is not None:
                 key = optimizer_key(name)
                 tensors[key], state[key] = optimizer_tensors(

@@ -9,14 +9,18 @@ file may hold, and how a conversation becomes tokens.
 Left out: chat templates. A conversation is trained on as it stands.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
+import tyro
+
 from ..model.balance import BalanceConfig
 from ..model.checkpoint import load_model
+from ..model.lora import LoRAConfig
 from ..model.optimizer import OptimConfig
 from ..model.transformer import Transformer
+from .adapters import default_optim
 from .batches import DocumentBatches
 from .compute_flags import ComputeFlags
 from .conversations import encode_conversations, read_conversations
@@ -48,6 +52,7 @@ class SFTConfig(ComputeFlags, RunConfig):
     micro_tokens: int = 2048
     """Number of tokens per forward and backward pass. It changes memory and speed, nothing else; in
     a model with experts, also what their auxiliary loss is measured on."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=1e-3, warmup=5, weight_decay=0.0)
     )
@@ -60,6 +65,12 @@ class SFTConfig(ComputeFlags, RunConfig):
         ComputeFlags.__post_init__(self)
         at_least(self, 1, "batch_tokens", "micro_tokens")
         at_least(self, 0, "seed")
+
+    @classmethod
+    def defaults_of(cls, flags: list[str]) -> "SFTConfig":
+        """The defaults of the command line: with --lora.rank, the learning rate times 10."""
+        defaults = cls(run=tyro.MISSING, base=tyro.MISSING, data=tyro.MISSING)
+        return replace(defaults, optim=default_optim(flags, defaults.optim))
 
 
 def sft(config: SFTConfig) -> Transformer:
@@ -74,6 +85,7 @@ def sft(config: SFTConfig) -> Transformer:
     model, tokenizer, base = load_model(config.base, device, precision=precision)
     run.check_inputs({"base": base_parts(base, tokenizer), "data": file_parts([Path(config.data)])})
     run.check_model(model, tokenizer)
+    run.adapt(model, base)
     conversations = read_conversations(config.data, config.skip_bad)
     documents, trained = encode_conversations(tokenizer, conversations)
     batches = DocumentBatches(

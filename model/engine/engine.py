@@ -24,6 +24,7 @@ from itertools import count
 import numpy as np
 import torch
 
+from ..lora import adapters_of, merged_bytes, merged_copy, refresh_merged
 from ..transformer import Transformer
 from .cache import Cache, gpu_cache_bytes, step_bytes, tokens_within
 from .pages import Pages
@@ -79,10 +80,12 @@ class Engine:
         self.device = model.device
         self.max_rows, self.tokens_per_step = max_rows, tokens_per_step
         self.token_bytes = model.cache_bytes_per_token
-        if paged is None:
-            paged = not Slots.serves(model)
         with torch.inference_mode():
-            self.cache: Cache = (Pages if paged else Slots)(model, max_rows)
+            # A model with adapters is decoded as one without, whose weights they are added to.
+            self.decoded = merged_copy(model) if adapters_of(model) else model
+            if paged is None:
+                paged = not Slots.serves(self.decoded)
+            self.cache: Cache = (Pages if paged else Slots)(self.decoded, max_rows)
             # Free memory is read when the cache has made its copy of the weights, if any.
             self.cache_tokens = cache_tokens or self._cache_tokens(longest, reserve)
             self.cache.allocate(self.cache_tokens)
@@ -121,8 +124,9 @@ class Engine:
             f"{size:,.0f} MiB in {kind}; at most {self.max_rows} sequences at a time, "
             f"{self.tokens_per_step:,} tokens per step"
         )
-        if self.cache.copy_bytes:
-            plan += f"; the copy of the weights takes {self.cache.copy_bytes / 2**20:,.0f} MiB"
+        copied = self.cache.copy_bytes + merged_bytes(self.model)
+        if copied:
+            plan += f"; the copy of the weights takes {copied / 2**20:,.0f} MiB"
         return plan
 
     @property
@@ -140,6 +144,7 @@ class Engine:
 
         On a CPU it reads the trainer's tensors where they lie, and `submit` finds them again before
         the first request: there a change is seen even without refresh(), which then only counts.
+        Matrices with adapters are copied on any device: the copy has the adapters added to them.
 
         version: number of these weights, for each Completion; None is the next one.
         Raises ValueError while requests are being served: one answer, one set of weights.
@@ -155,6 +160,8 @@ class Engine:
     @torch.inference_mode()
     def _take_weights(self) -> None:
         """Rewrite the copy of the weights, or find the trainer's tensors."""
+        if self.decoded is not self.model:
+            refresh_merged(self.decoded, self.model)
         self.cache.refresh()
 
     # ---- requests in, completions out ----

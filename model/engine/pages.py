@@ -27,7 +27,6 @@ from torch import nn
 from ...kernels.decode_attention import SPLIT, can_capture, decode_attention
 from ...kernels.latent_attention import latent_decode_attention
 from ..attention import KV, PrefillKV
-from ..moe import Router
 from ..packed import Packed, pack
 from ..transformer import Transformer
 from .cache import PAGE, pages_for
@@ -109,14 +108,7 @@ def cast_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
 
     What an fp32 head or an fp32 router reads keeps its dtype.
     """
-    kept = set()
-    if model.fp32_head:
-        head = [model.embed] if model.config.tie_embeddings else model.lm_head.parameters()
-        kept = {id(p) for p in (model.norm, *head)}
-
-    fp32_routers = [m for m in model.modules() if isinstance(m, Router) and m.config.fp32_router]
-    kept |= {id(p) for router in fp32_routers for p in router.parameters()}
-
+    kept = {id(p) for p in model.read_in_fp32()}
     # deepcopy takes what the memo has in the place of a parameter, so none is copied as it is.
     copies = {}
     for p in model.parameters():

@@ -1,0 +1,56 @@
+"""The flags --lora.*: low-rank adapters instead of all weights, for the loops that train a base.
+
+What an adapter is, is in model/lora.py. Here is what a run makes of the flags: its default learning
+rate, its model, and what a checkpoint must say to be loaded again.
+"""
+
+from dataclasses import asdict, replace
+
+from ..eval.console import say
+from ..model.checkpoint import Checkpoint
+from ..model.lora import LEARNING_RATE_FACTOR, LoRAConfig, add_adapters, cast_frozen
+from ..model.optimizer import OptimConfig
+from ..model.transformer import Transformer
+from .inputs import Inputs
+
+
+def value_in(words: list[str], flag: str, default: str) -> str:
+    """The value that a flag has on the command line."""
+    value = default
+    for word, following in zip(words, [*words[1:], default], strict=True):
+        name, equals, text = word.partition("=")
+        if name == flag:
+            value = text if equals else following
+    return value
+
+
+def default_optim(words: list[str], optim: OptimConfig) -> OptimConfig:
+    """The optimizer's defaults: with adapters on the command line, a larger learning rate."""
+    if value_in(words, "--lora.rank", "0") == "0":
+        return optim
+    return replace(optim, lr=LEARNING_RATE_FACTOR * optim.lr)
+
+
+def adapt(
+    model: Transformer, lora: LoRAConfig, seed: int, base: Checkpoint, inputs: Inputs
+) -> dict:
+    """Freeze the model and give it adapters, if --lora.rank is not 0.
+
+    Returns what to add to the state of a checkpoint, which holds the adapters alone: {"lora": ...},
+    or nothing. inputs: of the run, with an input "base".
+    """
+    if lora.rank == 0:
+        return {}
+    cast_frozen(add_adapters(model, lora, seed))
+    n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    n_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    say(
+        f"LoRA of rank {lora.rank}: {n_trained:,} parameters beside {n_frozen:,} that are frozen; "
+        "checkpoints hold the adapters alone, and need the base where it is"
+    )
+    kept = {
+        "config": asdict(lora),
+        "base": str(base.path.resolve()),
+        "base_weights": dict(inputs["base"])["weights"],
+    }
+    return {"lora": kept}
