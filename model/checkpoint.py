@@ -33,6 +33,7 @@ from .config import ModelConfig
 from .files import UNFINISHED, atomic_write_json, flush
 from .huggingface import is_huggingface, read_model
 from .lora import LoRAConfig, adapter_tensors, adapters_of, add_adapters, merge_adapters
+from .peft_folder import folder_of_base, is_peft, merge_folder
 from .precision import Precision, choose_precision
 from .tokenizer import Tokenizer
 from .transformer import Transformer
@@ -571,17 +572,20 @@ def load_model(
 ) -> tuple[Transformer, Tokenizer, Checkpoint]:
     """The model, tokenizer and checkpoint of a run, without the optimizer's tensors.
 
-    A folder of a Hugging Face model is taken too. Then the checkpoint is of step 0. A run with
-    adapters gives an ordinary model: its base with the adapters added to it. In both cases the
-    checkpoint's tensors are the model's own parameters: they change when it is trained.
+    A folder of a Hugging Face model is taken too, and one of adapters in PEFT's layout; then the
+    checkpoint is of step 0. Of adapters, a run's or PEFT's, the model is an ordinary one: their
+    base, with the adapters added to it. In all of these cases the checkpoint's tensors are the
+    model's own parameters: they change when it is trained.
     Arguments as in `load_checkpoint` and `build_model`.
     Raises CheckpointError if there is none to use, ValueError if it holds no model.
     """
+    if is_peft(folder):
+        return _load_peft(Path(folder), device, which, precision)
     if is_huggingface(folder):
         return _load_huggingface(Path(folder), device, which, precision)
     checkpoint = load_checkpoint(folder, which, groups=("model",))
     if "lora" in checkpoint.state:
-        return _load_adapted(checkpoint, device, precision)
+        return _load_merged(checkpoint, device, precision)
     has_state = {"model_config", "tokenizer"} <= checkpoint.state.keys()
     if not has_state or "model" not in checkpoint.tensors:
         raise ValueError(
@@ -594,10 +598,13 @@ def load_model(
     return model, tokenizer, checkpoint
 
 
-def _load_adapted(
-    checkpoint: Checkpoint, device: torch.device, precision: Precision | None
-) -> tuple[Transformer, Tokenizer, Checkpoint]:
-    """The base of a checkpoint that holds adapters alone, with these added to it."""
+def load_adapted(
+    checkpoint: Checkpoint, device: torch.device, precision: Precision | None = None
+) -> tuple[Transformer, Tokenizer]:
+    """The base of a checkpoint that holds adapters alone, with these beside its weights.
+
+    Raises CheckpointError if the base is not where it was, or has other weights.
+    """
     kept = checkpoint.state["lora"]
     mend = "restore it there, or use `r1zero export` where it still is"
     try:
@@ -613,12 +620,34 @@ def _load_adapted(
         )
     add_adapters(model, LoRAConfig(**kept["config"]), seed=0)
     load_tensors(model, checkpoint.tensors["model"], checkpoint.path)
+    return model, tokenizer
+
+
+def _load_merged(
+    checkpoint: Checkpoint, device: torch.device, precision: Precision | None
+) -> tuple[Transformer, Tokenizer, Checkpoint]:
+    """The model of a checkpoint that holds adapters alone: its base, with these added to it."""
+    model, tokenizer = load_adapted(checkpoint, device, precision)
     weights = merge_adapters(model).state_dict()
     return (
         model,
         tokenizer,
         Checkpoint(checkpoint.step, {"model": weights}, checkpoint.state, checkpoint.path),
     )
+
+
+def _load_peft(
+    folder: Path, device: torch.device, which: str | int, precision: Precision | None
+) -> tuple[Transformer, Tokenizer, Checkpoint]:
+    """The base of a folder of adapters, with these added to it."""
+    if which != "last":
+        raise ValueError(
+            f"{folder} holds adapters, which have no checkpoint {which!r}; ask for the last"
+        )
+    model, tokenizer, base = load_model(str(folder_of_base(folder)), device, precision=precision)
+    merge_folder(folder, model)
+    tensors = {"model": model.state_dict()}
+    return model, tokenizer, Checkpoint(0, tensors, base.state, folder)
 
 
 def _load_huggingface(

@@ -6,7 +6,11 @@ Left out: locks (train/lock.py), and results that come bit by bit (eval/result_f
 import errno
 import json
 import os
+import shutil
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 # A name that starts with this is unfinished.
 UNFINISHED = ".tmp-"
@@ -61,3 +65,44 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 def atomic_write_json(path: str | Path, value: object) -> None:
     """`atomic_write_text` of a JSON value, indented for people."""
     atomic_write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+@contextmanager
+def new_folder(folder: Path):
+    """Yield an empty folder beside `folder`, which gets its name when the block ends: it appears
+    whole or not at all. An empty folder of that name is replaced.
+
+    Raises ValueError if it cannot be written.
+    """
+    unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        yield unfinished
+        make_readable(unfinished)
+        if folder.exists():
+            folder.rmdir()
+        unfinished.rename(folder)
+        flush(folder.parent)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(
+            f"{folder} cannot be written: {reason}; make room, or give another folder"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def make_readable(folder: Path) -> None:
+    """Give all files the mode that the umask says (save_file lets only the owner read), and flush
+    them."""
+    probe = folder / f"{UNFINISHED}mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.iterdir():
+        with suppress(OSError):  # some mounts know no modes: then all files have the same
+            path.chmod(mode)
+        flush(path)
+    flush(folder)

@@ -20,8 +20,10 @@ from pathlib import Path
 import torch
 
 from ...eval.console import show
-from ...model.checkpoint import Checkpoint
+from ...model.checkpoint import Checkpoint, load_adapted, load_checkpoint
 from ...model.huggingface import check_free, write_model
+from ...model.lora import LoRAConfig
+from ...model.peft_folder import write_adapters
 from ...model.precision import DTYPES, Precision
 from ...model.transformer import Transformer, count_parameters
 from ..report.record import read_dict
@@ -44,14 +46,20 @@ class ExportConfig:
     """Folder to write; there must be none of that name."""
     dtype: str = "fp32"
     """Dtype of the weights in the files: fp32, bf16 or fp16."""
+    adapters: bool = False
+    """Write the adapters of a run with --lora.rank alone, in fp32 and in PEFT's layout, instead of
+    the whole model."""
     base_model: str = ""
-    """What the weights were trained from, by its name on the hub, for the model card."""
+    """What the weights were trained from, by its name on the hub, for the model card, and for the
+    folder of --adapters, which names the folder of the run's base otherwise."""
     license: str = ""
     """License of the weights, such as apache-2.0, for the model card."""
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        if self.adapters and self.dtype != "fp32":
+            raise ValueError(f"--dtype is {self.dtype}, but adapters are written in fp32; leave it")
 
 
 # ---- the model card ----
@@ -161,8 +169,27 @@ def export(config: ExportConfig) -> None:
     """Write the folder. Raises ValueError for bad flags and for models that cannot be written."""
     out = Path(config.out)
     check_free(out)
+    if config.adapters:
+        export_adapters(config)
+        return
     device, precision = torch.device("cpu"), Precision(torch.float32)
     model, tokenizer, checkpoint = load_run(config.run, config.which, device, precision)
     card = card_of(checkpoint, model, config)
     write_model(out, model, tokenizer, DTYPES[config.dtype], card)
     show(f"written: {out}")
+
+
+def export_adapters(config: ExportConfig) -> None:
+    """Write the adapters of a run. Raises ValueError for a run without."""
+    which = int(config.which) if config.which.isdecimal() else config.which
+    checkpoint = load_checkpoint(config.run, which, groups=("model",))
+    lora = checkpoint.state.get("lora")
+    if lora is None:
+        raise ValueError(
+            f"--adapters: {checkpoint.path} holds a whole model; leave the flag out to export it"
+        )
+    precision = Precision(torch.float32)
+    model, _ = load_adapted(checkpoint, torch.device("cpu"), precision)
+    name = config.base_model or lora["base"]
+    write_adapters(config.out, model, LoRAConfig(**lora["config"]), name)
+    show(f"written: {config.out}, adapters of {name}")

@@ -1,0 +1,206 @@
+"""Folders of adapters in PEFT's layout, which peft, vLLM and SGLang load.
+
+    write_adapters("out", model, "Qwen/Qwen2.5-0.5B")     a model with adapters (lora.py)
+    folder_of_base("out")                                 the base that they are for
+    merge_folder("out", model)                            W + s B A of a folder, into a plain model
+
+    adapter_config.json           rank, alpha, which matrices, and the name of the base
+    adapter_model.safetensors     base_model.model.<module>.lora_A.weight [r, n_in], .lora_B.weight
+
+PEFT loads a folder with wrong names, half a pair or another scale with a warning, if that, and
+computes something else. Here each of these is an error, which lists all that is wrong.
+
+Left out: what is not plain LoRA (DoRA, biases, ranks that vary, embeddings, stacked experts).
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from .config_json import family_of
+from .families import FAMILIES
+from .files import atomic_write_json, new_folder
+from .huggingface import Part, check_free, parts_of
+from .lora import LoRAConfig, adapters_of
+from .transformer import Transformer
+from .weight_files import named, opened, read_json
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+# Keys of adapter_config.json that change what is computed, and the values that change nothing.
+PLAIN = {
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "use_dora": (False,),
+    "use_qalora": (False,),
+    "lora_bias": (False,),
+    "rank_pattern": ({},),
+    "alpha_pattern": ({},),
+    "modules_to_save": ((), []),
+    "target_parameters": ((), []),
+    "layer_replication": ((), []),
+    "trainable_token_indices": ((), [], {}),
+}
+
+
+def is_peft(folder: str | Path) -> bool:
+    """Whether a folder holds adapters in PEFT's layout."""
+    try:
+        return (Path(folder) / CONFIG).is_file()
+    except OSError:
+        return False
+
+
+def matrices_of(model: Transformer) -> dict[str, list[Part]]:
+    """{our parameter: the matrices of a Hugging Face model that lie in it}, weights only."""
+    names = FAMILIES[family_of(model.config)].names
+    with torch.device("meta"):
+        parts = parts_of(Transformer(model.config), names)
+    matrices: dict[str, list[Part]] = {}
+    for part in parts:
+        if len(part.shape) == 2 and part.parameter != "embed":
+            matrices.setdefault(part.parameter, []).append(part)
+    return matrices
+
+
+def key_of(part: Part, letter: str) -> str:
+    """The name of a matrix's A or B in a file."""
+    return f"{PREFIX}{part.name.removesuffix('weight')}lora_{letter}.weight"
+
+
+# ---- writing ----
+
+
+def write_adapters(
+    folder: str | Path, model: Transformer, lora: LoRAConfig, base_name: str
+) -> None:
+    """Write the adapters of a model, in fp32. base_name: its base, a folder or a name of the hub.
+
+    Raises ValueError for a folder that holds something, and for a model without adapters.
+    """
+    folder = Path(folder)
+    check_free(folder)
+    adapted = adapters_of(model)
+    if not adapted:
+        raise ValueError("the model has no adapters; export it whole (without --adapters)")
+    # 1. The adapters of each matrix, under its name in the family.
+    tensors, targets = {}, set()
+    for parameter, parts in matrices_of(model).items():
+        module = adapted.get(parameter.removesuffix(".weight"))
+        if module is None:
+            continue
+        for part, A in zip(parts, module.lora_A, strict=True):
+            tensors[key_of(part, "A")] = A
+            tensors[key_of(part, "B")] = module.lora_B[part.rows]
+            targets.add(part.name.removesuffix(".weight").rpartition(".")[2])
+    # 2. What they are multiplied by, and what they are for.
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "use_rslora": lora.rslora,
+        "target_modules": sorted(targets),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    with new_folder(folder) as unfinished:
+        ready = {name: tensor.detach().cpu().float().clone() for name, tensor in tensors.items()}
+        save_file(ready, unfinished / WEIGHTS, metadata={"format": "pt"})
+        atomic_write_json(unfinished / CONFIG, config)
+
+
+# ---- reading ----
+
+
+def folder_of_base(folder: str | Path) -> Path:
+    """The folder of the base of these adapters. Raises ValueError if it is not on this machine."""
+    folder = Path(folder)
+    name = read_json(folder / CONFIG).get("base_model_name_or_path")
+    candidates = [Path(name), folder / name] if isinstance(name, str) and name else []
+    for candidate in candidates:
+        if is_peft(candidate):
+            raise ValueError(
+                f"{folder} holds adapters of {candidate}, which holds adapters itself; export that "
+                "one as a whole model (r1zero export), and name it in "
+                f"{folder / CONFIG} under base_model_name_or_path"
+            )
+        if candidate.is_dir():
+            return candidate
+    raise ValueError(
+        f"{folder} holds adapters of {name!r}, which is no folder here; models are not fetched by "
+        f"name: put the path of the base into {folder / CONFIG}, under base_model_name_or_path"
+    )
+
+
+def scale_in(path: Path) -> tuple[float, int]:
+    """(what B A is multiplied by, the rank). Raises ValueError for what is not plain LoRA."""
+    config = read_json(path)
+    complaints = [
+        f"{key} is {config[key]!r}, expected {values[0]!r}"
+        for key, values in PLAIN.items()
+        if config.get(key) is not None and config[key] not in values
+    ]
+    if config.get("peft_type") != "LORA":
+        complaints.append(f"peft_type is {config.get('peft_type')!r}, expected 'LORA'")
+    rank, alpha = config.get("r"), config.get("lora_alpha", 8)  # PEFT's default
+    if not (isinstance(rank, int) and rank > 0):
+        complaints.append(f"r is {rank!r}, expected a whole number above 0")
+    if not (isinstance(alpha, int | float) and 0 < alpha < float("inf")):
+        complaints.append(f"lora_alpha is {alpha!r}, expected a number above 0")
+    if complaints:
+        raise ValueError(f"{path} has adapters that are not read: {'; '.join(complaints)}")
+    return LoRAConfig(rank, float(alpha), rslora=bool(config.get("use_rslora"))).scale, rank
+
+
+@torch.no_grad()
+def merge_folder(folder: str | Path, model: Transformer) -> None:
+    """Add the adapters of a folder to the weights of a plain model, in place.
+
+    Raises ValueError, and then no weight has changed, for adapters of another model, half a pair,
+    numbers that are not finite, and adapters of a head that is the embedding.
+    """
+    path = Path(folder) / WEIGHTS
+    scale, rank = scale_in(Path(folder) / CONFIG)
+    with opened(path) as file:
+        tensors = {key.replace(".default.", "."): file.get_tensor(key) for key in file.keys()}
+
+    # 1. Which matrix has which pair? All complaints come together.
+    expected, places = {}, []
+    for parameter, parts in matrices_of(model).items():
+        for part in parts:
+            A, B = key_of(part, "A"), key_of(part, "B")
+            n_out, n_in = part.shape
+            if A in tensors or B in tensors:
+                expected |= {A: (rank, n_in), B: (n_out, rank)}
+                places.append((parameter, part, A, B))
+    check_adapters(path, tensors, expected)
+
+    # 2. W + s B A.
+    parameters = dict(model.named_parameters())
+    for parameter, part, A, B in places:
+        update = tensors[B].float() @ tensors[A].float()
+        parameters[parameter][part.rows] += (scale * update).to(parameters[parameter])
+
+
+def check_adapters(path: Path, tensors: dict, expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError, listing all that is wrong, unless these are the expected tensors."""
+    both = [key for key in expected if key in tensors]
+    kinds = {
+        "missing": [key for key in expected if key not in tensors],
+        "of no matrix of this model": [key for key in tensors if key not in expected],
+        "of another shape": [key for key in both if tuple(tensors[key].shape) != expected[key]],
+        "not finite": [key for key in both if not torch.isfinite(tensors[key]).all()],
+    }
+    complaints = [f"{len(keys)} {what}: {named(keys)}" for what, keys in kinds.items() if keys]
+    if not tensors:
+        complaints.append("it holds no adapter")
+    if complaints:
+        raise ValueError(
+            f"{path} does not fit its base; {'; '.join(complaints)}. Names are "
+            f"{PREFIX}<module>.lora_A.weight, and .lora_B.weight"
+        )
