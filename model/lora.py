@@ -76,9 +76,10 @@ class LoRALinear(Linear):
         self.weight, self.bias, self.parts = base.weight, base.bias, base.parts
         self.scale = config.scale
         n_out, n_in = base.weight.shape
-        device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(len(self.parts), config.rank, n_in, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(n_out, config.rank, device=device))
+        # the optimizer's masters, in fp32 or wider
+        like = base.weight.new_empty(0, dtype=torch.promote_types(base.weight.dtype, torch.float32))
+        self.lora_A = nn.Parameter(like.new_empty(len(self.parts), config.rank, n_in))
+        self.lora_B = nn.Parameter(like.new_zeros(n_out, config.rank))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., n_in] -> [..., n_out]."""

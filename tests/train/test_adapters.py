@@ -1,0 +1,162 @@
+"""Runs with --lora.rank: what is trained, what is kept, and that a resumed run goes on bit for bit."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from r1zero.model.checkpoint import checkpoint_steps, load_checkpoint, load_model, save_checkpoint
+from r1zero.model.lora import LoRAConfig, adapters_of, add_adapters
+from r1zero.rl.rollouts import micro_batches
+from r1zero.rl.update import AdapterReference, Reference, logprobs_of
+from r1zero.train.cli.export import ExportConfig, export
+from r1zero.train.cli.flags import parse_flags
+from r1zero.train.grpo import GRPOConfig, grpo, make_learner
+from r1zero.train.sft import SFTConfig, sft
+
+from ..rl.cases import tiny
+from .loop_cases import grpo_config, save_base
+from .run_cases import assert_same, broken_at, fails, outcome
+
+CPU = torch.device("cpu")
+LORA = LoRAConfig(rank=2)
+
+
+@pytest.fixture
+def base(tmp_path):
+    return save_base(tmp_path / "base")
+
+
+def weights_of(folder):
+    return load_model(str(folder), CPU)[0].state_dict()
+
+
+@pytest.mark.parametrize("algo, options", [("plain", {}), ("r1_zero", dict(ref_refresh=2)), ("ppo", {}),
+                                           ("plain", dict(dtype="bf16"))])
+def test_a_resumed_run_goes_on_bit_for_bit_from_its_adapters(base, tmp_path, monkeypatch, algo, options):
+    def config(run, **more):
+        return grpo_config(tmp_path / run, base, algo, lora=LORA, **options, **more)
+
+    grpo(config("whole"))
+    expected = outcome(tmp_path / "whole")
+    broken_at(monkeypatch, 3, grpo, config("halves"))
+    grpo(config("halves", resume=True))
+    assert_same(tmp_path / "halves", expected)
+    tensors = load_checkpoint(tmp_path / "whole").tensors
+    for group in set(tensors) - {"optimizer", "critic_optimizer"}:
+        names = set(tensors[group]) - {"value"}
+        assert names and all(name.endswith(("lora_A", "lora_B")) for name in names), group
+
+
+def test_the_trained_model_is_the_base_with_the_adapters_added(base, tmp_path):
+    model = grpo(grpo_config(tmp_path / "run", base, lora=LORA))
+    before, after = weights_of(base), weights_of(tmp_path / "run")
+    assert before.keys() == after.keys() and not adapters_of(load_model(str(tmp_path / "run"), CPU)[0])
+    adapted = adapters_of(model)
+    for name, weight in before.items():
+        module = adapted.get(name.removesuffix(".weight"))
+        expected = weight if module is None else module.merged_weight()
+        assert after[name].equal(expected)
+        assert (module is None) == after[name].equal(weight), name
+    # the base's own folder is as it was, and the KL's start is the base
+    assert weights_of(tmp_path / "run/start").keys() == before.keys()
+    assert all(weights_of(tmp_path / "run/start")[name].equal(before[name]) for name in before)
+
+
+def test_the_reference_of_an_adapted_policy_is_its_base(base, tmp_path):
+    """Against a second model, as a policy without adapters has it, with the KL in the loss."""
+    config = grpo_config(tmp_path / "run", base, "r1_zero", lora=LORA)
+    loaded = load_model(str(base), CPU)
+    policy = add_adapters(loaded[0], LORA, seed=0)
+    learner = make_learner(config, config.task.make(), loaded)
+    assert type(learner.reference) is AdapterReference
+    with torch.no_grad():
+        for module in adapters_of(policy).values():
+            module.lora_B.normal_()
+    rollouts = learner.sampler.sample(config.task, config, 0)
+    batches = micro_batches(rollouts, np.arange(len(rollouts.texts)), 64, CPU)
+    second = Reference(load_model(str(base), CPU)[0], CPU).logprobs(batches, 1.0)
+    trained = logprobs_of(policy, batches, 1.0)
+    ours = learner.reference.logprobs(batches, 1.0)
+    for ref, expected, now in zip(ours, second, trained, strict=True):
+        assert (ref - expected).abs().max() < 1e-6 and (ref - now).abs().max() > 1e-3
+    assert all(a.equal(b) for a, b in zip(trained, logprobs_of(policy, batches, 1.0), strict=True))
+    learner.reference.refresh(policy)
+    refreshed = learner.reference.logprobs(batches, 1.0)
+    assert all(a.equal(b) for a, b in zip(trained, refreshed, strict=True))
+
+
+def test_fine_tuning_with_adapters_fits_its_data(base, tmp_path):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{i}:", "response": "yes"}) + "\n" for i in range(8)))
+    common = dict(base=str(base), data=str(data), steps=30, device="cpu")
+    sft(SFTConfig(run=str(tmp_path / "run"), lora=LoRAConfig(4), **common))
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+    assert set(load_checkpoint(tmp_path / "run").tensors["model"]) == {
+        f"blocks.{i}.{name}.lora_{letter}" for i in (0, 1) for letter in "AB"
+        for name in ("attn.qkv", "attn.out", "mlp.gate_up", "mlp.down")}
+
+
+def test_a_run_with_adapters_is_a_base_and_its_adapters_are_exported(base, tmp_path):
+    grpo(grpo_config(tmp_path / "first", base, lora=LORA, steps=2))
+    grpo(grpo_config(tmp_path / "second", tmp_path / "first", lora=LORA, steps=2))
+    export(ExportConfig(run=str(tmp_path / "first"), out=str(tmp_path / "out"), adapters=True))
+    content = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert (content["r"], content["lora_alpha"]) == (2, 32.0)
+    assert weights_of(tmp_path / "out").keys() == weights_of(tmp_path / "first").keys()
+    for name, weight in weights_of(tmp_path / "first").items():
+        assert (weights_of(tmp_path / "out")[name] - weight).abs().max() < 1e-6
+    with fails(ValueError, "--adapters: .* holds a whole model"):
+        export(ExportConfig(run=str(base), out=str(tmp_path / "no"), adapters=True))
+    with fails(ValueError, "adapters are written in fp32"):
+        ExportConfig(run=str(base), out="x", adapters=True, dtype="bf16")
+
+
+def test_a_base_that_is_gone_or_another_is_told_in_one_line(base, tmp_path):
+    grpo(grpo_config(tmp_path / "run", base, lora=LORA, steps=2))
+    moved = base.rename(tmp_path / "elsewhere")
+    with fails(ValueError, "holds adapters alone, and their base cannot be loaded: .* does not exist"):
+        load_model(str(tmp_path / "run"), CPU)
+    save_base(base, seed=1)
+    with fails(ValueError, "holds adapters of other weights than .* has now"):
+        load_model(str(tmp_path / "run"), CPU)
+    shutil.rmtree(base)
+    moved.rename(base)
+    load_model(str(tmp_path / "run"), CPU)
+
+
+def test_adapters_of_another_shape_are_refused(base, tmp_path):
+    grpo(grpo_config(tmp_path / "run", base, lora=LORA, steps=2))
+    with fails(ValueError, "lora.rank is 2 there and 3 here"):
+        grpo(grpo_config(tmp_path / "run", base, lora=LoRAConfig(3), steps=4, resume=True))
+    checkpoint = load_checkpoint(tmp_path / "run")
+    first = sorted(checkpoint.tensors["model"])[0]
+    checkpoint.tensors["model"].pop(first)
+    save_checkpoint(tmp_path / "run", 3, checkpoint.tensors, checkpoint.state)
+    with fails(ValueError, f"{first} is missing"):
+        load_model(str(tmp_path / "run"), CPU)
+
+
+@pytest.mark.parametrize("command, kind, words", [
+    ("grpo", GRPOConfig, ["--run", "r", "--base", "b"]),
+    ("sft", SFTConfig, ["--run", "r", "--base", "b", "--data", "d"]),
+])
+def test_the_default_learning_rate_is_ten_times_that_of_full_fine_tuning(command, kind, words):
+    full = parse_flags(command, kind, words)
+    for flags in (["--lora.rank", "8"], ["--lora.rank=8"]):
+        assert parse_flags(command, kind, words + flags).optim.lr == pytest.approx(10 * full.optim.lr)
+    assert parse_flags(command, kind, [*words, "--lora.rank", "0"]).optim.lr == full.optim.lr
+    named = parse_flags(command, kind, [*words, "--lora.rank", "8", "--optim.lr", "0.5"])
+    assert named.optim.lr == 0.5 and named.lora == LoRAConfig(8)
+
+
+def test_the_memory_of_the_optimizer_is_that_of_the_adapters(base, tmp_path):
+    """What the engine leaves room for, and what AdamW keeps."""
+    grpo(grpo_config(tmp_path / "run", base, lora=LORA, steps=1))
+    assert checkpoint_steps(tmp_path / "run") == [1]
+    n_adapters = sum(module.lora_A.numel() + module.lora_B.numel()
+                     for module in adapters_of(add_adapters(tiny(), LORA, 0)).values())
+    moments = load_checkpoint(tmp_path / "run").tensors["optimizer"].values()
+    assert sum(tensor.numel() for tensor in moments if tensor.dim()) == 2 * n_adapters
