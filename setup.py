@@ -49,6 +49,7 @@ EXTRAS = {
         "ruff>=0.9",
         "tokenizers>=0.21",  # open models are held against these two
         "transformers>=5.0",
+        "peft>=0.18",
     ],
 }
 
