@@ -20,6 +20,7 @@ Shapes: T tokens, B rows to sample from, R rows to score, M d_model, V vocabular
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..kernels.linear_logprob import SLICE, linear_logprob
 from ..kernels.rmsnorm import rmsnorm
@@ -112,6 +113,7 @@ class Transformer(nn.Module):
         self.config = config
         self.compute_dtype = compute_dtype
         self.fp32_head = fp32_head
+        self.recomputes = False
         self.embed = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
         # before the blocks: `init_weights` samples in the order of the parameters
         if not config.tie_embeddings:
@@ -164,7 +166,7 @@ class Transformer(nn.Module):
         # 3. Layer by layer, with attention between the tokens of a sequence.
         residual_TM = None
         for block in self.blocks:
-            x_TM, residual_TM = block(x_TM, residual_TM, cos, sin, kv)
+            x_TM, residual_TM = self.run_block(block, x_TM, residual_TM, cos, sin, kv)
 
         # 4. The last sum, normed for the head, which computes in the dtype of what it is given.
         if self.fp32_head:
@@ -172,6 +174,13 @@ class Transformer(nn.Module):
             x_TM, residual_TM = x_TM.to(at_least_fp32), residual_TM.to(at_least_fp32)
         hidden_TM, _ = add_norm(x_TM, residual_TM, self.norm, self.config.norm_eps)
         return hidden_TM
+
+    def run_block(self, block: Block, *inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer. With `recomputes`, only its inputs are kept for the backward pass, which
+        computes the rest again (Chen et al. 2016, arXiv 1604.06174): the same numbers."""
+        if self.recomputes and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return block(*inputs)
 
     def hidden_states(self, packed: Packed) -> torch.Tensor:
         """`forward` for a packed batch: [T, M]."""
@@ -260,13 +269,19 @@ class Transformer(nn.Module):
 
         It is what the kernels of a GPU keep. Log-sum-exps, angles and offsets are left out.
         """
-        layers = sum(block.kept_per_token for block in self.blocks)
         head = 2 * self.config.d_model  # the stream, and its norm
-        n_numbers = n_tokens * (layers + head)
-        # A product keeps the copy of its weight that it has cast.
-        if self.embed.dtype != self.compute_dtype:
-            n_numbers += sum(p.numel() for p in self.blocks.parameters())
-        return n_numbers * self.compute_dtype.itemsize
+        if self.recomputes:
+            # what the stream is the sum of, before each block
+            layers = 2 * self.config.d_model * len(self.blocks)
+            return n_tokens * (layers + head) * self.compute_dtype.itemsize
+        layers = sum(block.kept_per_token for block in self.blocks)
+        numbers = n_tokens * (layers + head) + sum(map(self.cast_numbers, self.blocks))
+        return numbers * self.compute_dtype.itemsize
+
+    def cast_numbers(self, block: Block) -> int:
+        """How many numbers a block keeps beside those of the tokens: a product keeps the copy of
+        its weight that it has cast."""
+        return sum(p.numel() for p in block.parameters() if p.dtype != self.compute_dtype)
 
     def activation_bytes(self, n_tokens: int) -> int:
         """The most bytes that forward and backward of so many tokens take beside the weights and
@@ -274,9 +289,12 @@ class Transformer(nn.Module):
         itemsize, d_model = self.compute_dtype.itemsize, self.config.d_model
         # All that is kept is there when the backward pass begins: with the head, which has the
         # gradients of a slice of logits and of the hidden states, and a slice of its weight; then
-        # the last layer, with a gradient for each number that it keeps.
+        # the last layer, with a gradient for each number that it keeps, or has computed again.
         head = n_tokens * (SLICE * itemsize + d_model * (4 + itemsize)) + SLICE * d_model * itemsize
-        layer = n_tokens * max(block.kept_per_token for block in self.blocks) * itemsize
+        largest = max(self.blocks, key=lambda block: block.kept_per_token)
+        layer = n_tokens * largest.kept_per_token * itemsize
+        if self.recomputes:
+            layer = 2 * layer + self.cast_numbers(largest) * itemsize
         return self.saved_bytes(n_tokens) + max(head, layer)
 
     def flops_per_token(self, seqlen: float) -> float:

@@ -169,6 +169,8 @@ def make_learner(
         reference = Reference(reference, device, config.ref_offload)
         if has_critic:
             critic_trunk = build_model(model_config, weights, device, precision)
+    if has_critic:
+        critic_trunk.recomputes = policy.recomputes
     engine = make_engine(config, task, policy, tokenizer, has_critic)
     chat = is_chat(config)
     learner = family.make_learner(config, policy, reference, engine, critic_trunk, chat)
@@ -417,6 +419,7 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
     # A resumed run keeps the learning rate's schedule that it began with.
     algorithm = replace(config, steps=run.schedule_steps)
     policy, tokenizer, _ = base = load_model(config.base, device, precision=precision)
+    policy.recomputes = config.recompute
     run.check_inputs(inputs_of(config, base))
     run.check_model(policy, tokenizer)
     check_room(config, task, policy, tokenizer)

@@ -236,6 +236,7 @@ def pretrain(config: PretrainConfig) -> Transformer:
     model_config = preset(config.model, tokenizer.vocab_size)
     model = Transformer(model_config, precision.dtype, precision.fp32_head)
     model.init_weights(config.seed).to(device)
+    model.recomputes = config.recompute
     n_active, active = count_active_parameters(model_config), ""
     if model_config.moe:
         active = f"{n_active:,} of them active per token, "

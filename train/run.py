@@ -105,6 +105,9 @@ class RunConfig:
     """Number of checkpoints to keep, besides the best one."""
     device: str = "auto"
     """Device to compute on: auto (a CUDA GPU if there is one), cpu, cuda or mps."""
+    recompute: bool = False
+    """Keep only the input of each block for the backward pass and compute the rest again, which
+    takes less memory and about a third more time (activation checkpointing)."""
     wandb: bool = False
     """Also log to Weights & Biases."""
     accept_changes: bool = False

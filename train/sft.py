@@ -83,6 +83,7 @@ def sft(config: SFTConfig) -> Transformer:
     precision = config.precision(device)
     run = Run(config, "sft")
     model, tokenizer, base = load_model(config.base, device, precision=precision)
+    model.recomputes = config.recompute
     run.check_inputs({"base": base_parts(base, tokenizer), "data": file_parts([Path(config.data)])})
     run.check_model(model, tokenizer)
     run.adapt(model, base)

@@ -4,6 +4,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from r1zero.kernels import dispatch
+from r1zero.model.balance import Balance
 from r1zero.model.config import PRESETS, ModelConfig, preset
 from r1zero.model.packed import pack
 from r1zero.model.transformer import Transformer, count_parameters, flops_per_token
@@ -255,3 +256,49 @@ def test_the_estimate_of_what_training_keeps_is_what_is_saved(name, n_tokens, dt
     # the workspace of the head at least, and no more than one layer's gradients beside
     workspace = model.activation_bytes(n_tokens) - model.saved_bytes(n_tokens)
     assert 4096 * dtype.itemsize * n_tokens < workspace < 0.7 * saved + 4096 * 4 * n_tokens
+
+
+# ---- activation checkpointing ----
+
+def gradients_of(model, packed) -> dict:
+    logp, entropy = model.logprobs(model.hidden_states(packed), packed.tokens)
+    (logp.sum() + entropy.sum()).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@each_config
+def test_what_is_computed_again_has_the_same_gradients_bit_for_bit(config):
+    packed = pack(sequences(5, 9))
+    expected = gradients_of(scattered(config, dtype=torch.float32), packed)
+    model = scattered(config, dtype=torch.float32)
+    model.recomputes = True
+    found = gradients_of(model, packed)
+    for name, gradient in expected.items():
+        assert (gradient is None and found[name] is None) or gradient.equal(found[name]), name
+
+
+def test_a_block_runs_again_in_the_backward_pass_and_only_where_there_is_one():
+    model, calls = scattered(CONFIGS["plain"]), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
+    packed = pack(sequences(5, 9))
+    model.recomputes = True
+    with torch.no_grad():
+        model.hidden_states(packed)
+    assert len(calls) == 2
+    gradients_of(model, packed)
+    assert len(calls) == 2 + 4
+
+
+def test_experts_are_counted_once_where_blocks_run_twice():
+    loads, packed = [], pack(sequences(5, 9))
+    for recomputes in (False, True):
+        model = scattered(CONFIGS["mixtral"], dtype=torch.float32)
+        model.recomputes = recomputes
+        balance = Balance(model)
+        with balance.watch():
+            hidden = model.hidden_states(packed)
+        (model.logprobs(hidden, packed.tokens)[0].sum() + balance.loss(1.0)).backward()
+        loads.append(balance.counts_LE)
+        assert model.blocks[0].mlp.router.linear.weight.grad.abs().max() > 0
+    assert loads[0].equal(loads[1]) and loads[0].sum() == 2 * 14 * 2
