@@ -19,10 +19,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch.optim.adamw import adamw
 
 from .checkpoint import CheckpointError
 from .loss_scale import LossScaler
 from .moe import Router
+
+LARGEST_BETA2_IN_BF16 = 0.99
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ class OptimConfig:
     gradients where they are."""
     clip_grad: float = 1.0
     """Largest norm of the whole gradient; a larger gradient is scaled down to it."""
+    moments: str = "fp32"
+    """Dtype of AdamW's two moments: fp32, or bf16, which takes 4 bytes less per parameter and needs
+    a beta2 of at most 0.99."""
     router_lr: float = 1.0
     """Learning rate of the routers of a mixture of experts, as a multiple of all others'; 0 leaves
     them as they are."""
@@ -56,6 +62,14 @@ class OptimConfig:
         """Raises ValueError for values out of range."""
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f"--optim.schedule is {self.schedule!r}, expected cosine or constant")
+        if self.moments not in ("fp32", "bf16"):
+            raise ValueError(f"--optim.moments is {self.moments!r}, expected fp32 or bf16")
+        if self.moments == "bf16" and not self.beta2 <= LARGEST_BETA2_IN_BF16:
+            raise ValueError(
+                f"--optim.moments bf16 with --optim.beta2 {self.beta2}: bf16 has steps of 1/256, "
+                "and a mean that moves by less per step never falls; expected a beta2 of at most "
+                f"{LARGEST_BETA2_IN_BF16}, or moments in fp32"
+            )
         # each alone, for NaN: it is not >= 0, but min() may pass over it
         at_least_zero = self.warmup >= 0 and self.weight_decay >= 0 and self.eps >= 0
         if not 0 <= self.router_lr < math.inf:
@@ -95,7 +109,55 @@ def make_optimizer(module: torch.nn.Module, config: OptimConfig) -> torch.optim.
         steered = decayed_groups([p for p in trainable if id(p) in of_routers], config)
         groups += [group | {"lr_scale": config.router_lr} for group in steered]
     betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    kind = SmallMomentsAdamW if config.moments == "bf16" else torch.optim.AdamW
+    return kind(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+class SmallMomentsAdamW(torch.optim.AdamW):
+    """AdamW that keeps its two moments in bf16 between steps. A step widens those of one parameter
+    at a time, computes in fp32, and rounds them to the nearest again."""
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """closure: not taken; it is there for torch's signature."""
+        assert closure is None, "the gradients are there already"
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.step_one(parameter, group)
+
+    def step_one(self, parameter: torch.nn.Parameter, group: dict) -> None:
+        state = self.state[parameter]
+        if not state:
+            zeros = torch.zeros_like(parameter, dtype=torch.bfloat16)
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state |= {"step": step, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+        mean, square = state["exp_avg"].to(parameter), state["exp_avg_sq"].to(parameter)
+        adamw(
+            [parameter],
+            [parameter.grad],
+            [mean],
+            [square],
+            [],
+            [state["step"]],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        state["exp_avg"].copy_(mean)
+        state["exp_avg_sq"].copy_(square)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As in AdamW, which widens the moments; they were bf16, so nothing is lost."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name].bfloat16()
 
 
 def decayed_groups(parameters: list[torch.nn.Parameter], config: OptimConfig) -> list[dict]:
