@@ -170,7 +170,7 @@ class Algorithm:
     """Keep the reference in the CPU's memory between uses."""
     kl_samples: int = 32
     """Number of answers per step on which the KL to the reference is measured for the log. 0 turns
-    the measurement off."""
+    the measurement off; without a KL in loss or reward there is then no reference in memory."""
     seed: int = 0
     """Seed of sampling and of the order of samples. (The order of problems is the task's: --options
     seed=1.)"""
@@ -186,6 +186,11 @@ class Algorithm:
     @property
     def kl_in_reward(self) -> bool:
         return self.loss.kl_coef > 0 and self.loss.kl_in == "reward"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether anything is compared with a reference: the loss, the reward or the log."""
+        return self.loss.kl_coef > 0 or self.kl_samples > 0
 
     @property
     def per_token(self) -> bool:
@@ -339,13 +344,14 @@ def in_words(config: Algorithm) -> str:
 def make_learner(
     config: Algorithm,
     policy: Transformer,
-    reference: Reference,
+    reference: Reference | None,
     engine: Engine,
     critic_trunk: Transformer | None = None,
     chat: bool = False,
 ) -> Learner:
     """The objects that `grpo_step` uses, each chosen once, here.
 
+    reference: None where nothing is compared with it (config.needs_reference).
     critic_trunk: a transformer for the critic to begin from; needed by baseline "critic" alone.
     chat: put each prompt through the model's chat template.
     """

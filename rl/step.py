@@ -36,7 +36,7 @@ class Learner:
 
     policy: Transformer
     optimizer: torch.optim.Optimizer
-    reference: Reference
+    reference: Reference | None
     """The model that the KL is measured to."""
     sampler: GroupSampler
     """Which problems are answered, and by how many samples."""

@@ -288,7 +288,7 @@ class AdapterReference(Reference):
         self.model.copy_from(policy)
 
 
-def kl_to_reference(reference: Reference, rollouts: Rollouts, config, step: int) -> dict:
+def kl_to_reference(reference: Reference | None, rollouts: Rollouts, config, step: int) -> dict:
     """{"kl_to_reference": k3 estimate of KL(policy || reference), in nats per token}.
 
     It is measured on a random few samples; without samples the dict is empty. The policy's

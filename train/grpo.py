@@ -150,33 +150,51 @@ def make_learner(
 
     reference_weights: of the model that the KL is measured to; None is the base's.
     """
-    policy, tokenizer, checkpoint = base
-    device, model_config = policy.device, checkpoint.state["model_config"]
-    weights = checkpoint.tensors["model"]
-    # All compute as the policy does. The reference is at home before the engine measures how much
-    # memory is free.
-    precision = policy.precision
+    policy, tokenizer, _ = base
+    # The reference is at home before the engine measures how much memory is free.
+    reference, critic_trunk = None, None
+    if config.needs_reference:
+        reference = make_reference(config, base, reference_weights)
     has_critic = config.advantage.baseline == "critic"
-    critic_trunk = None
-    if adapters_of(policy):
-        # With adapters, reference and critic share the frozen weights.
-        reference = AdapterReference(policy)
-        if reference_weights:
-            load_tensors(reference.model, reference_weights, "the start of the run")
-        critic_trunk = own_adapters(policy) if has_critic else None
-    else:
-        reference = build_model(model_config, reference_weights or weights, device, precision)
-        reference = Reference(reference, device, config.ref_offload)
-        if has_critic:
-            critic_trunk = build_model(model_config, weights, device, precision)
     if has_critic:
-        critic_trunk.recomputes = policy.recomputes
+        critic_trunk = another_policy(base)
     engine = make_engine(config, task, policy, tokenizer, has_critic)
     chat = is_chat(config)
     learner = family.make_learner(config, policy, reference, engine, critic_trunk, chat)
     if config.mistake:
         MISTAKES[config.mistake].make(learner)
     return learner
+
+
+def another_policy(
+    base: tuple[Transformer, Tokenizer, Checkpoint], weights: dict[str, torch.Tensor] | None = None
+) -> Transformer:
+    """A model like the policy, which computes as it does. With adapters, it has some of its own
+    over the same frozen weights. weights: None are the base's."""
+    policy, _, checkpoint = base
+    if adapters_of(policy):
+        another = own_adapters(policy)
+    else:
+        weights = weights or checkpoint.tensors["model"]
+        model_config = checkpoint.state["model_config"]
+        another = build_model(model_config, weights, policy.device, policy.precision)
+    another.recomputes = policy.recomputes
+    return another
+
+
+def make_reference(
+    config: GRPOConfig,
+    base: tuple[Transformer, Tokenizer, Checkpoint],
+    weights: dict[str, torch.Tensor] | None,
+) -> Reference:
+    """The model that the KL is measured to. weights: None are the base's."""
+    policy = base[0]
+    if not adapters_of(policy):
+        return Reference(another_policy(base, weights), policy.device, config.ref_offload)
+    reference = AdapterReference(policy)
+    if weights:
+        load_tensors(reference.model, weights, "the start of the run")
+    return reference
 
 
 def inputs_of(config: GRPOConfig, base: tuple[Transformer, Tokenizer, Checkpoint]) -> dict:
@@ -427,31 +445,32 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
         if notice:
             say(notice)
     run.adapt(policy, base[2])
-    learner = make_learner(algorithm, task, base, start_weights(run))
+    kept = start_weights(run) if config.needs_reference else None
+    learner = make_learner(algorithm, task, base, kept)
     engine = learner.sampler.engine
     trained, more = trained_modules(learner, config)
     with run:
         counters = run.restore(policy, engine.tokenizer, learner.optimizer, more)
         learner.sampler.position = counters.get("position", 0)
         learner.scaler.load(counters)
-        if not run.resumed:
+        if learner.reference and not run.resumed:
             keep_start(run, learner)
         say(engine.plan())
         say(f"{in_words(config)}, max_logp_gap {gap_limit(policy, config):g}")
-        kept = RolloutLog(
+        rollout_log = RolloutLog(
             run.folder, run.first_step, engine.tokenizer, config.keep_rollouts, config.seed
         )
-        learner.observe = kept.observe
+        learner.observe = rollout_log.observe
         diagnosis = Diagnosis(asdict(config), read_metrics(run.folder))
         for step in run.steps():
             with explained(run, step):
                 metrics = step_of(learner, task, algorithm, step)
             checked = {name: metrics[name] for name in CHECKED if name in metrics}
             run.check_finite(step, trained, **checked)
-            if config.ref_refresh and (step + 1) % config.ref_refresh == 0:
+            if learner.reference and config.ref_refresh and (step + 1) % config.ref_refresh == 0:
                 learner.reference.refresh(policy)
             metrics = {name: float(value) for name, value in metrics.items()}
-            samples, metrics["keep_s"] = timed_write(kept, step)
+            samples, metrics["keep_s"] = timed_write(rollout_log, step)
             counters = {"position": learner.sampler.position, **learner.scaler.counters()}
             run.done(step, metrics, counters)
 
@@ -467,7 +486,7 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
             for advice in diagnosis.observe(metrics):
                 say(advice)
             if run.due(step, config.save_every) or score is not None:
-                kept.sync()
+                rollout_log.sync()
                 run.save(step, score)
     return policy
 
@@ -475,7 +494,7 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
 def trained_modules(learner: Learner, config: GRPOConfig) -> tuple[torch.nn.Module, dict]:
     """(the modules checked for NaN, what a checkpoint holds besides the policy)."""
     trained, more = learner.policy, {}
-    if config.ref_refresh:
+    if learner.reference and config.ref_refresh:
         more["reference"] = (learner.reference.model, None)
     if config.advantage.baseline == "critic":
         critic = learner.credit.critic

@@ -160,3 +160,18 @@ def test_the_memory_of_the_optimizer_is_that_of_the_adapters(base, tmp_path):
                      for module in adapters_of(add_adapters(tiny(), LORA, 0)).values())
     moments = load_checkpoint(tmp_path / "run").tensors["optimizer"].values()
     assert sum(tensor.numel() for tensor in moments if tensor.dim()) == 2 * n_adapters
+
+
+@pytest.mark.parametrize("lora", [LoRAConfig(), LORA])
+def test_without_a_kl_there_is_no_reference_and_the_run_is_the_same(base, tmp_path, monkeypatch, lora):
+    """The plain algorithm has no KL in its loss; here the log does not measure it either."""
+    def config(run, **more):
+        return grpo_config(tmp_path / run, base, lora=lora, ref_refresh=2, **more)
+
+    grpo(config("with"))
+    broken_at(monkeypatch, 3, grpo, config("without", kl_samples=0))
+    grpo(config("without", kl_samples=0, resume=True))
+    assert not (tmp_path / "without/start").exists()
+    both = [load_checkpoint(tmp_path / name).tensors for name in ("with", "without")]
+    assert "reference" in both[0] and "reference" not in both[1]
+    assert all(tensor.equal(both[1]["model"][name]) for name, tensor in both[0]["model"].items())
