@@ -286,6 +286,11 @@ class Transformer(nn.Module):
     def activation_bytes(self, n_tokens: int) -> int:
         """The most bytes that forward and backward of so many tokens take beside the weights and
         their gradients: an estimate."""
+        return self.saved_bytes(n_tokens) + max(self.workspaces(n_tokens))
+
+    def workspaces(self, n_tokens: int) -> tuple[int, int]:
+        """Bytes that the backward pass works with, beside what is kept: (in a layer, in the
+        head)."""
         itemsize, d_model = self.compute_dtype.itemsize, self.config.d_model
         # All that is kept is there when the backward pass begins: with the head, which has the
         # gradients of a slice of logits and of the hidden states, and a slice of its weight; then
@@ -295,7 +300,7 @@ class Transformer(nn.Module):
         layer = n_tokens * largest.kept_per_token * itemsize
         if self.recomputes:
             layer = 2 * layer + self.cast_numbers(largest) * itemsize
-        return self.saved_bytes(n_tokens) + max(head, layer)
+        return layer, head
 
     def flops_per_token(self, seqlen: float) -> float:
         """FLOPs of one token's forward pass, in sequences of mean length `seqlen`."""

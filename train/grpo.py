@@ -38,7 +38,13 @@ from ..model.checkpoint import (
 )
 from ..model.engine.engine import Engine
 from ..model.engine.sampling import NonFiniteError
-from ..model.lora import LEARNING_RATE_FACTOR, LoRAConfig, adapters_of, own_adapters
+from ..model.lora import (
+    LEARNING_RATE_FACTOR,
+    LoRAConfig,
+    adapters_of,
+    cast_frozen,
+    own_adapters,
+)
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ..rl import family
@@ -190,7 +196,9 @@ def make_reference(
     """The model that the KL is measured to. weights: None are the base's."""
     policy = base[0]
     if not adapters_of(policy):
-        return Reference(another_policy(base, weights), policy.device, config.ref_offload)
+        reference = another_policy(base, weights).requires_grad_(False)
+        cast_frozen(reference)  # nobody trains it: no fp32 masters
+        return Reference(reference, policy.device, config.ref_offload)
     reference = AdapterReference(policy)
     if weights:
         load_tensors(reference.model, weights, "the start of the run")
@@ -320,11 +328,11 @@ def make_engine(config: GRPOConfig, task: Task, policy, tokenizer, has_critic: b
     # Measure a few prompts. If later ones are longer, fewer rows run at a time.
     few = task.problems("train", config.prompts_per_step)
     longest = longest_prompt(config, task, tokenizer, few) + config.max_new_tokens
-    # Bytes per parameter that the first update makes: gradients and two moments, all in fp32, of
-    # the policy and of the critic, and the reference when it comes back from the CPU.
-    bytes_per_parameter = 12
+    # Bytes per parameter that the first update makes: gradients in fp32 and two moments, of the
+    # policy and of the critic, and the reference when it comes back from the CPU.
+    bytes_per_parameter = 12 if config.optim.moments == "fp32" else 8
     if has_critic:
-        bytes_per_parameter += 12
+        bytes_per_parameter += 12 if config.critic_optim.moments == "fp32" else 8
     if config.ref_offload:
         bytes_per_parameter += 4
     n_parameters = sum(p.numel() for p in policy.parameters() if p.requires_grad)
