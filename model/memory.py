@@ -14,7 +14,7 @@ Left out: the driver's own memory and gaps between tensors (`usable` allows for 
 logits of `generate` with filters, which sort.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -206,5 +206,5 @@ def predict(setup: Setup, budget: float | None = None) -> Prediction:
 
 def smallest_card(setup: Setup) -> float:
     """Bytes of the smallest card on which a run fits, with a cache for two sequences."""
-    least = predict(replace(setup, rows=2)).peak
+    least = predict(setup, budget=1.0).peak
     return (least + DRIVER) / (1 - GAPS)

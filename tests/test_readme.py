@@ -84,6 +84,7 @@ TOY = {  # command: the settings that make it small, instead of README's or besi
     "grade": {},
     "chat": {"--max-new-tokens": "6", "--device": "cpu"},
     "export": {},
+    "plan": {},
 }
 TOY_PAGE = {"STEPS": 1, "PROBLEMS_PER_STEP": 1, "GROUP_SIZE": 2, "MAX_NEW_TOKENS": 2}  # of rl/naive.py
 OWN = re.search(r"^## Your own task.*?(?=^## )", README, re.MULTILINE | re.DOTALL)[0]  # shows two files

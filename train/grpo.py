@@ -60,6 +60,7 @@ from .lab.diagnosis import Diagnosis
 from .lab.mistakes import MISTAKES, warn_of
 from .log import read_metrics
 from .machine import peak_memory, pick_device, reuse_memory
+from .memory_check import compare, predicted_for, try_longest_batch
 from .rollout_log import RolloutLog
 from .run import START, Run, RunConfig, at_least
 from .task_flags import TaskFlags
@@ -286,10 +287,11 @@ def longest_prompt(config: GRPOConfig, task: Task, tokenizer: Tokenizer, problem
     return max(map(len, encode_problems(tokenizer, prompts, is_chat(config))))
 
 
-def check_room(config: GRPOConfig, task: Task, policy: Transformer, tokenizer: Tokenizer) -> None:
-    """Raise ValueError unless the model has room for each prompt and its answer.
+def check_room(config: GRPOConfig, task: Task, policy: Transformer, tokenizer: Tokenizer) -> int:
+    """The number of tokens that the longest prompt and its answer may have together.
 
-    All prompts are measured where they can be counted, else the first MEASURED.
+    Raises ValueError unless the model has room for them. All prompts are measured where they can be
+    counted, else the first MEASURED.
     """
     splits = ("train", "test") if config.eval_every else ("train",)
     if config.eval_every and not getattr(task, "held_out", True):
@@ -321,6 +323,7 @@ def check_room(config: GRPOConfig, task: Task, policy: Transformer, tokenizer: T
             f"--max-new-tokens is {config.max_new_tokens}, and a prompt has up to {longest} "
             f"tokens; the base has room for {limit} in all. Give at most {limit - longest}"
         )
+    return longest + config.max_new_tokens
 
 
 def make_engine(config: GRPOConfig, task: Task, policy, tokenizer, has_critic: bool) -> Engine:
@@ -448,7 +451,7 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
     policy.recomputes = config.recompute
     run.check_inputs(inputs_of(config, base))
     run.check_model(policy, tokenizer)
-    check_room(config, task, policy, tokenizer)
+    longest = check_room(config, task, policy, tokenizer)
     for notice in (form_notice(task, config), rate_notice(config, policy)):
         if notice:
             say(notice)
@@ -464,6 +467,10 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
         if learner.reference and not run.resumed:
             keep_start(run, learner)
         say(engine.plan())
+        predicted = predicted_for(config, learner, longest)
+        run.note(memory={"predicted": predicted.parts | {"peak": predicted.peak}})
+        if device.type == "cuda":
+            try_longest_batch(learner, config, longest)
         say(f"{in_words(config)}, max_logp_gap {gap_limit(policy, config):g}")
         rollout_log = RolloutLog(
             run.folder, run.first_step, engine.tokenizer, config.keep_rollouts, config.seed
@@ -496,6 +503,7 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
             if run.due(step, config.save_every) or score is not None:
                 rollout_log.sync()
                 run.save(step, score)
+        run.note(memory=compare(predicted, device))
     return policy
 
 

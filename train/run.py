@@ -335,6 +335,11 @@ class Run:
             record = start | {"starts": [*earlier, start]}
         atomic_write_json(path, record)
 
+    def note(self, **entries) -> None:
+        """Add entries to run.json."""
+        path = self.folder / "run.json"
+        atomic_write_json(path, read_record(path) | entries)
+
     def __exit__(self, kind, error, trace):
         if isinstance(error, Exception):
             self._save_before_leaving(error)

@@ -134,6 +134,13 @@ COMMANDS = {
         purpose="what the model wrote in a step of GRPO, and what it earned",
         is_text=True,
     ),
+    "plan": Command(
+        module="cli.plan",
+        config="PlanConfig",
+        function="plan",
+        purpose="predict whether a GRPO run fits a card, how long it takes, what it costs",
+        is_text=True,
+    ),
     "eval": Command(
         module="cli.eval",
         config="EvalConfig",

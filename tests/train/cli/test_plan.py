@@ -1,0 +1,153 @@
+"""`r1zero plan`: what fits a card, what would make it fit, and what a run took."""
+import json
+
+import pytest
+import torch
+
+from r1zero.model.checkpoint import load_model
+from r1zero.model.config import preset
+from r1zero.model.lora import LoRAConfig
+from r1zero.model.memory import Setup, predict, usable
+from r1zero.train.cli.errors import BatchTooLargeError, explain
+from r1zero.train.cli.main import main
+from r1zero.train.grpo import grpo, make_learner
+from r1zero.train.memory_check import try_longest_batch
+from r1zero.train.planning import CARDS, Work, choose, seconds_per_step, smallest
+from r1zero.train.planning import GIB as G
+
+from ..loop_cases import grpo_config, save_base
+from ..run_cases import broken_at, fails
+
+BIG = Setup(preset("qwen2.5-1.5b", 151_936), rows=256, longest=1280)
+
+
+def printed(capsys, *words) -> tuple[int, str, str]:
+    code = main(["plan", *words])
+    out, error = capsys.readouterr()
+    return code, out, error
+
+
+# ---- what is chosen ----
+
+def test_each_choice_fits_its_card_and_larger_cards_are_never_worse():
+    memories = (8, 12, 16, 24, 48, 80, 141)
+    choices = [choose(BIG, memory * G) for memory in memories]
+    for memory, choice in zip(memories, choices, strict=True):
+        assert predict(choice.setup, usable(memory * G)).peak <= usable(memory * G)
+    trains_all = [choice.setup.lora.rank == 0 for choice in choices]
+    assert trains_all == sorted(trains_all) and not trains_all[0] and trains_all[-1]
+    assert choices[-1].rows == 256 and choices[-1].setup.micro_tokens == 16_384
+
+
+def test_what_is_asked_for_stays():
+    choice = choose(Setup(BIG.model, lora=LoRAConfig(64), reference="none", longest=1280), 141 * G)
+    assert choice.setup.lora.rank == 64 and choice.setup.reference == "none"
+
+
+def test_the_flags_of_a_choice_are_those_of_grpo(tmp_path):
+    from r1zero.train.cli.flags import parse_flags
+    from r1zero.train.grpo import GRPOConfig
+    for memory in (8, 24, 44, 80):
+        choice = choose(BIG, memory * G)
+        config = parse_flags("grpo", GRPOConfig, ["--run", "r", "--base", "b", *choice.flags.split()])
+        assert config.micro_tokens == choice.setup.micro_tokens
+        assert config.lora.rank == choice.setup.lora.rank and config.recompute == choice.setup.recompute
+        assert config.optim.moments == choice.setup.moments
+        assert config.ref_offload == (choice.setup.reference == "cpu")
+
+
+def test_nothing_fits_below_the_smallest_card():
+    _, needed = smallest(BIG)
+    assert choose(BIG, 1.001 * needed) is not None and choose(BIG, 0.97 * needed) is None
+
+
+# ---- how long ----
+
+def test_the_time_of_a_step_follows_from_bytes_and_flops():
+    """By hand, for 2 N FLOPs per token and pass, plus attention; and all weights read per new token."""
+    choice, work, card = choose(BIG, 80 * G), Work(256, 256, 1024), CARDS["a100"]
+    sampling, update = seconds_per_step(choice, work, card)
+    n = 1_543_714_304
+    products = 4 * 2 * n * 256 * 1280 / (0.35 * 312e12)  # forward, backward twice, the reference
+    assert products < update < 1.3 * products
+    cache = 256 * (256 + 512) * 28_672
+    assert sampling == pytest.approx(1024 * (2 * n + cache) / (0.5 * 2.04e12), rel=0.01)
+
+
+# ---- what is printed ----
+
+def test_a_table_for_all_cards_and_a_plan_for_one(capsys):
+    code, out, _ = printed(capsys, "--model", "qwen2.5-1.5b")
+    assert code == 0 and out.count("| ") > 20 and "| 8 GiB | LoRA 16, recompute |" in out
+    assert "predicted" in out.splitlines()[0]
+    words = ["--model", "qwen2.5-1.5b", "--gpu", "a100", "--price", "2", "--steps", "100"]
+    code, out, _ = printed(capsys, *words)
+    assert code == 0 and "engine's copy" in out and "100 steps: about" in out and "at 2 per hour" in out
+
+
+@pytest.mark.parametrize("words, told", [
+    (["--model", "qwen2.5-1.5b", "--memory", "4"], "does not fit 4 GiB at any setting; the least is LoRA 16, "
+                                                    "recompute, which needs a card of 7.7 GiB, 3.7 more"),
+    (["--model", "qwen2.5-1.5b", "--memory", "0.5"], "--memory is 0.5 GiB, expected 1 or more"),
+    (["--model", "qwen2.5-1.5b", "--memory", "-3"], "--memory is -3 GiB, expected 1 or more"),
+    (["--model", "qwen9"], "unknown model preset 'qwen9'"),
+    (["--gpu", "tpu", "--model", "demo"], "--gpu is 'tpu', expected one of rtx-3060"),
+    (["--memory", "8"], "give one of --base, --model and --run, not 0"),
+    (["--base", "a", "--model", "demo"], "give one of --base, --model and --run, not 2"),
+    (["--model", "demo", "--memory", "8"], "1280 tokens, and the model has room for 256"),
+    (["--base", "."], "is not the folder of a run"),
+])
+def test_what_cannot_be_planned_is_told_in_one_line(capsys, tmp_path, monkeypatch, words, told):
+    monkeypatch.chdir(tmp_path)
+    code, out, error = printed(capsys, *words)
+    assert code == 2 and told in error and len(error.splitlines()) == 1 and "|" not in out
+
+
+# ---- a run beside its prediction ----
+
+def test_a_run_keeps_what_was_predicted_and_what_it_took(tmp_path, capsys, monkeypatch):
+    base = save_base(tmp_path / "base")
+    config = grpo_config(tmp_path / "run", base)
+    broken_at(monkeypatch, 2, grpo, config)
+    code, out, _ = printed(capsys, "--run", str(tmp_path / "run"))
+    assert code == 0 and "not yet: the run has not ended" in out
+    grpo(grpo_config(tmp_path / "run", base, resume=True))
+    told = capsys.readouterr().err
+    assert "GB of tensors were predicted; the peak of the process" in told
+    memory = json.loads((tmp_path / "run/run.json").read_text())["memory"]
+    assert memory["predicted"]["weights"] == 4 * 26_848 and memory["measured"] > memory["predicted"]["peak"]
+    code, out, _ = printed(capsys, "--run", str(tmp_path / "run"))
+    assert code == 0 and "engine's copy" in out and "measured peak: 0." in out
+    (tmp_path / "run/run.json").write_text("{}")
+    code, _, error = printed(capsys, "--run", str(tmp_path / "run"))
+    assert code == 2 and "keeps no plan" in error
+
+
+def test_the_longest_batch_changes_no_weight_and_uses_no_random_number(tmp_path):
+    config = grpo_config(tmp_path / "run", save_base(tmp_path / "base"), micro_tokens=100)
+    learner = make_learner(config, config.task.make(), load_model(config.base, torch.device("cpu")))
+    seen, before, state = [], learner.policy.embed.clone(), torch.get_rng_state()
+    learner.policy.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    try_longest_batch(learner, config, 30)
+    try_longest_batch(learner, config, 150)
+    assert seen == [90, 150]
+    assert torch.get_rng_state().equal(state) and learner.policy.embed.equal(before)
+    assert all(p.grad is None for p in learner.policy.parameters())
+
+
+def test_a_batch_that_does_not_fit_names_the_parts_and_what_would_help(tmp_path):
+    config = grpo_config(tmp_path / "run", save_base(tmp_path / "base"))
+    learner = make_learner(config, config.task.make(), load_model(config.base, torch.device("cpu")))
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    learner.policy.blocks[0].register_forward_pre_hook(full)
+    with fails(BatchTooLargeError, "Predicted were weights 0.0 GB, .*activations .*--recompute"):
+        try_longest_batch(learner, config, 30)
+    try:
+        try_longest_batch(learner, config, 30)
+    except BatchTooLargeError as error:
+        code, message = explain(error, config)
+    assert code == 1 and message.startswith("out of memory: a micro-batch of 30 tokens does not fit")
+    assert message.endswith("`r1zero plan` says what each would save")

@@ -1,0 +1,213 @@
+"""Does it fit my card? Predicts memory by part, time and cost of a GRPO run, and chooses settings.
+
+    r1zero plan --base models/Qwen2.5-0.5B --memory 24
+    r1zero plan --model qwen2.5-1.5b --gpu rtx-4090 --price 0.4 --steps 500
+    r1zero plan --run runs/rl                       what was predicted, beside what was measured
+
+Nothing is loaded: config.json says the shape. What is predicted of memory is held against what
+PyTorch allocates (benchmarks/memory.py); what is predicted of time comes from published numbers.
+
+Left out: SFT and pretraining, whose batches are smaller.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...eval.console import show
+from ...model.checkpoint import load_checkpoint
+from ...model.config import ModelConfig, preset
+from ...model.huggingface import is_huggingface, read_config
+from ...model.lora import LoRAConfig
+from ...model.memory import Setup
+from ...model.precision import DTYPES
+from ...model.transformer import count_active_parameters, count_parameters
+from ..planning import (
+    CARDS,
+    GIB,
+    MEMORIES,
+    Card,
+    Choice,
+    Work,
+    choose,
+    gib,
+    parts_in_words,
+    seconds_per_step,
+    setting_in_words,
+    smallest,
+    smallest_full,
+)
+from ..run import at_least, read_record
+
+VOCABULARY = 151_936  # of a preset: Qwen's
+LEAST_MEMORY = 1.0  # GiB
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Predict memory, time and cost of a GRPO run, and choose settings that fit a card."""
+
+    base: str = ""
+    """Folder of the model to train: an open model, or a run."""
+    model: str = ""
+    """Name of a preset to plan for instead, such as qwen2.5-0.5b or depth=12."""
+    run: str = ""
+    """Folder of a run, to see what was predicted of it and what was measured."""
+    gpu: str = ""
+    """Name of a card, for its memory and for the time: rtx-4090, a100, h200, ..."""
+    memory: float = 0.0
+    """Memory of the card in GiB; 0 is that of --gpu, or a table of several."""
+    price: float = 0.0
+    """Price of the card per hour, for the cost."""
+    steps: int = 500
+    """Number of steps, for the cost."""
+    prompts_per_step: int = 16
+    """Number of problems per step."""
+    group_size: int = 16
+    """Number of answers sampled per problem."""
+    prompt_tokens: int = 256
+    """Number of tokens of a prompt."""
+    max_new_tokens: int = 1024
+    """Maximum number of new tokens per answer."""
+    dtype: str = "bf16"
+    """Dtype to compute in: fp32, bf16 or fp16."""
+    lora_rank: int = 0
+    """Rank of LoRA; 0 takes it only where all weights do not fit."""
+    kl: bool = True
+    """Plan for a reference, which the KL is measured to."""
+
+    def __post_init__(self):
+        at_least(self, 1, "steps", "prompts_per_step", "group_size", "prompt_tokens")
+        at_least(self, 1, "max_new_tokens")
+        at_least(self, 0, "price", "lora_rank")
+        given = [flag for flag in ("base", "model", "run") if getattr(self, flag)]
+        if len(given) != 1:
+            raise ValueError(
+                f"give one of --base, --model and --run, not {len(given)}: the folder of a model, "
+                "the name of a preset, or the folder of a run to look back at"
+            )
+        if self.gpu and self.gpu not in CARDS:
+            raise ValueError(f"--gpu is {self.gpu!r}, expected one of {', '.join(CARDS)}")
+        if self.memory != 0 and not self.memory >= LEAST_MEMORY:
+            raise ValueError(
+                f"--memory is {self.memory:g} GiB, expected {LEAST_MEMORY:g} or more: the driver "
+                "alone takes most of one"
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"--dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+
+
+def shape_of(config: PlanConfig) -> ModelConfig:
+    """The shape of the model to plan for. Raises ValueError for a folder that holds none."""
+    if config.model:
+        return preset(config.model, VOCABULARY)
+    if is_huggingface(config.base):
+        return read_config(config.base)
+    state = load_checkpoint(config.base, groups=()).state
+    if "model_config" not in state:
+        raise ValueError(f"{config.base} holds no model; give the folder of one")
+    return ModelConfig(**state["model_config"])
+
+
+def setup_of(config: PlanConfig, shape: ModelConfig) -> Setup:
+    """What decides the memory, as the flags say it. Raises ValueError for what has no room."""
+    longest = config.prompt_tokens + config.max_new_tokens
+    if longest > shape.max_seq_len:
+        raise ValueError(
+            f"--prompt-tokens {config.prompt_tokens} and --max-new-tokens {config.max_new_tokens} "
+            f"are {longest} tokens, and the model has room for {shape.max_seq_len}; give fewer"
+        )
+    return Setup(
+        model=shape,
+        rows=min(1024, config.prompts_per_step * config.group_size),
+        longest=longest,
+        dtype=DTYPES[config.dtype],
+        lora=LoRAConfig(config.lora_rank),
+        reference="device" if config.kl else "none",
+    )
+
+
+def plan(config: PlanConfig) -> None:
+    """Print the plan. Raises ValueError where nothing would fit."""
+    if config.run:
+        show("\n".join(look_back(Path(config.run))))
+        return
+    shape = shape_of(config)
+    setup = setup_of(config, shape)
+    active = ""
+    if shape.moe:
+        active = f", {count_active_parameters(shape):,} of them active per token"
+    show(f"{count_parameters(shape):,} parameters{active}; all that follows is predicted")
+    card = CARDS.get(config.gpu)
+    memory = config.memory or (card.memory if card else 0)
+    if memory:
+        show("\n".join(plan_for(config, setup, memory, card)))
+    else:
+        show("\n".join(table_of(setup)))
+
+
+def plan_for(config: PlanConfig, setup: Setup, memory: float, card: Card | None) -> list[str]:
+    """The plan for one card, in lines. Raises ValueError where nothing fits."""
+    choice = choose(setup, memory * GIB)
+    if choice is None:
+        least, needed = smallest(setup)
+        raise ValueError(
+            f"it does not fit {memory:g} GiB at any setting; the least is {setting_in_words(least)}"
+            f", which needs a card of {gib(needed)} GiB, {gib(needed - memory * GIB)} more. Fewer "
+            "--max-new-tokens need less"
+        )
+    lines = [f"{memory:g} GiB: {setting_in_words(choice.setup)}", f"  {choice.flags}"]
+    lines += parts_in_words(choice.predicted)
+    lines.append(f"  {choice.rows} of {setup.rows} answers are sampled at one time")
+    if choice.setup.lora.rank and not config.lora_rank and smallest_full(setup) > memory * GIB:
+        lines.append(f"  to train all weights takes a card of {gib(smallest_full(setup))} GiB")
+    if card:
+        lines += time_in_words(config, choice, card)
+    return lines
+
+
+def time_in_words(config: PlanConfig, choice: Choice, card: Card) -> list[str]:
+    """What a step and the run take, if all answers are as long as they may be."""
+    answers = config.prompts_per_step * config.group_size
+    work = Work(answers, config.prompt_tokens, config.max_new_tokens, config.kl)
+    sampling, update = seconds_per_step(choice, work, card)
+    hours = (sampling + update) * config.steps / 3600
+    cost = f", {hours * config.price:.2f} at {config.price:g} per hour" if config.price else ""
+    return [
+        f"  a step: about {sampling + update:.0f} s ({sampling:.0f} sampling, {update:.0f} update),"
+        f" if all answers are {config.max_new_tokens} tokens long",
+        f"  {config.steps} steps: about {hours:.1f} hours{cost}",
+    ]
+
+
+def table_of(setup: Setup) -> list[str]:
+    """What fits which card: a row for each memory, as Markdown."""
+    lines = [
+        "| card | settings | micro-batch | answers at one time | peak |",
+        "|---|---|---|---|---|",
+    ]
+    for memory in MEMORIES:
+        choice = choose(setup, memory * GIB)
+        if choice is None:
+            _, needed = smallest(setup)
+            lines.append(f"| {memory} GiB | does not fit: needs {gib(needed)} GiB | | | |")
+            continue
+        predicted = choice.predicted
+        lines.append(
+            f"| {memory} GiB | {setting_in_words(choice.setup)} | {choice.setup.micro_tokens:,} "
+            f"tokens | {choice.rows} | {gib(predicted.peak)} GiB |"
+        )
+    return lines
+
+
+def look_back(folder: Path) -> list[str]:
+    """What a run's record says was predicted and measured."""
+    record = read_record(folder / "run.json")
+    memory = record.get("memory")
+    if not isinstance(memory, dict) or not isinstance(memory.get("predicted"), dict):
+        raise ValueError(
+            f"{folder} keeps no plan; runs of r1zero grpo do, since they predict their memory"
+        )
+    lines = [f"{name:<28} {size / 1e9:8.3f} GB" for name, size in memory["predicted"].items()]
+    measured = memory.get("measured")
+    told = "not yet: the run has not ended" if measured is None else f"{measured / 1e9:.3f} GB"
+    return ["predicted:", *lines, f"measured peak: {told}"]

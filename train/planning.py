@@ -1,0 +1,206 @@
+"""Does a run fit a card, with which settings, how long does it take, and what does it cost?
+
+`choose` goes down a ladder of settings, from the fastest to the smallest, and takes the first that
+fits; model/memory.py says what each takes. `seconds_per_step` is an estimate from what must be
+computed and read, and from the card's published numbers: it can be wrong by a factor of two.
+
+Left out: several cards, and memory of the host that an offloaded reference takes.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from ..model.lora import LoRAConfig
+from ..model.memory import Prediction, Setup, model_without_memory, predict, smallest_card, usable
+
+GIB = 2**30
+MEMORIES = (8, 12, 16, 24, 48, 80, 141)  # GiB of cards that people have
+MICRO_TOKENS = (16_384, 8192, 4096, 2048, 1024)
+LORA_RANK = 16
+FEWEST_ROWS = 1 / 8  # of all answers of a step are sampled at one time, or more; else it crawls
+
+
+@dataclass(frozen=True)
+class Card:
+    """What its maker publishes of a GPU: dense 16-bit products with sums in fp32, and memory."""
+
+    memory: int
+    """GiB."""
+    tflops: float
+    terabytes_per_second: float
+
+
+CARDS = {
+    "rtx-3060": Card(12, 25, 0.36),
+    "rtx-3090": Card(24, 71, 0.94),
+    "rtx-4060": Card(8, 30, 0.27),
+    "rtx-4080": Card(16, 97, 0.72),
+    "rtx-4090": Card(24, 165, 1.01),
+    "rtx-5090": Card(32, 209, 1.79),
+    "l4": Card(24, 121, 0.30),
+    "a10g": Card(24, 70, 0.60),
+    "a40": Card(48, 150, 0.70),
+    "l40s": Card(48, 362, 0.86),
+    "a100": Card(80, 312, 2.04),
+    "h100": Card(80, 989, 3.35),
+    "h200": Card(141, 989, 4.80),
+}
+# Shares of the published numbers that a run is taken to reach.
+COMPUTE_SHARE, BANDWIDTH_SHARE = 0.35, 0.5
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step of GRPO has to do."""
+
+    answers: int
+    """Sampled per step."""
+    prompt_tokens: int
+    new_tokens: int
+    """Of each answer; a plan takes them all to be as long as they may be."""
+    compares: bool = True
+    """Whether the reference's log-probs are computed."""
+
+    @property
+    def longest(self) -> int:
+        return self.prompt_tokens + self.new_tokens
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings that fit, and what they take."""
+
+    setup: Setup
+    predicted: Prediction
+
+    @property
+    def rows(self) -> int:
+        """Answers that the cache has room for at one time."""
+        return max(1, min(self.setup.rows, self.predicted.cache_tokens // self.setup.longest))
+
+    @property
+    def flags(self) -> str:
+        """The flags of r1zero grpo that say this."""
+        setup = self.setup
+        flags = [f"--micro-tokens {setup.micro_tokens}"]
+        if setup.lora.rank:
+            flags.append(f"--lora.rank {setup.lora.rank}")
+        if setup.recompute:
+            flags.append("--recompute")
+        if setup.moments != "fp32":
+            flags.append(f"--optim.moments {setup.moments}")
+        if setup.reference == "cpu":
+            flags.append("--ref-offload")
+        return " ".join(flags)
+
+
+# ---- what fits ----
+
+
+def ladder(setup: Setup) -> Iterator[Setup]:
+    """Settings to try, the fastest first. What is asked for in `setup` already, stays."""
+    seen = set()
+    with_adapters = replace(setup, lora=replace(setup.lora, rank=setup.lora.rank or LORA_RANK))
+    smaller = dict(recompute=True, reference="none" if setup.reference == "none" else "cpu")
+    rungs = [
+        setup,
+        replace(setup, recompute=True),
+        replace(setup, **smaller),
+        replace(setup, **smaller, moments="bf16"),
+        with_adapters,
+        replace(with_adapters, recompute=True),
+    ]
+    for rung in rungs:
+        if rung.lora.rank:
+            rung = replace(rung, reference=setup.reference)  # it shares the weights anyway
+        if rung not in seen:
+            seen.add(rung)
+            yield rung
+
+
+def micro_sizes(setup: Setup) -> list[int]:
+    """Numbers of tokens per micro-batch to try; one holds the longest answer at least."""
+    larger = [size for size in MICRO_TOKENS if size > setup.longest]
+    return [*larger, setup.longest]
+
+
+def choose(setup: Setup, total: float) -> Choice | None:
+    """The first rung that fits a card of `total` bytes, with the largest micro-batch; or None.
+
+    Settings under which enough answers are sampled at one time come first.
+    """
+    room = usable(total)
+    for fewest in (math.ceil(setup.rows * FEWEST_ROWS), 2):
+        for rung in ladder(setup):
+            for size in micro_sizes(rung):
+                tried = replace(rung, micro_tokens=size)
+                choice = Choice(tried, predict(tried, room))
+                if choice.predicted.peak <= room and choice.rows >= min(fewest, setup.rows):
+                    return choice
+    return None
+
+
+def smallest(setup: Setup) -> tuple[Setup, float]:
+    """(the settings that take the least, the bytes of the smallest card that would do)."""
+    rungs = [replace(rung, micro_tokens=rung.longest) for rung in ladder(setup)]
+    needs = [smallest_card(rung) for rung in rungs]
+    least = min(range(len(rungs)), key=needs.__getitem__)
+    return rungs[least], needs[least]
+
+
+def smallest_full(setup: Setup) -> float:
+    """Bytes of the smallest card on which all weights can be trained."""
+    full = replace(setup, lora=LoRAConfig())
+    rungs = [rung for rung in ladder(full) if not rung.lora.rank]
+    return min(smallest_card(replace(rung, micro_tokens=rung.longest)) for rung in rungs)
+
+
+# ---- how long ----
+
+
+def seconds_per_step(choice: Choice, work: Work, card: Card) -> tuple[float, float]:
+    """(sampling, update) of one step, estimated."""
+    setup, predicted = choice.setup, choice.predicted
+    model = model_without_memory(setup)
+    flops = card.tflops * 1e12 * COMPUTE_SHARE
+    bandwidth = card.terabytes_per_second * 1e12 * BANDWIDTH_SHARE
+
+    # 1. Each new token of the rows that run at one time reads all weights, and the rows' cache.
+    rounds = work.answers / choice.rows
+    weights = sum(p.numel() for p in model.parameters() if p.ndim >= 2) * setup.dtype.itemsize
+    mean_length = work.prompt_tokens + work.new_tokens / 2
+    cache = choice.rows * mean_length * model.cache_bytes_per_token
+    decoding = rounds * work.new_tokens * (weights + cache) / bandwidth
+
+    # 2. The update: forward is 1, backward 2, once more forward with --recompute; the reference.
+    n_tokens = work.answers * work.longest
+    passes = 3 + setup.recompute + work.compares
+    update = passes * n_tokens * model.flops_per_token(work.longest) / flops
+    assert predicted.peak > 0
+    return decoding, update
+
+
+# ---- in words ----
+
+
+def gib(n_bytes: float) -> str:
+    return f"{n_bytes / GIB:.1f}"
+
+
+def parts_in_words(predicted: Prediction) -> list[str]:
+    """A line for each part that is there, and the peak."""
+    lines = [f"  {name:<28} {gib(size):>6} GiB" for name, size in predicted.parts.items() if size]
+    return [*lines, f"  {'peak':<28} {gib(predicted.peak):>6} GiB"]
+
+
+def setting_in_words(setup: Setup) -> str:
+    """The settings of a choice, short: for a table."""
+    words = [f"LoRA {setup.lora.rank}" if setup.lora.rank else "all weights"]
+    if setup.recompute:
+        words.append("recompute")
+    if setup.reference == "cpu" and not setup.lora.rank:
+        words.append("reference on the CPU")
+    if setup.moments != "fp32":
+        words.append("bf16 moments")
+    return ", ".join(words)
