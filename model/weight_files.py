@@ -141,9 +141,16 @@ def pieces(stored: Stored, name: str, multiple: int = 1):
             yield rows, file.get_slice(name)[rows]
 
 
-def copy_tensor(target: torch.Tensor, name: str, stored: dict[str, Stored], block) -> None:
-    """Copy a tensor of a file to its place, in the target's dtype. block: as `fp8_block`.
+def copy_tensor(
+    target: torch.Tensor,
+    name: str,
+    stored: dict[str, Stored],
+    block: tuple[int, int] | None,
+    order: torch.Tensor | None = None,
+) -> None:
+    """Copy a tensor of a file to its place, in the target's dtype.
 
+    block: as `fp8_block`. order: [rows], which row of the target each row of the file is.
     Raises ValueError for numbers that are not finite there.
     """
     is_fp8 = stored[name].dtype == FP8
@@ -155,9 +162,13 @@ def copy_tensor(target: torch.Tensor, name: str, stored: dict[str, Stored], bloc
         if is_fp8:
             blocks = slice(rows.start // block[0], -(-rows.stop // block[0]))
             piece = dequantised(piece, scale[blocks], block)
-        target[rows].copy_(piece)
+        if order is None:
+            written = target[rows].copy_(piece)
+        else:
+            written = piece.to(target)
+            target.index_copy_(0, order[rows].to(target.device), written)
         # Least and largest: NaN is both. (isfinite would take memory of its own.)
-        if not torch.stack(target[rows].aminmax()).isfinite().all():
+        if not torch.stack(written.aminmax()).isfinite().all():
             raise ValueError(
                 f"{name} has numbers that are not finite in {target.dtype}; fetch "
                 f"{stored[name].path.name} again, or take other weights"
@@ -195,22 +206,25 @@ def write_tensors(
     tensors: dict[str, torch.Tensor],
     dtype: torch.dtype,
     most_bytes: int = SHARD_BYTES,
+    kept_fp32: frozenset[str] = frozenset(),
 ) -> None:
     """Write tensors in this dtype. Only the copies of one shard are held at a time.
 
+    kept_fp32: names of those that are written in fp32 all the same.
     Raises ValueError for numbers that are not finite in this dtype.
     """
-    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in tensors.items()}
+    dtypes = {name: torch.float32 if name in kept_fp32 else dtype for name in tensors}
+    sizes = {name: tensor.numel() * dtypes[name].itemsize for name, tensor in tensors.items()}
     shards, weight_map = shards_of(sizes, most_bytes), {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else SINGLE
         ready = {}
         for name in names:
-            tensor = tensors[name].detach().to("cpu", dtype)
+            tensor = tensors[name].detach().to("cpu", dtypes[name])
             if not torch.isfinite(tensor).all():
                 raise ValueError(
-                    f"{name} has numbers that are not finite in {dtype}; take another checkpoint, "
-                    "or another dtype"
+                    f"{name} has numbers that are not finite in {tensor.dtype}; take another "
+                    "checkpoint, or another dtype"
                 )
             # The format has no views: each tensor gets memory of its own.
             ready[name] = tensor.clone(memory_format=torch.contiguous_format)

@@ -1,7 +1,5 @@
 """Tiny models of DeepSeek-V2 and V3 made by transformers, with dense MLPs in all layers; how their weights
-become ours; and what can be got wrong about latent attention.
-
-Whatever makes the latents is a thousand times smaller than usual, so that the eps of their norms counts."""
+become ours; and what can be got wrong about latent attention."""
 from functools import cache
 
 import torch
@@ -39,12 +37,6 @@ def theirs(name: str):
     kind, keys = TINY[name]
     model = getattr(library, kind + "ForCausalLM")(getattr(library, kind + "Config")(**SHAPE, **keys)).eval()
     randomise(model)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            attn = layer.self_attn
-            attn.kv_a_proj_with_mqa.weight[:RANK] *= 1e-3
-            if attn.q_lora_rank:
-                attn.q_a_proj.weight *= 1e-3
     return model
 
 
