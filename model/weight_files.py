@@ -31,16 +31,6 @@ SCALE_DTYPES = (*PLAIN_DTYPES, "F8_E8M0")
 # ---- what there is ----
 
 
-@dataclass(frozen=True)
-class Stored:
-    """One tensor of a file."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: str
-    """As safetensors writes it: F32, BF16, ..."""
-
-
 def opened(path: Path):
     """An open safetensors file. Raises ValueError for a damaged one."""
     try:
@@ -53,18 +43,56 @@ def opened(path: Path):
         ) from None
 
 
+class Reader:
+    """Reads rows of tensors, and keeps the file open in between: to open one takes milliseconds, and
+    a mixture of experts has thousands of small tensors.
+
+    What was read of a mapped file counts as memory until it is closed. So it is opened anew when a
+    piece's worth was read.
+    """
+
+    def __init__(self):
+        self.path, self.file, self.n_bytes = None, None, 0
+
+    def rows(self, path: Path, name: str, rows: slice) -> torch.Tensor:
+        """These rows of a tensor, as in the file."""
+        if path != self.path or self.n_bytes >= PIECE_BYTES:
+            self.path, self.file = None, None  # the old one is closed first
+            self.path, self.file, self.n_bytes = path, opened(path), 0
+        piece = self.file.get_slice(name)[rows]
+        self.n_bytes += piece.nbytes
+        return piece
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors writes it: F32, BF16, ..."""
+    reader: Reader
+    """That of all tensors of the folder."""
+
+    def rows(self, name: str, rows: slice) -> torch.Tensor:
+        """These rows of the tensor, as in the file. name: its own."""
+        return self.reader.rows(self.path, name, rows)
+
+
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """All tensors of a folder by name: of the one file, or of the shards that the index names.
 
     Only headers are read. Raises ValueError for missing or damaged files.
     """
-    files = files_of(folder)
+    files, reader = files_of(folder), Reader()
     stored = {}
     for path, names in files.items():
         with opened(path) as file:
             for name in file.keys() if names is None else names.intersection(file.keys()):
                 part = file.get_slice(name)
-                stored[name] = Stored(path, tuple(part.get_shape()), part.get_dtype())
+                shape, dtype = tuple(part.get_shape()), part.get_dtype()
+                stored[name] = Stored(path, shape, dtype, reader)
     return stored
 
 
@@ -129,16 +157,14 @@ def read_json(path: Path) -> dict:
 def pieces(stored: Stored, name: str, multiple: int = 1):
     """Yield (rows, their numbers as in the file), piece by piece.
 
-    The file is opened for each piece: what is read of a mapped file counts as memory until it is
-    closed. multiple: a piece has a multiple of so many rows.
+    multiple: a piece has a multiple of so many rows.
     """
     n_rows = stored.shape[0]
     row_bytes = 4 * max(1, torch.Size(stored.shape[1:]).numel())
     step = max(1, PIECE_BYTES // (row_bytes * multiple)) * multiple
     for start in range(0, n_rows, step):
         rows = slice(start, min(start + step, n_rows))
-        with opened(stored.path) as file:
-            yield rows, file.get_slice(name)[rows]
+        yield rows, stored.rows(name, rows)
 
 
 def copy_tensor(
@@ -156,8 +182,7 @@ def copy_tensor(
     is_fp8 = stored[name].dtype == FP8
     scale = None
     if is_fp8:
-        with opened(stored[name + SCALE].path) as file:
-            scale = file.get_tensor(name + SCALE).float()
+        scale = stored[name + SCALE].rows(name + SCALE, slice(None)).float()
     for rows, piece in pieces(stored[name], name, block[0] if is_fp8 else 1):
         if is_fp8:
             blocks = slice(rows.start // block[0], -(-rows.stop // block[0]))
