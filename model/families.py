@@ -370,6 +370,6 @@ FAMILIES: dict[str, Family] = {
 REFUSED: dict[str, str] = {
     "gpt_oss": "its experts have biases and a clamped activation, its attention a sink per head",
     "deepseek_v32": "its attention is sparse",
-    "qwen3_next": "most of its layers have no attention",
-    "qwen3_5_moe": "most of its layers have no attention",
+    "qwen3_next": "most of its layers have linear attention",
+    "qwen3_5_moe": "most of its layers have linear attention",
 }

@@ -44,11 +44,11 @@ def opened(path: Path):
 
 
 class Reader:
-    """Reads rows of tensors, and keeps the file open in between: to open one takes milliseconds, and
-    a mixture of experts has thousands of small tensors.
+    """Reads rows of tensors, and keeps the file open in between.
 
-    What was read of a mapped file counts as memory until it is closed. So it is opened anew when a
-    piece's worth was read.
+    To open one takes milliseconds, and a mixture of experts has thousands of small tensors.
+    But what was read of a mapped file counts as memory until it is closed. So it is opened anew
+    when a piece's worth was read.
     """
 
     def __init__(self):

@@ -1,10 +1,12 @@
 """config.json of real models and of any age, and what an absent key means."""
 import pytest
+import torch
 
 from r1zero.model.config import LatentShape, ModelConfig, preset
 from r1zero.model.config_experts import EXPERT_COUNTS
 from r1zero.model.config_json import NEUTRAL, config_of, content_of, family_of
 from r1zero.model.families import FAMILIES
+from r1zero.model.layer_kinds import SLIDING
 from r1zero.model.moe_config import ROUTING, MoEConfig
 from r1zero.model.rope_scaling import RopeScaling
 from r1zero.model.transformer import count_active_parameters, count_parameters
@@ -187,6 +189,49 @@ def check_experts_and_latents(ours, theirs) -> None:
         assert moe.normalise == getattr(theirs, "norm_topk_prob", True)
         assert moe.scale == getattr(theirs, "routed_scaling_factor", 1.0)
         assert moe.n_groups == (getattr(theirs, "n_group", None) or 1)
+
+
+WINDOW = dict(use_sliding_window=True, sliding_window=8, max_window_layers=3)
+
+
+def test_an_old_qwen2_moe_without_layer_types_has_the_window_in_every_other_layer():
+    content = {"model_type": "qwen2_moe", **SMALL, "num_attention_heads": 16, **WINDOW}
+    theirs = transformers().AutoConfig.for_model(**content).layer_types
+    config = config_of(content)
+    assert config.window_layers == tuple(i for i, kind in enumerate(theirs) if kind == SLIDING) == (0, 2)
+    written = content_of("qwen2_moe", config)
+    assert config_of({k: v for k, v in written.items() if k != "layer_types"}) == config
+    assert config_of(content | dict(use_sliding_window=False, sliding_window=0)).window is None
+
+
+def test_a_qwen3_moe_has_the_window_in_all_layers_or_in_none():
+    content = {"model_type": "qwen3_moe", **SMALL, **WINDOW}
+    assert config_of(content).window_layers == (0, 1, 2, 3, 4)
+    assert config_of(content | dict(use_sliding_window=False)).window is None
+
+
+@pytest.mark.parametrize("keys", [
+    dict(model_type="qwen3_moe", decoder_sparse_step=2),
+    dict(model_type="qwen2_moe", decoder_sparse_step=3),
+    dict(model_type="qwen3_moe", mlp_only_layers=[0, 3]),
+    dict(model_type="qwen2_moe", mlp_only_layers=[1], decoder_sparse_step=2),
+    dict(model_type="deepseek_v2", first_k_dense_replace=2),
+    dict(model_type="deepseek_v3", first_k_dense_replace=5),
+    dict(model_type="glm4_moe", first_k_dense_replace=0, partial_rotary_factor=1.0)], ids=str)
+def test_the_layers_without_experts_are_those_of_transformers(keys):
+    keys = SMALL | dict(num_key_value_heads=32, num_experts_per_tok=2) | keys
+    with torch.device("meta"):
+        layers = transformers().AutoModelForCausalLM.from_config(
+            transformers().AutoConfig.for_model(**keys)).model.layers
+    dense = tuple(i for i, layer in enumerate(layers) if not hasattr(layer.mlp, "experts"))
+    config = config_of(keys)
+    assert (config.moe.dense_layers if config.moe else tuple(range(5))) == dense
+    assert config_of(content_of(keys["model_type"], config)) == config
+
+
+def test_deepseeks_own_step_between_layers_with_experts_counts():
+    keys = EXPERTS["DeepSeek-V2-Lite"][2] | dict(num_hidden_layers=6, moe_layer_freq=2)
+    assert config_of(keys).moe.dense_layers == (0, 1, 3, 5)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "mistral", "smollm3"])
