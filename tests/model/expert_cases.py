@@ -4,10 +4,9 @@ from dataclasses import replace
 import torch
 
 from r1zero.model.moe import MoE, Routes
-from r1zero.model.weight_map import order_of_pairs
 
 from .huggingface_cases import YARN, halves, read, saved, swap, with_config, with_weights
-from .latent_cases import set_scale, yarn_with
+from .latent_cases import in_file_order, set_scale, yarn_with
 from .moe_cases import naive_route
 
 # ---- from a right model to a wrong one ----
@@ -63,17 +62,6 @@ def scale_shared(factor):
 
 def gate_always_open(mlp) -> None:
     mlp.shared_gate.weight.zero_()  # a half for every token
-
-
-def in_file_order(*matrices):
-    """The rows that RoPE rotates as the files have them."""
-    def change(model):
-        def edit(block):
-            for name in matrices:
-                weight = getattr(block.attn, name).weight
-                weight.copy_(weight[order_of_pairs(f"attn.{name}.weight", model.config)])
-        return with_weights(edit)(model)
-    return change
 
 
 EVERYWHERE = {

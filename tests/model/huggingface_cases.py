@@ -76,7 +76,16 @@ EXPERTS = {
     "glm": ("glm4_moe", dict(n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=12, head_dim=16,
                              attention_bias=True, use_qk_norm=True, partial_rotary_factor=1.0)),
 }
-MODELS = TINY | EXPERTS
+# And those with latent attention and dense MLPs in latent_cases.py.
+DENSE = LATENT | dict(num_hidden_layers=2, first_k_dense_replace=2)
+LATENTS = {
+    "v2 lite": ("deepseek_v2", DENSE | dict(
+        q_lora_rank=None, rope_scaling=YARN | dict(mscale=0.707, mscale_all_dim=0.9))),
+    "v2": ("deepseek_v2", DENSE | dict(q_lora_rank=14)),
+    "v3": ("deepseek_v3", DENSE | dict(
+        q_lora_rank=14, rope_scaling=YARN | dict(mscale=1.0, mscale_all_dim=1.0))),
+}
+MODELS = TINY | EXPERTS | LATENTS
 
 
 def transformers():
