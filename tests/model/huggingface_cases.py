@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pytest
 import torch
 from einops import rearrange
@@ -86,6 +87,7 @@ LATENTS = {
         q_lora_rank=14, rope_scaling=YARN | dict(mscale=1.0, mscale_all_dim=1.0))),
 }
 MODELS = TINY | EXPERTS | LATENTS
+each_model = pytest.mark.parametrize("name", [*TINY, *EXPERTS])
 
 
 def transformers():
@@ -159,16 +161,48 @@ def logits_of(model: Transformer) -> torch.Tensor:
     return model.logits(model.hidden_states(packed))
 
 
+@torch.no_grad()
+def logits_of_theirs(model) -> torch.Tensor:
+    """The same of a model of transformers."""
+    return torch.cat([model(tokens[None]).logits[0] for tokens in sequences()])
+
+
 @cache
 def their_logits(name: str) -> torch.Tensor:
-    with torch.no_grad():
-        return torch.cat([theirs(name)(tokens[None]).logits[0] for tokens in sequences()])
+    return logits_of_theirs(theirs(name))
 
 
 def error_of(model: Transformer, name: str) -> float:
     """How far the logits are from those of transformers."""
     with torch.no_grad():
         return (logits_of(model) - their_logits(name)).abs().max().item()
+
+
+@torch.inference_mode()
+def error_of_cache(kind, model: Transformer, name: str) -> float:
+    """How far the logits of both sequences are from those of transformers, token by token from a cache."""
+    both = sequences()
+    first = 3  # tokens of the prompt
+    steps = min(map(len, both)) - first
+    cache = kind(model, 2)
+    cache.allocate(256)
+    prompts = [tokens[:first].tolist() for tokens in both]
+    logits = [cache.admit(np.arange(2), prompts, np.arange(2)).clone()]
+    for step in range(steps):
+        newest = torch.stack([tokens[first + step] for tokens in both])
+        logits.append(cache.decode(newest).clone())
+    expected = their_logits(name).split([len(tokens) for tokens in both])
+    found = torch.stack(logits, dim=1)
+    wanted = torch.stack([rows[first - 1: first + steps] for rows in expected])
+    return (found - wanted).abs().max().item()
+
+
+def loaded(folder, dtype=torch.float32):
+    """What transformers loads from a folder. Nothing may be missing, left over or of another shape."""
+    load = transformers().AutoModelForCausalLM.from_pretrained
+    model, info = load(folder, dtype=dtype, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
 
 
 # ---- what can be got wrong: from a right model to a wrong one ----

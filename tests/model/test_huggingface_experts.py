@@ -1,20 +1,14 @@
 """Open models with experts and latent attention compute what transformers does; what an error would do."""
-import shutil
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from r1zero.model.config import ModelConfig, preset
-from r1zero.model.config_json import config_of, content_of, family_of
+from r1zero.model.config import ModelConfig
 from r1zero.model.engine.pages import Pages
 from r1zero.model.engine.slots import Slots
-from r1zero.model.huggingface import read_config, read_model, read_weights, write_model
-from r1zero.model.moe_config import ROUTING
-from r1zero.model.packed import pack
+from r1zero.model.huggingface import read_config, read_weights, write_model
 from r1zero.model.tokenizer import Tokenizer
-from r1zero.model.tokens.json_file import write_tokenizer
 from r1zero.model.transformer import Transformer
 from r1zero.model.weight_files import stored_tensors
 
@@ -26,43 +20,32 @@ from .huggingface_cases import (
     changed,
     edit_config,
     error_of,
+    error_of_cache,
     gradients,
+    loaded,
     read,
     saved,
-    sequences,
-    their_logits,
     theirs,
-    transformers,
 )
 
-each_model = pytest.mark.parametrize("name", EXPERTS)
+each_mixture = pytest.mark.parametrize("name", EXPERTS)
 
 
-@each_model
+@each_mixture
 def test_packed_sequences_have_the_logits_of_transformers(name):
     model = read(saved(name))
     assert error_of(model, name) < TOLERANCE
     assert error_of(routed(None)(model), name) < TOLERANCE  # so that only errors of the router move them
 
 
-@each_model
+@each_mixture
 def test_the_cache_has_them_token_by_token(name):
-    model, both, first = read(saved(name)), sequences(), 3  # tokens of the prompt
+    model = read(saved(name))
     assert not Slots.serves(model)
-    steps = min(map(len, both)) - first
-    with torch.inference_mode():
-        cache = Pages(model, 2)
-        cache.allocate(256)
-        logits = [cache.admit(np.arange(2), [t[:first].tolist() for t in both], np.arange(2)).clone()]
-        for step in range(steps):
-            logits.append(cache.decode(torch.stack([t[first + step] for t in both])).clone())
-    expected = their_logits(name).split([len(tokens) for tokens in both])
-    for row, rows_of_theirs in enumerate(expected):
-        found = torch.stack([step[row] for step in logits])
-        assert (found - rows_of_theirs[first - 1: first + steps]).abs().max() < TOLERANCE
+    assert error_of_cache(Pages, model, name) < TOLERANCE
 
 
-@each_model
+@each_mixture
 def test_gradients_are_those_of_transformers(name):
     expected, ours = gradients(name)
     assert expected.keys() == ours.keys()
@@ -88,64 +71,12 @@ def test_a_config_that_does_not_fit_is_refused_in_one_line(name, key, value, why
 
 # ---- folders, whole ----
 
-def loaded(folder, dtype=torch.float32):
-    """What transformers loads from a folder. Nothing may be missing, left over or of another shape."""
-    load = transformers().AutoModelForCausalLM.from_pretrained
-    model, info = load(folder, dtype=dtype, output_loading_info=True)
-    assert not any(info.values()), info
-    return model.eval()
-
-
-@torch.no_grad()
-def logits_of_theirs(model) -> torch.Tensor:
-    return torch.cat([model(tokens[None]).logits[0] for tokens in sequences()])
-
-
-def with_tokenizer(name, folder):
-    """The tiny model of transformers with a tokenizer of bytes."""
-    shutil.copytree(saved(name), folder)
-    write_tokenizer(folder, Tokenizer.bytes())
-    return folder
-
-
 def equal_states(first, second) -> bool:
     first, second = first.state_dict(), second.state_dict()
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-@each_model
-def test_a_model_goes_in_and_out_unchanged(name, tmp_path):
-    folder = with_tokenizer(name, tmp_path / "in")
-    model, tokenizer = read_model(folder, CPU)
-    write_model(tmp_path / "out", model, tokenizer)
-    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(after[key], before[key]) for key in before)
-    again = loaded(tmp_path / "out")
-    assert type(again) is type(theirs(name)) and equal_states(again, theirs(name))
-    # The same weights in other memory may be multiplied in another order.
-    assert (logits_of_theirs(again) - their_logits(name)).abs().max() < 1e-5
-    back, _ = read_model(tmp_path / "out", CPU)
-    assert back.config == model.config and equal_states(back, model)
-
-
-@each_model
-def test_readers_of_old_and_of_new_keys_read_the_same(name):
-    """transformers, given one half of what we write, or both."""
-    config = read_config(saved(name))
-    content = content_of(family_of(config), config)
-    rope = ("rope_parameters", "rope_scaling", "rope_theta")
-    read_by_them = []
-    for without in ((), rope[1:], rope[:1]):
-        kept = {key: value for key, value in content.items() if key not in without}
-        assert config_of(kept) == config
-        found = transformers().AutoConfig.for_model(**kept).to_dict()
-        found["rope_parameters"].pop("type", None)
-        read_by_them.append({key: found.get(key) for key in content if key not in rope[1:]})
-    assert read_by_them[0] == read_by_them[1] == read_by_them[2]
-
-
-@each_model
+@each_mixture
 def test_stacked_experts_are_read_as_those_one_by_one_are(name, tmp_path):
     theirs(name).save_pretrained(tmp_path, save_original_format=False)
     stored = stored_tensors(tmp_path)
@@ -264,37 +195,6 @@ def test_shards_of_experts_are_read_whichever_file_they_are_in(tmp_path):
     theirs("qwen3-moe").save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     assert equal_states(read(tmp_path), read(saved("qwen3-moe")))
-
-
-# ---- models of our own ----
-
-OURS = {
-    "demo-moe": (preset("demo-moe", 258, n_layers=2), "glm4_moe"),
-    "latents without experts": (ModelConfig(258, n_layers=1, n_kv_heads=4, head_dim=24, latent=dict(
-        kv_rank=20, rope_dim=8, value_dim=6)), "deepseek_v2"),
-    "latents and 2 shared experts": (ModelConfig(258, n_layers=2, n_kv_heads=4, head_dim=24, latent=dict(
-        kv_rank=20, q_rank=16, rope_dim=8, value_dim=6), moe=ROUTING["deepseek-v3"] | dict(
-            n_experts=8, experts_per_token=2, d_expert=16, d_shared=32, dense_layers=(0,), n_groups=2,
-            groups_per_token=1)), "deepseek_v3"),
-    "experts in every other layer": (ModelConfig(258, n_layers=4, qk_norm=True, moe=dict(
-        n_experts=4, experts_per_token=2, d_expert=16, dense_layers=(0, 2))), "qwen3_moe"),
-}
-
-
-@pytest.mark.parametrize("config, kind", OURS.values(), ids=OURS)
-def test_models_of_our_own_are_written_as_the_family_that_computes_the_same(config, kind, tmp_path):
-    assert family_of(config) == kind
-    model = Transformer(config).init_weights(0)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name.endswith(("norm", "balance_bias")):
-                tensor += 0.3 * torch.randn(tensor.shape)
-    write_model(tmp_path / "out", model, Tokenizer.bytes())
-    tokens = torch.randint(258, (40,))
-    ours = model.logits(model.hidden_states(pack([tokens.tolist()])))
-    with torch.no_grad():
-        found = loaded(tmp_path / "out")(tokens[None]).logits[0]
-    assert (ours - found).abs().max() < 1e-4
 
 
 def test_experts_that_no_family_has_are_refused_and_nothing_is_written(tmp_path):
