@@ -146,8 +146,8 @@ def test_another_model_than_ours_is_noticed():
     class Sharper(Transformer):
         """The same weights, but another function of them."""
 
-        def hidden_states(self, packed):
-            return 1.1 * super().hidden_states(packed)
+        def hidden_states(self, packed, routing=None):
+            return 1.1 * super().hidden_states(packed, routing)
 
     assert vs_trl.qwen2_of(Transformer(TINY).init_weights(0)).config.hidden_size == 32
     with pytest.raises(RuntimeError, match="differ by .* in log-prob"):
