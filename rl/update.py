@@ -182,7 +182,8 @@ class UpdateLog:
     n_routed: np.ndarray = field(default_factory=lambda: np.zeros(2))
     """Routers of all tokens, and tokens, whose routes were replayed."""
     n_flipped: np.ndarray = field(default_factory=lambda: np.zeros(2))
-    """Those of them that would have chosen other experts, one at least."""
+    """Those of them that would have chosen other experts, one at least. In later updates that is
+    also because the weights have moved."""
     unread: list = field(default_factory=list)
 
     def add(self, batch: MicroBatch, metrics: torch.Tensor, entropy, gap, is_cut, flipped) -> None:

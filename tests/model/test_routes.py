@@ -24,7 +24,8 @@ from r1zero.model.routes import (
 from .model_cases import CONFIGS, SHAPE, scattered, sequences
 from .moe_cases import softmax
 
-MIXTURES = [name for name, config in CONFIGS.items() if config.moe is not None]
+MIXTURES = {name: config for name, config in CONFIGS.items() if config.moe is not None}
+MIXTURES["norms behind"] = dataclasses.replace(CONFIGS["mixtral"], post_norm=True)
 each_mixture = pytest.mark.parametrize("name", MIXTURES)
 
 
@@ -45,7 +46,7 @@ def recorded(model, packed, replayed=None):
 @each_mixture
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_replay_of_the_own_choice_changes_no_bit(name, dtype):
-    model = scattered(CONFIGS[name], dtype=torch.float32)
+    model = scattered(MIXTURES[name], dtype=torch.float32)
     model.compute_dtype = dtype
     packed = pack(sequences(9, 5))
     expected, routes = recorded(model, packed)
@@ -57,7 +58,7 @@ def test_a_replay_of_the_own_choice_changes_no_bit(name, dtype):
 
 @each_mixture
 def test_a_replay_of_another_choice_is_taken_and_where_it_differs_is_known(name):
-    model = scattered(CONFIGS[name])
+    model = scattered(MIXTURES[name])
     packed = pack(sequences(9, 5))
     hidden, own = recorded(model, packed)
     others = random_routes(14, model.config)
@@ -115,7 +116,7 @@ def loss_of(model, packed, routing):
 @each_mixture
 def test_the_routers_gradient_under_a_replay_is_that_of_finite_differences(name):
     torch.manual_seed(0)
-    model = scattered(CONFIGS[name])
+    model = scattered(MIXTURES[name])
     packed = pack(sequences(6, 4))
     others = random_routes(10, model.config)
     loss_of(model, packed, Routing(others)).backward()
