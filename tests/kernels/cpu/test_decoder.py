@@ -136,8 +136,8 @@ class OtherBlock(Block):
 
 
 class OtherModel(Watched):
-    def forward(self, tokens, positions, kv):
-        return super().forward(tokens, positions, kv) / 2
+    def forward(self, tokens, positions, kv, routing=None):
+        return super().forward(tokens, positions, kv, routing) / 2
 
 
 def test_a_forward_of_its_own_goes_by_pages():
