@@ -14,21 +14,19 @@ tensor is copied to its place a piece at a time: there is no second copy of the 
 Left out: quantised weights other than fp8 with scales per block, pickled weights (.bin), downloads.
 """
 
-import shutil
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from .config import ModelConfig
 from .config_experts import has_pairs_side_by_side, is_latent
 from .config_json import config_of, content_of, family_named, family_of
 from .config_keys import Complaints, is_count
 from .families import FAMILIES
-from .files import UNFINISHED, atomic_write_json, atomic_write_text, flush
+from .files import atomic_write_json, atomic_write_text, new_folder
 from .precision import Precision, choose_precision
 from .tokenizer import Tokenizer
 from .tokens.json_file import is_like_qwen2, read_tokenizer, write_tokenizer
@@ -281,30 +279,14 @@ def write_model(
     """
     folder = Path(folder)
     check_free(folder)
-    unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
     config = config_to_write(model.config, tokenizer)
     tensors, kept_fp32 = tensors_to_write(model, config)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
+    with new_folder(folder) as unfinished:
         write_config(unfinished, config, tokenizer, dtype)
         write_tokenizer(unfinished, tokenizer)
         write_tensors(unfinished, tensors, dtype, kept_fp32=kept_fp32)
         if card:
             atomic_write_text(unfinished / "README.md", card)
-        make_readable(unfinished)
-        if folder.exists():
-            folder.rmdir()
-        unfinished.rename(folder)
-        flush(folder.parent)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(
-            f"{folder} cannot be written: {reason}; make room, or give another folder"
-        ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def tensors_to_write(
@@ -342,14 +324,3 @@ def check_free(folder: Path) -> None:
         return
     if folder.exists() or folder.is_symlink():
         raise ValueError(f"{folder} is there already; give the name of a folder to make")
-
-
-def make_readable(folder: Path) -> None:
-    """Give all files the mode that the umask says (save_file lets only the owner read), and flush
-    them."""
-    mode = (folder / CONFIG).stat().st_mode & 0o777
-    for path in folder.iterdir():
-        with suppress(OSError):  # some mounts know no modes: then all files have the same
-            path.chmod(mode)
-        flush(path)
-    flush(folder)

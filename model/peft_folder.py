@@ -18,13 +18,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from .config_experts import is_latent
 from .config_json import family_of
 from .families import FAMILIES
 from .files import atomic_write_json, new_folder
-from .huggingface import Part, check_free, parts_of
+from .huggingface import check_free
 from .lora import LoRAConfig, adapters_of
 from .transformer import Transformer
 from .weight_files import named, opened, read_json
+from .weight_map import Part, names_of, parts_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -54,9 +56,10 @@ def is_peft(folder: str | Path) -> bool:
 
 def matrices_of(model: Transformer) -> dict[str, list[Part]]:
     """{our parameter: the matrices of a Hugging Face model that lie in it}, weights only."""
-    names = FAMILIES[family_of(model.config)].names
+    family = FAMILIES[family_of(model.config)]
     with torch.device("meta"):
-        parts = parts_of(Transformer(model.config), names)
+        plain = Transformer(model.config)
+    parts = parts_of(plain, names_of(family, model.config), is_latent(family))
     matrices: dict[str, list[Part]] = {}
     for part in parts:
         if len(part.shape) == 2 and part.parameter != "embed":
@@ -92,8 +95,11 @@ def write_adapters(
             continue
         for part, A in zip(parts, module.lora_A, strict=True):
             tensors[key_of(part, "A")] = A
-            tensors[key_of(part, "B")] = module.lora_B[part.rows]
-            targets.add(part.name.removesuffix(".weight").rpartition(".")[2])
+            B = module.lora_B[part.index]
+            tensors[key_of(part, "B")] = B if part.order is None else B[part.order]
+            name = part.name.removesuffix(".weight")
+            # Of a mixture, whole names: peft would take gate_proj alone for the experts', too.
+            targets.add(name if model.config.moe else name.rpartition(".")[2])
     # 2. What they are multiplied by, and what they are for.
     config = {
         "peft_type": "LORA",
@@ -184,7 +190,9 @@ def merge_folder(folder: str | Path, model: Transformer) -> None:
     parameters = dict(model.named_parameters())
     for parameter, part, A, B in places:
         update = tensors[B].float() @ tensors[A].float()
-        parameters[parameter][part.rows] += (scale * update).to(parameters[parameter])
+        if part.order is not None:
+            update = update[part.order.argsort()]
+        parameters[parameter][part.index] += (scale * update).to(parameters[parameter])
 
 
 def check_adapters(path: Path, tensors: dict, expected: dict[str, tuple[int, ...]]) -> None:

@@ -15,7 +15,7 @@ from r1zero.model.tokens.json_file import write_tokenizer
 
 from .huggingface_cases import CPU, logits_of, read, saved, sequences, transformers
 
-FAMILIES = ["llama", "qwen2", "qwen3", "olmo2"]
+FAMILIES = ["llama", "qwen2", "qwen3", "olmo2", "deepseek-v2-lite", "deepseek-v3", "qwen2-moe"]
 PREFIX = "base_model.model.model.layers."
 
 
