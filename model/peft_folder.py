@@ -87,6 +87,13 @@ def write_adapters(
     adapted = adapters_of(model)
     if not adapted:
         raise ValueError("the model has no adapters; export it whole (without --adapters)")
+    is_mixture = model.config.moe or model.config.latent  # DeepSeek's classes all count as one
+    if is_mixture and any(".mlp." in name for name in adapted):
+        raise ValueError(
+            "peft (0.21) takes adapters of a mixture's dense or shared MLPs for those of its "
+            "experts; export the whole model (without --adapters), or train with --lora.layers "
+            "attention"
+        )
     # 1. The adapters of each matrix, under its name in the family.
     tensors, targets = {}, set()
     for parameter, parts in matrices_of(model).items():
@@ -97,9 +104,7 @@ def write_adapters(
             tensors[key_of(part, "A")] = A
             B = module.lora_B[part.index]
             tensors[key_of(part, "B")] = B if part.order is None else B[part.order]
-            name = part.name.removesuffix(".weight")
-            # Of a mixture, whole names: peft would take gate_proj alone for the experts', too.
-            targets.add(name if model.config.moe else name.rpartition(".")[2])
+            targets.add(part.name.removesuffix(".weight").rpartition(".")[2])
     # 2. What they are multiplied by, and what they are for.
     config = {
         "peft_type": "LORA",

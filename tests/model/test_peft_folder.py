@@ -15,7 +15,9 @@ from r1zero.model.tokens.json_file import write_tokenizer
 
 from .huggingface_cases import CPU, logits_of, read, saved, sequences, transformers
 
-FAMILIES = ["llama", "qwen2", "qwen3", "olmo2", "deepseek-v2-lite", "deepseek-v3", "qwen2-moe"]
+FAMILIES = ["llama", "qwen2", "qwen3", "olmo2"]
+MIXTURES = ["deepseek-v3", "qwen2-moe", "v2 lite"]
+SOME = LoRAConfig(2, 4.0, "attention", rslora=True)
 PREFIX = "base_model.model.model.layers."
 
 
@@ -36,9 +38,8 @@ def logits_of_peft(base: str, folder) -> torch.Tensor:
         return torch.cat([model(tokens[None]).logits[0] for tokens in sequences()])
 
 
-@pytest.mark.parametrize("lora", [LoRAConfig(3, 5.0), LoRAConfig(2, 4.0, "attention", rslora=True)],
-                         ids=["all", "attention, rslora"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name, lora", [*((name, LoRAConfig(3, 5.0)) for name in FAMILIES),
+                                        *((name, SOME) for name in ("llama", *MIXTURES))])
 def test_peft_computes_the_same_with_our_adapters_and_we_with_its(name, lora, tmp_path):
     model = stirred(name, lora)
     ours = logits_of(merged_copy(model))
@@ -168,4 +169,12 @@ def test_a_base_that_is_not_here_is_told_in_one_line(folder, name, told):
 def test_a_model_without_adapters_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="the model has no adapters; export it whole"):
         write_adapters(tmp_path / "out", read(saved("llama")), LoRAConfig(1), "base")
+    assert not list(tmp_path.iterdir())
+
+
+def test_adapters_that_peft_would_put_elsewhere_are_not_written(tmp_path):
+    """Of a mixture, peft takes those of a shared or dense MLP for the experts'."""
+    lora = LoRAConfig(2)
+    with pytest.raises(ValueError, match="adapters of a mixture's .* with --lora.layers attention"):
+        write_adapters(tmp_path / "out", stirred("deepseek-v3", lora), lora, "base")
     assert not list(tmp_path.iterdir())
