@@ -15,6 +15,7 @@ logits of `generate` with filters, which sort.
 """
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 
@@ -116,12 +117,18 @@ def usable(total: float) -> float:
 
 
 def model_without_memory(setup: Setup) -> Transformer:
-    """The policy on the meta device: all shapes and dtypes, no numbers."""
+    """The policy on the meta device: all shapes and dtypes, no numbers. It is not to be changed:
+    plans of one shape share it."""
+    return _built(setup.model, setup.dtype, setup.fp32_head, setup.lora, setup.recompute)
+
+
+@lru_cache(maxsize=8)
+def _built(config, dtype, fp32_head, lora, recompute) -> Transformer:
     with torch.device("meta"):
-        model = Transformer(setup.model, setup.dtype, setup.fp32_head)
-    if setup.lora.rank:
-        cast_frozen(add_adapters(model, setup.lora, seed=0))
-    model.recomputes = setup.recompute
+        model = Transformer(config, dtype, fp32_head)
+    if lora.rank:
+        cast_frozen(add_adapters(model, lora, seed=0))
+    model.recomputes = recompute
     return model
 
 
@@ -148,9 +155,12 @@ def reference_bytes(setup: Setup, model: Transformer) -> int:
         return 0
     if setup.lora.rank:  # the adapters as they were
         return sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    frozen = model_without_memory(setup).requires_grad_(False)
-    cast_frozen(frozen)
-    return bytes_of(frozen)
+    # without fp32 masters, as `cast_frozen` leaves it
+    kept = {id(p) for p in model.read_in_fp32()}
+    return sum(
+        p.nbytes if p.ndim < 2 or id(p) in kept else p.numel() * setup.dtype.itemsize
+        for p in model.parameters()
+    )
 
 
 def predict(setup: Setup, budget: float | None = None) -> Prediction:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ..model.config import ModelConfig, preset
 from ..model.lora import LoRAConfig
 from ..model.memory import Prediction, Setup, model_without_memory, predict, smallest_card, usable
 
@@ -93,6 +94,49 @@ class Choice:
         if setup.reference == "cpu":
             flags.append("--ref-offload")
         return " ".join(flags)
+
+
+# ---- the models of the recipes ----
+
+QWEN25 = dict(rope_theta=1e6, qkv_bias=True, max_seq_len=32_768)
+SHAPES = {
+    "SmolLM2-360M": ModelConfig(
+        vocab_size=49_152,
+        n_layers=32,
+        d_model=960,
+        n_heads=15,
+        n_kv_heads=5,
+        head_dim=64,
+        d_ff=2560,
+        max_seq_len=8192,
+    ),
+    "Qwen2.5-0.5B": preset("qwen2.5-0.5b", 151_936),
+    "Qwen3-0.6B": preset("qwen3-0.6b", 151_936),
+    "OLMo-2-1B": ModelConfig(
+        vocab_size=100_352,
+        n_layers=16,
+        d_model=2048,
+        n_heads=16,
+        n_kv_heads=16,
+        head_dim=128,
+        d_ff=8192,
+        post_norm=True,
+        qk_norm_full_width=True,
+        tie_embeddings=False,
+        max_seq_len=4096,
+    ),
+    "Qwen2.5-1.5B": preset("qwen2.5-1.5b", 151_936),
+    "Qwen2.5-3B": ModelConfig(
+        vocab_size=151_936,
+        n_layers=36,
+        d_model=2048,
+        n_heads=16,
+        n_kv_heads=2,
+        head_dim=128,
+        d_ff=11_008,
+        **QWEN25,
+    ),
+}
 
 
 # ---- what fits ----

@@ -1,5 +1,6 @@
 """Does it fit my card? Predicts memory by part, time and cost of a GRPO run, and chooses settings.
 
+    r1zero plan                                     the models of the recipes, by card
     r1zero plan --base models/Qwen2.5-0.5B --memory 24
     r1zero plan --model qwen2.5-1.5b --gpu rtx-4090 --price 0.4 --steps 500
     r1zero plan --run runs/rl                       what was predicted, beside what was measured
@@ -25,6 +26,7 @@ from ..planning import (
     CARDS,
     GIB,
     MEMORIES,
+    SHAPES,
     Card,
     Choice,
     Work,
@@ -79,11 +81,16 @@ class PlanConfig:
         at_least(self, 1, "steps", "prompts_per_step", "group_size", "prompt_tokens")
         at_least(self, 1, "max_new_tokens")
         at_least(self, 0, "price", "lora_rank")
-        given = [flag for flag in ("base", "model", "run") if getattr(self, flag)]
-        if len(given) != 1:
+        given = [f"--{name}" for name in ("base", "model", "run") if getattr(self, name)]
+        if len(given) > 1:
             raise ValueError(
-                f"give one of --base, --model and --run, not {len(given)}: the folder of a model, "
-                "the name of a preset, or the folder of a run to look back at"
+                f"{' and '.join(given)} were given; give one: the folder of a model, the name of a "
+                "preset, or the folder of a run to look back at"
+            )
+        if not given and (self.memory or self.gpu):
+            raise ValueError(
+                "--memory and --gpu need a model; give --base DIR or --model NAME. Without a flag "
+                "the plan is a table of the recipes' models"
             )
         if self.gpu and self.gpu not in CARDS:
             raise ValueError(f"--gpu is {self.gpu!r}, expected one of {', '.join(CARDS)}")
@@ -130,6 +137,9 @@ def plan(config: PlanConfig) -> None:
     """Print the plan. Raises ValueError where nothing would fit."""
     if config.run:
         show("\n".join(look_back(Path(config.run))))
+        return
+    if not (config.base or config.model):
+        show("\n".join(table_of_recipes(config)))
         return
     shape = shape_of(config)
     setup = setup_of(config, shape)
@@ -196,6 +206,18 @@ def table_of(setup: Setup) -> list[str]:
             f"| {memory} GiB | {setting_in_words(choice.setup)} | {choice.setup.micro_tokens:,} "
             f"tokens | {choice.rows} | {gib(predicted.peak)} GiB |"
         )
+    return lines
+
+
+def table_of_recipes(config: PlanConfig) -> list[str]:
+    """What of each recipe's model fits which card: a row per model, as Markdown."""
+    head = ["model", "parameters", *(f"{memory} GiB" for memory in MEMORIES)]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for name, shape in SHAPES.items():
+        setup = setup_of(config, shape)
+        choices = [choose(setup, memory * GIB) for memory in MEMORIES]
+        cells = ["–" if choice is None else setting_in_words(choice.setup) for choice in choices]
+        lines.append(f"| {name} | {count_parameters(shape) / 1e9:.2f} B | {' | '.join(cells)} |")
     return lines
 
 

@@ -1,5 +1,6 @@
 """`r1zero plan`: what fits a card, what would make it fit, and what a run took."""
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ from r1zero.model.checkpoint import load_model
 from r1zero.model.config import preset
 from r1zero.model.lora import LoRAConfig
 from r1zero.model.memory import Setup, predict, usable
+from r1zero.model.transformer import count_parameters
 from r1zero.train.cli.errors import BatchTooLargeError, explain
 from r1zero.train.cli.main import main
 from r1zero.train.grpo import grpo, make_learner
 from r1zero.train.memory_check import try_longest_batch
-from r1zero.train.planning import CARDS, Work, choose, seconds_per_step, smallest
+from r1zero.train.planning import CARDS, SHAPES, Work, choose, seconds_per_step, smallest
 from r1zero.train.planning import GIB as G
 
 from ..loop_cases import grpo_config, save_base
@@ -92,8 +94,8 @@ def test_a_table_for_all_cards_and_a_plan_for_one(capsys):
     (["--model", "qwen2.5-1.5b", "--memory", "-3"], "--memory is -3 GiB, expected 1 or more"),
     (["--model", "qwen9"], "unknown model preset 'qwen9'"),
     (["--gpu", "tpu", "--model", "demo"], "--gpu is 'tpu', expected one of rtx-3060"),
-    (["--memory", "8"], "give one of --base, --model and --run, not 0"),
-    (["--base", "a", "--model", "demo"], "give one of --base, --model and --run, not 2"),
+    (["--memory", "8"], "need a model; give --base DIR or --model NAME"),
+    (["--base", "a", "--model", "demo"], "--base and --model were given; give one"),
     (["--model", "demo", "--memory", "8"], "1280 tokens, and the model has room for 256"),
     (["--base", "."], "is not the folder of a run"),
 ])
@@ -101,6 +103,16 @@ def test_what_cannot_be_planned_is_told_in_one_line(capsys, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     code, out, error = printed(capsys, *words)
     assert code == 2 and told in error and len(error.splitlines()) == 1 and "|" not in out
+
+
+def test_the_table_of_the_recipes_models_is_that_of_the_readme(capsys):
+    """Their sizes are the published ones."""
+    assert {name: count_parameters(shape) for name, shape in SHAPES.items()} == {
+        "SmolLM2-360M": 361_821_120, "Qwen2.5-0.5B": 494_032_768, "Qwen3-0.6B": 596_049_920,
+        "OLMo-2-1B": 1_484_916_736, "Qwen2.5-1.5B": 1_543_714_304, "Qwen2.5-3B": 3_085_938_688}
+    code, out, _ = printed(capsys)
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    assert code == 0 and out in readme and len(out.splitlines()) == 2 + len(SHAPES)
 
 
 # ---- a run beside its prediction ----
