@@ -52,6 +52,8 @@ if dispatch.HAS_TRITON:
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
+MOE_TESTED = {(8, 128, 96), (1, 256, 128), (8, 256, 128), (4, 100, 36), (3, 48, 32), (1, 128, 96),
+              (8, 2048, 768), (4, 256, 128), (8, 2048, 128)}  # experts per token, d_model, width
 # what is compiled for each chip, unless flags say otherwise
 DTYPES_BY_ARCH = {80: list(DTYPES), 90: list(DTYPES)} | dict.fromkeys((86, 89, 100, 120), ["bf16"])
 INSTRUCTIONS = {"mma": "HMMA", "wgmma": "HGMMA", "tcgen05": "UTC"}  # the last UTCHMMA, UTCQMMA, ...
@@ -251,6 +253,27 @@ def logprob_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
                                lambda T, a=(9001, M, DTYPES[name], DTYPES[weight], softcap): launch(T, *a))
 
 
+def moe_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
+    from r1zero.kernels import moe_triton
+
+    def launch(T, E, K, M, F, dtype, weight_dtype):
+        x, gates = empty(T, M, dtype=dtype), empty(T, K, dtype=torch.float32)
+        weights = empty(E, 2 * F, M, dtype=weight_dtype), empty(E, M, F, dtype=weight_dtype)
+        order, place = empty(T * K, dtype=torch.int64), empty(T, K, dtype=torch.int64)
+        inputs = x, gates, *weights, order, place, empty(E, dtype=torch.int32)
+        moe_triton.moe_bwd(moe_triton.moe_fwd(*inputs), *inputs, True, True)
+
+    in_models = {(model.moe.experts_per_token, model.d_model, model.moe.d_expert)
+                 for model in models() if model.moe}
+    measured = {tuple(case.shape[letter] for letter in "KMF")
+                for case in (*OPS["moe"].full_size, *OPS["moe"].smoke)}
+    for name in dtypes:
+        for K, M, F in sorted(MOE_TESTED | in_models | measured):
+            for weight in mixed(name):
+                yield Case("moe", f"{name} K={K} M={M} F={F} weight {weight}",
+                           lambda T, a=(64, K, M, F, DTYPES[name], DTYPES[weight]): launch(T, *a))
+
+
 def grpo_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
     from r1zero.kernels import grpo
 
@@ -273,7 +296,8 @@ def grpo_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
 
 
 CASES = {"rmsnorm": rmsnorm_cases, "rope": rope_cases, "swiglu": swiglu_cases, "attention": attention_cases,
-         "decode_attention": decode_attention_cases, "linear_logprob": logprob_cases, "grpo": grpo_cases}
+         "decode_attention": decode_attention_cases, "linear_logprob": logprob_cases, "moe": moe_cases,
+         "grpo": grpo_cases}
 
 
 # ---- what Triton would compile for them ----

@@ -4,7 +4,7 @@ A peer that cannot be had is its reason, a string. Peers take our inputs and giv
 another layout, they look at the same memory through a view, so that no side pays for a copy.
 
 Shapes: B sequences, S their length, T = B S tokens, H query heads, G kv heads, D head_dim, M d_model, F d_ff,
-V vocabulary, L share of the tokens that teach something, in percent.
+V vocabulary, L share of the tokens that teach something, in percent, E experts, K experts per token.
 """
 import importlib
 import math
@@ -20,10 +20,11 @@ from r1zero.kernels.attention import attention
 from r1zero.kernels.grpo import policy_loss
 from r1zero.kernels.linear_logprob import linear_logprob
 from r1zero.kernels.mlp import swiglu
+from r1zero.kernels.moe import group_by_expert, moe_mlp
 from r1zero.kernels.rmsnorm import rmsnorm
 from r1zero.kernels.rope import rope, rope_table
 
-SHAPE = ("B", "S", "H", "G", "D", "T", "M", "F", "V", "L")
+SHAPE = ("B", "S", "H", "G", "D", "T", "M", "F", "V", "L", "E", "K")
 MODES = ("forward", "backward", "full")
 LARGEST_SCORES = 2 << 30  # bytes in 16 bit; the plain formula holds a handful of such tensors
 EPS = 1e-6
@@ -291,6 +292,77 @@ def logprob_cost(case: Case, mode: str) -> tuple[float, float]:
     return (2 if mode == "forward" else 6) * n * M * V, 2 * (n * M + V * M) * (1 if mode == "forward" else 2)
 
 
+# ---- a mixture of experts ----
+
+def moe_inputs(case: Case, new: Callable) -> list[torch.Tensor]:
+    T, E, K, M, F = (case.shape[letter] for letter in "TEKMF")
+
+    def scaled(x, factor):
+        return (x.detach() * factor).requires_grad_()
+
+    gates = scaled(new(T, K).detach().float(), 1 / K)
+    return [new(T, M), gates, scaled(new(E, 2 * F, M), M**-0.5), scaled(new(E, M, F), F**-0.5)]
+
+
+def routes(case: Case, device: torch.device) -> torch.Tensor:
+    """[T, K]: every K experts are as likely as any others, so the load differs by chance alone."""
+    T, E, K = (case.shape[letter] for letter in "TEK")
+    scores = torch.rand(T, E, generator=torch.Generator().manual_seed(0))
+    return scores.topk(K).indices.to(device)
+
+
+def ours_moe(case: Case, device: torch.device, impl: str | None) -> Callable:
+    experts = routes(case, device)
+    if impl == "reference":  # that one goes token by token
+        impl = "loop"
+    return lambda x, gates, gate_up, down: moe_mlp(x, gates, experts, gate_up, down, impl=impl)
+
+
+def moe_peers(case: Case, device: torch.device) -> Peers:
+    experts, K = routes(case, device), case.shape["K"]
+
+    def formula(x, gates, gate_up, down):  # with atomics in the last step
+        order, _, ends = group_by_expert(experts, len(gate_up))
+        tokens = order // K
+        gate, up = F.grouped_mm(x[tokens], gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
+        rows = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
+        weighted = gates.flatten()[order, None] * rows
+        return torch.zeros_like(x, dtype=weighted.dtype).index_add(0, tokens, weighted).to(x.dtype)
+
+    peers = with_compiled({"eager": formula}, case, device)
+    peers |= {name: ours_moe(case, device, name) for name in ("grouped", "loop")}
+    peers["Liger"] = library("liger_kernel.ops.fused_moe", "LigerFusedMoEFunction", "liger-kernel")
+    if not isinstance(peers["Liger"], str):
+        liger = peers["Liger"]
+        peers["Liger"] = lambda x, gates, *weights: liger.apply(x, *weights, experts.int(), gates)
+    peers["ScatterMoE"] = library("scattermoe.parallel_experts", "parallel_linear", "scattermoe")
+    if not isinstance(peers["ScatterMoE"], str):
+        peers["ScatterMoE"] = scattered(experts, peers["ScatterMoE"])
+    return peers
+
+
+def scattered(experts: torch.Tensor, linear: Callable) -> Callable:
+    """ScatterMoE's own GLUMLP, as a function of its weights."""
+    def peer(x, gates, gate_up, down):
+        by_expert, order = experts.flatten().sort()
+        groups = by_expert, order, torch.bincount(by_expert, minlength=len(down)).cumsum(-1)
+        first, second = gate_up.transpose(1, 2), down.transpose(1, 2)
+        gate, up = linear(x, first, experts.shape[1], *groups, grouped_out=True).chunk(2, -1)
+        return linear(F.silu(gate) * up, second, 1, *groups, gates=gates.to(x.dtype), grouped_in=True)
+
+    return peer
+
+
+def moe_cost(case: Case, mode: str) -> tuple[float, float]:
+    """Forward reads x, the gates and the weights, writes y; backward reads these and dy, writes gradients."""
+    T, E, K, M, F = (case.shape[letter] for letter in "TEKMF")
+    flops = 6 * T * K * M * F
+    weights, tokens, gates = 2 * 3 * min(E, T * K) * M * F, 2 * T * M, 4 * T * K
+    if mode == "forward":
+        return flops, weights + 2 * tokens + gates
+    return 2 * flops, 2 * weights + 3 * tokens + 2 * gates
+
+
 # ---- the GRPO loss from log-probs ----
 
 def grpo_inputs(case: Case, new: Callable) -> list[torch.Tensor]:
@@ -349,6 +421,10 @@ def logprob_case(T: int, M: int, L: int = 100, V: int = 151_936, compiled: bool 
     return Case("linear_logprob", {"T": T, "M": M, "V": V, "L": L}, compiled)
 
 
+def moe_case(T: int, E: int, K: int, M: int, F: int, compiled: bool = False) -> Case:
+    return Case("moe", {"T": T, "E": E, "K": K, "M": M, "F": F}, compiled)
+
+
 TOKENS = 16384
 ATTENTION = (
     attention_case(4, 4096, 16, 16, 128, True), attention_case(4, 4096, 32, 32, 64, True),
@@ -370,6 +446,9 @@ OPS = {
                           logprob_case(8192, 4096, 10), logprob_case(8192, 2048), logprob_case(8192, 1024),
                           logprob_case(4096, 2048), logprob_case(16384, 2048), logprob_case(32768, 2048)),
                          (logprob_case(12, 16, V=50), logprob_case(12, 16, 50, V=50))),
+    "moe": Op(moe_inputs, ours_moe, moe_peers, moe_cost, "T",
+              (moe_case(32768, 128, 8, 2048, 768, True), moe_case(4096, 128, 8, 2048, 768)),
+              (moe_case(8, 4, 2, 16, 8), moe_case(16, 4, 2, 16, 8))),
     "grpo": Op(grpo_inputs, ours_grpo, grpo_peers, grpo_cost, "T",
                tuple(Case("grpo", {"T": T, "S": 512}) for T in (4096, 16384, 65536)),
                (Case("grpo", {"T": 8, "S": 4}), Case("grpo", {"T": 16, "S": 4}))),

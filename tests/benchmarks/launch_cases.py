@@ -152,8 +152,7 @@ def one_step(config: ModelConfig):
 
 def presets() -> Iterator[tuple[str, Callable]]:
     for name in PRESETS:
-        # Experts have no kernels of their own yet, and their loop reads counts, which meta has not.
-        config = preset(name, 1000, n_layers=1, moe=None)
+        config = preset(name, 1000, n_layers=1)
         yield name, lambda config=config: one_step(config)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ablation, common, generation, linear_logprob, memory, training, vs_trl
+from benchmarks import ablation, common, generation, linear_logprob, memory, moe, training, vs_trl
 from r1zero.eval.response import Sample
 from r1zero.kernels import reference
 from r1zero.model.config import ModelConfig, preset
@@ -231,6 +231,17 @@ def test_linear_logprob_at_toy_size(tmp_path, capsys, monkeypatch):
     assert logits < record["bytes"]["materialised"][1] < 4 * logits
     h, w, targets = linear_logprob.inputs(64, flags)
     torch.testing.assert_close(*(side(h, w, targets) for side in linear_logprob.SIDES.values()))
+
+
+def test_a_mixture_at_toy_size(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(moe, "reuse_memory", lambda: None)  # it would act on all tests
+    record = moe.main(["--seconds", "0.01", "--cases", "decoding", "--out", str(tmp_path / "moe.json")])
+    assert last_line(capsys) == record and len(record["cases"]) == 2
+    for modes in record["cases"].values():
+        assert set(modes) == {"forward", "full"}
+        for sides in modes.values():
+            assert set(sides) == {"grouped", "loop", "ratio"}
+            assert all(0 < x["p20"] <= x["median"] <= x["p80"] for x in sides.values())
 
 
 def test_the_ablation_at_toy_size(tmp_path, capsys, monkeypatch):
