@@ -30,7 +30,7 @@ CASES = {
 
 
 def measure(case, seconds: float) -> dict[str, dict]:
-    """For each mode the milliseconds of both sides, and the loop's over the grouped products', turn by turn."""
+    """For each mode the milliseconds of both sides, and those of the loop over those of the other."""
     torch.manual_seed(0)
     device = torch.device("cpu")
     inputs = moe_inputs(case, lambda *shape: torch.randn(shape, requires_grad=True))

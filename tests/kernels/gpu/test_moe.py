@@ -1,6 +1,6 @@
-"""The mixture of experts on a CUDA device, at real sizes: the kernels against the loop over experts in fp64.
+"""Mixtures of experts on a CUDA device, at real sizes: the kernels against each expert on all tokens in fp64.
 
-The rule is FlashAttention's: at most twice the error that the loop makes in the same dtype."""
+The rule is FlashAttention's: at most twice the error that plain PyTorch makes in the same dtype."""
 import pytest
 import torch
 
@@ -18,7 +18,8 @@ def check(arguments):
     dy = torch.randn(x.shape, device="cuda").to(x.dtype)
     got, again = (results(arguments, "triton", dy) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "two runs differ"
-    truth, plain = exact(arguments, dy), results(arguments, "loop", dy)
+    rounded = [*arguments[:3], *(w.to(x.dtype) for w in arguments[3:])]
+    truth, plain = exact(arguments, dy), results(rounded, "naive", dy)
     assert got[3].dtype == gate_up.dtype
     for name, g, t, p in zip(("y", "dx", "dgates", "dgate_up", "ddown"), got, truth, plain, strict=True):
         error = (g.double() - t).abs().max().item()
@@ -59,7 +60,7 @@ def test_a_mixture_reads_offsets_beyond_32_bits():
     many = [torch.cat([a.new_zeros(T - 64, a.shape[1]), a]) for a in (x, gates)]
     choice = torch.cat([torch.arange(K, device="cuda").expand(T - 64, K), experts])
     y = moe_mlp(*many, choice, *weights, impl="triton")
-    assert torch.equal(y[-64:], small) and not y[:-64].any()
+    assert torch.equal(y[-64:], small) and bool((y[:-64] == 0).all())
 
 
 def test_a_graph_holds_forward_and_backward():

@@ -1,4 +1,4 @@
-"""The mixture of experts as Triton kernels against the loop over experts in fp64: values and every gradient."""
+"""Mixtures of experts as Triton kernels against each expert on all tokens in fp64: values, gradients."""
 import pytest
 import torch
 
@@ -30,9 +30,9 @@ def check(arguments, dy):
     (1, 1, 1, 16, 16, "random", torch.float16), (1, 8, 8, 20, 36, "random", torch.float32),
     (7, 5, 2, 48, 33, "random", torch.float16), (50, 7, 7, 33, 16, "random", torch.float32),
     (150, 5, 1, 80, 48, "one", torch.float32), (150, 4, 3, 64, 80, "one", torch.float16),
-    (40, 64, 3, 48, 32, "few", torch.float16), (130, 3, 2, 256, 128, "random", torch.float16),
+    (30, 12, 3, 48, 32, "few", torch.float16), (130, 3, 2, 256, 128, "random", torch.float16),
     (70, 2, 1, 64, 64, "random", torch.float32)])
-def test_values_and_gradients_are_those_of_the_loop(T, E, K, M, F, choose, dtype):
+def test_values_and_gradients_are_those_of_each_expert_on_all_tokens(T, E, K, M, F, choose, dtype):
     arguments = case(T, E, K, M, F, dtype, choose)
     *_, dgate_up, ddown = check(arguments, torch.randn(T, M))
     unused = torch.ones(E, dtype=torch.bool)
@@ -46,8 +46,8 @@ def test_two_tokens_among_256_experts():
     x, gates = leaves = [a.requires_grad_() for a in arguments[:2]]
     y = moe_mlp(*leaves, *arguments[2:], impl="triton")
     y.backward(dy)
-    for x, right in zip((y, x.grad, gates.grad), expected, strict=True):
-        torch.testing.assert_close(x.double(), right, rtol=1e-5, atol=1e-5)
+    for got, right in zip((y, x.grad, gates.grad), expected, strict=True):
+        torch.testing.assert_close(got.double(), right, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_of_many_blocks_of_columns(monkeypatch):
@@ -143,12 +143,12 @@ def test_every_config_that_can_be_chosen(arch, monkeypatch):
 
 
 def test_the_ops_keep_torchs_rules_and_compile_as_one_graph():
-    x, gates, experts, gate_up, down = case(10, 4, 2, 32, 16, torch.float32)
+    x, gates, experts, gate_up, down = case(5, 2, 1, 32, 16, torch.float32)
     leaves = [a.requires_grad_() for a in (x, gates, gate_up, down)]
-    groups = group_by_expert(experts, 4)
+    groups = group_by_expert(experts, 2)
     torch.library.opcheck(moe_fwd_op, (*leaves, *groups))
-    dy, inputs = torch.randn(10, 32), [a.detach() for a in leaves]
-    for needs in ((True, True), (False, True), (True, False)):
+    dy, inputs = torch.randn(5, 32), [a.detach() for a in leaves]
+    for needs in ((True, False), (False, True)):
         torch.library.opcheck(moe_bwd_op, (dy, *inputs, *groups, *needs))
     compiled = torch.compile(lambda *a: moe_fwd_op(*a).sum(), backend="aot_eager", fullgraph=True)
     assert torch.equal(compiled(*leaves, *groups), moe_fwd_op(*leaves, *groups).sum())
