@@ -28,9 +28,11 @@ So nothing is added up by atomics, and every run gives the same bits. The price 
 computes the scores twice, 7 products where 5 would do. Forward keeps a running maximum m_i, a
 running sum l_i and an accumulator acc per query, as the papers do, in base 2.
 
+Tiles are as wide as the next power of two, BLOCK_D and BLOCK_E, with zeros behind D and E: keys of
+192 cost as much as keys of 256.
+
 Shapes: T tokens, H query heads, G kv heads, D head_dim (of queries and keys), E width of a value (D
-but for latent attention, where they are 192 and 128), N sequences. Tiles are as wide as the next
-power of two, BLOCK_D and BLOCK_E, with zeros behind D and E.
+but for latent attention, where they are 192 and 128), N sequences.
 """
 
 from typing import NamedTuple
