@@ -81,7 +81,7 @@ def attention_peers(case: Case, device: torch.device) -> Peers:
 
     def by_heads(function):  # [T, heads, D] -> [B, heads, S, D], and back
         def peer(*inputs):
-            q, k, v = (x.view(B, S, -1, D).transpose(1, 2) for x in inputs)
+            q, k, v = (x.unflatten(0, (B, S)).transpose(1, 2) for x in inputs)
             return function(q, k, v).transpose(1, 2).reshape(B * S, H, -1)
         return peer
 
@@ -115,7 +115,7 @@ def attention_peers(case: Case, device: torch.device) -> Peers:
     if not isinstance(peers["flash-attn"], str):
         flash = peers["flash-attn"]
         peers["flash-attn"] = lambda *inputs: flash(
-            *(x.view(B, S, -1, D) for x in inputs), causal=True).flatten(0, 1)
+            *(x.unflatten(0, (B, S)) for x in inputs), causal=True).flatten(0, 1)
     return peers
 
 

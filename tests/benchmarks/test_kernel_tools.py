@@ -39,6 +39,8 @@ def test_kernels_smoke_writes_csv_pictures_and_json(tmp_path, capsys):
     for op in OPS:
         found = {(row["provider"], row["mode"]) for row in measured if row["op"] == op}
         assert {(name, mode) for name in ("ours", "eager") for mode in kernels.MODES} <= found
+    unequal = [row["provider"] for row in measured if row["op"] == "attention" and row["D"] != row["E"]]
+    assert set(unequal) == {"ours", "eager", "SDPA math"} and len(unequal) == 9
     for row in measured:
         assert 0 < float(row["ms_p20"]) <= float(row["ms_median"]) <= float(row["ms_p80"])
         assert float(row["error"]) < 1e-5 and row["dtype"] == "float32" and row["torch"] == torch.__version__
