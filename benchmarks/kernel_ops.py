@@ -4,7 +4,8 @@ A peer that cannot be had is its reason, a string. Peers take our inputs and giv
 another layout, they look at the same memory through a view, so that no side pays for a copy.
 
 Shapes: B sequences, S their length, T = B S tokens, H query heads, G kv heads, D head_dim, M d_model, F d_ff,
-V vocabulary, L share of the tokens that teach something, in percent, E experts, K experts per token.
+V vocabulary, L share of the tokens that teach something, in percent, E experts (of attention: the width of a
+value), K experts per token.
 """
 import importlib
 import math
@@ -68,7 +69,7 @@ def with_compiled(peers: Peers, case: Case, device: torch.device) -> Peers:
 def attention_inputs(case: Case, new: Callable) -> list[torch.Tensor]:
     s = case.shape
     T = s["B"] * s["S"]
-    return [new(T, heads, s["D"]) for heads in (s["H"], s["G"], s["G"])]
+    return [new(T, s["H"], s["D"]), new(T, s["G"], s["D"]), new(T, s["G"], s["E"])]
 
 
 def ours_attention(case: Case, device: torch.device, impl: str | None) -> Callable:
@@ -82,8 +83,8 @@ def attention_peers(case: Case, device: torch.device) -> Peers:
 
     def by_heads(function):  # [T, heads, D] -> [B, heads, S, D], and back
         def peer(*inputs):
-            q, k, v = (x.view(B, S, -1, D).transpose(1, 2) for x in inputs)
-            return function(q, k, v).transpose(1, 2).reshape(B * S, H, D)
+            q, k, v = (x.unflatten(0, (B, S)).transpose(1, 2) for x in inputs)
+            return function(q, k, v).transpose(1, 2).reshape(B * S, H, -1)
         return peer
 
     def formula(q, k, v):
@@ -116,17 +117,20 @@ def attention_peers(case: Case, device: torch.device) -> Peers:
     if not isinstance(peers["flash-attn"], str):
         flash = peers["flash-attn"]
         peers["flash-attn"] = lambda *inputs: flash(
-            *(x.view(B, S, -1, D) for x in inputs), causal=True).flatten(0, 1)
+            *(x.unflatten(0, (B, S)) for x in inputs), causal=True).flatten(0, 1)
     return peers
 
 
 def attention_cost(case: Case, mode: str) -> tuple[float, float]:
-    """Forward reads q, k, v, writes o and the row sums; backward reads these and do, writes dq, dk, dv."""
-    B, S, H, G, D = (case.shape[letter] for letter in "BSHGD")
-    flops, row_sums = 2 * B * H * S**2 * D, 4 * B * S * H
+    """Forward reads q, k, v, writes o and the row sums; backward reads these and do, writes dq, dk, dv.
+
+    Of a pair of tokens q k^T takes D multiply-adds and p v takes E; backward three times D and twice E.
+    """
+    B, S, H, G, D, E = (case.shape[letter] for letter in "BSHGDE")
+    pairs, row_sums = B * H * S**2 / 2, 4 * B * S * H
     if mode == "forward":
-        return flops, 2 * B * S * D * (2 * H + 2 * G) + row_sums
-    return 2.5 * flops, 2 * B * S * D * (4 * H + 4 * G) + row_sums
+        return 2 * pairs * (D + E), 2 * B * S * (H + G) * (D + E) + row_sums
+    return 2 * pairs * (3 * D + 2 * E), 4 * B * S * (H + G) * (D + E) + row_sums
 
 
 # ---- RMSNorm ----
@@ -413,8 +417,8 @@ class Op:
     smoke: tuple[Case, ...]
 
 
-def attention_case(B: int, S: int, H: int, G: int, D: int, compiled: bool = False) -> Case:
-    return Case("attention", {"B": B, "S": S, "H": H, "G": G, "D": D}, compiled)
+def attention_case(B: int, S: int, H: int, G: int, D: int, compiled: bool = False, E: int = 0) -> Case:
+    return Case("attention", {"B": B, "S": S, "H": H, "G": G, "D": D, "E": E or D}, compiled)
 
 
 def logprob_case(T: int, M: int, L: int = 100, V: int = 151_936, compiled: bool = False) -> Case:
@@ -429,6 +433,7 @@ TOKENS = 16384
 ATTENTION = (
     attention_case(4, 4096, 16, 16, 128, True), attention_case(4, 4096, 32, 32, 64, True),
     attention_case(4, 4096, 16, 4, 128, True), attention_case(4, 4096, 8, 8, 256),
+    attention_case(4, 4096, 16, 16, 192, True, E=128),
     attention_case(1, TOKENS, 16, 16, 128, True),
     *(attention_case(TOKENS // S, S, H, H, D) for H, D in ((16, 128), (32, 64)) for S in (1024, 2048, 8192)),
     attention_case(1, TOKENS, 32, 32, 64))
@@ -440,7 +445,8 @@ def widths(op: str, letter: str, sizes: tuple[int, ...], tokens: int = TOKENS, *
 
 OPS = {
     "attention": Op(attention_inputs, ours_attention, attention_peers, attention_cost, "S", ATTENTION,
-                    (attention_case(2, 16, 4, 2, 8), attention_case(1, 32, 4, 2, 8))),
+                    (attention_case(2, 16, 4, 2, 8), attention_case(1, 32, 4, 2, 8),
+                     attention_case(2, 16, 2, 2, 12, E=8))),
     "linear_logprob": Op(logprob_inputs, ours_logprob, logprob_peers, logprob_cost, "T",
                          (logprob_case(8192, 4096, compiled=True), logprob_case(8192, 4096, 50),
                           logprob_case(8192, 4096, 10), logprob_case(8192, 2048), logprob_case(8192, 1024),

@@ -39,6 +39,8 @@ def test_kernels_smoke_writes_csv_pictures_and_json(tmp_path, capsys):
     for op in OPS:
         found = {(row["provider"], row["mode"]) for row in measured if row["op"] == op}
         assert {(name, mode) for name in ("ours", "eager") for mode in kernels.MODES} <= found
+    unequal = [row["provider"] for row in measured if row["op"] == "attention" and row["D"] != row["E"]]
+    assert set(unequal) == {"ours", "eager", "SDPA math"} and len(unequal) == 9
     for row in measured:
         assert 0 < float(row["ms_p20"]) <= float(row["ms_median"]) <= float(row["ms_p80"])
         assert float(row["error"]) < 1e-5 and row["dtype"] == "float32" and row["torch"] == torch.__version__
@@ -107,6 +109,11 @@ def test_least_costs_follow_the_roofline_table():
     assert flops == 4 * 2 * 8 * 1000**2 * 64 / 2
     assert moved == 2 * 2 * 1000 * 64 * (2 * 8 + 2 * 2) + 4 * 2 * 8 * 1000
     assert kernel_ops.attention_cost(attention, "backward") == (2.5 * flops, 2 * moved - 4 * 2 * 8 * 1000)
+    latent = attention_case(2, 1000, 8, 8, 192, E=128)  # q k^T and its two gradients are 192 wide, p v 128
+    pairs, tensors = 2 * 8 * 1000**2 / 2, 2 * 1000 * 8 * (192 + 192 + 128 + 128)
+    assert kernel_ops.attention_cost(latent, "forward") == (2 * pairs * 320, 2 * tensors + 4 * 2 * 8 * 1000)
+    assert kernel_ops.attention_cost(latent, "backward") == (2 * pairs * (3 * 192 + 2 * 128),
+                                                             4 * tensors + 4 * 2 * 8 * 1000)
     [norm], [residual] = (kernel_ops.widths(op, "M", (64,), 10) for op in ("rmsnorm", "rmsnorm_residual"))
     assert [kernel_ops.rmsnorm_cost(norm, mode)[1] for mode in kernels.MODES[:2]] == [4 * 640, 6 * 640]
     assert [kernel_ops.rmsnorm_cost(residual, mode)[1] for mode in kernels.MODES[:2]] == [8 * 640, 8 * 640]
