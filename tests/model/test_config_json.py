@@ -114,6 +114,17 @@ def test_published_mixtures_differ_as_they_should():
     assert qwen.moe == MoEConfig(128, 8, 768, **ROUTING["qwen3-moe"]) and qwen.window is None
 
 
+def test_what_other_readers_of_deepseek_look_for_is_written():
+    """vLLM makes a bias only for noaux_tc, and takes softmax where no scoring_func is named."""
+    v2, v3 = (content_of(kind, config_of(EXPERTS[name][2])) for kind, name in
+              (("deepseek_v2", "DeepSeek-V2-Lite"), ("deepseek_v3", "DeepSeek-V3")))
+    assert v3.items() >= dict(scoring_func="sigmoid", topk_method="noaux_tc", num_nextn_predict_layers=0,
+                              rope_interleave=True, moe_layer_freq=1).items()
+    assert v2.items() >= dict(scoring_func="softmax", topk_method="greedy", norm_topk_prob=False).items()
+    # It would be taken for the rotated part.
+    assert "head_dim" not in v2 and "head_dim" not in v3
+
+
 def test_the_number_of_experts_is_read_under_each_of_its_names():
     moe = EXPERTS["OLMoE-1B-7B"][2]
     for given in (dict(num_local_experts=64), dict(n_routed_experts=64), dict(num_experts=None), {}):
