@@ -3,7 +3,8 @@
 `config_of` reads the content of any age. transformers 5 moved RoPE's numbers into
 `rope_parameters`; before, they were `rope_theta` and `rope_scaling`. A key that is absent means the
 default of the family's class (families.py, config_keys.py). Keys that would change the numbers in a
-way that we do not have are refused by name; all others are ignored.
+way that we do not have are refused by name; all others are ignored. The keys of experts and of
+latent attention are read in config_experts.py.
 
 `content_of` writes the old keys and the new ones, since a reader of either age takes a default for
 what it does not find.
@@ -17,8 +18,17 @@ Source: `modeling_rope_utils.py` of transformers 5.24.
 from typing import Any
 
 from .config import ModelConfig
+from .config_experts import (
+    EXPERT_COUNTS,
+    experts_content,
+    is_latent,
+    latent_of,
+    moe_of,
+    with_usual_count,
+)
 from .config_keys import NUMBER, SIZES, Complaints, Keys, keys_of
-from .families import FAMILIES, FULL, SLIDING, Family, no_window, nope_layers_of, window_if_used
+from .families import FAMILIES, REFUSED, Family
+from .layer_kinds import FULL, SLIDING, no_window, nope_layers_of, window_in_every_other
 from .rope_scaling import RopeScaling
 
 # Keys of other families that change the numbers, and the values that change nothing.
@@ -75,26 +85,24 @@ def config_of(content: dict) -> ModelConfig:
 
     # 1. What we do not compute, and one object in which every key has its value.
     complaints.of(check_architectures, content, family)
-    complaints.of(refuse_unknown_numbers, content)
+    complaints.of(refuse_unknown_numbers, content, family)
+    content = complaints.of(with_usual_count, content, family) or content
     keys = keys_of(content, family.defaults, complaints)
 
     # 2. What follows from several keys.
     windows = complaints.of(windows_of, keys, family)
     nope_layers = complaints.of(layers_without_rope, keys, family)
-    head_dim = complaints.of(head_dim_of, keys)
-    n_kv_heads = complaints.of(kv_heads_of, keys)
+    head_dim = complaints.of(head_dim_of, keys, family)
+    n_kv_heads = complaints.of(kv_heads_of, keys, family)
     rope_theta = complaints.of(theta_of, keys)
-    rope_scaling = complaints.of(rope_scaling_of, keys)
+    rope_scaling = complaints.of(rope_scaling_of, keys, family)
+    latent = complaints.of(latent_of, keys, family)
+    moe = complaints.of(moe_of, keys, family)
     complaints.raise_all()
 
     # 3. Everything is known.
     window, window_layers = windows
-    attention_bias = "attention_bias" in family.bias_keys and keys["attention_bias"]
-    biases = dict(
-        qkv_bias=attention_bias,
-        out_bias=attention_bias,
-        mlp_bias="mlp_bias" in family.bias_keys and keys["mlp_bias"],
-    )
+    switches = {name: keys[key] for key, names in family.switches.items() for name in names}
     return ModelConfig(
         **{ours: keys[key] for key, ours in SIZES.items()},
         n_kv_heads=n_kv_heads,
@@ -107,7 +115,9 @@ def config_of(content: dict) -> ModelConfig:
         norm_eps=keys["rms_norm_eps"],
         tie_embeddings=keys["tie_word_embeddings"],
         max_seq_len=keys["max_position_embeddings"],
-        **(biases | family.fixed),
+        latent=latent,
+        moe=moe,
+        **(switches | family.fixed),
     )
 
 
@@ -116,9 +126,10 @@ def family_named(content: dict) -> Family:
     name = content.get("model_type")
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
+        reason = REFUSED.get(name) if isinstance(name, str) else None
         raise ValueError(
-            f"has model_type {name!r}; expected one of {', '.join(FAMILIES)}, the families that "
-            "r1zero has"
+            f"has model_type {name!r}{f' ({reason})' if reason else ''}; expected one of "
+            f"{', '.join(FAMILIES)}, the families that r1zero has"
         )
     return family
 
@@ -135,12 +146,15 @@ def check_architectures(content: dict, family: Family) -> None:
         )
 
 
-def refuse_unknown_numbers(content: dict) -> None:
+def refuse_unknown_numbers(content: dict, family: Family) -> None:
     """Raise ValueError for keys that change the numbers in a way that we do not have."""
+    # What the family reads is checked where it is read.
+    read = {*family.defaults, *(EXPERT_COUNTS if family.routing else ())}
+    neutral = {key: values for key, values in NEUTRAL.items() if key not in read} | family.neutral
     found = [
         f"{key} {content[key]!r}"
-        for key in NEUTRAL
-        if key in content and not is_neutral(key, content[key])
+        for key, values in neutral.items()
+        if key in content and not is_one_of(content[key], values)
     ]
     if found:
         raise ValueError(
@@ -148,10 +162,10 @@ def refuse_unknown_numbers(content: dict) -> None:
         )
 
 
-def is_neutral(key: str, value: Any) -> bool:
-    """Whether a value of a key in NEUTRAL changes nothing. Python's True == 1 does not count."""
+def is_one_of(value: Any, values: tuple) -> bool:
+    """Whether a value is among others. Python's True == 1 does not count."""
     is_bool = isinstance(value, bool)
-    return any(value == same and is_bool == isinstance(same, bool) for same in NEUTRAL[key])
+    return any(value == same and is_bool == isinstance(same, bool) for same in values)
 
 
 # ---- what follows from several keys; each raises ValueError, or Unusable if a key is unusable ----
@@ -159,15 +173,24 @@ def is_neutral(key: str, value: Any) -> bool:
 
 def windows_of(keys: Keys, family: Family) -> tuple[int | None, tuple[int, ...]]:
     """(window, the layers that have it)."""
-    return family.window(keys, keys["num_hidden_layers"])
+    window, layers = family.window(keys, keys["num_hidden_layers"])
+    # Some libraries write 0 where it is not used.
+    if layers and not window:
+        raise ValueError(
+            f"has sliding_window {window} for {len(layers)} layers; expected 1 or more"
+        )
+    return window, layers
 
 
 def layers_without_rope(keys: Keys, family: Family) -> tuple[int, ...]:
     return nope_layers_of(keys, keys["num_hidden_layers"]) if family.has_nope_layers else ()
 
 
-def head_dim_of(keys: Keys) -> int:
+def head_dim_of(keys: Keys, family: Family) -> int:
     """The width of a head: its own key, or the width of the model over the heads."""
+    # With latent attention both parts of a key count; head_dim is only one of them there.
+    if is_latent(family):
+        return keys["qk_nope_head_dim"] + keys["qk_rope_head_dim"]
     head_dim, where = keys["head_dim"], ""
     if head_dim is None:
         d_model, n_heads = keys["hidden_size"], keys["num_attention_heads"]
@@ -182,11 +205,16 @@ def head_dim_of(keys: Keys) -> int:
     return head_dim
 
 
-def kv_heads_of(keys: Keys) -> int:
+def kv_heads_of(keys: Keys, family: Family) -> int:
     """The number of key/value heads. None means one for each head."""
     n_heads, n_kv_heads = keys["num_attention_heads"], keys["num_key_value_heads"]
     if n_kv_heads is None:
         return n_heads
+    if is_latent(family) and n_kv_heads != n_heads:
+        raise ValueError(
+            f"has num_key_value_heads {n_kv_heads} beside num_attention_heads {n_heads}; with "
+            "latent attention each head has keys of its own"
+        )
     if n_heads % n_kv_heads:
         raise ValueError(
             f"has num_attention_heads {n_heads}, no multiple of num_key_value_heads {n_kv_heads}; "
@@ -207,12 +235,20 @@ def theta_of(keys: Keys) -> float:
     return keys["rope_theta"]
 
 
-def rope_scaling_of(keys: Keys) -> RopeScaling | None:
+def rope_scaling_of(keys: Keys, family: Family) -> RopeScaling | None:
     """How RoPE is stretched: from the new place or the old one."""
     new, old = keys.get("rope_parameters", {}), keys.get("rope_scaling", {})
     if {SLIDING, FULL} & new.keys():
         raise ValueError(
             f"has rope_parameters {new}, one RoPE for each kind of layer; r1zero has one for all"
+        )
+    share = "partial_rotary_factor"
+    # What is inside goes before the default that some families have at the top.
+    inside = [place[share] for place in (new, old) if place.get(share) is not None]
+    at_top = keys[share] if share in family.defaults else None
+    if not all(is_one_of(value, NEUTRAL[share]) for value in inside or [at_top]):
+        raise ValueError(
+            f"has (or means) {share} {(inside or [at_top])[0]!r}; r1zero rotates whole heads"
         )
     scaling_new, scaling_old = scaling_of(new, keys), scaling_of(old, keys)
     if new and old and scaling_new != scaling_old:
@@ -225,9 +261,6 @@ def rope_scaling_of(keys: Keys) -> RopeScaling | None:
 
 def scaling_of(rope: dict, keys: Keys) -> RopeScaling | None:
     """The scaling that a dict of RoPE's numbers describes; None for none."""
-    partial = rope.get("partial_rotary_factor")
-    if not is_neutral("partial_rotary_factor", partial):
-        raise ValueError(f"has partial_rotary_factor {partial!r}; r1zero rotates whole heads")
     kind = rope_type_of(rope)
     if kind == "default":
         return None
@@ -295,14 +328,15 @@ def family_of(config: ModelConfig) -> str:
 
 def content_of(name: str, config: ModelConfig) -> dict:
     """What a config.json of a family holds, with the keys of old and new readers."""
-    family, n_layers = FAMILIES[name], config.n_layers
+    family = FAMILIES[name]
     rope = rope_content(config.rope_scaling)
+    if "partial_rotary_factor" in family.defaults:
+        rope["partial_rotary_factor"] = 1.0
     content = {
         "architectures": [family.architecture],
         "model_type": name,
         **{key: getattr(config, ours) for key, ours in SIZES.items()},
         "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": float(config.norm_eps),
@@ -313,22 +347,35 @@ def content_of(name: str, config: ModelConfig) -> dict:
         "attention_dropout": 0.0,
         "initializer_range": 0.02,
         "use_cache": True,
+        # Where several fields are one key, they must agree to be read back.
+        **{key: getattr(config, names[-1]) for key, names in family.switches.items()},
+        **{key: values[-1] for key, values in family.neutral.items()},
+        **experts_content(config, family),
+        **layers_content(config, family),
     }
-    if "attention_bias" in family.bias_keys:
-        content["attention_bias"] = config.out_bias
-    if "mlp_bias" in family.bias_keys:
-        content["mlp_bias"] = config.mlp_bias
+    # Readers of latent attention take head_dim for the part of a head that is rotated.
+    if not is_latent(family):
+        content["head_dim"] = config.head_dim
+    if "partial_rotary_factor" in family.defaults:
+        content["partial_rotary_factor"] = 1.0
+    return content
+
+
+def layers_content(config: ModelConfig, family: Family) -> dict:
+    """The keys that say which layers have a window, and which have no RoPE."""
+    content, layers = {}, range(config.n_layers)
+    has_window = [config.window_of(layer) is not None for layer in layers]
     if family.window is not no_window:
         content["sliding_window"] = config.window
-    if family.window is window_if_used:
-        has_window = [config.window_of(layer) is not None for layer in range(n_layers)]
+    if "use_sliding_window" in family.defaults:
         content["use_sliding_window"] = config.window is not None
         content["layer_types"] = [SLIDING if yes else FULL for yes in has_window]
-        # What readers without layer_types know: the first layer with a window.
-        content["max_window_layers"] = has_window.index(True) if any(has_window) else n_layers
+        # What readers without layer_types know: the first layer with a window, or the last.
+        bounds = [i for i in layers if has_window[i]] or [config.n_layers]
+        from_first = family.window is not window_in_every_other
+        content["max_window_layers"] = bounds[0] if from_first else bounds[-1] + 1
     if family.has_nope_layers:
-        uses_rope = [layer not in config.nope_layers for layer in range(n_layers)]
-        content["no_rope_layers"] = [int(yes) for yes in uses_rope]
+        content["no_rope_layers"] = [int(layer not in config.nope_layers) for layer in layers]
     return content
 
 

@@ -92,6 +92,10 @@ def is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
+def is_layer_list(value: Any) -> bool:
+    return isinstance(value, list) and all(is_index(item) for item in value)
+
+
 def is_bits(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item in (0, 1) for item in value)
 
@@ -102,6 +106,7 @@ INDEX = Kind("a whole number from 0 to below 2^31", is_index)
 NUMBER = Kind("a number above 0", is_number)
 SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
 TEXTS = Kind("a list of texts", is_texts)
+LAYER_LIST = Kind("a list of numbers of layers", is_layer_list)
 BITS = Kind("a list of 0 or 1 for each layer", is_bits)
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
 
@@ -120,7 +125,7 @@ KINDS: dict[str, Kind] = {
     "head_dim": COUNT,
     "max_position_embeddings": COUNT,
     "original_max_position_embeddings": COUNT,
-    "sliding_window": COUNT,
+    "sliding_window": INDEX,
     "max_window_layers": INDEX,
     "no_rope_layer_interval": COUNT,
     "no_rope_layers": BITS,
@@ -133,9 +138,33 @@ KINDS: dict[str, Kind] = {
     "use_sliding_window": SWITCH,
     "rope_parameters": OBJECT,
     "rope_scaling": OBJECT,
+    # experts
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), INDEX),
+    "num_experts_per_tok": COUNT,
+    "moe_intermediate_size": COUNT,
+    "shared_expert_intermediate_size": INDEX,
+    "n_shared_experts": INDEX,
+    "mlp_only_layers": LAYER_LIST,
+    "decoder_sparse_step": COUNT,
+    "first_k_dense_replace": INDEX,
+    "moe_layer_freq": COUNT,
+    "norm_topk_prob": SWITCH,
+    "routed_scaling_factor": NUMBER,
+    "n_group": COUNT,
+    "topk_group": COUNT,
+    "qkv_bias": SWITCH,
+    "use_qk_norm": SWITCH,
+    # latent attention
+    "kv_lora_rank": COUNT,
+    "q_lora_rank": COUNT,
+    "qk_nope_head_dim": COUNT,
+    "qk_rope_head_dim": COUNT,
+    "v_head_dim": COUNT,
+    "rope_interleave": SWITCH,
 }
-# Where a null is a value of its own: no window, and as many key/value heads as heads.
-NULL_IS_NONE = ("sliding_window", "num_key_value_heads")
+# Where a null is a value of its own: no window, as many key/value heads as heads, no latent for
+# queries, no shared experts.
+NULL_IS_NONE = ("sliding_window", "num_key_value_heads", "q_lora_rank", "n_shared_experts")
 
 
 # ---- keys with their values ----

@@ -4,8 +4,8 @@
     write_model("out", model, tokenizer, torch.bfloat16)
 
 A folder holds config.json (config_json.py), files of weights (weight_files.py) and those of the
-tokenizer (tokens/json_file.py). families.py says what each family calls its tensors. q, k and v lie
-below each other in one of our parameters, and so do gate and up.
+tokenizer (tokens/json_file.py). families.py says what each family calls its tensors, weight_map.py
+where each of them belongs. Experts are read one by one or stacked, and written one by one.
 
 Reading compares every name and shape with the config before the first number is read, and lists all
 that is wrong in one error; transformers fills a missing tensor with random numbers. Then each
@@ -15,6 +15,7 @@ Left out: quantised weights other than fp8 with scales per block, pickled weight
 """
 
 import shutil
+import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,33 +24,35 @@ import torch
 from safetensors import SafetensorError
 
 from .config import ModelConfig
+from .config_experts import has_pairs_side_by_side, is_latent
 from .config_json import config_of, content_of, family_named, family_of
 from .config_keys import Complaints, is_count
-from .families import FAMILIES, names_in_file
+from .families import FAMILIES
 from .files import UNFINISHED, atomic_write_json, atomic_write_text, flush
 from .precision import Precision, choose_precision
 from .tokenizer import Tokenizer
 from .tokens.json_file import is_like_qwen2, read_tokenizer, write_tokenizer
 from .transformer import Transformer
 from .weight_files import (
-    FP8,
     INDEX,
-    PLAIN_DTYPES,
-    SCALE,
-    SCALE_DTYPES,
     Stored,
     copy_tensor,
-    named,
     pieces,
     read_json,
     stored_tensors,
     write_tensors,
 )
+from .weight_map import (
+    HEAD,
+    Part,
+    check_tensors,
+    expected_shapes,
+    names_of,
+    next_token_layers,
+    parts_of,
+)
 
 CONFIG = "config.json"
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-# Tables of angles that old files of Llama hold; they follow from the config.
-REDUNDANT = ".rotary_emb.inv_freq"
 DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -100,95 +103,6 @@ def fp8_block(content: dict) -> tuple[int, int] | None:
     return tuple(block)
 
 
-# ---- where each tensor belongs ----
-
-
-@dataclass(frozen=True)
-class Part:
-    """A tensor of a file: these rows of one of our parameters."""
-
-    name: str
-    """In the file."""
-    parameter: str
-    rows: slice
-    shape: tuple[int, ...]
-
-
-def parts_of(model: Transformer, names: dict[str, tuple[str, ...]]) -> list[Part]:
-    """The parts of all parameters. names: of the family, as in families.py."""
-    config, parts = model.config, []
-    for parameter, tensor in model.named_parameters():
-        sizes = [len(tensor)]
-        if ".qkv." in parameter:
-            q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-            sizes = [q, kv, kv]
-        elif ".gate_up." in parameter:
-            sizes = [config.d_ff, config.d_ff]
-        start = 0
-        for name, size in zip(names_in_file(names, parameter), sizes, strict=True):
-            rows = slice(start, start + size)
-            parts.append(Part(name, parameter, rows, (size, *tensor.shape[1:])))
-            start += size
-    return parts
-
-
-def expected_shapes(
-    parts: list[Part], stored: dict[str, Stored], block: tuple[int, int] | None, tied: bool
-) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of what the files should hold. block: as `fp8_block` returns it."""
-    expected = {part.name: part.shape for part in parts}
-    matrices = [part for part in parts if len(part.shape) == 2 and block is not None]
-    for part in matrices:
-        if part.name in stored and stored[part.name].dtype == FP8:
-            # A scale for each block; blocks at the edges may be cut off.
-            sizes = zip(part.shape, block, strict=True)
-            expected[part.name + SCALE] = tuple(-(-size // step) for size, step in sizes)
-    # A redundant head is compared with the embedding when that is read.
-    if tied and HEAD in stored:
-        expected[HEAD] = expected[EMBEDDING]
-    return expected
-
-
-def check_tensors(
-    expected: dict[str, tuple[int, ...]], stored: dict[str, Stored], is_fp8: bool
-) -> None:
-    """Raise ValueError, listing all tensors that are missing, too many, or not as expected."""
-    both = {name: stored[name] for name in expected if name in stored}
-    missing = [name for name in expected if name not in stored]
-    extra = [name for name in stored if name not in expected and not name.endswith(REDUNDANT)]
-    misshapen = [
-        f"{name} is {list(tensor.shape)} and not {list(expected[name])}"
-        for name, tensor in both.items()
-        if tensor.shape != expected[name]
-    ]
-    odd = [
-        f"{name} is {tensor.dtype}"
-        for name, tensor in both.items()
-        if tensor.dtype not in readable_dtypes(name, expected[name], is_fp8)
-    ]
-    kinds = {
-        "missing": missing,
-        "not of this model": extra,
-        "of another shape": misshapen,
-        "of a dtype that is not read": odd,
-    }
-    complaints = [f"{len(names)} {what}: {named(names)}" for what, names in kinds.items() if names]
-    if HEAD in missing:
-        complaints.append(f"without a head, {CONFIG} must say tie_word_embeddings true")
-    if complaints:
-        raise ValueError(
-            f"the tensors are not those that {CONFIG} describes; {'; '.join(complaints)}"
-        )
-
-
-def readable_dtypes(name: str, shape: tuple[int, ...], is_fp8: bool) -> tuple[str, ...]:
-    """The dtypes that a tensor may have in a file."""
-    if is_fp8 and name.endswith(SCALE):
-        return SCALE_DTYPES
-    # Only matrices have blocks.
-    return (*PLAIN_DTYPES, FP8) if is_fp8 and len(shape) == 2 else PLAIN_DTYPES
-
-
 # ---- reading ----
 
 
@@ -209,13 +123,16 @@ def matched(folder: Path, config: ModelConfig) -> Matched:
     Raises ValueError for tensors that are not those of the config.
     """
     content = read_json(folder / CONFIG)
-    names, block = family_named(content).names, fp8_block(content)
+    family, block = family_named(content), fp8_block(content)
     stored = stored_tensors(folder)
+    ignored = next_token_layers(stored, config.n_layers)
     try:
         with torch.device("meta"):
-            parts = parts_of(Transformer(config), names)
+            model = Transformer(config)
+        names = names_of(family, config, stored)
+        parts = parts_of(model, names, has_pairs_side_by_side(content, family))
         expected = expected_shapes(parts, stored, block, config.tie_embeddings)
-        check_tensors(expected, stored, is_fp8=block is not None)
+        check_tensors(expected, stored, block is not None, ignored)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     except RuntimeError:  # a number of bytes above 2^63
@@ -223,6 +140,11 @@ def matched(folder: Path, config: ModelConfig) -> Matched:
             f"{folder / CONFIG} describes tensors that are larger than any memory; take the "
             "config.json of these weights"
         ) from None
+    if ignored:
+        warnings.warn(
+            f"{folder}: {', '.join(ignored)}* are not read: they only predict tokens further ahead",
+            stacklevel=2,
+        )
     return Matched(parts, stored, block, HEAD in expected and config.tie_embeddings)
 
 
@@ -272,11 +194,11 @@ def filled(
         model = Transformer(config, precision.dtype, precision.fp32_head)
 
     # 2. Each tensor into its place there.
-    parameters = dict(model.named_parameters())
+    tensors = model.state_dict()
     try:
         for part in match.parts:
-            target = parameters[part.parameter][part.rows]
-            copy_tensor(target, part.name, match.stored, match.block)
+            target = tensors[part.parameter][part.index]
+            copy_tensor(target, part.name, match.stored, match.block, part.order)
         if match.has_redundant_head:
             check_head(model, match.stored[HEAD])
     except ValueError as error:
@@ -361,23 +283,14 @@ def write_model(
     check_free(folder)
     unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
     config = config_to_write(model.config, tokenizer)
-    names = FAMILIES[family_of(config)].names
-    parameters = dict(model.named_parameters())
-    with torch.device("meta"):
-        parts = parts_of(Transformer(config), names)
-    tensors = {
-        part.name: parameters[part.parameter][part.rows]
-        if part.parameter in parameters
-        else torch.zeros(part.shape)  # a bias of `out`
-        for part in parts
-    }
+    tensors, kept_fp32 = tensors_to_write(model, config)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         write_config(unfinished, config, tokenizer, dtype)
         write_tokenizer(unfinished, tokenizer)
-        write_tensors(unfinished, tensors, dtype)
+        write_tensors(unfinished, tensors, dtype, kept_fp32=kept_fp32)
         if card:
             atomic_write_text(unfinished / "README.md", card)
         make_readable(unfinished)
@@ -392,6 +305,32 @@ def write_model(
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def tensors_to_write(
+    model: Transformer, config: ModelConfig
+) -> tuple[dict[str, torch.Tensor], frozenset[str]]:
+    """({name in the file: tensor}, the names of those that stay fp32). config: as which the model
+    is written."""
+    family, ours = FAMILIES[family_of(config)], model.state_dict()
+    with torch.device("meta"):
+        parts = parts_of(Transformer(config), names_of(family, config), is_latent(family))
+    tensors = {}
+    for part in parts:
+        if part.parameter in ours:
+            tensor = ours[part.parameter][part.index]
+        else:  # a bias of `out`
+            tensor = torch.zeros(part.shape)
+        tensors[part.name] = tensor if part.order is None else tensor[part.order]
+    kept_fp32 = (part.name for part in parts if stays_fp32(part.parameter, config))
+    return tensors, frozenset(kept_fp32)
+
+
+def stays_fp32(parameter: str, config: ModelConfig) -> bool:
+    """Whether a parameter is never rounded: the bias that experts are chosen by, which moves by
+    less than bf16's steps, and routers that compute in fp32."""
+    is_bias = parameter.endswith(".router.balance_bias")
+    return is_bias or ".router.linear." in parameter and config.moe.fp32_router
 
 
 def check_free(folder: Path) -> None:

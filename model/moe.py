@@ -97,7 +97,11 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.linear = Linear(d_model, config.n_experts, bias=config.router_bias)
-        bias = torch.zeros(config.n_experts) if config.balance_bias else None
+        # Never 16 bit, even in a model that is made so.
+        at_least_fp32 = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        if config.fp32_router:
+            self.linear.to(at_least_fp32)
+        bias = torch.zeros(config.n_experts, dtype=at_least_fp32) if config.balance_bias else None
         self.register_buffer("balance_bias", bias)
 
     def forward(self, x_TM: torch.Tensor) -> Routes:

@@ -31,16 +31,6 @@ SCALE_DTYPES = (*PLAIN_DTYPES, "F8_E8M0")
 # ---- what there is ----
 
 
-@dataclass(frozen=True)
-class Stored:
-    """One tensor of a file."""
-
-    path: Path
-    shape: tuple[int, ...]
-    dtype: str
-    """As safetensors writes it: F32, BF16, ..."""
-
-
 def opened(path: Path):
     """An open safetensors file. Raises ValueError for a damaged one."""
     try:
@@ -53,18 +43,56 @@ def opened(path: Path):
         ) from None
 
 
+class Reader:
+    """Reads rows of tensors, and keeps the file open in between.
+
+    To open one takes milliseconds, and a mixture of experts has thousands of small tensors.
+    But what was read of a mapped file counts as memory until it is closed. So it is opened anew
+    when a piece's worth was read.
+    """
+
+    def __init__(self):
+        self.path, self.file, self.n_bytes = None, None, 0
+
+    def rows(self, path: Path, name: str, rows: slice) -> torch.Tensor:
+        """These rows of a tensor, as in the file."""
+        if path != self.path or self.n_bytes >= PIECE_BYTES:
+            self.path, self.file = None, None  # the old one is closed first
+            self.path, self.file, self.n_bytes = path, opened(path), 0
+        piece = self.file.get_slice(name)[rows]
+        self.n_bytes += piece.nbytes
+        return piece
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors writes it: F32, BF16, ..."""
+    reader: Reader
+    """That of all tensors of the folder."""
+
+    def rows(self, name: str, rows: slice) -> torch.Tensor:
+        """These rows of the tensor, as in the file. name: its own."""
+        return self.reader.rows(self.path, name, rows)
+
+
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """All tensors of a folder by name: of the one file, or of the shards that the index names.
 
     Only headers are read. Raises ValueError for missing or damaged files.
     """
-    files = files_of(folder)
+    files, reader = files_of(folder), Reader()
     stored = {}
     for path, names in files.items():
         with opened(path) as file:
             for name in file.keys() if names is None else names.intersection(file.keys()):
                 part = file.get_slice(name)
-                stored[name] = Stored(path, tuple(part.get_shape()), part.get_dtype())
+                shape, dtype = tuple(part.get_shape()), part.get_dtype()
+                stored[name] = Stored(path, shape, dtype, reader)
     return stored
 
 
@@ -129,35 +157,43 @@ def read_json(path: Path) -> dict:
 def pieces(stored: Stored, name: str, multiple: int = 1):
     """Yield (rows, their numbers as in the file), piece by piece.
 
-    The file is opened for each piece: what is read of a mapped file counts as memory until it is
-    closed. multiple: a piece has a multiple of so many rows.
+    multiple: a piece has a multiple of so many rows.
     """
     n_rows = stored.shape[0]
     row_bytes = 4 * max(1, torch.Size(stored.shape[1:]).numel())
     step = max(1, PIECE_BYTES // (row_bytes * multiple)) * multiple
     for start in range(0, n_rows, step):
         rows = slice(start, min(start + step, n_rows))
-        with opened(stored.path) as file:
-            yield rows, file.get_slice(name)[rows]
+        yield rows, stored.rows(name, rows)
 
 
-def copy_tensor(target: torch.Tensor, name: str, stored: dict[str, Stored], block) -> None:
-    """Copy a tensor of a file to its place, in the target's dtype. block: as `fp8_block`.
+def copy_tensor(
+    target: torch.Tensor,
+    name: str,
+    stored: dict[str, Stored],
+    block: tuple[int, int] | None,
+    order: torch.Tensor | None = None,
+) -> None:
+    """Copy a tensor of a file to its place, in the target's dtype.
 
+    block: as `fp8_block`. order: [rows], which row of the target each row of the file is.
     Raises ValueError for numbers that are not finite there.
     """
     is_fp8 = stored[name].dtype == FP8
     scale = None
     if is_fp8:
-        with opened(stored[name + SCALE].path) as file:
-            scale = file.get_tensor(name + SCALE).float()
+        scale = stored[name + SCALE].rows(name + SCALE, slice(None)).float()
     for rows, piece in pieces(stored[name], name, block[0] if is_fp8 else 1):
         if is_fp8:
             blocks = slice(rows.start // block[0], -(-rows.stop // block[0]))
             piece = dequantised(piece, scale[blocks], block)
-        target[rows].copy_(piece)
+        if order is None:
+            written = target[rows].copy_(piece)
+        else:
+            written = piece.to(target)
+            target.index_copy_(0, order[rows].to(target.device), written)
         # Least and largest: NaN is both. (isfinite would take memory of its own.)
-        if not torch.stack(target[rows].aminmax()).isfinite().all():
+        if not torch.stack(written.aminmax()).isfinite().all():
             raise ValueError(
                 f"{name} has numbers that are not finite in {target.dtype}; fetch "
                 f"{stored[name].path.name} again, or take other weights"
@@ -195,22 +231,25 @@ def write_tensors(
     tensors: dict[str, torch.Tensor],
     dtype: torch.dtype,
     most_bytes: int = SHARD_BYTES,
+    kept_fp32: frozenset[str] = frozenset(),
 ) -> None:
     """Write tensors in this dtype. Only the copies of one shard are held at a time.
 
+    kept_fp32: names of those that are written in fp32 all the same.
     Raises ValueError for numbers that are not finite in this dtype.
     """
-    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in tensors.items()}
+    dtypes = {name: torch.float32 if name in kept_fp32 else dtype for name in tensors}
+    sizes = {name: tensor.numel() * dtypes[name].itemsize for name, tensor in tensors.items()}
     shards, weight_map = shards_of(sizes, most_bytes), {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else SINGLE
         ready = {}
         for name in names:
-            tensor = tensors[name].detach().to("cpu", dtype)
+            tensor = tensors[name].detach().to("cpu", dtypes[name])
             if not torch.isfinite(tensor).all():
                 raise ValueError(
-                    f"{name} has numbers that are not finite in {dtype}; take another checkpoint, "
-                    "or another dtype"
+                    f"{name} has numbers that are not finite in {tensor.dtype}; take another "
+                    "checkpoint, or another dtype"
                 )
             # The format has no views: each tensor gets memory of its own.
             ready[name] = tensor.clone(memory_format=torch.contiguous_format)

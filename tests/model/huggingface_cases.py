@@ -10,17 +10,20 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pytest
 import torch
 from einops import rearrange
 
 from r1zero.kernels.rmsnorm import rmsnorm
 from r1zero.kernels.rope import rope
+from r1zero.model.config_experts import is_latent
 from r1zero.model.families import FAMILIES
-from r1zero.model.huggingface import parts_of, read_config, read_weights
+from r1zero.model.huggingface import read_config, read_weights
 from r1zero.model.packed import pack
 from r1zero.model.rope_scaling import RopeScaling
 from r1zero.model.transformer import Transformer
+from r1zero.model.weight_map import names_of, parts_of
 
 TOLERANCE = 1e-4
 VOCAB = 288  # more than the 258 ids of bytes: the other rows are padding
@@ -51,6 +54,40 @@ TINY = {
     "olmo2": ("olmo2", dict()),
 }
 each_family = pytest.mark.parametrize("name", TINY)
+# Those with experts, and what can be got wrong about them, are in expert_cases.py.
+LATENT = dict(num_key_value_heads=4, kv_lora_rank=12, qk_nope_head_dim=10, qk_rope_head_dim=8, v_head_dim=6,
+              num_experts_per_tok=3, moe_intermediate_size=12, n_routed_experts=8, first_k_dense_replace=1)
+EXPERTS = {
+    # as wide as the model, so that no shape tells w1, w2 and w3 apart
+    "mixtral": ("mixtral", dict(num_local_experts=5, num_experts_per_tok=2, sliding_window=8,
+                                intermediate_size=32)),
+    "qwen2-moe": ("qwen2_moe", dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=12,
+                                    shared_expert_intermediate_size=20, use_sliding_window=True,
+                                    sliding_window=8, max_window_layers=2, rms_norm_eps=1e-6)),
+    "qwen3-moe": ("qwen3_moe", dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=12,
+                                    head_dim=16, norm_topk_prob=True, mlp_only_layers=[1])),
+    "olmoe": ("olmoe", dict(num_experts=6, num_experts_per_tok=3, rms_norm_eps=1e-6)),
+    "deepseek-v2-lite": ("deepseek_v2", LATENT | dict(
+        q_lora_rank=None, n_shared_experts=2, rope_scaling=YARN | dict(mscale=0.707, mscale_all_dim=0.9))),
+    "deepseek-v2": ("deepseek_v2", LATENT | dict(
+        q_lora_rank=14, topk_method="group_limited_greedy", n_group=4, topk_group=2, n_shared_experts=1,
+        routed_scaling_factor=1.7)),
+    "deepseek-v3": ("deepseek_v3", LATENT | dict(
+        q_lora_rank=14, n_group=4, topk_group=2, rope_scaling=YARN | dict(mscale=1.0, mscale_all_dim=1.0))),
+    "glm": ("glm4_moe", dict(n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=12, head_dim=16,
+                             attention_bias=True, use_qk_norm=True, partial_rotary_factor=1.0)),
+}
+# And those with latent attention and dense MLPs in latent_cases.py.
+DENSE = LATENT | dict(num_hidden_layers=2, first_k_dense_replace=2)
+LATENTS = {
+    "v2 lite": ("deepseek_v2", DENSE | dict(
+        q_lora_rank=None, rope_scaling=YARN | dict(mscale=0.707, mscale_all_dim=0.9))),
+    "v2": ("deepseek_v2", DENSE | dict(q_lora_rank=14)),
+    "v3": ("deepseek_v3", DENSE | dict(
+        q_lora_rank=14, rope_scaling=YARN | dict(mscale=1.0, mscale_all_dim=1.0))),
+}
+MODELS = TINY | EXPERTS | LATENTS
+each_model = pytest.mark.parametrize("name", [*TINY, *EXPERTS])
 
 
 def transformers():
@@ -58,7 +95,11 @@ def transformers():
 
 
 def randomise(model) -> None:
-    """Every parameter and buffer of a model of transformers, by the order of their names."""
+    """Every parameter and buffer of a model of transformers, by the order of their names.
+
+    The balance's biases are as large as trained ones are, so that they choose and bf16 spoils them, and below
+    0, so that all biased scores are. What makes latents is a thousand times smaller than usual, so that the
+    eps of their norms counts."""
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
@@ -68,7 +109,14 @@ def randomise(model) -> None:
             elif p.dim() == 1:
                 p.copy_(1 + 0.3 * noise)
             else:
-                p.copy_(1.5 * noise / p.shape[1] ** 0.5)
+                p.copy_(1.5 * noise / p.shape[-1] ** 0.5)
+                if "q_a_proj" in name:
+                    p *= 1e-3
+                if "kv_a_proj" in name:
+                    p[: model.config.kv_lora_rank] *= 1e-3
+        for name, buffer in sorted(model.named_buffers()):
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=rng) - 5)
         embed = model.get_input_embeddings().weight
         embed[: VOCAB // 2] *= 3e-3
 
@@ -77,7 +125,7 @@ def randomise(model) -> None:
 def theirs(name: str):
     """The tiny model of transformers."""
     library = transformers()
-    kind, keys = TINY[name]
+    kind, keys = MODELS[name]
     config = library.AutoConfig.for_model(kind, **{**SHAPE, **keys})
     model = getattr(library, FAMILIES[kind].architecture)(config).eval()
     randomise(model)
@@ -113,16 +161,48 @@ def logits_of(model: Transformer) -> torch.Tensor:
     return model.logits(model.hidden_states(packed))
 
 
+@torch.no_grad()
+def logits_of_theirs(model) -> torch.Tensor:
+    """The same of a model of transformers."""
+    return torch.cat([model(tokens[None]).logits[0] for tokens in sequences()])
+
+
 @cache
 def their_logits(name: str) -> torch.Tensor:
-    with torch.no_grad():
-        return torch.cat([theirs(name)(tokens[None]).logits[0] for tokens in sequences()])
+    return logits_of_theirs(theirs(name))
 
 
 def error_of(model: Transformer, name: str) -> float:
     """How far the logits are from those of transformers."""
     with torch.no_grad():
         return (logits_of(model) - their_logits(name)).abs().max().item()
+
+
+@torch.inference_mode()
+def error_of_cache(kind, model: Transformer, name: str) -> float:
+    """How far the logits of both sequences are from those of transformers, token by token from a cache."""
+    both = sequences()
+    first = 3  # tokens of the prompt
+    steps = min(map(len, both)) - first
+    cache = kind(model, 2)
+    cache.allocate(256)
+    prompts = [tokens[:first].tolist() for tokens in both]
+    logits = [cache.admit(np.arange(2), prompts, np.arange(2)).clone()]
+    for step in range(steps):
+        newest = torch.stack([tokens[first + step] for tokens in both])
+        logits.append(cache.decode(newest).clone())
+    expected = their_logits(name).split([len(tokens) for tokens in both])
+    found = torch.stack(logits, dim=1)
+    wanted = torch.stack([rows[first - 1: first + steps] for rows in expected])
+    return (found - wanted).abs().max().item()
+
+
+def loaded(folder, dtype=torch.float32):
+    """What transformers loads from a folder. Nothing may be missing, left over or of another shape."""
+    load = transformers().AutoModelForCausalLM.from_pretrained
+    model, info = load(folder, dtype=dtype, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
 
 
 # ---- what can be got wrong: from a right model to a wrong one ----
@@ -422,8 +502,13 @@ def gradients(name: str) -> tuple[dict, dict]:
     (outputs * factors).sum().backward()
     (logits_of(own) * factors).sum().backward()
     named = dict(own.named_parameters())
-    parts = parts_of(own, FAMILIES[TINY[name][0]].names)
-    return ({key: p.grad for key, p in model.named_parameters()},
-            {part.name: named[part.parameter].grad[part.rows] for part in parts})
+    # In memory they have the experts stacked.
+    family, theirs_named = FAMILIES[MODELS[name][0]], dict(model.named_parameters())
+    ours = {}
+    for part in parts_of(own, names_of(family, own.config, theirs_named), is_latent(family)):
+        if part.parameter in named:  # and no buffer
+            gradient = named[part.parameter].grad[part.index]
+            ours[part.name] = gradient if part.order is None else gradient[part.order]
+    return {key: p.grad for key, p in theirs_named.items()}, ours
 
 

@@ -1,7 +1,5 @@
 """Open models from a Hugging Face folder compute what transformers computes; and what an error would do."""
-import numpy as np
 import pytest
-import torch
 
 from r1zero.model.engine.pages import Pages
 from r1zero.model.engine.slots import Slots
@@ -15,11 +13,10 @@ from .huggingface_cases import (
     each_family,
     edit_config,
     error_of,
+    error_of_cache,
     gradients,
     read,
     saved,
-    sequences,
-    their_logits,
     wrong,
 )
 
@@ -35,22 +32,7 @@ def test_the_cache_has_them_token_by_token(name, kind):
     model = read(saved(name))
     if kind is Slots and not Slots.serves(model):
         pytest.skip("the compiled loops do not serve this family")
-    both = sequences()
-    first = 3  # tokens of the prompt
-    steps = min(map(len, both)) - first
-    with torch.inference_mode():
-        cache = kind(model, 2)
-        cache.allocate(256)
-        prompts = [tokens[:first].tolist() for tokens in both]
-        logits = [cache.admit(np.arange(2), prompts, np.arange(2)).clone()]
-        for step in range(steps):
-            newest = torch.stack([tokens[first + step] for tokens in both])
-            logits.append(cache.decode(newest).clone())
-    expected = their_logits(name).split([len(tokens) for tokens in both])
-    for row, rows_of_theirs in enumerate(expected):
-        found = torch.stack([step[row] for step in logits])
-        wanted = rows_of_theirs[first - 1: first + steps]
-        assert (found - wanted).abs().max() < TOLERANCE
+    assert error_of_cache(kind, model, name) < TOLERANCE
 
 
 @each_family

@@ -11,6 +11,7 @@ from r1zero.model.checkpoint import load_model
 from r1zero.model.config import ModelConfig, from_depth, preset
 from r1zero.model.config_json import config_of, content_of, family_of
 from r1zero.model.huggingface import check_free, is_huggingface, read_config, read_model, write_model
+from r1zero.model.moe_config import ROUTING
 from r1zero.model.packed import pack
 from r1zero.model.precision import Precision
 from r1zero.model.rope_scaling import RopeScaling
@@ -20,12 +21,14 @@ from r1zero.model.transformer import Transformer
 
 from .huggingface_cases import (
     CPU,
+    MODELS,
     TINY,
     VOCAB,
-    each_family,
+    each_model,
     edit_config,
+    loaded,
+    logits_of_theirs,
     saved,
-    sequences,
     their_logits,
     transformers,
 )
@@ -42,20 +45,7 @@ def whole(name: str, folder):
     return folder
 
 
-def loaded(folder, dtype=torch.float32):
-    """What transformers loads from a folder. Nothing may be missing, left over or of another shape."""
-    load = transformers().AutoModelForCausalLM.from_pretrained
-    model, info = load(folder, dtype=dtype, output_loading_info=True)
-    assert not any(info.values()), info
-    return model.eval()
-
-
-@torch.no_grad()
-def logits_of_theirs(model) -> torch.Tensor:
-    return torch.cat([model(tokens[None]).logits[0] for tokens in sequences()])
-
-
-@each_family
+@each_model
 def test_a_model_goes_in_and_out_unchanged(name, tmp_path):
     folder = whole(name, tmp_path / "in")
     model, tokenizer = read_model(folder, CPU)
@@ -64,15 +54,18 @@ def test_a_model_goes_in_and_out_unchanged(name, tmp_path):
     before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "out"))
     assert before.keys() == after.keys()
     assert all(torch.equal(after[key], before[key]) for key in before)
-    assert torch.equal(logits_of_theirs(loaded(tmp_path / "out")), their_logits(name))
+    theirs = logits_of_theirs(loaded(tmp_path / "out"))
+    # Experts in other memory may be multiplied in another order.
+    assert (theirs - their_logits(name)).abs().max() <= (0 if name in TINY else 1e-5)
     kind = json.loads((tmp_path / "out/config.json").read_text())["model_type"]
-    assert kind == TINY[name][0]
+    assert kind == MODELS[name][0]
     again, same_tokenizer = read_model(tmp_path / "out", CPU)
     assert again.config == model.config and same_tokenizer.eos_ids == tokenizer.eos_ids
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    ours = model.state_dict()
+    assert all(torch.equal(tensor, ours[key]) for key, tensor in again.state_dict().items())
 
 
-@each_family
+@each_model
 def test_readers_of_old_and_of_new_keys_read_the_same(name, tmp_path):
     """transformers, given one half of what we write, or both."""
     config = read_config(saved(name))
@@ -85,7 +78,7 @@ def test_readers_of_old_and_of_new_keys_read_the_same(name, tmp_path):
         assert config_of(kept) == config
         found = library.AutoConfig.for_model(**kept).to_dict()
         found["rope_parameters"].pop("type", None)
-        read_by_them.append({key: found[key] for key in content if key not in rope[1:]})
+        read_by_them.append({key: found.get(key) for key in content if key not in rope[1:]})
     assert read_by_them[0] == read_by_them[1] == read_by_them[2]
 
 
@@ -116,6 +109,15 @@ OURS = {
     "window in the middle": (
         ModelConfig(258, n_layers=3, window=5, window_layers=(1,), qk_norm=True), "qwen3"),
     "linear": (ModelConfig(258, n_layers=1, rope_scaling=RopeScaling("linear", 2.0)), "llama"),
+    "demo-moe": (preset("demo-moe", 258, n_layers=2), "glm4_moe"),
+    "latents without experts": (ModelConfig(258, n_layers=1, n_kv_heads=4, head_dim=24, latent=dict(
+        kv_rank=20, rope_dim=8, value_dim=6)), "deepseek_v2"),
+    "latents and 2 shared experts": (ModelConfig(258, n_layers=2, n_kv_heads=4, head_dim=24, latent=dict(
+        kv_rank=20, q_rank=16, rope_dim=8, value_dim=6), moe=ROUTING["deepseek-v3"] | dict(
+            n_experts=8, experts_per_token=2, d_expert=16, d_shared=32, dense_layers=(0,), n_groups=2,
+            groups_per_token=1)), "deepseek_v3"),
+    "experts in every other layer": (ModelConfig(258, n_layers=4, qk_norm=True, moe=dict(
+        n_experts=4, experts_per_token=2, d_expert=16, dense_layers=(0, 2))), "qwen3_moe"),
 }
 
 
@@ -124,9 +126,9 @@ def test_models_of_our_own_are_written_as_the_family_that_computes_the_same(conf
     assert family_of(config) == kind
     model = Transformer(config).init_weights(0)
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("norm"):
-                p += 0.3 * torch.randn(p.shape)
+        for name, tensor in model.state_dict().items():
+            if name.endswith(("norm", "balance_bias")):
+                tensor += 0.3 * torch.randn(tensor.shape)
     write_model(tmp_path / "out", model, Tokenizer.bytes())
     tokens = torch.randint(258, (40,))
     ours = model.logits(model.hidden_states(pack([tokens.tolist()])))
