@@ -309,13 +309,14 @@ def plot_heat_map(axes, heat_map: HeatMap, shades):
         vmin=0,
         vmax=2,
         aspect="auto",
+        interpolation_stage="data",  # steps that share a dot: their mean, not a mix of colours
         extent=(first - half, last + half, bottom, -0.5),
     )
     axes.set_title(heat_map.title, loc="left", fontsize=11, fontweight="bold", color=INK)
     axes.set_xlabel("step", fontsize=10.5, color=INK)
     axes.set_ylabel(heat_map.y_label, fontsize=10.5, color=INK)
     axes.tick_params(colors=INK, labelsize=10, length=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     for side in axes.spines.values():
         side.set_color(GRID)
