@@ -56,8 +56,11 @@ def test_dense_against_a_mixture_at_toy_size(tmp_path, capsys):
         assert run["rl"]["eval"]["n_problems"] == 4
     assert set(record["times"]["ratios"]) == {"pretrain", "grpo", "grpo_rollout", "grpo_update",
                                               "decoding_over_slots", "decoding_over_pages"}
-    # Called again, nothing is measured anew.
+    # Called again, nothing is measured anew; the demo alone adds the moment that it takes to see that.
     again = dense_vs_moe.main(replace(flags, out=None))
+    for found in (again, record):
+        for run in (run for runs in found["arms"].values() for run in runs):
+            assert run.pop("seconds")["pretrain"] > 0
     assert again["arms"] == record["arms"] and again["times"] == record["times"]
     dense_vs_moe.main(dense_vs_moe.Flags(table_of=str(out)))
     assert "moe, equal time, seed 0" in capsys.readouterr().out
