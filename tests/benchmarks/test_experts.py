@@ -79,6 +79,7 @@ def test_the_held_out_text_is_of_problems_that_the_corpus_never_has():
     held_out, plain = (kind(n_numbers=3, high=9) for kind in (dense_vs_moe.HeldOut, dense_vs_moe.Countdown))
     given = {held_out.problem("train", n).key for n in range(40)}
     assert given == {plain.problem("test", n).key for n in range(40)}
+    assert held_out.problem("train", plain.size("test")) == plain.problem("test", 0)
     assert not given & {plain.problem("train", n).key for n in range(plain.size("train"))}
 
 
