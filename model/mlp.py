@@ -17,6 +17,7 @@ from ..kernels.mlp import swiglu, swiglu_mlp
 from .config import ModelConfig
 from .linear import Linear, plain
 from .moe import MoE
+from .routes import Routing
 
 
 class MLP(nn.Module):
@@ -30,8 +31,8 @@ class MLP(nn.Module):
         self.gate_up = Linear(config.d_model, 2 * config.d_ff, bias=config.mlp_bias)
         self.down = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
 
-    def forward(self, x_TM: torch.Tensor) -> torch.Tensor:
-        """[T, M] -> [T, M]."""
+    def forward(self, x_TM: torch.Tensor, routing: Routing | None = None) -> torch.Tensor:
+        """[T, M] -> [T, M]. routing: of mixtures; there is nothing to choose here."""
         if plain(self.gate_up, self.down) and self.down.bias is None:
             return swiglu_mlp(x_TM, self.gate_up.weight, self.down.weight)
         # A bias is not in that kernel; an adapter or a quantised weight has a forward of its own.
@@ -53,10 +54,11 @@ class MLP(nn.Module):
 
 
 def make_mlp(config: ModelConfig, layer: int) -> nn.Module:
-    """The MLP of one layer: a module with forward(x_TM) -> [T, M], flops_per_token(),
-    kept_per_token, n_idle and can_capture(dtype)."""
+    """The MLP of one layer: a module with forward(x_TM, routing) -> [T, M],
+    flops_per_token(), kept_per_token, n_idle and can_capture(dtype)."""
     moe = config.moe
     if moe is None or layer in moe.dense_layers:
         return MLP(config)
     shared = MLP(replace(config, d_ff=moe.d_shared)) if moe.d_shared else None
-    return MoE(config, shared)
+    n_before = sum(other not in moe.dense_layers for other in range(layer))
+    return MoE(config, shared, n_before)

@@ -9,7 +9,8 @@ uses. The choice has no gradient; the router learns through the gates. The op th
 and adds up is kernels/moe.py; what keeps the experts equally busy is balance.py.
 
 Experts are two stacked parameters, not modules: one tensor for one grouped product. Dropless: an
-expert takes every token that chose it. Ties go to the expert of lower index.
+expert takes every token that chose it. Ties go to the expert of lower index. What was chosen
+once can be replayed (routes.py).
 
 Left out: experts on several devices, a capacity per expert, noise in the choice.
 
@@ -25,6 +26,7 @@ from ..kernels.moe import moe_mlp, top_experts, why_not_grouped
 from .config import ModelConfig
 from .linear import Linear
 from .moe_config import MoEConfig
+from .routes import Routing
 
 SMALLEST_SUM = 1e-20  # what a sum of gates is increased by, in case that all of them are 0
 
@@ -93,15 +95,16 @@ def gates_of(scores_TE: torch.Tensor, experts_TK: torch.Tensor, config: MoEConfi
 class Router(nn.Module):
     """Chooses the experts of each token."""
 
-    def __init__(self, d_model: int, config: MoEConfig):
+    def __init__(self, d_model: int, config: MoEConfig, layer: int = 0):
+        """layer: its number among the layers with experts."""
         super().__init__()
-        self.config = config
+        self.config, self.layer = config, layer
         self.linear = Linear(d_model, config.n_experts, bias=config.router_bias)
         bias = torch.zeros(config.n_experts) if config.balance_bias else None
         self.register_buffer("balance_bias", bias)
 
-    def forward(self, x_TM: torch.Tensor) -> Routes:
-        """[T, M] -> the routes of T tokens."""
+    def forward(self, x_TM: torch.Tensor, routing: Routing | None = None) -> Routes:
+        """[T, M] -> where T tokens go. routing: keeps the choice, or replays another."""
         # 1. A logit per token and expert, in the dtype of x or in fp32; all the rest in fp32.
         at_least_fp32 = torch.promote_types(x_TM.dtype, torch.float32)
         if self.config.fp32_router:
@@ -111,8 +114,10 @@ class Router(nn.Module):
         # 2. The best experts, by their scores and, with a balance bias, by who has had too little.
         scores_TE = scores_of(logits_TE, self.config)
         experts_TK = choose_experts(scores_TE, self.balance_bias, self.config)
+        if routing is not None:
+            experts_TK = routing.take(self.layer, experts_TK)
 
-        # 3. Their gates, from the scores of all: that is where the gradient goes.
+        # 3. Their gates, from the scores of all: that is where the gradient goes, in a replay, too.
         return Routes(experts_TK, gates_of(scores_TE, experts_TK, self.config), logits_TE)
 
     def _apply(self, fn, recurse=True):
@@ -128,20 +133,20 @@ class Router(nn.Module):
 class MoE(nn.Module):
     """Experts, their router, and what every token goes through."""
 
-    def __init__(self, config: ModelConfig, shared: nn.Module | None):
-        """shared: the MLP of the shared experts, if there are any."""
+    def __init__(self, config: ModelConfig, shared: nn.Module | None, layer: int = 0):
+        """shared: the MLP of the shared experts, if there are any. layer: as in Router."""
         super().__init__()
         moe, d_model = config.moe, config.d_model
-        self.router = Router(d_model, moe)
+        self.router = Router(d_model, moe, layer)
         self.gate_up = nn.Parameter(torch.empty(moe.n_experts, 2 * moe.d_expert, d_model))
         self.down = nn.Parameter(torch.empty(moe.n_experts, d_model, moe.d_expert))
         self.shared = shared
         self.shared_gate = Linear(d_model, 1) if moe.shared_gate else None
 
-    def forward(self, x_TM: torch.Tensor) -> torch.Tensor:
-        """[T, M] -> [T, M]."""
+    def forward(self, x_TM: torch.Tensor, routing: Routing | None = None) -> torch.Tensor:
+        """[T, M] -> [T, M]. routing: as in Router."""
         # 1. Where does each token go?
-        routes = self.router(x_TM)
+        routes = self.router(x_TM, routing)
 
         # 2. Through its experts, weighted by their gates.
         y_TM = moe_mlp(x_TM, routes.gates, routes.experts, self.gate_up, self.down)

@@ -31,6 +31,7 @@ from .linear import Linear, plain
 from .mlp import make_mlp
 from .packed import Packed
 from .precision import Precision
+from .routes import Routing
 
 # Endings of the names of matrices whose product is added to the residual stream.
 WRITE_TO_STREAM = ("attn.out.weight", "mlp.down.weight", "mlp.down", "mlp.shared.down.weight")
@@ -71,12 +72,13 @@ class Block(nn.Module):
         cos: torch.Tensor,
         sin: torch.Tensor,
         kv: KV,
+        routing: Routing | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The stream between blocks is x + residual; the next norm adds the two as it reads."""
         x_TM, residual_TM = add_norm(x_TM, residual_TM, self.attn_norm, self.norm_eps)
         x_TM = self.attn(x_TM, cos, sin, kv)
         x_TM, residual_TM = add_norm(x_TM, residual_TM, self.mlp_norm, self.norm_eps)
-        x_TM = self.mlp(x_TM)
+        x_TM = self.mlp(x_TM, routing)
         return x_TM, residual_TM
 
     @property
@@ -89,13 +91,13 @@ class Block(nn.Module):
 class PostNormBlock(Block):
     """One layer of OLMo-2 (arXiv 2501.00656): x += norm(attention(x)), then x += norm(mlp(x))."""
 
-    def forward(self, x_TM, residual_TM, cos, sin, kv):
+    def forward(self, x_TM, residual_TM, cos, sin, kv, routing=None):
         """As in Block: the stream is x + residual. The sum is needed here, before any norm."""
         if residual_TM is not None:
             x_TM = x_TM + residual_TM
         attended_TM = rmsnorm(self.attn(x_TM, cos, sin, kv), self.attn_norm, self.norm_eps)
         x_TM = x_TM + attended_TM
-        return rmsnorm(self.mlp(x_TM), self.mlp_norm, self.norm_eps), x_TM
+        return rmsnorm(self.mlp(x_TM, routing), self.mlp_norm, self.norm_eps), x_TM
 
 
 class Transformer(nn.Module):
@@ -144,11 +146,18 @@ class Transformer(nn.Module):
 
     # ---- tokens to hidden states ----
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, kv: KV) -> torch.Tensor:
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        kv: KV,
+        routing: Routing | None = None,
+    ) -> torch.Tensor:
         """Hidden states [T, M] after the final norm, in the compute dtype, or in fp32 for an fp32
         head.
 
-        tokens, positions: [T] int64. kv: where keys and values are, as in attention.py.
+        tokens, positions: [T] int64. kv: where keys and values are, as in attention.py. routing: of
+        a mixture of experts, where its routes are kept or come from; None: the routers choose.
         """
         # 1. The angles of each token's position; all layers share them.
         config = self.config
@@ -163,7 +172,7 @@ class Transformer(nn.Module):
         # 3. Layer by layer, with attention between the tokens of a sequence.
         residual_TM = None
         for block in self.blocks:
-            x_TM, residual_TM = block(x_TM, residual_TM, cos, sin, kv)
+            x_TM, residual_TM = block(x_TM, residual_TM, cos, sin, kv, routing)
 
         # 4. The last sum, normed for the head, which computes in the dtype of what it is given.
         if self.fp32_head:
@@ -172,9 +181,9 @@ class Transformer(nn.Module):
         hidden_TM, _ = add_norm(x_TM, residual_TM, self.norm, self.config.norm_eps)
         return hidden_TM
 
-    def hidden_states(self, packed: Packed) -> torch.Tensor:
+    def hidden_states(self, packed: Packed, routing: Routing | None = None) -> torch.Tensor:
         """`forward` for a packed batch: [T, M]."""
-        return self(packed.tokens, packed.positions, PackedKV(packed))
+        return self(packed.tokens, packed.positions, PackedKV(packed), routing=routing)
 
     # ---- hidden states to log-probs and logits ----
 

@@ -7,8 +7,9 @@ answers, plain log_softmax. rl/step.py does the same four things, fast and for t
 tests/rl/test_naive.py holds one against the other: same tokens, same advantages, same gradient.
 
 Left out, because the lesson stands without it: the KL to a reference model, several updates per
-batch and the clip (with one update the ratio is 1, and clipping does nothing), the learning rate's
-schedule, checkpoints, logs.
+batch and the clip (with one update the ratio is 1, and clipping does nothing), the replay of routes
+(model/routes.py: here sampler and trainer are one computation), the learning rate's schedule,
+checkpoints, logs.
 
 Sources: DeepSeekMath (arXiv 2402.03300), section 4; DeepSeek-R1 (arXiv 2501.12948), section 2.2.
 

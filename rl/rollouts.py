@@ -24,6 +24,7 @@ from ..model.engine.engine import Engine
 from ..model.engine.requests import group_requests
 from ..model.engine.sampling import sample_seeds
 from ..model.packed import Packed, offsets, pack
+from ..model.routes import Routing
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class Rollouts:
     """The temperature that they were sampled at, and must be scored at."""
     weights_version: int
     """The number of optimizer steps behind the weights that made them."""
+    routes: list[np.ndarray] | None = None
+    """N arrays [tokens - 1, L, K]: the experts that the answer's tokens went through, prompt
+    included (model/routes.py). None of a dense model, or where the engine keeps none."""
     replaced: "Rollouts | None" = None
     """Groups that dynamic sampling has replaced: for the log alone, nothing trains on them."""
 
@@ -99,6 +103,7 @@ def sample_groups(
     )
     completions = engine.generate(requests)
     prompt_of = [prompt_ids[n // group_size] for n in range(len(completions))]
+    routes = [completion.routes for completion in completions]
     return Rollouts(
         problems=list(problems or prompts),
         sequences=[
@@ -112,6 +117,7 @@ def sample_groups(
         texts=[response_text(tokenizer, completion.tokens) for completion in completions],
         temperature=temperature,
         weights_version=engine.version,
+        routes=None if routes[0] is None else routes,
     )
 
 
@@ -218,6 +224,7 @@ def merge(parts: list[Rollouts], groups: list[np.ndarray]) -> Rollouts:
         texts=picked("texts", samples),
         temperature=parts[0].temperature,
         weights_version=parts[0].weights_version,
+        routes=None if parts[0].routes is None else picked("routes", samples),
     )
 
 
@@ -246,6 +253,8 @@ class MicroBatch:
     `array[batch.token_index]` is this batch's part of an array of all response tokens."""
     sampler_logp: torch.Tensor
     """[R] float32: the log-prob of each response token as it was sampled."""
+    routes: torch.Tensor | None = None
+    """[T, L, K]: the experts of each packed token as it was sampled. None: nothing is replayed."""
     advantages: torch.Tensor | None = None
     """[R] float32."""
     weights: torch.Tensor | None = None
@@ -256,6 +265,11 @@ class MicroBatch:
     ref_logp: torch.Tensor | None = None
     """[R]: log-probs under the reference. None where the loss has no KL."""
 
+    def replay(self) -> Routing | None:
+        """For a pass of the policy: its routers take the experts that the engine's took. Other
+        models, the reference and a critic, choose their own."""
+        return None if self.routes is None else Routing(self.routes)
+
 
 def micro_batch(rollouts: Rollouts, samples: np.ndarray, device) -> MicroBatch:
     """Lay out the given samples, without their last tokens, which predict nothing."""
@@ -263,20 +277,24 @@ def micro_batch(rollouts: Rollouts, samples: np.ndarray, device) -> MicroBatch:
     response_lengths = rollouts.response_lengths[samples]
     sequences = [rollouts.sequences[n] for n in samples]
 
-    # The samples of a group share their prompt, up to its last token: that one is each sample's
-    # own, since it predicts the first token of the response.
-    prefixes = [seq[: p - 1] for seq, p in zip(sequences, prompt_lengths, strict=True)]
-    index_of: dict[bytes, int] = {}
-    prefix_of = np.array([index_of.setdefault(x.tobytes(), len(index_of)) for x in prefixes])
-    if len(index_of) == len(samples):  # nothing to share
-        shared, skipped, after = [], np.zeros_like(prompt_lengths), None
+    # What is shared comes once; behind it, each sample has the rest of its own.
+    prefix_of, first_with = shared_prefixes(rollouts, samples)
+    if len(first_with) == len(samples):  # nothing to share
+        first_with, skipped, after = first_with[:0], np.zeros_like(prompt_lengths), None
     else:
-        first_with = np.unique(prefix_of, return_index=True)[1]
-        shared, skipped = [prefixes[i] for i in first_with], prompt_lengths - 1
+        skipped = prompt_lengths - 1
         # Which sequence each one continues, as pack() wants it: -1 for a prefix, which begins.
-        after = np.append(np.full(len(shared), -1), prefix_of)
+        after = np.append(np.full(len(first_with), -1), prefix_of)
+    shared = [sequences[i][: prompt_lengths[i] - 1] for i in first_with]
     own = [seq[skip:-1] for seq, skip in zip(sequences, skipped, strict=True)]
     packed = pack([*shared, *own], device, after)
+    routes_TLK = None
+    if rollouts.routes is not None:
+        # In the same order; a sequence without its last token has as many routes as tokens.
+        routes = [rollouts.routes[n] for n in samples]
+        of_shared = [routes[i][: prompt_lengths[i] - 1] for i in first_with]
+        of_own = [array[skip:] for array, skip in zip(routes, skipped, strict=True)]
+        routes_TLK = torch.from_numpy(np.concatenate([*of_shared, *of_own])).to(device)
 
     # Where each sample's own tokens begin in the flat batch, behind the shared prefixes. The last
     # token of its prompt predicts the first of the response, and so on.
@@ -299,7 +317,27 @@ def micro_batch(rollouts: Rollouts, samples: np.ndarray, device) -> MicroBatch:
         response_offsets=on_device(offsets(response_lengths)),
         token_index=on_device(token_index),
         sampler_logp=on_device(np.concatenate(sampler_logp)),
+        routes=routes_TLK,
     )
+
+
+def shared_prefixes(rollouts: Rollouts, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(prefix_of [n], first_with [P]): the number of each sample's prefix, and the first sample, by
+    its index in the batch, that has each of the P different ones.
+
+    The samples of a group share their prompt, up to its last token: that one is each sample's own,
+    since it predicts the first token of the response. What is shared has the same routes, too.
+    """
+    index_of: dict[tuple, int] = {}
+    prefix_of = []
+    for n in samples:
+        end = rollouts.prompt_lengths[n] - 1
+        key = [rollouts.sequences[n][:end].tobytes()]
+        if rollouts.routes is not None:
+            key.append(rollouts.routes[n][:end].tobytes())
+        prefix_of.append(index_of.setdefault(tuple(key), len(index_of)))
+    first_with = np.unique(prefix_of, return_index=True)[1]
+    return np.array(prefix_of), first_with
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -329,11 +367,11 @@ def micro_batches(
 
 
 def response_logprobs(
-    model, batch: MicroBatch, temperature: float
+    model, batch: MicroBatch, temperature: float, routing: Routing | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(logp [R], entropy [R]) of the response tokens under the model, at the temperature that they
-    were sampled at."""
-    hidden = model.hidden_states(batch.packed)
+    were sampled at. routing: `batch.replay()` for the policy."""
+    hidden = model.hidden_states(batch.packed, routing)
     return model.logprobs(hidden, batch.targets, temperature, rows=batch.predictors)
 
 

@@ -77,6 +77,20 @@ def grpo_step(learner: Learner, task: Task, config, step: int) -> dict:
     }
 
 
+def expert_metrics(rollouts: Rollouts, policy: Transformer) -> dict:
+    """How busy a mixture's experts were in sampling, as in pretraining's log: the largest load, as
+    a multiple of its layer's mean, and the share of experts without any token."""
+    if rollouts.routes is None:
+        return {}
+    n_experts = policy.config.moe.n_experts
+    layers = np.concatenate(rollouts.routes).swapaxes(0, 1)
+    counts_LE = np.stack([np.bincount(layer.ravel(), minlength=n_experts) for layer in layers])
+    return {
+        "expert_load_max": (counts_LE / counts_LE.mean(1, keepdims=True)).max(),
+        "experts_dead": (counts_LE == 0).mean(),
+    }
+
+
 def sampling_metrics(
     learner: Learner, task: Task, rollouts: Rollouts, rewards: Rewards, advantages: Advantages
 ) -> dict:
@@ -129,5 +143,6 @@ def sampling_metrics(
         "replaced_tokens": int(lengths.sum() - rollouts.response_lengths.sum()),
         "tokens": int(lengths.sum()),
         "position": learner.sampler.position,
+        **expert_metrics(rollouts, learner.policy),
         **others,
     }

@@ -21,6 +21,7 @@ from ..kernels.grpo import POLICY_METRICS
 from ..kernels.linear_logprob import check_targets
 from ..model.distributed import all_sum, sum_gradients
 from ..model.optimizer import learning_rate, optimizer_step
+from ..model.routes import check_routes
 from .advantages import Advantages, sum_per_answer
 from .losses import entropy_bonus, importance_weights, kl_estimate, mean_metrics
 from .rollouts import (
@@ -42,10 +43,12 @@ def update_policy(learner, rollouts: Rollouts, advantages: Advantages, config, s
     """One or more optimizer steps on the rollouts; returns the metrics to log.
 
     learner: a Learner (rl/step.py); config: an Algorithm (rl/family.py). Raises LogpGapError before
-    anything is updated with a wrong log-prob.
+    anything is updated with a wrong log-prob, and ValueError for routes that are not the policy's.
     """
     policy = learner.policy
     check_targets(np.concatenate(rollouts.sequences), policy.config.head_rows)
+    if rollouts.routes is not None:
+        check_routes(rollouts.routes, [len(s) for s in rollouts.sequences], policy.config)
     updates = lay_out_updates(learner, rollouts, advantages, config, step)
     rate = learning_rate(step, config.steps, config.optim)
     log = UpdateLog(gap_limit(policy, config), corrects=config.loss.max_importance > 0)
@@ -99,7 +102,7 @@ def lay_out_updates(
     every_batch = [batch for batches in updates for batch in batches]
     old_logp = ref_logp = [None] * len(every_batch)
     if config.updates_per_step > 1:
-        old_logp = logprobs_of(learner.policy, every_batch, rollouts.temperature)
+        old_logp = logprobs_of(learner.policy, every_batch, rollouts.temperature, replays=True)
     if config.kl_in_loss:
         ref_logp = learner.reference.logprobs(every_batch, rollouts.temperature)
 
@@ -123,12 +126,14 @@ def deal_samples(samples: np.ndarray, config, step: int) -> list[np.ndarray]:
 
 
 def batch_loss(learner, batch: MicroBatch, temperature: float, config) -> tuple:
-    """(loss, metrics, entropy [R], gap [R], is_cut [R]) of one micro-batch.
+    """(loss, metrics, entropy [R], gap [R], is_cut [R], flipped [T, L]) of one micro-batch.
 
     is_cut: which importance weights were lowered to the cap, or dropped; None without weights.
+    flipped: which routers would have chosen other experts; None if none were replayed.
     """
     options = config.loss
-    logp, entropy = response_logprobs(learner.policy, batch, temperature)
+    routing = batch.replay()
+    logp, entropy = response_logprobs(learner.policy, batch, temperature, routing)
     old_logp = logp.detach() if batch.old_logp is None else batch.old_logp
     advantages, is_cut = batch.advantages, None
     if options.max_importance > 0:
@@ -144,7 +149,8 @@ def batch_loss(learner, batch: MicroBatch, temperature: float, config) -> tuple:
         loss, metrics = loss + bonus, metrics.clone()
         metrics[LOSS] += bonus.detach()
     gap = (old_logp - batch.sampler_logp).abs()
-    return loss, metrics, entropy.detach(), gap, is_cut
+    flipped = None if routing is None else routing.flipped()
+    return loss, metrics, entropy.detach(), gap, is_cut, flipped
 
 
 def gap_limit(policy, config) -> float:
@@ -173,14 +179,24 @@ class UpdateLog:
     gap_sum: float = 0.0
     gap_max: float = 0.0
     cut_sum: float = 0.0
+    n_routed: np.ndarray = field(default_factory=lambda: np.zeros(2))
+    """Routers of all tokens, and tokens, whose routes were replayed."""
+    n_flipped: np.ndarray = field(default_factory=lambda: np.zeros(2))
+    """Those of them that would have chosen other experts, one at least. In later updates that is
+    also because the weights have moved."""
     unread: list = field(default_factory=list)
 
-    def add(self, batch: MicroBatch, metrics: torch.Tensor, entropy, gap, is_cut) -> None:
+    def add(self, batch: MicroBatch, metrics: torch.Tensor, entropy, gap, is_cut, flipped) -> None:
         self.metrics.append(metrics)
         self.samples += len(batch.samples)
         self.tokens += len(gap)
         n_cut = torch.zeros_like(gap) if is_cut is None else is_cut
-        self.unread.append(torch.stack([entropy.sum(), gap.sum(), gap.max(), n_cut.sum()]))
+        n_flipped = [gap.new_zeros(())] * 2
+        if flipped is not None:
+            n_flipped = [flipped.sum(), flipped.any(1).sum()]
+            self.n_routed += flipped.numel(), len(flipped)
+        sums = [entropy.sum(), gap.sum(), gap.max(), n_cut.sum(), *n_flipped]
+        self.unread.append(torch.stack(sums))
 
     def check_gaps_and_count(self, batches: list[MicroBatch]) -> int:
         """How many micro-batches all processes have together: 0 leaves nothing to step with.
@@ -189,11 +205,12 @@ class UpdateLog:
         too large: a process that stopped alone would leave the others waiting.
         """
         if self.unread:
-            entropies, gaps, maxima, cuts = torch.stack(self.unread).cpu().double().T
+            entropies, gaps, maxima, cuts, *flips = torch.stack(self.unread).cpu().double().T
             self.unread.clear()
             self.entropy_sum += float(entropies.sum())
             self.gap_sum += float(gaps.sum())
             self.cut_sum += float(cuts.sum())
+            self.n_flipped += [float(counts.sum()) for counts in flips]
             # A maximum would pass over NaN, which is the largest gap of all.
             worst = float("nan") if maxima.isnan().any() else float(maxima.max())
             self.gap_max = worst if math.isnan(worst) else max(self.gap_max, worst)
@@ -219,6 +236,9 @@ class UpdateLog:
             return metrics
         if self.corrects:
             metrics["importance_cut"] = self.cut_sum / self.tokens
+        if self.n_routed.any():
+            shares = self.n_flipped / self.n_routed
+            metrics["flipped_routers"], metrics["flipped_tokens"] = shares.tolist()
         return metrics | {
             **mean_metrics(self.metrics, n_updates),
             "entropy": self.entropy_sum / self.tokens,
@@ -231,9 +251,17 @@ class UpdateLog:
 
 
 @torch.no_grad()
-def logprobs_of(model, batches: Iterable[MicroBatch], temperature: float) -> list[torch.Tensor]:
-    """[R] for each batch: the log-probs of its response tokens under the model."""
-    return [response_logprobs(model, batch, temperature)[0] for batch in batches]
+def logprobs_of(
+    model, batches: Iterable[MicroBatch], temperature: float, replays: bool = False
+) -> list[torch.Tensor]:
+    """[R] for each batch: the log-probs of its response tokens under the model.
+
+    replays: its routers take the experts of sampling, as the policy's do.
+    """
+    return [
+        response_logprobs(model, batch, temperature, batch.replay() if replays else None)[0]
+        for batch in batches
+    ]
 
 
 class Reference:

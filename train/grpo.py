@@ -301,6 +301,7 @@ def make_engine(config: GRPOConfig, task: Task, policy, tokenizer, has_critic: b
         max_rows=min(1024, config.prompts_per_step * config.group_size),
         longest=longest,
         reserve=bytes_per_parameter * n_parameters + activations,
+        keep_routes=config.routing_replay,
     )
 
 

@@ -24,6 +24,8 @@ metrics.jsonl has the seconds.
     finish_reason      "stop" or "length"
     why                the grader's reason
     replaced           whether dynamic sampling has replaced the group
+
+Left out: log-probs, and the routes of a mixture of experts.
 """
 
 import json

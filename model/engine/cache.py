@@ -60,12 +60,21 @@ class Cache(Protocol):
     # ---- rows ----
 
     def admit(
-        self, rows: np.ndarray, prompts: list[Sequence[int]], which: np.ndarray
+        self,
+        rows: np.ndarray,
+        prompts: list[Sequence[int]],
+        which: np.ndarray,
+        routes: list[np.ndarray | None] | None = None,
     ) -> torch.Tensor:
         """Prefill each prompt once; logits [P, V] of the token after it.
 
-        rows: [B] the rows that begin; which: [B] the index of each row's prompt.
+        rows: [B] the rows that begin; which: [B] the index of each row's prompt. routes: for each
+        prompt those that its first tokens had before, which are taken again, or None.
         """
+
+    def routes_of(self, rows: np.ndarray) -> list[np.ndarray | None]:
+        """For each row the experts [length, L, K] of its tokens (see routes.py), or None where none
+        are kept."""
 
     def move(self, dst: np.ndarray, src: np.ndarray) -> None:
         """Sequences move from rows `src` to rows `dst`, over what these held. `cut` follows."""

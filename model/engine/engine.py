@@ -24,6 +24,7 @@ from itertools import count
 import numpy as np
 import torch
 
+from ..routes import route_bytes
 from ..transformer import Transformer
 from .cache import Cache, gpu_cache_bytes, step_bytes, tokens_within
 from .pages import Pages
@@ -56,6 +57,7 @@ class Engine:
         paged: bool | None = None,
         longest: int | None = None,
         reserve: int = 0,
+        keep_routes: bool = False,
     ):
         """tokenizer: needed for stop texts and for the text of streams.
 
@@ -67,6 +69,7 @@ class Engine:
             in cache.py); never less than one sequence of max_seq_len.
         paged: True is pages, False is slots. None is slots where the compiled loops of a CPU can
             serve the model, and pages elsewhere.
+        keep_routes: each Completion has the experts of its tokens, if the model is a mixture.
         """
         if max_rows < 1 or tokens_per_step < 1:
             raise ValueError(
@@ -79,10 +82,14 @@ class Engine:
         self.device = model.device
         self.max_rows, self.tokens_per_step = max_rows, tokens_per_step
         self.token_bytes = model.cache_bytes_per_token
+        if keep_routes and model.config.moe is not None:
+            self.token_bytes += route_bytes(model.config)
         if paged is None:
             paged = not Slots.serves(model)
         with torch.inference_mode():
-            self.cache: Cache = (Pages if paged else Slots)(model, max_rows)
+            self.cache: Cache = (
+                Pages(model, max_rows, keep_routes) if paged else Slots(model, max_rows)
+            )
             # Free memory is read when the cache has made its copy of the weights, if any.
             self.cache_tokens = cache_tokens or self._cache_tokens(longest, reserve)
             self.cache.allocate(self.cache_tokens)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..packed import pack
+from ..routes import RecordedRouting
 from ..transformer import Transformer
 from .requests import Completion, Request, check_requests
 from .sampling import counter_uniform, sample_tokens, signed
@@ -42,7 +43,9 @@ def generate_naive(model: Transformer, request: Request) -> Completion:
     finish_reason = "length"
     while len(tokens) < request.max_new_tokens:
         # 1. The model reads all tokens so far, [T]. The last one's hidden state predicts the next.
-        hidden_TM = model.hidden_states(pack([sequence], device))
+        # A mixture of experts chooses its experts for each, and says which (routes.py).
+        routing = RecordedRouting()
+        hidden_TM = model.hidden_states(pack([sequence], device), routing)
         logits_1V = model.logits(hidden_TM[-1:])
 
         # 2. A token's random number is a function of the request's seed and the token's position.
@@ -61,4 +64,5 @@ def generate_naive(model: Transformer, request: Request) -> Completion:
         if tokens[-1] in request.stop_ids:
             finish_reason = "stop"
             break
-    return Completion(np.array(tokens), np.array(logps, np.float32), finish_reason)
+    routes = routing.routes(model.config)
+    return Completion(np.array(tokens), np.array(logps, np.float32), finish_reason, routes=routes)

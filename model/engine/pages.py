@@ -3,7 +3,9 @@
 Keys and values lie in pages of PAGE tokens, one pair of tensors per layer, at fixed addresses.
 Attention finds those of a row through a table of page numbers (page_table.py), as in vLLM (Kwon et
 al. 2023, arXiv 2309.06180). So rows of any length lie in one memory without gaps, and the samples
-of a group share the pages of their prompt.
+of a group share the pages of their prompt. The routes of a mixture of experts, where they are
+asked for, lie in pages of their own with the same numbers: who shares a prompt's keys has its
+routes.
 
 A decoding step is captured and replayed: a small model's step is otherwise bound by the launching
 of its kernels. A graph's work is fixed by two numbers, the rows and the columns of the page table
@@ -14,7 +16,8 @@ that all graphs share: they run one after another. The logits are computed behin
 pool could give their memory to nobody else.
 
 Shapes: B rows, T flat tokens of a prefill, P prompts, N pages, G kv heads, D width of a key, E
-width of a value, W pages that a row may have, M d_model, V vocabulary.
+width of a value, W pages that a row may have, M d_model, V vocabulary, L layers with experts, K
+experts per token.
 """
 
 import copy
@@ -29,6 +32,7 @@ from ...kernels.latent_attention import latent_decode_attention
 from ..attention import KV, PrefillKV
 from ..moe import Router
 from ..packed import Packed, pack
+from ..routes import UNKNOWN, Routing, route_dtype, route_shape
 from ..transformer import Transformer
 from .cache import PAGE, pages_for
 from .page_table import PageTable
@@ -104,6 +108,27 @@ class PageWritingKV(PrefillKV):
             cache[self.pages, :, self.offsets] = new[self.tokens].to(cache.dtype)
 
 
+class PageRouting(Routing):
+    """Writes the experts of each layer to the pages of the tokens."""
+
+    def __init__(
+        self,
+        routes: torch.Tensor,
+        kv: PagedKV | PageWritingKV,
+        tokens: torch.Tensor | slice = slice(None),
+        replayed_TLK: torch.Tensor | None = None,
+    ):
+        """routes: [N, PAGE, L, K]. kv: knows the pages and offsets. tokens: which ones are written
+        there, as in PageWritingKV."""
+        super().__init__(replayed_TLK)
+        self.routes, self.tokens = routes, tokens
+        self.pages, self.offsets = kv.pages, kv.offsets
+
+    def keep(self, layer: int, experts_TK: torch.Tensor) -> None:
+        experts = experts_TK[self.tokens].to(self.routes.dtype)
+        self.routes[self.pages, self.offsets, layer] = experts
+
+
 def cast_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
     """The same modules, whatever they are, over weights of their own in `dtype`.
 
@@ -128,8 +153,11 @@ def cast_copy(model: Transformer, dtype: torch.dtype) -> Transformer:
 class Pages:
     """A `Cache` of `n_tokens` in pages, for at most `n_rows` rows."""
 
-    def __init__(self, model: Transformer, n_rows: int):
+    def __init__(self, model: Transformer, n_rows: int, keep_routes: bool = False):
+        """keep_routes: of a mixture of experts, for `routes_of`."""
         self.model, self.n_rows = model, n_rows
+        self.keeps_routes = keep_routes and model.config.moe is not None
+        self.routes: torch.Tensor | None = None
         self.dtype, self.device = model.compute_dtype, model.device
         self.n = 0
         # Decode from the trainer's own weights, unless a GPU would have to cast them in every step:
@@ -148,6 +176,10 @@ class Pages:
         # What graphs read and write: keys and values, and the device's copy of the page table.
         shapes = [block.attn.cache_shape for block in self.model.blocks]
         self.caches = [self._layer_cache(n_pages, shape) for shape in shapes]
+        if self.keeps_routes:
+            config = self.model.config
+            shape = n_pages + 1, PAGE, *route_shape(config)
+            self.routes = self._zeros(*shape, dtype=route_dtype(config))
         # It lies in one tensor, so that a step's changes are one copy and one write.
         self.table_and_lengths = self._zeros(self.n_rows * (width + 1), dtype=torch.int32)
         table, self.lengths = self.table_and_lengths.split([self.n_rows * width, self.n_rows])
@@ -207,7 +239,11 @@ class Pages:
     # ---- rows ----
 
     def admit(
-        self, rows: np.ndarray, prompts: list[Sequence[int]], which: np.ndarray
+        self,
+        rows: np.ndarray,
+        prompts: list[Sequence[int]],
+        which: np.ndarray,
+        routes: list[np.ndarray | None] | None = None,
     ) -> torch.Tensor:
         slots, tokens = self._lay_out(rows, which, [len(prompt) for prompt in prompts])
         self.n = max(self.n, int(rows.max()) + 1)
@@ -216,7 +252,11 @@ class Pages:
         # of the tokens to the pages of the rows.
         packed = pack(prompts, self.device)
         kv = PageWritingKV(packed, self.caches, slots, tokens)
-        hidden_TM = self.weights(packed.tokens, packed.positions, kv)
+        routing = None
+        if self.routes is not None:
+            known_TLK = self._known_routes(prompts, routes)
+            routing = PageRouting(self.routes, kv, tokens, known_TLK)
+        hidden_TM = self.weights(packed.tokens, packed.positions, kv, routing=routing)
 
         # The last token of each prompt predicts the first one of its samples.
         last = packed.cu_seqlens[1:].long() - 1
@@ -248,6 +288,34 @@ class Pages:
             tokens.append(start + np.arange(n_shared, length))
             table.begin(row, np.concatenate([shared[prompt], own]), length)
         return self._send(np.concatenate(slots)), self._send(np.concatenate(tokens))
+
+    def _known_routes(
+        self, prompts: list[Sequence[int]], routes: list[np.ndarray | None] | None
+    ) -> torch.Tensor | None:
+        """[T, L, K] to replay, UNKNOWN for tokens that had no routes before; None if none had."""
+        if routes is None or all(known is None for known in routes):
+            return None
+        parts = []
+        for prompt, known in zip(prompts, routes, strict=True):
+            part = np.full((len(prompt), *self.routes.shape[2:]), UNKNOWN, np.int16)
+            if known is not None:
+                part[: len(known)] = known
+            parts.append(part)
+        return self._send(np.concatenate(parts))
+
+    def routes_of(self, rows: np.ndarray) -> list[np.ndarray | None]:
+        if self.routes is None:
+            return [None] * len(rows)
+        table = self.page_table
+        lengths = table.lengths[rows]
+        slots = [
+            slots_of(table.pages[row, : pages_for(length)], length)
+            for row, length in zip(rows, lengths, strict=True)
+        ]
+        # The device is read once for all rows.
+        index = self._send(np.concatenate(slots))
+        found_TLK = self.routes.flatten(0, 1)[index].cpu().numpy()
+        return [part.copy() for part in np.split(found_TLK, np.cumsum(lengths)[:-1])]
 
     def move(self, dst: np.ndarray, src: np.ndarray) -> None:
         for to, by in zip(dst.tolist(), src.tolist(), strict=True):
@@ -329,7 +397,8 @@ class Pages:
     def _step(self, n: int, width: int) -> torch.Tensor:
         """Hidden states [n, M] of the newest token of each row, which is written to the cache."""
         kv = PagedKV(self.caches, self.table[:n, :width], self.lengths[:n])
-        return self.weights(self.tokens[:n], kv.positions, kv)
+        routing = None if self.routes is None else PageRouting(self.routes, kv)
+        return self.weights(self.tokens[:n], kv.positions, kv, routing=routing)
 
 
 def doublings(least: int, most: int) -> list[int]:

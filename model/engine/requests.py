@@ -62,6 +62,9 @@ class Completion:
     """[n, top_logprobs] int64, the likeliest tokens first, if asked for."""
     top_logp: np.ndarray | None = None
     """[n, top_logprobs] float32, their log-probs."""
+    routes: np.ndarray | None = None
+    """[prompt tokens + n - 1, L, K], the experts of all tokens that were read (the last one was
+    not), of a mixture of experts whose engine keeps them; see model/routes.py."""
 
 
 @dataclass(frozen=True)

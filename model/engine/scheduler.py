@@ -6,7 +6,9 @@ samples of a group do, are prefilled once.
 
 Preemption: where the cache has no room for one more token in every row, the youngest sequence goes
 back to the front of the queue with the tokens that it has. It is prefilled again later, and samples
-the same tokens as it would have, since random numbers depend on seed and position alone.
+the same tokens as it would have, since random numbers depend on seed and position alone. Where the
+routes of a mixture of experts are kept, its tokens take the same experts again: all log-probs of an
+answer belong to its one set of routes.
 
 Finished rows stay in the batch for a while where nobody waits for them: compacting the batch after
 every sequence costs more than decoding a few rows for nobody.
@@ -59,12 +61,14 @@ class Scheduler:
             return None
 
         # Prefill each different prompt once, and give the new rows their keys and values.
-        prompts, prompt_of_row = self._choose(n_free, self.tokens_per_step - n)
+        firsts, prompt_of_row = self._choose(n_free, self.tokens_per_step - n)
         n_new = len(prompt_of_row)
         if n_new == 0:
             return None
         which = np.array(prompt_of_row)
-        logits = self.cache.admit(np.arange(n, n + n_new), prompts, which)
+        prompts = [sequence.prefix for sequence in firsts]
+        routes = [sequence.routes for sequence in firsts]
+        logits = self.cache.admit(np.arange(n, n + n_new), prompts, which, routes)
 
         new = [self.waiting.popleft() for _ in range(n_new)]
         self.running += new
@@ -73,28 +77,34 @@ class Scheduler:
         # The samples of a group begin with the logits of their one prompt.
         return logits[torch.from_numpy(which).to(logits.device)]
 
-    def _choose(self, n_free: int, budget: int) -> tuple[list[tuple[int, ...]], list[int]]:
-        """The first of the waiting sequences that may begin: their different prompts, and the index
-        of each one's prompt.
+    def _choose(self, n_free: int, budget: int) -> tuple[list[Sequence], list[int]]:
+        """The first of the waiting sequences that may begin: one for each different prompt, and the
+        index of each one's prompt.
 
         n_free: rows. budget: tokens that may be prefilled. One sequence alone always begins: the
         engine refuses requests that the cache cannot hold.
         """
-        index_of: dict[tuple[int, ...], int] = {}
+        index_of: dict[tuple, int] = {}
+        firsts: list[Sequence] = []
         prompt_of_row: list[int] = []
         n_tokens = longest = n_pages = 0
         for sequence in islice(self.waiting, n_free):
             length = len(sequence.prefix)
             longest = max(longest, length)
-            if sequence.prefix not in index_of:
+            # One that was preempted with routes takes them again, and shares with nobody.
+            prompt = sequence.prefix, id(sequence.routes)
+            if prompt not in index_of:
                 n_tokens += length
                 n_pages += length // PAGE  # full pages are shared by all samples of a group
             n_pages += length % PAGE > 0  # the last one, which is written on, is not
             fits = n_tokens <= budget and self.cache.fits(len(prompt_of_row) + 1, longest, n_pages)
             if not fits and (self.running or prompt_of_row):
                 break
-            prompt_of_row.append(index_of.setdefault(sequence.prefix, len(index_of)))
-        return list(index_of), prompt_of_row
+            if prompt not in index_of:
+                index_of[prompt] = len(firsts)
+                firsts.append(sequence)
+            prompt_of_row.append(index_of[prompt])
+        return firsts, prompt_of_row
 
     # ---- sequences go back, or end ----
 
@@ -125,10 +135,13 @@ class Scheduler:
         return queued + (self.release(np.array(rows)) if rows else [])
 
     def release(self, rows: np.ndarray) -> list[Sequence]:
-        """Take the sequences out of these rows, with the tokens that they have sampled there."""
+        """Take the sequences out of these rows, with the tokens that they have sampled there, and
+        the routes of all tokens that the cache has of them."""
         released = [self.running[row] for row in rows.tolist()]
-        for sequence, part in zip(released, self.rows.take(rows), strict=True):
+        taken = self.rows.take(rows), self.cache.routes_of(rows)
+        for sequence, part, routes in zip(released, *taken, strict=True):
             sequence.parts.append(part)
+            sequence.routes = routes
         for row in rows.tolist():
             self.running[row] = None
         self.n_finished += len(rows)

@@ -21,6 +21,9 @@ class Sequence:
     streamed: bool
     parts: list[tuple[np.ndarray, ...]] = field(default_factory=list)
     """(tokens, logp), or (tokens, logp, top_ids, top_logp), of each time that it was in a row."""
+    routes: np.ndarray | None = None
+    """[n, L, K], the experts of the n tokens that were read, the prompt's among them, until it left
+    its last row; None if none are kept."""
 
     @property
     def emits(self) -> bool:
@@ -38,4 +41,4 @@ class Sequence:
         parts = self.parts or [nothing]  # it was cancelled before it began
         tokens, logp, *likeliest = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         text = self.text.shown if self.request.stop else None
-        return Completion(tokens, logp, reason, version, text, *likeliest)
+        return Completion(tokens, logp, reason, version, text, *likeliest, routes=self.routes)

@@ -149,7 +149,11 @@ class Slots:
     # ---- rows ----
 
     def admit(
-        self, rows: np.ndarray, prompts: list[Sequence[int]], which: np.ndarray
+        self,
+        rows: np.ndarray,
+        prompts: list[Sequence[int]],
+        which: np.ndarray,
+        routes: list | None = None,
     ) -> torch.Tensor:
         """Prefill the prompts and copy prompts[which[i]] into rows[i]. Returns the prompts' logits
         [P, V]."""
@@ -157,6 +161,10 @@ class Slots:
         firsts, lengths = cu_seqlens.numpy()[which], cu_seqlens.diff().numpy()[which]
         self.decoder.admit(rows, firsts, lengths, kept)
         return self.model.logits(hidden[cu_seqlens[1:].long() - 1])
+
+    def routes_of(self, rows: np.ndarray) -> list[None]:
+        """A dense model has no routes."""
+        return [None] * len(rows)
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [B], the newest of each row, not in the cache yet. Returns the logits [B, V] of

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ablation, common, generation, linear_logprob, memory, training, vs_trl
+from benchmarks import ablation, common, generation, linear_logprob, memory, routing, training, vs_trl
 from r1zero.eval.response import Sample
 from r1zero.kernels import reference
 from r1zero.model.config import ModelConfig, preset
@@ -146,8 +146,8 @@ def test_another_model_than_ours_is_noticed():
     class Sharper(Transformer):
         """The same weights, but another function of them."""
 
-        def hidden_states(self, packed):
-            return 1.1 * super().hidden_states(packed)
+        def hidden_states(self, packed, routing=None):
+            return 1.1 * super().hidden_states(packed, routing)
 
     assert vs_trl.qwen2_of(Transformer(TINY).init_weights(0)).config.hidden_size == 32
     with pytest.raises(RuntimeError, match="differ by .* in log-prob"):
@@ -251,6 +251,45 @@ def test_the_ablation_at_toy_size(tmp_path, capsys, monkeypatch):
         ablation.main(dataclasses.replace(flags, budget=200))
     with pytest.raises(ValueError, match="made with other settings"):  # another base is another experiment
         ablation.main(dataclasses.replace(flags, base=str(save_base(tmp_path / "other", seed=1))))
+
+
+# ---- routing ----
+
+def test_routing_at_toy_size(tmp_path, capsys, monkeypatch):
+    smaller = {"SIZES": {"dense": None, "E=8 K=2": (8, 2)}, "NEW_TOKENS": 3, "HELD_OUT": 2, "ANSWERS": 2}
+    for name, value in smaller.items():
+        monkeypatch.setattr(routing, name, value)
+    base = save_base(tmp_path / "base", moe=dict(n_experts=8, experts_per_token=2, d_expert=16))
+    flags = routing.Flags(base=str(base), sequences=8, tokens=8, curve_steps=1, seeds=(0, 1), problems=1,
+                          work=str(tmp_path / "work"), out=str(tmp_path / "found.json"))
+    record = routing.main(flags)
+    assert last_line(capsys) == record == json.loads((tmp_path / "found.json").read_text())
+    assert set(record["gaps"]) == {"dense", "E=8 K=2", "trained"}
+    assert set(record["gaps"].pop("dense")["bf16, fp32"]) == {"free"}
+    for pairs in record["gaps"].values():
+        same, mixed = pairs["fp32, fp32"], pairs["bf16, fp32"]
+        assert same["free"]["max"] < 1e-3 < mixed["replayed"]["max"] and same["replayed"]["routers"] < 0.05
+        assert all(0 <= found["routers"] <= found["flipped_tokens"] <= 1 for found in mixed.values())
+    curves = record["curves"]["curves"]
+    assert [(curve["seed"], curve["replays"]) for curve in curves] == \
+        [(seed, replays) for seed in (0, 1) for replays in (True, False)]
+    assert [len(curve["rows"]) for curve in curves] == [1] * 4
+    assert ["flipped_routers" in curve["rows"][0] for curve in curves] == [True, False] * 2
+    assert (tmp_path / "found.png").stat().st_size > 10_000
+    monkeypatch.setattr(routing, "one_curve", None)  # nothing is done twice
+    assert routing.measure_curves(flags)["curves"] == curves
+    with pytest.raises(ValueError, match="made with other settings"):
+        routing.measure_curves(dataclasses.replace(flags, curve_steps=2))
+    with pytest.raises(ValueError, match="is a dense model; expected a mixture"):
+        routing.mixture_in(str(save_base(tmp_path / "dense")))
+    with pytest.raises(ValueError, match="there is no --base to train"):
+        routing.main(dataclasses.replace(flags, base=None))
+
+
+def test_the_gap_counts_routers_that_take_other_experts_in_whatever_order():
+    routes = torch.tensor([[[0, 1], [2, 3]], [[4, 5], [0, 1]]], dtype=torch.uint8)
+    others = np.array([[[1, 0], [2, 4]], [[4, 5], [1, 0]]], np.uint8)
+    assert routing.differ(routes, others).tolist() == [[False, True], [False, False]]
 
 
 def test_students_interval_by_hand():

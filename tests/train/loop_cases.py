@@ -22,9 +22,9 @@ TIMES = {"tokens_per_s", "rollout_s", "step_s", "rollout_tokens_per_s", "update_
          "replaced_s", "keep_s", "memory_gb"}  # what may differ between equal runs
 
 
-def save_base(folder: Path, seed: int = 0) -> Path:
+def save_base(folder: Path, seed: int = 0, **shape) -> Path:
     """A run folder that holds a tiny model with random weights, to start sft and grpo from."""
-    model = tiny(seed)
+    model = tiny(seed, **shape)
     state = {"model_config": model.config.to_dict(), "tokenizer": Tokenizer.bytes().to_dict(), "settings": {}}
     save_checkpoint(folder, 0, {"model": dict(model.named_parameters())}, state)
     return folder

@@ -152,6 +152,32 @@ def test_grpo_goes_from_a_base_with_experts_to_a_run_with_the_same_bias(tmp_path
     assert torch.equal(biases(again), biases(base))
     rows = read_metrics(tmp_path / "rl")
     assert max(row["logp_gap"] for row in rows) < 1e-3
+    for row in rows:  # replayed by default; in fp32 on one machine hardly a router chooses otherwise
+        assert 0 <= row["flipped_routers"] <= row["flipped_tokens"] < 0.05
+        assert 1 <= row["expert_load_max"] <= 8 and 0 <= row["experts_dead"] < 1
+
+
+def test_a_run_without_the_replay_has_no_routes_and_its_log_says_nothing_of_them(tmp_path):
+    base = tmp_path / "base"
+    pretrain(pretrain_config(base, text_file(tmp_path), model="tiny-moe", steps=1))
+    grpo(grpo_config(tmp_path / "rl", base, steps=1, routing_replay=False))
+    [row] = read_metrics(tmp_path / "rl")
+    assert "logp_gap" in row and not {"flipped_routers", "flipped_tokens", "expert_load_max"} & set(row)
+
+
+def test_a_resumed_run_of_rl_replays_the_same_routes(tmp_path):
+    """With groups that dynamic sampling replaces, and several updates on each batch."""
+    base = tmp_path / "base"
+    pretrain(pretrain_config(base, text_file(tmp_path), model="tiny-moe", steps=1))
+    options = dict(algo="dapo", dynamic_sampling=2, updates_per_step=2, overlong_buffer=0.0)
+    whole = grpo(grpo_config(tmp_path / "whole", base, steps=4, **options))
+    grpo(grpo_config(tmp_path / "cut", base, steps=2, **options))
+    resumed = grpo(grpo_config(tmp_path / "cut", base, steps=4, resume=True, **options))
+    rows = [[{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(tmp_path / run)]
+            for run in ("whole", "cut")]
+    assert rows[0] == rows[1] and all("flipped_routers" in row for row in rows[0])
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
 
 
 def test_the_toys_with_experts_have_as_many_active_parameters_as_the_dense_ones():
