@@ -27,7 +27,7 @@ def check(arguments, dy):
 
 
 @pytest.mark.parametrize("T, E, K, M, F, choose, dtype", [
-    (1, 1, 1, 16, 16, "random", torch.float16), (1, 8, 8, 20, 36, "random", torch.float32),
+    (1, 1, 1, 16, 16, "random", torch.float16), (1, 6, 6, 20, 36, "random", torch.float32),
     (7, 5, 2, 48, 33, "random", torch.float16), (50, 7, 7, 33, 16, "random", torch.float32),
     (150, 5, 1, 80, 48, "one", torch.float32), (150, 4, 3, 64, 80, "one", torch.float16),
     (30, 12, 3, 48, 32, "few", torch.float16), (130, 3, 2, 256, 128, "random", torch.float16),
@@ -68,7 +68,7 @@ def test_no_tokens_at_all():
 
 
 def test_views_and_gradients_without_strides_are_taken():
-    T, E, K, M, F = 20, 5, 3, 48, 32
+    T, E, K, M, F = 8, 3, 2, 48, 32
     plain = case(T, E, K, M, F, torch.float32)
     x, gates, experts, gate_up, down = plain
     views = [torch.stack((x, x), 1)[:, 0], gates.T.contiguous().T, experts.T.contiguous().T,
@@ -104,7 +104,7 @@ def test_the_sum_begins_with_the_first_choice():
 def test_the_same_bits_each_time_and_whatever_the_other_tokens():
     """A token that comes first has its row at the same place of a tile. (In NumPy's products, which stand in
     for the chip's here, a row at another place has other bits. tests/kernels/gpu/ shuffles the tokens.)"""
-    T, few = 90, 30
+    T, few = 50, 20
     arguments, dy = case(T, 3, 2, 48, 32, torch.float32), torch.randn(T, 48)
     whole, again = results(arguments, "triton", dy), results(arguments, "triton", dy)
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
@@ -127,7 +127,7 @@ def test_a_token_of_nan_spoils_the_weights_of_its_own_experts_alone():
         assert torch.equal(got[[0, 2]], right[[0, 2]]) and got[[1, 3]].isnan().any()
 
 
-@pytest.mark.parametrize("arch", [80, 86, 90, 100])
+@pytest.mark.parametrize("arch", [80, 86, 90])
 def test_every_config_that_can_be_chosen(arch, monkeypatch):
     """Tiles of the other chips, on the same numbers."""
     chip = KNOWN_CHIPS[arch]
