@@ -125,9 +125,10 @@ def test_views_are_read_in_place():
         assert all(torch.equal(a, b) for a, b in zip(of(copied), expected, strict=True)), copied
 
 
-def test_views_as_latent_attention_has_them_are_read_in_place():
+@pytest.mark.parametrize("D,E", [(24, 10), (16, 40)], ids=str)
+def test_views_as_latent_attention_has_them_are_read_in_place(D, E):
     """Values are a part of what keys are made of, and nothing of what lies beside a head is read."""
-    T, H, D, E, N = 45, 3, 24, 40, 16
+    T, H, N = 45, 3, D - 8
 
     def of(copied):
         def op(made, k_rope, q_nope, q_rope):
