@@ -3,7 +3,7 @@
 The page of a dense model has nothing of it. The log says it step by step (model/balance.py), and
 plots.py does the plotting.
 
-Left out: the loads in RL, which neither balances the experts nor logs how busy they are.
+Left out: the loads in RL, which does not balance the experts.
 """
 
 import math
@@ -143,7 +143,7 @@ def experts(seed: Seed, plots: dict[str, Path]) -> str:
             full=True,
         ),
         limit(
-            "Equal loads do not say that the experts are good at different things. In "
-            "reinforcement learning the balance is left as it is, and the loads are not measured."
+            "Equal loads do not say that the experts are good at different things. "
+            "Reinforcement learning leaves the balance as it is, so later loads may differ more."
         ),
     )
