@@ -52,6 +52,10 @@ if dispatch.HAS_TRITON:
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
+MOE_TESTED = {(8, 128, 96), (1, 256, 128), (8, 256, 128), (4, 100, 36), (3, 48, 32), (1, 128, 96),
+              (8, 2048, 768), (4, 256, 128), (8, 2048, 128)}  # experts per token, d_model, width
+LATENT = (192, 128)  # widths of a key and of a value in DeepSeek's attention
+UNEQUAL = (LATENT, (48, 32), (32, 80))
 # what is compiled for each chip, unless flags say otherwise
 DTYPES_BY_ARCH = {80: list(DTYPES), 90: list(DTYPES)} | dict.fromkeys((86, 89, 100, 120), ["bf16"])
 INSTRUCTIONS = {"mma": "HMMA", "wgmma": "HGMMA", "tcgen05": "UTC"}  # the last UTCHMMA, UTCQMMA, ...
@@ -78,6 +82,11 @@ def empty(*shape: int, dtype=torch.bfloat16) -> torch.Tensor:
 @cache
 def models() -> list[ModelConfig]:
     return [preset(name, vocab_size=1000) for name in PRESETS]
+
+
+def widths_of(model: ModelConfig) -> tuple[int, int]:
+    """Of a query or key, and of a value."""
+    return model.head_dim, model.latent.value_dim if model.latent else model.head_dim
 
 
 def sizes_of(op: str, letter: str) -> set[int]:
@@ -130,6 +139,16 @@ def rmsnorm_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
             rows, dtype = (slice(None), slice(first, first + 2048)), DTYPES[name]
             yield Case("rmsnorm", f"{name} M=2048 of 4096 from {first}",
                        lambda T, a=((4096,), rows, 2048, dtype, dtype): launch_views(T, *a))
+        # the latents in their product, and all heads of a q or k in theirs
+        parts = {(model.latent.kv_rank, model.latent.rope_dim) for model in models() if model.latent}
+        parts |= {(n * model.head_dim, model.n_kv_heads * model.head_dim) for model in models()
+                  for n in (model.n_heads, model.n_kv_heads) if model.qk_norm_full_width}
+        for M, rest in sorted(parts):
+            rows = slice(None), slice(0, M)
+            for weight in mixed(name):
+                types = DTYPES[name], DTYPES[weight]
+                yield Case("rmsnorm", f"{name} M={M} of {M + rest} weight {weight}",
+                           lambda T, a=((M + rest,), rows, M, *types): launch_views(T, *a))
 
 
 def rope_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
@@ -140,7 +159,9 @@ def rope_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
         for backward in (False, True):
             rope.rope_rotate(empty(T, heads, D, dtype=dtype)[:, part], cos, sin, backward)
 
-    heads = {(model.head_dim, n) for model in models() for n in (model.n_heads, model.n_kv_heads)}
+    heads = {(model.head_dim, n) for model in models() if not model.latent
+             for n in (model.n_heads, model.n_kv_heads)}
+    heads |= {(model.rope_dim, model.n_heads + 1) for model in models() if model.latent}
     for name in dtypes:
         found = {(D, H) for D in {2, 192, *head_dims} for H in (3, 32)} | heads
         found |= {(8, H) for H in (2, 3)}  # of the smoke test
@@ -161,8 +182,10 @@ def swiglu_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
         mlp.swiglu_bwd(empty(T, F, dtype=dtype), gate_up)
 
     tested = {1, 128, 344, 896, 1024, 2048, 4864, 8192}
+    in_models = {model.d_ff for model in models()} | {
+        model.moe.d_shared for model in models() if model.moe and model.moe.d_shared}
     for name in dtypes:
-        for F in sorted(tested | {model.d_ff for model in models()} | sizes_of("swiglu", "F")):
+        for F in sorted(tested | in_models | sizes_of("swiglu", "F")):
             for margin in (0, 1) if F in tested else (0,):  # of columns, behind which rows are not aligned
                 yield Case("swiglu", f"{name} F={F}" + " not aligned" * margin,
                            lambda T, a=(F, margin, DTYPES[name]): launch(T, *a),
@@ -172,10 +195,10 @@ def swiglu_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
 def attention_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
     from r1zero.kernels import attention
 
-    def launch(sizes, D, dtype, group, window, softcap):
-        N, Tq, Tk, max_q, max_k = sizes
-        q, out, dout = (empty(Tq, 2 * group, D, dtype=dtype) for _ in range(3))
-        k, v = (empty(Tk, 2, D, dtype=dtype) for _ in range(2))
+    def launch(sizes, widths, dtype, group, window, softcap):
+        (N, Tq, Tk, max_q, max_k), (D, E) = sizes, widths
+        q, k = empty(Tq, 2 * group, D, dtype=dtype), empty(Tk, 2, D, dtype=dtype)
+        v, out, dout = empty(Tk, 2, E, dtype=dtype), *(empty(Tq, 2 * group, E, dtype=dtype) for _ in range(2))
         lse, cu = empty(2 * group, Tq, dtype=torch.float32), empty(N + 1, dtype=torch.int32)
         rest = (cu, cu, max_q, max_k, D**-0.5, window, softcap)
         attention.attention_fwd(q, k, v, *rest)
@@ -185,25 +208,29 @@ def attention_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
     # sequences, tokens of q and of k, longest of q and of k
     lengths = {"": ((4, 4096, 4096, 2048, 2048), (5, 4099, 5003, 2049, 2501)),
                " one query": ((64, 64, 65536, 1, 1024), (3, 3, 9001, 1, 3001))}
-    in_use = {(model.head_dim, model.n_heads // model.n_kv_heads) for model in models()}
+    in_use = {(widths_of(model), model.n_heads // model.n_kv_heads) for model in models()}
     cases = (case.shape for x in (OPS["attention"].full_size, OPS["attention"].smoke) for case in x)
-    in_use |= {(s["D"], s["H"] // s["G"]) for s in cases} | {(64, group) for group in (1, 3, 5, 7)}
-    in_use |= {(128, 128)}
+    in_use |= {((s["D"], s["E"]), s["H"] // s["G"]) for s in cases}
+    in_use |= {((64, 64), group) for group in (1, 3, 5, 7)} | {((128, 128), 128)}
+    equal = [(D, D) for D in head_dims]
     for name in dtypes:
-        found = [(D, 3, -1, 0.0) for D in head_dims]
-        found += [(D, 2, *extras) for D in head_dims if name == "bf16" or D in (32, 64, 128, 256)
-                  for extras in ((-1, 0.0), (256, 0.0), (-1, 30.0), (256, 30.0))]
-        found += [(D, group, -1, 0.0) for D, group in sorted(in_use) if name == "bf16"]
-        for D, group, window, softcap in dict.fromkeys(found):
-            extras = f" group {group}" + " window" * (window >= 0) + " softcap" * (softcap > 0)
+        found = [(widths, 3, -1, 0.0) for widths in (*equal, *UNEQUAL)]
+        options = ((-1, 0.0), (256, 0.0), (-1, 30.0), (256, 30.0))
+        found += [(widths, 2, *extras) for widths in equal
+                  if name == "bf16" or widths[0] in (32, 64, 128, 256) for extras in options]
+        found += [(LATENT, 1, *extras) for extras in options]
+        found += [(widths, group, -1, 0.0) for widths, group in sorted(in_use) if name == "bf16"]
+        for widths, group, window, softcap in dict.fromkeys(found):
+            label = f"{name} D={widths[0]}" + f" E={widths[1]}" * (widths[0] != widths[1])
+            label += f" group {group}" + " window" * (window >= 0) + " softcap" * (softcap > 0)
             for what, sizes in lengths.items():
-                if what and group != 2 and (D, group) not in in_use:
+                if what and group != 2 and (widths, group) not in in_use:
                     continue
-                yield Case("attention", f"{name} D={D}{extras}{what}", sizes=sizes,
-                           launch=lambda s, a=(D, DTYPES[name], group, window, softcap): launch(s, *a))
+                yield Case("attention", label + what, sizes=sizes,
+                           launch=lambda s, a=(widths, DTYPES[name], group, window, softcap): launch(s, *a))
     if "fp16" in dtypes:
         yield Case("attention", "fp16 D=32 group 1 one query", sizes=lengths[" one query"],
-                   launch=lambda s: launch(s, 32, torch.float16, 1, -1, 0.0))
+                   launch=lambda s: launch(s, (32, 32), torch.float16, 1, -1, 0.0))
 
 
 def decode_attention_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
@@ -219,7 +246,7 @@ def decode_attention_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[
     sizes = ((64, 4096, 256), (5, 100, 16))  # rows, pages, pages per row
     for name in dtypes:
         found = [(2 * group, 2, D) for D in head_dims for group in (1, 6, 7, 20)]
-        found += [(model.n_heads, model.n_kv_heads, model.head_dim) for model in models()]
+        found += [(model.n_heads, model.n_kv_heads, model.head_dim) for model in models() if not model.latent]
         for H, G, D in dict.fromkeys(found):
             yield Case("decode_attention", f"{name} D={D} group {H // G}, {G} groups",
                        sizes=sizes, launch=lambda s, a=(H, G, D, DTYPES[name]): launch(s, *a))
@@ -251,6 +278,27 @@ def logprob_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
                                lambda T, a=(9001, M, DTYPES[name], DTYPES[weight], softcap): launch(T, *a))
 
 
+def moe_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
+    from r1zero.kernels import moe_triton
+
+    def launch(T, E, K, M, F, dtype, weight_dtype):
+        x, gates = empty(T, M, dtype=dtype), empty(T, K, dtype=torch.float32)
+        weights = empty(E, 2 * F, M, dtype=weight_dtype), empty(E, M, F, dtype=weight_dtype)
+        order, place = empty(T * K, dtype=torch.int64), empty(T, K, dtype=torch.int64)
+        inputs = x, gates, *weights, order, place, empty(E, dtype=torch.int32)
+        moe_triton.moe_bwd(moe_triton.moe_fwd(*inputs), *inputs, True, True)
+
+    in_models = {(model.moe.experts_per_token, model.d_model, model.moe.d_expert)
+                 for model in models() if model.moe}
+    measured = {tuple(case.shape[letter] for letter in "KMF")
+                for case in (*OPS["moe"].full_size, *OPS["moe"].smoke)}
+    for name in dtypes:
+        for K, M, F in sorted(MOE_TESTED | in_models | measured):
+            for weight in mixed(name):
+                yield Case("moe", f"{name} K={K} M={M} F={F} weight {weight}",
+                           lambda T, a=(64, K, M, F, DTYPES[name], DTYPES[weight]): launch(T, *a))
+
+
 def grpo_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
     from r1zero.kernels import grpo
 
@@ -273,7 +321,8 @@ def grpo_cases(dtypes: list[str], head_dims: list[int]) -> Iterator[Case]:
 
 
 CASES = {"rmsnorm": rmsnorm_cases, "rope": rope_cases, "swiglu": swiglu_cases, "attention": attention_cases,
-         "decode_attention": decode_attention_cases, "linear_logprob": logprob_cases, "grpo": grpo_cases}
+         "decode_attention": decode_attention_cases, "linear_logprob": logprob_cases, "moe": moe_cases,
+         "grpo": grpo_cases}
 
 
 # ---- what Triton would compile for them ----

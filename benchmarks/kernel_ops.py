@@ -4,7 +4,8 @@ A peer that cannot be had is its reason, a string. Peers take our inputs and giv
 another layout, they look at the same memory through a view, so that no side pays for a copy.
 
 Shapes: B sequences, S their length, T = B S tokens, H query heads, G kv heads, D head_dim, M d_model, F d_ff,
-V vocabulary, L share of the tokens that teach something, in percent.
+V vocabulary, L share of the tokens that teach something, in percent, E experts (of attention: the width of a
+value), K experts per token.
 """
 import importlib
 import math
@@ -20,10 +21,11 @@ from r1zero.kernels.attention import attention
 from r1zero.kernels.grpo import policy_loss
 from r1zero.kernels.linear_logprob import linear_logprob
 from r1zero.kernels.mlp import swiglu
+from r1zero.kernels.moe import group_by_expert, moe_mlp
 from r1zero.kernels.rmsnorm import rmsnorm
 from r1zero.kernels.rope import rope, rope_table
 
-SHAPE = ("B", "S", "H", "G", "D", "T", "M", "F", "V", "L")
+SHAPE = ("B", "S", "H", "G", "D", "T", "M", "F", "V", "L", "E", "K")
 MODES = ("forward", "backward", "full")
 LARGEST_SCORES = 2 << 30  # bytes in 16 bit; the plain formula holds a handful of such tensors
 EPS = 1e-6
@@ -67,7 +69,7 @@ def with_compiled(peers: Peers, case: Case, device: torch.device) -> Peers:
 def attention_inputs(case: Case, new: Callable) -> list[torch.Tensor]:
     s = case.shape
     T = s["B"] * s["S"]
-    return [new(T, heads, s["D"]) for heads in (s["H"], s["G"], s["G"])]
+    return [new(T, s["H"], s["D"]), new(T, s["G"], s["D"]), new(T, s["G"], s["E"])]
 
 
 def ours_attention(case: Case, device: torch.device, impl: str | None) -> Callable:
@@ -81,8 +83,8 @@ def attention_peers(case: Case, device: torch.device) -> Peers:
 
     def by_heads(function):  # [T, heads, D] -> [B, heads, S, D], and back
         def peer(*inputs):
-            q, k, v = (x.view(B, S, -1, D).transpose(1, 2) for x in inputs)
-            return function(q, k, v).transpose(1, 2).reshape(B * S, H, D)
+            q, k, v = (x.unflatten(0, (B, S)).transpose(1, 2) for x in inputs)
+            return function(q, k, v).transpose(1, 2).reshape(B * S, H, -1)
         return peer
 
     def formula(q, k, v):
@@ -115,17 +117,20 @@ def attention_peers(case: Case, device: torch.device) -> Peers:
     if not isinstance(peers["flash-attn"], str):
         flash = peers["flash-attn"]
         peers["flash-attn"] = lambda *inputs: flash(
-            *(x.view(B, S, -1, D) for x in inputs), causal=True).flatten(0, 1)
+            *(x.unflatten(0, (B, S)) for x in inputs), causal=True).flatten(0, 1)
     return peers
 
 
 def attention_cost(case: Case, mode: str) -> tuple[float, float]:
-    """Forward reads q, k, v, writes o and the row sums; backward reads these and do, writes dq, dk, dv."""
-    B, S, H, G, D = (case.shape[letter] for letter in "BSHGD")
-    flops, row_sums = 2 * B * H * S**2 * D, 4 * B * S * H
+    """Forward reads q, k, v, writes o and the row sums; backward reads these and do, writes dq, dk, dv.
+
+    Of a pair of tokens q k^T takes D multiply-adds and p v takes E; backward three times D and twice E.
+    """
+    B, S, H, G, D, E = (case.shape[letter] for letter in "BSHGDE")
+    pairs, row_sums = B * H * S**2 / 2, 4 * B * S * H
     if mode == "forward":
-        return flops, 2 * B * S * D * (2 * H + 2 * G) + row_sums
-    return 2.5 * flops, 2 * B * S * D * (4 * H + 4 * G) + row_sums
+        return 2 * pairs * (D + E), 2 * B * S * (H + G) * (D + E) + row_sums
+    return 2 * pairs * (3 * D + 2 * E), 4 * B * S * (H + G) * (D + E) + row_sums
 
 
 # ---- RMSNorm ----
@@ -291,6 +296,77 @@ def logprob_cost(case: Case, mode: str) -> tuple[float, float]:
     return (2 if mode == "forward" else 6) * n * M * V, 2 * (n * M + V * M) * (1 if mode == "forward" else 2)
 
 
+# ---- a mixture of experts ----
+
+def moe_inputs(case: Case, new: Callable) -> list[torch.Tensor]:
+    T, E, K, M, F = (case.shape[letter] for letter in "TEKMF")
+
+    def scaled(x, factor):
+        return (x.detach() * factor).requires_grad_()
+
+    gates = scaled(new(T, K).detach().float(), 1 / K)
+    return [new(T, M), gates, scaled(new(E, 2 * F, M), M**-0.5), scaled(new(E, M, F), F**-0.5)]
+
+
+def routes(case: Case, device: torch.device) -> torch.Tensor:
+    """[T, K]: every K experts are as likely as any others, so the load differs by chance alone."""
+    T, E, K = (case.shape[letter] for letter in "TEK")
+    scores = torch.rand(T, E, generator=torch.Generator().manual_seed(0))
+    return scores.topk(K).indices.to(device)
+
+
+def ours_moe(case: Case, device: torch.device, impl: str | None) -> Callable:
+    experts = routes(case, device)
+    if impl == "reference":  # that one goes token by token
+        impl = "loop"
+    return lambda x, gates, gate_up, down: moe_mlp(x, gates, experts, gate_up, down, impl=impl)
+
+
+def moe_peers(case: Case, device: torch.device) -> Peers:
+    experts, K = routes(case, device), case.shape["K"]
+
+    def formula(x, gates, gate_up, down):  # with atomics in the last step
+        order, _, ends = group_by_expert(experts, len(gate_up))
+        tokens = order // K
+        gate, up = F.grouped_mm(x[tokens], gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
+        rows = F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
+        weighted = gates.flatten()[order, None] * rows
+        return torch.zeros_like(x, dtype=weighted.dtype).index_add(0, tokens, weighted).to(x.dtype)
+
+    peers = with_compiled({"eager": formula}, case, device)
+    peers |= {name: ours_moe(case, device, name) for name in ("grouped", "loop")}
+    peers["Liger"] = library("liger_kernel.ops.fused_moe", "LigerFusedMoEFunction", "liger-kernel")
+    if not isinstance(peers["Liger"], str):
+        liger = peers["Liger"]
+        peers["Liger"] = lambda x, gates, *weights: liger.apply(x, *weights, experts.int(), gates)
+    peers["ScatterMoE"] = library("scattermoe.parallel_experts", "parallel_linear", "scattermoe")
+    if not isinstance(peers["ScatterMoE"], str):
+        peers["ScatterMoE"] = scattered(experts, peers["ScatterMoE"])
+    return peers
+
+
+def scattered(experts: torch.Tensor, linear: Callable) -> Callable:
+    """ScatterMoE's own GLUMLP, as a function of its weights."""
+    def peer(x, gates, gate_up, down):
+        by_expert, order = experts.flatten().sort()
+        groups = by_expert, order, torch.bincount(by_expert, minlength=len(down)).cumsum(-1)
+        first, second = gate_up.transpose(1, 2), down.transpose(1, 2)
+        gate, up = linear(x, first, experts.shape[1], *groups, grouped_out=True).chunk(2, -1)
+        return linear(F.silu(gate) * up, second, 1, *groups, gates=gates.to(x.dtype), grouped_in=True)
+
+    return peer
+
+
+def moe_cost(case: Case, mode: str) -> tuple[float, float]:
+    """Forward reads x, the gates and the weights, writes y; backward reads these and dy, writes gradients."""
+    T, E, K, M, F = (case.shape[letter] for letter in "TEKMF")
+    flops = 6 * T * K * M * F
+    weights, tokens, gates = 2 * 3 * min(E, T * K) * M * F, 2 * T * M, 4 * T * K
+    if mode == "forward":
+        return flops, weights + 2 * tokens + gates
+    return 2 * flops, 2 * weights + 3 * tokens + 2 * gates
+
+
 # ---- the GRPO loss from log-probs ----
 
 def grpo_inputs(case: Case, new: Callable) -> list[torch.Tensor]:
@@ -341,18 +417,23 @@ class Op:
     smoke: tuple[Case, ...]
 
 
-def attention_case(B: int, S: int, H: int, G: int, D: int, compiled: bool = False) -> Case:
-    return Case("attention", {"B": B, "S": S, "H": H, "G": G, "D": D}, compiled)
+def attention_case(B: int, S: int, H: int, G: int, D: int, compiled: bool = False, E: int = 0) -> Case:
+    return Case("attention", {"B": B, "S": S, "H": H, "G": G, "D": D, "E": E or D}, compiled)
 
 
 def logprob_case(T: int, M: int, L: int = 100, V: int = 151_936, compiled: bool = False) -> Case:
     return Case("linear_logprob", {"T": T, "M": M, "V": V, "L": L}, compiled)
 
 
+def moe_case(T: int, E: int, K: int, M: int, F: int, compiled: bool = False) -> Case:
+    return Case("moe", {"T": T, "E": E, "K": K, "M": M, "F": F}, compiled)
+
+
 TOKENS = 16384
 ATTENTION = (
     attention_case(4, 4096, 16, 16, 128, True), attention_case(4, 4096, 32, 32, 64, True),
     attention_case(4, 4096, 16, 4, 128, True), attention_case(4, 4096, 8, 8, 256),
+    attention_case(4, 4096, 16, 16, 192, True, E=128),
     attention_case(1, TOKENS, 16, 16, 128, True),
     *(attention_case(TOKENS // S, S, H, H, D) for H, D in ((16, 128), (32, 64)) for S in (1024, 2048, 8192)),
     attention_case(1, TOKENS, 32, 32, 64))
@@ -364,12 +445,16 @@ def widths(op: str, letter: str, sizes: tuple[int, ...], tokens: int = TOKENS, *
 
 OPS = {
     "attention": Op(attention_inputs, ours_attention, attention_peers, attention_cost, "S", ATTENTION,
-                    (attention_case(2, 16, 4, 2, 8), attention_case(1, 32, 4, 2, 8))),
+                    (attention_case(2, 16, 4, 2, 8), attention_case(1, 32, 4, 2, 8),
+                     attention_case(2, 16, 2, 2, 12, E=8))),
     "linear_logprob": Op(logprob_inputs, ours_logprob, logprob_peers, logprob_cost, "T",
                          (logprob_case(8192, 4096, compiled=True), logprob_case(8192, 4096, 50),
                           logprob_case(8192, 4096, 10), logprob_case(8192, 2048), logprob_case(8192, 1024),
                           logprob_case(4096, 2048), logprob_case(16384, 2048), logprob_case(32768, 2048)),
                          (logprob_case(12, 16, V=50), logprob_case(12, 16, 50, V=50))),
+    "moe": Op(moe_inputs, ours_moe, moe_peers, moe_cost, "T",
+              (moe_case(32768, 128, 8, 2048, 768, True), moe_case(4096, 128, 8, 2048, 768)),
+              (moe_case(8, 4, 2, 16, 8), moe_case(16, 4, 2, 16, 8))),
     "grpo": Op(grpo_inputs, ours_grpo, grpo_peers, grpo_cost, "T",
                tuple(Case("grpo", {"T": T, "S": 512}) for T in (4096, 16384, 65536)),
                (Case("grpo", {"T": 8, "S": 4}), Case("grpo", {"T": 16, "S": 4}))),

@@ -244,7 +244,7 @@ def plot(op: Op, rows: list[dict], path: Path, peaks: dict) -> None:
     rows = [row for row in rows if row.get("ms_median")]
     if not rows:
         return
-    beside = [letter for letter in "HGDT" if letter != op.x and letter in rows[0]]
+    beside = [letter for letter in "HGDET" if letter != op.x and letter in rows[0]]
     panels = list(dict.fromkeys((row["op"], *(row[letter] for letter in beside)) for row in rows))
     unit = "tflops" if rows[0].get("tflops") else "gbs"
     ceiling = peaks["flops"] / 1e12 if unit == "tflops" else peaks["bytes"] / 1e9

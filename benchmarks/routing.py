@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from r1zero.eval.harness import evaluate
 from r1zero.eval.sampler import ModelSampler
@@ -219,6 +220,7 @@ def plot(curves: list[dict], base: dict, path: Path) -> Path:
             axes.plot(steps, values.mean(0), color=colour, linewidth=2,
                       label="routes replayed" if replays else "routers choose again")
         axes.set(xlabel="step", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         if name != "accuracy":

@@ -60,6 +60,9 @@ SWEEPS = {
     "rope": [Sweep("both", "full", "rope_config", {"ROWS": (4, 8, 16, 32), "num_warps": (2, 4, 8)})],
     "swiglu": [Sweep("both", "full", "swiglu_config",
                      {"BLOCK_F": (256, 512, 1024, 2048), "ROWS": (1, 2, 4), "num_warps": (2, 4, 8)})],
+    "moe": [Sweep("both", "full", "moe_config",
+                  {"BLOCK_M": (64, 128), "BLOCK_N": (128, 256), "BLOCK_K": (32, 64), "num_warps": (4, 8),
+                   "num_stages": (3, 4)})],
     "linear_logprob": [Sweep("tiles", "forward", "logprob_config", PRODUCTS),
                        *(Sweep(part, "backward", "logprob_config", PRODUCTS)
                          for part in ("dlogits", "product"))],
@@ -68,7 +71,7 @@ SWEEPS = {
 
 def module_of(op: str):
     """The file of an op's kernels, which has its functions of block sizes."""
-    return importlib.import_module(f"r1zero.kernels.{'mlp' if op == 'swiglu' else op}")
+    return importlib.import_module(f"r1zero.kernels.{ {'swiglu': 'mlp', 'moe': 'moe_triton'}.get(op, op)}")
 
 
 def cases_of(op: str, head_dims: list[int]) -> tuple[Case, ...]:

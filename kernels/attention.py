@@ -13,8 +13,8 @@ Query i of a sequence with Sq queries and Sk keys sees the keys j with 0 <= i + 
 that < window where there is one. So the last query stands at the last key, as in training (Sq = Sk)
 and against a cache (Sq < Sk).
 
-FLOPs: 2 H D S^2 forward (causal), 2.5 times that backward. Least bytes in 16 bit, forward:
-2 T D (2 H + 2 G) + 4 T H.
+FLOPs: H (D + E) S^2 forward (causal), H (3 D + 2 E) S^2 backward. Least bytes in 16 bit, forward:
+2 T (D + E) (H + G) + 4 T H.
 
 Who owns what, in one sequence and head; # are the scores that are seen:
 
@@ -28,9 +28,14 @@ So nothing is added up by atomics, and every run gives the same bits. The price 
 computes the scores twice, 7 products where 5 would do. Forward keeps a running maximum m_i, a
 running sum l_i and an accumulator acc per query, as the papers do, in base 2.
 
+Tiles are as wide as the next power of two, BLOCK_D and BLOCK_E, with zeros behind D and E: keys of
+192 cost as much as keys of 256.
+
 Shapes: T tokens, H query heads, G kv heads, D head_dim (of queries and keys), E width of a value (D
-in the kernels; the plain reference takes any), N sequences.
+but for latent attention, where they are 192 and 128), N sequences.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import embedding
@@ -48,14 +53,14 @@ MAX_HEAD_DIM = 256
 
 
 @triton.jit
-def _load(base, offsets, rows_ok, d_ok, MASK_ROWS: tl.constexpr, MASK_D: tl.constexpr):
+def _load(base, offsets, rows_ok, width_ok, MASK_ROWS: tl.constexpr, MASK_WIDTH: tl.constexpr):
     """A tile at 32-bit offsets from a 64-bit base, with no needless masks; zeros outside."""
-    if MASK_ROWS and MASK_D:
-        return tl.load(base + offsets, rows_ok & d_ok, other=0.0)
+    if MASK_ROWS and MASK_WIDTH:
+        return tl.load(base + offsets, rows_ok & width_ok, other=0.0)
     elif MASK_ROWS:
         return tl.load(base + offsets, rows_ok, other=0.0)
-    elif MASK_D:
-        return tl.load(base + offsets, d_ok, other=0.0)
+    elif MASK_WIDTH:
+        return tl.load(base + offsets, width_ok, other=0.0)
     return tl.load(base + offsets)
 
 
@@ -104,8 +109,8 @@ def _scores(
 def attention_fwd_kernel(
     q_THD,
     k_TGD,
-    v_TGD,
-    out_THD,
+    v_TGE,
+    out_THE,
     lse_HT,
     cu_q,
     cu_k,
@@ -124,9 +129,11 @@ def attention_fwd_kernel(
     window,
     GROUP: tl.constexpr,
     D: tl.constexpr,
+    E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
@@ -140,11 +147,13 @@ def attention_fwd_kernel(
         # -- load this program's queries; they stay on the chip --
         m = first + tl.arange(0, BLOCK_M)
         d = tl.arange(0, BLOCK_D)
+        e = tl.arange(0, BLOCK_E)
         in_q = (m < q_len)[:, None] & (d < D)[None, :]
+        in_out = (m < q_len)[:, None] & (e < E)[None, :]
         tokens = (q_start + m)[:, None]
         q = tl.load(q_THD + tokens * stride_qt + h * stride_qh + d[None, :], in_q, other=0.0)
         k_GD = k_TGD + k_start * stride_kt + (h // GROUP) * stride_kh
-        v_GD = v_TGD + k_start * stride_vt + (h // GROUP) * stride_vh
+        v_GE = v_TGE + k_start * stride_vt + (h // GROUP) * stride_vh
 
         # -- which keys: those before seen_by_all need no mask, none behind seen_by_any counts --
         shift = k_len - q_len
@@ -154,13 +163,13 @@ def attention_fwd_kernel(
         if WINDOW:  # all blocks are masked
             seen_by_all = tl.maximum(first + shift - window + 1, 0) // BLOCK_N * BLOCK_N
 
-        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
         m_i = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         l_i = tl.zeros((BLOCK_M,), tl.float32)
         in_block = tl.arange(0, BLOCK_N)
         k_offsets = in_block[None, :] * stride_kt + d[:, None]
-        v_offsets = in_block[:, None] * stride_vt + d[None, :]
-        d_ok = d < D
+        v_offsets = in_block[:, None] * stride_vt + e[None, :]
+        d_ok, e_ok = d < D, e < E
         # the same loop twice: first over whole blocks without a mask, then over the rest with one
         for MASKED in tl.static_range(1 if WINDOW else 0, 2):
             lo = seen_by_all if MASKED else 0
@@ -199,20 +208,20 @@ def attention_fwd_kernel(
                 l_i = l_i * alpha + tl.sum(p, 1)
                 # -- update the output: acc = acc alpha + p v --
                 v = _load(
-                    v_GD + start_64 * stride_vt,
+                    v_GE + start_64 * stride_vt,
                     v_offsets,
                     keys_ok[:, None],
-                    d_ok[None, :],
+                    e_ok[None, :],
                     MASKED,
-                    D < BLOCK_D,
+                    E < BLOCK_E,
                 )
                 acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
                 m_i = m_new
 
         # -- o = acc / l_i, and L = m_i + log l_i; a row that sees no key gives 0 and -inf --
         out = acc / tl.where(l_i > 0, l_i, 1.0)[:, None]
-        out_ptrs = out_THD + tokens * stride_ot + h * stride_oh + d[None, :]
-        tl.store(out_ptrs, out.to(out_THD.dtype.element_ty), in_q)
+        out_ptrs = out_THE + tokens * stride_ot + h * stride_oh + e[None, :]
+        tl.store(out_ptrs, out.to(out_THE.dtype.element_ty), in_out)
         lse = (m_i + tl.log2(l_i)) * 0.6931471805599453
         tl.store(lse_HT + h * Tq + q_start + m, tl.where(l_i > 0, lse, float("-inf")), m < q_len)
 
@@ -222,8 +231,8 @@ def attention_fwd_kernel(
 
 @triton.jit(do_not_specialize=["Tq"])
 def attention_bwd_delta_kernel(
-    dout_THD,
-    out_THD,
+    dout_THE,
+    out_THE,
     dlse_HT,
     delta_HT,
     Tq,
@@ -231,18 +240,18 @@ def attention_bwd_delta_kernel(
     stride_doh,
     stride_ot,
     stride_oh,
-    D: tl.constexpr,
+    E: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     DLSE: tl.constexpr,
 ):
     """Program (block, h): delta = rowsum(do * o) - dL of BLOCK_M tokens, for dk, dv and dq."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     h = tl.program_id(1).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    inside = (t < Tq)[:, None] & (d < D)[None, :]
-    dout_ptrs = dout_THD + t[:, None] * stride_dot + h * stride_doh + d[None, :]
-    out_ptrs = out_THD + t[:, None] * stride_ot + h * stride_oh + d[None, :]
+    e = tl.arange(0, BLOCK_E)
+    inside = (t < Tq)[:, None] & (e < E)[None, :]
+    dout_ptrs = dout_THE + t[:, None] * stride_dot + h * stride_doh + e[None, :]
+    out_ptrs = out_THE + t[:, None] * stride_ot + h * stride_oh + e[None, :]
     dout = tl.load(dout_ptrs, inside, other=0.0)
     out = tl.load(out_ptrs, inside, other=0.0)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
@@ -270,12 +279,12 @@ def _p_and_ds(s, dp, lse, delta, softcap, SOFTCAP: tl.constexpr):
 def attention_bwd_dkdv_kernel(
     q_THD,
     k_TGD,
-    v_TGD,
-    dout_THD,
+    v_TGE,
+    dout_THE,
     lse_HT,
     delta_HT,
     dk_TGD,
-    dv_TGD,
+    dv_TGE,
     cu_q,
     cu_k,
     stride_qt,
@@ -288,6 +297,8 @@ def attention_bwd_dkdv_kernel(
     stride_doh,
     stride_dkt,
     stride_dkh,
+    stride_dvt,
+    stride_dvh,
     n_blocks,
     Tq,
     scale,
@@ -295,9 +306,11 @@ def attention_bwd_dkdv_kernel(
     window,
     GROUP: tl.constexpr,
     D: tl.constexpr,
+    E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
@@ -315,25 +328,27 @@ def attention_bwd_dkdv_kernel(
         # -- load this program's keys and values; they stay on the chip --
         keys = first + tl.arange(0, BLOCK_N)
         d = tl.arange(0, BLOCK_D)
-        inside = (keys < k_len)[:, None] & (d < D)[None, :]
+        e = tl.arange(0, BLOCK_E)
+        in_k = (keys < k_len)[:, None] & (d < D)[None, :]
+        in_v = (keys < k_len)[:, None] & (e < E)[None, :]
         tokens = (k_start + keys)[:, None]
-        k = tl.load(k_TGD + tokens * stride_kt + g * stride_kh + d[None, :], inside, other=0.0)
-        v = tl.load(v_TGD + tokens * stride_vt + g * stride_vh + d[None, :], inside, other=0.0)
+        k = tl.load(k_TGD + tokens * stride_kt + g * stride_kh + d[None, :], in_k, other=0.0)
+        v = tl.load(v_TGE + tokens * stride_vt + g * stride_vh + e[None, :], in_v, other=0.0)
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        dv = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
 
         # -- which queries: from the first that sees any of these keys to the last --
         shift = k_len - q_len
         lo = tl.maximum(first - shift, 0) // BLOCK_M * BLOCK_M
         hi = tl.minimum(q_len, first + BLOCK_N - 1 + window - shift) if WINDOW else q_len
         in_block = tl.arange(0, BLOCK_M)
-        d_ok = (d < D)[None, :]
+        d_ok, e_ok = (d < D)[None, :], (e < E)[None, :]
         q_offsets = in_block[:, None] * stride_qt + d[None, :]
-        dout_offsets = in_block[:, None] * stride_dot + d[None, :]
+        dout_offsets = in_block[:, None] * stride_dot + e[None, :]
         for r in range(GROUP):
             h = g * GROUP + r
             q_HD = q_THD + q_start * stride_qt + h * stride_qh
-            dout_HD = dout_THD + q_start * stride_dot + h * stride_doh
+            dout_HE = dout_THE + q_start * stride_dot + h * stride_doh
             lse_T = lse_HT + h * Tq + q_start
             delta_T = delta_HT + h * Tq + q_start
             for start in range(lo, hi, BLOCK_M):
@@ -343,9 +358,9 @@ def attention_bwd_dkdv_kernel(
                 rows = m + shift
                 # rows behind the end are zeros, with do = delta = 0: they add nothing
                 q_ptrs = q_HD + start_64 * stride_qt
-                dout_ptrs = dout_HD + start_64 * stride_dot
+                dout_ptrs = dout_HE + start_64 * stride_dot
                 q = _load(q_ptrs, q_offsets, m_ok[:, None], d_ok, True, D < BLOCK_D)
-                dout = _load(dout_ptrs, dout_offsets, m_ok[:, None], d_ok, True, D < BLOCK_D)
+                dout = _load(dout_ptrs, dout_offsets, m_ok[:, None], e_ok, True, E < BLOCK_E)
                 lse = tl.load(lse_T + m, m_ok, other=0.0)
                 delta = tl.load(delta_T + m, m_ok, other=0.0)
                 # -- recompute s^T = k q^T and P^T; ds^T from dP^T = v do^T --
@@ -366,9 +381,10 @@ def attention_bwd_dkdv_kernel(
                 # -- dv += P^T do, dk += ds^T q --
                 dv = tl.dot(p_t.to(dout.dtype), dout, dv, input_precision="ieee")
                 dk = tl.dot(ds_t.to(q.dtype), q, dk, input_precision="ieee")
-        offsets = tokens * stride_dkt + g * stride_dkh + d[None, :]
-        tl.store(dk_TGD + offsets, (dk * scale).to(dk_TGD.dtype.element_ty), inside)
-        tl.store(dv_TGD + offsets, dv.to(dv_TGD.dtype.element_ty), inside)
+        dk_ptrs = dk_TGD + tokens * stride_dkt + g * stride_dkh + d[None, :]
+        dv_ptrs = dv_TGE + tokens * stride_dvt + g * stride_dvh + e[None, :]
+        tl.store(dk_ptrs, (dk * scale).to(dk_TGD.dtype.element_ty), in_k)
+        tl.store(dv_ptrs, dv.to(dv_TGE.dtype.element_ty), in_v)
 
 
 @triton.jit(
@@ -377,8 +393,8 @@ def attention_bwd_dkdv_kernel(
 def attention_bwd_dq_kernel(
     q_THD,
     k_TGD,
-    v_TGD,
-    dout_THD,
+    v_TGE,
+    dout_THE,
     lse_HT,
     delta_HT,
     dq_THD,
@@ -401,9 +417,11 @@ def attention_bwd_dq_kernel(
     window,
     GROUP: tl.constexpr,
     D: tl.constexpr,
+    E: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
@@ -417,17 +435,19 @@ def attention_bwd_dq_kernel(
         # -- load this program's queries, do, L and delta; they stay on the chip --
         m = first + tl.arange(0, BLOCK_M)
         d = tl.arange(0, BLOCK_D)
+        e = tl.arange(0, BLOCK_E)
         m_ok = m < q_len
-        inside = m_ok[:, None] & (d < D)[None, :]
+        in_q = m_ok[:, None] & (d < D)[None, :]
+        in_dout = m_ok[:, None] & (e < E)[None, :]
         tokens = (q_start + m)[:, None]
         q_ptrs = q_THD + tokens * stride_qt + h * stride_qh + d[None, :]
-        dout_ptrs = dout_THD + tokens * stride_dot + h * stride_doh + d[None, :]
-        q = tl.load(q_ptrs, inside, other=0.0)
-        dout = tl.load(dout_ptrs, inside, other=0.0)
+        dout_ptrs = dout_THE + tokens * stride_dot + h * stride_doh + e[None, :]
+        q = tl.load(q_ptrs, in_q, other=0.0)
+        dout = tl.load(dout_ptrs, in_dout, other=0.0)
         lse = tl.load(lse_HT + h * Tq + q_start + m, m_ok, other=0.0)
         delta = tl.load(delta_HT + h * Tq + q_start + m, m_ok, other=0.0)
         k_GD = k_TGD + k_start * stride_kt + (h // GROUP) * stride_kh
-        v_GD = v_TGD + k_start * stride_vt + (h // GROUP) * stride_vh
+        v_GE = v_TGE + k_start * stride_vt + (h // GROUP) * stride_vh
 
         # -- which keys --
         shift = k_len - q_len
@@ -435,16 +455,16 @@ def attention_bwd_dq_kernel(
         lo = tl.maximum(first + shift - window + 1, 0) // BLOCK_N * BLOCK_N if WINDOW else 0
         seen_by_any = tl.minimum(first + BLOCK_M + shift, k_len)
         in_block = tl.arange(0, BLOCK_N)
-        d_ok = (d < D)[:, None]
+        d_ok, e_ok = (d < D)[:, None], (e < E)[:, None]
         k_offsets = in_block[None, :] * stride_kt + d[:, None]
-        v_offsets = in_block[None, :] * stride_vt + d[:, None]
+        v_offsets = in_block[None, :] * stride_vt + e[:, None]
         dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
         for start in range(lo, seen_by_any, BLOCK_N):
             keys = start + in_block
             start_64 = tl.cast(start, tl.int64)
             keys_ok = (keys < k_len)[None, :]
             k_t = _load(k_GD + start_64 * stride_kt, k_offsets, keys_ok, d_ok, True, D < BLOCK_D)
-            v_t = _load(v_GD + start_64 * stride_vt, v_offsets, keys_ok, d_ok, True, D < BLOCK_D)
+            v_t = _load(v_GE + start_64 * stride_vt, v_offsets, keys_ok, e_ok, True, E < BLOCK_E)
             # -- recompute s = q k^T and P; ds from dP = do v^T --
             s = _scores(
                 q, k_t, scale, softcap, rows[:, None], keys[None, :], window, SOFTCAP, WINDOW, True
@@ -454,10 +474,19 @@ def attention_bwd_dq_kernel(
             # -- dq += ds k --
             dq = tl.dot(ds.to(k_t.dtype), tl.trans(k_t), dq, input_precision="ieee")
         dq_ptrs = dq_THD + tokens * stride_dqt + h * stride_dqh + d[None, :]
-        tl.store(dq_ptrs, (dq * scale).to(dq_THD.dtype.element_ty), inside)
+        tl.store(dq_ptrs, (dq * scale).to(dq_THD.dtype.element_ty), in_q)
 
 
 # ---- block sizes
+
+
+class Heads(NamedTuple):
+    """What the kernels are compiled for: the widths of a key and of a value, and how many query
+    heads share them."""
+
+    key_width: int
+    value_width: int
+    group: int
 
 
 # (BLOCK_M, BLOCK_N, warps, stages) by kernel and matrix unit, then by head_dim up to 32, 64, 128,
@@ -478,29 +507,56 @@ BLOCKS = {
     ("dq", "fp32"): [(32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1)],
 }
 
+# the same for heads of latent attention: keys of more than 128, values of up to 128, shared by none
+BLOCKS_OF_LATENTS = {
+    ("fwd", "mma"): (128, 32, 8, 2),
+    ("fwd", "wgmma"): (128, 64, 8, 3),
+    ("fwd", "tcgen05"): (128, 64, 8, 3),
+    ("dkdv", "mma"): (16, 64, 8, 2),
+    ("dkdv", "wgmma"): (32, 64, 8, 2),
+    ("dkdv", "tcgen05"): (32, 128, 8, 2),
+    ("dq", "mma"): (64, 64, 8, 2),
+    ("dq", "wgmma"): (128, 32, 8, 2),
+    ("dq", "tcgen05"): (128, 32, 8, 2),
+    ("fwd", "fp32"): (16, 32, 8, 1),
+    ("dkdv", "fp32"): (16, 16, 8, 1),
+    ("dq", "fp32"): (16, 32, 8, 1),
+}
+
+
+def sizes_in_table(kernel: str, unit: str, heads: Heads) -> tuple[int, int, int, int]:
+    """(BLOCK_M, BLOCK_N, warps, stages) for such heads."""
+    key_width, value_width, group = heads
+    if group == 1 and key_width > 128 >= value_width:
+        return BLOCKS_OF_LATENTS[kernel, unit]
+    widest = max(key_width, value_width)
+    if value_width > key_width and widest > 64:
+        widest = MAX_HEAD_DIM  # with the sizes of 128 these spill registers
+    column = 0 if widest <= 32 else 1 if widest <= 64 else 2 if widest <= 128 else 3
+    return BLOCKS[kernel, unit][column]
+
 
 def attention_config(
-    kernel: str, head_dim: int, dtype: torch.dtype, chip: Chip, max_q: int, softcap: float = 0.0
+    kernel: str, heads: Heads, dtype: torch.dtype, chip: Chip, max_q: int, softcap: float = 0.0
 ) -> dict[str, int]:
     """Block sizes of "fwd", "dkdv" or "dq".
 
     They are of the table, made smaller until they fit the chip's shared memory. A few queries
     against a cache take the fewest rows that the matrix units know; fp32 has none.
     """
-    size = 0 if head_dim <= 32 else 1 if head_dim <= 64 else 2 if head_dim <= 128 else 3
     unit = "fp32" if dtype == torch.float32 else chip.matrix_unit
-    m, n, warps, stages = BLOCKS[kernel, unit][size]
+    m, n, warps, stages = sizes_in_table(kernel, unit, heads)
     few_queries = max_q <= 16 and kernel != "dkdv" and dtype != torch.float32
     if few_queries:
         m, n, warps, stages = 16, min(n, 32), 4, min(stages, 2)
     config = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
     small_softcapped = warps == 4 and softcap > 0
-    if few_queries or small_softcapped or dtype == torch.float32 or head_dim <= 16:
+    if few_queries or small_softcapped or dtype == torch.float32 or max(heads[:2]) <= 16:
         # without this the assembler spills registers, to run more of these small programs at once
         config["maxnreg"] = 255
 
     def bytes_of(config):
-        return shared_bytes(kernel, head_dim, dtype, chip, config)
+        return shared_bytes(kernel, heads, dtype, chip, config)
 
     return stepped_down(config, bytes_of, chip, STEPS[kernel])
 
@@ -514,27 +570,37 @@ STEPS = {
 
 
 def shared_bytes(
-    kernel: str, head_dim: int, dtype: torch.dtype, chip: Chip, config: dict[str, int]
+    kernel: str, heads: Heads, dtype: torch.dtype, chip: Chip, config: dict[str, int]
 ) -> int:
     """Shared memory of a program, or somewhat more: the tiles that it keeps, those that it loads in
     turns, and the scores between two products where several warps share a row."""
     m, n = config["BLOCK_M"], config["BLOCK_N"]
-    kept, loaded = {"fwd": (m, 2 * n), "dkdv": (2 * n + m, 2 * m), "dq": (2 * m, 2 * n)}[kernel]
-    rows = kept + loaded * chip.buffers(config["num_stages"])
+    d, e = padded(heads.key_width), padded(heads.value_width)
+    kept, loaded = {
+        "fwd": (m * d, n * (d + e)),
+        "dkdv": (n * (d + e) + m * d, m * (d + e)),
+        "dq": (m * (d + e), n * (d + e)),
+    }[kernel]
+    tiles = kept + loaded * chip.buffers(config["num_stages"])
     rows_are_shared = kernel != "fwd" or m < 16 * config["num_warps"]
     scores = m * max(n, 32) if rows_are_shared else 0
-    return dtype.itemsize * (padded(head_dim) * rows + scores) + 8 * m
+    return dtype.itemsize * (tiles + scores) + 8 * m
 
 
 # ---- launchers
 
 
-def _constants(q: torch.Tensor, k: torch.Tensor, window: int, softcap: float) -> dict:
-    D = q.shape[2]
+def _heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Heads:
+    return Heads(q.shape[2], v.shape[2], q.shape[1] // k.shape[1])
+
+
+def _constants(heads: Heads, window: int, softcap: float) -> dict:
     return {
-        "GROUP": q.shape[1] // k.shape[1],
-        "D": D,
-        "BLOCK_D": padded(D),
+        "GROUP": heads.group,
+        "D": heads.key_width,
+        "E": heads.value_width,
+        "BLOCK_D": padded(heads.key_width),
+        "BLOCK_E": padded(heads.value_width),
         "SOFTCAP": softcap > 0,
         "WINDOW": window >= 0,
     }
@@ -557,12 +623,13 @@ def attention_fwd(
     window: int,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch forward: (out [Tq, H, D], lse [H, Tq] fp32). No window is -1, no softcap 0."""
-    Tq, H, D = q.shape
+    """Launch forward: (out [Tq, H, E], lse [H, Tq] fp32). No window is -1, no softcap 0."""
+    Tq, H, _ = q.shape
     N = cu_q.shape[0] - 1
-    out = torch.empty((Tq, H, D), dtype=q.dtype, device=q.device)
+    heads = _heads(q, k, v)
+    out = torch.empty((Tq, H, heads.value_width), dtype=q.dtype, device=q.device)
     lse = q.new_empty((H, Tq), dtype=torch.float32)
-    config = attention_config("fwd", D, q.dtype, chips.chip_of(q.device), max_q, softcap)
+    config = attention_config("fwd", heads, q.dtype, chips.chip_of(q.device), max_q, softcap)
     m_blocks = triton.cdiv(max_q, config["BLOCK_M"])
     if Tq > 0 and m_blocks > 0:
         attention_fwd_kernel[(N * m_blocks, H)](
@@ -579,7 +646,7 @@ def attention_fwd(
             scale,
             softcap,
             window,
-            **_constants(q, k, window, softcap),
+            **_constants(heads, window, softcap),
             **config,
         )
     return out, lse
@@ -602,12 +669,13 @@ def attention_bwd(
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the backward pass: (dq, dk, dv), contiguous."""
-    Tq, H, D = q.shape
+    Tq, H, _ = q.shape
     Tk, G, _ = k.shape
     N = cu_q.shape[0] - 1
+    heads = _heads(q, k, v)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     chip = chips.chip_of(q.device)
-    constants = _constants(q, k, window, softcap)
+    constants = _constants(heads, window, softcap)
     strides = _strides(q, k, v, dout)
 
     # 1. delta of each query
@@ -620,14 +688,14 @@ def attention_bwd(
             delta,
             Tq,
             *_strides(dout, out),
-            D=D,
+            E=heads.value_width,
             BLOCK_M=32,
-            BLOCK_D=constants["BLOCK_D"],
+            BLOCK_E=constants["BLOCK_E"],
             DLSE=dlse is not None,
         )
 
     # 2. dk and dv, by programs that own keys
-    config = attention_config("dkdv", D, q.dtype, chip, max_q, softcap)
+    config = attention_config("dkdv", heads, q.dtype, chip, max_q, softcap)
     n_blocks = triton.cdiv(max_k, config["BLOCK_N"])
     if Tk > 0 and n_blocks > 0:
         attention_bwd_dkdv_kernel[(N * n_blocks, G)](
@@ -642,7 +710,7 @@ def attention_bwd(
             cu_q,
             cu_k,
             *strides,
-            *_strides(dk),
+            *_strides(dk, dv),
             n_blocks,
             Tq,
             scale,
@@ -653,7 +721,7 @@ def attention_bwd(
         )
 
     # 3. dq, by programs that own queries
-    config = attention_config("dq", D, q.dtype, chip, max_q, softcap)
+    config = attention_config("dq", heads, q.dtype, chip, max_q, softcap)
     m_blocks = triton.cdiv(max_q, config["BLOCK_M"])
     if Tq > 0 and m_blocks > 0:
         attention_bwd_dq_kernel[(N * m_blocks, H)](
@@ -688,7 +756,7 @@ attention_bwd_op = torch.library.custom_op("r1zero::attention_bwd", attention_bw
 
 @attention_fwd_op.register_fake
 def attention_fwd_fake(q, k, v, cu_q, cu_k, max_q, max_k, scale, window, softcap):
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty((*q.shape[:2], v.shape[2]), dtype=q.dtype, device=q.device)
     return out, q.new_empty(q.shape[1::-1], dtype=torch.float32)
 
 
@@ -730,18 +798,8 @@ def reference_attention(q, k, v, cu_q, max_q, scale, cu_k, max_k, window, softca
     return reference.attention(q, k, v, cu_q, cu_k, scale, window, softcap, return_lse)
 
 
-def attention_triton_refuses(q, k, v, *_) -> str | None:
-    """Why the Triton kernels do not serve these arguments, or None."""
-    if k.shape[2] != v.shape[2]:
-        return (
-            f"keys are {k.shape[2]} wide and values {v.shape[2]}; the Triton kernels take one "
-            "width for both"
-        )
-    return triton_refuses(q)
-
-
 ATTENTION = (
-    Backend("triton", triton_attention, attention_triton_refuses),
+    Backend("triton", triton_attention, triton_refuses),
     Backend("cpu", cpu.attention, cpu.refuses),
     Backend("reference", reference_attention, serves_all),
 )
@@ -772,7 +830,7 @@ def attention(
 
     Returns [Tq, H, E] in q's dtype. With return_lse also log sum exp of the scores [Tq, H], in fp32
     (fp64 for fp64). A row that sees no key gives 0 and -inf. Both results are differentiable, and
-    the same in every run. impl: "triton" (E = D), "cpu" (fp32, E = D, a multiple of 16, no window,
+    the same in every run. impl: "triton", "cpu" (fp32, E = D, a multiple of 16, no window,
     no softcap), "reference", or None to choose. Raises ValueError for shapes, dtypes or devices
     that do not fit together, for a window, scale or softcap that is not positive, and for an impl
     that cannot serve the rest.

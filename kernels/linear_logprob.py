@@ -44,7 +44,7 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _tile_of(tiles_0, tiles_1, SWIZZLE: tl.constexpr):
+def tile_of(tiles_0, tiles_1, SWIZZLE: tl.constexpr):
     """This program's tile (i, j). Programs that run at one time share rows of both factors."""
     pid = tl.program_id(0)
     first = pid // (SWIZZLE * tiles_1) * SWIZZLE
@@ -122,7 +122,7 @@ def logprob_tiles_fwd_kernel(
     SOFTCAP: tl.constexpr,
 ):
     """One tile: m, sum e^(l - m), sum e^(l - m) (l - m) of each row, and the target's logit."""
-    tile_t, tile_v = _tile_of(tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V), SWIZZLE)
+    tile_t, tile_v = tile_of(tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V), SWIZZLE)
     t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
     x = _logits(h_TM, w_VM, t, v, T, V, M, scale, cap, BLOCK_T, BLOCK_V, BLOCK_K, EVEN, SOFTCAP)
@@ -213,7 +213,7 @@ def logprob_dlogits_bwd_kernel(
     ENTROPY: tl.constexpr,
 ):
     """One tile of dl, the gradient of a slice's logits, before temperature and softcap."""
-    tile_t, tile_v = _tile_of(tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V), SWIZZLE)
+    tile_t, tile_v = tile_of(tl.cdiv(T, BLOCK_T), tl.cdiv(V, BLOCK_V), SWIZZLE)
     t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
     v = tile_v * BLOCK_V + tl.arange(0, BLOCK_V)
     x = _logits(h_TM, w_VM, t, v, T, V, M, scale, cap, BLOCK_T, BLOCK_V, BLOCK_K, EVEN, SOFTCAP)
@@ -253,7 +253,7 @@ def logprob_product_bwd_kernel(
     ADD: tl.constexpr,
 ):
     """One tile of c = dl b, or of dl^T b where TRANSPOSED; with ADD c += that."""
-    tile_i, tile_j = _tile_of(tl.cdiv(rows, BLOCK_T), tl.cdiv(J, BLOCK_V), SWIZZLE)
+    tile_i, tile_j = tile_of(tl.cdiv(rows, BLOCK_T), tl.cdiv(J, BLOCK_V), SWIZZLE)
     i = tile_i * BLOCK_T + tl.arange(0, BLOCK_T)
     j = tile_j * BLOCK_V + tl.arange(0, BLOCK_V)
     k = tl.arange(0, BLOCK_K)

@@ -21,13 +21,12 @@ Gradient, with row r of pair (t, k):
     drow[r]     = gates[t, k] dy[t]       (through the MLP of the expert)
     dgates[t,k] = dy[t] . row[r]
     dx[t]       = sum over k of dgathered, k = 0 first
-No step adds two rows by an atomic, so the bits are the same in every run. Steps 1, 2 and 4 never
-wait for the host; step 3 does in the back end "loop" alone, which reads how many rows each expert
-has.
+No step adds two rows by an atomic, so the bits are the same in every run. No step waits for the
+host, but for step 3 in the back end "loop", which reads how many rows each expert has.
 
 It must compute 6 P M F FLOPs forward, and read the weights of the experts in use, 3 E M F numbers.
-
-`top_experts` is the choice itself. Left out: Triton kernels.
+On a GPU moe_triton.py does steps 2 to 4 in kernels of its own; the back ends here are in plain
+PyTorch. `top_experts` is the choice itself.
 
 Shapes: T tokens, P pairs, E experts, K experts per token, M d_model, F width of an expert.
 """
@@ -40,8 +39,18 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from . import reference
-from .dispatch import OLDEST_ARCH, Backend, arch_of, check_tensors, choose, serves_all
+from .dispatch import (
+    OLDEST_ARCH,
+    Backend,
+    arch_of,
+    check_tensors,
+    choose,
+    serves_all,
+    triton_refuses,
+    why_not_triton,
+)
 from .mlp import swiglu, swiglu_mlp
+from .moe_triton import moe_fwd_op
 
 INDEX_BITS = 16  # of a packed key; so there are at most 65,536 experts
 
@@ -168,6 +177,11 @@ def dropless(x, gates, experts, gate_up, down, products: Callable) -> torch.Tens
     return Combine.apply(rows, gates, groups.order, groups.place)
 
 
+def moe_in_triton(x, gates, experts, gate_up, down) -> torch.Tensor:
+    groups = group_by_expert(experts, len(gate_up))
+    return moe_fwd_op(x, gates.float(), gate_up, down, *groups)
+
+
 def moe_in_groups(x, gates, experts, gate_up, down) -> torch.Tensor:
     return dropless(x, gates, experts, gate_up, down, products_grouped)
 
@@ -204,10 +218,18 @@ def why_not_grouped(
     return None
 
 
+def waits_for_host(dtype: torch.dtype, device: torch.device, d_model: int, width: int) -> bool:
+    """Whether `moe_mlp` waits for the host with such experts: where only the loop serves them."""
+    if why_not_triton(dtype, device.type, arch_of(device)) is None:
+        return False
+    return why_not_grouped(dtype, device, d_model, width) is not None
+
+
 # ---- the public function
 
 
 MOE_MLP = (
+    Backend("triton", moe_in_triton, triton_refuses),
     Backend("grouped", moe_in_groups, grouped_refuses),
     Backend("loop", moe_in_a_loop, serves_all),
     Backend("reference", reference.moe_mlp, serves_all),
@@ -227,8 +249,8 @@ def moe_mlp(
 
     x: [T, M]. gates: [T, K], fp32 or wider. experts: [T, K] int64, each from 0 to E - 1, and no
     expert twice for a token. gate_up: [E, 2F, M], gate's rows first; down: [E, M, F]; both of any
-    float dtype, cast to x's. impl: "grouped" (PyTorch's grouped products), "loop" (expert by
-    expert), "reference" (token by token: the oracle), or None to choose. Raises ValueError for
+    float dtype, cast to x's. impl: "triton", "grouped" (PyTorch's grouped products), "loop" (expert
+    by expert), "reference" (token by token: the oracle), or None to choose. Raises ValueError for
     shapes that do not fit, or an impl that cannot serve them.
     """
     check_tensors("moe_mlp", x=x, gates=gates, gate_up=gate_up, down=down)

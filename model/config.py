@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 
-from .moe_config import MoEConfig
+from .moe_config import ROUTING, MoEConfig
 from .rope_scaling import RopeScaling
 
 
@@ -289,6 +289,63 @@ PRESETS: dict[str, dict] = {
         norm_eps=1e-5,
         tie_embeddings=True,
         max_seq_len=8192,
+    ),
+    # 30.5 billion parameters, 3.3 of them active.
+    "qwen3-30b-a3b": dict(
+        n_layers=48,
+        d_model=2048,
+        n_heads=32,
+        n_kv_heads=4,
+        head_dim=128,
+        d_ff=6144,
+        rope_theta=1e6,
+        qk_norm=True,
+        tie_embeddings=False,
+        max_seq_len=32_768,
+        moe=dict(n_experts=128, experts_per_token=8, d_expert=768, **ROUTING["qwen3-moe"]),
+    ),
+    # 6.9 billion, 1.3 of them active.
+    "olmoe-1b-7b": dict(
+        n_layers=16,
+        d_model=2048,
+        n_heads=16,
+        n_kv_heads=16,
+        head_dim=128,
+        d_ff=1024,
+        norm_eps=1e-5,
+        qk_norm_full_width=True,
+        tie_embeddings=False,
+        max_seq_len=4096,
+        moe=dict(n_experts=64, experts_per_token=8, d_expert=1024, **ROUTING["olmoe"]),
+    ),
+    # 15.7 billion, 2.7 of them active. Two shared experts are one MLP of twice the width.
+    "deepseek-v2-lite": dict(
+        n_layers=27,
+        d_model=2048,
+        n_heads=16,
+        n_kv_heads=16,
+        head_dim=192,
+        d_ff=10_944,
+        latent=dict(kv_rank=512, rope_dim=64, value_dim=128),
+        rope_scaling=dict(
+            kind="yarn",
+            factor=40.0,
+            original_max_seq_len=4096,
+            mscale=0.707,
+            mscale_all_dim=0.707,
+        ),
+        tie_embeddings=False,
+        max_seq_len=163_840,
+        moe=dict(
+            n_experts=64,
+            experts_per_token=6,
+            d_expert=1408,
+            d_shared=2816,
+            dense_layers=(0,),
+            scores="softmax",
+            normalise=False,
+            fp32_router=True,
+        ),
     ),
 }
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..kernels.moe import moe_mlp, top_experts, why_not_grouped
+from ..kernels.moe import moe_mlp, top_experts, waits_for_host
 from .config import ModelConfig
 from .linear import Linear
 from .moe_config import MoEConfig
@@ -191,4 +191,4 @@ class MoE(nn.Module):
     def can_capture(self, dtype: torch.dtype) -> bool:
         """Whether a CUDA graph can hold a step in `dtype`: no part waits for the host."""
         _, d_model, d_expert = self.down.shape
-        return why_not_grouped(dtype, self.down.device, d_model, d_expert) is None
+        return not waits_for_host(dtype, self.down.device, d_model, d_expert)

@@ -123,6 +123,8 @@ def toy_size(words: list[str]) -> list[str]:
     settings = dict(TOY[command])
     if any(word.startswith("depth=") for word in words):
         del settings["--model"]  # README wants its longer context
+    if "demo-moe" in words:
+        settings["--model"] = "tiny-moe"
     if "--resume" in words and "--steps" in words:
         settings["--steps"] = "4"  # a resumed run has something left to do
     small = list(words)

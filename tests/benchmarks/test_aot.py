@@ -134,6 +134,7 @@ def run_aot(*flags: str, **environment: str) -> subprocess.CompletedProcess:
 
 FEW = "attention bf16 D=128 group (1|6)($|, )|" \
     "linear_logprob bf16 M=2048 weight bf16$|grpo clip reference k3$|" \
+    "moe bf16 K=8 M=2048 F=768 weight bf16$|" \
     "rmsnorm bf16 M=2048 weight bf16|swiglu bf16 F=4864$|rope bf16 H=32 D=128"
 
 

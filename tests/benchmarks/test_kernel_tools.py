@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import aot, gpu, kernel_ops, kernels, tune
-from benchmarks.kernel_ops import OPS, attention_case
+from benchmarks.kernel_ops import OPS, attention_case, moe_case
 from benchmarks.timing import Timer
 from r1zero.kernels import rope
 from r1zero.kernels.chips import KNOWN_CHIPS, Chip
@@ -39,11 +39,13 @@ def test_kernels_smoke_writes_csv_pictures_and_json(tmp_path, capsys):
     for op in OPS:
         found = {(row["provider"], row["mode"]) for row in measured if row["op"] == op}
         assert {(name, mode) for name in ("ours", "eager") for mode in kernels.MODES} <= found
+    unequal = [row["provider"] for row in measured if row["op"] == "attention" and row["D"] != row["E"]]
+    assert set(unequal) == {"ours", "eager", "SDPA math"} and len(unequal) == 9
     for row in measured:
         assert 0 < float(row["ms_p20"]) <= float(row["ms_median"]) <= float(row["ms_p80"])
         assert float(row["error"]) < 1e-5 and row["dtype"] == "float32" and row["torch"] == torch.__version__
         assert float(row["gbs"]) > 0 and float(row["fraction_of_roofline"]) > 0
-        assert bool(row["tflops"]) == (row["op"] in ("attention", "linear_logprob"))
+        assert bool(row["tflops"]) == (row["op"] in ("attention", "linear_logprob", "moe"))
     assert any(row["note"] == "left out: measured on a GPU only" for row in rows)
 
 
@@ -107,11 +109,22 @@ def test_least_costs_follow_the_roofline_table():
     assert flops == 4 * 2 * 8 * 1000**2 * 64 / 2
     assert moved == 2 * 2 * 1000 * 64 * (2 * 8 + 2 * 2) + 4 * 2 * 8 * 1000
     assert kernel_ops.attention_cost(attention, "backward") == (2.5 * flops, 2 * moved - 4 * 2 * 8 * 1000)
+    latent = attention_case(2, 1000, 8, 8, 192, E=128)  # q k^T and its two gradients are 192 wide, p v 128
+    pairs, tensors = 2 * 8 * 1000**2 / 2, 2 * 1000 * 8 * (192 + 192 + 128 + 128)
+    assert kernel_ops.attention_cost(latent, "forward") == (2 * pairs * 320, 2 * tensors + 4 * 2 * 8 * 1000)
+    assert kernel_ops.attention_cost(latent, "backward") == (2 * pairs * (3 * 192 + 2 * 128),
+                                                             4 * tensors + 4 * 2 * 8 * 1000)
     [norm], [residual] = (kernel_ops.widths(op, "M", (64,), 10) for op in ("rmsnorm", "rmsnorm_residual"))
     assert [kernel_ops.rmsnorm_cost(norm, mode)[1] for mode in kernels.MODES[:2]] == [4 * 640, 6 * 640]
     assert [kernel_ops.rmsnorm_cost(residual, mode)[1] for mode in kernels.MODES[:2]] == [8 * 640, 8 * 640]
     [swiglu] = kernel_ops.widths("swiglu", "F", (64,), 10)
     assert [kernel_ops.swiglu_cost(swiglu, mode)[1] for mode in kernels.MODES[:2]] == [6 * 640, 10 * 640]
+    mixture = moe_case(1000, 16, 4, 64, 32)
+    weights, tokens, gates = 2 * 16 * 3 * 64 * 32, 2 * 1000 * 64, 4 * 1000 * 4
+    assert kernel_ops.moe_cost(mixture, "forward") == (
+        2 * 4000 * 3 * 64 * 32, weights + 2 * tokens + gates)
+    assert kernel_ops.moe_cost(mixture, "backward") == (
+        4 * 4000 * 3 * 64 * 32, 2 * weights + 3 * tokens + 2 * gates)
     peaks, ms = {"flops": 1e12, "bytes": 1e9}, {"median": 1.0, "p20": 0.5, "p80": 2.0}
     found = kernels.metrics(OPS["swiglu"], swiglu, "full", ms, peaks)
     assert found["fraction_of_roofline"] == pytest.approx(16 * 640 / 1e9 / 1e-3) and found["tflops"] is None

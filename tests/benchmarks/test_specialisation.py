@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks import aot
-from r1zero.kernels import attention, decode_attention, grpo, linear_logprob
+from r1zero.kernels import attention, decode_attention, grpo, linear_logprob, moe_triton
 from r1zero.kernels.dispatch import HAS_TRITON
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -38,6 +38,14 @@ def logprob_kernels(skipped: int) -> None:
     linear_logprob.logprob_bwd(logp, None, h, weight, targets, None, lse, entropy, 1.0, 0.0, True, True)
 
 
+def moe_kernels(skipped: int) -> None:
+    order, place = at(skipped, 200, dtype=torch.int64), at(skipped, 100, 2, dtype=torch.int64)
+    ends = at(skipped, 4, dtype=torch.int32)
+    inputs = (aot.empty(100, 64), aot.empty(100, 2, dtype=torch.float32), aot.empty(4, 128, 64),
+              aot.empty(4, 64, 64), order, place, ends)
+    moe_triton.moe_bwd(moe_triton.moe_fwd(*inputs), *inputs, True, True)
+
+
 def grpo_kernels(skipped: int) -> None:
     samples, tokens = (aot.empty(n, dtype=torch.float32) for n in (8, 100))
     grpo.grpo_advantages_fwd(samples, at(skipped, 5, dtype=torch.int32), True)
@@ -53,7 +61,7 @@ def specialisations(launch: Callable, addresses: tuple[int, ...]) -> dict[str, i
 
 
 @pytest.mark.parametrize("launch, kernels", [(attention_kernels, 4), (decode_kernels, 2),
-                                             (logprob_kernels, 5), (grpo_kernels, 3)])
+                                             (logprob_kernels, 5), (moe_kernels, 10), (grpo_kernels, 3)])
 def test_the_address_of_an_index_tensor_makes_no_new_kernel(launch, kernels):
     once = specialisations(launch, (0,))
     assert sum(once.values()) == kernels  # the product for dh is another one than for dw

@@ -91,6 +91,15 @@ def naive_swiglu(x):
     return gate / (1 + (-gate).exp()) * up
 
 
+def naive_moe(x, gates, experts, gate_up, down):
+    """Each expert's MLP on all tokens, times its gate, which is 0 for most of them."""
+    y = 0.0
+    for e, (up, back) in enumerate(zip(gate_up.unbind(), down.unbind(), strict=True)):
+        gate = (gates * (experts == e)).sum(1, keepdim=True)
+        y = y + gate * (naive_swiglu(x @ up.T) @ back.T)
+    return y
+
+
 def naive_rope(x, positions, theta, rescale=lambda frequency: frequency):
     D = x.shape[-1]
     frequencies = [rescale(theta ** (-2 * i / D)) for i in range(D // 2)]

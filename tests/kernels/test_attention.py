@@ -95,7 +95,6 @@ def test_input_that_fits_is_taken():
     ({"v": torch.zeros(5, 2, 257)}, "the width of values is 257, expected 1 to 256"),
     ({"v": torch.zeros(5, 2, 0)}, "the width of values is 0"),
     ({"v": torch.zeros(5, 16)}, r"v \(5, 16\); expected .*\[Tk, G, E\]"),
-    ({"v": torch.zeros(5, 2, 4), "impl": "triton"}, "keys are 8 wide and values 4; the Triton kernels"),
     ({"D": 16, "v": torch.zeros(5, 2, 4), "impl": "cpu"},
      "impl is \"cpu\", but (keys are 16 wide and values 4; the compiled loops take one|.*Numba)"),
     ({"cu_seqlens": cu([])}, "is the batch empty"),

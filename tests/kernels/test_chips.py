@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from r1zero.kernels import chips
-from r1zero.kernels.attention import BLOCKS, attention_config, shared_bytes
+from r1zero.kernels.attention import BLOCKS, BLOCKS_OF_LATENTS, Heads, attention_config, shared_bytes
 from r1zero.kernels.chips import KIB, KNOWN_CHIPS, Chip, chip_of, stepped_down
 from r1zero.kernels.decode_attention import decode_attention_config
 from r1zero.kernels.dispatch import HAS_TRITON
@@ -14,6 +14,7 @@ from r1zero.kernels.linear_logprob import SLICE, logprob_config
 from r1zero.kernels.mlp import swiglu_config
 from r1zero.kernels.rmsnorm import rmsnorm_bwd_config
 
+LATENT = Heads(192, 128, 1)
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SMALL = Chip(199, 48 * KIB, 7)  # nobody has thought of this one
@@ -61,35 +62,68 @@ def test_attention_takes_the_table_where_it_fits_and_less_where_it_does_not():
         for dtype in DTYPES:
             for kernel in ("fwd", "dkdv", "dq"):
                 unit = "fp32" if dtype == torch.float32 else chip.matrix_unit
-                for head_dim, sizes in zip((32, 64, 128, 256), BLOCKS[kernel, unit], strict=True):
-                    config = attention_config(kernel, head_dim, dtype, chip, 4096)
-                    needed = shared_bytes(kernel, head_dim, dtype, chip, config)
+                table = BLOCKS[kernel, unit]
+                in_table = {Heads(D, D, 1): sizes for D, sizes in zip((32, 64, 128, 256), table, strict=True)}
+                in_table[LATENT] = BLOCKS_OF_LATENTS[kernel, unit]
+                for heads, sizes in in_table.items():
+                    config = attention_config(kernel, heads, dtype, chip, 4096)
+                    needed = shared_bytes(kernel, heads, dtype, chip, config)
                     assert needed <= chip.shared_memory or chip is SMALL and dtype == torch.float32
-                    if tuple(config[x] for x in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")) != sizes:
-                        less.add((chip.arch, kernel, head_dim))
+                    if sizes_of(config) != sizes:
+                        less.add((chip.arch, kernel, heads[:2]))
     # 102,400 bytes, where these chips have 101,376
     assert {found for found in less if found[0] != SMALL.arch} == {
-        (arch, "dq", 256) for arch in (86, 89, 120)}
-    assert (SMALL.arch, "fwd", 64) in less
+        (arch, "dq", widths) for arch in (86, 89, 120) for widths in ((256, 256), (192, 128))}
+    assert (SMALL.arch, "fwd", (64, 64)) in less
+
+
+@needs_triton
+def test_the_wider_of_keys_and_values_picks_the_column_but_for_latents():
+    def sizes(key_width, value_width, group=1):
+        heads = Heads(key_width, value_width, group)
+        return sizes_of(attention_config("dkdv", heads, torch.bfloat16, KNOWN_CHIPS[90], 4096))
+
+    columns = BLOCKS["dkdv", "wgmma"]
+    assert [sizes(*widths) for widths in ((24, 16), (48, 32), (32, 64), (128, 64))] == [
+        columns[0], columns[1], columns[1], columns[2]]
+    assert sizes(192, 128) == sizes(256, 8) == BLOCKS_OF_LATENTS["dkdv", "wgmma"]
+    assert sizes(192, 129) == sizes(128, 192) == columns[3]
+    # these would spill registers with larger tiles
+    assert sizes(192, 128, 2) == sizes(64, 128) == sizes(32, 80) == columns[3]
+
+
+def sizes_of(config):
+    return tuple(config[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))
 
 
 # on sm_80 and sm_86, as compiled by Triton 3.7
 MEASURED = [
-    ("fwd", 64, "bfloat16", (128, 64, 8, 3), 49_152), ("fwd", 128, "bfloat16", (128, 32, 8, 2), 49_152),
-    ("fwd", 256, "bfloat16", (64, 32, 8, 2), 69_632), ("fwd", 128, "bfloat16", (16, 32, 4, 2), 21_504),
-    ("fwd", 128, "float32", (16, 32, 8, 1), 26_688), ("fwd", 256, "float32", (16, 16, 8, 1), 33_856),
-    ("dkdv", 128, "bfloat16", (32, 64, 8, 2), 53_504), ("dkdv", 256, "bfloat16", (16, 64, 8, 1), 90_112),
-    ("dkdv", 256, "float32", (16, 16, 8, 1), 67_584), ("dq", 128, "bfloat16", (64, 64, 8, 2), 69_632),
-    ("dq", 256, "bfloat16", (64, 32, 8, 2), 102_400), ("dq", 256, "bfloat16", (64, 16, 8, 2), 86_016),
-    ("dq", 128, "float32", (32, 32, 8, 1), 65_536), ("dq", 256, "float32", (16, 16, 8, 1), 65_536),
+    ("fwd", (64, 64), "bfloat16", (128, 64, 8, 3), 49_152),
+    ("fwd", (128, 128), "bfloat16", (128, 32, 8, 2), 49_152),
+    ("fwd", (256, 256), "bfloat16", (64, 32, 8, 2), 69_632),
+    ("fwd", (128, 128), "bfloat16", (16, 32, 4, 2), 21_504),
+    ("fwd", (128, 128), "float32", (16, 32, 8, 1), 26_688),
+    ("fwd", (256, 256), "float32", (16, 16, 8, 1), 33_856),
+    ("dkdv", (128, 128), "bfloat16", (32, 64, 8, 2), 53_504),
+    ("dkdv", (256, 256), "bfloat16", (16, 64, 8, 1), 90_112),
+    ("dkdv", (256, 256), "float32", (16, 16, 8, 1), 67_584),
+    ("dq", (128, 128), "bfloat16", (64, 64, 8, 2), 69_632),
+    ("dq", (256, 256), "bfloat16", (64, 32, 8, 2), 102_400),
+    ("dq", (256, 256), "bfloat16", (64, 16, 8, 2), 86_016),
+    ("dq", (128, 128), "float32", (32, 32, 8, 1), 65_536),
+    ("dq", (256, 256), "float32", (16, 16, 8, 1), 65_536),
+    ("fwd", (192, 128), "bfloat16", (128, 32, 8, 2), 90_112),
+    ("dkdv", (192, 128), "bfloat16", (16, 64, 8, 2), 63_616),
+    ("dq", (192, 128), "bfloat16", (64, 64, 8, 2), 102_400),
+    ("dq", (192, 128), "bfloat16", (64, 32, 8, 2), 77_824),
 ]
 
 
 @needs_triton
-@pytest.mark.parametrize("kernel, head_dim, dtype, sizes, measured", MEASURED)
-def test_the_compiler_takes_no_more_shared_memory_than_estimated(kernel, head_dim, dtype, sizes, measured):
+@pytest.mark.parametrize("kernel, widths, dtype, sizes, measured", MEASURED)
+def test_the_compiler_takes_no_more_shared_memory_than_estimated(kernel, widths, dtype, sizes, measured):
     config = dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), sizes, strict=True))
-    estimate = shared_bytes(kernel, head_dim, getattr(torch, dtype), KNOWN_CHIPS[86], config)
+    estimate = shared_bytes(kernel, Heads(*widths, 1), getattr(torch, dtype), KNOWN_CHIPS[86], config)
     assert measured <= estimate <= 2 * measured
 
 
@@ -117,7 +151,8 @@ def test_small_programs_may_take_the_registers_they_need():
     chip, bf16 = KNOWN_CHIPS[120], torch.bfloat16
 
     def limit(kernel, head_dim, max_q, softcap=0.0):
-        return attention_config(kernel, head_dim, bf16, chip, max_q, softcap).get("maxnreg")
+        heads = Heads(head_dim, head_dim, 1)
+        return attention_config(kernel, heads, bf16, chip, max_q, softcap).get("maxnreg")
 
     assert limit("fwd", 128, 1) == limit("dkdv", 16, 4096) == limit("dq", 64, 4096, 30.0) == 255
     # without a softcap three of them run at a time on sm_80; larger ones take what there is anyway

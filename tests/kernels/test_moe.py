@@ -4,29 +4,11 @@ import torch
 from torch.autograd import gradcheck
 
 from r1zero.kernels.moe import expert_counts, group_by_expert, moe_mlp, top_experts, why_not_grouped
+from r1zero.kernels.moe_triton import row_tiles
+
+from .moe_cases import case, results
 
 CPU = torch.device("cpu")
-
-
-def case(T, E, K, M=8, F=4, dtype=torch.float64, choose="random"):
-    """Arguments. choose: "random", "one" (all tokens on the last experts), "few" (half are empty)."""
-    experts = torch.stack([torch.randperm(E)[:K] for _ in range(T)])
-    if choose == "one":
-        experts = (torch.arange(K) + E - 1).remainder(E).expand(T, K)
-    if choose == "few":
-        experts = torch.stack([torch.randperm(K + 1)[:K] * 2 for _ in range(T)])
-    x = torch.randn(T, M, dtype=dtype)
-    gates = torch.randn(T, K, dtype=torch.promote_types(dtype, torch.float32))
-    gate_up, down = torch.randn(E, 2 * F, M, dtype=dtype), torch.randn(E, M, F, dtype=dtype)
-    return [x, gates, experts, gate_up, down]
-
-
-def results(arguments, impl, dy):
-    """[y, and the gradients of x, gates, gate_up, down]."""
-    leaves = [a.clone().requires_grad_() if a.is_floating_point() else a for a in arguments]
-    y = moe_mlp(*leaves, impl=impl)
-    y.backward(dy.to(y.dtype))
-    return [y.detach(), *(a.grad for a in leaves if a.is_floating_point())]
 
 
 SIZES = [(7, 5, 2, "random"), (1, 1, 1, "random"), (1, 8, 8, "random"), (9, 4, 4, "random"),
@@ -38,8 +20,9 @@ SIZES = [(7, 5, 2, "random"), (1, 1, 1, "random"), (1, 8, 8, "random"), (9, 4, 4
 def test_values_and_gradients_are_those_of_the_loop_over_tokens(T, E, K, choose):
     arguments, dy = case(T, E, K, choose=choose), torch.randn(T, 8, dtype=torch.float64)
     expected = results(arguments, "reference", dy)
-    for got, right in zip(results(arguments, "loop", dy), expected, strict=True):
-        torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-12)
+    for impl in ("loop", "naive"):
+        for got, right in zip(results(arguments, impl, dy), expected, strict=True):
+            torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-12)
     narrow = [a.float() if a.is_floating_point() else a for a in arguments]
     for impl in ("grouped", "loop", None):
         for got, right in zip(results(narrow, impl, dy), expected, strict=True):
@@ -93,6 +76,30 @@ def test_pairs_are_sorted_by_expert_and_equal_ones_stay_in_order():
     experts = torch.randint(3, (5000, 2))
     expected = experts.flatten().numpy().argsort(kind="stable").tolist()
     assert group_by_expert(experts, 3).order.tolist() == expected
+
+
+@pytest.mark.parametrize("block", [1, 2, 32, 128])
+@pytest.mark.parametrize("counts", [[0], [5], [0, 3, 0], [128, 0, 1, 129, 127], [1] * 40, [0] * 9 + [300]],
+                         ids=str)
+def test_each_row_is_in_one_tile_of_its_expert(counts, block):
+    ends = torch.tensor(counts).cumsum(0).int()
+    tiles = row_tiles(ends, sum(counts), block)
+    assert tiles.dtype == torch.int32 and len(tiles[0]) <= sum(counts) // block + len(counts)
+    seen = [(e, row) for e, first, end in tiles.T.tolist() for row in range(first, min(first + block, end))]
+    assert seen == [(e, sum(counts[:e]) + i) for e in range(len(counts)) for i in range(counts[e])]
+
+
+def test_there_is_room_for_the_most_tiles_that_there_can_be():
+    for n_rows, n_experts, block in ((1, 8, 128), (8, 8, 128), (260, 3, 128), (1000, 7, 32), (0, 4, 64)):
+        # as many rows as fill tiles, and one more, on all experts but one
+        few = min(n_experts, n_rows)
+        counts = [1] * few + [0] * (n_experts - few)
+        for i in range(n_rows - few):
+            counts[i // block % few] += 1
+        needed = sum(-(-count // block) for count in counts)
+        tiles = row_tiles(torch.tensor(counts).cumsum(0).int(), n_rows, block)
+        assert needed <= tiles.shape[1] <= needed + 1
+        assert (tiles[1] < tiles[2]).sum() == needed
 
 
 def test_the_lower_index_wins_a_tie_and_the_highest_score_comes_first():

@@ -14,6 +14,10 @@ def test_presets_have_the_published_sizes():
     sizes = {"qwen2.5-0.5b": 494_032_768, "qwen2.5-1.5b": 1_543_714_304, "qwen3-0.6b": 596_049_920}
     assert {name: count_parameters(preset(name, 151_936)) for name in sizes} == sizes
     assert count_parameters(preset("smollm2-135m", 49_152)) == 134_515_008
+    mixtures = {"qwen3-30b-a3b": (151_936, 30_532_122_624), "olmoe-1b-7b": (50_304, 6_919_161_856),
+                "deepseek-v2-lite": (102_400, 15_706_484_224)}
+    for name, (vocab_size, size) in mixtures.items():
+        assert count_parameters(preset(name, vocab_size)) == size
     assert all(preset(name, 10).vocab_size == 10 for name in PRESETS)
     assert preset("tiny", 10, n_layers=5, rope_theta=3.0) == ModelConfig(
         **{**PRESETS["tiny"], "n_layers": 5, "rope_theta": 3.0}, vocab_size=10)

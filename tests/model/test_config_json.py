@@ -45,7 +45,7 @@ REAL = {
         "mistral", 32_000, 4096, 32, 32, 8, 14_336, rope_theta=1e4, sliding_window=4096)),
 }
 YARN40 = dict(type="yarn", factor=40, beta_fast=32, beta_slow=1, original_max_position_embeddings=4096)
-# And of those with experts how many one token uses, as far as it was published.
+# And those that one token uses. Three totals were published rounded: 46.7, 14.3 and 671 billion.
 EXPERTS = {
     "Mixtral-8x7B": (46_702_792_704, 12.9e9, keys(
         "mixtral", 32_000, 4096, 32, 32, 8, 14_336, num_local_experts=8, num_experts_per_tok=2,
@@ -112,6 +112,17 @@ def test_published_mixtures_differ_as_they_should():
     assert v3.rope_scaling.softmax_factor == pytest.approx(1.87, abs=0.005)
     assert v3.moe == MoEConfig(256, 8, 2048, d_shared=2048, dense_layers=(0, 1, 2), **ROUTING["deepseek-v3"])
     assert qwen.moe == MoEConfig(128, 8, 768, **ROUTING["qwen3-moe"]) and qwen.window is None
+
+
+def test_what_other_readers_of_deepseek_look_for_is_written():
+    """vLLM makes a bias only for noaux_tc, and takes softmax where no scoring_func is named."""
+    v2, v3 = (content_of(kind, config_of(EXPERTS[name][2])) for kind, name in
+              (("deepseek_v2", "DeepSeek-V2-Lite"), ("deepseek_v3", "DeepSeek-V3")))
+    assert v3.items() >= dict(scoring_func="sigmoid", topk_method="noaux_tc", num_nextn_predict_layers=0,
+                              rope_interleave=True, moe_layer_freq=1).items()
+    assert v2.items() >= dict(scoring_func="softmax", topk_method="greedy", norm_topk_prob=False).items()
+    # It would be taken for the rotated part.
+    assert "head_dim" not in v2 and "head_dim" not in v3
 
 
 def test_the_number_of_experts_is_read_under_each_of_its_names():

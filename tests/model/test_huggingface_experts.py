@@ -10,7 +10,7 @@ from r1zero.model.engine.slots import Slots
 from r1zero.model.huggingface import read_config, read_weights, write_model
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.model.transformer import Transformer
-from r1zero.model.weight_files import stored_tensors
+from r1zero.model.weight_files import pieces, stored_tensors
 
 from .expert_cases import ALL_ERRORS, CHANGES, REFUSALS, routed, wrong
 from .huggingface_cases import (
@@ -189,6 +189,14 @@ def test_experts_and_rotated_rows_in_fp8_with_scales_per_block_are_read(tmp_path
     edit_config(tmp_path / "gone", quantization_config={"quant_method": "fp8", "weight_block_size": block})
     with refused("1 missing: model.layers.1.mlp.experts.2.up_proj.weight_scale_inv"):
         read(tmp_path / "gone")
+
+
+def test_a_small_part_of_the_files_is_held_while_stacked_experts_are_read(tmp_path):
+    """One expert is read at a time where it is larger than a piece."""
+    tensors = {"w": torch.arange(4.0).view(4, 1, 1).expand(4, 3, 1 << 20).contiguous()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    sizes = [(rows, piece.shape) for rows, piece in pieces(stored_tensors(tmp_path)["w"], "w")]
+    assert sizes == [(slice(i, i + 1), (1, 3, 1 << 20)) for i in range(4)]
 
 
 def test_shards_of_experts_are_read_whichever_file_they_are_in(tmp_path):

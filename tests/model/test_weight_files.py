@@ -122,6 +122,17 @@ def test_an_index_that_is_none_is_refused(text, tmp_path):
         read(folder)
 
 
+def test_a_file_stays_open_between_tensors_until_a_piece_of_it_counts_as_memory(tmp_path):
+    save_file({"a": torch.ones(3), "b": torch.ones(3, 1 << 20)}, tmp_path / "model.safetensors")
+    stored = stored_tensors(tmp_path)
+    reader = stored["a"].reader
+    assert stored["a"].rows("a", slice(1, 3)).shape == (2,)
+    first = reader.file
+    stored["a"].rows("a", slice(None))
+    assert reader.file is first
+    assert len(list(pieces(stored["b"], "b"))) == 2 and reader.file is not first
+
+
 # ---- damage ----
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.5, 0.999])

@@ -2,6 +2,7 @@
 
     r1zero demo                      one seed, control included
     r1zero demo --seeds 0,1,2        three times over, and a table
+    r1zero demo --model demo-moe     with a mixture of experts, as many of its parameters active
 
 1. Write a corpus of worked Countdown attempts that contains reasoning, but not the skill of using
    it (demo_corpus.py).
@@ -33,7 +34,7 @@ from ...model.engine.engine import Engine
 from ...model.engine.sampling import sample_seeds
 from ...model.files import atomic_write_json
 from ...model.optimizer import OptimConfig
-from ...model.transformer import count_parameters
+from ...model.transformer import count_active_parameters, count_parameters
 from ...rl.advantages import group_advantages
 from ...rl.rewards import Grader, RewardConfig, Rewards
 from ...rl.rollouts import Rollouts, sample_groups
@@ -74,7 +75,7 @@ class DemoConfig:
     documents: int = 60_000
     """Number of documents in the corpus."""
     model: str = "demo"
-    """Size of the model: a preset or depth=N."""
+    """Size of the model: a preset (demo; demo-moe, the same with experts; tiny, ...) or depth=N."""
     pretrain_steps: int = 2000
     """Number of pretraining steps, of 2,048 tokens each."""
     rl_steps: int = 50
@@ -367,6 +368,8 @@ def one_seed(config: DemoConfig, folder: Path, seed: int) -> None:
             results.values["tokens"][name] = tokens
     model, _, _ = load_model(str(folder / "base"), torch.device("cpu"))
     results.values["parameters"] = count_parameters(model.config)
+    if model.config.moe:
+        results.values["active_parameters"] = count_active_parameters(model.config)
     results.write()
 
 

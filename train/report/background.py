@@ -113,17 +113,20 @@ def spent(record: dict, seeds: list[Seed]) -> str:
     )
 
 
-def how_to_go_on(seed: Seed) -> str:
-    """Commands to try next, ready to be copied."""
+def how_to_go_on(record: dict, seed: Seed) -> str:
+    """Commands to try next, ready to be copied, with the same model."""
     rl = shlex.quote(str(seed.folder / "rl"))
+    demo, model = "r1zero demo", dig(record, "config", "model")
+    if isinstance(model, str) and model != "demo":
+        demo += f" --model {shlex.quote(model)}"
     commands = [
         ("answer problems that you type", f"r1zero chat --run {rl}"),
         ("go on training, with the settings that this run had", resume_command(seed)),
-        ("three seeds and their table", "r1zero demo --run runs/seeds --seeds 0,1,2"),
+        ("three seeds and their table", f"{demo} --run runs/seeds --seeds 0,1,2"),
         (
             "four numbers, or multiplication: harder, so longer",
-            "r1zero demo --run runs/four --numbers 4 --pretrain-steps 4000 --rl-steps 400\n"
-            "r1zero demo --run runs/times --ops '+-*' --pretrain-steps 4000 --rl-steps 400",
+            f"{demo} --run runs/four --numbers 4 --pretrain-steps 4000 --rl-steps 400\n"
+            f"{demo} --run runs/times --ops '+-*' --pretrain-steps 4000 --rl-steps 400",
         ),
     ]
     text = "\n\n".join(f"# {what}\n{command}" for what, command in commands)

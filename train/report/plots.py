@@ -1,5 +1,5 @@
-"""Plots as PNG files: curves in panels side by side, and bars. demo_plots.py says which ones a demo
-has.
+"""Plots as PNG files: curves in panels side by side, bars, and heat maps. demo_plots.py and
+experts.py say which ones a demo has.
 
 matplotlib's Figure is used directly, without pyplot: no window, no global list of figures, and a
 style that the user has set at home changes nothing. The colours are Okabe and Ito's, which
@@ -65,6 +65,18 @@ class Bars:
     label: str
     colour: str
     values: Sequence[float | None]
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """How a value of each row differs from 1 over the steps: 1 is white, 0 blue, 2 orange."""
+
+    title: str
+    y_label: str
+    rows: Sequence[Sequence[float]]
+    """One value per step, in each row."""
+    steps: Sequence[float]
+    """The step of each value."""
 
 
 # ---- smoothing ----
@@ -252,6 +264,63 @@ def plot_bars(
         axes.set_xticks(range(len(groups)), groups, fontsize=11)
         add_legend(figure, len(series))
         return save(figure, path)
+
+
+def plot_heat_maps(
+    grid: Sequence[Sequence[HeatMap]],
+    colours: str,
+    path: Path,
+    width: float,
+    height: float,
+    dpi: int = DPI,
+) -> Path:
+    """Rows of heat maps, with one scale of colours for all. colours: what they show, in words."""
+    from matplotlib import style
+    from matplotlib.colors import LinearSegmentedColormap
+
+    shades = LinearSegmentedColormap.from_list("around 1", [RL, "#FFFFFF", CONTROL])
+    with style.context("default"):
+        figure = new_figure(width, height, dpi)
+        n_columns = max(map(len, grid))
+        all_axes = figure.subplots(len(grid), n_columns, squeeze=False)
+        image = None
+        for row, row_axes in zip(grid, all_axes, strict=True):
+            for axes in row_axes[len(row) :]:
+                axes.set_axis_off()
+            for heat_map, axes in zip(row, row_axes, strict=False):
+                image = plot_heat_map(axes, heat_map, shades)
+        bar = figure.colorbar(image, ax=all_axes, extend="max", ticks=[0, 0.5, 1, 1.5, 2])
+        bar.set_label(colours, fontsize=10.5, color=INK)
+        bar.ax.tick_params(colors=INK, labelsize=10)
+        return save(figure, path)
+
+
+def plot_heat_map(axes, heat_map: HeatMap, shades):
+    """One row per number from 0 on, steps to the right; returns the image."""
+    from matplotlib.ticker import MaxNLocator
+
+    # A column is as wide as the steps are apart, with its own step in the middle.
+    first, last = heat_map.steps[0], heat_map.steps[-1]
+    half = (last - first) / max(1, len(heat_map.steps) - 1) / 2 or 0.5
+    bottom = len(heat_map.rows) - 0.5
+    image = axes.imshow(
+        heat_map.rows,
+        cmap=shades,
+        vmin=0,
+        vmax=2,
+        aspect="auto",
+        interpolation_stage="data",  # steps that share a dot: their mean, not a mix of colours
+        extent=(first - half, last + half, bottom, -0.5),
+    )
+    axes.set_title(heat_map.title, loc="left", fontsize=11, fontweight="bold", color=INK)
+    axes.set_xlabel("step", fontsize=10.5, color=INK)
+    axes.set_ylabel(heat_map.y_label, fontsize=10.5, color=INK)
+    axes.tick_params(colors=INK, labelsize=10, length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    for side in axes.spines.values():
+        side.set_color(GRID)
+    return image
 
 
 def add_legend(figure, n_columns: int, *handles_and_labels) -> None:

@@ -9,6 +9,7 @@ what is not.
 
     record.py, metrics.py                     computed: the files read back, the numbers in them
     results.py, examples.py, background.py    written: the sections, as text
+    experts.py                                the section that only a mixture of experts has
     page.py, plots.py, demo_plots.py          what it looks like: HTML, and which plots
 """
 
@@ -20,6 +21,7 @@ from . import page, plots
 from .background import how_to_go_on, settings, spent, what_was_done
 from .demo_plots import plot_demo
 from .examples import one_group, pairs
+from .experts import experts, plot_experts
 from .metrics import seed_rows
 from .record import read_demo
 from .results import about_the_loss, all_seeds, behaviours, headline, main_curves, memorising
@@ -29,21 +31,24 @@ def write_report(
     folder: str | Path,
     plot: Callable[..., Path] = plots.plot,
     plot_bars: Callable[..., Path] = plots.plot_bars,
+    plot_heat_maps: Callable[..., Path] = plots.plot_heat_maps,
 ) -> Path:
     """Write report.html and the PNG files into the demo's folder; returns the path of report.html.
 
-    plot, plot_bars: how a plot is made, as in plots.py.
+    plot, plot_bars, plot_heat_maps: how a plot is made, as in plots.py.
     Raises ValueError if `folder` is no demo's, OSError if it cannot be written to.
     """
     folder = Path(folder)
     record, seeds = read_demo(folder)
     first = seeds[0]
     plotted = plot_demo(folder, seeds, plot, plot_bars)
+    plotted |= plot_experts(folder, first, plot, plot_heat_maps)
     sections = [
         headline(record, seeds, plotted),
         what_was_done(record, first, plotted),
         main_curves(first, plotted),
         behaviours(first, plotted),
+        experts(first, plotted),
         one_group(first),
         pairs(first),
         all_seeds(seeds),
@@ -51,7 +56,7 @@ def write_report(
         about_the_loss(first),
         settings(record),
         spent(record, seeds),
-        how_to_go_on(first),
+        how_to_go_on(record, first),
     ]
     path = folder / "report.html"
     atomic_write_text(path, page.document("R1-Zero from nothing", sections))

@@ -40,6 +40,9 @@ def headline(record: dict, seeds: list[Seed], plots: dict[str, Path]) -> str:
     model = "small language model"
     if size:
         model = f"language model of {size / 1e6:.2f} million parameters"
+    active = seeds[0].metric("active_parameters")
+    if active:
+        model += f", of which each token uses {active / 1e6:.2f} million"
     parts = [
         "<h1>R1-Zero from nothing</h1>",
         paragraph(

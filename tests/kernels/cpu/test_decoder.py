@@ -120,7 +120,7 @@ class OtherMLP(torch.nn.Module):
         super().__init__()
         self.dense = dense
 
-    def forward(self, x):
+    def forward(self, x, routing=None):
         return self.dense(x)
 
     def can_capture(self, dtype):
@@ -130,8 +130,8 @@ class OtherMLP(torch.nn.Module):
 class OtherBlock(Block):
     """Half of what a block adds."""
 
-    def forward(self, x, residual, cos, sin, kv):
-        x, residual = super().forward(x, residual, cos, sin, kv)
+    def forward(self, x, residual, cos, sin, kv, routing=None):
+        x, residual = super().forward(x, residual, cos, sin, kv, routing)
         return x / 2, residual
 
 

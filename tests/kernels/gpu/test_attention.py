@@ -23,8 +23,8 @@ def cu(lengths):
     return cu_on_host(lengths).cuda()
 
 
-def inputs(lengths, lengths_k, H, G, D, dtype):
-    shapes = (sum(lengths), H, D), *[(sum(lengths_k), G, D)] * 2
+def inputs(lengths, lengths_k, H, G, D, dtype, E=None):
+    shapes = (sum(lengths), H, D), (sum(lengths_k), G, D), (sum(lengths_k), G, E or D)
     return [torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes]
 
 
@@ -42,11 +42,11 @@ def eager(lengths, lengths_k, qkv, upstream, **options):
                                [upstream])
 
 
-def check(lengths, H, G, D, dtype, lengths_k=None, **options):
+def check(lengths, H, G, D, dtype, lengths_k=None, E=None, **options):
     torch.backends.cuda.matmul.allow_tf32 = False
     lengths_k = lengths_k or lengths
-    qkv = inputs(lengths, lengths_k, H, G, D, dtype)
-    upstream = torch.randn_like(qkv[0])
+    qkv = inputs(lengths, lengths_k, H, G, D, dtype, E)
+    upstream = torch.randn(sum(lengths), H, E or D, device="cuda", dtype=dtype)
     got = run(lengths, lengths_k, qkv, upstream, "triton", **options)
     again = run(lengths, lengths_k, qkv, upstream, "triton", **options)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "two runs differ"
@@ -63,6 +63,19 @@ def check(lengths, H, G, D, dtype, lengths_k=None, **options):
 @pytest.mark.parametrize("D", [16, 32, 64, 80, 96, 128, 256])
 def test_attention_at_every_head_dim(D, dtype):
     check(RAGGED, 6, 2, D, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D, E", [(192, 128), (48, 32), (32, 80)])
+def test_values_of_another_width_than_keys(D, E, dtype):
+    check(RAGGED, 6, 2, D, dtype, E=E)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"window": 33, "softcap": 5.0}], ids=str)
+def test_latent_attentions_widths_with_options_and_a_long_cache(options, dtype):
+    check(RAGGED, 3, 3, 192, dtype, E=128, **options)
+    check([16, 3], 3, 3, 192, dtype, lengths_k=[4096, 70], E=128, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -90,6 +103,21 @@ def test_queries_against_a_long_cache(lengths, lengths_k, D, dtype):
 @pytest.mark.parametrize("D", [64, 128])
 def test_attention_of_long_sequences(D):
     check([16_384], 2, 1, D, torch.bfloat16)
+
+
+def test_latent_attention_reads_its_views_in_place():
+    """One head of latent attention has keys and values of 192 and 128, made by one product."""
+    T, H, lengths = 1829, 2, cu([1, 700, 1128])
+    made, rest = torch.randn(T, H, 256, device="cuda"), torch.randn(T, H, 256, device="cuda")
+    made, rest = made.bfloat16(), rest.bfloat16()
+    k_nope, v = made.split([128, 128], dim=2)
+    q, k = rest[..., :192].contiguous(), torch.cat([k_nope, rest[..., 192:]], dim=2)
+    results = []
+    for values in (v, v.contiguous()):
+        leaves = [x.detach().requires_grad_() for x in (q, k, values)]
+        out = attention(*leaves, lengths, 1128)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_attention_reads_offsets_beyond_32_bits():

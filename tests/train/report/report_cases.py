@@ -35,6 +35,20 @@ def rl_rows(n: int, learns: bool) -> list[dict]:
     return rows
 
 
+def give_experts(folder: Path, seed: int = 0, n_layers: int = 5, n_experts: int = 4) -> list[dict]:
+    """Make a demo one of a mixture: the first expert of layer l has 1 + l / 10 times the mean.
+    Returns the rows of the log."""
+    path = folder / f"seed{seed}" / "base" / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        firsts = [1 + layer / 10 for layer in range(n_layers)]
+        others = [[(n_experts - first) / (n_experts - 1)] * (n_experts - 1) for first in firsts]
+        row["expert_load"] = [[first, *rest] for first, rest in zip(firsts, others, strict=True)]
+        row |= {"expert_load_max": max(firsts), "experts_dead": 0.125, "router_entropy": 1.25}
+    lines(path, rows)
+    return rows
+
+
 def evaluation(persistent: bool, accuracy: float, tokens: float) -> tuple[dict, list[dict]]:
     """Answers in the manner of the corpus, graded for real; the other figures are given."""
     problems = TASK.problems("test", 12)

@@ -2,6 +2,7 @@
 import math
 
 import pytest
+from matplotlib.image import imread
 
 from r1zero.train.report import plots
 
@@ -30,3 +31,22 @@ def test_smoothing_keeps_straight_lines_and_skips_gaps():
     assert all(map(math.isnan, plots.smooth([1, 2], [math.nan] * 2, 1)))
     jitter = [(-1.0) ** step for step in steps]
     assert max(map(abs, plots.smooth(steps, jitter, 3)[3:-3])) < 0.2
+
+
+def test_a_heat_map_is_white_at_1_blue_below_and_orange_above_and_rows_may_be_short(tmp_path):
+    """One step is enough, and a place without a map stays empty."""
+    def map_of(value: float) -> plots.HeatMap:
+        return plots.HeatMap("t", "y", [[value]], [5])
+
+    grid = [[map_of(0.0), map_of(1.0)], [map_of(3.0)]]
+    path = plots.plot_heat_maps(grid, "c", tmp_path / "a.png", 6, 4, dpi=50)
+    pixels = imread(path)[..., :3]
+    height, width, _ = pixels.shape
+
+    def at(row: float, column: float) -> list[int]:
+        return [round(255 * value) for value in pixels[int(row * height), int(column * width)]]
+
+    assert at(0.25, 0.25) == [0, 114, 178] and at(0.75, 0.25) == [213, 94, 0]
+    assert min(at(0.25, 0.65)) >= 254
+    empty = pixels[int(0.52 * height) :, int(0.45 * width) : int(0.75 * width)]
+    assert empty.min() > 0.99
