@@ -33,7 +33,6 @@ from ..model.checkpoint import (
     build_model,
     load_checkpoint,
     load_model,
-    load_tensors,
     save_checkpoint,
 )
 from ..model.engine.engine import Engine
@@ -196,14 +195,11 @@ def make_reference(
 ) -> Reference:
     """The model that the KL is measured to. weights: None are the base's."""
     policy = base[0]
-    if not adapters_of(policy):
-        reference = another_policy(base, weights).requires_grad_(False)
-        cast_frozen(reference)  # nobody trains it: no fp32 masters
-        return Reference(reference, policy.device, config.ref_offload)
-    reference = AdapterReference(policy)
-    if weights:
-        load_tensors(reference.model, weights, "the start of the run")
-    return reference
+    if adapters_of(policy):
+        return AdapterReference(policy)
+    reference = another_policy(base, weights).requires_grad_(False)
+    cast_frozen(reference)  # nobody trains it: no fp32 masters
+    return Reference(reference, policy.device, config.ref_offload)
 
 
 def inputs_of(config: GRPOConfig, base: tuple[Transformer, Tokenizer, Checkpoint]) -> dict:
@@ -223,11 +219,11 @@ def inputs_of(config: GRPOConfig, base: tuple[Transformer, Tokenizer, Checkpoint
 def start_weights(run: Run) -> dict[str, torch.Tensor] | None:
     """The weights that a resumed run began with, and its KL is measured to; None are the base's.
 
-    The run keeps a copy of them, in case that the base changes or goes. Raises CheckpointError if
-    the copy is gone, and the base is another one.
+    With adapters they always are. Else the run keeps a copy of them, in case that the base changes
+    or goes. Raises CheckpointError if the copy is gone, and the base is another one.
     """
     start = run.folder / START
-    if not run.resumed:
+    if not (run.resumed and keeps_start(run.config)):
         return None
     if start.exists():
         return load_checkpoint(start, groups=("model",)).tensors["model"]
@@ -239,15 +235,21 @@ def start_weights(run: Run) -> dict[str, torch.Tensor] | None:
     return None
 
 
-def keep_start(run: Run, learner: Learner) -> None:
+def keeps_start(config: GRPOConfig) -> bool:
+    """Whether a run keeps the model that it begins with: not without a KL, nor with adapters, which
+    need their base anyway."""
+    return config.needs_reference and config.lora.rank == 0
+
+
+def keep_start(run: Run, base: tuple[Transformer, Tokenizer, Checkpoint]) -> None:
     """Keep the weights that the run begins with, for `start_weights`."""
+    policy, tokenizer, checkpoint = base
     state = {
         "settings": run.settings,
-        "model_config": learner.policy.config.to_dict(),
-        "tokenizer": learner.sampler.engine.tokenizer.to_dict(),
-        **run.adapted,
+        "model_config": policy.config.to_dict(),
+        "tokenizer": tokenizer.to_dict(),
     }
-    tensors = {"model": learner.reference.model.state_dict()}
+    tensors = {"model": checkpoint.tensors["model"]}
     save_checkpoint(run.folder / START, 0, tensors, state)
 
 
@@ -457,16 +459,16 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
         if notice:
             say(notice)
     run.adapt(policy, base[2])
-    kept = start_weights(run) if config.needs_reference else None
-    learner = make_learner(algorithm, task, base, kept)
+    learner = make_learner(algorithm, task, base, start_weights(run))
     engine = learner.sampler.engine
     trained, more = trained_modules(learner, config)
     with run:
         counters = run.restore(policy, engine.tokenizer, learner.optimizer, more)
         learner.sampler.position = counters.get("position", 0)
         learner.scaler.load(counters)
-        if learner.reference and not run.resumed:
-            keep_start(run, learner)
+        if keeps_start(config) and not run.resumed:
+            keep_start(run, base)
+        del base  # of a run's folder, it holds all weights once more
         say(engine.plan())
         predicted = predicted_for(config, learner, longest)
         run.note(memory={"predicted": predicted.parts | {"peak": predicted.peak}})
