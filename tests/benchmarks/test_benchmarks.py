@@ -260,7 +260,7 @@ def test_routing_at_toy_size(tmp_path, capsys, monkeypatch):
     for name, value in smaller.items():
         monkeypatch.setattr(routing, name, value)
     base = save_base(tmp_path / "base", moe=dict(n_experts=8, experts_per_token=2, d_expert=16))
-    flags = routing.Flags(base=str(base), sequences=8, tokens=8, curve_steps=1, seeds=(0, 1), problems=1,
+    flags = routing.Flags(base=str(base), sequences=8, tokens=4, curve_steps=1, seeds=(3,), problems=1,
                           work=str(tmp_path / "work"), out=str(tmp_path / "found.json"))
     record = routing.main(flags)
     assert last_line(capsys) == record == json.loads((tmp_path / "found.json").read_text())
@@ -271,10 +271,9 @@ def test_routing_at_toy_size(tmp_path, capsys, monkeypatch):
         assert same["free"]["max"] < 1e-3 < mixed["replayed"]["max"] and same["replayed"]["routers"] < 0.05
         assert all(0 <= found["routers"] <= found["flipped_tokens"] <= 1 for found in mixed.values())
     curves = record["curves"]["curves"]
-    assert [(curve["seed"], curve["replays"]) for curve in curves] == \
-        [(seed, replays) for seed in (0, 1) for replays in (True, False)]
-    assert [len(curve["rows"]) for curve in curves] == [1] * 4
-    assert ["flipped_routers" in curve["rows"][0] for curve in curves] == [True, False] * 2
+    assert [(curve["seed"], curve["replays"], len(curve["rows"])) for curve in curves] == \
+        [(3, True, 1), (3, False, 1)]
+    assert ["flipped_routers" in curve["rows"][0] for curve in curves] == [True, False]
     assert (tmp_path / "found.png").stat().st_size > 10_000
     monkeypatch.setattr(routing, "one_curve", None)  # nothing is done twice
     assert routing.measure_curves(flags)["curves"] == curves

@@ -39,7 +39,7 @@ def fast_learner(model, tokenizer, **overrides):
 
 LATENTS = dict(n_kv_heads=2, latent=dict(kv_rank=16, q_rank=20, rope_dim=6, value_dim=12))
 
-MIXTURE = dict(moe=dict(n_experts=8, experts_per_token=3, d_expert=16, d_shared=16, scores="sigmoid"))
+MIXTURE = dict(n_layers=1, moe=dict(n_experts=4, experts_per_token=2, d_expert=16, scores="sigmoid"))
 
 
 @pytest.fixture(scope="module", params=[{}, LATENTS, MIXTURE], ids=["grouped queries", "latents", "experts"])
