@@ -1,13 +1,15 @@
 """A mixture of experts on a CPU: PyTorch's grouped products against one expert after the other.
 
-    python -m benchmarks.moe                    a minute or two
-    python -m benchmarks.moe --out moe.json
+    OMP_NUM_THREADS=1 python -m benchmarks.moe                  under a minute
+    OMP_NUM_THREADS=1 python -m benchmarks.moe --out moe.json
 
 Both are back ends of `moe_mlp`, in one process, in turns, fp32: forward alone, as in decoding, and forward
-with backward, as in training. Where the grouped products are not the slower one, they come first
-(`why_not_grouped` in kernels/moe.py). On a GPU `python -m benchmarks.kernels --ops moe` measures more peers.
+with backward, as in training. Times are processor time, which other programs on the machine hardly change.
+The grouped products come first (`why_not_grouped` in kernels/moe.py) because they are the faster ones here.
+On a GPU `python -m benchmarks.kernels --ops moe` measures more peers.
 """
 import argparse
+import time
 
 import torch
 
@@ -39,7 +41,7 @@ def measure(case, seconds: float) -> dict[str, dict]:
     for mode in ("forward", "full"):
         calls = {side: call_of(ours_moe(case, device, side), mode, inputs, upstream) for side in SIDES}
         with torch.set_grad_enabled(mode == "full"):
-            ms = Timer(device).in_turns(calls, seconds)
+            ms = Timer(device, time.process_time).in_turns(calls, seconds)
         ratio = [loop / grouped for grouped, loop in zip(ms["grouped"], ms["loop"], strict=True)]
         found[mode] = {side: spread(ms[side]) for side in SIDES} | {"ratio": spread(ratio)}
     return found
@@ -47,14 +49,14 @@ def measure(case, seconds: float) -> dict[str, dict]:
 
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(prog="benchmarks.moe", description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=5.0, help="of timing for each case and mode")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of timing for each case and mode")
     parser.add_argument("--cases", default="", help="only cases whose name contains this text")
     parser.add_argument("--out", help="file for the line of JSON")
     flags = parser.parse_args(argv)
     reuse_memory()
     found = {name: measure(case, flags.seconds) for name, case in CASES.items() if flags.cases in name}
     for mode, what in (("forward", "forward"), ("full", "forward and backward")):
-        print(f"{what}, ms")
+        print(f"{what}, ms of processor time")
         table(["", "shape", *SIDES, "loop / grouped"],
               [[name, CASES[name].label, *(show(modes[mode][side]) for side in SIDES),
                 show(modes[mode]["ratio"], "x")] for name, modes in found.items()])

@@ -65,7 +65,7 @@ def test_every_test_but_those_on_graphs_is_rehearsed_to_its_end():
     rehearsal = rehearse.Rehearsal(90)
     rehearse.rehearse(rehearsal)
     assert len(rehearsal.unrehearsed) == 2 and all("graph" in name for name in rehearsal.unrehearsed)
-    assert 500 < len(rehearsal.kernels) < 900
+    assert 500 < len(rehearsal.kernels) < 1100
 
 
 @needs_compiler

@@ -3,6 +3,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from r1zero.kernels import moe
+from r1zero.kernels.dispatch import HAS_TRITON
 from r1zero.kernels.moe import expert_counts, group_by_expert, moe_mlp, top_experts, why_not_grouped
 from r1zero.kernels.moe_triton import row_tiles
 
@@ -141,6 +143,16 @@ def test_an_upstream_gradient_without_strides_is_taken(impl):
     _, *expected = results(leaves, "reference", torch.ones(6, 8))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("arch, dtype, waits", [
+    (90, torch.float16, not HAS_TRITON), (80, torch.float32, not HAS_TRITON), (90, torch.float64, True),
+    (75, torch.float16, True)])
+def test_on_a_gpu_only_what_the_kernels_do_not_serve_waits_for_the_host(arch, dtype, waits, monkeypatch):
+    monkeypatch.setattr(moe, "arch_of", lambda device: arch)
+    assert moe.waits_for_host(dtype, torch.device("cuda"), 100, 36) == waits
+    assert moe.waits_for_host(torch.float32, CPU, 100, 35)
+    assert not moe.waits_for_host(torch.float32, CPU, 8, 4)
 
 
 def test_bad_input_is_refused_in_words():
