@@ -8,7 +8,8 @@ copy of the weights and its cache; while it updates, it holds all of these, grad
 micro-batch keeps for its backward pass. The peak is that of the larger phase.
 
 All is counted on a model without memory (the meta device), whose layers know what they keep. So no
-formula here knows an architecture. What a GPU's kernels and a CPU's keep differs little.
+formula here knows an architecture. What a GPU's kernels and a CPU's keep differs little:
+python -m benchmarks.memory --predict holds a CPU's against its tensors.
 
 Left out: the driver's own memory and gaps between tensors (`usable` allows for both), and the
 logits of `generate` with filters, which sort.
@@ -19,6 +20,7 @@ from functools import lru_cache
 
 import torch
 
+from ..kernels.linear_logprob import SLICE
 from .config import ModelConfig
 from .engine.cache import gpu_cache_bytes, step_bytes, tokens_within
 from .lora import LoRAConfig, adapters_of, add_adapters, cast_frozen
@@ -183,6 +185,10 @@ def predict(setup: Setup, budget: float | None = None) -> Prediction:
     # What an update takes: all that is kept, and the larger of two workspaces.
     n_tokens = max(setup.micro_tokens, setup.longest)
     layer, head = model.workspaces(n_tokens)
+    if model.head.requires_grad:
+        head += 4 * model.head.numel()  # of this micro-batch, before it is added to the others'
+    if not setup.on_gpu:
+        head += n_tokens * SLICE * setup.dtype.itemsize  # a slice of logits beside its gradient
     activations, logprobs = model.saved_bytes(n_tokens) + layer, max(0, head - layer)
     is_away = setup.reference == "cpu" and not setup.lora.rank
     at_home, visiting = (0, reference) if is_away else (reference, 0)
