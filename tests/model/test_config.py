@@ -87,5 +87,5 @@ def test_a_config_from_before_latents_and_yarn_is_read():
 
 @pytest.mark.parametrize("name", ["gpt5", "", "depth=0", "depth=-1", "depth=x", "depth=", "depth=2.5"])
 def test_unknown_presets(name):
-    with pytest.raises(ValueError, match="depth=.*" if name.startswith("depth") else "known are demo,"):
+    with pytest.raises(ValueError, match="depth=.*" if name.startswith("depth") else "known are .*demo,"):
         preset(name, 10)
