@@ -51,8 +51,8 @@ from .common import finish, table
 
 HEADS = ("sliced", "materialised")
 # (preset, vocabulary, tokens per micro-batch): much of the memory is weights, activations, head, or experts
-LARGE = (("smollm2-135m", 49_152, 1024), ("depth=8", 8_000, 8192), ("demo", 151_936, 16_384),
-         ("demo-moe", 50_000, 16_384))
+LARGE = (("smollm2-135m", 49_152, 2048), ("depth=8", 8_000, 20_480), ("demo", 151_936, 32_768),
+         ("demo-moe", 50_000, 32_768))
 # For glibc: give freed memory back at once, and never keep more than this. Others do not read it.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
