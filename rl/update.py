@@ -102,7 +102,7 @@ def lay_out_updates(
     every_batch = [batch for batches in updates for batch in batches]
     old_logp = ref_logp = [None] * len(every_batch)
     if config.updates_per_step > 1:
-        old_logp = logprobs_of(learner.policy, every_batch, rollouts.temperature, replays=True)
+        old_logp = logprobs_of(learner.policy, every_batch, rollouts.temperature)
     if config.kl_in_loss:
         ref_logp = learner.reference.logprobs(every_batch, rollouts.temperature)
 
@@ -251,21 +251,18 @@ class UpdateLog:
 
 
 @torch.no_grad()
-def logprobs_of(
-    model, batches: Iterable[MicroBatch], temperature: float, replays: bool = False
-) -> list[torch.Tensor]:
-    """[R] for each batch: the log-probs of its response tokens under the model.
-
-    replays: its routers take the experts of sampling, as the policy's do.
-    """
-    return [
-        response_logprobs(model, batch, temperature, batch.replay() if replays else None)[0]
-        for batch in batches
-    ]
+def logprobs_of(model, batches: Iterable[MicroBatch], temperature: float) -> list[torch.Tensor]:
+    """[R] for each batch: the log-probs of its response tokens under the model, whose routers take
+    the experts of sampling, as in the update."""
+    return [response_logprobs(model, batch, temperature, batch.replay())[0] for batch in batches]
 
 
 class Reference:
-    """The model that the KL is measured to: where it lives, and when it is refreshed."""
+    """The model that the KL is measured to: where it lives, and when it is refreshed.
+
+    Of a mixture of experts, it replays the policy's routes. If it chose its own, the KL to equal
+    weights would not be 0.
+    """
 
     def __init__(self, model, device, offload: bool = False):
         """offload: keep the model in the CPU's memory between uses."""
@@ -321,7 +318,7 @@ def kl_cost_to(reference: Reference, config) -> Callable[[Rollouts], np.ndarray]
     def kl_cost(rollouts: Rollouts) -> np.ndarray:
         with reference.in_use() as model:
             ref_logp_R = over_all_tokens(
-                lambda batch: response_logprobs(model, batch, rollouts.temperature)[0],
+                lambda batch: logprobs_of(model, [batch], rollouts.temperature)[0],
                 rollouts,
                 config.micro_tokens,
                 reference.device,

@@ -1,5 +1,5 @@
 """Routing replay: each packed token has the route that it was sampled with, however the batch is cut, and the
-passes of the policy take it; the reference and the critic choose their own."""
+passes of the policy and of the reference take it; a critic chooses its own."""
 import dataclasses
 
 import numpy as np
@@ -18,7 +18,15 @@ from r1zero.rl.heads import Critic
 from r1zero.rl.losses import loss_weights
 from r1zero.rl.rollouts import merge, micro_batch, micro_batches, response_logprobs, sample_groups
 from r1zero.rl.step import expert_metrics
-from r1zero.rl.update import LogpGapError, Reference, lay_out_updates, logprobs_of, update_policy
+from r1zero.rl.update import (
+    LogpGapError,
+    Reference,
+    kl_cost_to,
+    kl_to_reference,
+    lay_out_updates,
+    logprobs_of,
+    update_policy,
+)
 
 from .cases import Capture, algorithm, assert_same_gradient, make_learner, per_token, rollouts_by_hand, tiny
 
@@ -148,7 +156,7 @@ def test_the_order_of_answers_and_groups_changes_nothing():
     assert_same_gradient(found, expected, 1e-6)
 
 
-def test_old_log_probs_are_replayed_and_those_of_the_reference_are_its_own():
+def test_old_log_probs_and_those_of_the_reference_are_replayed():
     model, other = moe(), moe(seed=3)
     rollouts = routed_rollouts(model)
     config = algorithm(updates_per_step=2, loss=dict(kl_coef=0.1), optim=STILL, max_new_tokens=12)
@@ -158,13 +166,27 @@ def test_old_log_probs_are_replayed_and_those_of_the_reference_are_its_own():
     for batch in batches:
         expected = torch.cat([replayed_logp(model, rollouts, n) for n in batch.samples.tolist()])
         torch.testing.assert_close(batch.old_logp, expected, rtol=1e-9, atol=1e-9)
-        own = response_logprobs(other, dataclasses.replace(batch, routes=None), 1.0)[0]
-        torch.testing.assert_close(batch.ref_logp, own, rtol=0, atol=0)
+        expected = torch.cat([replayed_logp(other, rollouts, n) for n in batch.samples.tolist()])
+        torch.testing.assert_close(batch.ref_logp, expected, rtol=1e-9, atol=1e-9)
     # The first update's ratios are 1, the second's only as far as the first has moved the weights.
     _, metrics = update_once(model, rollouts, updates_per_step=2)
     assert metrics["ratio_max"] == pytest.approx(1, abs=1e-9)
     found = Reference(other, torch.device("cpu")).logprobs(batches, 1.0)
     assert all(torch.equal(a, b.ref_logp) for a, b in zip(found, batches, strict=True))
+
+
+def test_the_kl_to_a_reference_of_the_same_weights_is_0_wherever_it_is_measured():
+    """In the loss, in the log and in the reward: routes of another choice are no distance."""
+    model = moe(dtype=torch.float32)
+    rollouts = routed_rollouts(model)
+    reference = Reference(moe(dtype=torch.float32), torch.device("cpu"))
+    config = algorithm(loss=dict(kl_coef=0.1), updates_per_step=2)
+    learner = make_learner(config, model, Capture(model), reference.model)
+    updates = lay_out_updates(learner, rollouts, per_token(ADVANTAGES, rollouts), config, 0)
+    assert all(torch.equal(batch.ref_logp, batch.old_logp) for batch in sum(updates, []))
+    assert abs(kl_to_reference(reference, rollouts, config, 0)["kl_to_reference"]) < 1e-6
+    in_reward = algorithm("rloo", loss=dict(kl_coef=1.0))
+    assert np.abs(kl_cost_to(reference, in_reward)(rollouts)).max() < 1e-5
 
 
 def test_a_critic_chooses_its_own_experts():
@@ -230,7 +252,8 @@ def test_a_sampler_in_bf16_agrees_with_a_trainer_in_fp32_as_far_as_that_of_a_den
     engine = Engine(sampler, tokenizer, keep_routes=True)
     rollouts = sample_groups(engine, ["1:", "22:"], 8, 12, 1.0, sample_seeds(16, 0))
     with_routes = micro_batches(rollouts, np.arange(16), 10**6, "cpu")
-    [replayed], [own] = (logprobs_of(trainer, with_routes, 1.0, replays) for replays in (True, False))
+    free = [dataclasses.replace(batch, routes=None) for batch in with_routes]
+    [replayed], [own] = (logprobs_of(trainer, batches, 1.0) for batches in (with_routes, free))
     gaps = [(logp - with_routes[0].sampler_logp).abs() for logp in (replayed, own)]
     assert gaps[0].mean() < 0.5 * gaps[1].mean() and gaps[0].max() < 0.5 * gaps[1].max()
     limit = 1.5 * float(gaps[0].max())
