@@ -232,6 +232,11 @@ def test_a_config_with_experts_survives_json_and_a_dense_one_says_none():
     (dict(scale=float("nan")), "scale is nan"),
     (dict(scale=0.0), "scale is 0.0"),
     (dict(shared_gate=True), "shared_gate needs a shared MLP"),
+    (dict(n_experts=32_769), "n_experts is 32769, expected at most 32,768"),
+    (dict(dense_layers=(0, 1, 0)), r"dense_layers is \(0, 1, 0\), expected different numbers of layers"),
+    (dict(dense_layers=(-1,)), r"dense_layers is \(-1,\), expected different numbers of layers, from 0"),
+    (dict(dense_layers=(0.5,)), r"dense_layers is \(0.5,\), expected different numbers of layers"),
+    (dict(dense_layers=["0"]), r"dense_layers is \('0',\), expected different numbers of layers"),
     (dict(dense_layers=(2,)), r"moe.dense_layers is \(2,\), expected numbers of layers, 0 to 1"),
 ])
 def test_bad_mixtures_are_refused_in_one_line(change, message):
