@@ -101,8 +101,8 @@ def print_table(runs: dict[str, list[dict]]) -> None:
 
 
 def plot(loads: dict[str, list[dict]], path: Path) -> Path:
-    """A row of heat maps per kind of balance, one per layer."""
-    grid = [load_maps(rows, name + ", layer {}") for name, rows in loads.items()]
+    """A row of heat maps per kind of balance, one per mixture."""
+    grid = [load_maps(rows, name + ", mixture {}") for name, rows in loads.items()]
     return plot_heat_maps(grid, LOAD, path, 13, 2.2 * len(grid), dpi=100)
 
 
