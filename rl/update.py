@@ -51,7 +51,8 @@ def update_policy(learner, rollouts: Rollouts, advantages: Advantages, config, s
         check_routes(rollouts.routes, [len(s) for s in rollouts.sequences], policy.config)
     updates = lay_out_updates(learner, rollouts, advantages, config, step)
     rate = learning_rate(step, config.steps, config.optim)
-    log = UpdateLog(gap_limit(policy, config), corrects=config.loss.max_importance > 0)
+    corrects = config.loss.max_importance > 0
+    log = UpdateLog(gap_limit(policy, config), gap_advice(policy, rollouts), corrects)
     for batches in updates:
         # Add up the gradient over micro-batches...
         for batch in batches:
@@ -160,6 +161,16 @@ def gap_limit(policy, config) -> float:
     return config.max_logp_gap or by_rounding
 
 
+def gap_advice(policy, rollouts: Rollouts) -> str:
+    """What the error of a large gap says besides: of a mixture whose routes are not replayed."""
+    if policy.config.moe is None or rollouts.routes is not None:
+        return ""
+    return (
+        "; this mixture's routers may choose other experts than in sampling: leave out "
+        "--no-routing-replay"
+    )
+
+
 @dataclass
 class UpdateLog:
     """Collects what a log shows of an update, and stops it where the log-probs are wrong.
@@ -169,6 +180,8 @@ class UpdateLog:
     """
 
     largest_gap: float
+    advice: str = ""
+    """What the error of a larger gap ends with."""
     corrects: bool = False
     """Whether there are importance weights."""
     metrics: list = field(default_factory=list)
@@ -220,7 +233,7 @@ class UpdateLog:
             where = "" if too_large else " on another process"
             raise LogpGapError(
                 f"the sampler's log-prob of a token is {self.gap_max:.3g} from the trainer's own, "
-                f"more than --max-logp-gap {self.largest_gap:g}{where}"
+                f"more than --max-logp-gap {self.largest_gap:g}{where}{self.advice}"
             )
         return int(n_batches)
 

@@ -1,6 +1,7 @@
 """Routing replay: each packed token has the route that it was sampled with, however the batch is cut, and the
 passes of the policy and of the reference take it; a critic chooses its own."""
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from r1zero.model.transformer import Transformer
 from r1zero.rl.heads import Critic
 from r1zero.rl.losses import loss_weights
 from r1zero.rl.rollouts import merge, micro_batch, micro_batches, response_logprobs, sample_groups
-from r1zero.rl.step import expert_metrics
+from r1zero.rl.step import expert_metrics, sampling_metrics
 from r1zero.rl.update import (
     LogpGapError,
     Reference,
@@ -28,7 +29,16 @@ from r1zero.rl.update import (
     update_policy,
 )
 
-from .cases import Capture, algorithm, assert_same_gradient, make_learner, per_token, rollouts_by_hand, tiny
+from .cases import (
+    Bandit,
+    Capture,
+    algorithm,
+    assert_same_gradient,
+    make_learner,
+    per_token,
+    rollouts_by_hand,
+    tiny,
+)
 
 MIXTURE = dict(moe=dict(n_experts=8, experts_per_token=3, d_expert=16, d_shared=16, scores="sigmoid"))
 ADVANTAGES = np.array([1.5, -0.5, 0.25, 0, -1.0, 2.0])
@@ -215,11 +225,24 @@ def test_the_log_says_how_many_routers_would_have_chosen_otherwise():
     n_tokens = sum(len(batch.packed.tokens) for batch in batches)
     assert metrics["flipped_tokens"] == pytest.approx(1 / n_tokens)
     assert metrics["flipped_routers"] == pytest.approx(1 / (2 * n_tokens))
-    routes, found = np.concatenate(rollouts.routes), expert_metrics(rollouts, model)
-    counts = np.stack([np.bincount(routes[:, i].ravel(), minlength=8) for i in (0, 1)])
-    assert found["expert_load_max"] == pytest.approx(max(row.max() / row.mean() for row in counts))
-    assert found["experts_dead"] == (counts == 0).mean()
-    assert expert_metrics(rollouts_by_hand(tiny()), tiny()) == {}
+
+
+def test_the_log_counts_the_experts_of_all_groups_the_replaced_ones_included():
+    model, task = moe(), Bandit()
+    kept, replaced = rollouts_by_hand(model), rollouts_by_hand(model, lengths=(5, 3), group_offsets=(0, 2))
+    # The kept ones use no expert above 5, and the replaced ones only those of the first layer.
+    kept = dataclasses.replace(kept, routes=[np.minimum(r, 5) for r in random_routes(kept)])
+    replaced = dataclasses.replace(replaced, routes=[r * [[1], [0]] for r in random_routes(replaced, 1)])
+    learner = make_learner(algorithm(), model, Capture(model))
+    learner.sampler = SimpleNamespace(position=0)
+    for parts in ((kept,), (kept, replaced)):
+        rollouts = dataclasses.replace(kept, replaced=parts[1] if len(parts) > 1 else None)
+        found = sampling_metrics(learner, task, rollouts, learner.grader(task, rollouts), None)
+        routes = np.concatenate([array for part in parts for array in part.routes])
+        counts = np.stack([np.bincount(routes[:, i].ravel(), minlength=8) for i in (0, 1)])
+        assert found["expert_load_max"] == pytest.approx(max(row.max() / row.mean() for row in counts))
+        assert found["experts_dead"] == (counts == 0).mean() == (4 if len(parts) == 1 else 2) / 16
+    assert expert_metrics([rollouts_by_hand(tiny())], tiny()) == {}
 
 
 @pytest.mark.parametrize("spoil, message", [
@@ -260,5 +283,5 @@ def test_a_sampler_in_bf16_agrees_with_a_trainer_in_fp32_as_far_as_that_of_a_den
     advantages = np.where(np.arange(16) % 2, 1.0, -1.0)
     _, metrics = update_once(trainer, rollouts, advantages, max_logp_gap=limit)
     assert 0 < metrics["flipped_routers"] < metrics["flipped_tokens"] < 0.9
-    with pytest.raises(LogpGapError):
+    with pytest.raises(LogpGapError, match="other experts than in sampling: leave out --no-routing-replay"):
         update_once(trainer, dataclasses.replace(rollouts, routes=None), advantages, max_logp_gap=limit)
