@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from r1zero.model.checkpoint import CheckpointError, build_model
-from r1zero.model.config import ModelConfig
+from r1zero.model.config import ModelConfig, preset
 from r1zero.model.engine.pages import Pages, cast_copy
 from r1zero.model.mlp import MLP, make_mlp
 from r1zero.model.moe import MoE, Router, choose_experts, gates_of, scores_of
@@ -167,16 +167,20 @@ def test_an_fp32_router_chooses_in_fp32_whatever_the_model_computes_in():
     assert router(x).logits.dtype == router(x).gates.dtype == torch.float32
 
 
-def test_the_balance_bias_stays_in_fp32_in_a_model_in_bf16():
+def test_an_fp32_router_and_every_balance_bias_stay_in_fp32_in_a_model_in_bf16():
     """In bf16 an update of 0.001 to a bias of 5 would be lost (vLLM #23640, #38989)."""
     router = random_router("deepseek-v3")
     with torch.no_grad():
         router.balance_bias += 5.0
-    before = router.balance_bias.clone()
+    before = {name: value.clone() for name, value in router.state_dict().items()}
     for moved in (router.to(torch.bfloat16), router.half()):
-        assert moved.linear.weight.dtype != torch.float32
-        assert moved.balance_bias.dtype == torch.float32 and torch.equal(moved.balance_bias, before)
-    assert router.double().balance_bias.dtype == torch.float64
+        assert all(torch.equal(moved.state_dict()[name], value) for name, value in before.items())
+    # Where the router is not an fp32 one, it is the bias alone.
+    other = Router(M, replace(routing("deepseek-v3"), fp32_router=False)).to(torch.bfloat16)
+    assert other.linear.weight.dtype == torch.bfloat16 and other.balance_bias.dtype == torch.float32
+    whole = Transformer(preset("tiny-moe", 300)).bfloat16().blocks[1].mlp
+    assert whole.router.linear.weight.dtype == torch.float32 and whole.down.dtype == torch.bfloat16
+    assert all(value.dtype == torch.float64 for value in router.double().state_dict().values())
     assert router.to("meta").balance_bias.device.type == "meta"
     assert "balance_bias" in dict(router.named_buffers()) and not router.balance_bias.requires_grad
 
