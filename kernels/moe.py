@@ -204,7 +204,7 @@ def why_not_grouped(
     """Why they do not serve experts [d_model -> width -> d_model] in `dtype` on `device`, or None.
 
     On a CPU they are 1.6 to 2.1 times as fast as the loop where experts have few rows, as in
-    decoding, and still 1.06 times with 256 rows each (python -m benchmarks.moe). They refuse fp64,
+    decoding, and still 1.03 times with 256 rows each (python -m benchmarks.moe). They refuse fp64,
     and rows that are no multiple of 16 bytes.
     """
     served = (torch.float32, torch.bfloat16) if device.type == "cpu" else (torch.bfloat16,)
