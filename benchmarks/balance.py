@@ -26,8 +26,7 @@ from r1zero.train.recipes.demo import DemoConfig, base_config, part_done
 from r1zero.train.report.experts import LOAD, load_maps
 from r1zero.train.report.plots import plot_heat_maps
 
-from .ablation import mean_and_interval
-from .common import finish, table
+from .common import check_settings, finish, table
 
 MEANS = {
     "none": BalanceConfig(aux_coef=0, z_coef=0, bias_rate=0),
@@ -91,18 +90,20 @@ def binned(rows: list[dict]) -> list[dict]:
 
 
 def print_table(runs: dict[str, list[dict]]) -> None:
+    """Each number's mean over the seeds, and the least and most of them."""
     def cell(some: list[dict], name: str) -> str:
-        mean, half = mean_and_interval([run[name] for run in some])
-        return f"{mean:.3f} ± {half:.3f}"
+        values, digits = [run[name] for run in some], 3 if name == "loss" else 2
+        mean, least, most = (f"{value:.{digits}f}" for value in (np.mean(values), min(values), max(values)))
+        return f"{mean} ({least} to {most})"
 
     names = [*next(iter(runs.values()))[0]]
-    table(["balance", *(name.replace("_", " ") for name in names)],
+    table(["mean (least to most)", *(name.replace("_", " ") for name in names)],
           [[kind, *(cell(some, name) for name in names)] for kind, some in runs.items()])
 
 
 def plot(loads: dict[str, list[dict]], path: Path) -> Path:
-    """A row of heat maps per kind of balance, one per layer."""
-    grid = [load_maps(rows, name + ", layer {}") for name, rows in loads.items()]
+    """A row of heat maps per kind of balance, one per mixture."""
+    grid = [load_maps(rows, name + ", mixture {}") for name, rows in loads.items()]
     return plot_heat_maps(grid, LOAD, path, 13, 2.2 * len(grid), dpi=100)
 
 
@@ -113,6 +114,8 @@ def main(flags: Flags) -> dict:
         print(plot(found["loads"], Path(flags.table_of).with_suffix(".png")))
         return found
     reuse_memory()
+    made_with = {"model": flags.model, "steps": flags.steps, "documents": flags.documents}
+    check_settings(flags.work, made_with)
     logs = {name: [one_run(name, seed, flags) for seed in range(flags.seeds)] for name in MEANS}
     runs = {name: [results_of(rows) for rows in some] for name, some in logs.items()}
     loads = {name: binned(some[0]) for name, some in logs.items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from r1zero.model.files import atomic_write_json
 from r1zero.train.machine import describe_machine
 
 
@@ -48,6 +49,19 @@ def cpu_name() -> str:
         lines = []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{len(names)} x {names[0]}" if names else platform.processor() or platform.machine()
+
+
+def check_settings(work: str, settings: dict) -> None:
+    """Note what the results in a folder are made with. Raises ValueError if that was something else."""
+    path = Path(work) / "settings.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(path, settings)
+    made_with, given = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
+    for name in sorted(made_with.keys() | given.keys()):
+        if made_with.get(name) != given.get(name):
+            raise ValueError(f"the results in {work} were made with {name} {made_with.get(name)!r}, not "
+                             f"{given.get(name)!r}; set it back, or give another --work")
 
 
 def finish(name: str, results: dict, out: str | None, peers: tuple[str, ...] = ()) -> dict:

@@ -23,7 +23,6 @@ must move of weights, gradients and moments at the least; activations are the sa
 Left out: GPUs, where neither the kernels nor the costs are these.
 """
 import json
-import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -46,18 +45,19 @@ from r1zero.train.pretrain import corpus_batches
 from r1zero.train.recipes.demo import DemoConfig, base_config, demo, grpo_config, task_of
 from r1zero.train.recipes.demo_corpus import document
 
-from .ablation import mean_and_interval
-from .common import finish, show, spread, table
+from .common import check_settings, finish, show, spread, table
 from .generation import requests_of, take_turns
 from .training import Flags as StepFlags
 from .training import Steps
 
 CPU = torch.device("cpu")
 EQUAL_TIME = "moe, equal time"
+NAMES = {"dense": "dense", "moe": "mixture, equal steps", EQUAL_TIME: "mixture, equal time"}
 FOLDERS = {"dense": "dense", "moe": "moe", EQUAL_TIME: "moe_equal_time"}
 # Bytes per fp32 parameter and step of training: forward and backward read the weight (8), the gradient is
 # written (4), read for its norm (4) and by AdamW (4), which reads and writes the weight and two moments (24).
 BYTES_PER_STEP = 44
+OF_A_RUN = ("run", "resume", "seeds", "model")  # settings of a demo that each run has its own of
 PART_STEPS = {"base": "pretrain_steps", "rl": "rl_steps", "control": "control_steps"}
 
 
@@ -138,11 +138,12 @@ def one_run(config: DemoConfig, flags: Flags) -> dict:
         config = replace(config, resume=False)
     demo(config)
     results = json.loads((run_of(config) / "results.json").read_text(encoding="utf-8"))
-    gaps = [row["logp_gap"] for part in ("rl", "control") if (run_of(config) / part).exists()
+    rows = [row for part in ("rl", "control") if (run_of(config) / part).exists()
             for row in read_metrics(run_of(config) / part)]
     steps = {part: getattr(config, name) for part, name in PART_STEPS.items()}
     return {"seed": int(config.seeds), "steps": steps, "seconds": results["seconds"],
-            "tokens": results["tokens"], "largest_logp_gap": max(gaps),
+            "tokens": results["tokens"], "largest_logp_gap": max(row["logp_gap"] for row in rows),
+            "replays": all("flipped_routers" in row for row in rows),
             "held_out_loss": held_out_loss(config, flags.documents),
             **{part: results[part] for part in PART_STEPS if part in results}}
 
@@ -239,37 +240,23 @@ def print_tables(found: dict) -> None:
     table(["time of the mixture / dense", "median (20 % to 80 %)"],
           [[name.replace("_", " "), show(ratio)] for name, ratio in ratios.items()])
 
-    def cell(runs: list[dict], value, form: str) -> str:
-        mean, half = mean_and_interval([value(run) for run in runs])
-        return format(mean, form) + ("" if math.isnan(half) else f" ± {format(half, form).strip('%')}")
-
-    arms = found["arms"]
-    measures = {
-        "steps of pretraining": (lambda run: run["steps"]["base"], ".0f"),
-        "steps of R1-Zero": (lambda run: run["steps"]["rl"], ".0f"),
-        "loss on held-out text": (lambda run: run["held_out_loss"], ".4f"),
-        "base pass@1": (lambda run: run["base"]["eval"]["accuracy"], ".1%"),
-        "after R1-Zero": (lambda run: run["rl"]["eval"]["accuracy"], ".1%"),
-        "control": (lambda run: run["control"]["eval"]["accuracy"], ".1%"),
-        "tokens in an answer": (lambda run: run["rl"]["eval"]["mean_tokens"], ".1f"),
-        "minutes": (lambda run: sum(run["seconds"].values()) / 60, ".1f")}
-    if not all("control" in run for runs in arms.values() for run in runs):
-        del measures["control"]
-    rows = [[name, *(cell(runs, *measure) for runs in arms.values())] for name, measure in measures.items()]
-    rows.insert(0, ["seeds", *(len(runs) for runs in arms.values())])
-    rows.append(["largest log-prob gap",
-                 *(f"{max(run['largest_logp_gap'] for run in runs):.0e}" for runs in arms.values())])
-    table(["mean ± half a 95 % interval over seeds", *arms], rows)
-
-    def with_interval(run: dict, part: str) -> str:
+    def accuracy(run: dict, part: str) -> str:
         if part not in run:  # a demo without its control
             return "-"
         low, high = run[part]["eval"]["accuracy_95"]
-        return f"{run[part]['eval']['accuracy']:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
+        return f"{100 * run[part]['eval']['accuracy']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
 
-    table(["pass@1 [95 % over problems]", "base", "after R1-Zero", "control"],
-          [[f"{arm}, seed {run['seed']}", *(with_interval(run, part) for part in PART_STEPS)]
-           for arm, runs in arms.items() for run in runs])
+    def cells(run: dict) -> list[str]:
+        tokens = ", ".join(f"{run[part]['eval']['mean_tokens']:.1f}" for part in ("base", "rl"))
+        return [", ".join(f"{n:,}" for n in run["steps"].values()), f"{run['held_out_loss']:.3f}",
+                *(accuracy(run, part) for part in PART_STEPS), tokens, f"{run['largest_logp_gap']:.1e}",
+                "yes" if run["replays"] else "no"]
+
+    header = ["seed", "steps of pretraining, R1-Zero, control", "loss on held-out text", "base pass@1 [95 %]",
+              "after R1-Zero", "control", "tokens in an answer, base and after", "largest log-prob gap",
+              "replay of routes"]
+    table(header, [[f"{NAMES[arm]}, {run['seed']}", *cells(run)]
+                   for arm, runs in found["arms"].items() for run in runs])
 
 
 def main(flags: Flags) -> dict:
@@ -278,6 +265,9 @@ def main(flags: Flags) -> dict:
         print_tables(found)
         return found
     reuse_memory()
+    settings = {name: getattr(flags, name) for name in ("dense", "moe", "rounds")}
+    settings |= {f"demo.{name}": value for name, value in asdict(flags.demo).items() if name not in OF_A_RUN}
+    check_settings(flags.work, settings)
 
     # 1. Equal steps.
     arms = {arm: [one_run(demo_of(flags, arm, seed), flags) for seed in range(flags.seeds)]

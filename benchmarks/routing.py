@@ -36,7 +36,7 @@ from r1zero.model.engine.sampling import sample_seeds
 from r1zero.model.files import atomic_write_json
 from r1zero.model.moe_config import ROUTING, MoEConfig
 from r1zero.model.optimizer import OptimConfig
-from r1zero.model.routes import RecordedRouting
+from r1zero.model.routes import RecordedRouting, differ
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.model.transformer import Transformer
 from r1zero.rl.rollouts import micro_batches, response_logprobs, sample_groups
@@ -108,11 +108,6 @@ def twin(model: Transformer, dtype: torch.dtype) -> Transformer:
     return other
 
 
-def differ(routes_TLK: torch.Tensor, others_TLK: np.ndarray) -> torch.Tensor:
-    """[T, L] bool: whether the experts are others, in whatever order."""
-    return (routes_TLK.sort(-1).values != torch.from_numpy(others_TLK).sort(-1).values).any(-1)
-
-
 def gaps_of(model: Transformer, rollouts, replays: bool) -> dict:
     """How far the trainer's log-probs are from the sampler's; k3 is Schulman's estimate of the KL."""
     gaps, flips = [], []
@@ -125,7 +120,7 @@ def gaps_of(model: Transformer, rollouts, replays: bool) -> dict:
         if replays:
             flips.append(routing.flipped())
         elif model.config.moe is not None:
-            flips.append(differ(batch.routes, routing.routes(model.config)))
+            flips.append(differ(batch.routes, torch.from_numpy(routing.routes(model.config))))
     d = torch.cat(gaps)
     found = {"tokens": len(d), "mean": float(d.abs().mean()), "max": float(d.abs().max()),
              "k3": float((torch.expm1(d) - d).mean())}

@@ -159,7 +159,9 @@ def products_one_by_one(rows, gate_up, down, ends) -> torch.Tensor:
     counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
     # unbind, not an index: the gradient of an index is as large as all experts together
     experts = zip(rows.split(counts), gate_up.unbind(), down.unbind(), strict=True)
-    results = [swiglu_mlp(part, up, back) for part, up, back in experts if len(part)]
+    # An expert without rows is left out, but not all of them: weights get a gradient, if of zeros.
+    none = len(rows) == 0
+    results = [swiglu_mlp(part, up, back) for part, up, back in experts if len(part) or none]
     return torch.cat([rows[:0], *results])
 
 
@@ -202,7 +204,7 @@ def why_not_grouped(
     """Why they do not serve experts [d_model -> width -> d_model] in `dtype` on `device`, or None.
 
     On a CPU they are 1.6 to 2.1 times as fast as the loop where experts have few rows, as in
-    decoding, and still 1.06 times with 256 rows each (python -m benchmarks.moe). They refuse fp64,
+    decoding, and still 1.03 times with 256 rows each (python -m benchmarks.moe). They refuse fp64,
     and rows that are no multiple of 16 bytes.
     """
     served = (torch.float32, torch.bfloat16) if device.type == "cpu" else (torch.bfloat16,)
@@ -228,6 +230,14 @@ def waits_for_host(dtype: torch.dtype, device: torch.device, d_model: int, width
 # ---- the public function
 
 
+def check_range(experts: torch.Tensor, n_experts: int) -> None:
+    """Raise ValueError for an expert that is not there."""
+    least, most = (int(end) for end in experts.aminmax())
+    if least < 0 or most >= n_experts:
+        given = least if least < 0 else most
+        raise ValueError(f"moe_mlp: there is an expert {given}, expected 0 to {n_experts - 1}")
+
+
 MOE_MLP = (
     Backend("triton", moe_in_triton, triton_refuses),
     Backend("grouped", moe_in_groups, grouped_refuses),
@@ -251,7 +261,8 @@ def moe_mlp(
     expert twice for a token. gate_up: [E, 2F, M], gate's rows first; down: [E, M, F]; both of any
     float dtype, cast to x's. impl: "triton", "grouped" (PyTorch's grouped products), "loop" (expert
     by expert), "reference" (token by token: the oracle), or None to choose. Raises ValueError for
-    shapes that do not fit, or an impl that cannot serve them.
+    shapes that do not fit, or an impl that cannot serve them; on a CPU for experts that are not
+    there, too. (On a GPU that would wait for the host: their rows are undefined, and -1 is 0.)
     """
     check_tensors("moe_mlp", x=x, gates=gates, gate_up=gate_up, down=down)
     n_experts, d_model, width = down.shape
@@ -269,6 +280,8 @@ def moe_mlp(
             f"moe_mlp: {gates.shape[1]} experts per token of {n_experts}, as {experts.dtype}; "
             f"expected 1 to {n_experts} whole numbers"
         )
+    if experts.device.type == "cpu" and experts.numel():
+        check_range(experts, n_experts)
     return choose("moe_mlp", MOE_MLP, impl, x, gates, experts, gate_up, down)(
         x, gates, experts, gate_up, down
     )

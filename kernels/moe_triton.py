@@ -22,7 +22,8 @@ on the number of tokens: the same bits every time, whatever else is in the batch
 
 FLOPs: 6 P M F forward, 16 P M F backward, where 12 are needed. Bytes in 16 bit, if the cache keeps
 what several programs read at one time: forward 2 (2 T M + 3 E M F + 2 P F + 2 P M), backward
-2 (5 T M + 8 E M F + 14 P F + 2 P M). Kept for backward: the inputs and the order of the pairs.
+2 (5 T M + 8 E M F + 14 P F + 2 P M). Kept for backward: the inputs and the order of the pairs. As
+dh has not been multiplied by the gate, fp16 might not hold it: there it is fp32, 4 P F bytes more.
 
 Shapes: T tokens, P = T K pairs, K experts per token, E experts, M d_model, F width of an expert,
 J tiles of rows.
@@ -187,6 +188,7 @@ def moe_sum_kernel(
 def moe_hidden_bwd_kernel(
     dh_PF,
     z_PF,
+    gh_PF,
     gates_P,
     dgates_P,
     order_P,
@@ -195,7 +197,7 @@ def moe_hidden_bwd_kernel(
     ROWS: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """ROWS rows of dz in place of z, of g h in place of dh, and their dgates."""
+    """ROWS rows of dz in place of z, of g h (gh may be dh), and their dgates."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     pairs = tl.load(order_P + rows, rows < P, other=0)
     g = tl.load(gates_P + pairs)[:, None]
@@ -203,9 +205,9 @@ def moe_hidden_bwd_kernel(
     for start in range(0, F, BLOCK_F):
         f = start + tl.arange(0, BLOCK_F)
         inside = (rows < P)[:, None] & (f < F)[None, :]
-        dh_ptrs = dh_PF + rows[:, None] * F + f[None, :]
+        h_places = rows[:, None] * F + f[None, :]
         gate_ptrs = z_PF + rows[:, None] * (2 * F) + f[None, :]
-        dh = tl.load(dh_ptrs, inside, other=0.0).to(tl.float32)
+        dh = tl.load(dh_PF + h_places, inside, other=0.0).to(tl.float32)
         gate = tl.load(gate_ptrs, inside, other=0.0).to(tl.float32)
         up = tl.load(gate_ptrs + F, inside, other=0.0).to(tl.float32)
         # -- dgates = dh . h --
@@ -214,10 +216,10 @@ def moe_hidden_bwd_kernel(
         total += tl.sum(dh * h, 1)
         # -- dz and g h --
         dh *= g
-        dtype = dh_PF.dtype.element_ty
+        dtype = z_PF.dtype.element_ty
         tl.store(gate_ptrs, (dh * up * s * (1 + gate * (1 - s))).to(dtype), inside)
         tl.store(gate_ptrs + F, (dh * gate * s).to(dtype), inside)
-        tl.store(dh_ptrs, (g * h).to(dtype), inside)
+        tl.store(gh_PF + h_places, (g * h).to(dtype), inside)
     tl.store(dgates_P + pairs, total, rows < P)
 
 
@@ -320,13 +322,13 @@ def grid(config: dict[str, int], tiles: torch.Tensor, columns: int) -> tuple[int
     return (tiles.shape[1] * triton.cdiv(columns, config["BLOCK_N"]),)
 
 
-def product(a, w, tokens, tiles, config, transposed: bool) -> torch.Tensor:
-    """[P, N] in a's dtype: a[r] w_e^T for w [E, N, K], or a[r] w_e for w [E, K, N] if transposed.
-    tokens: with them the rows of a are gathered, a[tokens[r]]."""
+def product(a, w, tokens, tiles, config, transposed: bool, dtype=None) -> torch.Tensor:
+    """[P, N] in `dtype`, or a's: a[r] w_e^T for w [E, N, K], or a[r] w_e for w [E, K, N] if
+    transposed. tokens: with them the rows of a are gathered, a[tokens[r]]."""
     K, N = w.shape[1:] if transposed else w.shape[:0:-1]
     stride_wk, stride_wn = (N, 1) if transposed else (1, K)
     n_rows = len(a) if tokens is None else len(tokens)
-    c = a.new_empty(n_rows, N)
+    c = a.new_empty(n_rows, N, dtype=dtype)
     moe_product_kernel[grid(config, tiles, N)](
         a,
         w,
@@ -439,14 +441,26 @@ def moe_bwd(
 
     # 1. z once more, and dh.
     z = product(x, gate_up, tokens, tiles, config, transposed=False)
-    dh = product(dy, down, tokens, tiles, config, transposed=True)
+    wide = torch.float32 if x.dtype == torch.float16 else None  # dh may be too large for fp16
+    dh = product(dy, down, tokens, tiles, config, transposed=True, dtype=wide)
     # 2. dz, g h, and dgates.
     dgates = torch.empty_like(gates)
+    gh = dh if dh.dtype == x.dtype else torch.empty_like(dh, dtype=x.dtype)
     n_rows, block = rows_config(F)
     moe_hidden_bwd_kernel[(triton.cdiv(P, n_rows),)](
-        dh, z, gates, dgates, order, P, F, ROWS=n_rows, BLOCK_F=block
+        dh,
+        z,
+        gh,
+        gates,
+        dgates,
+        order,
+        P,
+        F,
+        ROWS=n_rows,
+        BLOCK_F=block,
+        maxnreg=255,  # or it spills on sm_80, to run more programs at once
     )
-    dz, gh = z, dh
+    dz = z
     # 3. The weights' gradients.
     dx, dgate_up, ddown = (x.new_empty(0) for _ in range(3))
     if needs_w:

@@ -63,14 +63,14 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
 def moe_mlp(x_TM, gates_TK, experts_TK, gate_up, down) -> torch.Tensor:
     """A mixture of experts, token by token: y[t] = sum over k of gates[t, k] * MLP_e(x[t]), where e
     is experts[t, k]. gate_up [E, 2F, M], down [E, M, F]."""
-    result = []
+    result = [wide(x_TM[:0])]
     for t, x in enumerate(wide(x_TM)):
         y = torch.zeros_like(x)
         for k, e in enumerate(experts_TK[t].tolist()):
             hidden = swiglu(wide(gate_up[e]) @ x)
             y = y + gates_TK[t, k] * (wide(down[e]) @ hidden)
-        result.append(y)
-    return torch.stack(result).to(x_TM.dtype)
+        result.append(y[None])
+    return torch.cat(result).to(x_TM.dtype)
 
 
 # ---- rows

@@ -85,6 +85,15 @@ def entropy(probabilities_TE: torch.Tensor) -> torch.Tensor:
     return torch.special.entr(probabilities_TE).sum(-1).mean()
 
 
+def load_metrics(loads_LE: torch.Tensor) -> dict:
+    """For the log: the largest load, as a multiple of its layer's mean, and the share of experts
+    without any token. loads_LE: such multiples."""
+    return {
+        "expert_load_max": float(loads_LE.max()),
+        "experts_dead": float((loads_LE == 0).double().mean()),
+    }
+
+
 # ---- all layers of a model ----
 
 
@@ -180,8 +189,7 @@ class Balance:
         loads_LE = counts_LE / counts_LE.mean(1, keepdim=True)
         return {
             "expert_load": [[round(load, 4) for load in layer] for layer in loads_LE.tolist()],
-            "expert_load_max": float(loads_LE.max()),
-            "experts_dead": float((loads_LE == 0).double().mean()),
+            **load_metrics(loads_LE),
             "router_entropy": nats,
             "aux_loss": aux,
             "z_loss": z,

@@ -17,7 +17,7 @@ Source: `configuration_*.py` of transformers 5.24, and deepseek-ai/DeepSeek-V2, 
 from .config import LatentShape, ModelConfig
 from .config_keys import Keys, is_count
 from .families import Family
-from .moe_config import ROUTING, MoEConfig
+from .moe_config import MOST_EXPERTS, ROUTING, MoEConfig
 
 # transformers 5 renames the first to the second in some families; DeepSeek has the third.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -44,6 +44,8 @@ def moe_of(keys: Keys, family: Family) -> MoEConfig | None:
     # 1. How many there are, how wide, and how many of them per token.
     d_expert = own["moe_intermediate_size"] if has_own_width(family) else keys["intermediate_size"]
     n_experts, n_chosen = own[count_key(family)], own["num_experts_per_tok"]
+    if not 0 < n_experts <= MOST_EXPERTS:
+        raise ValueError(f"has {count_key(family)} {n_experts}; expected 1 to {MOST_EXPERTS:,}")
     if n_chosen is None:
         raise ValueError("lacks num_experts_per_tok; take the whole config.json of the model")
 
@@ -117,22 +119,33 @@ def routing_of(own: Keys, family: Family) -> dict:
     elif method != GROUPS_FIRST:
         raise ValueError(f"has topk_method {method!r}; expected {GREEDY} or {GROUPS_FIRST}")
     if n_groups is None or n_chosen is None:
-        raise ValueError(f"has topk_method {method}, and lacks n_group or topk_group; add them")
-    return fields | group_fields(n_groups, n_chosen, family)
+        raise ValueError(
+            f"has n_group {n_groups} and topk_group {n_chosen}; expected two numbers, 1 and 1 if "
+            "there are no groups"
+        )
+    return fields | group_fields(n_groups, n_chosen, own, family)
 
 
-def group_fields(n_groups: int, n_chosen: int, family: Family) -> dict:
+def group_fields(n_groups: int, n_chosen: int, own: Keys, family: Family) -> dict:
     """Fields of MoEConfig for experts in groups."""
     # DeepSeek-V3 adds up the two best of a group. Without groups there is nothing to add up.
     is_v3 = ROUTING[family.routing]["scores"] == "sigmoid"
     score = "top2" if is_v3 and n_groups > 1 else "max"
+    key = count_key(family)
+    if score == "top2" and n_groups == own[key]:
+        raise ValueError(
+            f"has n_group {n_groups} beside {key} {own[key]}; expected 2 experts or more per group"
+        )
     return dict(n_groups=n_groups, groups_per_token=n_chosen, group_score=score)
 
 
 def shared_width(own: Keys, family: Family, d_expert: int) -> int:
     """The width of the MLP that all tokens go through; 0: there is none."""
-    if "shared_expert_intermediate_size" in family.defaults:
-        return own["shared_expert_intermediate_size"]
+    key = "shared_expert_intermediate_size"
+    if key in family.defaults:
+        if own[key] == 0:
+            raise ValueError(f"has {key} 0; expected a number above 0: its gate needs a shared MLP")
+        return own[key]
     if "n_shared_experts" in family.defaults:
         return (own["n_shared_experts"] or 0) * d_expert
     return 0

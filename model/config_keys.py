@@ -163,8 +163,15 @@ KINDS: dict[str, Kind] = {
     "rope_interleave": SWITCH,
 }
 # Where a null is a value of its own: no window, as many key/value heads as heads, no latent for
-# queries, no shared experts.
-NULL_IS_NONE = ("sliding_window", "num_key_value_heads", "q_lora_rank", "n_shared_experts")
+# queries, no shared experts, no groups of experts.
+NULL_IS_NONE = (
+    "sliding_window",
+    "num_key_value_heads",
+    "q_lora_rank",
+    "n_shared_experts",
+    "n_group",
+    "topk_group",
+)
 
 
 # ---- keys with their values ----

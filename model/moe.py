@@ -125,12 +125,16 @@ class Router(nn.Module):
         return Routes(experts_TK, gates_of(scores_TE, experts_TK, self.config), logits_TE)
 
     def _apply(self, fn, recurse=True):
-        """As in any module, but the balance bias never becomes 16 bit: at a bias of 5, bf16 has
-        steps of 0.03, and an update is 0.001."""
-        bias = self.balance_bias
-        super()._apply(fn, recurse)
-        if bias is not None and self.balance_bias.dtype.itemsize < 4:
-            self.balance_bias = bias.to(self.balance_bias.device)
+        """As in any module, but an fp32 router never becomes 16 bit, and no balance bias does: at a
+        bias of 5, bf16 has steps of 0.03, and an update is 0.001."""
+
+        def at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype.itemsize < 4 else moved
+
+        super()._apply(at_least_fp32, recurse=False)
+        if recurse:
+            self.linear._apply(at_least_fp32 if self.config.fp32_router else fn)
         return self
 
 
@@ -171,7 +175,8 @@ class MoE(nn.Module):
 
     @property
     def kept_per_token(self) -> int:
-        """How many numbers per token are kept for the backward pass, in the compute dtype."""
+        """How many numbers per token are kept for the backward pass, in the compute dtype, in plain
+        PyTorch. In Triton it is less: the input and where its rows lie."""
         config, d_model = self.router.config, self.down.shape[1]
         # per expert: its input, gate and up side by side, their product, and its output
         per_expert = 2 * d_model + 3 * config.d_expert

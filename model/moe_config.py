@@ -30,6 +30,7 @@ from numbers import Integral
 
 SCORES = ("softmax", "sigmoid", "logits")
 GROUP_SCORES = ("max", "top2")
+MOST_EXPERTS = 2**15  # routes are kept in 16 bit (routes.py)
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,11 @@ class MoEConfig:
                 raise ValueError(
                     f"moe: {field.name} is {value!r}, expected a whole number of {least} or more"
                 )
+        if self.n_experts > MOST_EXPERTS:
+            raise ValueError(
+                f"moe: n_experts is {self.n_experts}, expected at most {MOST_EXPERTS:,}"
+            )
+        self._check_dense_layers()
         if self.scores not in SCORES or self.group_score not in GROUP_SCORES:
             raise ValueError(
                 f"moe: scores is {self.scores!r} and group_score {self.group_score!r}; expected "
@@ -88,6 +94,14 @@ class MoEConfig:
         self._check_groups()
         if self.shared_gate and not self.d_shared:
             raise ValueError("moe: shared_gate needs a shared MLP; set d_shared, or leave it out")
+
+    def _check_dense_layers(self) -> None:
+        layers = self.dense_layers
+        are_layers = all(isinstance(layer, Integral) and layer >= 0 for layer in layers)
+        if not are_layers or len(set(layers)) < len(layers):
+            raise ValueError(
+                f"moe: dense_layers is {layers}, expected different numbers of layers, from 0"
+            )
 
     def _check_groups(self) -> None:
         if self.n_experts % self.n_groups:

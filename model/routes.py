@@ -35,7 +35,7 @@ def route_shape(config: ModelConfig) -> tuple[int, int]:
 
 
 def route_dtype(config: ModelConfig) -> torch.dtype:
-    """What routes are kept in: a byte per expert, if that is enough."""
+    """What routes are kept in: a byte per expert, if that is enough, else two (MOST_EXPERTS)."""
     return torch.uint8 if config.moe.n_experts <= 256 else torch.int16
 
 
@@ -43,6 +43,11 @@ def route_bytes(config: ModelConfig) -> int:
     """Bytes of the routes of one token of a mixture."""
     n_layers, n_chosen = route_shape(config)
     return n_layers * n_chosen * route_dtype(config).itemsize
+
+
+def differ(routes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """[...] bool for routes [..., K]: whether the experts are others, in whatever order."""
+    return (routes.sort(-1).values != others.sort(-1).values).any(-1)
 
 
 class Routing:
@@ -58,7 +63,8 @@ class Routing:
         """The experts [T, K] that the tokens go through.
 
         layer: among those with experts. chosen_TK: what its router would take. Raises ValueError
-        for routes of another number of tokens, layers or experts.
+        for routes of another number of tokens or experts, or without this layer. (How many layers
+        there are, only check_routes knows.)
         """
         experts_TK = chosen_TK
         if self.replayed_TLK is not None:
@@ -76,9 +82,8 @@ class Routing:
             )
         replayed_TK = self.replayed_TLK[:, layer].long()
         experts_TK = torch.where(replayed_TK < 0, chosen_TK, replayed_TK)
-        # The order within a token is no difference. By layer: what is computed again for the
-        # backward pass is not counted again.
-        self._flipped[layer] = (chosen_TK.sort(-1).values != experts_TK.sort(-1).values).any(-1)
+        # By layer: what is computed again for the backward pass is not counted again.
+        self._flipped[layer] = differ(chosen_TK, experts_TK)
         return experts_TK
 
     def keep(self, layer: int, experts_TK: torch.Tensor) -> None:
@@ -121,7 +126,8 @@ def check_routes(routes: Sequence[np.ndarray], lengths: Sequence[int], config: M
         raise ValueError(f"routes: got {len(routes)} arrays for {len(lengths)} sequences")
     for number, (array, length) in enumerate(zip(routes, lengths, strict=True)):
         _check_sequence(array, (int(length) - 1, *route_shape(config)), number)
-    _check_experts(np.concatenate(routes), config.moe.n_experts)
+    if routes:
+        _check_experts(np.concatenate(routes), config.moe.n_experts)
 
 
 def _check_sequence(array: np.ndarray, expected: tuple[int, int, int], number: int) -> None:

@@ -162,7 +162,7 @@ class Algorithm:
     gradient."""
     routing_replay: bool = True
     """Of a mixture of experts: send each token through the experts that it went through as it was
-    sampled, in the log-probs and in the update (arXiv 2510.11370). No effect on dense models."""
+    sampled, in the update and in the reference (arXiv 2510.11370). No effect on dense models."""
     max_logp_gap: float = 0.0
     """Stop when a sampled token's log-prob is further than this from the trainer's own. 0: 1e-3
     where the model computes in fp32 (about 1e-6 is usual), 1.0 in 16 bit."""

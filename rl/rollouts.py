@@ -266,8 +266,8 @@ class MicroBatch:
     """[R]: log-probs under the reference. None where the loss has no KL."""
 
     def replay(self) -> Routing | None:
-        """For a pass of the policy: its routers take the experts that the engine's took. Other
-        models, the reference and a critic, choose their own."""
+        """For a pass of the policy or of its reference: the routers take the experts that the
+        engine's took. So equal weights have equal log-probs. A critic chooses its own."""
         return None if self.routes is None else Routing(self.routes)
 
 
@@ -370,7 +370,7 @@ def response_logprobs(
     model, batch: MicroBatch, temperature: float, routing: Routing | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(logp [R], entropy [R]) of the response tokens under the model, at the temperature that they
-    were sampled at. routing: `batch.replay()` for the policy."""
+    were sampled at. routing: `batch.replay()` to take the experts of sampling."""
     hidden = model.hidden_states(batch.packed, routing)
     return model.logprobs(hidden, batch.targets, temperature, rows=batch.predictors)
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ..eval.tasks.base import Task
+from ..model.balance import load_metrics
 from ..model.loss_scale import LossScaler
 from ..model.transformer import Transformer
 from .advantages import Advantages, Credit
@@ -77,18 +78,15 @@ def grpo_step(learner: Learner, task: Task, config, step: int) -> dict:
     }
 
 
-def expert_metrics(rollouts: Rollouts, policy: Transformer) -> dict:
-    """How busy a mixture's experts were in sampling, as in pretraining's log: the largest load, as
-    a multiple of its layer's mean, and the share of experts without any token."""
-    if rollouts.routes is None:
+def expert_metrics(parts: list[Rollouts], policy: Transformer) -> dict:
+    """How busy a mixture's experts were in sampling all parts, as in pretraining's log."""
+    if parts[0].routes is None:
         return {}
     n_experts = policy.config.moe.n_experts
-    layers = np.concatenate(rollouts.routes).swapaxes(0, 1)
+    routes_TLK = np.concatenate([array for rollouts in parts for array in rollouts.routes])
+    layers = routes_TLK.swapaxes(0, 1)
     counts_LE = np.stack([np.bincount(layer.ravel(), minlength=n_experts) for layer in layers])
-    return {
-        "expert_load_max": (counts_LE / counts_LE.mean(1, keepdims=True)).max(),
-        "experts_dead": (counts_LE == 0).mean(),
-    }
+    return load_metrics(torch.from_numpy(counts_LE / counts_LE.mean(1, keepdims=True)))
 
 
 def sampling_metrics(
@@ -143,6 +141,6 @@ def sampling_metrics(
         "replaced_tokens": int(lengths.sum() - rollouts.response_lengths.sum()),
         "tokens": int(lengths.sum()),
         "position": learner.sampler.position,
-        **expert_metrics(rollouts, learner.policy),
+        **expert_metrics([sampled for sampled, _ in parts], learner.policy),
         **others,
     }

@@ -52,7 +52,8 @@ def update_policy(learner, rollouts: Rollouts, advantages: Advantages, config, s
         check_routes(rollouts.routes, [len(s) for s in rollouts.sequences], policy.config)
     updates = lay_out_updates(learner, rollouts, advantages, config, step)
     rate = learning_rate(step, config.steps, config.optim)
-    log = UpdateLog(gap_limit(policy, config), corrects=config.loss.max_importance > 0)
+    corrects = config.loss.max_importance > 0
+    log = UpdateLog(gap_limit(policy, config), gap_advice(policy, rollouts), corrects)
     for batches in updates:
         # Add up the gradient over micro-batches...
         for batch in batches:
@@ -103,7 +104,7 @@ def lay_out_updates(
     every_batch = [batch for batches in updates for batch in batches]
     old_logp = ref_logp = [None] * len(every_batch)
     if config.updates_per_step > 1:
-        old_logp = logprobs_of(learner.policy, every_batch, rollouts.temperature, replays=True)
+        old_logp = logprobs_of(learner.policy, every_batch, rollouts.temperature)
     if config.kl_in_loss:
         ref_logp = learner.reference.logprobs(every_batch, rollouts.temperature)
 
@@ -161,6 +162,16 @@ def gap_limit(policy, config) -> float:
     return config.max_logp_gap or by_rounding
 
 
+def gap_advice(policy, rollouts: Rollouts) -> str:
+    """What the error of a large gap says besides: of a mixture whose routes are not replayed."""
+    if policy.config.moe is None or rollouts.routes is not None:
+        return ""
+    return (
+        "; this mixture's routers may choose other experts than in sampling: leave out "
+        "--no-routing-replay"
+    )
+
+
 @dataclass
 class UpdateLog:
     """Collects what a log shows of an update, and stops it where the log-probs are wrong.
@@ -170,6 +181,8 @@ class UpdateLog:
     """
 
     largest_gap: float
+    advice: str = ""
+    """What the error of a larger gap ends with."""
     corrects: bool = False
     """Whether there are importance weights."""
     metrics: list = field(default_factory=list)
@@ -221,7 +234,7 @@ class UpdateLog:
             where = "" if too_large else " on another process"
             raise LogpGapError(
                 f"the sampler's log-prob of a token is {self.gap_max:.3g} from the trainer's own, "
-                f"more than --max-logp-gap {self.largest_gap:g}{where}"
+                f"more than --max-logp-gap {self.largest_gap:g}{where}{self.advice}"
             )
         return int(n_batches)
 
@@ -252,21 +265,18 @@ class UpdateLog:
 
 
 @torch.no_grad()
-def logprobs_of(
-    model, batches: Iterable[MicroBatch], temperature: float, replays: bool = False
-) -> list[torch.Tensor]:
-    """[R] for each batch: the log-probs of its response tokens under the model.
-
-    replays: its routers take the experts of sampling, as the policy's do.
-    """
-    return [
-        response_logprobs(model, batch, temperature, batch.replay() if replays else None)[0]
-        for batch in batches
-    ]
+def logprobs_of(model, batches: Iterable[MicroBatch], temperature: float) -> list[torch.Tensor]:
+    """[R] for each batch: the log-probs of its response tokens under the model, whose routers take
+    the experts of sampling, as in the update."""
+    return [response_logprobs(model, batch, temperature, batch.replay())[0] for batch in batches]
 
 
 class Reference:
-    """The model that the KL is measured to: where it lives, and when it is refreshed."""
+    """The model that the KL is measured to: where it lives, and when it is refreshed.
+
+    Of a mixture of experts, it replays the policy's routes. If it chose its own, the KL to equal
+    weights would not be 0.
+    """
 
     def __init__(self, model, device, offload: bool = False):
         """offload: keep the model in the CPU's memory between uses."""
@@ -343,7 +353,7 @@ def kl_cost_to(reference: Reference, config) -> Callable[[Rollouts], np.ndarray]
     def kl_cost(rollouts: Rollouts) -> np.ndarray:
         with reference.in_use() as model:
             ref_logp_R = over_all_tokens(
-                lambda batch: response_logprobs(model, batch, rollouts.temperature)[0],
+                lambda batch: logprobs_of(model, [batch], rollouts.temperature)[0],
                 rollouts,
                 config.micro_tokens,
                 reference.device,

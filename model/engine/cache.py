@@ -148,6 +148,10 @@ def step_bytes(config: ModelConfig, dtype: torch.dtype, n_tokens: int, n_rows: i
         # q; q and k with their rotated parts; k and v as they are made; the output
         attention = c.n_heads * (4 * c.head_dim + 2 * c.latent.value_dim)
     mlp = 3 * c.d_ff  # gate and up side by side, and their product
+    if c.moe is not None:
+        # per expert: a row in, the product of gate and up, a row out; then the shared experts
+        per_expert = 2 * c.d_model + c.moe.d_expert
+        mlp = max(mlp, c.moe.experts_per_token * per_expert + 3 * c.moe.d_shared)
     prefill = n_tokens * (stream + max(attention, mlp)) * dtype.itemsize
     sampling = n_rows * c.vocab_size * (3 * 4 + dtype.itemsize)
     return prefill + sampling

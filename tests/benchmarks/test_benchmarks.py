@@ -321,12 +321,6 @@ def test_routing_at_toy_size(tmp_path, capsys, monkeypatch):
         routing.main(dataclasses.replace(flags, base=None))
 
 
-def test_the_gap_counts_routers_that_take_other_experts_in_whatever_order():
-    routes = torch.tensor([[[0, 1], [2, 3]], [[4, 5], [0, 1]]], dtype=torch.uint8)
-    others = np.array([[[1, 0], [2, 4]], [[4, 5], [1, 0]]], np.uint8)
-    assert routing.differ(routes, others).tolist() == [[False, True], [False, False]]
-
-
 def test_students_interval_by_hand():
     mean, half = ablation.mean_and_interval([0.1, 0.2, 0.3])
     assert mean == pytest.approx(0.2) and half == pytest.approx(4.30 * 0.1 / 3 ** 0.5)

@@ -1,17 +1,23 @@
 """The benchmarks of mixtures of experts run at toy size and go on after a stop; their arithmetic is right."""
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import balance, dense_vs_moe
+from benchmarks.common import check_settings
 from r1zero.model.config import preset
 from r1zero.model.transformer import count_active_parameters, count_parameters
 from r1zero.train.recipes.demo import DemoConfig
 
 SMALL = DemoConfig(pretrain_steps=4, documents=100, rl_steps=2, control_steps=1, eval_problems=4,
                    eval_samples=2, max_new_tokens=8, high=9)
+
+
+ROOT = Path(__file__).parents[2]
 
 
 def last_line(capsys) -> dict:
@@ -33,7 +39,35 @@ def test_the_balance_at_toy_size_is_a_table_and_a_picture_and_goes_on(tmp_path, 
     assert out.with_suffix(".png").stat().st_size > 10_000
     logs = [path.read_bytes() for path in sorted((tmp_path / "runs").glob("*/metrics.jsonl"))]
     assert balance.main(flags)["runs"] == record["runs"] and len(logs) == 4
+    with pytest.raises(ValueError, match="made with steps 4, not 2"):
+        balance.main(replace(flags, steps=2))
     assert logs == [path.read_bytes() for path in sorted((tmp_path / "runs").glob("*/metrics.jsonl"))]
+
+
+def test_results_of_other_settings_are_not_taken_for_these(tmp_path):
+    work, settings = str(tmp_path / "work"), {"model": "tiny", "steps": 4, "ops": ("+", "-")}
+    for _ in range(2):
+        check_settings(work, settings)
+    for other, words in (({**settings, "model": "demo"}, "model 'tiny', not 'demo'"),
+                         ({**settings, "rounds": 3}, "rounds None, not 3")):
+        with pytest.raises(ValueError, match=words):
+            check_settings(work, other)
+    check_settings(work, settings)
+
+
+@pytest.mark.parametrize("name, measure, n_rows", [("dense_vs_moe", dense_vs_moe, 18),
+                                                   ("balance", balance, 4)])
+def test_the_page_shows_the_tables_as_they_are_printed(name, measure, n_rows, tmp_path, capsys):
+    record = tmp_path / f"{name}.json"
+    record.write_text((ROOT / "benchmarks/results" / record.name).read_text())
+    measure.main(measure.Flags(table_of=str(record)))
+    printed = [set(re.split("  +", line)[1:]) for line in capsys.readouterr().out.splitlines()]
+    page = (ROOT / "benchmarks/README.md").read_text()
+    title = {"balance": "The balance of experts"}.get(name, "Dense against a mixture of experts")
+    part = page.split(f"### {title}\n")[1].split("\n### ")[0]
+    rows = [row.strip("| ").split(" | ") for row in part.splitlines() if row.startswith("| ")]
+    shown = [row for row in rows if any(set(row[1:]) <= cells for cells in printed)]
+    assert len(shown) >= n_rows and len(rows) == 1 + len(shown)  # one header has words of its own
 
 
 def test_a_column_of_the_picture_is_the_mean_of_its_steps():
@@ -56,14 +90,18 @@ def test_dense_against_a_mixture_at_toy_size(tmp_path, capsys):
         assert run["rl"]["eval"]["n_problems"] == 4
     assert set(record["times"]["ratios"]) == {"pretrain", "grpo", "grpo_rollout", "grpo_update",
                                               "decoding_over_slots", "decoding_over_pages"}
+    assert {arm: {run["replays"] for run in runs} for arm, runs in record["arms"].items()} == {
+        "dense": {False}, "moe": {True}, "moe, equal time": {True}}
     # Called again, nothing is measured anew; the demo alone adds the moment that it takes to see that.
     again = dense_vs_moe.main(replace(flags, out=None))
     for found in (again, record):
         for run in (run for runs in found["arms"].values() for run in runs):
             assert run.pop("seconds")["pretrain"] > 0
     assert again["arms"] == record["arms"] and again["times"] == record["times"]
+    with pytest.raises(ValueError, match="made with demo.rl_steps 2, not 3"):
+        dense_vs_moe.main(replace(flags, demo=replace(SMALL, rl_steps=3), out=None))
     dense_vs_moe.main(dense_vs_moe.Flags(table_of=str(out)))
-    assert "moe, equal time, seed 0" in capsys.readouterr().out
+    assert "mixture, equal time, 0" in capsys.readouterr().out
 
 
 def test_equal_time_means_fewer_steps_by_the_measured_ratios():

@@ -155,6 +155,25 @@ def test_on_a_gpu_only_what_the_kernels_do_not_serve_waits_for_the_host(arch, dt
     assert not moe.waits_for_host(torch.float32, CPU, 8, 4)
 
 
+@pytest.mark.parametrize("impl", ["grouped", "loop", "reference"])
+@pytest.mark.parametrize("wrong", [-1, 4, 70_000])
+def test_an_expert_that_is_not_there_is_refused(impl, wrong):
+    arguments = case(3, 4, 2, dtype=torch.float32)
+    arguments[2][1, 1] = wrong
+    with pytest.raises(ValueError, match=f"^moe_mlp: there is an expert {wrong}, expected 0 to 3$"):
+        moe_mlp(*arguments, impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["grouped", "loop", "reference"])
+def test_no_tokens_make_no_rows_and_gradients_of_zero(impl):
+    y, dx, *others = results(case(0, 4, 2, dtype=torch.float32), impl, torch.randn(0, 8))
+    assert y.shape == dx.shape == (0, 8)
+    if impl != "reference":  # which takes no part of the weights without a token
+        dgates, dgate_up, ddown = others
+        assert dgates.shape == (0, 2) and dgate_up.shape == (4, 8, 8) and ddown.shape == (4, 8, 4)
+        assert not dgate_up.any() and not ddown.any()
+
+
 def test_bad_input_is_refused_in_words():
     x, gates, experts, gate_up, down = case(3, 4, 2)
     for arguments, part in [

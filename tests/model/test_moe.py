@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from r1zero.model.checkpoint import CheckpointError, build_model
-from r1zero.model.config import ModelConfig
+from r1zero.model.config import ModelConfig, preset
 from r1zero.model.engine.pages import Pages, cast_copy
 from r1zero.model.mlp import MLP, make_mlp
 from r1zero.model.moe import MoE, Router, choose_experts, gates_of, scores_of
@@ -167,16 +167,20 @@ def test_an_fp32_router_chooses_in_fp32_whatever_the_model_computes_in():
     assert router(x).logits.dtype == router(x).gates.dtype == torch.float32
 
 
-def test_the_balance_bias_stays_in_fp32_in_a_model_in_bf16():
+def test_an_fp32_router_and_every_balance_bias_stay_in_fp32_in_a_model_in_bf16():
     """In bf16 an update of 0.001 to a bias of 5 would be lost (vLLM #23640, #38989)."""
     router = random_router("deepseek-v3")
     with torch.no_grad():
         router.balance_bias += 5.0
-    before = router.balance_bias.clone()
+    before = {name: value.clone() for name, value in router.state_dict().items()}
     for moved in (router.to(torch.bfloat16), router.half()):
-        assert moved.linear.weight.dtype != torch.float32
-        assert moved.balance_bias.dtype == torch.float32 and torch.equal(moved.balance_bias, before)
-    assert router.double().balance_bias.dtype == torch.float64
+        assert all(torch.equal(moved.state_dict()[name], value) for name, value in before.items())
+    # Where the router is not an fp32 one, it is the bias alone.
+    other = Router(M, replace(routing("deepseek-v3"), fp32_router=False)).to(torch.bfloat16)
+    assert other.linear.weight.dtype == torch.bfloat16 and other.balance_bias.dtype == torch.float32
+    whole = Transformer(preset("tiny-moe", 300)).bfloat16().blocks[1].mlp
+    assert whole.router.linear.weight.dtype == torch.float32 and whole.down.dtype == torch.bfloat16
+    assert all(value.dtype == torch.float64 for value in router.double().state_dict().values())
     assert router.to("meta").balance_bias.device.type == "meta"
     assert "balance_bias" in dict(router.named_buffers()) and not router.balance_bias.requires_grad
 
@@ -232,6 +236,11 @@ def test_a_config_with_experts_survives_json_and_a_dense_one_says_none():
     (dict(scale=float("nan")), "scale is nan"),
     (dict(scale=0.0), "scale is 0.0"),
     (dict(shared_gate=True), "shared_gate needs a shared MLP"),
+    (dict(n_experts=32_769), "n_experts is 32769, expected at most 32,768"),
+    (dict(dense_layers=(0, 1, 0)), r"dense_layers is \(0, 1, 0\), expected different numbers of layers"),
+    (dict(dense_layers=(-1,)), r"dense_layers is \(-1,\), expected different numbers of layers, from 0"),
+    (dict(dense_layers=(0.5,)), r"dense_layers is \(0.5,\), expected different numbers of layers"),
+    (dict(dense_layers=["0"]), r"dense_layers is \('0',\), expected different numbers of layers"),
     (dict(dense_layers=(2,)), r"moe.dense_layers is \(2,\), expected numbers of layers, 0 to 1"),
 ])
 def test_bad_mixtures_are_refused_in_one_line(change, message):

@@ -16,6 +16,7 @@ from r1zero.model.routes import (
     RecordedRouting,
     Routing,
     check_routes,
+    differ,
     route_bytes,
     route_dtype,
     route_shape,
@@ -169,6 +170,17 @@ def test_a_byte_per_expert_is_enough_up_to_256():
     assert route_shape(CONFIGS["plain"]) == (0, 0)
 
 
+def test_routes_differ_by_their_experts_in_whatever_order():
+    routes = torch.tensor([[[0, 1], [2, 3]], [[4, 5], [0, 1]]], dtype=torch.uint8)
+    others = torch.tensor([[[1, 0], [2, 4]], [[4, 5], [1, 0]]], dtype=torch.uint8)
+    assert differ(routes, others).tolist() == [[False, True], [False, False]]
+
+
+def test_the_last_of_the_most_experts_survives_as_a_route():
+    config = ModelConfig(**SHAPE, moe=MoEConfig(32_768, 1, 3))
+    assert torch.tensor(32_767).to(route_dtype(config)) == 32_767
+
+
 MIXTRAL = CONFIGS["mixtral"]  # 2 layers, 2 of 5 experts
 
 
@@ -196,6 +208,7 @@ def test_routes_of_another_model_or_length_are_refused_in_one_line(routes, messa
 
 def test_routes_that_fit_pass_and_a_dense_model_takes_none():
     check_routes(spoiled(0, [0, 1]), [4, 6], MIXTRAL)
+    check_routes([], [], MIXTRAL)
     with pytest.raises(ValueError, match="the model is dense"):
         check_routes(spoiled(0, [0, 1]), [4, 6], CONFIGS["plain"])
     model = scattered(MIXTRAL)

@@ -1,6 +1,7 @@
 """Routing replay: each packed token has the route that it was sampled with, however the batch is cut, and the
-passes of the policy take it; the reference and the critic choose their own."""
+passes of the policy and of the reference take it; a critic chooses its own."""
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +18,27 @@ from r1zero.model.transformer import Transformer
 from r1zero.rl.heads import Critic
 from r1zero.rl.losses import loss_weights
 from r1zero.rl.rollouts import merge, micro_batch, micro_batches, response_logprobs, sample_groups
-from r1zero.rl.step import expert_metrics
-from r1zero.rl.update import LogpGapError, Reference, lay_out_updates, logprobs_of, update_policy
+from r1zero.rl.step import expert_metrics, sampling_metrics
+from r1zero.rl.update import (
+    LogpGapError,
+    Reference,
+    kl_cost_to,
+    kl_to_reference,
+    lay_out_updates,
+    logprobs_of,
+    update_policy,
+)
 
-from .cases import Capture, algorithm, assert_same_gradient, make_learner, per_token, rollouts_by_hand, tiny
+from .cases import (
+    Bandit,
+    Capture,
+    algorithm,
+    assert_same_gradient,
+    make_learner,
+    per_token,
+    rollouts_by_hand,
+    tiny,
+)
 
 MIXTURE = dict(moe=dict(n_experts=8, experts_per_token=3, d_expert=16, d_shared=16, scores="sigmoid"))
 ADVANTAGES = np.array([1.5, -0.5, 0.25, 0, -1.0, 2.0])
@@ -148,7 +166,7 @@ def test_the_order_of_answers_and_groups_changes_nothing():
     assert_same_gradient(found, expected, 1e-6)
 
 
-def test_old_log_probs_are_replayed_and_those_of_the_reference_are_its_own():
+def test_old_log_probs_and_those_of_the_reference_are_replayed():
     model, other = moe(), moe(seed=3)
     rollouts = routed_rollouts(model)
     config = algorithm(updates_per_step=2, loss=dict(kl_coef=0.1), optim=STILL, max_new_tokens=12)
@@ -158,13 +176,27 @@ def test_old_log_probs_are_replayed_and_those_of_the_reference_are_its_own():
     for batch in batches:
         expected = torch.cat([replayed_logp(model, rollouts, n) for n in batch.samples.tolist()])
         torch.testing.assert_close(batch.old_logp, expected, rtol=1e-9, atol=1e-9)
-        own = response_logprobs(other, dataclasses.replace(batch, routes=None), 1.0)[0]
-        torch.testing.assert_close(batch.ref_logp, own, rtol=0, atol=0)
+        expected = torch.cat([replayed_logp(other, rollouts, n) for n in batch.samples.tolist()])
+        torch.testing.assert_close(batch.ref_logp, expected, rtol=1e-9, atol=1e-9)
     # The first update's ratios are 1, the second's only as far as the first has moved the weights.
     _, metrics = update_once(model, rollouts, updates_per_step=2)
     assert metrics["ratio_max"] == pytest.approx(1, abs=1e-9)
     found = Reference(other, torch.device("cpu")).logprobs(batches, 1.0)
     assert all(torch.equal(a, b.ref_logp) for a, b in zip(found, batches, strict=True))
+
+
+def test_the_kl_to_a_reference_of_the_same_weights_is_0_wherever_it_is_measured():
+    """In the loss, in the log and in the reward: routes of another choice are no distance."""
+    model = moe(dtype=torch.float32)
+    rollouts = routed_rollouts(model)
+    reference = Reference(moe(dtype=torch.float32), torch.device("cpu"))
+    config = algorithm(loss=dict(kl_coef=0.1), updates_per_step=2)
+    learner = make_learner(config, model, Capture(model), reference.model)
+    updates = lay_out_updates(learner, rollouts, per_token(ADVANTAGES, rollouts), config, 0)
+    assert all(torch.equal(batch.ref_logp, batch.old_logp) for batch in sum(updates, []))
+    assert abs(kl_to_reference(reference, rollouts, config, 0)["kl_to_reference"]) < 1e-6
+    in_reward = algorithm("rloo", loss=dict(kl_coef=1.0))
+    assert np.abs(kl_cost_to(reference, in_reward)(rollouts)).max() < 1e-5
 
 
 def test_a_critic_chooses_its_own_experts():
@@ -193,11 +225,24 @@ def test_the_log_says_how_many_routers_would_have_chosen_otherwise():
     n_tokens = sum(len(batch.packed.tokens) for batch in batches)
     assert metrics["flipped_tokens"] == pytest.approx(1 / n_tokens)
     assert metrics["flipped_routers"] == pytest.approx(1 / (2 * n_tokens))
-    routes, found = np.concatenate(rollouts.routes), expert_metrics(rollouts, model)
-    counts = np.stack([np.bincount(routes[:, i].ravel(), minlength=8) for i in (0, 1)])
-    assert found["expert_load_max"] == pytest.approx(max(row.max() / row.mean() for row in counts))
-    assert found["experts_dead"] == (counts == 0).mean()
-    assert expert_metrics(rollouts_by_hand(tiny()), tiny()) == {}
+
+
+def test_the_log_counts_the_experts_of_all_groups_the_replaced_ones_included():
+    model, task = moe(), Bandit()
+    kept, replaced = rollouts_by_hand(model), rollouts_by_hand(model, lengths=(5, 3), group_offsets=(0, 2))
+    # The kept ones use no expert above 5, and the replaced ones only those of the first layer.
+    kept = dataclasses.replace(kept, routes=[np.minimum(r, 5) for r in random_routes(kept)])
+    replaced = dataclasses.replace(replaced, routes=[r * [[1], [0]] for r in random_routes(replaced, 1)])
+    learner = make_learner(algorithm(), model, Capture(model))
+    learner.sampler = SimpleNamespace(position=0)
+    for parts in ((kept,), (kept, replaced)):
+        rollouts = dataclasses.replace(kept, replaced=parts[1] if len(parts) > 1 else None)
+        found = sampling_metrics(learner, task, rollouts, learner.grader(task, rollouts), None)
+        routes = np.concatenate([array for part in parts for array in part.routes])
+        counts = np.stack([np.bincount(routes[:, i].ravel(), minlength=8) for i in (0, 1)])
+        assert found["expert_load_max"] == pytest.approx(max(row.max() / row.mean() for row in counts))
+        assert found["experts_dead"] == (counts == 0).mean() == (4 if len(parts) == 1 else 2) / 16
+    assert expert_metrics([rollouts_by_hand(tiny())], tiny()) == {}
 
 
 @pytest.mark.parametrize("spoil, message", [
@@ -230,12 +275,13 @@ def test_a_sampler_in_bf16_agrees_with_a_trainer_in_fp32_as_far_as_that_of_a_den
     engine = Engine(sampler, tokenizer, keep_routes=True)
     rollouts = sample_groups(engine, ["1:", "22:"], 8, 12, 1.0, sample_seeds(16, 0))
     with_routes = micro_batches(rollouts, np.arange(16), 10**6, "cpu")
-    [replayed], [own] = (logprobs_of(trainer, with_routes, 1.0, replays) for replays in (True, False))
+    free = [dataclasses.replace(batch, routes=None) for batch in with_routes]
+    [replayed], [own] = (logprobs_of(trainer, batches, 1.0) for batches in (with_routes, free))
     gaps = [(logp - with_routes[0].sampler_logp).abs() for logp in (replayed, own)]
     assert gaps[0].mean() < 0.5 * gaps[1].mean() and gaps[0].max() < 0.5 * gaps[1].max()
     limit = 1.5 * float(gaps[0].max())
     advantages = np.where(np.arange(16) % 2, 1.0, -1.0)
     _, metrics = update_once(trainer, rollouts, advantages, max_logp_gap=limit)
     assert 0 < metrics["flipped_routers"] < metrics["flipped_tokens"] < 0.9
-    with pytest.raises(LogpGapError):
+    with pytest.raises(LogpGapError, match="other experts than in sampling: leave out --no-routing-replay"):
         update_once(trainer, dataclasses.replace(rollouts, routes=None), advantages, max_logp_gap=limit)

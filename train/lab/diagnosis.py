@@ -51,12 +51,15 @@ def sampler_is_off(history: History) -> str | None:
     """The sampler's log-probs are not the trainer's, and nothing corrects for it."""
     gap = history.mean("logp_gap_mean")
     is_corrected = history.option("loss", "max_importance") != 0
-    if history.is_long and not is_corrected and gap > 0.02:
-        return (
-            f"Sampler and trainer differ by {gap:.3f} nats per token: the gradient is that of a "
-            "policy that did not sample. --loss.max-importance 2 corrects for it."
-        )
-    return None
+    if not (history.is_long and not is_corrected and gap > 0.02):
+        return None
+    correct = "--loss.max-importance 2 corrects for it"
+    if history.choice("routing_replay") == "False":  # the flags do not say whether it is a mixture
+        correct = f"Of a mixture of experts, leave out --no-routing-replay; else {correct}"
+    return (
+        f"Sampler and trainer differ by {gap:.3f} nats per token: the gradient is that of a policy "
+        f"that did not sample. {correct}."
+    )
 
 
 def collapsed(history: History) -> str | None:

@@ -1,7 +1,7 @@
 """The section of the report on a mixture of experts: how busy each one was in pretraining.
 
 The page of a dense model has nothing of it. The log says it step by step (model/balance.py), and
-plots.py does the plotting.
+plots.py does the plotting. The log counts the layers with experts alone, the mixtures, from 0.
 
 Left out: the loads in RL, which does not balance the experts.
 """
@@ -38,11 +38,11 @@ def loads_in(row: dict) -> list[list[float]] | None:
 
 
 def read_loads(rows: Sequence[dict]) -> tuple[list[float], list[list[list[float]]]]:
-    """(steps, the loads [L][E] of each of them), of the steps with as many layers and experts as
-    the first has."""
+    """(steps, the loads [L][E] of each of them), of the steps with as many mixtures and experts as
+    the first has; a row without its step is left out."""
     steps, tables = [], []
     for row in rows:
-        table = loads_in(row)
+        table = None if finite(row.get("step")) is None else loads_in(row)
         if table and (not tables or shape_of(table) == shape_of(tables[0])):
             steps.append(row["step"])
             tables.append(table)
@@ -50,15 +50,15 @@ def read_loads(rows: Sequence[dict]) -> tuple[list[float], list[list[list[float]
 
 
 def shape_of(table: list[list[float]]) -> tuple[int, int]:
-    """(layers, experts per layer)"""
+    """(mixtures, experts of each)"""
     return len(table), len(table[0])
 
 
 # ---- the pictures ----
 
 
-def load_maps(rows: Sequence[dict], title: str = "layer {}") -> list[HeatMap]:
-    """One heat map per layer of a log, experts downwards. title: with a place for its number."""
+def load_maps(rows: Sequence[dict], title: str = "mixture {}") -> list[HeatMap]:
+    """One heat map per mixture of a log, experts downwards. title: with a place for its number."""
     steps, tables = read_loads(rows)
     maps = []
     for layer in range(len(tables[0]) if tables else 0):
@@ -119,15 +119,16 @@ def experts(seed: Seed, plots: dict[str, Path]) -> str:
     return section(
         "How busy the experts were",
         paragraph(
-            f"Each of the {n_layers} layers has {n_experts} experts, small MLPs of which a router "
-            "chooses a few for each token. Left to itself a router may learn to send everything to "
-            "the same few. An expert’s load is the number of its tokens in a step, as a multiple "
-            "of the mean of its layer: 1 if all are equally busy."
+            f"The model has {n_layers} mixtures, layers of {n_experts} experts each: small MLPs of "
+            "which a router chooses a few for each token. Left to itself a router may learn to "
+            "send everything to the same few. An expert’s load is the number of its tokens in a "
+            "step, as a multiple of the mean of its layer: 1 if all are equally busy."
         ),
         picture(
             plots["expert_load"],
             "the load of each expert over the steps of pretraining, layer by layer",
-            "One row per expert. White: as busy as the mean of its layer. Blue: less. Orange: "
+            "Mixtures are counted from 0, without the layers that have no experts. One row per "
+            "expert. White: as busy as the mean of its layer. Blue: less. Orange: "
             "more; the strongest is twice the mean, or above.",
             full=True,
         ),

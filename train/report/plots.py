@@ -299,7 +299,8 @@ def plot_heat_map(axes, heat_map: HeatMap, shades):
     """One row per number from 0 on, steps to the right; returns the image."""
     from matplotlib.ticker import MaxNLocator
 
-    # A column is as wide as the steps are apart, with its own step in the middle.
+    # All columns are equally wide, as wide as the steps are apart on average; with the same
+    # distance everywhere, each has its own step in the middle.
     first, last = heat_map.steps[0], heat_map.steps[-1]
     half = (last - first) / max(1, len(heat_map.steps) - 1) / 2 or 0.5
     bottom = len(heat_map.rows) - 0.5

@@ -61,6 +61,14 @@ def test_master_weights_in_fp32_get_their_gradients_in_fp32():
     assert got[3].dtype == torch.float32 and not torch.equal(got[3], got[3].half().float())
 
 
+def test_fp16_does_not_overflow_where_only_small_gates_keep_a_gradient_within_its_range():
+    """down^T dy is above 65,504, its products with the gates are not."""
+    arguments, dy = case(12, 4, 2, 48, 32, torch.float16), torch.randn(12, 48) * 1000
+    arguments[1], arguments[4] = arguments[1].abs() * 1e-3 + 1e-4, arguments[4] * 30
+    assert (dy @ arguments[4].float()).abs().max() > 70_000
+    check(arguments, dy)
+
+
 def test_no_tokens_at_all():
     arguments = case(0, 4, 2, 16, 16, torch.float32)
     y, dx, dgates, dgate_up, ddown = results(arguments, "triton", torch.randn(0, 16))

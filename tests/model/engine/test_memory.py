@@ -1,5 +1,6 @@
 """How much memory a step takes beside the cache, counted on the meta device, against the estimate of it."""
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -66,6 +67,15 @@ def test_the_estimate_of_a_prefill_is_no_less_than_what_it_takes(name, monkeypat
             cache.admit(np.arange(16), [[i] * 512 for i in range(16)], np.arange(16))
     estimate = step_bytes(config, torch.bfloat16, 16 * 512, 16)
     assert 0.7 * estimate < memory.peak <= estimate
+
+
+def test_the_experts_of_a_token_count_where_they_take_more_than_a_dense_mlp():
+    config = preset("qwen3-30b-a3b", VOCAB)
+    shared = replace(config, moe=replace(config.moe, d_shared=1000))
+    few = replace(config, moe=replace(config.moe, experts_per_token=1), n_kv_heads=1, head_dim=8)
+    for c, mlp in ((config, 8 * (2 * 2048 + 768)), (shared, 8 * (2 * 2048 + 768) + 3000), (few, 3 * 6144)):
+        nothing, prefill = (step_bytes(c, torch.bfloat16, n, 1) for n in (0, 1))
+        assert prefill - nothing == 2 * (5 * 2048 + mlp)
 
 
 def test_a_cache_leaves_room_for_a_step():

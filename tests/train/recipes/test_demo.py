@@ -79,7 +79,7 @@ def test_a_mixture_of_experts_goes_through_the_whole_demo_though_it_is_stopped(m
         assert results[part]["eval"]["n_problems"] == 6
     assert [row["step"] for row in read_metrics(mixture / "seed3" / "rl")] == [1, 2]
     page = (mixture / "report.html").read_text()
-    assert "How busy the experts were" in page and "2 layers has 8 experts" in page
+    assert "How busy the experts were" in page and "has 2 mixtures, layers of 8 experts each" in page
     assert "--model tiny-moe" in page and "of which each token uses 0.04 million" in page
     assert (mixture / "expert_load.png").stat().st_size > 10_000
 

@@ -51,13 +51,14 @@ def test_the_page_of_a_mixture_shows_the_load_of_each_expert_of_each_layer(demo)
     text, asked = report(demo)
     assert TITLE in text and text.count("the load of each expert over the steps") == 1
     seen = Tags(text).text
-    assert "5 layers has 4 experts" in seen and "busiest expert of all layers had 1.40 times the mean" in seen
+    assert "has 5 mixtures, layers of 4 experts each" in seen
+    assert "busiest expert of all layers had 1.40 times the mean" in seen
     assert "12.5 % of the experts had no token" in seen and "1.25 nats, of at most 1.39" in seen
     # Five layers: four in the first row of the picture, one below.
     grid = asked.grids["expert_load"]
     assert [len(row) for row in grid] == [4, 1]
     for layer, heat_map in enumerate([*grid[0], *grid[1]]):
-        assert heat_map.title == f"layer {layer}" and list(heat_map.steps) == list(range(1, 201))
+        assert heat_map.title == f"mixture {layer}" and list(heat_map.steps) == list(range(1, 201))
         assert [len(loads) for loads in heat_map.rows] == [200] * 4
         for expert, loads in enumerate(heat_map.rows):
             assert list(loads) == [row["expert_load"][layer][expert] for row in rows]
@@ -102,6 +103,13 @@ def test_a_row_without_a_table_of_loads_is_left_out(demo, value):
     for row in rows:
         row["expert_load"] = value
     assert read_loads(rows) == ([], []) and load_maps(rows) == []
+
+
+@pytest.mark.parametrize("step", [None, "x", float("nan"), "left out"], ids=str)
+def test_a_row_without_its_step_is_left_out(step):
+    row = {"expert_load": [[1.5, 0.5]]}
+    torn = row if step == "left out" else {**row, "step": step}
+    assert read_loads([torn, {**row, "step": 2}]) == ([2], [[[1.5, 0.5]]])
 
 
 def test_loads_of_another_shape_are_left_out(demo):
