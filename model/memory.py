@@ -22,15 +22,19 @@ import torch
 
 from ..kernels.linear_logprob import SLICE
 from .config import ModelConfig
-from .engine.cache import gpu_cache_bytes, step_bytes, tokens_within
+from .engine.cache import (
+    CPU_CACHE,
+    TOKENS_PER_STEP,
+    gpu_cache_bytes,
+    step_bytes,
+    tokens_within,
+)
 from .lora import LoRAConfig, adapters_of, add_adapters, cast_frozen
+from .routes import route_bytes
 from .transformer import Transformer
 
 DRIVER = 700e6  # bytes that CUDA and its libraries take of a GPU before the first tensor
 GAPS = 0.04  # share of a GPU that lies idle between tensors
-REFERENCES = ("device", "cpu", "none")
-CPU_CACHE = 1 << 30  # the most bytes of a CPU's cache, as in engine.py
-TOKENS_PER_STEP = 8192  # prefilled in one step, as in engine.py
 PLENTY = 1e15  # bytes
 
 
@@ -202,6 +206,8 @@ def predict(setup: Setup, budget: float | None = None) -> Prediction:
         free = budget - (weights + at_home + critic + copied) if budget else PLENTY
         room = gpu_cache_bytes(int(free), reserve, sampling)
     token_bytes = model.cache_bytes_per_token
+    if setup.model.moe is not None:
+        token_bytes += route_bytes(setup.model)
     limit = setup.model.max_seq_len
     cache_tokens = tokens_within(room, token_bytes, setup.rows, setup.longest, limit)
     return Prediction(

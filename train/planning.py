@@ -205,7 +205,7 @@ def smallest_full(setup: Setup) -> float:
 
 def seconds_per_step(choice: Choice, work: Work, card: Card) -> tuple[float, float]:
     """(sampling, update) of one step, estimated."""
-    setup, predicted = choice.setup, choice.predicted
+    setup = choice.setup
     model = model_without_memory(setup)
     flops = card.tflops * 1e12 * COMPUTE_SHARE
     bandwidth = card.terabytes_per_second * 1e12 * BANDWIDTH_SHARE
@@ -221,7 +221,6 @@ def seconds_per_step(choice: Choice, work: Work, card: Card) -> tuple[float, flo
     n_tokens = work.answers * work.longest
     passes = 3 + setup.recompute + work.compares
     update = passes * n_tokens * model.flops_per_token(work.longest) / flops
-    assert predicted.peak > 0
     return decoding, update
 
 

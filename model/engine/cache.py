@@ -19,6 +19,8 @@ import torch
 
 from ..config import ModelConfig
 
+CPU_CACHE = 1 << 30  # bytes of a CPU's cache at most, where no size is given
+TOKENS_PER_STEP = 8192  # decoded and prefilled in one step, where no number is given
 GPU_CACHE_SHARE = 0.85  # of the free memory, before what a step and others need is taken off
 PAGE = 16  # tokens per page; slots grow by as many columns
 

@@ -27,7 +27,14 @@ import torch
 from ..lora import adapters_of, merged_bytes, merged_copy, refresh_merged
 from ..routes import route_bytes
 from ..transformer import Transformer
-from .cache import Cache, gpu_cache_bytes, step_bytes, tokens_within
+from .cache import (
+    CPU_CACHE,
+    TOKENS_PER_STEP,
+    Cache,
+    gpu_cache_bytes,
+    step_bytes,
+    tokens_within,
+)
 from .pages import Pages
 from .requests import Completion, Event, Request, check_requests
 from .rows import Rows
@@ -35,8 +42,6 @@ from .scheduler import Scheduler
 from .sequence import Sequence
 from .slots import Slots
 from .text import TextStream
-
-CPU_CACHE = 1 << 30  # bytes, where no size is given
 
 
 class Engine:
@@ -53,7 +58,7 @@ class Engine:
         tokenizer=None,
         *,
         max_rows: int = 256,
-        tokens_per_step: int = 8192,
+        tokens_per_step: int = TOKENS_PER_STEP,
         cache_tokens: int | None = None,
         paged: bool | None = None,
         longest: int | None = None,

@@ -48,11 +48,18 @@ def norms_and_biases(config):
 @pytest.mark.parametrize("change, part, factor", [
     (dict(moments="bf16"), "moments", 0.5), (dict(reference="none"), "reference", 0),
     (dict(reference="cpu"), "reference", 0), (dict(rows=128), "cache", 2),
-    (dict(micro_tokens=8192), "logprobs", 2),
 ])
 def test_an_option_changes_its_part(change, part, factor):
     before, after = (getattr(predict(setup), part) for setup in (BIG, replace(BIG, **change)))
     assert after == pytest.approx(factor * before, rel=0.02)
+
+
+def test_a_larger_micro_batch_keeps_as_much_more():
+    small, large = (predict(replace(BIG, micro_tokens=size)).activations for size in (4096, 8192))
+    with torch.device("meta"):
+        model = Transformer(QWEN, torch.bfloat16)
+    per_token = sum(block.kept_per_token for block in model.blocks) + model.blocks[0].kept_per_token
+    assert large - small == pytest.approx(4096 * 2 * per_token, rel=0.01)  # and of a layer's gradients
 
 
 def test_recompute_keeps_the_streams_and_one_layer():
@@ -91,7 +98,7 @@ def test_the_parts_are_the_bytes_of_the_tensors_there_are(lora):
         cast_frozen(add_adapters(model, lora, 0))
     p = predict(Setup(config, rows=4, longest=64, lora=lora, on_gpu=False))
     assert p.weights == sum(parameter.nbytes for parameter in model.parameters())
-    engine = Engine(model, max_rows=4, longest=64)
+    engine = Engine(model, max_rows=4, longest=64, keep_routes=True)
     assert p.cache_tokens == engine.cache_tokens and p.cache == engine.cache_tokens * engine.token_bytes
     shared = {parameter.data_ptr() for parameter in model.parameters()}
     own = [x for x in engine.decoded.parameters() if x.data_ptr() not in shared]
