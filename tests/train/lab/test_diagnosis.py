@@ -147,7 +147,7 @@ def test_what_explains_the_others_comes_first_and_consequences_are_left_out():
 @pytest.mark.parametrize("rule, metrics, changes, said", [
     ("too_hard", dict(all_wrong=1, accuracy=0, wobble=0, format=0.01), {}, "1.0% of answers are well formed"),
     ("too_hard", dict(all_wrong=1, accuracy=0, wobble=0), {"group_size": 8}, "--group-size 16"),
-    ("sampler_is_off", dict(logp_gap_mean=0.1), {"routing_replay": False}, "leave out --no-routing-replay; el"),
+    ("sampler_is_off", dict(logp_gap_mean=0.1), {"routing_replay": False}, "leave out --no-routing-replay"),
     ("cut_off", dict(truncated=0.5), {}, "50% of answers are cut off at 128 tokens"),
     ("entropy_is_gone", dict(entropy=(0.5, 0.01)), {"updates_per_step": 2}, "--loss.clip-high 0.28"),
     ("far_from_reference", dict(accuracy=0.4, kl_to_reference=2), {"loss__kl_coef": 0.01},
