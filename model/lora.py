@@ -128,10 +128,15 @@ def add_adapters(model: Transformer, config: LoRAConfig, seed: int) -> Transform
     """Freeze the model, and put an adapter beside each matrix; returns the model.
 
     A ~ U(-1/sqrt(n_in), 1/sqrt(n_in)) by the seed alone, B = 0. Raises ValueError for a model that
-    has adapters already, or no matrix for them.
+    has adapters already, or no matrix for them, and for a rank above its width.
     """
     if adapters_of(model):
         raise ValueError("the model has adapters already; merge them first (`r1zero export`)")
+    if config.rank > model.config.d_model:
+        raise ValueError(
+            f"--lora.rank is {config.rank}, and the model is {model.config.d_model} wide; expected "
+            "at most that: a larger rank adds nothing"
+        )
     places = list(adaptable(model, config.layers))
     if not places:
         raise ValueError(
@@ -142,10 +147,10 @@ def add_adapters(model: Transformer, config: LoRAConfig, seed: int) -> Transform
     rng = torch.Generator().manual_seed(seed)
     for parent, name, linear in places:
         adapted = LoRALinear(linear, config)
-        bound = linear.weight.shape[1] ** -0.5
-        noise = torch.empty(adapted.lora_A.shape).uniform_(-bound, bound, generator=rng)
-        with torch.no_grad():
-            adapted.lora_A.copy_(noise)
+        if not linear.weight.is_meta:  # a plan's model has no numbers
+            bound = linear.weight.shape[1] ** -0.5
+            noise = torch.empty(adapted.lora_A.shape).uniform_(-bound, bound, generator=rng)
+            adapted.lora_A.data.copy_(noise)
         setattr(parent, name, adapted)
     return model
 
