@@ -33,7 +33,7 @@ from .config import ModelConfig
 from .files import UNFINISHED, atomic_write_json, flush
 from .huggingface import is_huggingface, read_model
 from .lora import LoRAConfig, adapter_tensors, adapters_of, add_adapters, merge_adapters
-from .peft_folder import folder_of_base, is_peft, merge_folder
+from .peft_folder import adapters_in, folder_of_base, is_peft, merge_folder
 from .precision import Precision, choose_precision
 from .tokenizer import Tokenizer
 from .transformer import Transformer
@@ -44,6 +44,7 @@ VERSION = 2  # raise it when the names or the meaning of what is saved change
 FOLDER_NAME = re.compile(r"step_(\d{8,})(\.old)?")
 # A model of the Hugging Face hub: its owner and its name
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+KEPT_BASE = "base"  # in the folder of a run with adapters: what they are for
 LISTINGS = 5  # how often a folder is looked at again, if what was in it is gone meanwhile
 
 
@@ -65,6 +66,14 @@ class Checkpoint:
     state: dict
     """As JSON returns it: lists for tuples, strings for keys."""
     path: Path
+    fingerprint: str = ""
+    """Of weights that adapters were added to: of the two apart, since their sum rounds differently
+    from machine to machine."""
+
+    @property
+    def weights_fingerprint(self) -> str:
+        """What tells the weights from others."""
+        return self.fingerprint or weights_digest(self.tensors["model"])
 
 
 # ---- tensors in one file ----
@@ -607,14 +616,18 @@ def load_adapted(
     """
     kept = checkpoint.state["lora"]
     mend = "restore it there, or use `r1zero export` where it still is"
+    folder = Path(kept["base"])
+    if not folder.exists():  # the base's own run may have removed it
+        linked = checkpoint.path.parent.parent / KEPT_BASE / folder.name
+        folder = linked if linked.exists() else folder
     try:
-        model, tokenizer, base = load_model(kept["base"], device, precision=precision)
+        model, tokenizer, base = load_model(str(folder), device, precision=precision)
     except ValueError as error:
         raise CheckpointError(
             f"{checkpoint.path} holds adapters alone, and their base cannot be loaded: {error}; "
             f"{mend}"
         ) from error
-    if weights_digest(base.tensors["model"]) != kept["base_weights"]:
+    if base.weights_fingerprint != kept["base_weights"]:
         raise CheckpointError(
             f"{checkpoint.path} holds adapters of other weights than {kept['base']} has now; {mend}"
         )
@@ -628,12 +641,11 @@ def _load_merged(
 ) -> tuple[Transformer, Tokenizer, Checkpoint]:
     """The model of a checkpoint that holds adapters alone: its base, with these added to it."""
     model, tokenizer = load_adapted(checkpoint, device, precision)
-    weights = merge_adapters(model).state_dict()
-    return (
-        model,
-        tokenizer,
-        Checkpoint(checkpoint.step, {"model": weights}, checkpoint.state, checkpoint.path),
-    )
+    base_weights = checkpoint.state["lora"]["base_weights"]
+    fingerprint = f"{base_weights}+{weights_digest(checkpoint.tensors['model'])}"
+    tensors = {"model": merge_adapters(model).state_dict()}
+    step, state, path = checkpoint.step, checkpoint.state, checkpoint.path
+    return model, tokenizer, Checkpoint(step, tensors, state, path, fingerprint)
 
 
 def _load_peft(
@@ -645,9 +657,10 @@ def _load_peft(
             f"{folder} holds adapters, which have no checkpoint {which!r}; ask for the last"
         )
     model, tokenizer, base = load_model(str(folder_of_base(folder)), device, precision=precision)
+    fingerprint = f"{base.weights_fingerprint}+{weights_digest(adapters_in(folder))}"
     merge_folder(folder, model)
     tensors = {"model": model.state_dict()}
-    return model, tokenizer, Checkpoint(0, tensors, base.state, folder)
+    return model, tokenizer, Checkpoint(0, tensors, base.state, folder, fingerprint)
 
 
 def _load_huggingface(

@@ -32,6 +32,9 @@ class Linear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, weight, bias)
 
+    kept_per_token = 0
+    """How many numbers per token an adapter keeps for the backward pass."""
+
     def flops_per_token(self) -> int:
         """Forward only; a multiply-add is 2 FLOPs, the bias is left out."""
         return 2 * self.weight.numel()

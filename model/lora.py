@@ -43,8 +43,8 @@ class LoRAConfig:
     """Low-rank adapters: train a small update of each matrix, and leave the weights as they are."""
 
     rank: int = 0
-    """Rank of the adapters; 0 trains all weights instead. With adapters the default learning rate
-    is 10 times as large."""
+    """Rank of the adapters; 0 trains all weights instead. With adapters the command line's default
+    learning rate is 10 times as large."""
     alpha: float = 32.0
     """Scale of the adapters: their product is multiplied by alpha / rank."""
     layers: str = "all"
@@ -98,6 +98,11 @@ class LoRALinear(Linear):
         B_of_part = self.lora_B.split(self.parts)
         updates = [B @ A for A, B in zip(self.lora_A, B_of_part, strict=True)]
         return self.weight.to(self.lora_B.dtype) + self.scale * torch.cat(updates)
+
+    @property
+    def kept_per_token(self) -> int:
+        """How many numbers per token are kept for the backward pass beside those of a Linear."""
+        return self.lora_A.shape[0] * self.lora_A.shape[1]
 
     def flops_per_token(self) -> int:
         """Forward only; the products alone count."""
@@ -243,12 +248,10 @@ class AdapterCopy(nn.Module):
         for name, tensor in adapter_tensors(model).items():
             self.get_buffer(name).copy_(tensor)
 
-    @torch.no_grad()
     def swap(self, model: Transformer) -> None:
-        """Exchange these adapters for the model's. Twice, and all is as it was."""
+        """Exchange these adapters for the model's. Twice, and all is as it was. Nothing is copied,
+        so that nothing can fail half way."""
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 kept = self.get_buffer(name)
-                now = parameter.clone()
-                parameter.copy_(kept)
-                kept.copy_(now)
+                parameter.data, kept.data = kept.data, parameter.data

@@ -58,6 +58,7 @@ class Setup:
     reference: str = "device"
     """Where the reference is between its uses: device, cpu, or none."""
     critic: bool = False
+    critic_moments: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ class Prediction:
     """An offloaded reference while it is in use, before there are gradients."""
     cache_tokens: int
     """Number of tokens that the cache has room for."""
+    reserve: int
+    """What is not there yet when the engine makes its cache, and will be."""
 
     @property
     def held(self) -> int:
@@ -138,6 +141,11 @@ def _built(config, dtype, fp32_head, lora, recompute) -> Transformer:
     return model
 
 
+def moment_bytes(dtype: str) -> int:
+    """Bytes per parameter of AdamW's two moments."""
+    return 8 if dtype == "fp32" else 4
+
+
 def bytes_of(model: Transformer) -> int:
     """Bytes of all parameters."""
     return sum(parameter.nbytes for parameter in model.parameters())
@@ -178,12 +186,13 @@ def predict(setup: Setup, budget: float | None = None) -> Prediction:
     model = model_without_memory(setup)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     gradients = 4 * trained
-    moments = (8 if setup.moments == "fp32" else 4) * trained
+    moments = moment_bytes(setup.moments) * trained
     weights, reference = bytes_of(model), reference_bytes(setup, model)
-    critic = 0
+    critic = critic_moments = 0
     if setup.critic:
         # its gradients are not there when the policy's are
-        critic = (4 * trained if setup.lora.rank else weights) + moments
+        critic = 4 * trained if setup.lora.rank else weights
+        critic_moments = moment_bytes(setup.critic_moments) * trained
     copied = engine_copy_bytes(model, setup.on_gpu)
 
     # What an update takes: all that is kept, and the larger of two workspaces.
@@ -200,9 +209,9 @@ def predict(setup: Setup, budget: float | None = None) -> Prediction:
     # What sampling takes; the cache has what is left.
     prefilled = max(TOKENS_PER_STEP, setup.longest)
     sampling = step_bytes(setup.model, setup.dtype, prefilled, setup.rows)
+    reserve = moments + critic_moments + max(gradients + activations + logprobs, visiting)
     room = float(CPU_CACHE)
     if setup.on_gpu:
-        reserve = moments + max(gradients + activations + logprobs, visiting)
         free = budget - (weights + at_home + critic + copied) if budget else PLENTY
         room = gpu_cache_bytes(int(free), reserve, sampling)
     token_bytes = model.cache_bytes_per_token
@@ -214,7 +223,7 @@ def predict(setup: Setup, budget: float | None = None) -> Prediction:
         weights=weights,
         moments=moments,
         reference=at_home,
-        critic=critic,
+        critic=critic + critic_moments,
         engine_copy=copied,
         cache=cache_tokens * token_bytes,
         sampling=sampling,
@@ -223,6 +232,7 @@ def predict(setup: Setup, budget: float | None = None) -> Prediction:
         logprobs=logprobs,
         visiting=visiting,
         cache_tokens=cache_tokens,
+        reserve=reserve,
     )
 
 

@@ -25,7 +25,7 @@ from .checkpoint import CheckpointError
 from .loss_scale import LossScaler
 from .moe import Router
 
-LARGEST_BETA2_IN_BF16 = 0.99
+LARGEST_BETA_IN_BF16 = 0.99
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,12 @@ class OptimConfig:
             raise ValueError(f"--optim.schedule is {self.schedule!r}, expected cosine or constant")
         if self.moments not in ("fp32", "bf16"):
             raise ValueError(f"--optim.moments is {self.moments!r}, expected fp32 or bf16")
-        if self.moments == "bf16" and not self.beta2 <= LARGEST_BETA2_IN_BF16:
+        largest = max(self.beta1, self.beta2)
+        if self.moments == "bf16" and not largest <= LARGEST_BETA_IN_BF16:
             raise ValueError(
-                f"--optim.moments bf16 with --optim.beta2 {self.beta2}: bf16 has steps of 1/256, "
-                "and a mean that moves by less per step never falls; expected a beta2 of at most "
-                f"{LARGEST_BETA2_IN_BF16}, or moments in fp32"
+                f"--optim.moments bf16 with a beta of {largest}: bf16 has steps of 1/256, and a "
+                "mean that moves by less per step never falls; expected a beta1 and a beta2 of at "
+                f"most {LARGEST_BETA_IN_BF16}, or moments in fp32"
             )
         # each alone, for NaN: it is not >= 0, but min() may pass over it
         at_least_zero = self.warmup >= 0 and self.weight_decay >= 0 and self.eps >= 0

@@ -30,20 +30,18 @@ from .weight_map import Part, names_of, parts_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# Keys of adapter_config.json that change what is computed, and the values that change nothing.
-PLAIN = {
-    "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "use_dora": (False,),
-    "use_qalora": (False,),
-    "lora_bias": (False,),
-    "rank_pattern": ({},),
-    "alpha_pattern": ({},),
-    "modules_to_save": ((), []),
-    "target_parameters": ((), []),
-    "layer_replication": ((), []),
-    "trainable_token_indices": ((), [], {}),
+# Keys of adapter_config.json that are read, or change nothing once the adapters are trained. All
+# others belong to another method, or will: they must be empty.
+HARMLESS = {
+    *("peft_type", "task_type", "peft_version", "auto_mapping", "inference_mode", "runtime_config"),
+    *("base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora", "lora_dropout"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("megatron_config", "megatron_core", "eva_config", "qalora_group_size"),
+    "init_lora_weights",
 }
+EMPTY = (None, False, "none", [], {})
+# Ways to begin that leave the base as it is.
+PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 def is_peft(folder: str | Path) -> bool:
@@ -152,10 +150,13 @@ def scale_in(path: Path) -> tuple[float, int]:
     """(what B A is multiplied by, the rank). Raises ValueError for what is not plain LoRA."""
     config = read_json(path)
     complaints = [
-        f"{key} is {config[key]!r}, expected {values[0]!r}"
-        for key, values in PLAIN.items()
-        if config.get(key) is not None and config[key] not in values
+        f"{key} is {value!r}, which plain LoRA has not"
+        for key, value in config.items()
+        if key not in HARMLESS and value not in EMPTY
     ]
+    init = config.get("init_lora_weights")
+    if init not in PLAIN_INITS:
+        complaints.append(f"init_lora_weights is {init!r}, which changes the base")
     if config.get("peft_type") != "LORA":
         complaints.append(f"peft_type is {config.get('peft_type')!r}, expected 'LORA'")
     rank, alpha = config.get("r"), config.get("lora_alpha", 8)  # PEFT's default
@@ -168,6 +169,12 @@ def scale_in(path: Path) -> tuple[float, int]:
     return LoRAConfig(rank, float(alpha), rslora=bool(config.get("use_rslora"))).scale, rank
 
 
+def adapters_in(folder: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a folder. Raises ValueError for a damaged file."""
+    with opened(Path(folder) / WEIGHTS) as file:
+        return {key.replace(".default.", "."): file.get_tensor(key) for key in file.keys()}
+
+
 @torch.no_grad()
 def merge_folder(folder: str | Path, model: Transformer) -> None:
     """Add the adapters of a folder to the weights of a plain model, in place.
@@ -177,8 +184,7 @@ def merge_folder(folder: str | Path, model: Transformer) -> None:
     """
     path = Path(folder) / WEIGHTS
     scale, rank = scale_in(Path(folder) / CONFIG)
-    with opened(path) as file:
-        tensors = {key.replace(".default.", "."): file.get_tensor(key) for key in file.keys()}
+    tensors = adapters_in(folder)
 
     # 1. Which matrix has which pair? All complaints come together.
     expected, places = {}, []

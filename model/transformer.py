@@ -284,6 +284,7 @@ class Transformer(nn.Module):
             layers = 2 * self.config.d_model * len(self.blocks)
             return n_tokens * (layers + head) * self.compute_dtype.itemsize
         layers = sum(block.kept_per_token for block in self.blocks)
+        layers += sum(m.kept_per_token for m in self.blocks.modules() if isinstance(m, Linear))
         numbers = n_tokens * (layers + head) + sum(map(self.cast_numbers, self.blocks))
         return numbers * self.compute_dtype.itemsize
 

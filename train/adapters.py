@@ -4,10 +4,16 @@ What an adapter is, is in model/lora.py. Here is what a run makes of the flags: 
 rate, its model, and what a checkpoint must say to be loaded again.
 """
 
+import os
+import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
 
 from ..eval.console import say
-from ..model.checkpoint import Checkpoint
+from ..model.checkpoint import KEPT_BASE, Checkpoint
+from ..model.files import new_folder
 from ..model.lora import LEARNING_RATE_FACTOR, LoRAConfig, add_adapters, cast_frozen
 from ..model.optimizer import OptimConfig
 from ..model.transformer import Transformer
@@ -31,16 +37,36 @@ def default_optim(words: list[str], optim: OptimConfig) -> OptimConfig:
     return replace(optim, lr=LEARNING_RATE_FACTOR * optim.lr)
 
 
+def loading_device(lora: LoRAConfig, device: torch.device) -> torch.device:
+    """Where a base is loaded: with adapters on the CPU, until its fp32 weights are cast."""
+    return torch.device("cpu") if lora.rank else device
+
+
+def keep_base(run: Path, base: Path) -> None:
+    """Link the checkpoint that adapters are for into the folder of their run, if it is one of a
+    run, which may remove it. (Where no link can be made, it is copied.)"""
+    kept = run / KEPT_BASE / base.name
+    if not (base / "state.json").exists() or kept.exists():
+        return
+    with new_folder(kept) as unfinished:
+        for name in ("model.safetensors", "state.json"):
+            try:
+                os.link(base / name, unfinished / name)
+            except OSError:
+                shutil.copyfile(base / name, unfinished / name)
+
+
 def adapt(
     model: Transformer, lora: LoRAConfig, seed: int, base: Checkpoint, inputs: Inputs
 ) -> dict:
     """Freeze the model and give it adapters, if --lora.rank is not 0.
 
-    Returns what to add to the state of a checkpoint, which holds the adapters alone: {"lora": ...},
-    or nothing. inputs: of the run, with an input "base".
+    The tensors of `base` are gone then. Returns what to add to the state of a checkpoint, which
+    holds the adapters alone: {"lora": ...}, or nothing. inputs: of the run, with an input "base".
     """
     if lora.rank == 0:
         return {}
+    base.tensors.clear()  # they may be the fp32 weights that are cast now
     cast_frozen(add_adapters(model, lora, seed))
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     n_frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)

@@ -9,6 +9,10 @@ import math
 from ..model.engine.requests import LEAST_TEMPERATURE
 
 
+class BatchTooLargeError(MemoryError):
+    """The largest micro-batch there can be does not fit; the message says what would help."""
+
+
 def check_temperature(temperature: float, may_be_zero: bool = True) -> None:
     """Refuse a temperature that the engine would refuse; 0 takes the most likely token."""
     if temperature == 0 and may_be_zero:

@@ -44,6 +44,7 @@ from ..model.lora import (
     cast_frozen,
     own_adapters,
 )
+from ..model.memory import predict
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ..rl import family
@@ -52,14 +53,14 @@ from ..rl.plugin import PluginError, source_of
 from ..rl.rewards import check_parts
 from ..rl.step import Learner, grpo_step
 from ..rl.update import AdapterReference, LogpGapError, Reference, gap_limit
-from .adapters import default_optim, value_in
+from .adapters import default_optim, loading_device, value_in
 from .compute_flags import ComputeFlags
 from .inputs import base_parts, file_parts
 from .lab.diagnosis import Diagnosis
 from .lab.mistakes import MISTAKES, warn_of
 from .log import read_metrics
 from .machine import peak_memory, pick_device, reuse_memory
-from .memory_check import compare, predicted_for, try_longest_batch
+from .memory_check import compare, predicted_for, setup_of, try_longest_batch
 from .rollout_log import RolloutLog
 from .run import START, Run, RunConfig, at_least
 from .task_flags import TaskFlags
@@ -161,10 +162,9 @@ def make_learner(
     reference, critic_trunk = None, None
     if config.needs_reference:
         reference = make_reference(config, base, reference_weights)
-    has_critic = config.advantage.baseline == "critic"
-    if has_critic:
+    if config.advantage.baseline == "critic":
         critic_trunk = another_policy(base)
-    engine = make_engine(config, task, policy, tokenizer, has_critic)
+    engine = make_engine(config, task, policy, tokenizer)
     chat = is_chat(config)
     learner = family.make_learner(config, policy, reference, engine, critic_trunk, chat)
     if config.mistake:
@@ -328,27 +328,19 @@ def check_room(config: GRPOConfig, task: Task, policy: Transformer, tokenizer: T
     return longest + config.max_new_tokens
 
 
-def make_engine(config: GRPOConfig, task: Task, policy, tokenizer, has_critic: bool) -> Engine:
+def make_engine(config: GRPOConfig, task: Task, policy, tokenizer) -> Engine:
     """An engine whose cache is for what a step samples, and leaves room for the first update."""
     # Measure a few prompts. If later ones are longer, fewer rows run at a time.
     few = task.problems("train", config.prompts_per_step)
     longest = longest_prompt(config, task, tokenizer, few) + config.max_new_tokens
-    # Bytes per parameter that the first update makes: gradients in fp32 and two moments, of the
-    # policy and of the critic, and the reference when it comes back from the CPU.
-    bytes_per_parameter = 12 if config.optim.moments == "fp32" else 8
-    if has_critic:
-        bytes_per_parameter += 12 if config.critic_optim.moments == "fp32" else 8
-    if config.ref_offload:
-        bytes_per_parameter += 4
-    n_parameters = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    # And what it computes with: a micro-batch holds one whole sample at least.
-    activations = policy.activation_bytes(max(config.micro_tokens, longest))
+    # And leave room for what the first update makes (model/memory.py).
+    reserve = predict(setup_of(config, policy, longest)).reserve
     return Engine(
         policy,
         tokenizer,
         max_rows=min(1024, config.prompts_per_step * config.group_size),
         longest=longest,
-        reserve=bytes_per_parameter * n_parameters + activations,
+        reserve=reserve,
         keep_routes=config.routing_replay,
     )
 
@@ -450,7 +442,8 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
     run = Run(config, config.algo if config.control == "none" else "control")
     # A resumed run keeps the learning rate's schedule that it began with.
     algorithm = replace(config, steps=run.schedule_steps)
-    policy, tokenizer, _ = base = load_model(config.base, device, precision=precision)
+    at_first = loading_device(config.lora, device)
+    policy, tokenizer, _ = base = load_model(config.base, at_first, precision=precision)
     policy.recomputes = config.recompute
     run.check_inputs(inputs_of(config, base))
     run.check_model(policy, tokenizer)
@@ -459,6 +452,7 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
         if notice:
             say(notice)
     run.adapt(policy, base[2])
+    policy.to(device)
     learner = make_learner(algorithm, task, base, start_weights(run))
     engine = learner.sampler.engine
     trained, more = trained_modules(learner, config)
@@ -471,7 +465,8 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
         del base  # of a run's folder, it holds all weights once more
         say(engine.plan())
         predicted = predicted_for(config, learner, longest)
-        run.note(memory={"predicted": predicted.parts | {"peak": predicted.peak}})
+        if run.first_step < config.steps:
+            run.note(memory={"predicted": predicted.parts | {"peak": predicted.peak}})
         if device.type == "cuda":
             try_longest_batch(learner, config, longest)
         say(f"{in_words(config)}, max_logp_gap {gap_limit(policy, config):g}")
@@ -506,7 +501,8 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
             if run.due(step, config.save_every) or score is not None:
                 rollout_log.sync()
                 run.save(step, score)
-        run.note(memory=compare(predicted, device))
+        if run.first_step < config.steps:
+            run.note(memory=compare(predicted, device))
     return policy
 
 

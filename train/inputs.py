@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..eval.tasks.hub import is_on_hub
-from ..model.checkpoint import Checkpoint, weights_digest
+from ..model.checkpoint import Checkpoint
 from ..model.tokenizer import Tokenizer
 
 MOST_NAMED = 5  # parts that a message names
@@ -37,7 +37,7 @@ def base_parts(base: Checkpoint, tokenizer: Tokenizer) -> Parts:
     """A base model as an input: its weights, its shape and its tokenizer."""
     shape = json.dumps(base.state["model_config"], sort_keys=True)
     return [
-        ["weights", weights_digest(base.tensors["model"])],
+        ["weights", base.weights_fingerprint],
         ["shape", digest([shape.encode()])],
         ["tokenizer", tokenizer.fingerprint()],
     ]

@@ -5,20 +5,22 @@ hours. So before its first step it sends one micro-batch of the longest answers 
 and throws the gradient away. That uses no random number and changes no weight.
 """
 
+from dataclasses import replace
+
 import torch
 
 from ..eval.console import say
 from ..model.memory import Prediction, Setup, predict
-from ..model.packed import pack
+from ..model.packed import Packed, pack
+from ..model.transformer import Transformer
 from ..rl.family import Algorithm
 from ..rl.step import Learner
-from .cli.errors import BatchTooLargeError
+from .checks import BatchTooLargeError
 from .machine import peak_memory
 
 
-def setup_of(config: Algorithm, learner: Learner, longest: int) -> Setup:
-    """What decides the memory of this run. longest: tokens of a prompt and its answer."""
-    policy = learner.policy
+def setup_of(config: Algorithm, policy: Transformer, longest: int) -> Setup:
+    """What decides the memory of a run. longest: tokens of a prompt and its answer."""
     reference = "cpu" if config.ref_offload else "device"
     return Setup(
         model=policy.config,
@@ -31,41 +33,57 @@ def setup_of(config: Algorithm, learner: Learner, longest: int) -> Setup:
         lora=config.lora,
         recompute=policy.recomputes,
         moments=config.optim.moments,
-        reference=reference if learner.reference else "none",
+        reference=reference if config.needs_reference else "none",
         critic=config.advantage.baseline == "critic",
+        critic_moments=config.critic_optim.moments,
     )
 
 
 def predicted_for(config: Algorithm, learner: Learner, longest: int) -> Prediction:
-    """The parts that this run is predicted to take on its device."""
-    budget = None
-    if learner.policy.device.type == "cuda":
-        _, budget = torch.cuda.mem_get_info(learner.policy.device)
-    return predict(setup_of(config, learner, longest), budget)
+    """The parts that this run is predicted to take, with the cache that its engine has made."""
+    engine = learner.sampler.engine
+    predicted = predict(setup_of(config, learner.policy, longest))
+    cache = engine.cache_tokens * engine.token_bytes
+    return replace(predicted, cache=cache, cache_tokens=engine.cache_tokens)
 
 
 def try_longest_batch(learner: Learner, config: Algorithm, longest: int) -> None:
     """Send the largest micro-batch there can be through forward and backward, and forget it.
 
-    Raises BatchTooLargeError, with the parts that were predicted and what would help.
+    Twice, so that the second one meets the gradients of the first, and beside as much memory as the
+    moments will take. Raises BatchTooLargeError, with what was predicted and what would help.
     """
-    policy = learner.policy
-    n_sequences = max(1, config.micro_tokens // longest)
-    packed = pack([[0] * longest] * n_sequences, policy.device)
+    policy, device = learner.policy, learner.policy.device
+    predicted = predicted_for(config, learner, longest)
     try:
-        logp, entropy = policy.logprobs(policy.hidden_states(packed), packed.tokens)
-        (logp.sum() + entropy.sum()).backward()
+        held = None
+        if not learner.optimizer.state:
+            held = torch.empty(predicted.moments, dtype=torch.uint8, device=device)
+        for _ in range(2):
+            packed = largest_batch(config.micro_tokens, longest, policy)
+            logp, entropy = policy.logprobs(policy.hidden_states(packed), packed.tokens)
+            (logp.sum() + entropy.sum()).backward()
+        del held
     except torch.OutOfMemoryError as error:
-        predicted = predicted_for(config, learner, longest)
         parts = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in predicted.parts.items())
         raise BatchTooLargeError(
             f"a micro-batch of {len(packed.tokens)} tokens does not fit, which is the largest that "
-            f"can come. Predicted were {parts}; what the GPU ran out at was the activations or the "
-            "log-probs. Give a smaller --micro-tokens, --recompute, --ref-offload, --optim.moments "
-            "bf16 or --lora.rank; `r1zero plan` says what each would save"
+            f"can come. Predicted were {parts}; what came out larger is the activations or the "
+            "log-probs, or another process has a part of the GPU. Give a smaller --micro-tokens, "
+            "--recompute, --ref-offload, --optim.moments bf16 or --lora.rank; `r1zero plan` says "
+            "what each would save"
         ) from error
     finally:
         policy.zero_grad(set_to_none=True)
+
+
+def largest_batch(micro_tokens: int, longest: int, policy: Transformer) -> Packed:
+    """Sequences as long as they may be, and a last one that fills the micro-batch. Their tokens
+    differ, so that those of a mixture go to different experts."""
+    lengths = [longest] * (micro_tokens // longest) + [micro_tokens % longest]
+    lengths = [length for length in lengths if length] if micro_tokens > longest else [longest]
+    vocabulary = policy.config.head_rows
+    return pack([[i % vocabulary for i in range(length)] for length in lengths], policy.device)
 
 
 def compare(predicted: Prediction, device: torch.device) -> dict:

@@ -93,6 +93,8 @@ class Choice:
             flags.append(f"--optim.moments {setup.moments}")
         if setup.reference == "cpu":
             flags.append("--ref-offload")
+        if setup.reference == "none":
+            flags.append("--loss.kl-coef 0 --kl-samples 0")
         return " ".join(flags)
 
 

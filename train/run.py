@@ -6,6 +6,7 @@
     <run>/rollouts.jsonl.gz of GRPO: every completion, cut back likewise; see rollout_log.py
     <run>/checkpoints/      see model/checkpoint.py
     <run>/start/            of GRPO: the model that the run began with, which the KL is measured to
+    <run>/base/             of a run with adapters: the checkpoint that they are for, if it is one
 
 A folder holds a run from its first checkpoint on. Before that, a corrected command may use it
 again.
@@ -48,9 +49,10 @@ from ..model.config import ModelConfig
 from ..model.files import atomic_write_json
 from ..model.huggingface import is_huggingface
 from ..model.optimizer import load_optimizer_tensors, optimizer_tensors
+from ..model.peft_folder import is_peft
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
-from .adapters import adapt
+from .adapters import adapt, keep_base
 from .inputs import Inputs, changes_of
 from .interrupt import Interrupt, Stopped
 from .lock import FolderLock
@@ -189,10 +191,10 @@ class Run:
                 f"cannot use the run folder {self.folder}: {nearest} {why}; give another one"
             )
         self._steps_seen = checkpoint_steps(self.folder)
-        if is_huggingface(self.folder):
+        if is_huggingface(self.folder) or is_peft(self.folder):
             raise ValueError(
-                f"{self.folder} holds a Hugging Face model, which checkpoints would hide; give the "
-                "run a folder of its own"
+                f"{self.folder} holds a Hugging Face model or its adapters, beside which "
+                "checkpoints would be lost; give the run a folder of its own"
             )
         if not self._steps_seen:
             return None
@@ -294,6 +296,8 @@ class Run:
         """Take the folder, and open the logs and the bar."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock.acquire()
+        if self.adapted:
+            keep_base(self.folder, Path(self.adapted["lora"]["base"]))
         if checkpoint_steps(self.folder) != self._steps_seen:
             raise ValueError(
                 f"another process has trained in {self.folder} while this one was loading; "

@@ -20,7 +20,7 @@ from ..model.checkpoint import load_model
 from ..model.lora import LoRAConfig
 from ..model.optimizer import OptimConfig
 from ..model.transformer import Transformer
-from .adapters import default_optim
+from .adapters import default_optim, loading_device
 from .batches import DocumentBatches
 from .compute_flags import ComputeFlags
 from .conversations import encode_conversations, read_conversations
@@ -82,11 +82,16 @@ def sft(config: SFTConfig) -> Transformer:
     device = pick_device(config.device)
     precision = config.precision(device)
     run = Run(config, "sft")
-    model, tokenizer, base = load_model(config.base, device, precision=precision)
+    model, tokenizer, base = load_model(
+        config.base, loading_device(config.lora, device), precision=precision
+    )
     model.recomputes = config.recompute
     run.check_inputs({"base": base_parts(base, tokenizer), "data": file_parts([Path(config.data)])})
     run.check_model(model, tokenizer)
     run.adapt(model, base)
+    model.to(device)
+    if config.lora.rank:  # what is no adapter stays, the bias of a mixture's balance too
+        config = replace(config, balance=replace(config.balance, bias_rate=0.0))
     conversations = read_conversations(config.data, config.skip_bad)
     documents, trained = encode_conversations(tokenizer, conversations)
     batches = DocumentBatches(

@@ -114,7 +114,10 @@ def test_adapters_that_peft_would_only_warn_of_are_errors(folder, edit, told):
 
 @pytest.mark.parametrize("change, told", [
     (dict(peft_type="IA3"), "peft_type is 'IA3', expected 'LORA'"),
-    (dict(use_dora=True, bias="all"), "bias is 'all', expected 'none'; use_dora is True, expected False"),
+    (dict(use_dora=True, bias="all"), "bias is 'all', which .* has not; use_dora is True"),
+    (dict(init_lora_weights="pissa"), "init_lora_weights is 'pissa', which changes the base"),
+    (dict(alora_invocation_tokens=[1, 2]), r"alora_invocation_tokens is \[1, 2\]"),
+    (dict(of_the_future=3), "of_the_future is 3, which plain LoRA has not"),
     (dict(rank_pattern={"q_proj": 4}), "rank_pattern is {'q_proj': 4}"),
     (dict(target_parameters=["mlp.experts.down_proj"]), "target_parameters is"),
     (dict(modules_to_save=["lm_head"]), "modules_to_save is"),

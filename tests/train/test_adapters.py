@@ -1,4 +1,5 @@
 """Runs with --lora.rank: what is trained, what is kept, and that a resumed run goes on bit for bit."""
+import gc
 import json
 import shutil
 
@@ -7,9 +8,15 @@ import pytest
 import torch
 
 from r1zero.model.checkpoint import checkpoint_steps, load_checkpoint, load_model, save_checkpoint
+from r1zero.model.config import preset
+from r1zero.model.engine.engine import Engine
 from r1zero.model.lora import LoRAConfig, adapters_of, add_adapters
+from r1zero.model.packed import pack
+from r1zero.model.tokenizer import Tokenizer
+from r1zero.model.transformer import Transformer
 from r1zero.rl.rollouts import micro_batches
 from r1zero.rl.update import AdapterReference, Reference, logprobs_of
+from r1zero.train import grpo as grpo_module
 from r1zero.train.cli.export import ExportConfig, export
 from r1zero.train.cli.flags import parse_flags
 from r1zero.train.grpo import GRPOConfig, grpo, make_learner
@@ -115,6 +122,8 @@ def test_a_run_with_adapters_is_a_base_and_its_adapters_are_exported(base, tmp_p
 def test_a_base_that_is_gone_or_another_is_told_in_one_line(base, tmp_path):
     grpo(grpo_config(tmp_path / "run", base, lora=LORA, steps=2))
     moved = base.rename(tmp_path / "elsewhere")
+    load_model(str(tmp_path / "run"), CPU)  # the run keeps a link to a base that is a checkpoint
+    shutil.rmtree(tmp_path / "run/base")
     with fails(ValueError, "holds adapters alone, and their base cannot be loaded: .* does not exist"):
         load_model(str(tmp_path / "run"), CPU)
     save_base(base, seed=1)
@@ -173,3 +182,60 @@ def test_without_a_kl_there_is_no_reference_and_the_run_is_the_same(base, tmp_pa
     both = [load_checkpoint(tmp_path / name).tensors for name in ("with", "without")]
     assert "reference" in both[0] and "reference" not in both[1]
     assert all(tensor.equal(both[1]["model"][name]) for name, tensor in both[0]["model"].items())
+
+
+def test_adapters_outlive_the_pruning_of_their_base_and_may_be_stacked(base, tmp_path):
+    """A run on a run with adapters, whose base goes on and removes its old checkpoints."""
+    grpo(grpo_config(tmp_path / "one", base, lora=LORA, steps=2, keep_last=1, save_every=1))
+    grpo(grpo_config(tmp_path / "two", tmp_path / "one", lora=LORA, steps=2))
+    before = weights_of(tmp_path / "two")
+    grpo(grpo_config(tmp_path / "one", base, lora=LORA, steps=4, keep_last=1, save_every=1, resume=True))
+    assert not (tmp_path / "one/checkpoints/step_00000002").exists()
+    after = weights_of(tmp_path / "two")
+    assert all(after[name].equal(before[name]) for name in before)
+
+
+def test_a_base_with_adapters_is_known_by_its_parts(base, tmp_path):
+    """Their sum rounds differently from machine to machine."""
+    grpo(grpo_config(tmp_path / "one", base, lora=LORA, steps=1))
+    first, same = (load_model(str(tmp_path / "one"), CPU)[2] for _ in range(2))
+    same.tensors["model"]["embed"][0, 0] += 1e-7
+    assert first.weights_fingerprint == same.weights_fingerprint
+    grpo(grpo_config(tmp_path / "one", base, lora=LORA, steps=2, resume=True))
+    assert load_model(str(tmp_path / "one"), CPU)[2].weights_fingerprint != first.weights_fingerprint
+
+
+def test_a_balance_bias_stays_as_it_is_with_adapters(tmp_path):
+    """It is no adapter, so no checkpoint would hold it."""
+    model = Transformer(preset("tiny-moe", Tokenizer.bytes().vocab_size)).init_weights(0)
+    state = {"model_config": model.config.to_dict(), "tokenizer": Tokenizer.bytes().to_dict(), "settings": {}}
+    save_checkpoint(tmp_path / "base", 0, {"model": model.state_dict()}, state)
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"prompt": "1", "response": "yes"}\n' * 8)
+    trained = sft(SFTConfig(run=str(tmp_path / "run"), base=str(tmp_path / "base"), data=str(data), steps=3,
+                            device="cpu", lora=LORA))
+    assert not trained.blocks[0].mlp.router.balance_bias.any()
+    loaded = load_model(str(tmp_path / "run"), CPU)[0]
+    packed = pack([[1, 2, 3]])
+    with torch.no_grad():
+        assert (loaded.hidden_states(packed) - trained.hidden_states(packed)).abs().max() < 1e-5
+
+
+def test_no_second_copy_of_the_base_is_alive_when_the_engine_measures_memory(base, tmp_path, monkeypatch):
+    size = tiny().embed.numel()
+
+    def embeddings():
+        gc.collect()
+        return [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.numel() == size
+                and x.dtype == torch.float32]
+
+    before, alive = {id(x) for x in embeddings()}, []
+
+    class Watched(Engine):
+        def __init__(self, model, *args, **options):
+            alive.extend(x.shape for x in embeddings() if id(x) not in before)
+            super().__init__(model, *args, **options)
+
+    monkeypatch.setattr(grpo_module, "Engine", Watched)
+    grpo(grpo_config(tmp_path / "run", base, lora=LORA, steps=1, dtype="bf16"))
+    assert not alive

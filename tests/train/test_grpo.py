@@ -99,7 +99,9 @@ def test_grpo_says_what_a_step_needs(tmp_path, monkeypatch):
     policy = grpo_module.grpo(c)
     weights = sum(p.numel() for p in policy.parameters())
     activations = policy.activation_bytes(max(c.micro_tokens, asked["longest"]))
-    assert asked["reserve"] == 12 * weights + activations > 13 * weights
+    least = 12 * weights + activations
+    head = 4 * policy.embed.numel() + 4096 * 4 * c.micro_tokens  # its gradient, and a CPU's slice of logits
+    assert 13 * weights < least < asked["reserve"] <= least + head
     assert c.max_new_tokens < asked["longest"] and asked["max_rows"] == c.prompts_per_step * c.group_size
 
 

@@ -20,6 +20,7 @@ from ...model.config import ModelConfig, preset
 from ...model.huggingface import is_huggingface, read_config
 from ...model.lora import LoRAConfig
 from ...model.memory import Setup
+from ...model.peft_folder import folder_of_base, is_peft
 from ...model.precision import DTYPES
 from ...model.transformer import count_active_parameters, count_parameters
 from ..planning import (
@@ -41,7 +42,7 @@ from ..planning import (
 from ..run import at_least, read_record
 
 VOCABULARY = 151_936  # of a preset: Qwen's
-LEAST_MEMORY = 1.0  # GiB
+LEAST_MEMORY = 1.0  # GiB; the driver alone takes most of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,8 @@ class PlanConfig:
     """Folder of a run, to see what was predicted of it and what was measured."""
     gpu: str = ""
     """Name of a card, for its memory and for the time: rtx-4090, a100, h200, ..."""
-    memory: float = 0.0
-    """Memory of the card in GiB; 0 is that of --gpu, or a table of several."""
+    memory: float | None = None
+    """Memory of the card in GiB; without it, that of --gpu, or a table of several."""
     price: float = 0.0
     """Price of the card per hour, for the cost."""
     steps: int = 500
@@ -87,18 +88,15 @@ class PlanConfig:
                 f"{' and '.join(given)} were given; give one: the folder of a model, the name of a "
                 "preset, or the folder of a run to look back at"
             )
-        if not given and (self.memory or self.gpu):
+        if not given and (self.memory is not None or self.gpu):
             raise ValueError(
                 "--memory and --gpu need a model; give --base DIR or --model NAME. Without a flag "
                 "the plan is a table of the recipes' models"
             )
         if self.gpu and self.gpu not in CARDS:
             raise ValueError(f"--gpu is {self.gpu!r}, expected one of {', '.join(CARDS)}")
-        if self.memory != 0 and not self.memory >= LEAST_MEMORY:
-            raise ValueError(
-                f"--memory is {self.memory:g} GiB, expected {LEAST_MEMORY:g} or more: the driver "
-                "alone takes most of one"
-            )
+        if self.price and not self.gpu:
+            raise ValueError("--price needs --gpu, whose speed says how many hours a run takes")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
 
@@ -107,9 +105,10 @@ def shape_of(config: PlanConfig) -> ModelConfig:
     """The shape of the model to plan for. Raises ValueError for a folder that holds none."""
     if config.model:
         return preset(config.model, VOCABULARY)
-    if is_huggingface(config.base):
-        return read_config(config.base)
-    state = load_checkpoint(config.base, groups=()).state
+    base = folder_of_base(config.base) if is_peft(config.base) else config.base
+    if is_huggingface(base):
+        return read_config(base)
+    state = load_checkpoint(base, groups=()).state
     if "model_config" not in state:
         raise ValueError(f"{config.base} holds no model; give the folder of one")
     return ModelConfig(**state["model_config"])
@@ -148,8 +147,10 @@ def plan(config: PlanConfig) -> None:
         active = f", {count_active_parameters(shape):,} of them active per token"
     show(f"{count_parameters(shape):,} parameters{active}; all that follows is predicted")
     card = CARDS.get(config.gpu)
-    memory = config.memory or (card.memory if card else 0)
-    if memory:
+    memory = config.memory
+    if memory is None and card:
+        memory = card.memory
+    if memory is not None:
         show("\n".join(plan_for(config, setup, memory, card)))
     else:
         show("\n".join(table_of(setup)))
@@ -157,7 +158,7 @@ def plan(config: PlanConfig) -> None:
 
 def plan_for(config: PlanConfig, setup: Setup, memory: float, card: Card | None) -> list[str]:
     """The plan for one card, in lines. Raises ValueError where nothing fits."""
-    choice = choose(setup, memory * GIB)
+    choice = choose(setup, memory * GIB) if memory >= LEAST_MEMORY else None
     if choice is None:
         least, needed = smallest(setup)
         raise ValueError(
@@ -165,7 +166,11 @@ def plan_for(config: PlanConfig, setup: Setup, memory: float, card: Card | None)
             f", which needs a card of {gib(needed)} GiB, {gib(needed - memory * GIB)} more. Fewer "
             "--max-new-tokens need less"
         )
-    lines = [f"{memory:g} GiB: {setting_in_words(choice.setup)}", f"  {choice.flags}"]
+    sizes = (
+        f"--prompts-per-step {config.prompts_per_step} --group-size {config.group_size} "
+        f"--max-new-tokens {config.max_new_tokens} --dtype {config.dtype}"
+    )
+    lines = [f"{memory:g} GiB: {setting_in_words(choice.setup)}", f"  {sizes} {choice.flags}"]
     lines += parts_in_words(choice.predicted)
     lines.append(f"  {choice.rows} of {setup.rows} answers are sampled at one time")
     if choice.setup.lora.rank and not config.lora_rank and smallest_full(setup) > memory * GIB:
@@ -223,6 +228,8 @@ def table_of_recipes(config: PlanConfig) -> list[str]:
 
 def look_back(folder: Path) -> list[str]:
     """What a run's record says was predicted and measured."""
+    if not folder.is_dir():
+        raise ValueError(f"--run {folder} does not exist; give the folder of a run")
     record = read_record(folder / "run.json")
     memory = record.get("memory")
     if not isinstance(memory, dict) or not isinstance(memory.get("predicted"), dict):

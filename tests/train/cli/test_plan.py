@@ -10,7 +10,8 @@ from r1zero.model.config import preset
 from r1zero.model.lora import LoRAConfig
 from r1zero.model.memory import Setup, predict, usable
 from r1zero.model.transformer import count_parameters
-from r1zero.train.cli.errors import BatchTooLargeError, explain
+from r1zero.train.checks import BatchTooLargeError
+from r1zero.train.cli.errors import explain
 from r1zero.train.cli.main import main
 from r1zero.train.grpo import grpo, make_learner
 from r1zero.train.memory_check import try_longest_batch
@@ -90,8 +91,10 @@ def test_a_table_for_all_cards_and_a_plan_for_one(capsys):
 @pytest.mark.parametrize("words, told", [
     (["--model", "qwen2.5-1.5b", "--memory", "4"], "does not fit 4 GiB at any setting; the least is LoRA 16, "
                                                     "recompute, which needs a card of 7.7 GiB, 3.7 more"),
-    (["--model", "qwen2.5-1.5b", "--memory", "0.5"], "--memory is 0.5 GiB, expected 1 or more"),
-    (["--model", "qwen2.5-1.5b", "--memory", "-3"], "--memory is -3 GiB, expected 1 or more"),
+    (["--model", "qwen2.5-1.5b", "--memory", "0"], "it does not fit 0 GiB at any setting; the least is"),
+    (["--model", "qwen2.5-1.5b", "--memory", "-3"], "which needs a card of 7.7 GiB, 10.7 more"),
+    (["--model", "qwen2.5-1.5b", "--price", "2"], "--price needs --gpu"),
+    (["--run", "nowhere"], "--run nowhere does not exist"),
     (["--model", "qwen9"], "unknown model preset 'qwen9'"),
     (["--gpu", "tpu", "--model", "demo"], "--gpu is 'tpu', expected one of rtx-3060"),
     (["--memory", "8"], "need a model; give --base DIR or --model NAME"),
@@ -142,7 +145,7 @@ def test_the_longest_batch_changes_no_weight_and_uses_no_random_number(tmp_path)
     learner.policy.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     try_longest_batch(learner, config, 30)
     try_longest_batch(learner, config, 150)
-    assert seen == [90, 150]
+    assert seen == [100, 100, 150, 150]  # twice each: the second meets the gradients of the first
     assert torch.get_rng_state().equal(state) and learner.policy.embed.equal(before)
     assert all(p.grad is None for p in learner.policy.parameters())
 
@@ -161,5 +164,5 @@ def test_a_batch_that_does_not_fit_names_the_parts_and_what_would_help(tmp_path)
         try_longest_batch(learner, config, 30)
     except BatchTooLargeError as error:
         code, message = explain(error, config)
-    assert code == 1 and message.startswith("out of memory: a micro-batch of 30 tokens does not fit")
+    assert code == 1 and message.startswith("out of memory: a micro-batch of 40 tokens does not fit")
     assert message.endswith("`r1zero plan` says what each would save")
