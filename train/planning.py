@@ -219,9 +219,10 @@ def seconds_per_step(choice: Choice, work: Work, card: Card) -> tuple[float, flo
     cache = choice.rows * mean_length * model.cache_bytes_per_token
     decoding = rounds * work.new_tokens * (weights + cache) / bandwidth
 
-    # 2. The update: forward is 1, backward 2, once more forward with --recompute; the reference.
+    # 2. The update: forward is 1, backward 2, or 1 where weights are frozen; once more forward with
+    #    --recompute; the reference.
     n_tokens = work.answers * work.longest
-    passes = 3 + setup.recompute + work.compares
+    passes = (2 if setup.lora.rank else 3) + setup.recompute + work.compares
     update = passes * n_tokens * model.flops_per_token(work.longest) / flops
     return decoding, update
 

@@ -226,8 +226,8 @@ def test_no_second_copy_of_the_base_is_alive_when_the_engine_measures_memory(bas
 
     def embeddings():
         gc.collect()
-        return [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.numel() == size
-                and x.dtype == torch.float32]
+        return [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter)
+                and x.numel() == size and x.dtype == torch.float32]
 
     before, alive = {id(x) for x in embeddings()}, []
 
