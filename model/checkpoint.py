@@ -615,7 +615,10 @@ def load_adapted(
     Raises CheckpointError if the base is not where it was, or has other weights.
     """
     kept = checkpoint.state["lora"]
-    mend = "restore it there, or use `r1zero export` where it still is"
+    mend = (
+        "restore it there, use `r1zero export` where it still is, or name its new place once with "
+        "--resume --base"
+    )
     folder = Path(kept["base"])
     if not folder.exists():  # the base's own run may have removed it
         linked = checkpoint.path.parent.parent / KEPT_BASE / folder.name

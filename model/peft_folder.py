@@ -140,6 +140,10 @@ def folder_of_base(folder: str | Path) -> Path:
             )
         if candidate.is_dir():
             return candidate
+    if not candidates:
+        raise ValueError(
+            f"{folder / CONFIG} names no base; put its path there, under base_model_name_or_path"
+        )
     raise ValueError(
         f"{folder} holds adapters of {name!r}, which is no folder here; models are not fetched by "
         f"name: put the path of the base into {folder / CONFIG}, under base_model_name_or_path"
@@ -171,6 +175,8 @@ def scale_in(path: Path) -> tuple[float, int]:
 
 def adapters_in(folder: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a folder. Raises ValueError for a damaged file."""
+    if not (Path(folder) / WEIGHTS).exists():
+        raise ValueError(f"{folder} has no {WEIGHTS}; take all files of the adapters")
     with opened(Path(folder) / WEIGHTS) as file:
         return {key.replace(".default.", "."): file.get_tensor(key) for key in file.keys()}
 

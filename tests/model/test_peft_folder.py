@@ -158,7 +158,7 @@ def test_a_folder_of_adapters_is_a_model_wherever_one_is_taken(folder, tmp_path)
 
 @pytest.mark.parametrize("name, told", [
     ("Qwen/Qwen2.5-0.5B", "'Qwen/Qwen2.5-0.5B', which is no folder here; models are not fetched"),
-    (None, "of None, which is no folder"), ("itself", "which holds adapters itself"),
+    (None, "adapter_config.json names no base"), ("itself", "which holds adapters itself"),
 ])
 def test_a_base_that_is_not_here_is_told_in_one_line(folder, name, told):
     path = folder / "adapter_config.json"

@@ -21,7 +21,7 @@ import torch
 
 from ...eval.console import show
 from ...model.checkpoint import Checkpoint, load_adapted, load_checkpoint
-from ...model.huggingface import check_free, write_model
+from ...model.huggingface import check_free, is_huggingface, write_model
 from ...model.lora import LoRAConfig
 from ...model.peft_folder import write_adapters
 from ...model.precision import DTYPES, Precision
@@ -193,3 +193,8 @@ def export_adapters(config: ExportConfig) -> None:
     name = config.base_model or lora["base"]
     write_adapters(config.out, model, LoRAConfig(**lora["config"]), name)
     show(f"written: {config.out}, adapters of {name}")
+    if Path(name).is_dir() and not is_huggingface(name):
+        show(
+            f"peft and vLLM cannot read that base; export it, too (r1zero export --run {name}), and "
+            "name the new folder under base_model_name_or_path in adapter_config.json"
+        )

@@ -42,6 +42,7 @@ from ..planning import (
 from ..run import at_least, read_record
 
 VOCABULARY = 151_936  # of a preset: Qwen's
+BY_NAME = {name.lower(): shape for name, shape in SHAPES.items()}
 LEAST_MEMORY = 1.0  # GiB; the driver alone takes most of it
 
 
@@ -52,7 +53,8 @@ class PlanConfig:
     base: str = ""
     """Folder of the model to train: an open model, or a run."""
     model: str = ""
-    """Name of a preset to plan for instead, such as qwen2.5-0.5b or depth=12."""
+    """Name of a preset to plan for instead, with Qwen's vocabulary, such as depth=12, or of a
+    recipe's model, such as qwen2.5-3b."""
     run: str = ""
     """Folder of a run, to see what was predicted of it and what was measured."""
     gpu: str = ""
@@ -103,6 +105,8 @@ class PlanConfig:
 
 def shape_of(config: PlanConfig) -> ModelConfig:
     """The shape of the model to plan for. Raises ValueError for a folder that holds none."""
+    if config.model.lower() in BY_NAME:
+        return BY_NAME[config.model.lower()]
     if config.model:
         return preset(config.model, VOCABULARY)
     base = folder_of_base(config.base) if is_peft(config.base) else config.base
@@ -173,8 +177,9 @@ def plan_for(config: PlanConfig, setup: Setup, memory: float, card: Card | None)
     lines = [f"{memory:g} GiB: {setting_in_words(choice.setup)}", f"  {sizes} {choice.flags}"]
     lines += parts_in_words(choice.predicted)
     lines.append(f"  {choice.rows} of {setup.rows} answers are sampled at one time")
-    if choice.setup.lora.rank and not config.lora_rank and smallest_full(setup) > memory * GIB:
-        lines.append(f"  to train all weights takes a card of {gib(smallest_full(setup))} GiB")
+    if choice.setup.lora.rank and not config.lora_rank:
+        full = gib(smallest_full(setup))
+        lines.append(f"  all weights fit from {full} GiB on, with two answers at one time")
     if card:
         lines += time_in_words(config, choice, card)
     return lines
@@ -236,7 +241,11 @@ def look_back(folder: Path) -> list[str]:
         raise ValueError(
             f"{folder} keeps no plan; runs of r1zero grpo do, since they predict their memory"
         )
-    lines = [f"{name:<28} {size / 1e9:8.3f} GB" for name, size in memory["predicted"].items()]
+    parts = {name: size for name, size in memory["predicted"].items() if size}
+    lines = [f"  {name:<28} {size / GIB:8.3f} GiB" for name, size in parts.items()]
     measured = memory.get("measured")
-    told = "not yet: the run has not ended" if measured is None else f"{measured / 1e9:.3f} GB"
-    return ["predicted:", *lines, f"measured peak: {told}"]
+    if measured is None:
+        return ["predicted, of tensors:", *lines, "measured: not yet, the run has not ended"]
+    on_gpu = (record.get("machine") or {}).get("gpu")
+    what = "PyTorch's tensors" if on_gpu else "the process, with Python and its libraries"
+    return ["predicted, of tensors:", *lines, f"measured peak of {what}: {measured / GIB:.3f} GiB"]
