@@ -10,8 +10,6 @@ import shutil
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 # A name that starts with this is unfinished.
 UNFINISHED = ".tmp-"
 # How a file system says that it knows no flush, unlike a full or broken disk.
@@ -74,6 +72,8 @@ def new_folder(folder: Path):
 
     Raises ValueError if it cannot be written.
     """
+    from safetensors import SafetensorError  # here, since not all who use this file write weights
+
     unfinished = folder.with_name(f"{UNFINISHED}{folder.name}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
