@@ -29,7 +29,7 @@ from .engine.cache import (
     step_bytes,
     tokens_within,
 )
-from .lora import LoRAConfig, adapters_of, add_adapters, cast_frozen
+from .lora import LoRAConfig, add_adapters, cast_frozen, merged_bytes
 from .routes import route_bytes
 from .transformer import Transformer
 
@@ -153,7 +153,7 @@ def bytes_of(model: Transformer) -> int:
 
 def engine_copy_bytes(model: Transformer, on_gpu: bool) -> int:
     """Bytes of the weights that the engine decodes from and that are not the trainer's own."""
-    merged = sum(adapted.weight.nbytes for adapted in adapters_of(model).values())
+    merged = merged_bytes(model)
     fp32 = {id(p) for p in model.read_in_fp32()}
     if not on_gpu or model.embed.dtype == model.compute_dtype:
         return merged
