@@ -18,7 +18,7 @@ of the step (its profiler reports each of them). Process: the highest resident m
 that before it (Linux's VmHWM, reset for the step). Both start after a first step of a few tokens: then the
 moments exist and the libraries are warm, but there are no gradients.
 
-    python -m benchmarks.memory --predict   five minutes, 9 GB
+    python -m benchmarks.memory --predict   a quarter of an hour, 6 GB
 
 measures steps of 1 GB and more beside what `r1zero plan` predicts (model/memory.py): four shapes, all
 weights or LoRA, with and without --recompute. A step is two micro-batches, so that the second one meets the
