@@ -106,7 +106,12 @@ def load_run(
     inside = sorted(str(path) for path in found if path.name != START)
     if inside and not (folder / "checkpoints").exists():
         raise ValueError(f"{run} holds several runs; give one of them: {', '.join(inside[:8])}")
-    return load_model(run, device, int(which) if which.isdecimal() else which, precision)
+    return load_model(run, device, which_of(which), precision)
+
+
+def which_of(word: str) -> str | int:
+    """What --which names: "last", "best" or a step."""
+    return int(word) if word.isdecimal() else word
 
 
 def choose_problems(task: Task, n: int | None) -> list:

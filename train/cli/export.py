@@ -28,7 +28,7 @@ from ...model.precision import DTYPES, Precision
 from ...model.transformer import Transformer, count_parameters
 from ..report.record import read_dict
 from ..versions import git_commit, package_version
-from .eval import load_run
+from .eval import load_run, which_of
 
 # A slash, and nothing that only other texts have, such as </answer>
 RELATIVE_PATH = re.compile(r"[^\s<>]*/[^\s<>]+")
@@ -181,8 +181,7 @@ def export(config: ExportConfig) -> None:
 
 def export_adapters(config: ExportConfig) -> None:
     """Write the adapters of a run. Raises ValueError for a run without."""
-    which = int(config.which) if config.which.isdecimal() else config.which
-    checkpoint = load_checkpoint(config.run, which, groups=("model",))
+    checkpoint = load_checkpoint(config.run, which_of(config.which), groups=("model",))
     lora = checkpoint.state.get("lora")
     if lora is None:
         raise ValueError(
