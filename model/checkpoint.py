@@ -589,9 +589,11 @@ def load_model(
     Raises CheckpointError if there is none to use, ValueError if it holds no model.
     """
     if is_peft(folder):
-        return _load_peft(Path(folder), device, which, precision)
+        _check_last(folder, "holds adapters, which have", which)
+        return _load_peft(Path(folder), device, precision)
     if is_huggingface(folder):
-        return _load_huggingface(Path(folder), device, which, precision)
+        _check_last(folder, "is a Hugging Face model, which has", which)
+        return _load_huggingface(Path(folder), device, precision)
     checkpoint = load_checkpoint(folder, which, groups=("model",))
     if "lora" in checkpoint.state:
         return _load_merged(checkpoint, device, precision)
@@ -651,14 +653,16 @@ def _load_merged(
     return model, tokenizer, Checkpoint(step, tensors, state, path, fingerprint)
 
 
+def _check_last(folder: str, what: str, which: str | int) -> None:
+    """Raise ValueError for another checkpoint than the last, of a folder that has none."""
+    if which != "last":
+        raise ValueError(f"{folder} {what} no checkpoint {which!r}; ask for the last")
+
+
 def _load_peft(
-    folder: Path, device: torch.device, which: str | int, precision: Precision | None
+    folder: Path, device: torch.device, precision: Precision | None
 ) -> tuple[Transformer, Tokenizer, Checkpoint]:
     """The base of a folder of adapters, with these added to it."""
-    if which != "last":
-        raise ValueError(
-            f"{folder} holds adapters, which have no checkpoint {which!r}; ask for the last"
-        )
     model, tokenizer, base = load_model(str(folder_of_base(folder)), device, precision=precision)
     fingerprint = f"{base.weights_fingerprint}+{weights_digest(adapters_in(folder))}"
     merge_folder(folder, model)
@@ -667,12 +671,8 @@ def _load_peft(
 
 
 def _load_huggingface(
-    folder: Path, device: torch.device, which: str | int, precision: Precision | None
+    folder: Path, device: torch.device, precision: Precision | None
 ) -> tuple[Transformer, Tokenizer, Checkpoint]:
-    if which != "last":
-        raise ValueError(
-            f"{folder} is a Hugging Face model, which has no checkpoint {which!r}; ask for the last"
-        )
     model, tokenizer = read_model(folder, device, precision)
     weights = model.state_dict()
     state = {"model_config": model.config.to_dict(), "tokenizer": tokenizer.to_dict()}
