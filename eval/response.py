@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .language import consistency, main_script
 from .tasks.base import Grade, Task
 
 FRAME = ("<think>", "</think>", "<answer>", "</answer>")
@@ -202,7 +203,7 @@ def grade_fault(grade: Any) -> str | None:
 
 
 def share_fault(share: Any) -> str | None:
-    """What keeps a task's word on the coherence of a response from being a finite number."""
+    """What keeps a task's word on the coherence or language of a response from being a number."""
     if isinstance(share, numbers.Real) and math.isfinite(share):
         return None
     return f"gave {quoted(repr(share))}, expected a finite number"
@@ -220,7 +221,7 @@ def judged_text(task: Task | type[Task], sample: Sample) -> str:
 def asked(
     task: Task | type[Task], member: str, sample: Sample, fault_of: Callable[[Any], str | None]
 ) -> Any:
-    """What a grader of a task, `grade` or `coherence`, gives for a response.
+    """What a grader of a task, `grade`, `coherence` or `language`, gives for a response.
 
     Raises ValueError, with the problem and the response, for one that raises or gives what has a
     fault. None of ours does; a task of the user's own may.
@@ -249,6 +250,32 @@ def verdict(task: Task | type[Task], sample: Sample) -> Grade:
 def coherence_of(task: Task | type[Task], sample: Sample) -> float:
     """The share of true steps of a response; ValueError as `asked`."""
     return asked(task, "coherence", sample, share_fault)
+
+
+def question_of(task: Task | type[Task], problem: Any) -> str:
+    """The question of a problem without its template, where the task tells; else the prompt."""
+    return getattr(task, "question", task.prompt)(problem)
+
+
+def has_language(task: Task) -> bool:
+    """Whether a task's problems tell the language of their answers, by a rule or by their words."""
+    if getattr(task, "language", None) is not None:
+        return True
+    return main_script(question_of(task, task.problem("train", 0))) is not None
+
+
+def language_of(task: Task | type[Task], sample: Sample) -> float:
+    """The share of the words of a response's thoughts that are in the language of its question.
+
+    A task may have a rule of its own; else the script of most words decides (language.py).
+    ValueError as `asked`.
+    """
+    if getattr(task, "language", None) is not None:
+        return asked(task, "language", sample, share_fault)
+    thoughts = judged_text(task, sample).partition("<answer>")[0]
+    for tag in FRAME:
+        thoughts = thoughts.replace(tag, " ")
+    return consistency(question_of(task, sample.problem), thoughts)
 
 
 def grade_response(task: Task | type[Task], sample: Sample) -> Graded:

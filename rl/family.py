@@ -95,7 +95,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-DEAD_GROUPS = ("rules", "reward")
+DEAD_GROUPS = ("rules", "reward", "accuracy")
 
 
 def rl_optim(lr: float = 4e-4) -> OptimConfig:
@@ -143,9 +143,9 @@ class Algorithm:
     """Soft overlong penalty (DAPO): the share of --max-new-tokens, at its end, over which the
     reward falls by up to 1. 0 turns it off."""
     dead_groups: str = "rules"
-    """Which groups teach nothing. "rules": those equal in accuracy, format and plug-in together, in
-    which efficiency and coherence then do not count, but the overlong penalty does. "reward": those
-    equal in the whole reward."""
+    """Which groups teach nothing. "rules": those equal in accuracy, format, language and plug-in
+    together, in which efficiency and coherence then do not count, but the overlong penalty does.
+    "reward": those equal in the whole reward. "accuracy": those that are all right or all wrong."""
     control: str = "none"
     """Train on rewards that carry no information, to see what training does by itself. "permute":
     shuffle the rewards within each group. "random": toss a coin for each answer."""

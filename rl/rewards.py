@@ -5,8 +5,9 @@ block followed by exactly one answer block and nothing else, and 0 for an answer
 No model judges anything, so there is nothing to hack but the rules (arXiv 2501.12948, section
 2.2.2).
 
-Further parts can be given a weight: efficiency and coherence (shaping.py), and a function of the
-user's own (plugin.py). Each part is graded and logged by itself, under its own name.
+Further parts can be given a weight: efficiency and coherence (shaping.py), the consistency of the
+language, and a function of the user's own (plugin.py). Each part is graded and logged by itself,
+under its own name.
 
 What is graded is a `Sample` (eval/response.py): the problem, the text, the tokens and how sampling
 ended.
@@ -22,22 +23,34 @@ from functools import partial
 
 import numpy as np
 
-from ..eval.response import Graded, Sample, coherence_of, grade_response
+from ..eval.response import Graded, Sample, coherence_of, grade_response, has_language, language_of
 from .control import CONTROLS
 from .plugin import FLAG, check_sign, check_size, load_reward, plugin_rewards, probes
 from .shaping import (
     OVERLONG,
     SHAPING,
     efficiency,
+    extras_of,
     groups_alike,
     lower_overlong,
     weighted_sum,
-    without_shaping_in_dead_groups,
+    without_extras_in_dead_groups,
 )
 
 # Names that a plug-in cannot have: those of the other parts, and of the fields that
 # `r1zero grade` writes beside them.
-TAKEN = ("accuracy", "format", *SHAPING, OVERLONG, *CONTROLS, "reward", "answer", "why", "line")
+TAKEN = (
+    "accuracy",
+    "format",
+    *SHAPING,
+    "language",
+    OVERLONG,
+    *CONTROLS,
+    "reward",
+    "answer",
+    "why",
+    "line",
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,9 @@ class RewardConfig:
     coherence_weight: float = 0.0
     """Reward for the share of true equations among those that a response writes; for --task
     countdown."""
+    language_weight: float = 0.0
+    """Reward for the share of the words of the thoughts that are in the language of the question
+    (DeepSeek-R1, eq. 7); 1 for thoughts without words."""
     plugin: str | None = None
     """Reward of your own, as my_module:function: from a list of samples (problem, text, tokens,
     finish_reason) to a list of numbers."""
@@ -67,6 +83,7 @@ class RewardConfig:
             self.format_weight,
             self.efficiency_weight,
             self.coherence_weight,
+            self.language_weight,
             self.plugin_weight,
         )
         judging = self.accuracy_weight + self.format_weight
@@ -75,8 +92,9 @@ class RewardConfig:
         if not all(0 <= weight < math.inf for weight in weights) or judging == 0:
             raise ValueError(
                 f"rewards: weights are accuracy {weights[0]}, format {weights[1]}, efficiency "
-                f"{weights[2]}, coherence {weights[3]} and plugin {weights[4]}; expected numbers "
-                "of 0 or more, and one above 0 for accuracy, format or a plugin"
+                f"{weights[2]}, coherence {weights[3]}, language {weights[4]} and plugin "
+                f"{weights[5]}; expected numbers of 0 or more, and one above 0 for accuracy, "
+                "format or a plugin"
             )
         if self.plugin is None:
             return
@@ -104,7 +122,11 @@ class RewardConfig:
     @property
     def weights(self) -> dict[str, float]:
         """The weight of each part: of accuracy and format, and of any other with one above 0."""
-        others = {"efficiency": self.efficiency_weight, "coherence": self.coherence_weight}
+        others = {
+            "efficiency": self.efficiency_weight,
+            "coherence": self.coherence_weight,
+            "language": self.language_weight,
+        }
         if self.plugin is not None:
             others[self.plugin_name] = self.plugin_weight
         others = {name: weight for name, weight in others.items() if weight > 0}
@@ -124,7 +146,7 @@ class Rewards:
     """The weighted sum of the parts: what is logged."""
     training_parts: dict[str, np.ndarray]
     """The parts that are trained on: those above, and "overlong", the penalty for long answers,
-    where there is one. In dead groups efficiency and coherence are 0. In the control all of them
+    where there is one. In dead groups the parts that do not count there are 0. In the control all
     are dealt out at random, or replaced by one part "random"."""
     training: np.ndarray
     """The weighted sum of the training parts: what the advantage is computed from."""
@@ -176,6 +198,9 @@ def judge(
     if "coherence" in weights:
         shares = [coherence_of(task, sample) for sample in samples]
         parts["coherence"] = np.array(shares, np.float64)
+    if "language" in weights:
+        shares = [language_of(task, sample) for sample in samples]
+        parts["language"] = np.array(shares, np.float64)
     if config.plugin_name in weights:
         parts[config.plugin_name] = plugin_part(samples, config, plugin)
     return graded, parts
@@ -194,6 +219,12 @@ def check_parts(task, config: RewardConfig) -> None:
             f"apply to the task {getattr(task, 'name', '')}, which does not check the equations of "
             "an answer; leave it out"
         )
+    if config.language_weight > 0 and not has_language(task):
+        raise ValueError(
+            f"--rewards.language-weight is {config.language_weight:g}, but the prompts of the task "
+            f"{getattr(task, 'name', '')} have no words that would tell a language; leave it out, "
+            "or ask in words (--options template=r1_zero)"
+        )
 
 
 class Grader:
@@ -210,8 +241,12 @@ class Grader:
         if config.overlong_buffer:
             limit, buffer = config.max_new_tokens, config.overlong_buffer
             self.adjustments.append(partial(lower_overlong, max_new_tokens=limit, buffer=buffer))
-        if config.dead_groups == "rules" and any(name in self.weights for name in SHAPING):
-            self.adjustments.append(partial(without_shaping_in_dead_groups, weights=self.weights))
+        extras = extras_of(config.dead_groups, self.weights)
+        if extras:
+            weights = self.weights
+            self.adjustments.append(
+                partial(without_extras_in_dead_groups, weights=weights, extras=extras)
+            )
         if config.control != "none":
             self.adjustments.append(partial(CONTROLS[config.control], seed=config.seed))
 

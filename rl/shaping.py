@@ -9,6 +9,10 @@ equal in accuracy, format and plug-in they would be all that differs, and be blo
 standard deviation. So there they count nothing, unless `--dead-groups reward` asks for it. (The
 overlong penalty counts everywhere, as in DAPO.)
 
+A part that is a share, such as the consistency of the language, hardly ever makes a group equal: an
+all-right group still teaches the language, and dynamic sampling keeps it. With `--dead-groups
+accuracy` groups that are all right or all wrong teach nothing, whatever else differs.
+
 Shapes: N answers, G groups.
 """
 
@@ -63,15 +67,26 @@ def efficiency(
     return earned_N
 
 
-def without_shaping_in_dead_groups(parts: Parts, rollouts, weights: dict[str, float]) -> Parts:
-    """The parts, efficiency and coherence 0 in the groups whose accuracy, format and plug-in add up
-    to the same."""
-    judging = {name: parts[name] for name in parts if name not in (*SHAPING, OVERLONG)}
+def extras_of(dead_groups: str, weights: dict[str, float]) -> list[str]:
+    """The parts that count nothing in groups where the others are equal, for a --dead-groups."""
+    if dead_groups == "rules":
+        return [name for name in SHAPING if name in weights]
+    if dead_groups == "accuracy":
+        return [name for name in weights if name not in ("accuracy", OVERLONG)]
+    return []
+
+
+def without_extras_in_dead_groups(
+    parts: Parts, rollouts, weights: dict[str, float], extras: list[str]
+) -> Parts:
+    """The parts, the extras 0 in the groups whose other parts, but the overlong penalty, add up to
+    the same."""
+    judging = {name: parts[name] for name in parts if name not in (*extras, OVERLONG)}
     judged_N = weighted_sum(judging, weights)
     dead_G = groups_alike(judged_N, rollouts.group_offsets)
     sizes_G = np.diff(rollouts.group_offsets)
     counts_N = np.repeat(~dead_G, sizes_G)
-    given = [name for name in SHAPING if name in parts]
+    given = [name for name in extras if name in parts]
     return parts | {name: parts[name] * counts_N for name in given}
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from ..eval.console import show
+from ..eval.tasks.assistant import Assistant
 from ..eval.tasks.countdown import Countdown
 from ..model.balance import BalanceConfig
 from ..model.config import preset
@@ -39,11 +40,12 @@ from .data import encode_documents, is_jsonl, read_documents, split_tail, text_f
 from .fit import fit
 from .inputs import Inputs, file_parts
 from .machine import pick_device, reuse_memory
-from .recipes import minimal_text
+from .recipes import minimal_text, r1_corpus
 from .recipes.demo_corpus import CorpusConfig, documents, words
+from .recipes.r1_corpus import AuthorsConfig
 from .run import Run, RunConfig, at_least
 
-MADE_HERE = ("countdown", "minimal")  # a --data that stands for the corpus of a recipe
+MADE_HERE = ("countdown", "minimal", "assistant")  # a --data that stands for the corpus of a recipe
 TAIL_BATCH = 16  # windows of held-out text that are scored at a time
 
 
@@ -56,8 +58,9 @@ class PretrainConfig(ComputeFlags, RunConfig):
     FREE: ClassVar[tuple[str, ...]] = ("skip_bad",)
 
     data: tuple[str, ...]
-    """Text files, .jsonl files (field `text`) or folders of them. The single word countdown stands
-    for the demo's corpus, minimal for that of the smallest recipe."""
+    """Text files, .jsonl files (field `text`) or folders of them. A single word stands for the
+    corpus of a recipe: countdown for the demo's, minimal for that of the smallest recipe, assistant
+    for that of r1zero r1."""
     skip_bad: bool = False
     """Go on without the lines of .jsonl files that are bad, and say how many there are."""
     tokenizer: str = "bpe"
@@ -79,6 +82,7 @@ class PretrainConfig(ComputeFlags, RunConfig):
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     task: Countdown = field(default_factory=Countdown)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    authors: AuthorsConfig = field(default_factory=AuthorsConfig)
     documents: int = 50_000
     """Number of documents in the corpus of a recipe."""
     tail_share: float = 0.1
@@ -126,6 +130,13 @@ def corpus_batches(config: PretrainConfig) -> tuple[Tokenizer, DocumentBatches]:
     if config.data == ("minimal",):
         tokenizer = Tokenizer.from_words(minimal_text.words())
         texts = minimal_text.documents(config.documents, config.seed)
+    elif config.data == ("assistant",):
+        puzzles = config.task
+        task = Assistant(
+            n_numbers=puzzles.n_numbers, high=puzzles.high, ops=puzzles.ops, seed=puzzles.seed
+        )
+        tokenizer = Tokenizer.from_words(r1_corpus.words(task))
+        texts = r1_corpus.documents(task, config.documents, config.authors, config.seed)
     else:
         tokenizer = Tokenizer.from_words(words(config.task))
         texts = documents(config.task, config.documents, config.corpus, config.seed)

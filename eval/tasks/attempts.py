@@ -4,7 +4,7 @@
 
 An attempt is a piece of the thoughts between `;`. It has steps, which are equations like 9-7=2
 between `,`. The last step is the check: the value reached minus the target. An attempt ends with a
-verdict, ok or no.
+verdict, ok or no, in either of two languages.
 
 The text comes from a model, so it may be anything: no text raises, and none takes long.
 
@@ -24,6 +24,9 @@ TAG = re.compile("|".join(FRAME))
 TAGS_BEFORE = re.compile(rf"(?:\s*({TAG.pattern}))*")
 # a op b = c; at most 9 digits each, so that values stay small.
 STEP = re.compile(r"(-?[0-9]{1,9})([-+*/])([0-9]{1,9})=(-?[0-9]{1,9})")
+
+# How a verdict is written, in either language, with the space before it.
+VERDICTS = {" ok": "ok", " no": "no", " 对": "ok", " 错": "no"}
 
 
 class Step(NamedTuple):
@@ -53,7 +56,7 @@ class Attempt:
     steps: list[Step | None]
     """The equations, the check last; None for a step that is no equation of two whole numbers."""
     verdict: str | None
-    """ "ok", "no", or None if the attempt ends with neither."""
+    """ "ok" or "no", in whichever language it is written; None if the attempt ends with neither."""
     ends_thoughts: bool | None
     """Whether a tag follows (True) or another attempt (False); None where it was cut off."""
 
@@ -94,14 +97,20 @@ def parse_attempts(response: str) -> list[Attempt]:
     for index, piece in enumerate(pieces):
         is_last = index == len(pieces) - 1
         was_cut = is_last and not ended
-        verdict = piece[-2:] if piece.endswith((" ok", " no")) else None
+        ending = ending_of(piece)
+        verdict = VERDICTS.get(ending)
         if "=" not in piece or (was_cut and verdict is None):
             continue
-        equations = piece[:-3] if verdict else piece
+        equations = piece.removesuffix(ending)
         steps = [_parse_step(equation) for equation in equations.split(",")]
         ends_thoughts = None if was_cut else is_last
         attempts.append(Attempt(piece, steps, verdict, ends_thoughts))
     return attempts
+
+
+def ending_of(text: str) -> str:
+    """The written verdict that a text ends with; empty for none."""
+    return next((ending for ending in VERDICTS if text.endswith(ending)), "")
 
 
 def _parse_step(equation: str) -> Step | None:
@@ -136,7 +145,8 @@ def is_valid(attempt: Attempt, problem: CountdownProblem) -> bool:
     # 4. The verdict is true, and the attempt is spelled in the one way there is.
     verdict = "no" if check.c else "ok"
     spelled = ",".join(step.spelled() for step in attempt.steps)
-    return attempt.text == f"{spelled} {verdict}"
+    is_spelled_so = attempt.text == f"{spelled}{ending_of(attempt.text)}"
+    return attempt.verdict == verdict and is_spelled_so
 
 
 def follows(answer: str, attempt: Attempt) -> bool:

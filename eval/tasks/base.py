@@ -53,6 +53,12 @@ class Task(Protocol):
     coherence: ClassVar[Callable[[Any, str], float] | None] = None
     """A static method, from a problem and a response to the share of its steps that are true; None
     for a task without steps that could be checked."""
+    language: ClassVar[Callable[[Any, str], float] | None] = None
+    """A static method, from a problem and a response to the share of the words of its thoughts that
+    are in the language that was asked for; None where the script of the question's words tells."""
+    judged_by_model: ClassVar[Callable[[Any], bool] | None] = None
+    """A static method: whether a problem's answers are for a reward model to judge, since no rule
+    tells which right answer is better; None where a reward model judges all."""
     prefilled: ClassVar[Callable[[Any], str] | None] = None
     """A static method, from a problem to what of the answer its prompt holds already, such as
     `<think>`; None where no prompt does. It is put in front of the response that is judged."""

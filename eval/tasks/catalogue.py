@@ -11,6 +11,7 @@ from typing import Any
 from ..plugin import is_named
 from . import own
 from .arithmetic import Arithmetic
+from .assistant import Assistant
 from .base import Task
 from .countdown import Countdown
 from .game24 import Game24
@@ -19,7 +20,7 @@ from .jsonl import JSONL
 from .math import Math
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Arithmetic, Countdown, Game24, GSM8K, JSONL, Math)
+    task.name: task for task in (Arithmetic, Assistant, Countdown, Game24, GSM8K, JSONL, Math)
 }
 
 

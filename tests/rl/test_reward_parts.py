@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from r1zero.eval.response import Sample
+from r1zero.eval.tasks.assistant import Assistant
 from r1zero.eval.tasks.countdown import Countdown, CountdownProblem
 from r1zero.rl.advantages import AdvantageConfig, Credit
 from r1zero.rl.control import CONTROLS, random_rewards
@@ -72,6 +73,48 @@ def test_a_tasks_own_coherence_must_be_a_number():
     task = SimpleNamespace(name="mine", grade=Countdown.grade, coherence=lambda problem, response: None)
     with pytest.raises(ValueError, match="the coherence of mine gave 'None', expected a finite number, for"):
         judge(task, [Sample(PROBLEM, "a")], RewardConfig(coherence_weight=0.1))
+
+
+# ---- language ----
+
+IN_CHINESE = Assistant.problem_from_text("3 7 9 → 13")
+# Two right answers, and two wrong ones, each in the language of the question or the other.
+SPOKEN = dataclasses.replace(
+    rollouts([RIGHT.format("1-1=0 对"), RIGHT.format("1-1=0 ok"), WRONG.format("1-1=0 对"),
+              WRONG.format("1-1=0 ok")], [10] * 4, [2, 2]), problems=[IN_CHINESE] * 2)
+
+
+def spoken(**options):
+    return Grader(algorithm(rewards=dict(language_weight=0.5), **options))(Assistant, SPOKEN)
+
+
+def test_the_language_is_a_part_that_is_added_and_trained_on_in_groups_that_are_all_right():
+    found = spoken()
+    assert found.parts["language"].tolist() == [1, 0, 1, 0]
+    assert found.total.tolist() == found.training.tolist() == pytest.approx([1.7, 1.2, 0.7, 0.2])
+    assert not found.dead(SPOKEN.group_offsets).any()
+
+
+def test_groups_equal_in_accuracy_are_dead_whatever_their_language_where_that_is_asked_for():
+    found = spoken(dead_groups="accuracy")
+    assert found.dead(SPOKEN.group_offsets).all()
+    assert found.total.tolist() == pytest.approx([1.7, 1.2, 0.7, 0.2])  # what is logged is the same
+    # A group of right and wrong answers counts whole.
+    mixed = dataclasses.replace(SPOKEN, group_offsets=np.array([0, 4]), problems=[IN_CHINESE])
+    live = Grader(algorithm(rewards=dict(language_weight=0.5), dead_groups="accuracy"))(Assistant, mixed)
+    assert live.training.tolist() == live.total.tolist()
+    # And dynamic sampling replaces those groups then, and only then.
+    for dead_groups, n_live in (("accuracy", 0), ("rules", 2), ("reward", 2)):
+        grader = Grader(algorithm(dead_groups=dead_groups, rewards=dict(language_weight=0.5)))
+        assert len(DynamicSampler(SimpleNamespace(), grader).live_groups(Assistant, SPOKEN)) == n_live
+
+
+def test_a_language_is_refused_where_the_prompts_have_no_words():
+    config = RewardConfig(language_weight=0.5)
+    with pytest.raises(ValueError, match="--rewards.language-weight is 0.5, but the prompts of the task count"):
+        check_parts(Countdown(), config)
+    for task in (Countdown(template="r1_zero"), Assistant()):
+        check_parts(task, config)
 
 
 # ---- dead groups ----

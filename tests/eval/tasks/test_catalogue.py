@@ -7,8 +7,8 @@ from r1zero.eval.response import Sample, grade_response, parse_response
 from r1zero.eval.tasks.catalogue import TASKS, find_task, make_task, option_types
 from r1zero.eval.tasks.countdown import Countdown, CountdownProblem
 
-RIGHT = {"arithmetic": "42", "countdown": "(9-3)+7", "game24": "4*6*1*1", "gsm8k": "42", "jsonl": "42",
-         "math": "0.5"}
+RIGHT = {"arithmetic": "42", "assistant": "(9-3)+7", "countdown": "(9-3)+7", "game24": "4*6*1*1",
+         "gsm8k": "42", "jsonl": "42", "math": "0.5"}
 
 
 @pytest.mark.parametrize("name", TASKS)
