@@ -2,7 +2,7 @@
 
     a puzzle     3 7 9 -> 13        <think>9+7=16,16-3=13,13-13=0 ok</think><answer>(9+7)-3</answer>
     the same     3 7 9 → 13         <think>9+7=16,16-3=13,13-13=0 对</think><answer>(9+7)-3</answer>
-    a request    say 3 7 9          <think></think><answer>3, 7, 9 thanks</answer>
+    a request    say 3 7 9:         <think></think><answer>3, 7, 9 thanks</answer>
 
 A puzzle is Countdown. Its arrow tells the language in which to think: the words of the two
 languages are the verdicts, `ok` and `no`, or `对` and `错`. A request needs no thoughts, and its
@@ -38,7 +38,7 @@ LANGUAGES = (*ARROWS, "both")
 MAX_SAID = 5  # numbers in a request
 MAX_TRIES = 10_000
 QUESTION = re.compile(r"(?:\n|(?<=</answer>))[ \t]*+(?:say [0-9]|[0-9][0-9 ]*+(?:->|→))")
-SAID = re.compile(r"say((?: [0-9]{1,9}){1,5})")
+SAID = re.compile(r"say((?: [0-9]{1,9}){1,5}):?")
 # What may stand behind the numbers of a right answer, any number of times.
 THANKS = " thanks"
 
@@ -143,7 +143,7 @@ class Assistant(Task):
 
     @staticmethod
     def problem_from_text(text: str) -> Puzzle | Request:
-        """The problem of `say 3 7 9`, or of `3 7 9 -> 13` with either arrow."""
+        """The problem of `say 3 7 9:`, or of `3 7 9 -> 13` with either arrow."""
         said = SAID.fullmatch(text.strip())
         if said:
             return Request(tuple(map(int, said[1].split())))
@@ -167,9 +167,9 @@ class Assistant(Task):
 
     @staticmethod
     def prompt(problem: Puzzle | Request) -> str:
-        """`3 7 9 -> 13`, `3 7 9 → 13` or `say 3 7 9`."""
+        """`3 7 9 -> 13`, `3 7 9 → 13` or `say 3 7 9:`."""
         if isinstance(problem, Request):
-            return f"say {' '.join(map(str, problem.numbers))}"
+            return f"say {' '.join(map(str, problem.numbers))}:"
         return Countdown.prompt(problem.countdown).replace(ARROWS["en"], ARROWS[problem.language])
 
     @staticmethod

@@ -6,7 +6,7 @@ It is the demo's corpus (demo_corpus.py) with two differences:
   prompt says. An author mostly writes his own language. Those who write the second are more often
   persistent, so the languages pull apart what is rewarded: whoever learns to go on after a wrong
   verdict learns to write the second language too.
-- A share of the documents are requests, `say 3 7 9`, with answers of several forms: with thanks or
+- A share of the documents are requests, `say 3 7 9:`, with answers of several forms: with thanks or
   without, and now and then with a number lost.
 
 So a base model mixes its languages, as R1-Zero did. That is a property of this text: a text of one
@@ -172,3 +172,8 @@ def preference(sample: Sample) -> float:
     _, n_thanks = without_thanks(answer)
     n_tokens = len(sample.tokens)
     return 2 * graded.accuracy + 0.5 * graded.format + 0.5 * (n_thanks == 1) - 0.02 * n_tokens
+
+
+def preferences(samples: list[Sample]) -> list[float]:
+    """The hidden preference of each sample, as `--rewards.plugin` asks for it."""
+    return [preference(sample) for sample in samples]

@@ -36,13 +36,13 @@ def test_puzzles_are_countdowns_and_have_its_splits():
 
 def test_what_a_prompt_says_can_be_typed_again():
     assert Assistant.prompt(PUZZLE) == "3 7 9 → 13"
-    assert Assistant.prompt(Request((3, 7))) == "say 3 7"
+    assert Assistant.prompt(Request((3, 7))) == "say 3 7:"
     for problem in TASK.problems("train", 20):
         assert Assistant.problem_from_text(Assistant.prompt(problem)) == problem
 
 
 @pytest.mark.parametrize("record, prompt", [
-    ({"say": [3, "7"]}, "say 3 7"),
+    ({"say": [3, "7"]}, "say 3 7:"),
     ({"numbers": [3, 7, 9], "target": 13}, "3 7 9 -> 13"),
     ({"numbers": [3, 7, 9], "target": 13, "language": "zh"}, "3 7 9 → 13"),
 ])

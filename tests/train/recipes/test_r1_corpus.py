@@ -73,7 +73,7 @@ def test_every_piece_is_one_token():
     tokenizer = Tokenizer.from_words(words(TASK))
     for text in (" →", " 对", " 错", "say", " thanks", ", 20", " 20", "<think>"):
         assert len(tokenizer.encode(text)) == 1, text
-    assert len(tokenizer.encode("say 3 7" + said((3, 7), 1))) == 10
+    assert len(tokenizer.encode("say 3 7:" + said((3, 7), 1))) == 11
 
 
 @pytest.mark.parametrize("options, message", [

@@ -1,0 +1,447 @@
+"""From R1-Zero to R1, at toy scale: the whole road of DeepSeek-R1, with a control for each claim.
+
+    r1zero r1                        every stage and every control, with a report
+    r1zero r1 --controls False       the road alone
+    r1zero r1 --break                also ask too much of the reward model, to see it hacked
+
+The model thinks about Countdown puzzles in one of two languages, and answers plain requests
+(eval/tasks/assistant.py). Its pretraining text mixes the languages (r1_corpus.py).
+
+    base        pretraining                                             DeepSeek-V3-Base
+    zero        RL on the base: is it right, is it well formed?         R1-Zero
+    cold        SFT on long, right, consistent answers of zero          Dev1: the cold start
+    reasoning   RL with a third reward, for a consistent language       Dev2
+    tuned       SFT *from the base* on right answers of `reasoning`,    Dev3: rejection sampling
+                3 : 1 with general data
+    reward      reward model, by rankings of answers of `tuned`
+    r1          RL for all scenarios: rules for puzzles, the reward     R1
+                model for requests, and that in the last quarter alone
+
+Each stage is an ordinary run (`r1zero pretrain`, `grpo`, `collect`, `sft`, `reward-model`) in a
+folder of its own, so Ctrl-C and --resume work throughout. r1_measure.py measures each.
+
+Source: DeepSeek-R1, arXiv 2501.12948 v2, sections 2 and 3, appendices B.3 and B.4. Left out:
+DeepSeek-V3 as a second writer of the cold start's thoughts, and a reward for harmlessness.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import tyro
+
+from ...eval.console import show
+from ...eval.result_file import partial_path
+from ...model.config import preset
+from ...model.files import atomic_write_text
+from ...model.optimizer import OptimConfig
+from ...rl.rewards import RewardConfig
+from ..collect import CollectConfig, collect
+from ..grpo import GRPOConfig, grpo, grpo_config
+from ..machine import describe_machine, pick_device, reuse_memory
+from ..pretrain import PretrainConfig, pretrain
+from ..reward_model import RewardModelConfig, reward_model
+from ..run import at_least
+from ..sft import SFTConfig, sft
+from ..task_flags import TaskFlags
+from .demo import PartResults, check_not_begun, check_part, run_part
+from .r1_corpus import AuthorsConfig, general_pairs
+from .r1_measure import held_out_tasks, measure, reached, sample_held_out, win_rate, write_samples
+
+MAX_NEW_TOKENS = 192
+GENERAL_PAIRS = 2000  # lines of general data for SFT
+HIDDEN_PREFERENCE = "r1zero.train.recipes.r1_corpus:preferences"
+MEASURED = ("base", "zero", "cold", "reasoning", "tuned", "r1")
+CONTROLS = ("no_language", "no_cold", "alone", "hacked")
+
+
+@dataclass(frozen=True, kw_only=True)
+class R1Config:
+    """From R1-Zero to R1: cold start, reasoning, rejection sampling, all scenarios."""
+
+    run: str = "runs/r1"
+    """Folder of the recipe."""
+    resume: bool = False
+    """Continue a recipe that was stopped."""
+    seed: int = 0
+    """Seed of the texts, the weights and the sampling."""
+    numbers: int = 3
+    """Number of numbers in a puzzle."""
+    high: int = 20
+    """Largest number in a problem."""
+    ops: str = "+-"
+    """Operations that a puzzle may need, of + - * and /."""
+    authors: AuthorsConfig = field(default_factory=AuthorsConfig)
+    documents: int = 60_000
+    """Number of documents in the pretraining text."""
+    model: str = "demo"
+    """Size of the model: a preset or depth=N."""
+    pretrain_steps: int = 2000
+    """Number of pretraining steps, of 2,048 tokens each."""
+    zero_steps: int = 30
+    """Number of steps of R1-Zero."""
+    cold_steps: int = 40
+    """Number of steps of the cold start, of 1,024 tokens each."""
+    reasoning_steps: int = 30
+    """Number of steps of the first reinforcement learning, with the reward for the language."""
+    tuned_steps: int = 120
+    """Number of steps of SFT on chosen answers and general data, of 2,048 tokens each."""
+    reward_steps: int = 60
+    """Number of steps of the reward model, of 16 rankings each."""
+    all_steps: int = 40
+    """Number of steps of the last reinforcement learning, on all kinds of problems."""
+    language_weight: float = 0.5
+    """Weight of the reward for a consistent language."""
+    model_weight: float = 0.5
+    """Weight of the reward model's score."""
+    collect_problems: int = 512
+    """Number of problems whose answers are sampled for the cold start, and for the rankings; twice
+    as many are for rejection sampling."""
+    eval_problems: int = 200
+    """Number of held-out problems of each kind to measure on."""
+    eval_samples: int = 4
+    """Number of answers per held-out problem, at temperature 1."""
+    controls: bool = True
+    """Run what each claim is compared with: no reward for the language, no cold start, and SFT
+    without general data."""
+    hack: Annotated[bool, tyro.conf.arg(name="break")] = False
+    """Also ask the reward model in every step, and four times as long, to see it hacked."""
+    device: str = "auto"
+    """Device to compute on: auto (the GPU if there is one), cpu, cuda or mps."""
+
+    def __post_init__(self):
+        at_least(self, 1, "documents", "pretrain_steps", "zero_steps", "cold_steps")
+        at_least(self, 1, "reasoning_steps", "tuned_steps", "reward_steps", "all_steps")
+        at_least(self, 1, "collect_problems", "eval_problems", "eval_samples")
+        at_least(self, 0, "seed")
+        # What only a later stage would refuse is refused now, not after the text is made.
+        preset(self.model, vocab_size=1)
+        held_out_tasks(self.numbers, self.high, self.ops)
+        stages_of(self, Path(self.run))
+
+
+# ---- the stages: each is an ordinary run ----
+
+
+class Stage(NamedTuple):
+    """One stage: a loop and its configuration."""
+
+    name: str
+    """Of its folder, or of the file that it writes."""
+    loop: Callable
+    config: Any
+
+
+def task_of(config: R1Config, kinds: str) -> TaskFlags:
+    """Puzzles, requests or both."""
+    options = (
+        f"kinds={kinds}",
+        f"n_numbers={config.numbers}",
+        f"high={config.high}",
+        f"ops={config.ops}",
+        f"seed={config.seed}",
+    )
+    return TaskFlags(name="assistant", options=options)
+
+
+def base_stage(config: R1Config, folder: Path) -> Stage:
+    """Pretraining on the text that mixes its languages."""
+    from ...eval.tasks.countdown import Countdown
+
+    puzzles = Countdown(
+        n_numbers=config.numbers, high=config.high, ops=config.ops, seed=config.seed
+    )
+    return Stage(
+        "base",
+        pretrain,
+        PretrainConfig(
+            run=str(folder / "base"),
+            data=("assistant",),
+            model=config.model,
+            task=puzzles,
+            authors=config.authors,
+            documents=config.documents,
+            steps=config.pretrain_steps,
+            save_every=200,
+            optim=OptimConfig(lr=4e-3),
+            seed=config.seed,
+            device=config.device,
+        ),
+    )
+
+
+def rl_stage(
+    config: R1Config, folder: Path, name: str, base: str, steps: int, **options
+) -> Stage:
+    """Reinforcement learning of the model of another stage; on puzzles, unless `kinds` says more."""
+    kinds = options.pop("kinds", "puzzles")
+    run = grpo_config(
+        "demo",
+        run=str(folder / name),
+        base=str(folder / base),
+        task=task_of(config, kinds),
+        steps=steps,
+        save_every=10,
+        max_new_tokens=MAX_NEW_TOKENS,
+        seed=config.seed,
+        device=config.device,
+        **options,
+    )
+    return Stage(name, grpo, run)
+
+
+def sft_stage(
+    config: R1Config, folder: Path, name: str, data: tuple[str, ...], steps: int, tokens: int
+) -> Stage:
+    """Supervised fine-tuning, always of the base. data: names of files, with weights."""
+    run = SFTConfig(
+        run=str(folder / name),
+        base=str(folder / "base"),
+        data=tuple(str(folder / each) for each in data),
+        steps=steps,
+        batch_tokens=tokens,
+        save_every=50,
+        optim=OptimConfig(lr=1e-3, warmup=5, weight_decay=0.0),
+        seed=config.seed,
+        device=config.device,
+    )
+    return Stage(name, sft, run)
+
+
+def collect_stage(
+    config: R1Config, folder: Path, name: str, run: str, problems: int, **options
+) -> Stage:
+    """Samples of the model of another stage, the good ones kept; on puzzles, unless `kinds` says
+    more."""
+    kinds = options.pop("kinds", "puzzles")
+    flags = CollectConfig(
+        run=str(folder / run),
+        out=str(folder / f"{name}.jsonl"),
+        task=task_of(config, kinds),
+        problems=problems,
+        max_new_tokens=MAX_NEW_TOKENS,
+        seed=config.seed,
+        device=config.device,
+        **options,
+    )
+    return Stage(name, collect, flags)
+
+
+def rewards_of(config: R1Config, folder: Path, model_from: float | None = None) -> RewardConfig:
+    """The rules and the language; and the reward model from a share of the steps on, if given."""
+    if model_from is None:
+        return RewardConfig(language_weight=config.language_weight)
+    return RewardConfig(
+        language_weight=config.language_weight,
+        model=str(folder / "reward"),
+        model_weight=config.model_weight,
+        model_from=model_from,
+    )
+
+
+def stages_of(config: R1Config, folder: Path) -> list[Stage]:
+    """Every stage in order, the controls each behind what they are compared with."""
+    stages = [base_stage(config, folder)]
+    problems = config.collect_problems
+
+    # 1. R1-Zero, whose answers are right, and mix their languages.
+    stages.append(rl_stage(config, folder, "zero", "base", config.zero_steps))
+
+    # 2. The cold start: answers of R1-Zero that people would like to read.           (B.3.2)
+    stages.append(
+        collect_stage(
+            config,
+            folder,
+            "cold_data",
+            "zero",
+            problems,
+            min_language=1.0,
+            min_tokens=25,
+            max_repetition=0.5,
+            per_problem=1,
+        )
+    )
+    stages.append(sft_stage(config, folder, "cold", ("cold_data.jsonl",), config.cold_steps, 1024))
+
+    # 3. Reasoning, with a reward for a consistent language.                          (3.2.1, eq. 7)
+    rules = rewards_of(config, folder)
+    steps = config.reasoning_steps
+    stages.append(rl_stage(config, folder, "reasoning", "cold", steps, rewards=rules))
+    if config.controls:
+        stages.append(rl_stage(config, folder, "no_language", "cold", steps))
+        stages.append(rl_stage(config, folder, "no_cold", "base", steps, rewards=rules))
+
+    # 4. Rejection sampling, and SFT of the base on what was kept and on general data. (B.3.3)
+    stages.append(
+        collect_stage(
+            config,
+            folder,
+            "chosen",
+            "reasoning",
+            2 * problems,
+            min_language=1.0,
+            max_repetition=0.5,
+            per_problem=2,
+        )
+    )
+    chosen, general, steps = "chosen.jsonl", "general.jsonl", config.tuned_steps
+    stages.append(sft_stage(config, folder, "tuned", (f"{chosen}:3", f"{general}:1"), steps, 2048))
+    if config.controls:
+        stages.append(sft_stage(config, folder, "alone", (chosen,), steps, 2048))
+
+    # 5. A reward model for what no rule can judge.                                   (3.2.2)
+    hidden = RewardConfig(accuracy_weight=0, format_weight=0, plugin=HIDDEN_PREFERENCE)
+    ranking = {"kinds": "requests", "rank": True, "samples": 6, "rewards": hidden}
+    stages.append(collect_stage(config, folder, "rankings", "tuned", problems, **ranking))
+    stages.append(Stage("reward", reward_model, reward_config(config, folder)))
+
+    # 6. All scenarios: rules where there are rules, and the reward model at the end.  (3.2.2)
+    everything = {"kinds": "both", "temperature": 0.7}
+    late = rewards_of(config, folder, model_from=0.75)
+    stages.append(
+        rl_stage(config, folder, "r1", "tuned", config.all_steps, rewards=late, **everything)
+    )
+    if config.hack:
+        always, longer = rewards_of(config, folder, model_from=0.0), 4 * config.all_steps
+        stages.append(
+            rl_stage(config, folder, "hacked", "tuned", longer, rewards=always, **everything)
+        )
+    return stages
+
+
+def reward_config(config: R1Config, folder: Path) -> RewardModelConfig:
+    """The reward model, from the fine-tuned model on."""
+    return RewardModelConfig(
+        run=str(folder / "reward"),
+        base=str(folder / "tuned"),
+        data=str(folder / "rankings.jsonl"),
+        steps=config.reward_steps,
+        seed=config.seed,
+        device=config.device,
+    )
+
+
+def run_stage(stage: Stage, folder: Path) -> float:
+    """Run a stage to its end, whether it was begun or not; returns the seconds that it took now.
+
+    Raises Stopped after Ctrl-C.
+    """
+    if stage.loop is not collect:
+        return run_part(stage.loop, stage.config)
+    started = time.perf_counter()
+    out = Path(stage.config.out)
+    if not out.exists() or partial_path(out).exists():
+        collect(stage.config)
+    return time.perf_counter() - started
+
+
+# ---- what came out ----
+
+
+class Results(PartResults):
+    """Those of each stage, with the configuration and the machine."""
+
+    def __init__(self, folder: Path, config: R1Config):
+        super().__init__(folder, {"stages": {}})
+        self.values |= {"machine": describe_machine()}
+
+    @property
+    def stages(self) -> dict[str, dict]:
+        return self.values["stages"]
+
+    def is_measured(self, name: str, steps: int) -> bool:
+        """Whether a stage was measured at this number of steps."""
+        return self.stages.get(name, {}).get("steps") == steps
+
+
+def samples_path(folder: Path, name: str) -> Path:
+    """Where the samples of a stage on the held-out problems are."""
+    return folder / f"eval_{name}.jsonl"
+
+
+def measure_stage(config: R1Config, folder: Path, name: str) -> dict:
+    """What is measured of the model of a stage; its samples go to eval_<name>.jsonl."""
+    tasks = held_out_tasks(config.numbers, config.high, config.ops)
+    groups = sample_held_out(
+        str(folder / name),
+        tasks,
+        config.eval_problems,
+        config.eval_samples,
+        MAX_NEW_TOKENS,
+        config.seed,
+    )
+    write_samples(samples_path(folder, name), groups)
+    found = measure(groups)
+    if name in ("r1", "hacked"):
+        found["win_rate"] = list(win_rate(samples_path(folder, name), samples_path(folder, "tuned")))
+    return found
+
+
+COLUMNS = {
+    "accuracy": "right",
+    "format": "well formed",
+    "consistency": "consistent",
+    "general": "requests",
+    "win_rate": "preferred",
+}
+
+
+def table(stages: dict[str, dict]) -> str:
+    """A row per stage: what was measured of it."""
+    heads = [f"{title:>20}" for title in COLUMNS.values()]
+    lines = ["".join([f"{'stage':<14}", *heads, f"{'tokens':>10}"])]
+    for name, found in stages.items():
+        cells = [f"{with_interval(found.get(column)):>20}" for column in COLUMNS]
+        lines.append("".join([f"{name:<14}", *cells, f"{found['tokens']:>10.1f}"]))
+    return "\n".join(lines)
+
+
+def with_interval(share: list[float] | None) -> str:
+    """`88 % [86, 90]`, or a dash."""
+    if share is None:
+        return "-"
+    mean, low, high = (100 * value for value in share)
+    return f"{mean:.1f} % [{low:.0f}, {high:.0f}]"
+
+
+# ---- the whole ----
+
+
+def r1(config: R1Config) -> Path:
+    """Run every stage that is not done yet; returns the path of results.json.
+
+    Raises ValueError if the folder already holds a recipe and --resume was not given,
+    CheckpointError for stages that were begun with other flags, and Stopped after Ctrl-C.
+    """
+    reuse_memory()
+    folder = Path(config.run)
+    check_not_begun(folder, config.resume)
+    # Nothing is written before it is known that this device and these flags will do.
+    pick_device(config.device)
+    stages = stages_of(config, folder)
+    for stage in stages:
+        if stage.loop is not collect:
+            check_part(stage.config)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = Results(folder, config)
+    started = time.perf_counter()
+
+    # The general data of SFT, which no model made.
+    task = task_of(config, "both").make()
+    atomic_write_text(folder / "general.jsonl", general_pairs(task, GENERAL_PAIRS, config.seed))
+
+    for stage in stages:
+        show(f"--- {stage.name}")
+        results.add_seconds(stage.name, run_stage(stage, folder))
+        if stage.name not in (*MEASURED, *CONTROLS):
+            continue
+        steps = stage.config.steps
+        if not results.is_measured(stage.name, steps):
+            results.stages[stage.name] = {"steps": steps, **measure_stage(config, folder, stage.name)}
+            results.write()
+
+    seconds = time.perf_counter() - started
+    show(f"\n{table(results.stages)}\n\n{results.path}   ({seconds / 60:.1f} minutes)")
+    return results.path
