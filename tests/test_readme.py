@@ -77,6 +77,8 @@ TOY = {  # command: the settings that make it small, instead of README's or besi
                  "--vocab-size": "280", "--steps": "2", "--device": "cpu"},
     "sft": {"--steps": "2", "--device": "cpu"},
     "grpo": {"--steps": "2", "--device": "cpu", **TINY_STEP},
+    "collect": {"--problems": "2", "--samples": "2", "--keep": "all", "--max-new-tokens": "6",
+                "--device": "cpu"},
     "compare": {"--steps": "2", "--device": "cpu", **TINY_STEP},
     "diagnose": {},
     "show": {"--step": "4"},

@@ -15,7 +15,7 @@ Shapes: T tokens of a batch (flat), N sequences.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -194,9 +194,9 @@ class DocumentBatches:
     tokens.
 
     A document of L tokens gives L - 1 inputs, since its last token (the end token) predicts
-    nothing. An epoch has every document exactly once, in as few batches as its order and the budget
-    allow. Then the budget is lowered as far as that number of batches allows, so that the last
-    batch is not a small, noisy rest.
+    nothing. An epoch has every document exactly once, or those that the order of a mixture names,
+    in as few batches as its order and the budget allow. Then the budget is lowered as far as that
+    number of batches allows, so that the last batch is not a small, noisy rest.
     """
 
     def __init__(
@@ -206,10 +206,12 @@ class DocumentBatches:
         max_seq_len: int,
         seed: int = 0,
         trained: Sequence[np.ndarray] | None = None,
+        order: Callable[[int], np.ndarray] | None = None,
     ):
         """documents: lists or arrays of token ids; batch_tokens, max_seq_len: most input tokens per
         batch and per document; trained: for each document a bool array, True where a token is
-        learned; None: all are.
+        learned; None: all are; order: from an epoch to its documents, as MixedOrder of mixture.py
+        gives them; None: each of them once, shuffled.
 
         Raises ValueError if there are no documents, for one that is too long or too short (with its
         index), and for sizes below 1.
@@ -230,7 +232,8 @@ class DocumentBatches:
         self.starts = np.cumsum(lengths_N) - lengths_N
         self.lengths = lengths_N - 1
         self.batch_tokens = batch_tokens
-        self.order_of = lru_cache(maxsize=2)(partial(shuffled, len(lengths_N), seed))
+        order = order or partial(shuffled, len(lengths_N), seed)
+        self.order_of = lru_cache(maxsize=2)(order)
         self.plan_of = lru_cache(maxsize=2)(self.plan)
         # Index of the first batch of each epoch, as far as it was needed: a memo that decides
         # nothing.

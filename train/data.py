@@ -5,7 +5,8 @@
     split_tail          cut off the end of a long text, to hold it out
 
 Conversations have a file of their own (conversations.py). Left out: worker processes and memory
-maps (the text is read whole; it is expected to be megabytes), downloads, mixing of sources.
+maps (the text is read whole; it is expected to be megabytes), downloads. mixture.py mixes sources
+by weight.
 """
 
 import json

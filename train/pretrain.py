@@ -3,13 +3,14 @@ attempts.
 
     r1zero pretrain --run runs/shakespeare --data tinyshakespeare.txt --steps 500
     r1zero pretrain --run runs/base --data countdown --model demo --steps 1000
+    r1zero pretrain --run runs/mixed --data books.txt:3 --data code/:1
 
 Real text becomes windows of `seq_len` tokens, the corpus whole documents; `--batch-tokens` of them
 make one optimizer step. The last tenth of a real text is held out. At the end it is scored in bits
 per byte, which does not depend on the tokenizer, beside a model that only knows how often each
 token occurs.
 
-The loop itself is in fit.py. Left out: data too large for memory, mixing of sources, sharding.
+The loop itself is in fit.py. Left out: data too large for memory, sharding.
 """
 
 import math
@@ -40,6 +41,7 @@ from .data import encode_documents, is_jsonl, read_documents, split_tail, text_f
 from .fit import fit
 from .inputs import Inputs, file_parts
 from .machine import pick_device, reuse_memory
+from .mixture import MixedOrder, check_different, parse_sources, parts_of, weights_input
 from .recipes import minimal_text, r1_corpus
 from .recipes.demo_corpus import CorpusConfig, documents, words
 from .recipes.r1_corpus import AuthorsConfig
@@ -58,9 +60,10 @@ class PretrainConfig(ComputeFlags, RunConfig):
     FREE: ClassVar[tuple[str, ...]] = ("skip_bad",)
 
     data: tuple[str, ...]
-    """Text files, .jsonl files (field `text`) or folders of them. A single word stands for the
-    corpus of a recipe: countdown for the demo's, minimal for that of the smallest recipe, assistant
-    for that of r1zero r1."""
+    """Text files, .jsonl files (field `text`) or folders of them. A number behind one, as in
+    books.txt:3 code:1, is its share of the windows of text. A single word stands for the corpus of
+    a recipe: countdown for the demo's, minimal for that of the smallest recipe, assistant for that
+    of r1zero r1."""
     skip_bad: bool = False
     """Go on without the lines of .jsonl files that are bad, and say how many there are."""
     tokenizer: str = "bpe"
@@ -145,16 +148,60 @@ def corpus_batches(config: PretrainConfig) -> tuple[Tokenizer, DocumentBatches]:
     return tokenizer, DocumentBatches(ids, config.batch_tokens, max_seq_len, config.seed)
 
 
-def text_batches(config: PretrainConfig) -> tuple[Tokenizer, TokenStream, np.ndarray]:
-    """Tokenizer, training windows and held-out tail of a real text."""
-    texts = read_documents(config.data, config.skip_bad)
-    # The tokenizer is trained on the training part only, or the tail would not be held out.
-    training_texts = first_share(texts, 1 - config.tail_share)
+def text_batches(
+    config: PretrainConfig,
+) -> tuple[Tokenizer, TokenStream | DocumentBatches, np.ndarray]:
+    """Tokenizer, training windows and held-out tail of a real text.
+
+    The end of each source of a mixture is held out; without weights, the end of all the text.
+    """
+    # 1. The sources that are mixed, or one that all files make together.
+    sources = parse_sources(config.data)
+    parts = parts_of(sources)
+    groups = [[source.path] for source in sources]
+    if parts is None:
+        groups = [[source.path for source in sources]]
+    texts = [read_documents(group, config.skip_bad) for group in groups]
+
+    # 2. The tokenizer is trained on the training part only, or the tail would not be held out.
+    shares = [first_share(each, 1 - config.tail_share) for each in texts]
+    training_texts = [text for share in shares for text in share]
     tokenizer = make_tokenizer(config.tokenizer, training_texts, config.vocab_size)
-    tokens = np.concatenate(encode_documents(tokenizer, texts))
-    train, tail = split_tail(tokens, config.tail_share)
-    batch_size = max(1, config.batch_tokens // config.seq_len)
-    return tokenizer, TokenStream(train, config.seq_len, batch_size, config.seed), tail
+
+    # 3. The windows.
+    tokens = [np.concatenate(encode_documents(tokenizer, each)) for each in texts]
+    halves = [split_tail(each, config.tail_share) for each in tokens]
+    tail = np.concatenate([tail for _, tail in halves])
+    if parts is None:
+        [(train, _)] = halves
+        batch_size = max(1, config.batch_tokens // config.seq_len)
+        return tokenizer, TokenStream(train, config.seq_len, batch_size, config.seed), tail
+    return tokenizer, mixed_windows(config, [train for train, _ in halves], parts), tail
+
+
+def mixed_windows(
+    config: PretrainConfig, texts: list[np.ndarray], parts: list[int]
+) -> DocumentBatches:
+    """The windows of several texts, mixed: each of seq_len tokens and the target behind its last.
+
+    Raises ValueError for a text that is shorter than that.
+    """
+    length = config.seq_len + 1
+    windows, sizes = [], []
+    for number, tokens in enumerate(texts, 1):
+        # Two windows that follow each other share a token: the last target of the first.
+        starts = range(0, len(tokens) - config.seq_len, config.seq_len)
+        if not starts:
+            raise ValueError(
+                f"source {number} of --data has {len(tokens)} tokens to train on, but one sequence "
+                f"of --seq-len {config.seq_len} needs {length}; give more text or a smaller "
+                "--seq-len"
+            )
+        windows += [tokens[start : start + length] for start in starts]
+        sizes.append(len(starts))
+    batch_tokens = max(config.batch_tokens, config.seq_len)
+    order = MixedOrder(sizes, parts, config.seed)
+    return DocumentBatches(windows, batch_tokens, config.seq_len, config.seed, order=order)
 
 
 def first_share(texts: list[str], share: float) -> list[str]:
@@ -174,9 +221,16 @@ def inputs_of(config: PretrainConfig) -> Inputs:
     """
     if config.is_made_here:
         return {"data": [[config.data[0], "by its flags"]]}
-    files = [file for path in config.data for file in text_files(Path(path))]
+    sources = parse_sources(config.data)
+    files = [file for source in sources for file in text_files(Path(source.path))]
+    if parts_of(sources):
+        check_different(files)
     kinds = [[str(file), "lines" if is_jsonl(file) else "text"] for file in files]
-    return {"data": file_parts(files), "kind of data": kinds}
+    return {
+        "data": file_parts(files),
+        "kind of data": kinds,
+        "data weights": weights_input(sources),
+    }
 
 
 # ---- how well a held-out text is predicted ----

@@ -1,6 +1,7 @@
 """Supervised fine-tuning on conversations, with the loss on what the assistant says.
 
     r1zero sft --run runs/chat --base runs/shakespeare --data pairs.jsonl --steps 100
+    r1zero sft --run runs/chat --base runs/base --data reasoning.jsonl:3 --data general.jsonl:1
 
 The loop itself is in fit.py, the same as in pretraining. A target that is part of a prompt has
 weight 0; the tokens of a response and its end token have weight 1. conversations.py says what a
@@ -27,6 +28,7 @@ from .conversations import encode_conversations, read_conversations
 from .fit import fit
 from .inputs import base_parts, file_parts
 from .machine import pick_device, reuse_memory
+from .mixture import MixedOrder, parse_sources, parts_of, weights_input
 from .run import Run, RunConfig, at_least
 
 
@@ -40,11 +42,12 @@ class SFTConfig(ComputeFlags, RunConfig):
 
     base: str
     """Folder of the run, checkpoint or Hugging Face model to start from."""
-    data: str
-    """A .jsonl file whose lines have the fields prompt and response, or the field messages: a list
-    of objects with role (system, user or assistant) and content. Texts are trained on as they
+    data: tuple[str, ...]
+    """The .jsonl files whose lines have the fields prompt and response, or the field messages: a
+    list of objects with role (system, user or assistant) and content. Texts are trained on as they
     stand, without a chat template: a line break joins system and user messages that follow each
-    other, and the end token follows each assistant's."""
+    other, and the end token follows each assistant's. A number behind a file, as in a.jsonl:3
+    b.jsonl:1, is its share of the conversations."""
     skip_bad: bool = False
     """Go on without the lines of the data that are bad, and say how many there are."""
     batch_tokens: int = 1024
@@ -82,24 +85,35 @@ def sft(config: SFTConfig) -> Transformer:
     device = pick_device(config.device)
     precision = config.precision(device)
     run = Run(config, "sft")
+    sources = parse_sources(config.data)
+    parts = parts_of(sources)
     model, tokenizer, base = load_model(
         config.base, loading_device(config.lora, device), precision=precision
     )
     model.recomputes = config.recompute
-    run.check_inputs({"base": base_parts(base, tokenizer), "data": file_parts([Path(config.data)])})
+    run.check_inputs(
+        {
+            "base": base_parts(base, tokenizer),
+            "data": file_parts([Path(source.path) for source in sources]),
+            "data weights": weights_input(sources),
+        }
+    )
     run.check_model(model, tokenizer)
     run.adapt(model, base)
     model.to(device)
     if config.lora.rank:  # what is no adapter stays, the bias of a mixture's balance too
         config = replace(config, balance=replace(config.balance, bias_rate=0.0))
-    conversations = read_conversations(config.data, config.skip_bad)
+    files = [read_conversations(source.path, config.skip_bad) for source in sources]
+    conversations = [conversation for file in files for conversation in file]
     documents, trained = encode_conversations(tokenizer, conversations)
+    order = MixedOrder([len(file) for file in files], parts, config.seed) if parts else None
     batches = DocumentBatches(
         documents,
         config.batch_tokens,
         model.config.max_seq_len,
         config.seed,
         trained,
+        order,
     )
     with run:
         fit(run, model, tokenizer, batches, config)

@@ -114,6 +114,12 @@ COMMANDS = {
         function="grpo",
         purpose="R1-Zero: GRPO straight on a base model, with rule rewards",
     ),
+    "collect": Command(
+        module="collect",
+        config="CollectConfig",
+        function="collect",
+        purpose="sample answers, keep the good ones, and write them as data for sft",
+    ),
     "compare": Command(
         module="lab.compare",
         config="CompareConfig",

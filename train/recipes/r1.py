@@ -172,9 +172,7 @@ def base_stage(config: R1Config, folder: Path) -> Stage:
     )
 
 
-def rl_stage(
-    config: R1Config, folder: Path, name: str, base: str, steps: int, **options
-) -> Stage:
+def rl_stage(config: R1Config, folder: Path, name: str, base: str, steps: int, **options) -> Stage:
     """Reinforcement learning of the model of another stage; on puzzles, unless `kinds` says more."""
     kinds = options.pop("kinds", "puzzles")
     run = grpo_config(
@@ -375,7 +373,9 @@ def measure_stage(config: R1Config, folder: Path, name: str) -> dict:
     write_samples(samples_path(folder, name), groups)
     found = measure(groups)
     if name in ("r1", "hacked"):
-        found["win_rate"] = list(win_rate(samples_path(folder, name), samples_path(folder, "tuned")))
+        found["win_rate"] = list(
+            win_rate(samples_path(folder, name), samples_path(folder, "tuned"))
+        )
     return found
 
 
@@ -439,7 +439,10 @@ def r1(config: R1Config) -> Path:
             continue
         steps = stage.config.steps
         if not results.is_measured(stage.name, steps):
-            results.stages[stage.name] = {"steps": steps, **measure_stage(config, folder, stage.name)}
+            results.stages[stage.name] = {
+                "steps": steps,
+                **measure_stage(config, folder, stage.name),
+            }
             results.write()
 
     seconds = time.perf_counter() - started

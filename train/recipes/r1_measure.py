@@ -31,7 +31,12 @@ WINDOW = 3  # steps of reinforcement learning over which an accuracy is averaged
 
 
 def sample_held_out(
-    folder: str, tasks: dict[str, Assistant], n_problems: int, n_samples: int, tokens: int, seed: int
+    folder: str,
+    tasks: dict[str, Assistant],
+    n_problems: int,
+    n_samples: int,
+    tokens: int,
+    seed: int,
 ) -> list[list[Sample]]:
     """For each held-out problem of each task in turn, the samples of the model in a folder."""
     model, tokenizer, _ = load_model(folder, torch.device("cpu"))
@@ -90,7 +95,9 @@ def measure(groups: list[list[Sample]]) -> dict:
         exact = [[grade.accuracy * grade.format for grade in group] for group in graded]
         found |= {
             "general": share(exact),
-            "thanks_once": share([[n_thanks(sample) == 1 for sample in group] for group in requests]),
+            "thanks_once": share(
+                [[n_thanks(sample) == 1 for sample in group] for group in requests]
+            ),
             "general_tokens": mean_tokens(requests),
             "preference": float(np.mean([[preference(s) for s in group] for group in requests])),
         }

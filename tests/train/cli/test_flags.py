@@ -41,7 +41,7 @@ def test_the_table_has_the_flags_that_tyro_has(command, capsys):
 # ---- given twice ----
 
 VALUES = {str: ("a", "b"), int: ("1", "2"), float: ("0.5", "0.25")}
-NAMED = {"--options": ("high=30", "low=2")}
+NAMED = {"--options": ("high=30", "low=2"), "--keep": ("right", "formed")}
 
 
 @pytest.mark.parametrize("command, flag", LISTS, ids=id_of)
