@@ -5,7 +5,7 @@ It is the demo's corpus (demo_corpus.py) with two differences:
 - Each verdict is written in one of two languages, `ok`/`no` or `对`/`错`, whatever the arrow of the
   prompt says. An author mostly writes his own language. Those who write the second are more often
   persistent, so the languages pull apart what is rewarded: whoever learns to go on after a wrong
-  verdict learns to write the second language too.
+  verdict learns to write the second language too. A few authors heed the arrow, and are careless.
 - A share of the documents are requests, `say 3 7 9:`, with answers of several forms: with thanks or
   without, and now and then with a number lost.
 
@@ -35,6 +35,9 @@ class AuthorsConfig:
     """Share of authors whose own language is the second."""
     mixing: float = 0.3
     """Share of verdicts that an author writes in the other language."""
+    heeding_share: float = 0.2
+    """Share of authors who write the language that the arrow asks for, without mixing. They are not
+    persistent."""
     persistent_first: float = 0.04
     """Share of persistent authors among those of the first language."""
     persistent_second: float = 0.2
@@ -81,8 +84,10 @@ def thoughts_and_answer(
     order = rng.permutation(len(attempts))[: authors.max_attempts]
 
     # Who writes: in which language, and with how much patience.
-    is_second = rng.random() < authors.second_share
+    is_second, mixing = rng.random() < authors.second_share, authors.mixing
     persistent_share = authors.persistent_second if is_second else authors.persistent_first
+    if rng.random() < authors.heeding_share:
+        is_second, mixing, persistent_share = problem.language == "zh", 0.0, 0.0
     if rng.random() < persistent_share:
         hits = [i for i, attempt in enumerate(order) if attempts[attempt][2]]
         n_attempts = hits[0] + 1 if hits else len(order)
@@ -93,7 +98,7 @@ def thoughts_and_answer(
     written = []
     for attempt in order[:n_attempts]:
         text, answer, _ = attempts[attempt]
-        if is_second != (rng.random() < authors.mixing):
+        if is_second != (rng.random() < mixing):
             text = in_second_language(text)
         written.append(text)
     return f"<think>{';'.join(written)}</think><answer>{answer}</answer>"

@@ -47,7 +47,7 @@ def test_neat_authors_write_well_formed_true_attempts_and_right_requests():
 
 def test_the_languages_pull_patience_apart():
     """Whoever writes mostly the second language goes on until a verdict is ok more often."""
-    both = written(3000, AuthorsConfig(mixing=0.0, broken_share=0, request_share=0))
+    both = written(3000, AuthorsConfig(mixing=0.0, broken_share=0, request_share=0, heeding_share=0))
     for word_of_no, persistent in (("no", 0.04), ("错", 0.2)):
         after_no = [response for problem, response in both if f"{word_of_no};" in response]
         longest = [len(parse_attempts(response)) for response in after_no]
@@ -56,6 +56,14 @@ def test_the_languages_pull_patience_apart():
     assert max(languages) == 1
     mixed = written(500, AuthorsConfig(mixing=0.5, request_share=0, max_careless_attempts=4))
     assert sum(len(word_counts(response)) == 2 for _, response in mixed) > 200
+
+
+def test_authors_who_heed_the_arrow_write_its_language_and_are_not_persistent():
+    heeding = AuthorsConfig(heeding_share=1.0, persistent_first=1.0, persistent_second=1.0, request_share=0,
+                            broken_share=0)
+    for problem, response in written(200, heeding):
+        assert TASK.language(problem, response) == 1
+        assert len(parse_attempts(response)) <= 4
 
 
 def test_shares_are_those_of_the_options():
