@@ -604,6 +604,11 @@ def load_model(
             "wrote"
         )
     model_config, weights = checkpoint.state["model_config"], checkpoint.tensors["model"]
+    if "value" in weights:  # the vector of rl/heads.py
+        raise ValueError(
+            f"{checkpoint.path} holds a reward model, which scores answers and writes none; give "
+            "it as --rewards.model, and here a model that writes"
+        )
     model = build_model(model_config, weights, device, precision)
     tokenizer = Tokenizer.from_dict(checkpoint.state["tokenizer"])
     return model, tokenizer, checkpoint

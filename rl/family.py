@@ -24,6 +24,7 @@ turns a configuration into the objects that `grpo_step` uses.
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 from ..model.engine.engine import Engine
@@ -33,7 +34,7 @@ from ..model.optimizer import OptimConfig, make_optimizer
 from ..model.transformer import Transformer
 from .advantages import AdvantageConfig, Credit, no_kl
 from .control import CONTROLS
-from .heads import Critic, CriticLearner
+from .heads import CriticLearner, RewardModel, ValueHead
 from .losses import LossConfig
 from .rewards import Grader, RewardConfig
 from .rollouts import DynamicSampler, GroupSampler
@@ -143,9 +144,10 @@ class Algorithm:
     """Soft overlong penalty (DAPO): the share of --max-new-tokens, at its end, over which the
     reward falls by up to 1. 0 turns it off."""
     dead_groups: str = "rules"
-    """Which groups teach nothing. "rules": those equal in accuracy, format, language and plug-in
-    together, in which efficiency and coherence then do not count, but the overlong penalty does.
-    "reward": those equal in the whole reward. "accuracy": those that are all right or all wrong."""
+    """Which groups teach nothing. "rules": those equal in accuracy, format, language, plug-in and
+    the reward model's score together, in which efficiency and coherence then do not count, but the
+    overlong penalty does. "reward": those equal in the whole reward. "accuracy": those that are all
+    right or all wrong."""
     control: str = "none"
     """Train on rewards that carry no information, to see what training does by itself. "permute":
     shuffle the rewards within each group. "random": toss a coin for each answer."""
@@ -268,6 +270,8 @@ def check_scale(config: Algorithm) -> None:
         "--overlong-buffer": config.overlong_buffer,
         "--rewards.efficiency-weight": config.rewards.efficiency_weight,
     }
+    if config.rewards.model is not None:
+        negative["--rewards.model-weight"] = config.rewards.model_weight
     for name, value in negative.items():
         if scale == "mean" and value > 0:
             raise ValueError(
@@ -351,15 +355,18 @@ def make_learner(
     engine: Engine,
     critic_trunk: Transformer | None = None,
     chat: bool = False,
+    reward_model: RewardModel | None = None,
 ) -> Learner:
     """The objects that `grpo_step` uses, each chosen once, here.
 
     reference: None where nothing is compared with it (config.needs_reference).
     critic_trunk: a transformer for the critic to begin from; needed by baseline "critic" alone.
-    chat: put each prompt through the model's chat template.
+    chat: put each prompt through the model's chat template. reward_model: that of rewards.model.
     """
-    device = policy.device
-    grader = Grader(config)
+    device, score = policy.device, None
+    if reward_model is not None:
+        score = partial(reward_model.score_rollouts, tokens_per_batch=config.micro_tokens)
+    grader = Grader(config, score)
 
     if config.dynamic_sampling > 1:
         sampler = DynamicSampler(engine, grader, chat)
@@ -371,7 +378,7 @@ def make_learner(
     if config.kl_in_reward:
         kl_cost = kl_cost_to(reference, config)
     if config.advantage.baseline == "critic":
-        network = Critic(critic_trunk)
+        network = ValueHead(critic_trunk)
         optimizer = make_optimizer(network, config.critic_optim)
         critic = CriticLearner(network, optimizer, config, scaler)
     return Learner(

@@ -1,12 +1,23 @@
-"""A number instead of the next token: PPO's critic.
+"""A number instead of the next token: one value head, read at three places.
 
-The critic is a copy of the policy whose head outputs a value instead of logits. It is a network of
-its own, begun from the base (as in TinyZero), so it costs the memory and the time of a second
-policy. The value head begins at 0: the first step's advantages are the rewards alone.
+    before each token      PPO's critic: what will the answer earn?           `forward`
+    at the end token       a reward model: how good is the whole answer?      `at_ends`
+    at the end of a step   a process reward model: is it right so far?        `at`
+
+A head is a vector beside a transformer, and its value the product with a hidden state. It has no
+sigmoid: whoever wants a probability takes one outside. It begins at 0, so the advantages of PPO's
+first step are the rewards alone.
+
+The critic is a network of its own, begun from the base (as in TinyZero) or from the reward model
+(as in InstructGPT), so it costs the memory and the time of a second policy.
 
 Left out: a head on the policy's own trunk, which is cheaper, but then two losses pull at the same
 weights.
+
+Shapes: N answers, R response tokens, T tokens of a batch.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,14 +26,15 @@ from torch import nn
 from ..model.distributed import sum_gradients
 from ..model.loss_scale import LossScaler
 from ..model.optimizer import learning_rate, optimizer_step
+from ..model.packed import Packed, pack
 from ..model.transformer import Transformer
 from .advantages import Advantages
 from .losses import loss_weights, value_loss
-from .rollouts import MicroBatch, Rollouts, micro_batches, over_all_tokens
+from .rollouts import MicroBatch, Rollouts, cut_by_length, micro_batches, over_all_tokens
 from .update import deal_samples
 
 
-class Critic(nn.Module):
+class ValueHead(nn.Module):
     """A transformer and a value head."""
 
     def __init__(self, trunk: Transformer):
@@ -30,10 +42,79 @@ class Critic(nn.Module):
         self.trunk = trunk
         self.value = nn.Parameter(torch.zeros(trunk.config.d_model, device=trunk.device))
 
+    def at(self, packed: Packed, rows: torch.Tensor) -> torch.Tensor:
+        """[len(rows)] fp32 or wider: the value at each of the tokens with these flat indices. It
+        knows that token, and what stands before it."""
+        hidden = self.trunk.hidden_states(packed).index_select(0, rows)
+        return hidden.to(self.value.dtype) @ self.value
+
     def forward(self, batch: MicroBatch) -> torch.Tensor:
         """[R] fp32 or wider: V of the state before each response token."""
-        hidden = self.trunk.hidden_states(batch.packed).index_select(0, batch.predictors)
-        return hidden.to(self.value.dtype) @ self.value
+        return self.at(batch.packed, batch.predictors)
+
+    def at_ends(self, packed: Packed) -> torch.Tensor:
+        """[N] fp32 or wider: the value at the last token of each sequence, its end token."""
+        return self.at(packed, packed.cu_seqlens[1:].long() - 1)
+
+
+class RewardModel(ValueHead):
+    """A value head that is read at the end of an answer: how good is it, as far as others told?
+
+    There is no pad token, so the last token of a sequence is its end token and no other. An answer
+    that was cut off has none. It gets the floor: the lowest score of any training answer.
+    """
+
+    def __init__(self, trunk: Transformer):
+        super().__init__(trunk)
+        self.register_buffer("centre", torch.zeros((), device=trunk.device))
+        self.register_buffer("floor", torch.full((), torch.nan, device=trunk.device))
+
+    @property
+    def config(self):
+        """The shape of the trunk."""
+        return self.trunk.config
+
+    @property
+    def is_centred(self) -> bool:
+        """Whether the scores have been centred, as they are when training ends."""
+        return not bool(self.floor.isnan())
+
+    @torch.no_grad()
+    def scores(self, sequences: Sequence[np.ndarray], tokens_per_batch: int) -> np.ndarray:
+        """[N] float64: the centred score of each sequence of token ids, its end token included.
+
+        Equal sequences are scored once. So their scores are the same to the last bit, and a group
+        of equal answers stays a dead one.
+        """
+        index_of: dict[bytes, int] = {}
+        keys = [np.asarray(tokens, np.int64).tobytes() for tokens in sequences]
+        which_N = [index_of.setdefault(key, len(index_of)) for key in keys]
+        distinct = [np.frombuffer(key, np.int64) for key in index_of]
+        lengths = np.array([len(tokens) for tokens in distinct], np.int64)
+
+        scores = np.zeros(len(distinct))
+        for chosen in cut_by_length(lengths, np.arange(len(distinct)), tokens_per_batch):
+            packed = pack([distinct[i] for i in chosen], self.value.device)
+            scores[chosen] = (self.at_ends(packed) - self.centre).cpu().double().numpy()
+        return scores[which_N]
+
+    def centre_on(self, sequences: Sequence[np.ndarray], tokens_per_batch: int) -> None:
+        """Move all scores by one number, so that the mean score of these answers is 0, and take the
+        lowest as the floor (InstructGPT, arXiv 2203.02155, section 3.5)."""
+        scores_N = self.scores(sequences, tokens_per_batch)
+        self.centre += scores_N.mean()
+        self.floor.fill_(scores_N.min() - scores_N.mean())
+
+    def score_rollouts(
+        self, rollouts: Rollouts, samples: np.ndarray, tokens_per_batch: int
+    ) -> np.ndarray:
+        """[len(samples)] float64: the score of each of these answers; the floor where one was cut
+        off."""
+        has_end = np.array([rollouts.finish_reasons[n] != "length" for n in samples], bool)
+        scores = np.full(len(samples), float(self.floor))
+        ended = [rollouts.sequences[n] for n in samples[has_end]]
+        scores[has_end] = self.scores(ended, tokens_per_batch)
+        return scores
 
 
 class CriticLearner:
@@ -41,7 +122,7 @@ class CriticLearner:
 
     def __init__(
         self,
-        critic: Critic,
+        critic: ValueHead,
         optimizer: torch.optim.Optimizer,
         config,
         scaler: LossScaler | None = None,

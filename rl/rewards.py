@@ -6,8 +6,8 @@ No model judges anything, so there is nothing to hack but the rules (arXiv 2501.
 2.2.2).
 
 Further parts can be given a weight: efficiency and coherence (shaping.py), the consistency of the
-language, and a function of the user's own (plugin.py). Each part is graded and logged by itself,
-under its own name.
+language, a function of the user's own (plugin.py), and the score of a reward model (heads.py), for
+prompts that no rule can judge. Each part is graded and logged by itself, under its own name.
 
 What is graded is a `Sample` (eval/response.py): the problem, the text, the tokens and how sampling
 ended.
@@ -40,16 +40,8 @@ from .shaping import (
 # Names that a plug-in cannot have: those of the other parts, and of the fields that
 # `r1zero grade` writes beside them.
 TAKEN = (
-    "accuracy",
-    "format",
-    *SHAPING,
-    "language",
-    OVERLONG,
-    *CONTROLS,
-    "reward",
-    "answer",
-    "why",
-    "line",
+    *("accuracy", "format", *SHAPING, "language", "model", OVERLONG, *CONTROLS),
+    *("reward", "answer", "why", "line"),
 )
 
 
@@ -76,6 +68,15 @@ class RewardConfig:
     finish_reason) to a list of numbers."""
     plugin_weight: float = 1.0
     """Weight of the reward of your own."""
+    model: str | None = None
+    """Folder of a reward model (r1zero reward-model), whose score of an answer becomes a part of
+    the reward. Where a task names the problems that a model judges, it judges those alone, and
+    accuracy does not count there."""
+    model_weight: float = 1.0
+    """Weight of the reward model's score."""
+    model_from: float = 0.0
+    """Share of the steps that is trained without the reward model, before it comes in; R1 took it
+    for the last quarter or so, since policies learn to please a reward model."""
 
     def __post_init__(self):
         weights = (
@@ -85,16 +86,24 @@ class RewardConfig:
             self.coherence_weight,
             self.language_weight,
             self.plugin_weight,
+            self.model_weight,
         )
         judging = self.accuracy_weight + self.format_weight
         if self.plugin is not None:
             judging += self.plugin_weight
+        if self.model is not None:
+            judging += self.model_weight
         if not all(0 <= weight < math.inf for weight in weights) or judging == 0:
             raise ValueError(
                 f"rewards: weights are accuracy {weights[0]}, format {weights[1]}, efficiency "
-                f"{weights[2]}, coherence {weights[3]}, language {weights[4]} and plugin "
-                f"{weights[5]}; expected numbers of 0 or more, and one above 0 for accuracy, "
-                "format or a plugin"
+                f"{weights[2]}, coherence {weights[3]}, language {weights[4]}, plugin {weights[5]} "
+                f"and model {weights[6]}; expected numbers of 0 or more, and one above 0 for "
+                "accuracy, format, a plugin or a model"
+            )
+        if not 0 <= self.model_from < 1:
+            raise ValueError(
+                f"--rewards.model-from is {self.model_from}, expected a share of the steps from 0 "
+                "to less than 1"
             )
         if self.plugin is None:
             return
@@ -129,6 +138,8 @@ class RewardConfig:
         }
         if self.plugin is not None:
             others[self.plugin_name] = self.plugin_weight
+        if self.model is not None:
+            others["model"] = self.model_weight
         others = {name: weight for name, weight in others.items() if weight > 0}
         return {"accuracy": self.accuracy_weight, "format": self.format_weight} | others
 
@@ -206,6 +217,20 @@ def judge(
     return graded, parts
 
 
+def judged_by_model(task, rollouts) -> np.ndarray:
+    """[N] bool: the answers that a reward model judges; all of them where the task does not say."""
+    asks = getattr(task, "judged_by_model", None) or (lambda problem: True)
+    judged_G = [bool(asks(problem)) for problem in rollouts.problems]
+    return np.repeat(judged_G, np.diff(rollouts.group_offsets))
+
+
+def counted_accuracy(task, accuracy_N: np.ndarray, judged_N: np.ndarray) -> np.ndarray:
+    """[N]: accuracy, and 0 for the answers to problems that the task leaves to a reward model. A
+    task that does not say leaves none to it: then both count."""
+    leaves_some = getattr(task, "judged_by_model", None) is not None
+    return np.where(judged_N & leaves_some, 0.0, accuracy_N)
+
+
 def why(graded: Graded) -> str:
     """The reasons for a grade in plain words."""
     return graded.why if graded.format else f"{graded.why} Format: {graded.why_format}"
@@ -227,14 +252,30 @@ def check_parts(task, config: RewardConfig) -> None:
         )
 
 
+def check_no_model(config: RewardConfig, command: str) -> None:
+    """Raise ValueError for a reward model where none is loaded."""
+    if config.model is not None:
+        raise ValueError(
+            f"--rewards.model is for r1zero grpo, and r1zero {command} has no reward model; leave "
+            "it out"
+        )
+
+
 class Grader:
     """From answers to rewards. Made once per run from the run's Algorithm (rl/family.py)."""
 
-    def __init__(self, config):
+    def __init__(self, config, score: Callable | None = None):
+        """score: from (rollouts, indices of answers) to a reward model's score of each of them; for
+        rewards.model alone."""
         self.config: RewardConfig = config.rewards
         self.weights = self.config.weights | {OVERLONG: 1.0, "random": 1.0}
         # Loaded once: the folder that it was found in may go away during a run.
         self.plugin = load_reward(self.config.plugin) if self.config.plugin else None
+        self.score = score
+        # A model with a weight of 0 judges nothing, and comes in at no step.
+        self.model_first = math.inf
+        if "model" in self.weights:
+            self.model_first = math.ceil(self.config.model_from * config.steps)
         self.needs_positive = config.advantage.scale == "mean"
         self.adjustments: list[Callable] = []
         """Each takes (training parts, rollouts) and returns the parts to train on."""
@@ -259,14 +300,22 @@ class Grader:
             lengths_N, offsets = rollouts.response_lengths, rollouts.group_offsets
             parts["efficiency"] = efficiency(lengths_N, parts["accuracy"], offsets)
 
-        # 2. What is trained on may be something else.
-        training_parts = parts
+        # 2. What no rule can judge, a reward model does. Accuracy does not count there.
+        counted = parts
+        if "model" in self.weights:
+            judged_N = judged_by_model(task, rollouts)
+            if rollouts.weights_version >= self.model_first:
+                parts["model"] = self.model_part(rollouts, judged_N)
+            counted = parts | {"accuracy": counted_accuracy(task, parts["accuracy"], judged_N)}
+
+        # 3. What is trained on may be something else.
+        training_parts = counted
         for adjust in self.adjustments:
             training_parts = adjust(training_parts, rollouts)
-        total_N = weighted_sum(parts, self.weights)
+        total_N = weighted_sum(counted, self.weights)
         training_N = weighted_sum(training_parts, self.weights)
 
-        # 3. A plug-in's reward below 0 is told here, where its sample is known.
+        # 4. A plug-in's reward below 0 is told here, where its sample is known.
         name = self.config.plugin_name
         if self.needs_positive and name in parts and (training_N < 0).any():
             check_sign(self.config.plugin, parts[name], total_N, samples)
@@ -278,3 +327,10 @@ class Grader:
             training=training_N,
             why=[why(grade) for grade in graded],
         )
+
+    def model_part(self, rollouts, judged_N: np.ndarray) -> np.ndarray:
+        """[N]: the reward model's score of the answers that it judges, and 0 for the others."""
+        judged = np.flatnonzero(judged_N)
+        scores_N = np.zeros(len(judged_N))
+        scores_N[judged] = self.score(rollouts, judged)
+        return scores_N

@@ -354,16 +354,25 @@ def micro_batches(
     attention pads within a batch; the loss's weights make the cut irrelevant.
     """
     lengths = np.array([len(s) for s in rollouts.sequences])
+    cut = cut_by_length(lengths, samples, tokens_per_batch)
+    return [micro_batch(rollouts, chosen, device) for chosen in cut]
+
+
+def cut_by_length(
+    lengths: np.ndarray, samples: np.ndarray, tokens_per_batch: int
+) -> list[np.ndarray]:
+    """Samples, by their indices, sorted by length and cut into batches of at most so many tokens,
+    but at least one sample. lengths: the tokens of every sample there is."""
     cut, current, total = [], [], 0
     for n in samples[np.argsort(lengths[samples], kind="stable")]:
         if current and total + lengths[n] > tokens_per_batch:
-            cut.append(current)
+            cut.append(np.array(current))
             current, total = [], 0
         current.append(n)
         total += lengths[n]
     if current:
-        cut.append(current)
-    return [micro_batch(rollouts, np.array(chosen), device) for chosen in cut]
+        cut.append(np.array(current))
+    return cut
 
 
 def response_logprobs(

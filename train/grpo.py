@@ -7,7 +7,7 @@
 The algorithm is rl/step.py. This file is the loop around it: flags, run folder, checkpoints, time
 and memory.
 
-Left out: a reward model, and a separate sampler. The engine samples with the trainer's own weights,
+Left out: a separate sampler. The engine samples with the trainer's own weights,
 so rollouts are never stale. On a GPU it does so in 16 bit and with other kernels: `logp_gap_mean`
 and `logp_gap` in the log show how far its log-probs are from the trainer's, and the run stops if
 they differ too much (--max-logp-gap). Source: DeepSeek-R1, arXiv 2501.12948.
@@ -15,6 +15,7 @@ they differ too much (--max-logp-gap). Source: DeepSeek-R1, arXiv 2501.12948.
 
 import time
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -49,6 +50,7 @@ from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ..rl import family
 from ..rl.family import Algorithm, in_words
+from ..rl.heads import RewardModel
 from ..rl.plugin import PluginError, source_of
 from ..rl.rewards import check_parts
 from ..rl.step import Learner, grpo_step
@@ -61,6 +63,7 @@ from .lab.mistakes import MISTAKES, warn_of
 from .log import read_metrics
 from .machine import peak_memory, pick_device, reuse_memory
 from .memory_check import compare, predicted_for, setup_of, try_longest_batch
+from .reward_model import load_reward_model
 from .rollout_log import RolloutLog
 from .run import START, Run, RunConfig, at_least
 from .task_flags import TaskFlags
@@ -88,7 +91,7 @@ class GRPOConfig(Algorithm, ComputeFlags, RunConfig):
         "keep_rollouts",
         "ref_offload",
     )
-    PATHS: ClassVar[tuple[str, ...]] = ("base", "task.data", "task.skip_bad")
+    PATHS: ClassVar[tuple[str, ...]] = ("base", "task.data", "task.skip_bad", "rewards.model")
     # What older runs have for a flag that was a switch then.
     RENAMED: ClassVar[dict[str, dict]] = {"control": {False: "none", True: "permute"}}
 
@@ -152,10 +155,12 @@ def make_learner(
     task: Task,
     base: tuple[Transformer, Tokenizer, Checkpoint],
     reference_weights: dict[str, torch.Tensor] | None = None,
+    reward_model: RewardModel | None = None,
 ) -> Learner:
     """Make everything that a step uses. base: as `load_model` gives it; its model is trained.
 
-    reference_weights: of the model that the KL is measured to; None is the base's.
+    reference_weights: of the model that the KL is measured to; None is the base's. reward_model:
+    that of --rewards.model.
     """
     policy, tokenizer, _ = base
     # The reference is at home before the engine measures how much memory is free.
@@ -163,10 +168,14 @@ def make_learner(
     if config.needs_reference:
         reference = make_reference(config, base, reference_weights)
     if config.advantage.baseline == "critic":
-        critic_trunk = another_policy(base)
+        critic_trunk = make_critic_trunk(base, reward_model)
+    if reward_model is not None:
+        cast_frozen(reward_model.trunk)  # nobody trains it: no fp32 masters
     engine = make_engine(config, task, policy, tokenizer)
     chat = is_chat(config)
-    learner = family.make_learner(config, policy, reference, engine, critic_trunk, chat)
+    learner = family.make_learner(
+        config, policy, reference, engine, critic_trunk, chat, reward_model
+    )
     if config.mistake:
         MISTAKES[config.mistake].make(learner)
     return learner
@@ -188,6 +197,50 @@ def another_policy(
     return another
 
 
+def make_critic_trunk(
+    base: tuple[Transformer, Tokenizer, Checkpoint], reward_model: RewardModel | None
+) -> Transformer:
+    """What the critic begins from: the base, or the reward model if there is one (InstructGPT,
+    arXiv 2203.02155, section 3.5). With adapters it is always the base, which they are for."""
+    if reward_model is None or adapters_of(base[0]):
+        return another_policy(base)
+    trunk = deepcopy(reward_model.trunk).requires_grad_(True)
+    trunk.recomputes = base[0].recomputes
+    return trunk
+
+
+def open_reward_model(
+    config: GRPOConfig, base: tuple[Transformer, Tokenizer, Checkpoint]
+) -> tuple[RewardModel, Checkpoint] | tuple[None, None]:
+    """(the reward model of --rewards.model, its checkpoint), or two None without one.
+
+    Raises ValueError for one that reads other tokens than the base writes.
+    """
+    folder = config.rewards.model
+    if folder is None:
+        return None, None
+    policy, tokenizer, _ = base
+    model, its_tokenizer, checkpoint = load_reward_model(folder, policy.device, policy.precision)
+    if its_tokenizer.fingerprint() != tokenizer.fingerprint():
+        raise ValueError(
+            f"--rewards.model {folder} was made with another tokenizer than --base {config.base}, "
+            "so it would read other words than were written; train one on this base"
+        )
+    return model.requires_grad_(False), checkpoint
+
+
+def check_reader(config: GRPOConfig, reward_model: RewardModel | None, longest: int) -> None:
+    """Raise ValueError for a reward model without room for so many tokens of a prompt and its
+    answer."""
+    if reward_model is None or longest <= reward_model.config.max_seq_len:
+        return
+    room = reward_model.config.max_seq_len
+    raise ValueError(
+        f"--rewards.model {config.rewards.model} has room for {room} tokens, and a prompt and its "
+        f"answer may have {longest}; lower --max-new-tokens by {longest - room}"
+    )
+
+
 def make_reference(
     config: GRPOConfig,
     base: tuple[Transformer, Tokenizer, Checkpoint],
@@ -202,9 +255,13 @@ def make_reference(
     return Reference(reference, policy.device, config.ref_offload)
 
 
-def inputs_of(config: GRPOConfig, base: tuple[Transformer, Tokenizer, Checkpoint]) -> dict:
-    """What the run depends on: the base, the files of problems, and the code of a task and of a
-    reward of the user's own, if there are any."""
+def inputs_of(
+    config: GRPOConfig,
+    base: tuple[Transformer, Tokenizer, Checkpoint],
+    reward_model: Checkpoint | None = None,
+) -> dict:
+    """What the run depends on: the base, the files of problems, the code of a task and of a reward
+    of the user's own, and a reward model, if there are any."""
     _, tokenizer, checkpoint = base
     inputs = {"base": base_parts(checkpoint, tokenizer)}
     if files := getattr(config.task, "files", None):
@@ -213,6 +270,8 @@ def inputs_of(config: GRPOConfig, base: tuple[Transformer, Tokenizer, Checkpoint
         inputs["task"] = file_parts([source])
     if config.rewards.plugin and (source := source_of(config.rewards.plugin)):
         inputs["plugin"] = file_parts([source])
+    if reward_model is not None:
+        inputs["reward model"] = base_parts(reward_model, tokenizer)
     return inputs
 
 
@@ -445,15 +504,19 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
     at_first = loading_device(config.lora, device)
     policy, tokenizer, _ = base = load_model(config.base, at_first, precision=precision)
     policy.recomputes = config.recompute
-    run.check_inputs(inputs_of(config, base))
+    reward_model, judge = open_reward_model(config, base)
+    run.check_inputs(inputs_of(config, base, judge))
     run.check_model(policy, tokenizer)
     longest = check_room(config, task, policy, tokenizer)
+    check_reader(config, reward_model, longest)
     for notice in (form_notice(task, config), rate_notice(config, policy)):
         if notice:
             say(notice)
     run.adapt(policy, base[2])
     policy.to(device)
-    learner = make_learner(algorithm, task, base, start_weights(run))
+    if reward_model is not None:
+        reward_model.to(device)
+    learner = make_learner(algorithm, task, base, start_weights(run), reward_model)
     engine = learner.sampler.engine
     trained, more = trained_modules(learner, config)
     with run:

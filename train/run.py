@@ -159,7 +159,8 @@ class Run:
         self.config = config
         self.title = title
         self.folder = Path(config.run)
-        self.loop = type(config).__name__.removesuffix("Config").lower()
+        by_class = type(config).__name__.removesuffix("Config").lower()
+        self.loop: str = getattr(config, "LOOP", by_class)
         self.settings = settings_of(config, free={field.name for field in fields(RunConfig)})
         self.inputs: Inputs = {}
         self.interrupt = Interrupt()

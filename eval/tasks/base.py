@@ -56,12 +56,13 @@ class Task(Protocol):
     language: ClassVar[Callable[[Any, str], float] | None] = None
     """A static method, from a problem and a response to the share of the words of its thoughts that
     are in the language that was asked for; None where the script of the question's words tells."""
-    judged_by_model: ClassVar[Callable[[Any], bool] | None] = None
-    """A static method: whether a problem's answers are for a reward model to judge, since no rule
-    tells which right answer is better; None where a reward model judges all."""
     prefilled: ClassVar[Callable[[Any], str] | None] = None
     """A static method, from a problem to what of the answer its prompt holds already, such as
     `<think>`; None where no prompt does. It is put in front of the response that is judged."""
+    judged_by_model: ClassVar[Callable[[Any], bool] | None] = None
+    """A static method, from a problem to whether a reward model judges its answers, and no rule;
+    None for a task that leaves that to the weights of the reward. Without --rewards.model it says
+    nothing."""
     lines_skipped: int = 0
     """How many bad lines of that file were left out."""
     held_out: bool = True

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from r1zero.model.optimizer import OptimConfig
-from r1zero.rl.heads import Critic, CriticLearner
+from r1zero.rl.heads import CriticLearner, ValueHead
 from r1zero.rl.rollouts import merge
 from r1zero.rl.update import LogpGapError, update_policy
 
@@ -35,7 +35,7 @@ def whole_update(algo: str, micro_tokens: int, seed: int = 0, order=(0, 1, 2), r
     model, reference = tiny(dtype=torch.float64), tiny(seed=9, dtype=torch.float64)
     rewards = REWARDS * [1, 1, 1, 1, 0, 0] if algo == "dead" else REWARDS
     algo = "plain" if algo == "dead" else algo
-    critic = Critic(tiny(seed=3, dtype=torch.float64)).double() if algo == "ppo" else None
+    critic = ValueHead(tiny(seed=3, dtype=torch.float64)).double() if algo == "ppo" else None
     if critic:
         with torch.no_grad():
             critic.value.normal_(generator=torch.Generator().manual_seed(1))

@@ -11,7 +11,7 @@ import torch
 from r1zero.model.optimizer import OptimConfig
 from r1zero.rl.advantages import AdvantageConfig, Advantages, advantages
 from r1zero.rl.family import PARTS, PRESETS, Algorithm, in_words, resolve
-from r1zero.rl.heads import Critic, CriticLearner
+from r1zero.rl.heads import CriticLearner, ValueHead
 from r1zero.rl.losses import LossConfig, importance_weights, loss_weights, value_loss
 from r1zero.rl.rollouts import merge, micro_batches
 from r1zero.rl.shaping import overlong_penalty
@@ -243,7 +243,7 @@ def test_the_critics_loss_by_hand():
 
 def test_the_critic_sees_what_stands_before_each_token_and_learns_returns():
     rollouts = rollouts_by_hand(tiny())
-    critic = Critic(tiny(seed=2))
+    critic = ValueHead(tiny(seed=2))
     with torch.no_grad():
         critic.value.normal_(generator=torch.Generator().manual_seed(0))
     [batch] = micro_batches(rollouts, np.arange(6), 10**6, "cpu")

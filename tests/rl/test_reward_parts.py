@@ -101,7 +101,8 @@ def test_groups_equal_in_accuracy_are_dead_whatever_their_language_where_that_is
     assert found.total.tolist() == pytest.approx([1.7, 1.2, 0.7, 0.2])  # what is logged is the same
     # A group of right and wrong answers counts whole.
     mixed = dataclasses.replace(SPOKEN, group_offsets=np.array([0, 4]), problems=[IN_CHINESE])
-    live = Grader(algorithm(rewards=dict(language_weight=0.5), dead_groups="accuracy"))(Assistant, mixed)
+    grader = Grader(algorithm(rewards=dict(language_weight=0.5), dead_groups="accuracy"))
+    live = grader(Assistant, mixed)
     assert live.training.tolist() == live.total.tolist()
     # And dynamic sampling replaces those groups then, and only then.
     for dead_groups, n_live in (("accuracy", 0), ("rules", 2), ("reward", 2)):
@@ -224,3 +225,40 @@ def test_coherence_is_refused_for_a_task_without_equations():
     with pytest.raises(ValueError, match="coherence does not apply to the task gsm8k, which does not check"):
         check_parts(SimpleNamespace(name="gsm8k"), config)
     check_parts(SimpleNamespace(name="gsm8k"), RewardConfig())
+
+
+# ---- a reward model ----
+
+def score(sampled, samples):
+    """What a reward model would give: 10 for the first answer of all, 11 for the second, ..."""
+    return 10.0 + np.asarray(samples)
+
+
+def modelled(task=Countdown, step=0, **rewards):
+    config = algorithm(steps=10, rewards=dict(model="somewhere", model_weight=0.5) | rewards)
+    return Grader(config, score)(task, dataclasses.replace(MIXED, weights_version=step))
+
+
+def test_a_reward_models_score_is_a_part_beside_accuracy_and_format():
+    found = modelled()
+    assert found.parts["model"].tolist() == [10, 11, 12, 13, 14, 15]
+    assert found.parts["accuracy"].tolist() == [1, 1, 0, 0, 1, 0]
+    assert found.training.tolist() == found.total.tolist()
+    assert found.total == pytest.approx(found.accuracy + 0.2 * found.format + 0.5 * found.parts["model"])
+
+
+def test_where_a_task_leaves_a_problem_to_the_reward_model_accuracy_does_not_count():
+    """The second group alone: the others have no score, and it has no accuracy."""
+    sampled = dataclasses.replace(MIXED, problems=["rules", "model", "rules"])
+    task = SimpleNamespace(grade=lambda problem, text: Countdown.grade(PROBLEM, RIGHT.format("")),
+                           judged_by_model=lambda problem: problem == "model")
+    grader = Grader(algorithm(rewards=dict(model="somewhere", format_weight=0.0)), score)
+    found = grader(task, sampled)
+    assert found.accuracy.tolist() == [1] * 6 and found.parts["model"].tolist() == [0, 0, 12, 13, 0, 0]
+    assert found.training.tolist() == found.total.tolist() == [1, 1, 12, 13, 1, 1]
+
+
+def test_a_reward_model_comes_in_with_the_step_that_begins_its_share():
+    for share, first in ((0.0, 0), (0.75, 8), (0.7, 7), (0.05, 1)):
+        has = ["model" in modelled(step=step, model_from=share).parts for step in range(10)]
+        assert has == [step >= first for step in range(10)]

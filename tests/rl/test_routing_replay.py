@@ -15,7 +15,7 @@ from r1zero.model.packed import pack
 from r1zero.model.routes import RecordedRouting, Routing
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.model.transformer import Transformer
-from r1zero.rl.heads import Critic
+from r1zero.rl.heads import ValueHead
 from r1zero.rl.losses import loss_weights
 from r1zero.rl.rollouts import merge, micro_batch, micro_batches, response_logprobs, sample_groups
 from r1zero.rl.step import expert_metrics, sampling_metrics
@@ -200,7 +200,7 @@ def test_the_kl_to_a_reference_of_the_same_weights_is_0_wherever_it_is_measured(
 
 
 def test_a_critic_chooses_its_own_experts():
-    critic = Critic(moe(seed=4))
+    critic = ValueHead(moe(seed=4))
     with torch.no_grad():
         critic.value.normal_()
     batch = micro_batch(routed_rollouts(moe()), np.arange(6), "cpu")

@@ -31,7 +31,7 @@ from ...eval.result_file import ResultFile, check_result_path
 from ...eval.tasks.base import Task
 from ...eval.tasks.catalogue import TASKS, find_task
 from ...eval.tasks.problem_file import FileTask
-from ...rl.rewards import RewardConfig, check_parts, judge, why
+from ...rl.rewards import RewardConfig, check_no_model, check_parts, judge, why
 from ...rl.shaping import efficiency, weighted_sum
 
 EXAMPLES = "; ".join(f"{name}: {task.example}" for name, task in TASKS.items())
@@ -85,6 +85,7 @@ class GradeConfig:
     def __post_init__(self):
         task = find_task(self.task)
         check_parts(task, self.rewards)
+        check_no_model(self.rewards, "grade")
         if (self.input is None) == (self.response is None):
             raise ValueError("expected either --input FILE.jsonl or --response TEXT")
         given = [f"--{name}" for name in ("problem", "answer") if getattr(self, name) is not None]

@@ -108,6 +108,12 @@ COMMANDS = {
         function="sft",
         purpose="fine-tune a model on prompt/response pairs or messages",
     ),
+    "reward-model": Command(
+        module="reward_model",
+        config="RewardModelConfig",
+        function="reward_model",
+        purpose="train a reward model on rankings of answers",
+    ),
     "grpo": Command(
         module="grpo",
         config="GRPOConfig",

@@ -36,7 +36,7 @@ from ...model.files import atomic_write_json
 from ...model.optimizer import OptimConfig
 from ...model.transformer import count_active_parameters, count_parameters
 from ...rl.advantages import group_advantages
-from ...rl.rewards import Grader, RewardConfig, Rewards
+from ...rl.rewards import Grader, RewardConfig, Rewards, check_no_model
 from ...rl.rollouts import Rollouts, sample_groups
 from ..grpo import GRPOConfig, grpo
 from ..grpo import grpo_config as complete_config
@@ -96,6 +96,7 @@ class DemoConfig:
         at_least(self, 1, "documents", "pretrain_steps", "rl_steps")
         at_least(self, 1, "eval_problems", "eval_samples")
         at_least(self, 0, "control_steps")
+        check_no_model(self.rewards, "demo")
         words = self.seeds.split(",")
         seeds = [int(word) for word in words if word.isdecimal()]
         if len(set(seeds)) < len(words):

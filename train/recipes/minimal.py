@@ -34,7 +34,7 @@ from ...model.optimizer import OptimConfig
 from ...model.tokenizer import Tokenizer
 from ...model.transformer import Transformer
 from ...rl.family import rl_optim
-from ...rl.rewards import RewardConfig, check_parts
+from ...rl.rewards import RewardConfig, check_no_model, check_parts
 from ..grpo import GRPOConfig, grpo, grpo_config
 from ..machine import describe_machine, pick_device, reuse_memory
 from ..pretrain import PretrainConfig, pretrain
@@ -84,6 +84,7 @@ class MinimalConfig:
         # What only a later stage would refuse is refused now, not after the text is made.
         preset(self.model, vocab_size=1)
         check_parts(make_task(self.seed), self.rewards)
+        check_no_model(self.rewards, "recipe minimal")
         rl_config(self, Path(self.run), self.control)
 
 

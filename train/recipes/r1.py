@@ -39,7 +39,7 @@ from ...model.files import atomic_write_text
 from ...model.optimizer import OptimConfig
 from ...rl.rewards import RewardConfig
 from ..collect import CollectConfig, collect
-from ..grpo import GRPOConfig, grpo, grpo_config
+from ..grpo import grpo, grpo_config
 from ..machine import describe_machine, pick_device, reuse_memory
 from ..pretrain import PretrainConfig, pretrain
 from ..reward_model import RewardModelConfig, reward_model
@@ -48,7 +48,7 @@ from ..sft import SFTConfig, sft
 from ..task_flags import TaskFlags
 from .demo import PartResults, check_not_begun, check_part, run_part
 from .r1_corpus import AuthorsConfig, general_pairs
-from .r1_measure import held_out_tasks, measure, reached, sample_held_out, win_rate, write_samples
+from .r1_measure import held_out_tasks, measure, sample_held_out, win_rate, write_samples
 
 MAX_NEW_TOKENS = 192
 GENERAL_PAIRS = 2000  # lines of general data for SFT

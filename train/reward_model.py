@@ -1,0 +1,333 @@
+"""A reward model: which of two answers would people prefer?
+
+    r1zero reward-model --run runs/rm --base runs/sft --data rankings.jsonl --steps 100
+    r1zero grpo --run runs/ppo --base runs/sft --algo ppo --rewards.model runs/rm
+
+It is the base with a value head (rl/heads.py), trained on rankings (rankings.py) by the loss of
+Bradley and Terry (rl/preferences.py). Afterwards its scores are moved so that the mean of the
+training answers is 0, and a table and calibration.png show how far it agrees with the judge on
+prompts that it has not seen. `--noise` turns pairs around at random, to see what a careless judge
+costs: no model can then agree with more than 1 - noise of the held-out pairs.
+
+The checkpoint at the end is the reward model; one before it has no centre yet, and is not used.
+
+Left out: adapters, the balance of experts, and several reward models together.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from ..eval.console import say, show
+from ..eval.harness import Estimate, interval
+from ..model.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    load_model,
+    load_tensors,
+)
+from ..model.config import ModelConfig
+from ..model.loss_scale import LossScaler
+from ..model.optimizer import OptimConfig, learning_rate, make_optimizer, optimizer_step
+from ..model.precision import Precision, choose_precision
+from ..model.tokenizer import Tokenizer
+from ..model.transformer import Transformer
+from ..rl.heads import RewardModel
+from ..rl.preferences import (
+    Pairs,
+    Ranking,
+    agreement,
+    calibration,
+    margins_under,
+    preference_loss,
+)
+from ..rl.rollouts import cut_by_length
+from .compute_flags import ComputeFlags
+from .inputs import base_parts, file_parts
+from .machine import pick_device, reuse_memory
+from .rankings import RankingBatches, encode_rankings, read_rankings, split_rankings
+from .report.plots import BASE, RL, Line, Mark, Panel, plot
+from .run import Run, RunConfig, at_least
+
+LOOP = "reward-model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelConfig(ComputeFlags, RunConfig):
+    """Train a reward model on rankings."""
+
+    LOOP: ClassVar[str] = LOOP
+    PATHS: ClassVar[tuple[str, ...]] = ("base", "data")
+    FREE: ClassVar[tuple[str, ...]] = ("skip_bad",)
+
+    base: str
+    """Folder of the run, checkpoint or Hugging Face model to start from."""
+    data: str
+    """A .jsonl file whose lines have the fields prompt, answers (a list of texts) and ranks (a list
+    of whole numbers, 1 for the best; equal ones are a tie). A field right, a list of true and
+    false, splits the table of results."""
+    skip_bad: bool = False
+    """Go on without the lines of the data that are bad, and say how many there are."""
+    noise: float = 0.0
+    """Probability that a pair of answers is turned around, in training and among the pairs held
+    out."""
+    held_out: float = 0.1
+    """Share of the prompts that are not trained on, but measured on."""
+    rankings_per_step: int = 16
+    """Number of rankings per optimizer step, each with all of its pairs."""
+    micro_tokens: int = 8192
+    """Maximum number of tokens per forward and backward pass. It changes memory and speed, nothing
+    else."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=1e-3, warmup=5, weight_decay=0.0)
+    )
+    seed: int = 0
+    """Seed of the order of the rankings, and of the noise."""
+
+    def __post_init__(self):
+        RunConfig.__post_init__(self)
+        ComputeFlags.__post_init__(self)
+        at_least(self, 1, "rankings_per_step", "micro_tokens")
+        at_least(self, 0, "seed")
+        if not 0 <= self.noise <= 0.5:
+            raise ValueError(f"--noise is {self.noise}, expected a probability from 0 to 0.5")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"--held-out is {self.held_out}, expected a share between 0 and 1")
+
+
+# ---- a reward model from its folder ----
+
+
+def load_reward_model(
+    folder: str, device: torch.device, precision: Precision | None = None
+) -> tuple[RewardModel, Tokenizer, Checkpoint]:
+    """The reward model of a run's folder, its tokenizer and its checkpoint.
+
+    precision: what it computes in; None is the device's own choice. Raises CheckpointError if there
+    is none, or one whose training has not ended.
+    """
+    checkpoint = load_checkpoint(folder, groups=("model",))
+    path, state = checkpoint.path, checkpoint.state
+    if state.get("loop") != LOOP:
+        raise CheckpointError(
+            f"{path} holds no reward model; give a folder that r1zero reward-model wrote"
+        )
+    precision = precision or choose_precision("auto", False, device)
+    shape = ModelConfig(**state["model_config"])
+    model = RewardModel(Transformer(shape, precision.dtype, precision.fp32_head))
+    load_tensors(model, checkpoint.tensors["model"], path)
+    if not model.is_centred:
+        raise CheckpointError(
+            f"{path} is a reward model whose training was stopped, and its scores are not centred; "
+            "go on with r1zero reward-model --resume"
+        )
+    return model.to(device), Tokenizer.from_dict(state["tokenizer"]), checkpoint
+
+
+# ---- one step ----
+
+
+def micro_rankings(rankings: list[Ranking], micro_tokens: int) -> list[list[Ranking]]:
+    """The rankings in batches of at most so many tokens, but at least one ranking; none is cut."""
+    lengths = np.array([ranking.n_tokens for ranking in rankings])
+    cut = cut_by_length(lengths, np.arange(len(rankings)), micro_tokens)
+    return [[rankings[i] for i in chosen] for chosen in cut]
+
+
+def train_step(
+    model: RewardModel,
+    optimizer,
+    rankings: list[Ranking],
+    lr: float,
+    config: RewardModelConfig,
+    scaler: LossScaler,
+) -> dict:
+    """One optimizer step on a batch of rankings; returns the metrics to log."""
+    losses, margins = [], []
+    for part in micro_rankings(rankings, config.micro_tokens):
+        margins_P = margins_under(model, part)
+        loss = preference_loss(margins_P, part) / len(rankings)
+        scaler.scale(loss).backward()
+        losses.append(float(loss.detach()))
+        margins.append(margins_P.detach().cpu().double().numpy())
+    norm = optimizer_step(model, optimizer, lr, config.optim, scaler)
+    agreed_P = agreement(np.concatenate(margins))
+    return {"loss": sum(losses), "accuracy": float(agreed_P.mean()), "gradient_norm": norm}
+
+
+def fit_rankings(
+    run: Run,
+    model: RewardModel,
+    tokenizer: Tokenizer,
+    batches: RankingBatches,
+    held_out: list[Ranking],
+    config: RewardModelConfig,
+) -> None:
+    """Train for the steps that `run` has left; the last of them centres the scores.
+
+    Raises FloatingPointError for a loss or gradient that is not finite.
+    """
+    optimizer = make_optimizer(model, config.optim)
+    scaler = LossScaler.of(model.trunk)
+    scaler.load(run.restore(model, tokenizer, optimizer))
+    n_tokens, started = 0, time.perf_counter()
+    for step in run.steps():
+        rankings = batches.batch(step)
+        lr = learning_rate(step, run.schedule_steps, config.optim)
+        metrics = train_step(model, optimizer, rankings, lr, config, scaler)
+        run.check_finite(step, model, loss=metrics["loss"], gradient_norm=metrics["gradient_norm"])
+        step_tokens = sum(ranking.n_tokens for ranking in rankings)
+        n_tokens += step_tokens
+        metrics |= {
+            "lr": lr,
+            "tokens": step_tokens,
+            "tokens_per_s": n_tokens / (time.perf_counter() - started),
+            **scaler.metrics(),
+        }
+        # A score means nothing but in comparison, until the training answers have a mean of 0.
+        if step + 1 == config.steps:
+            sequences = [tokens for r in batches.rankings for tokens in r.sequences]
+            model.centre_on(sequences, config.micro_tokens)
+        run.done(step, metrics, scaler.counters())
+        is_due = run.due(step, config.save_every)
+        if is_due:
+            metrics["held_out_accuracy"] = measure(model, held_out, config)["agrees"].mean
+        run.log(step, metrics, show=("loss", "accuracy"))
+        if is_due:
+            run.save(step)
+
+
+# ---- how far it agrees with the judge ----
+
+
+def scores_of(model: RewardModel, ranking: list[Ranking], micro_tokens: int) -> list[np.ndarray]:
+    """[K] of each ranking: the scores of its answers."""
+    sequences = [tokens for r in ranking for tokens in r.sequences]
+    scores_N = model.scores(sequences, micro_tokens)
+    return np.split(scores_N, np.cumsum([len(r.sequences) for r in ranking])[:-1])
+
+
+def share_of(scores: list[np.ndarray], pairs: list[Pairs], chosen: list[np.ndarray]) -> Estimate:
+    """The share of the chosen pairs in which the model agrees, each prompt counting once, with its
+    95 % interval over prompts. chosen: [P] bool of each ranking."""
+    shares = []
+    for scores_K, (better, worse), chosen_P in zip(scores, pairs, chosen, strict=True):
+        if chosen_P.any():
+            agreed_P = agreement(scores_K[better] - scores_K[worse])
+            shares.append(float(agreed_P[chosen_P].mean()))
+    n_pairs = int(np.mean([chosen_P.sum() for chosen_P in chosen if chosen_P.any()] or [0]))
+    return interval(shares, max(1, n_pairs)) if shares else Estimate(np.nan, np.nan, np.nan)
+
+
+def measure(model: RewardModel, held_out: list[Ranking], config) -> dict[str, Estimate]:
+    """How far the model agrees with the judge on held-out prompts: in all, without the noise, and
+    apart for pairs of right against wrong and within a class, where it is known what is right."""
+    scores = scores_of(model, held_out, config.micro_tokens)
+    noisy, clean = [r.pairs for r in held_out], [r.clean for r in held_out]
+    every = [np.ones(len(pairs.better), bool) for pairs in clean]
+    found = {"agrees": share_of(scores, noisy, every)}
+    if config.noise:
+        found["agrees without the noise"] = share_of(scores, clean, every)
+    if all(ranking.right is not None for ranking in held_out):
+        apart = [r.right[r.clean.better] != r.right[r.clean.worse] for r in held_out]
+        found["right against wrong"] = share_of(scores, clean, apart)
+        found["within a class"] = share_of(scores, clean, [~differ for differ in apart])
+    return {name: share for name, share in found.items() if not np.isnan(share.mean)}
+
+
+def held_out_margins(model: RewardModel, held_out: list[Ranking], config) -> np.ndarray:
+    """[P of all]: the margins of all held-out pairs."""
+    scores = scores_of(model, held_out, config.micro_tokens)
+    return np.concatenate(
+        [s[r.pairs.better] - s[r.pairs.worse] for s, r in zip(scores, held_out, strict=True)]
+    )
+
+
+def report(run: Run, model: RewardModel, held_out: list[Ranking], config) -> None:
+    """Write what was measured to run.json and calibration.png, and show it as a table."""
+    found = measure(model, held_out, config)
+    bins = calibration(held_out_margins(model, held_out, config))
+    run.note(
+        reward_model={
+            "prompts": len(held_out),
+            "pairs": sum(one.n_pairs for one in bins),
+            "ceiling": 1 - config.noise,
+            "shares": {name: list(share) for name, share in found.items()},
+            "calibration": [one._asdict() for one in bins],
+        }
+    )
+    plot_calibration(bins, run.folder / "calibration.png")
+    lines = [f"{len(held_out):,} held-out prompts, 95 % intervals over prompts"]
+    for name, share in found.items():
+        lines.append(f"  {name:<25}{share.mean:7.1%}   [{share.low:.1%}, {share.high:.1%}]")
+    lines.append(f"  {'the most that could':<25}{1 - config.noise:7.1%}   1 - noise")
+    lines.append(f"\n  {'how sure it is':<25}{'agrees':>7}   pairs")
+    for one in bins:
+        lines.append(f"  {one.predicted:<25.1%}{one.agreed:7.1%}   {one.n_pairs:,}")
+    show("\n".join(lines))
+
+
+def plot_calibration(bins: list, path: Path) -> Path:
+    """How often the judge agrees, over how sure the model is; on the diagonal it is as often right
+    as it thinks."""
+    diagonal = Line("as sure as it is right", BASE, [50.0, 100.0], [0.5, 1.0])
+    label = f"{sum(one.n_pairs for one in bins):,} held-out pairs"
+    marks = []
+    for one in bins:
+        n_agreed = round(one.agreed * one.n_pairs)
+        _, *ends = interval([1.0] * n_agreed + [0.0] * (one.n_pairs - n_agreed))
+        marks.append(Mark(label, RL, 100 * one.predicted, one.agreed, tuple(ends)))
+    panel = Panel(
+        "Calibration of the reward model",
+        "share in which the judge agrees",
+        [diagonal],
+        marks,
+        percent=True,
+        x_label="how sure the model is of the better answer, %",
+    )
+    return plot([panel], path, 6, 4.5)
+
+
+# ---- the whole ----
+
+
+def reward_model(config: RewardModelConfig) -> RewardModel:
+    """Run the loop; returns the trained reward model.
+
+    Raises ValueError for bad flags or data, and Stopped after Ctrl-C.
+    """
+    reuse_memory()
+    device = pick_device(config.device)
+    precision = config.precision(device)
+    run = Run(config, "reward model")
+    trunk, tokenizer, base = load_model(config.base, device, precision=precision)
+    trunk.recomputes = config.recompute
+    run.check_inputs({"base": base_parts(base, tokenizer), "data": file_parts([Path(config.data)])})
+    run.check_model(trunk, tokenizer)
+    rankings = read_rankings(config.data, config.skip_bad)
+    encoded = encode_rankings(tokenizer, rankings, trunk.config, config.noise, config.seed)
+    trained, held_out = split_rankings(rankings, encoded, config.held_out)
+    say(pairs_in_words(trained, held_out))
+    model = RewardModel(trunk)
+    batches = RankingBatches(trained, config.rankings_per_step, config.seed)
+    with run:
+        fit_rankings(run, model, tokenizer, batches, held_out, config)
+        report(run, model, held_out, config)
+    return model
+
+
+def pairs_in_words(trained: list[Ranking], held_out: list[Ranking]) -> str:
+    """How much there is to learn from, on one line."""
+    both = [*trained, *held_out]
+    n_pairs = [len(ranking.pairs.better) for ranking in both]
+    n_possible = [len(r.sequences) * (len(r.sequences) - 1) // 2 for r in both]
+    return (
+        f"{len(trained):,} rankings with {sum(n_pairs[: len(trained)]):,} pairs to train on, "
+        f"{len(held_out):,} with {sum(n_pairs[len(trained) :]):,} held out; "
+        f"{sum(n_possible) - sum(n_pairs):,} ties left out"
+    )
