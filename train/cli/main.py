@@ -54,6 +54,12 @@ COMMANDS = {
         function="demo",
         purpose="R1-Zero from nothing: a base model, GRPO, control, report",
     ),
+    "r1": Command(
+        module="recipes.r1",
+        config="R1Config",
+        function="r1",
+        purpose="from R1-Zero to R1: cold start, reasoning, rejection sampling, all scenarios",
+    ),
     "recipe minimal": Command(
         module="recipes.minimal",
         config="MinimalConfig",
