@@ -112,7 +112,7 @@ def test_groups_equal_in_accuracy_are_dead_whatever_their_language_where_that_is
 
 def test_a_language_is_refused_where_the_prompts_have_no_words():
     config = RewardConfig(language_weight=0.5)
-    with pytest.raises(ValueError, match="--rewards.language-weight is 0.5, but the prompts of the task count"):
+    with pytest.raises(ValueError, match="--rewards.language-weight is 0.5, but the prompts of the task"):
         check_parts(Countdown(), config)
     for task in (Countdown(template="r1_zero"), Assistant()):
         check_parts(task, config)

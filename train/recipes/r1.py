@@ -26,7 +26,7 @@ DeepSeek-V3 as a second writer of the cold start's thoughts, and a reward for ha
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -42,6 +42,7 @@ from ..collect import CollectConfig, collect
 from ..grpo import grpo, grpo_config
 from ..machine import describe_machine, pick_device, reuse_memory
 from ..pretrain import PretrainConfig, pretrain
+from ..report.r1_page import with_interval, write_report
 from ..reward_model import RewardModelConfig, reward_model
 from ..run import at_least
 from ..sft import SFTConfig, sft
@@ -50,7 +51,6 @@ from .demo import PartResults, check_not_begun, check_part, run_part
 from .r1_corpus import AuthorsConfig, general_pairs
 from .r1_measure import held_out_tasks, measure, sample_held_out, win_rate, write_samples
 
-MAX_NEW_TOKENS = 192
 GENERAL_PAIRS = 2000  # lines of general data for SFT
 HIDDEN_PREFERENCE = "r1zero.train.recipes.r1_corpus:preferences"
 MEASURED = ("base", "zero", "cold", "reasoning", "tuned", "r1")
@@ -92,6 +92,8 @@ class R1Config:
     """Number of steps of the reward model, of 16 rankings each."""
     all_steps: int = 40
     """Number of steps of the last reinforcement learning, on all kinds of problems."""
+    max_new_tokens: int = 192
+    """Maximum number of new tokens per answer."""
     language_weight: float = 0.5
     """Weight of the reward for a consistent language."""
     model_weight: float = 0.5
@@ -99,6 +101,8 @@ class R1Config:
     collect_problems: int = 512
     """Number of problems whose answers are sampled for the cold start, and for the rankings; twice
     as many are for rejection sampling."""
+    keep: tuple[str, ...] = ("right", "formed")
+    """What an answer must be to be kept as data for SFT; r1zero collect --help lists the words."""
     eval_problems: int = 200
     """Number of held-out problems of each kind to measure on."""
     eval_samples: int = 4
@@ -173,7 +177,7 @@ def base_stage(config: R1Config, folder: Path) -> Stage:
 
 
 def rl_stage(config: R1Config, folder: Path, name: str, base: str, steps: int, **options) -> Stage:
-    """Reinforcement learning of the model of another stage; on puzzles, unless `kinds` says more."""
+    """Reinforcement learning of another stage's model; on puzzles, unless `kinds` says more."""
     kinds = options.pop("kinds", "puzzles")
     run = grpo_config(
         "demo",
@@ -182,7 +186,7 @@ def rl_stage(config: R1Config, folder: Path, name: str, base: str, steps: int, *
         task=task_of(config, kinds),
         steps=steps,
         save_every=10,
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=config.max_new_tokens,
         seed=config.seed,
         device=config.device,
         **options,
@@ -219,7 +223,7 @@ def collect_stage(
         out=str(folder / f"{name}.jsonl"),
         task=task_of(config, kinds),
         problems=problems,
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=config.max_new_tokens,
         seed=config.seed,
         device=config.device,
         **options,
@@ -255,6 +259,7 @@ def stages_of(config: R1Config, folder: Path) -> list[Stage]:
             "cold_data",
             "zero",
             problems,
+            keep=config.keep,
             min_language=1.0,
             min_tokens=25,
             max_repetition=0.5,
@@ -279,6 +284,7 @@ def stages_of(config: R1Config, folder: Path) -> list[Stage]:
             "chosen",
             "reasoning",
             2 * problems,
+            keep=config.keep,
             min_language=1.0,
             max_repetition=0.5,
             per_problem=2,
@@ -329,9 +335,9 @@ def run_stage(stage: Stage, folder: Path) -> float:
     if stage.loop is not collect:
         return run_part(stage.loop, stage.config)
     started = time.perf_counter()
+    # What is whole is not made again, but its flags are compared.
     out = Path(stage.config.out)
-    if not out.exists() or partial_path(out).exists():
-        collect(stage.config)
+    collect(replace(stage.config, resume=out.exists() or partial_path(out).exists()))
     return time.perf_counter() - started
 
 
@@ -367,7 +373,7 @@ def measure_stage(config: R1Config, folder: Path, name: str) -> dict:
         tasks,
         config.eval_problems,
         config.eval_samples,
-        MAX_NEW_TOKENS,
+        config.max_new_tokens,
         config.seed,
     )
     write_samples(samples_path(folder, name), groups)
@@ -398,19 +404,11 @@ def table(stages: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def with_interval(share: list[float] | None) -> str:
-    """`88 % [86, 90]`, or a dash."""
-    if share is None:
-        return "-"
-    mean, low, high = (100 * value for value in share)
-    return f"{mean:.1f} % [{low:.0f}, {high:.0f}]"
-
-
 # ---- the whole ----
 
 
 def r1(config: R1Config) -> Path:
-    """Run every stage that is not done yet; returns the path of results.json.
+    """Run every stage that is not done yet; returns the report's path.
 
     Raises ValueError if the folder already holds a recipe and --resume was not given,
     CheckpointError for stages that were begun with other flags, and Stopped after Ctrl-C.
@@ -446,5 +444,6 @@ def r1(config: R1Config) -> Path:
             results.write()
 
     seconds = time.perf_counter() - started
-    show(f"\n{table(results.stages)}\n\n{results.path}   ({seconds / 60:.1f} minutes)")
-    return results.path
+    report = write_report(folder)
+    show(f"\n{table(results.stages)}\n\nreport: {report}   ({seconds / 60:.1f} minutes)")
+    return report

@@ -241,6 +241,7 @@ def plot_bars(
     width: float,
     height: float,
     dpi: int = DPI,
+    y_label: str = "share of verdicts",
 ) -> Path:
     """Shares as bars in groups, with the values on top."""
     from matplotlib import style
@@ -258,7 +259,7 @@ def plot_bars(
                 shown = "–" if value is None else f"{100 * value:.0f} %"
                 top = (value or 0.0) + 0.015
                 axes.text(centre, top, shown, ha="center", fontsize=11, color=INK)
-        plot_panel(axes, Panel(title, "share of verdicts", [], percent=True, x_label=""))
+        plot_panel(axes, Panel(title, y_label, [], percent=True, x_label=""))
         axes.set_ylim(0, 1.08)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0])
         axes.set_xticks(range(len(groups)), groups, fontsize=11)
