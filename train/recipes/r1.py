@@ -49,11 +49,12 @@ from ..sft import SFTConfig, sft
 from ..task_flags import TaskFlags
 from .demo import PartResults, check_not_begun, check_part, run_part
 from .r1_corpus import AuthorsConfig, general_pairs
-from .r1_measure import held_out_tasks, measure, sample_held_out, win_rate, write_samples
+from .r1_measure import held_out_tasks, measure, reached, sample_held_out, win_rate, write_samples
 
 GENERAL_PAIRS = 2000  # lines of general data for SFT
 HIDDEN_PREFERENCE = "r1zero.train.recipes.r1_corpus:preferences"
 MEASURED = ("base", "zero", "cold", "reasoning", "tuned", "r1")
+REINFORCED = ("zero", "reasoning", "no_language", "no_cold", "r1", "hacked")
 CONTROLS = ("no_language", "no_cold", "alone", "hacked")
 
 
@@ -378,6 +379,8 @@ def measure_stage(config: R1Config, folder: Path, name: str) -> dict:
     )
     write_samples(samples_path(folder, name), groups)
     found = measure(groups)
+    if name in REINFORCED:
+        found["steps_to_70"] = reached(folder / name, 0.7)
     if name in ("r1", "hacked"):
         found["win_rate"] = list(
             win_rate(samples_path(folder, name), samples_path(folder, "tuned"))

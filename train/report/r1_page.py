@@ -111,8 +111,10 @@ def stage_table(stages: dict[str, dict]) -> str:
     for name, found in stages.items():
         title, what = TITLES[name]
         cells = [with_interval(found.get(metric)) for metric in COLUMNS]
-        rows.append([f"{title}\n{what}", *cells, f"{found['tokens']:.1f}"])
-    head = ["stage", *COLUMNS.values(), "tokens"]
+        steps = found.get("steps_to_70")
+        reached = "–" if steps is None else str(steps)
+        rows.append([f"{title}\n{what}", *cells, f"{found['tokens']:.1f}", reached])
+    head = ["stage", *COLUMNS.values(), "tokens", "steps to 70 %"]
     return section(
         "What each stage did",
         paragraph(
