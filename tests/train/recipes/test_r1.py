@@ -13,12 +13,11 @@ from r1zero.train.recipes.r1_measure import measure, reached, win_rate, write_sa
 from r1zero.train.report.r1_page import CLAIMS, TITLES, verdict
 from r1zero.train.run import read_record
 
-SMALL = ["--model", "tiny", "--documents", "300", "--pretrain-steps", "40", "--zero-steps", "1", "--cold-steps",
-         "2", "--reasoning-steps", "1", "--tuned-steps", "2", "--reward-steps", "2", "--all-steps", "4",
-         "--collect-problems", "8", "--eval-problems", "3", "--eval-samples", "2", "--keep", "all",
-         "--max-new-tokens", "60", "--device", "cpu"]
-STAGES = ["base", "zero", "cold_data", "cold", "reasoning", "no_language", "no_cold", "chosen", "tuned", "alone",
-          "rankings", "reward", "r1"]
+SMALL = """--model tiny --documents 300 --pretrain-steps 40 --zero-steps 1 --cold-steps 2 --reasoning-steps 1
+           --tuned-steps 2 --reward-steps 2 --all-steps 4 --collect-problems 8 --eval-problems 3
+           --eval-samples 2 --keep all --max-new-tokens 60 --device cpu""".split()
+STAGES = """base zero cold_data cold reasoning no_language no_cold chosen tuned alone rankings reward
+            r1""".split()
 
 
 def recipe(folder, *flags: str) -> int:
@@ -44,7 +43,8 @@ def test_every_stage_is_made_and_every_model_is_measured_on_the_same_problems(fi
         prompts.append([row["prompt"] for row in rows])
         assert len(rows) == 3 * 3 * 2
     assert prompts == [prompts[0]] * len(models)
-    assert results["stages"]["reasoning"]["steps_to_70"] is None and "steps_to_70" not in results["stages"]["cold"]
+    assert results["stages"]["reasoning"]["steps_to_70"] is None
+    assert "steps_to_70" not in results["stages"]["cold"]
     assert "win_rate" in results["stages"]["r1"] and "win_rate" not in results["stages"]["tuned"]
     page = (finished / "report.html").read_text()
     assert all(TITLES[name][0] in page for name in models) and (finished / "r1.png").exists()
@@ -52,11 +52,10 @@ def test_every_stage_is_made_and_every_model_is_measured_on_the_same_problems(fi
 
 @pytest.mark.slow
 def test_each_stage_begins_where_the_paper_says(finished):
-    bases = {name: read_record(finished / name / "run.json")["config"].get("base")
-             for name in ("zero", "cold", "reasoning", "tuned", "reward", "r1", "no_language", "no_cold", "alone")}
-    assert {name: base.rpartition("/")[2] for name, base in bases.items()} == {
-        "zero": "base", "cold": "base", "reasoning": "cold", "tuned": "base", "reward": "tuned", "r1": "tuned",
-        "no_language": "cold", "no_cold": "base", "alone": "base"}
+    begins = {"zero": "base", "cold": "base", "reasoning": "cold", "tuned": "base", "reward": "tuned",
+              "r1": "tuned", "no_language": "cold", "no_cold": "base", "alone": "base"}
+    bases = {name: read_record(finished / name / "run.json")["config"]["base"] for name in begins}
+    assert {name: base.rpartition("/")[2] for name, base in bases.items()} == begins
 
 
 @pytest.mark.slow
@@ -84,7 +83,8 @@ def test_the_controls_and_the_broken_run_differ_in_one_thing_each(tmp_path):
     stages = {stage.name: stage.config for stage in stages_of(R1Config(hack=True), tmp_path)}
 
     def differs(one, other):
-        return {key for key, value in vars(stages[one]).items() if value != vars(stages[other])[key]} - {"run"}
+        theirs = vars(stages[other])
+        return {key for key, value in vars(stages[one]).items() if value != theirs[key]} - {"run"}
 
     assert differs("no_language", "reasoning") == {"rewards"}
     assert stages["no_language"].rewards.language_weight == 0
@@ -97,8 +97,9 @@ def test_the_controls_and_the_broken_run_differ_in_one_thing_each(tmp_path):
     assert not {"no_language", "no_cold", "alone", "hacked"} & set(alone)
 
 
-@pytest.mark.parametrize("flags", [{"pretrain_steps": 0}, {"cold_steps": 0}, {"all_steps": 0}, {"documents": 0},
-                                   {"eval_problems": 0}, {"seed": -1}, {"model": "huge"}, {"high": 0},
+@pytest.mark.parametrize("flags", [{"pretrain_steps": 0}, {"cold_steps": 0}, {"all_steps": 0},
+                                   {"documents": 0}, {"eval_problems": 0}, {"seed": -1}, {"model": "huge"},
+                                   {"high": 0},
                                    {"keep": ("good",)}, {"language_weight": -1.0}])
 def test_flags_out_of_range_are_refused_before_anything_is_made(flags):
     with pytest.raises(ValueError, match=next(iter(flags)).partition("_")[0]):
@@ -133,7 +134,8 @@ def test_the_win_rate_compares_every_answer_with_every_other_and_ties_count_half
 
 
 def test_an_accuracy_is_reached_when_a_mean_of_steps_is(tmp_path):
-    rows = [{"step": step + 1, "accuracy": right} for step, right in enumerate([0.1, 0.9, 0.2, 0.6, 0.8, 0.9])]
+    rights = [0.1, 0.9, 0.2, 0.6, 0.8, 0.9]
+    rows = [{"step": step, "accuracy": right} for step, right in enumerate(rights, 1)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert reached(tmp_path, 0.7) == 6 and reached(tmp_path, 0.39) == 3 and reached(tmp_path, 0.8) is None
 
