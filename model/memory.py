@@ -8,8 +8,9 @@ copy of the weights and its cache; while it updates, it holds all of these, grad
 micro-batch keeps for its backward pass. The peak is that of the larger phase.
 
 All is counted on a model without memory (the meta device), whose layers know what they keep. So no
-formula here knows an architecture. What a GPU's kernels and a CPU's keep differs little:
-python -m benchmarks.memory --predict holds a CPU's against its tensors.
+formula here knows an architecture. What a GPU's kernels and a CPU's keep differs little in fp32:
+python -m benchmarks.memory_predicted holds either against its tensors. In 16 bit it is the GPU's: a
+CPU has no compiled loops there, and keeps nearly three times as much, in fp32.
 
 Left out: the driver's own memory and gaps between tensors (`usable` allows for both), and the
 logits of `generate` with filters, which sort.

@@ -73,13 +73,14 @@ def try_longest_batch(learner: Learner, config: Algorithm, longest: int) -> None
             (logp.sum() + entropy.sum()).backward()
         del held
     except torch.OutOfMemoryError as error:
+        n_tokens = max(config.micro_tokens, longest)
         parts = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in predicted.parts.items())
         raise BatchTooLargeError(
-            f"a micro-batch of {max(config.micro_tokens, longest)} tokens does not fit, which is "
-            f"the largest that can come. Memory ended at {doing}. Predicted were {parts}: that part "
-            "came out larger, or another process has a part of the GPU. Give a smaller "
-            "--micro-tokens, --recompute, --ref-offload, --optim.moments bf16 or --lora.rank; "
-            "`r1zero plan` says what each would save"
+            f"a micro-batch of {n_tokens} tokens does not fit, which is the largest that can come. "
+            f"Memory ended at {doing}. Predicted were {parts}: that part came out "
+            "larger, or another process has a part of the GPU. Give a smaller --micro-tokens, "
+            "--recompute, --ref-offload, --optim.moments bf16 or --lora.rank; `r1zero plan` says "
+            "what each would save"
         ) from error
     finally:
         policy.zero_grad(set_to_none=True)
