@@ -10,7 +10,7 @@ micro-batch keeps for its backward pass. The peak is that of the larger phase.
 All is counted on a model without memory (the meta device), whose layers know what they keep. So no
 formula here knows an architecture. What a GPU's kernels and a CPU's keep differs little in fp32:
 python -m benchmarks.memory_predicted holds either against its tensors. In 16 bit it is the GPU's: a
-CPU has no compiled loops there, and keeps nearly three times as much, in fp32.
+CPU has no compiled loops there, and keeps fp32 copies, 1.5 to 2.5 times as much.
 
 Left out: the driver's own memory and gaps between tensors (`usable` allows for both), and the
 logits of `generate` with filters, which sort.
@@ -206,7 +206,9 @@ def predict(setup: Setup, budget: float | None = None) -> Prediction:
     if model.head.requires_grad:
         head += 4 * model.head.numel()  # of this micro-batch, before it is added to the others'
     if not setup.on_gpu:
-        head += n_tokens * SLICE * setup.dtype.itemsize  # a slice of logits beside its gradient
+        # a slice of logits beside its gradient, and neither wider than the vocabulary
+        extra = 2 * min(SLICE, setup.model.head_rows) - SLICE
+        head += n_tokens * extra * setup.dtype.itemsize
     activations, logprobs = model.saved_bytes(n_tokens) + layer, max(0, head - layer)
     is_away = setup.reference == "cpu" and not setup.lora.rank
     at_home, visiting = (0, reference) if is_away else (reference, 0)

@@ -19,17 +19,22 @@ def test_a_step_takes_the_memory_that_is_predicted(lora, recompute):
     assert found["measured"] / 1.15 < found["predicted"] < 1.15 * found["measured"]
 
 
+def test_a_vocabulary_that_is_smaller_than_a_slice_of_logits_takes_its_own_width():
+    found = memory_predicted.measure(Case("tiny", 300, 2048), CPU)
+    assert found["measured"] < found["predicted"] < 1.3 * found["measured"]
+
+
 @pytest.mark.parametrize("name, share", [
     ("--optim.moments bf16", 1), ("no KL, so no reference", 1), ("a quarter of --micro-tokens", None),
 ])
 def test_an_option_saves_what_is_predicted(name, share):
     """share: how many bytes of fp32 weights it saves; None: more."""
-    plain = Case("tiny", 30_000, 1024, reference="device")
-    tokens = plain.tokens if share else 256
-    option = replace(OPTIONS[name], model="tiny", vocabulary=30_000, tokens=tokens)
+    plain = Case("tiny", 10_000, 512, seq_len=32, reference="device")
+    tokens = plain.tokens if share else 128
+    option = replace(OPTIONS[name], model="tiny", vocabulary=10_000, tokens=tokens, seq_len=32)
     before, after = (memory_predicted.measure(case, CPU) for case in (plain, option))
     saved = {kind: before[kind] - after[kind] for kind in ("predicted", "measured")}
-    assert saved["predicted"] == pytest.approx(saved["measured"], rel=0.15)
+    assert saved["predicted"] == pytest.approx(saved["measured"], rel=0.2)
     if share:
         assert saved["measured"] == pytest.approx(share * before["parts"]["weights"], rel=0.02)
 
