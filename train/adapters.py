@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..eval.console import say
-from ..model.checkpoint import KEPT_BASE, Checkpoint
+from ..model.checkpoint import KEPT_BASE, Checkpoint, CheckpointError
 from ..model.files import new_folder
 from ..model.lora import LEARNING_RATE_FACTOR, LoRAConfig, add_adapters, cast_frozen
 from ..model.optimizer import OptimConfig
@@ -35,6 +35,24 @@ def default_optim(words: list[str], optim: OptimConfig) -> OptimConfig:
     if value_in(words, "--lora.rank", "0") == "0":
         return optim
     return replace(optim, lr=LEARNING_RATE_FACTOR * optim.lr)
+
+
+def check_rank(then: dict, now: dict, where: Path) -> None:
+    """Raise CheckpointError if a run with adapters is resumed without them, or the other way round.
+
+    then, now: the settings of the checkpoint at `where`, and those of now.
+    """
+    before, after = (settings.get("lora", {"rank": 0}) for settings in (then, now))
+    if before["rank"] and not after["rank"]:
+        usual = asdict(LoRAConfig())
+        flags = [f"--lora.{name} {value}" for name, value in before.items() if value != usual[name]]
+        words = " ".join(flags).replace("--lora.rslora True", "--lora.rslora")
+        raise CheckpointError(f"{where} is of a run with LoRA; add the flags of its start: {words}")
+    if after["rank"] and not before["rank"]:
+        raise CheckpointError(
+            f"{where} is of a run that trains all weights; leave out --lora.rank, or begin another "
+            f"run with it (--base {where.parent.parent})"
+        )
 
 
 def loading_device(lora: LoRAConfig, device: torch.device) -> torch.device:

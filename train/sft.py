@@ -39,7 +39,8 @@ class SFTConfig(ComputeFlags, RunConfig):
     FREE: ClassVar[tuple[str, ...]] = ("skip_bad",)
 
     base: str
-    """Folder of the run, checkpoint or Hugging Face model to start from."""
+    """Folder of the run, checkpoint, Hugging Face model or adapters in PEFT's layout to start
+    from."""
     data: str
     """A .jsonl file whose lines have the fields prompt and response, or the field messages: a list
     of objects with role (system, user or assistant) and content. Texts are trained on as they

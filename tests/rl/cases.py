@@ -118,7 +118,8 @@ class Capture:
     def step(self):
         frozen = [p for p in self.model.parameters() if not p.requires_grad]
         assert all(p.grad is None for p in frozen)
-        self.grads.append({name: p.grad.clone() for name, p in self.model.named_parameters() if p.requires_grad})
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.grads.append({name: p.grad.clone() for name, p in trained.items()})
 
     def zero_grad(self):
         for p in self.model.parameters():

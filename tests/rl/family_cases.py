@@ -23,7 +23,8 @@ from .exact_cases import WEIGHTS, parts_of
 
 REWARDS = np.array([1.0, 0.0, 0.2, 1.0, 0.0, 1.2])
 GROUPS = (0, 2, 4, 6)
-SHARED = ["r1_zero", "grpo", "dr_grpo", "reinforce", "ppo", "gdpo", "dead", "r1_zero lora", "ppo lora", "dead lora"]
+SHARED = ["r1_zero", "grpo", "dr_grpo", "reinforce", "ppo", "gdpo", "dead", "r1_zero lora", "ppo lora",
+          "dead lora"]
 STILL = OptimConfig(lr=1.0, warmup=0, schedule="constant", clip_grad=1e9)  # nothing is clipped
 
 
@@ -31,8 +32,8 @@ def whole_update(algo: str, micro_tokens: int, seed: int = 0, order=(0, 1, 2), r
                  advantages=None, share=None, sums: bool = False, **changes):
     """The gradient of one update by name (its sums in absolute value and as they are, if `sums`).
 
-    algo: a preset, "dead" (the last group teaches nothing), or one of these and " lora". order: of the groups;
-    share: the groups of this process. The critic's gradients come as "critic.<name>".
+    algo: a preset, "dead" (the last group teaches nothing), or one of these and " lora". order: of the
+    groups; share: the groups of this process. The critic's gradients come as "critic.<name>".
     """
     algo, _, adapted = algo.partition(" ")
     model, reference, trunk = models(bool(adapted))

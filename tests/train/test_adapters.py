@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from r1zero.model.checkpoint import checkpoint_steps, load_checkpoint, load_model, save_checkpoint
+from r1zero.model.checkpoint import (
+    CheckpointError,
+    checkpoint_steps,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+)
 from r1zero.model.config import preset
 from r1zero.model.engine.engine import Engine
 from r1zero.model.lora import LoRAConfig, adapters_of, add_adapters
@@ -138,6 +144,13 @@ def test_adapters_of_another_shape_are_refused(base, tmp_path):
     grpo(grpo_config(tmp_path / "run", base, lora=LORA, steps=2))
     with fails(ValueError, "lora.rank is 2 there and 3 here"):
         grpo(grpo_config(tmp_path / "run", base, lora=LoRAConfig(3), steps=4, resume=True))
+    named = LoRAConfig(2, layers="mlp", rslora=True)
+    grpo(grpo_config(tmp_path / "named", base, lora=named, steps=1))
+    with fails(CheckpointError, "add the flags of its start: --lora.rank 2 --lora.layers mlp --lora.rslora$"):
+        grpo(grpo_config(tmp_path / "named", base, steps=4, resume=True))
+    grpo(grpo_config(tmp_path / "all", base, steps=1))
+    with fails(CheckpointError, f"trains all weights; leave out --lora.rank, or .*--base {tmp_path / 'all'}"):
+        grpo(grpo_config(tmp_path / "all", base, lora=LORA, steps=4, resume=True))
     checkpoint = load_checkpoint(tmp_path / "run")
     first = sorted(checkpoint.tensors["model"])[0]
     checkpoint.tensors["model"].pop(first)
@@ -157,6 +170,11 @@ def test_the_default_learning_rate_is_ten_times_that_of_full_fine_tuning(command
     assert parse_flags(command, kind, [*words, "--lora.rank", "0"]).optim.lr == full.optim.lr
     named = parse_flags(command, kind, [*words, "--lora.rank", "8", "--optim.lr", "0.5"])
     assert named.optim.lr == 0.5 and named.lora == LoRAConfig(8)
+
+
+def test_a_reference_that_is_the_policys_own_weights_is_not_offloaded(tmp_path):
+    with fails(ValueError, "--ref-offload with --lora.rank: .*; leave --ref-offload out"):
+        grpo_config(tmp_path / "run", "none", lora=LORA, ref_offload=True)
 
 
 def test_the_memory_of_the_optimizer_is_that_of_the_adapters(base, tmp_path):

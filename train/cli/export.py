@@ -39,7 +39,8 @@ class ExportConfig:
     """Write a model as a Hugging Face folder."""
 
     run: str
-    """Folder of the run, of a checkpoint, or of a Hugging Face model."""
+    """Folder of the run, of a checkpoint, of a Hugging Face model, or of adapters in PEFT's
+    layout."""
     which: str = "last"
     """Which checkpoint of the run to load: last, best, or a step number."""
     out: str
