@@ -125,6 +125,32 @@ def test_a_run_with_adapters_is_a_base_and_its_adapters_are_exported(base, tmp_p
         ExportConfig(run=str(base), out="x", adapters=True, dtype="bf16")
 
 
+def test_exported_adapters_know_their_base_by_its_weights(base, tmp_path):
+    """As it is, and written as an open model; another one of the same shape is refused by name."""
+    grpo(grpo_config(tmp_path / "one", base, lora=LORA, steps=1))
+    grpo(grpo_config(tmp_path / "two", tmp_path / "one", lora=LORA, steps=1))  # its base is a sum
+    folder, name = tmp_path / "out", str(tmp_path / "one")
+    export(ExportConfig(run=str(tmp_path / "two"), out=str(folder), adapters=True))
+    path = folder / "adapter_config.json"
+
+    def of(base):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}))
+        return weights_of(folder)
+
+    before = of(base.parent / "one/checkpoints/step_00000001")
+    export(ExportConfig(run=name, out=str(tmp_path / "open")))
+    after = of(tmp_path / "open")
+    assert all((weight - before[key]).abs().max() < 1e-6 for key, weight in after.items())
+    with fails(CheckpointError, "out holds adapters of .*/one/checkpoints/step_00000001, and .*base has "
+                                "other weights; put the path of that base into .*, or remove .*_base.json"):
+        of(base)
+    (folder / "r1zero_base.json").write_text("{}")
+    with fails(ValueError, "r1zero_base.json is damaged; .*, or remove it"):
+        of(base)
+    (folder / "r1zero_base.json").unlink()
+    of(base)  # as with adapters of others
+
+
 def test_a_base_that_is_gone_or_another_is_told_in_one_line(base, tmp_path):
     grpo(grpo_config(tmp_path / "run", base, lora=LORA, steps=2))
     moved = base.rename(tmp_path / "elsewhere")
