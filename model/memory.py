@@ -169,12 +169,16 @@ def reference_bytes(setup: Setup, model: Transformer) -> int:
         return 0
     if setup.lora.rank:  # the adapters as they were
         return sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    # without fp32 masters, as `cast_frozen` leaves it
-    kept = {id(p) for p in model.read_in_fp32()}
-    return sum(
-        p.nbytes if p.ndim < 2 or id(p) in kept else p.numel() * setup.dtype.itemsize
-        for p in model.parameters()
-    )
+    return _frozen_bytes(setup.model, setup.dtype, setup.fp32_head)
+
+
+@lru_cache(maxsize=8)
+def _frozen_bytes(config, dtype, fp32_head) -> int:
+    """Bytes of a model that nobody trains."""
+    with torch.device("meta"):
+        model = Transformer(config, dtype, fp32_head).requires_grad_(False)
+    cast_frozen(model)
+    return bytes_of(model)
 
 
 def predict(setup: Setup, budget: float | None = None) -> Prediction:

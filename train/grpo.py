@@ -60,7 +60,7 @@ from .lab.diagnosis import Diagnosis
 from .lab.mistakes import MISTAKES, warn_of
 from .log import read_metrics
 from .machine import peak_memory, pick_device, reuse_memory
-from .memory_check import compare, predicted_for, setup_of, try_longest_batch
+from .memory_check import predicted_for, setup_of_run, steps_measured, try_longest_batch
 from .rollout_log import RolloutLog
 from .run import START, Run, RunConfig, at_least
 from .task_flags import TaskFlags
@@ -339,7 +339,7 @@ def make_engine(config: GRPOConfig, task: Task, policy, tokenizer) -> Engine:
     few = task.problems("train", config.prompts_per_step)
     longest = longest_prompt(config, task, tokenizer, few) + config.max_new_tokens
     # And leave room for what the first update makes (model/memory.py).
-    reserve = predict(setup_of(config, policy, longest)).reserve
+    reserve = predict(setup_of_run(config, policy, longest)).reserve
     return Engine(
         policy,
         tokenizer,
@@ -480,7 +480,7 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
         )
         learner.observe = rollout_log.observe
         diagnosis = Diagnosis(asdict(config), read_metrics(run.folder))
-        for step in run.steps():
+        for step in steps_measured(run, predicted, device):
             with explained(run, step):
                 metrics = step_of(learner, task, algorithm, step)
             checked = {name: metrics[name] for name in CHECKED if name in metrics}
@@ -506,8 +506,6 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
             if run.due(step, config.save_every) or score is not None:
                 rollout_log.sync()
                 run.save(step, score)
-        if run.first_step < config.steps:
-            run.note(memory=compare(predicted, device))
     return policy
 
 
