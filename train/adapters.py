@@ -23,18 +23,21 @@ from .inputs import Inputs
 def value_in(words: list[str], flag: str, default: str) -> str:
     """The value that a flag has on the command line."""
     value = default
-    for word, following in zip(words, [*words[1:], default], strict=True):
+    for word, following in zip(words, [*words, default][1:], strict=True):
         name, equals, text = word.partition("=")
         if name == flag:
             value = text if equals else following
     return value
 
 
+def default_rate(words: list[str], rate: float) -> float:
+    """The default learning rate: with adapters on the command line, a larger one."""
+    return rate if value_in(words, "--lora.rank", "0") == "0" else LEARNING_RATE_FACTOR * rate
+
+
 def default_optim(words: list[str], optim: OptimConfig) -> OptimConfig:
-    """The optimizer's defaults: with adapters on the command line, a larger learning rate."""
-    if value_in(words, "--lora.rank", "0") == "0":
-        return optim
-    return replace(optim, lr=LEARNING_RATE_FACTOR * optim.lr)
+    """The optimizer's defaults, with `default_rate`."""
+    return replace(optim, lr=default_rate(words, optim.lr))
 
 
 def check_rank(then: dict, now: dict, where: Path) -> None:
