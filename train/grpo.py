@@ -93,8 +93,8 @@ class GRPOConfig(Algorithm, ComputeFlags, RunConfig):
     RENAMED: ClassVar[dict[str, dict]] = {"control": {False: "none", True: "permute"}}
 
     base: str
-    """Folder of the run, checkpoint or Hugging Face model to start from; it is also the KL's
-    reference, until a refresh."""
+    """Folder of the run, checkpoint, Hugging Face model or adapters in PEFT's layout to start from;
+    it is also the KL's reference, until a refresh."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     task: TaskFlags = field(default_factory=TaskFlags)
     eval_every: int = 0
@@ -118,6 +118,11 @@ class GRPOConfig(Algorithm, ComputeFlags, RunConfig):
         if not 0 <= self.keep_rollouts <= 1:
             raise ValueError(
                 f"--keep-rollouts is {self.keep_rollouts}, expected a share from 0 to 1"
+            )
+        if self.lora.rank and self.ref_offload:
+            raise ValueError(
+                "--ref-offload with --lora.rank: the reference is the policy's own weights without "
+                "the adapters, so nothing is moved; leave --ref-offload out"
             )
         if isinstance(self.mistake, str) and self.mistake not in MISTAKES:
             raise ValueError(f"--break is {self.mistake!r}, expected one of {', '.join(MISTAKES)}")

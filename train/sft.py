@@ -6,7 +6,7 @@ The loop itself is in fit.py, the same as in pretraining. A target that is part 
 weight 0; the tokens of a response and its end token have weight 1. conversations.py says what a
 file may hold, and how a conversation becomes tokens.
 
-Left out: chat templates. A conversation is trained on as it stands.
+Left out: tools, and thoughts that a template keeps apart from an answer.
 """
 
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,12 @@ from ..model.transformer import Transformer
 from .adapters import default_optim, loading_device
 from .batches import DocumentBatches
 from .compute_flags import ComputeFlags
-from .conversations import encode_conversations, read_conversations
+from .conversations import (
+    encode_chats,
+    encode_conversations,
+    read_chats,
+    read_conversations,
+)
 from .fit import fit
 from .inputs import base_parts, file_parts
 from .machine import pick_device, reuse_memory
@@ -39,12 +44,15 @@ class SFTConfig(ComputeFlags, RunConfig):
     FREE: ClassVar[tuple[str, ...]] = ("skip_bad",)
 
     base: str
-    """Folder of the run, checkpoint or Hugging Face model to start from."""
+    """Folder of the run, checkpoint, Hugging Face model or adapters in PEFT's layout to start
+    from."""
     data: str
     """A .jsonl file whose lines have the fields prompt and response, or the field messages: a list
     of objects with role (system, user or assistant) and content. Texts are trained on as they
-    stand, without a chat template: a line break joins system and user messages that follow each
-    other, and the end token follows each assistant's."""
+    stand, or with --chat through the chat template: without it a line break joins system and user
+    messages that follow each other, and the end token follows each assistant's."""
+    chat: bool = False
+    """Put each conversation through the model's chat template."""
     skip_bad: bool = False
     """Go on without the lines of the data that are bad, and say how many there are."""
     batch_tokens: int = 1024
@@ -92,8 +100,11 @@ def sft(config: SFTConfig) -> Transformer:
     model.to(device)
     if config.lora.rank:  # what is no adapter stays, the bias of a mixture's balance too
         config = replace(config, balance=replace(config.balance, bias_rate=0.0))
-    conversations = read_conversations(config.data, config.skip_bad)
-    documents, trained = encode_conversations(tokenizer, conversations)
+    if config.chat:
+        documents, trained = encode_chats(tokenizer, read_chats(config.data, config.skip_bad))
+    else:
+        conversations = read_conversations(config.data, config.skip_bad)
+        documents, trained = encode_conversations(tokenizer, conversations)
     batches = DocumentBatches(
         documents,
         config.batch_tokens,
