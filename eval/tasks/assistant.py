@@ -82,6 +82,9 @@ class Assistant(Task):
 
     kinds: str = "both"
     """Which problems: puzzles, requests, or both in turn."""
+    requests_from: int = 0
+    """Index of the first training problem that may be a request, where the kinds take turns; all
+    before it are puzzles."""
     languages: str = "both"
     """The language that puzzles are to be thought about in: en, zh, or both in turn."""
     n_numbers: int = 3
@@ -101,6 +104,10 @@ class Assistant(Task):
                 raise ValueError(
                     f"assistant: {option} is {quoted(given)}; it must be one of {', '.join(known)}"
                 )
+        if self.requests_from < 0:
+            raise ValueError(
+                f"assistant: requests_from is {self.requests_from}; it must be 0 or more"
+            )
         assert self.countdown is not None  # which checks the other options
 
     @cached_property
@@ -120,8 +127,11 @@ class Assistant(Task):
         """Puzzles and requests take turns, and so do the languages of the puzzles."""
         check_position(split, index)
         if self.kinds == "both":
-            index, turn = divmod(index, 2)
-            return self._request(split, index) if turn else self._puzzle(split, index)
+            n_puzzles = self.requests_from if split == "train" else 0
+            if index < n_puzzles:
+                return self._puzzle(split, index)
+            pair, turn = divmod(index - n_puzzles, 2)
+            return self._request(split, pair) if turn else self._puzzle(split, n_puzzles + pair)
         return (
             self._puzzle(split, index) if self.kinds == "puzzles" else self._request(split, index)
         )

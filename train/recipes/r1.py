@@ -24,6 +24,7 @@ Source: DeepSeek-R1, arXiv 2501.12948 v2, sections 2 and 3, appendices B.3 and B
 DeepSeek-V3 as a second writer of the cold start's thoughts, and a reward for harmlessness.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -51,6 +52,7 @@ from .demo import PartResults, check_not_begun, check_part, run_part
 from .r1_corpus import AuthorsConfig, general_pairs
 from .r1_measure import held_out_tasks, measure, reached, sample_held_out, win_rate, write_samples
 
+REWARD_MODEL_FROM = 0.75  # share of the last RL's steps before requests and their reward model
 GENERAL_PAIRS = 2000  # lines of general data for SFT
 HIDDEN_PREFERENCE = "r1zero.train.recipes.r1_corpus:preferences"
 MEASURED = ("base", "zero", "cold", "reasoning", "tuned", "r1")
@@ -139,10 +141,11 @@ class Stage(NamedTuple):
     config: Any
 
 
-def task_of(config: R1Config, kinds: str) -> TaskFlags:
-    """Puzzles, requests or both."""
+def task_of(config: R1Config, kinds: str, *others: str) -> TaskFlags:
+    """Puzzles, requests or both. others: further options of the task."""
     options = (
         f"kinds={kinds}",
+        *others,
         f"n_numbers={config.numbers}",
         f"high={config.high}",
         f"ops={config.ops}",
@@ -178,13 +181,12 @@ def base_stage(config: R1Config, folder: Path) -> Stage:
 
 
 def rl_stage(config: R1Config, folder: Path, name: str, base: str, steps: int, **options) -> Stage:
-    """Reinforcement learning of another stage's model; on puzzles, unless `kinds` says more."""
-    kinds = options.pop("kinds", "puzzles")
+    """Reinforcement learning of another stage's model; on puzzles, unless `task` says more."""
     run = grpo_config(
         "demo",
         run=str(folder / name),
         base=str(folder / base),
-        task=task_of(config, kinds),
+        task=options.pop("task", task_of(config, "puzzles")),
         steps=steps,
         save_every=10,
         max_new_tokens=config.max_new_tokens,
@@ -302,18 +304,26 @@ def stages_of(config: R1Config, folder: Path) -> list[Stage]:
     stages.append(collect_stage(config, folder, "rankings", "tuned", problems, **ranking))
     stages.append(Stage("reward", reward_model, reward_config(config, folder)))
 
-    # 6. All scenarios: rules where there are rules, and the reward model at the end.  (3.2.2)
-    everything = {"kinds": "both", "temperature": 0.7}
-    late = rewards_of(config, folder, model_from=0.75)
-    stages.append(
-        rl_stage(config, folder, "r1", "tuned", config.all_steps, rewards=late, **everything)
-    )
+    # 6. All scenarios. Requests and the reward model come in at the end alone.       (3.2.2)
+    stages.append(all_scenarios(config, folder, "r1", config.all_steps, REWARD_MODEL_FROM))
     if config.hack:
-        always, longer = rewards_of(config, folder, model_from=0.0), 4 * config.all_steps
-        stages.append(
-            rl_stage(config, folder, "hacked", "tuned", longer, rewards=always, **everything)
-        )
+        stages.append(all_scenarios(config, folder, "hacked", 4 * config.all_steps, 0.0))
     return stages
+
+
+def all_scenarios(
+    config: R1Config, folder: Path, name: str, steps: int, model_from: float
+) -> Stage:
+    """The last reinforcement learning; requests and reward model from a share of the steps on."""
+    run = rl_stage(config, folder, name, "tuned", steps).config
+    first = math.ceil(model_from * steps) * run.prompts_per_step
+    run = replace(
+        run,
+        task=task_of(config, "both", f"requests_from={first}"),
+        rewards=rewards_of(config, folder, model_from),
+        temperature=0.7,
+    )
+    return Stage(name, grpo, run)
 
 
 def reward_config(config: R1Config, folder: Path) -> RewardModelConfig:

@@ -21,6 +21,16 @@ def test_puzzles_requests_and_languages_take_turns():
     assert requests == problems[1::2]
 
 
+def test_requests_may_begin_late():
+    late = Assistant(requests_from=3)
+    kinds = [type(problem) for problem in late.problems("train", 7)]
+    assert kinds == [Puzzle] * 4 + [Request, Puzzle, Request]
+    assert late.problems("test", 8) == TASK.problems("test", 8)
+    puzzles = [problem for problem in late.problems("train", 7) if isinstance(problem, Puzzle)]
+    assert puzzles == Assistant(kinds="puzzles").problems("train", 5)
+    assert late.problem("train", 4) == Assistant(kinds="requests").problem("train", 0)
+
+
 def test_puzzles_are_countdowns_and_have_its_splits():
     puzzles = Assistant(kinds="puzzles")
     assert puzzles.size("test") == Countdown().size("test")
@@ -65,7 +75,7 @@ def test_a_record_that_is_no_problem_is_refused(record, message):
 @pytest.mark.parametrize("options, message", [
     ({"kinds": "sums"}, "kinds is 'sums'; it must be one of puzzles, requests, both"),
     ({"languages": "fr"}, "languages is 'fr'; it must be one of en, zh, both"),
-    ({"n_numbers": 9}, "n_numbers is 9"),
+    ({"n_numbers": 9}, "n_numbers is 9"), ({"requests_from": -1}, "requests_from is -1"),
 ])
 def test_a_wrong_option_is_refused(options, message):
     with pytest.raises(ValueError, match=message):

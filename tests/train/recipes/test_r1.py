@@ -90,7 +90,9 @@ def test_the_controls_and_the_broken_run_differ_in_one_thing_each(tmp_path):
     assert stages["no_language"].rewards.language_weight == 0
     assert differs("no_cold", "reasoning") == {"base"}
     assert differs("alone", "tuned") == {"data"}
-    assert differs("hacked", "r1") == {"rewards", "steps"}
+    assert differs("hacked", "r1") == {"rewards", "steps", "task"}
+    assert "requests_from=480" in stages["r1"].task.options and stages["r1"].prompts_per_step == 16
+    assert "requests_from=0" in stages["hacked"].task.options
     assert stages["hacked"].rewards.model_from == 0 and stages["r1"].rewards.model_from == 0.75
     assert stages["hacked"].steps == 4 * stages["r1"].steps and stages["r1"].temperature == 0.7
     alone = [stage.name for stage in stages_of(R1Config(controls=False), tmp_path)]
