@@ -45,7 +45,7 @@ from ..rl.rewards import RewardConfig, check_parts
 from .acceptance import Tally
 from .answers import Answer, Judge, tells_languages
 from .checks import check_temperature
-from .cli.eval import load_run
+from .cli.eval import load_run, say_if_plain
 from .compute_flags import ComputeFlags
 from .inputs import base_parts
 from .interrupt import Interrupt, Stopped
@@ -343,6 +343,7 @@ def collect(config: CollectConfig) -> dict:
         config.seed,
         chat=config.task.chat,
     )
+    say_if_plain("collect", tokenizer, config.task.chat)
     check_room(config, sampler, prompts)
     model_parts = base_parts(checkpoint, tokenizer)
     source = source_of(config, task, checkpoint, dict(model_parts)["weights"])
