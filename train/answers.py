@@ -50,10 +50,11 @@ class Answer:
 def repeated_share(tokens: Sequence[int], n: int = N_GRAM) -> float:
     """seq-rep-n: the share of n-grams that stand in the text before; 0 for fewer than n tokens.
 
-    1 - different n-grams / n-grams (Welleck et al., arXiv 1908.04319, section 6.1).
+    1 - different n-grams / all n-grams (Welleck et al., arXiv 1908.04319, section 6.1).
     """
     n_grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(n_grams)) / len(n_grams) if n_grams else 0.0
+    n_repeats = len(n_grams) - len(set(n_grams))
+    return n_repeats / len(n_grams) if n_grams else 0.0
 
 
 class Judge:

@@ -45,7 +45,7 @@ from ..rl.rewards import RewardConfig, check_parts
 from .acceptance import Tally
 from .answers import Answer, Judge
 from .checks import check_temperature
-from .cli.eval import load_run
+from .cli.eval import load_run, say_if_plain
 from .compute_flags import ComputeFlags
 from .inputs import base_parts
 from .interrupt import Interrupt, Stopped
@@ -218,8 +218,8 @@ def samples_of(problem: Any, group: dict) -> list[Sample]:
     ]
 
 
-def source_of(config: CollectConfig, task: Task, checkpoint: Checkpoint) -> dict:
-    """What all lines share: where their answers are from."""
+def source_of(config: CollectConfig, task: Task, checkpoint: Checkpoint, weights: str) -> dict:
+    """What all lines share: where their answers are from. weights: the fingerprint of these."""
     return {
         "task": task.name,
         "split": config.split,
@@ -227,7 +227,7 @@ def source_of(config: CollectConfig, task: Task, checkpoint: Checkpoint) -> dict
         "temperature": config.temperature,
         "model": str(checkpoint.path),
         "step": checkpoint.step,
-        "weights": checkpoint.weights_fingerprint,
+        "weights": weights,
     }
 
 
@@ -343,8 +343,10 @@ def collect(config: CollectConfig) -> dict:
         config.seed,
         chat=config.task.chat,
     )
+    say_if_plain("collect", tokenizer, config.task.chat)
     check_room(config, sampler, prompts)
-    source = source_of(config, task, checkpoint)
+    model_parts = base_parts(checkpoint, tokenizer)
+    source = source_of(config, task, checkpoint, dict(model_parts)["weights"])
     if record := whole_already(config, source):
         say(f"nothing to do: {config.out} is whole; without --resume it is made anew")
         return record
@@ -352,7 +354,7 @@ def collect(config: CollectConfig) -> dict:
     # 3. Sample what the file of samples does not hold yet.
     header = {
         "settings": settings_of(config, set()),
-        "inputs": {"model": base_parts(checkpoint, tokenizer)},
+        "inputs": {"model": model_parts},
     }
     file = SampleFile(config.out)
     file.open(config, header, prompts)

@@ -47,7 +47,7 @@ class SelectionFlags:
     shortest."""
     rank: bool = False
     """Write rankings instead: all answers of a problem that were not cut off, ranked by their
-    reward. 4 to 9 samples per problem are usual. The filters above do not apply."""
+    reward. 4 to 9 samples per problem are usual. No filter goes with it."""
 
     def __post_init__(self):
         unknown = [word for word in self.keep if word not in KEEP]

@@ -5,7 +5,7 @@ from r1zero.eval.response import Sample
 from r1zero.rl.rewards import RewardConfig
 from r1zero.train.acceptance import BINS, Tally, bin_of
 from r1zero.train.answers import Answer, Judge, repeated_share
-from r1zero.train.selection import FILTERS, RankedSelection, Selection, SelectionFlags, ranks_of
+from r1zero.train.selection import RankedSelection, Selection, SelectionFlags, ranks_of
 
 from ..rl.cases import Bandit
 from .run_cases import fails
@@ -120,22 +120,21 @@ def test_problems_are_binned_by_the_share_that_is_right(right, n, name):
 
 
 def test_the_counts_add_up_in_all_and_by_difficulty():
-    tally = Tally(Selection(SelectionFlags(per_problem=1)))
+    tally = Tally(Selection(SelectionFlags(per_problem=2)))
     tally.choose("easy", [answer(i) for i in range(4)], 0.5)
     tally.choose("hard", [answer(i, right=i == 3, n_tokens=10) for i in range(4)], 1.5)
     tally.choose("none", [answer(i, right=False) for i in range(4)], 2.0)
     found = tally.to_dict()
-    assert found["dropped"] == {"wrong": 7, "over --per-problem": 3}
+    assert found["dropped"] == {"wrong": 7, "over --per-problem": 2}
     assert found["sampled"] == found["kept"] + sum(found["dropped"].values()) == 12
-    assert (found["problems"], found["problems_kept"], found["right"], found["kept"]) == (3, 2, 5, 2)
-    assert (found["tokens"], found["kept_tokens"], found["seconds"]) == (80, 15, 4.0)
+    assert (found["problems"], found["problems_kept"], found["right"], found["kept"]) == (3, 2, 5, 3)
+    assert (found["tokens"], found["kept_tokens"], found["seconds"]) == (80, 20, 4.0)
     rows = {row["share_right"]: row for row in found["by_difficulty"]}
     assert {name: (row["problems"], row["kept"]) for name, row in rows.items() if row["problems"]} == {
-        "0": (1, 0), "(0, 1/4]": (1, 1), "1": (1, 1)}
+        "0": (1, 0), "(0, 1/4]": (1, 1), "1": (1, 2)}
     table = tally.table()
     assert "- wrong                       7   58.3%" in table and "from 2 of 3 problems" in table
-    assert "40 per kept answer" in table and "20 tokens per second" in table
-    assert list(FILTERS)[:2] == ["empty", "wrong"]
+    assert "27 per kept answer" in table and "20 tokens per second" in table
 
 
 def test_the_reward_is_that_of_grpo_efficiency_among_the_problem_s_answers_too():

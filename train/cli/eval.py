@@ -115,6 +115,15 @@ def which_of(word: str) -> str | int:
     return int(word) if word.isdecimal() else word
 
 
+def say_if_plain(command: str, tokenizer: Tokenizer, chat: bool) -> None:
+    """Tell who asks a chat model in plain text that it could be asked otherwise."""
+    if tokenizer.chat_template and not chat:
+        say(
+            f"r1zero {command}: the model has a chat template, and prompts are put to it as plain "
+            "text; --chat --options template=chat asks it as a chat model"
+        )
+
+
 def choose_problems(task: Task, n: int | None) -> list:
     """The first n test problems. Raises ValueError for more than there are."""
     size = task.size("test")
@@ -183,11 +192,7 @@ def run_eval(config: EvalConfig) -> EvalResult:
         cut_prompts=True,
         chat=config.task.chat,
     )
-    if tokenizer.chat_template and not config.task.chat:
-        say(
-            "r1zero eval: the model has a chat template, and prompts are put to it as plain text; "
-            "--chat --options template=chat asks it as a chat model"
-        )
+    say_if_plain("eval", tokenizer, config.task.chat)
     sampler.check([task.prompt(problem) for problem in problems])
     # 3. Sample and grade. The responses take the place of earlier ones when all are there.
     ks = config.ks or sorted({1, config.samples})
