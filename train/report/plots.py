@@ -56,6 +56,8 @@ class Panel:
     x_label: str = "GRPO step"
     log_scale: bool = False
     """For metrics that differ by orders of magnitude; zeros are left out."""
+    from_zero: bool = True
+    """Whether the vertical axis begins at 0; not for values that may be negative."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def fitted_line(points: list[tuple[float, float]], x: float) -> float:
 
 
 def plot_panel(axes, panel: Panel) -> None:
-    """Lines, marks, and axes that begin at 0."""
+    """Lines, marks and axes."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
     for line in panel.lines:
@@ -140,7 +142,7 @@ def plot_panel(axes, panel: Panel) -> None:
     elif panel.log_scale:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    else:
+    elif panel.from_zero:
         axes.set_ylim(bottom=0)
 
 
