@@ -98,13 +98,13 @@ class ChatGPTConfig:
     """Number of answers per ranking; InstructGPT had 4 to 9."""
     noise: float = 0.0
     """Probability that the judge of two answers errs."""
-    rm_steps: int = 120
+    rm_steps: int = 80
     """Number of steps of the reward model, of 16 rankings each."""
-    ppo_steps: int = 40
+    ppo_steps: int = 32
     """Number of PPO steps, of 16 problems x 16 answers each."""
-    kl: float = 0.05
+    kl: float = 0.02
     """Weight of the KL to the fine-tuned model in PPO's reward."""
-    few: int = 32
+    few: int = 64
     """Number of rankings that the reward model of the unbridled PPO learns from; 0 leaves that PPO
     out."""
     eval_problems: int = 256
@@ -356,12 +356,13 @@ def plot_distance(config: ChatGPTConfig, values: dict, path: Path) -> Path:
             points = [*values["points"]["sft"], *values["points"][ppo]]
             at = [math.sqrt(max(0.0, point["kl"])) for point in points]
             of_points = [p["proxy"][judge] if what == "proxy" else p["hidden"] for p in points]
-            lines.append(Line(label, colour, at, [mean for mean, _, _ in of_points]))
+            lines.append(Line(label, colour, at, [mean for mean, _, _ in of_points], False))
             last, low, high = of_points[-1]
             marks.append(Mark(label, colour, at[-1], last, (low, high)))
         best = [row for row in values["best_of"] if row["judge"] == "rm"]
         at = [math.sqrt(row["kl"]) for row in best]
-        lines.append(Line("best of n, fine-tuned", BASE, at, [row[what][0] for row in best]))
+        of_best = [row[what][0] for row in best]
+        lines.append(Line("best of n, fine-tuned", BASE, at, of_best, False))
         x_label = "square root of the KL to the fine-tuned model"
         panel = Panel(title, "per answer", lines, marks, x_label=x_label, from_zero=False)
         panels.append(panel)

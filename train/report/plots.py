@@ -30,6 +30,8 @@ class Line:
     colour: str
     steps: Sequence[float]
     values: Sequence[float]
+    is_smoothed: bool = True
+    """False: plotted thick as it is."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,9 @@ def plot_line(axes, line: Line, log_scale: bool) -> None:
     values = [math.nan if value is None else value for value in numbers]
     axes.plot(line.steps, values, color=line.colour, alpha=0.28, linewidth=0.8)
     half = min(8, max(2, len(values) // 10))
-    if log_scale:
+    if not line.is_smoothed:
+        smoothed = values
+    elif log_scale:
         logs = [math.log(value) if value > 0 else math.nan for value in values]
         smoothed = [math.exp(y) for y in smooth(line.steps, logs, half)]
     else:

@@ -28,7 +28,7 @@ def test_each_stage_goes_on_from_the_ones_before(tmp_path):
         rewards = stages[ppo].rewards
         assert rewards.model == stages[judge].run
         assert rewards.weights == {"accuracy": 0, "format": 0, "model": 1}
-    assert stages["ppo"].loss.kl_in == "reward" and stages["ppo"].loss.kl_coef == 0.05
+    assert stages["ppo"].loss.kl_in == "reward" and stages["ppo"].loss.kl_coef == 0.02
     assert not stages["ppo"].kl_in_loss and not stages["ppo_few"].kl_in_reward  # never twice
     names = [name for name, *_ in stages_of(ChatGPTConfig(base="there", few=0), tmp_path)]
     assert names == ["sft", "rm", "ppo"]
