@@ -100,7 +100,8 @@ class RewardModel(ValueHead):
 
     def centre_on(self, sequences: Sequence[np.ndarray], tokens_per_batch: int) -> None:
         """Move all scores by one number, so that the mean score of these answers is 0, and take the
-        lowest as the floor (InstructGPT, arXiv 2203.02155, section 3.5)."""
+        lowest as the floor. (InstructGPT, arXiv 2203.02155, section 3.5, centres on its
+        demonstrations.)"""
         scores_N = self.scores(sequences, tokens_per_batch)
         self.centre += scores_N.mean()
         self.floor.fill_(scores_N.min() - scores_N.mean())

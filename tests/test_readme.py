@@ -79,6 +79,7 @@ TOY = {  # command: the settings that make it small, instead of README's or besi
     "grpo": {"--steps": "2", "--device": "cpu", **TINY_STEP},
     "collect": {"--problems": "2", "--samples": "2", "--keep": "all", "--max-new-tokens": "6",
                 "--device": "cpu"},
+    "reward-model": {"--steps": "2", "--device": "cpu"},
     "compare": {"--steps": "2", "--device": "cpu", **TINY_STEP},
     "diagnose": {},
     "show": {"--step": "4"},
@@ -105,6 +106,8 @@ FILES = {  # what the commands read
     "solved.jsonl": '{"text": "Question: 1+1? <think>1+1=2</think><answer>2</answer>"}\n' * 9,
     "gsm8k_train.jsonl": '{"question": "One hen lays 3 eggs. How many?", "answer": "#### 3"}\n' * 2,
     "plays.txt": "To be, or not to be: that is the question. " * 40,
+    "rankings.jsonl": "".join(f'{{"prompt": "{i}? ", "answers": ["yes", "no"], "ranks": [1, 2]}}\n'
+                              for i in range(30)),
     "pairs.jsonl": '{"prompt": "Who is there?", "response": "Nay, answer me."}\n' * 2,
     "gsm8k_test.jsonl": '{"question": "Two hens lay 3 eggs each. How many?", "answer": "#### 6"}\n' * 2,
     "math500.jsonl": '{"problem": "What is half of three?", "answer": "1.5"}\n' * 2,
@@ -313,7 +316,7 @@ def unknown_options(text: str, options: dict[str, set[str]]) -> list[str]:
     """Flags in code that the command beside them does not have; where there is none, that no command has."""
     bad = []
     for code in [*code_spans(text), *plain_lines(text)]:
-        words = re.search(r"\br1zero ([a-z]+) ?([a-z0-9.-]*)", code)
+        words = re.search(r"\br1zero ([a-z][a-z-]*) ?([a-z0-9.-]*)", code)
         command = command_of(list(words.groups()))[0] if words else None
         if command and command not in options:
             bad.append(code)

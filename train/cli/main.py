@@ -66,6 +66,12 @@ COMMANDS = {
         function="minimal",
         purpose="the smallest whole loop, with probes, in two minutes",
     ),
+    "recipe chatgpt": Command(
+        module="recipes.chatgpt",
+        config="ChatGPTConfig",
+        function="chatgpt",
+        purpose="ChatGPT's recipe on a toy: SFT, rankings, reward model, PPO",
+    ),
     "recipe countdown-qwen2.5-1.5b": Command(
         module="recipes.open_model_table",
         config="CountdownQwen15B",

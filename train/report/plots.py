@@ -30,6 +30,8 @@ class Line:
     colour: str
     steps: Sequence[float]
     values: Sequence[float]
+    is_smoothed: bool = True
+    """False: plotted thick as it is."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Panel:
     x_label: str = "GRPO step"
     log_scale: bool = False
     """For metrics that differ by orders of magnitude; zeros are left out."""
+    from_zero: bool = True
+    """Whether the vertical axis begins at 0; not for values that may be negative."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ def fitted_line(points: list[tuple[float, float]], x: float) -> float:
 
 
 def plot_panel(axes, panel: Panel) -> None:
-    """Lines, marks, and axes that begin at 0."""
+    """Lines, marks and axes."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
     for line in panel.lines:
@@ -140,7 +144,7 @@ def plot_panel(axes, panel: Panel) -> None:
     elif panel.log_scale:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    else:
+    elif panel.from_zero:
         axes.set_ylim(bottom=0)
 
 
@@ -150,7 +154,9 @@ def plot_line(axes, line: Line, log_scale: bool) -> None:
     values = [math.nan if value is None else value for value in numbers]
     axes.plot(line.steps, values, color=line.colour, alpha=0.28, linewidth=0.8)
     half = min(8, max(2, len(values) // 10))
-    if log_scale:
+    if not line.is_smoothed:
+        smoothed = values
+    elif log_scale:
         logs = [math.log(value) if value > 0 else math.nan for value in values]
         smoothed = [math.exp(y) for y in smooth(line.steps, logs, half)]
     else:

@@ -1,0 +1,453 @@
+"""ChatGPT's recipe on a toy: demonstrations -> rankings -> reward model -> PPO.
+
+    r1zero recipe chatgpt --run runs/chatgpt
+    r1zero recipe chatgpt --run runs/chatgpt --base runs/demo/seed0/base    without the pretraining
+
+1. Pretrain the demo's base, or take the one of --base.
+2. Fine-tune it on demonstrations: answers of careful authors, all of them well formed.
+3. Sample answers from that model, and rank those to each problem by a hidden preference
+   (hidden_preference.py), which nothing else in training sees.
+4. Train a reward model on the rankings.
+5. PPO against the reward model, with a KL to the fine-tuned model in the reward.
+6. The same with nothing to hold it back: a reward model from a few rankings, and no KL.
+
+Then both are measured on held-out problems: how often their answers are liked better than those of
+the fine-tuned model, and how the score and the hidden preference move with the distance from that
+model, best-of-n of the fine-tuned model beside them (arXiv 2210.10760). Every stage is a run of its
+own in a folder of its own, so Ctrl-C and --resume work throughout.
+
+Source: InstructGPT, arXiv 2203.02155. Left out: its pretraining loss in PPO, people.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ...eval.console import say, show
+from ...eval.response import grade_response
+from ...eval.tasks.countdown import Countdown
+from ...model.checkpoint import checkpoint_steps, load_model
+from ...model.engine.engine import Engine
+from ...model.files import atomic_write_text
+from ...model.optimizer import OptimConfig
+from ...rl.advantages import sum_per_answer
+from ...rl.family import resolve, rl_optim
+from ...rl.rewards import RewardConfig
+from ...rl.rollouts import Rollouts
+from ...rl.update import Reference, kl_cost_to
+from ..grpo import GRPOConfig, grpo, grpo_config
+from ..machine import describe_machine, pick_device, reuse_memory
+from ..pretrain import pretrain
+from ..report.plots import BASE, CONTROL, RL, Line, Mark, Panel, plot
+from ..reward_model import RewardModelConfig, load_reward_model, reward_model
+from ..run import RunConfig, at_least
+from ..sft import SFTConfig, sft
+from ..task_flags import TaskFlags
+from .demo import DemoConfig, PartResults, base_config, check_not_begun, check_part, run_part
+from .demo_corpus import CorpusConfig, document
+from .hidden_preference import (
+    best_of,
+    kl_of_best_of,
+    mean_of,
+    preferences,
+    ranking_lines,
+    sample_answers,
+    win_rate,
+)
+
+TASK_OPTIONS = ("n_numbers=3", "high=20", "ops=+-")
+N_DEMONSTRATIONS = 1000
+CAREFUL = CorpusConfig(persistent_share=0.3, broken_share=0.0)
+MAX_NEW_TOKENS = 144
+MICRO_TOKENS = 8192
+POINTS = 8  # checkpoints of PPO that are measured
+N_ANSWERS = 2  # per held-out problem
+BEST_OF = (1, 2, 4, 8, 16)
+FREE = ("run", "resume", "base", "device")  # flags that may change on resume
+DEMONSTRATIONS, RANKING, MEASURING = 1, 2, 3  # what beside the seed tells random numbers apart
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatGPTConfig:
+    """ChatGPT's recipe on a toy: fine-tuning, reward model, PPO."""
+
+    run: str = "runs/chatgpt"
+    """Folder of the recipe."""
+    resume: bool = False
+    """Continue a recipe that was stopped."""
+    base: str | None = None
+    """Folder of a base that the demo has pretrained; without it the recipe pretrains one."""
+    seed: int = 0
+    """Seed of the texts, the weights and the sampling."""
+    pretrain_steps: int = 2000
+    """Number of pretraining steps, of 2,048 tokens each."""
+    documents: int = 60_000
+    """Number of documents in the pretraining text."""
+    model: str = "demo"
+    """Size of the model that is pretrained: a preset or depth=N."""
+    sft_steps: int = 40
+    """Number of steps of fine-tuning, of 2,048 tokens each."""
+    rankings: int = 1000
+    """Number of problems whose answers are ranked."""
+    answers: int = 6
+    """Number of answers per ranking; InstructGPT had 4 to 9."""
+    noise: float = 0.0
+    """Probability that the judge of two answers errs."""
+    rm_steps: int = 80
+    """Number of steps of the reward model, of 16 rankings each."""
+    ppo_steps: int = 32
+    """Number of PPO steps, of 16 problems x 16 answers each."""
+    kl: float = 0.02
+    """Weight of the KL to the fine-tuned model in PPO's reward."""
+    few: int = 64
+    """Number of rankings that the reward model of the unbridled PPO learns from; 0 leaves that PPO
+    out."""
+    eval_problems: int = 256
+    """Number of held-out problems to measure on, with two answers each."""
+    device: str = "auto"
+    """Device to compute on: auto (the GPU if there is one), cpu, cuda or mps."""
+
+    def __post_init__(self):
+        at_least(self, 1, "pretrain_steps", "documents", "sft_steps", "rm_steps", "eval_problems")
+        at_least(self, POINTS, "ppo_steps")
+        at_least(self, 0, "few", "seed", "kl")
+        at_least(self, 20, "rankings")
+        at_least(self, 2, "answers")
+
+
+# ---- the stages: each is an ordinary run ----
+
+
+def toy_task(config: ChatGPTConfig) -> TaskFlags:
+    """The numbers game that the demo's base knows."""
+    return TaskFlags(name="countdown", options=(*TASK_OPTIONS, f"seed={config.seed}"))
+
+
+def base_folder(config: ChatGPTConfig, folder: Path) -> str:
+    """Where fine-tuning begins."""
+    return config.base or str(folder / "base")
+
+
+def pretrain_config(config: ChatGPTConfig, folder: Path) -> RunConfig:
+    """Pretraining from random weights, as in the demo."""
+    demo = DemoConfig(
+        documents=config.documents,
+        model=config.model,
+        pretrain_steps=config.pretrain_steps,
+        max_new_tokens=MAX_NEW_TOKENS,
+        device=config.device,
+    )
+    return base_config(demo, folder / "base", config.seed)
+
+
+def sft_config(config: ChatGPTConfig, folder: Path) -> SFTConfig:
+    """Fine-tuning of the base on demonstrations."""
+    return SFTConfig(
+        run=str(folder / "sft"),
+        base=base_folder(config, folder),
+        data=str(folder / "demonstrations.jsonl"),
+        steps=config.sft_steps,
+        batch_tokens=2048,
+        optim=OptimConfig(lr=5e-4, warmup=5, weight_decay=0.0),
+        seed=config.seed,
+        device=config.device,
+    )
+
+
+def rm_config(config: ChatGPTConfig, folder: Path, name: str) -> RewardModelConfig:
+    """The reward model "rm" of all rankings, or "rm_few" of a few, with as many epochs."""
+    is_few = name == "rm_few"
+    share = min(1.0, config.few / config.rankings) if is_few else 1.0
+    return RewardModelConfig(
+        run=str(folder / name),
+        base=str(folder / "sft"),
+        data=str(folder / ("few_rankings.jsonl" if is_few else "rankings.jsonl")),
+        steps=max(5, round(share * config.rm_steps)),
+        held_out=0.25 if is_few else 0.1,
+        noise=config.noise,
+        seed=config.seed,
+        device=config.device,
+    )
+
+
+def ppo_config(config: ChatGPTConfig, folder: Path, name: str) -> GRPOConfig:
+    """PPO from the fine-tuned model: "ppo" with everything, or "ppo_few" without a bridle."""
+    is_few = name == "ppo_few"
+    optim = replace(rl_optim(4e-4), eps=1e-8)
+    return grpo_config(
+        "ppo",
+        run=str(folder / name),
+        base=str(folder / "sft"),
+        task=toy_task(config),
+        steps=config.ppo_steps,
+        save_every=config.ppo_steps // POINTS,
+        keep_last=2 * POINTS,
+        max_new_tokens=MAX_NEW_TOKENS,
+        updates_per_step=4,
+        micro_tokens=MICRO_TOKENS,
+        rewards=RewardConfig(
+            accuracy_weight=0.0,
+            format_weight=0.0,
+            model=str(folder / ("rm_few" if is_few else "rm")),
+        ),
+        loss={"kl_coef": 0.0 if is_few else config.kl},
+        optim=optim,
+        critic_optim=replace(optim, lr=1e-3),
+        seed=config.seed,
+        device=config.device,
+    )
+
+
+def arms_of(config: ChatGPTConfig) -> list[tuple[str, str]]:
+    """(reward model, PPO) of each arm."""
+    return [("rm", "ppo"), ("rm_few", "ppo_few")] if config.few else [("rm", "ppo")]
+
+
+# ---- texts: demonstrations and rankings ----
+
+
+def write_demonstrations(config: ChatGPTConfig, path: Path) -> None:
+    """Answers of careful authors to training problems."""
+    task, lines = toy_task(config).make(), []
+    assert isinstance(task, Countdown)
+    for index in range(N_DEMONSTRATIONS):
+        prompt, response = document(task, index, CAREFUL, config.seed + DEMONSTRATIONS)
+        lines.append(json.dumps({"prompt": prompt, "response": response}) + "\n")
+    atomic_write_text(path, "".join(lines))
+
+
+def write_rankings(config: ChatGPTConfig, folder: Path) -> None:
+    """The fine-tuned model's answers to training problems, ranked; and a few of the rankings."""
+    model, tokenizer, _ = load_model(str(folder / "sft"), pick_device(config.device))
+    task = toy_task(config).make()
+    # Not the problems of the demonstrations, whose answers the model may know by heart.
+    problems = task.problems("train", config.rankings, start=N_DEMONSTRATIONS)
+    say(f"sampling and ranking {config.answers} answers to each of {config.rankings:,} problems")
+    engine = Engine(model, tokenizer)
+    seed = seed_of(config, RANKING)
+    sampled = sample_answers(engine, task, problems, config.answers, MAX_NEW_TOKENS, seed)
+    lines = ranking_lines(task, sampled)
+    atomic_write_text(folder / "few_rankings.jsonl", "".join(lines[: config.few]))
+    atomic_write_text(folder / "rankings.jsonl", "".join(lines))
+
+
+def seed_of(config: ChatGPTConfig, purpose: int) -> int:
+    """A seed of its own for each purpose."""
+    return 10 * config.seed + purpose
+
+
+# ---- what is measured ----
+
+
+class Judge:
+    """Measures policies on the same held-out problems: what the reward model thinks of them, what
+    the hidden preference does, and how far they are from the fine-tuned model."""
+
+    def __init__(self, config: ChatGPTConfig, folder: Path):
+        self.config, self.folder = config, folder
+        self.device = pick_device(config.device)
+        self.task = toy_task(config).make()
+        self.problems = self.task.problems("test", config.eval_problems)
+        model, _, _ = load_model(str(folder / "sft"), self.device)
+        options = {"kl_coef": 1.0, "kl_estimator": "k3"}
+        of_kl = resolve("ppo", {"micro_tokens": MICRO_TOKENS, "loss": options})
+        self.kl_of = kl_cost_to(Reference(model, self.device), of_kl)
+
+    def sample(self, folder: str, which: str | int, n_samples: int) -> Rollouts:
+        """Answers of a checkpoint's model."""
+        model, tokenizer, _ = load_model(folder, self.device, which)
+        engine, seed = Engine(model, tokenizer), seed_of(self.config, MEASURING)
+        return sample_answers(engine, self.task, self.problems, n_samples, MAX_NEW_TOKENS, seed)
+
+    def scores(self, sampled: Rollouts, name: str) -> np.ndarray:
+        """[N]: the scores of a reward model."""
+        model, _, _ = load_reward_model(str(self.folder / name), self.device)
+        return model.score_rollouts(sampled, np.arange(len(sampled.texts)), MICRO_TOKENS)
+
+    def measure(self, folder: str, which: str | int, judges: list[str]) -> dict:
+        """What is measured of a checkpoint, as JSON types. judges: names of reward models."""
+        sampled = self.sample(folder, which, N_ANSWERS)
+        kl_R = self.kl_of(sampled)
+        kl_N = sum_per_answer(kl_R, sampled.response_offsets)
+        liked_N = preferences(self.task, sampled)
+        return {
+            "kl": float(kl_N.mean()),
+            "hidden": list(mean_of(self.per_problem(liked_N).mean(1))),
+            "proxy": {
+                name: list(mean_of(self.per_problem(self.scores(sampled, name)).mean(1)))
+                for name in judges
+            },
+            **answers_in_numbers(self.task, sampled),
+            "liked": self.per_problem(liked_N).tolist(),
+        }
+
+    def best_of_n(self, judges: list[str]) -> list[dict]:
+        """What the best of n answers of the fine-tuned model is worth, by each reward model."""
+        sampled = self.sample(str(self.folder / "sft"), "last", max(BEST_OF))
+        liked_PS = self.per_problem(preferences(self.task, sampled))
+        scores = {name: self.per_problem(self.scores(sampled, name)) for name in judges}
+        return [
+            {
+                "n": n,
+                "judge": name,
+                "kl": kl_of_best_of(n),
+                "hidden": list(mean_of(best_of(n, scores_PS, liked_PS))),
+                "proxy": list(mean_of(best_of(n, scores_PS, scores_PS))),
+            }
+            for name, scores_PS in scores.items()
+            for n in BEST_OF
+        ]
+
+    def per_problem(self, values_N: np.ndarray) -> np.ndarray:
+        """[P, S]."""
+        return values_N.reshape(len(self.problems), -1)
+
+
+def answers_in_numbers(task: Countdown, sampled: Rollouts) -> dict[str, float]:
+    """The three things that the hidden preference is made of."""
+    graded = [grade_response(task, sample) for sample in sampled.samples()]
+    return {
+        "right": float(np.mean([grade.accuracy for grade in graded])),
+        "well_formed": float(np.mean([grade.format for grade in graded])),
+        "tokens": float(sampled.response_lengths.mean()),
+    }
+
+
+# ---- what is shown ----
+
+ROWS = {"sft": "fine-tuned", "ppo": "PPO", "ppo_few": "PPO, few rankings, no KL"}
+CURVES = {"rm": ("PPO, KL in the reward", RL), "rm_few": ("PPO, few rankings, no KL", CONTROL)}
+
+
+def with_interval(share: list[float]) -> str:
+    mean, low, high = share
+    return f"{mean:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def table(values: dict) -> str:
+    """A row per model: is it liked better, and what are its answers like?"""
+    header = f"{'held-out problems':<26}{'liked better than fine-tuned':>30}{'preference':>12}"
+    lines = [f"{header}{'right':>8}{'formed':>8}{'tokens':>8}{'sqrt KL':>9}"]
+    for name, title in ROWS.items():
+        points = values["points"].get(name)
+        if points:
+            last = points[-1]
+            wins = with_interval(last["wins"]) if name != "sft" else "-"
+            lines.append(
+                f"{title:<26}{wins:>30}{last['hidden'][0]:>12.2f}{last['right']:>8.1%}"
+                f"{last['well_formed']:>8.1%}{last['tokens']:>8.1f}{math.sqrt(last['kl']):>9.2f}"
+            )
+    return "\n".join(lines)
+
+
+def plot_distance(config: ChatGPTConfig, values: dict, path: Path) -> Path:
+    """The reward model's score and the hidden preference over the distance from the fine-tuned
+    model: of PPO's checkpoints, and of the best of n."""
+    panels = []
+    for what, title in (("proxy", "Score of the reward model"), ("hidden", "Hidden preference")):
+        lines, marks = [], []
+        for judge, ppo in arms_of(config):
+            label, colour = CURVES[judge]
+            points = [*values["points"]["sft"], *values["points"][ppo]]
+            at = [math.sqrt(max(0.0, point["kl"])) for point in points]
+            of_points = [p["proxy"][judge] if what == "proxy" else p["hidden"] for p in points]
+            lines.append(Line(label, colour, at, [mean for mean, _, _ in of_points], False))
+            last, low, high = of_points[-1]
+            marks.append(Mark(label, colour, at[-1], last, (low, high)))
+        best = [row for row in values["best_of"] if row["judge"] == "rm"]
+        at = [math.sqrt(row["kl"]) for row in best]
+        of_best = [row[what][0] for row in best]
+        lines.append(Line("best of n, fine-tuned", BASE, at, of_best, False))
+        x_label = "square root of the KL to the fine-tuned model"
+        panel = Panel(title, "per answer", lines, marks, x_label=x_label, from_zero=False)
+        panels.append(panel)
+    return plot(panels, path, 11, 4.8)
+
+
+# ---- the whole ----
+
+
+def stages_of(config: ChatGPTConfig, folder: Path) -> list[tuple[str, Callable, RunConfig]]:
+    """(name, loop, its configuration) of each stage, in order."""
+    stages: list[tuple[str, Callable, RunConfig]] = []
+    if config.base is None:
+        stages.append(("base", pretrain, pretrain_config(config, folder)))
+    stages.append(("sft", sft, sft_config(config, folder)))
+    for judge, ppo in arms_of(config):
+        stages.append((judge, reward_model, rm_config(config, folder, judge)))
+        stages.append((ppo, grpo, ppo_config(config, folder, ppo)))
+    return stages
+
+
+def check_same(config: ChatGPTConfig, folder: Path) -> None:
+    """Raise ValueError or CheckpointError unless what was begun in the folder has these flags."""
+    for _, _, stage in stages_of(config, folder):
+        check_part(stage)
+    path = folder / "results.json"
+    if not path.exists() or not any(folder.glob("*/checkpoints/step_*")):
+        return
+    then = json.loads(path.read_text(encoding="utf-8"))["config"]
+    for name, now in asdict(config).items():
+        if name not in FREE and now != then.get(name, now):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {now}, but {folder} was made with {then[name]}; "
+                "give that, or another --run"
+            )
+
+
+def chatgpt(config: ChatGPTConfig) -> Path:
+    """Run everything that is not done yet; returns the path of results.json.
+
+    Raises ValueError if the folder already holds a recipe and --resume was not given, or one that
+    was made with other flags, and Stopped after Ctrl-C.
+    """
+    reuse_memory()
+    folder = Path(config.run)
+    check_not_begun(folder, config.resume)
+    pick_device(config.device)
+    check_same(config, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = PartResults(folder, {"points": {}})
+    results.values |= {"config": asdict(config), "machine": describe_machine()}
+    started = time.perf_counter()
+
+    # 1. to 6. Each stage is a run; rankings are made once there is a model to rank.
+    write_demonstrations(config, folder / "demonstrations.jsonl")
+    for name, loop, stage in stages_of(config, folder):
+        if name == "rm" and not (folder / "rankings.jsonl").exists():
+            write_rankings(config, folder)
+        results.add_seconds(name, run_part(loop, stage))
+
+    # Then the policies, checkpoint by checkpoint, and the best of n.
+    measured = time.perf_counter()
+    measure_all(config, folder, results)
+    results.add_seconds("measuring", time.perf_counter() - measured)
+    picture = plot_distance(config, results.values, folder / "over_optimisation.png")
+    seconds = time.perf_counter() - started
+    show(f"\n{table(results.values)}\n\n{results.path}, {picture}   ({seconds:.0f} seconds)")
+    return results.path
+
+
+def measure_all(config: ChatGPTConfig, folder: Path, results: PartResults) -> None:
+    """Measure what has not been measured yet; results.json is written after each checkpoint."""
+    judge, points = Judge(config, folder), results.values["points"]
+    judges = [name for name, _ in arms_of(config)]
+    if "sft" not in points:
+        points["sft"] = [{"step": 0, **judge.measure(str(folder / "sft"), "last", judges)}]
+        results.write()
+    theirs = np.array(points["sft"][0]["liked"])
+    for name, ppo in arms_of(config):
+        known = points.setdefault(ppo, [])
+        for step in checkpoint_steps(folder / ppo)[len(known) :]:
+            point = {"step": step, **judge.measure(str(folder / ppo), step, [name])}
+            point["wins"] = list(win_rate(np.array(point["liked"]), theirs))
+            known.append(point)
+            results.write()
+    if "best_of" not in results.values:
+        results.values["best_of"] = judge.best_of_n(judges)
+        results.write()
