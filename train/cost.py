@@ -149,6 +149,11 @@ def runs_in(folder: Path) -> list[Path]:
     return sorted(found, key=lambda run: (first_start(run), run))
 
 
+def places_of(root: Path, runs: list[Path]) -> list[Path]:
+    """The folders with results of a recipe: its own, and those of its seeds."""
+    return list(dict.fromkeys([root, *(run.parent for run in runs if run != root)]))
+
+
 def first_start(run: Path) -> str:
     """When a run began."""
     record = read_dict(run / RECORD)
@@ -307,17 +312,21 @@ def measuring_stage(results: dict, key: str, name: str, place: Path) -> StageCos
     return StageCost(name, "measuring", None, tokens, 0, flops)
 
 
+def check_price(price: float) -> None:
+    """Raise ValueError unless a price is a number of 0 or more."""
+    if not 0 <= price < math.inf:
+        raise ValueError(f"--price is {price}, expected a number of 0 or more, per hour")
+
+
 def cost_of(folder: str | Path, price: float = 0.0) -> Cost:
     """What the run or the recipe in a folder has cost. price: of the machine, per hour.
 
     Raises ValueError for a folder without a run, and for a price that is no number of 0 or more.
     """
-    if not 0 <= price < math.inf:
-        raise ValueError(f"--price is {price}, expected a number of 0 or more, per hour")
+    check_price(price)
     root = Path(folder)
     runs = runs_in(root)
-    places = dict.fromkeys([root, *(run.parent for run in runs if run != root)])
     stages = []
-    for place in places:
+    for place in places_of(root, runs):
         stages += stages_at(place, [run for run in runs if place in (run, run.parent)], root)
     return Cost(tuple(stages), price)

@@ -35,7 +35,8 @@ def make_run(folder: Path, loop: str, rows=(), record=None, settings=None, **sta
 
 def collected(model: str, **changes) -> dict:
     """The summary of a collection."""
-    return {"model": model, "sampled": 8, "tokens": 80, "seconds": 4.0, "by_difficulty": [], **changes}
+    return {"model": model, "task": "countdown", "split": "train", "problems": 2, "sampled": 8, "kept": 3,
+            "tokens": 80, "seconds": 4.0, "by_difficulty": [], **changes}
 
 
 def evaluated(checkpoint: str, accuracy: float = 0.25, **changes) -> dict:
