@@ -87,6 +87,7 @@ TOY = {  # command: the settings that make it small, instead of README's or besi
     "grade": {},
     "chat": {"--max-new-tokens": "6", "--device": "cpu"},
     "export": {},
+    "card": {},
     "plan": {},
 }
 TOY_PAGE = {"STEPS": 1, "PROBLEMS_PER_STEP": 1, "GROUP_SIZE": 2, "MAX_NEW_TOKENS": 2}  # of rl/naive.py

@@ -1,7 +1,7 @@
 """A run: its folder, its log, its progress bar, and how it stops. It knows nothing of the loops.
 
     <run>/run.json          config, machine and start: what it takes to make the run again; the same
-                            of each time that it was resumed
+                            of each time that it was resumed; and the seconds of all of them
     <run>/metrics.jsonl     one JSON object per step; cut back to the checkpoint's step on resume
     <run>/rollouts.jsonl.gz of GRPO: every completion, cut back likewise; see rollout_log.py
     <run>/checkpoints/      see model/checkpoint.py
@@ -159,6 +159,8 @@ class Run:
         self.config = config
         self.title = title
         self.folder = Path(config.run)
+        self._began = time.perf_counter()
+        self._earlier_seconds = 0.0  # of the times before this one
         by_class = type(config).__name__.removesuffix("Config").lower()
         self.loop: str = getattr(config, "LOOP", by_class)
         self.settings = settings_of(config, free={field.name for field in fields(RunConfig)})
@@ -338,7 +340,8 @@ class Run:
         if self.resumed and (first := read_record(path)):
             # The flags are those of now; how it began, and each time that it went on, stay.
             earlier = first.get("starts", [first])
-            record = start | {"starts": [*earlier, start]}
+            self._earlier_seconds = first.get("seconds", 0.0)
+            record = start | {"starts": [*earlier, start], "seconds": self._earlier_seconds}
         atomic_write_json(path, record)
 
     def note(self, **entries) -> None:
@@ -346,9 +349,15 @@ class Run:
         path = self.folder / "run.json"
         atomic_write_json(path, read_record(path) | entries)
 
+    def _note_seconds(self) -> None:
+        """Add the seconds of the whole run so far to run.json, if it can be written."""
+        with suppress(OSError):
+            self.note(seconds=self._earlier_seconds + time.perf_counter() - self._began)
+
     def __exit__(self, kind, error, trace):
         if isinstance(error, Exception):
             self._save_before_leaving(error)
+        self._note_seconds()
         self.interrupt.__exit__(kind, error, trace)
         self._bar.close()
         self._log.close()
@@ -510,6 +519,8 @@ class Run:
         keep_last = self.config.keep_last
         save_checkpoint(self.folder, step + 1, tensors, state, keep_last=keep_last, score=score)
         self._saved_step = step
+        # A process that is killed has noted all but what is lost with it.
+        self._note_seconds()
 
 
 def read_record(path: Path) -> dict:

@@ -3,17 +3,14 @@
     r1zero export --run runs/rl --out models/mine
     r1zero export --run runs/rl --which best --out models/mine --dtype bf16
 
-The folder holds the weights, config.json, the tokenizer and a model card. The card says what the
-checkpoint says of itself, what `r1zero eval` measured in the run's folder, and the license and the
-base that the flags name. Of paths it names the last part only.
+The folder holds the weights, config.json, the tokenizer and a model card: that of `r1zero card`
+(report/card.py), with all settings of the run, and the license and the base that the flags name. Of
+paths it names the last part only.
 
 Left out: uploads, GGUF, quantised weights.
 """
 
 import json
-import os
-import re
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,13 +22,13 @@ from ...model.huggingface import check_free, is_huggingface, write_model
 from ...model.lora import LoRAConfig, adapter_tensors
 from ...model.peft_folder import write_adapters
 from ...model.precision import DTYPES, Precision
-from ...model.transformer import Transformer, count_parameters
-from ..report.record import read_dict
+from ...model.transformer import Transformer
+from ..cost import cost_of, is_run
+from ..report.card import body_of, sections_of, shape_in_words
+from ..report.measured import measurements
+from ..report.run_in_words import folder_of, without_folders
 from ..versions import git_commit, package_version
 from .eval import load_run, which_of
-
-# A slash, and nothing that only other texts have, such as </answer>
-RELATIVE_PATH = re.compile(r"[^\s<>]*/[^\s<>]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,61 +63,20 @@ class ExportConfig:
 # ---- the model card ----
 
 
-def without_folders(value):
-    """Settings in which a path is its last part: a card is for other people."""
-    if isinstance(value, dict):
-        return {name: without_folders(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [without_folders(inner) for inner in value]
-    if not isinstance(value, str) or value.startswith("hub:"):
-        return value
-    is_path = os.path.isabs(value) or RELATIVE_PATH.fullmatch(value)
-    return Path(value).name if is_path else value
-
-
-def folder_of(checkpoint: Checkpoint) -> Path:
-    """The folder of the checkpoint's run, or its own where it belongs to none."""
-    root = checkpoint.path.parent
-    return root.parent if root.name == "checkpoints" else checkpoint.path
-
-
-def row_of(summary: dict) -> str:
-    """A summary as a row of the table. Raises KeyError, TypeError or ValueError for another file's
-    content."""
-    low, high = summary["accuracy_95"]
-    return (
-        f"| {summary['task']} | {summary['accuracy']:.1%} [{low:.1%}, {high:.1%}] "
-        f"| {summary['n_problems']} | {summary['n_samples']} "
-        f"| {summary['flags']['temperature']} | {summary['truncated']:.1%} |"
-    )
-
-
-def measured(checkpoint: Checkpoint) -> list[str]:
-    """Lines of a table of what `r1zero eval` measured of this checkpoint; empty if nothing."""
-    rows = []
-    for path in sorted(folder_of(checkpoint).glob("*.summary.json")):
-        summary = read_dict(path)
-        is_of_this = Path(str(summary.get("checkpoint"))).name == checkpoint.path.name
-        # An older or edited summary may lack a number: then it is no row.
-        if is_of_this:
-            with suppress(KeyError, TypeError, ValueError):
-                rows.append(row_of(summary))
-    if not rows:
-        return []
-    head = "| task | pass@1 [95 %] | problems | samples each | temperature | cut off |"
-    return [head, "|---|---|---|---|---|---|", *rows]
-
-
 def origin(checkpoint: Checkpoint) -> list[str]:
-    """Where the weights come from: the base, the loop, the algorithm and the step."""
+    """Where the weights come from: what is known of their run, and all of its settings."""
     settings = without_folders(checkpoint.state.get("settings", {}))
+    name = folder_of(checkpoint).name
     if not settings:
-        return [f"The weights of `{folder_of(checkpoint).name}`, not trained any further."]
-    loop = checkpoint.state.get("loop", "training")
-    lines = [f"- made by: `r1zero {loop}`, step {checkpoint.step}"]
-    lines += [f"- {key}: `{settings[key]}`" for key in ("base", "algo") if key in settings]
+        return [
+            "## Where it comes from",
+            "",
+            f"The weights of `{name}`, not trained any further.",
+            "",
+        ]
     text = json.dumps(settings, indent=1)
-    return [*lines, "", "All settings of the run:", "", "```json", text, "```"]
+    facts = sections_of({name: checkpoint})
+    return [*facts, "All settings of the run:", "", "```json", text, "```", ""]
 
 
 def front_matter(config: ExportConfig) -> list[str]:
@@ -138,30 +94,25 @@ def front_matter(config: ExportConfig) -> list[str]:
 
 def card_of(checkpoint: Checkpoint, model: Transformer, flags: ExportConfig) -> str:
     """The text of a model card."""
-    config = model.config
     commit = git_commit()
     version = f"r1zero {package_version('r1zero')}" + (f" (commit {commit[:12]})" if commit else "")
-    scores = measured(checkpoint) or ["`r1zero eval` has measured nothing of this checkpoint."]
-    score = checkpoint.state.get("score")
-    if score is not None:
-        scores += ["", f"On held-out problems during the run (pass@1): {score:.1%}"]
+    folder = folder_of(checkpoint)
+    runs = {folder.name: checkpoint}
+    if is_run(folder):
+        body = body_of(folder, runs, cost_of(folder))
+    else:
+        found = measurements(folder, runs)
+        body = ["## Measured", "", *(found or ["Nothing on held-out problems.", ""])]
     return "\n".join(
         [
             *front_matter(flags),
             "",
             f"# {Path(flags.out).name}",
             "",
-            f"Written by {version}. {count_parameters(config):,} parameters, {config.n_layers} "
-            f"layers, room for {config.max_seq_len:,} tokens.",
-            "",
-            "## Where it comes from",
+            f"Written by {version}: {shape_in_words(model.config)}.",
             "",
             *origin(checkpoint),
-            "",
-            "## Measured",
-            "",
-            *scores,
-            "",
+            *body,
         ]
     )
 

@@ -184,6 +184,12 @@ COMMANDS = {
         function="export",
         purpose="write a model as a Hugging Face folder, with a model card",
     ),
+    "card": Command(
+        module="cli.card",
+        config="CardConfig",
+        function="write_card",
+        purpose="write a model card: how a model was made, what was measured, what it cost",
+    ),
     "chat": Command(
         module="cli.chat",
         config="ChatConfig",

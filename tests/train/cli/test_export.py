@@ -6,11 +6,12 @@ import pytest
 from r1zero.model.checkpoint import load_checkpoint, mark_best, save_checkpoint
 from r1zero.model.huggingface import read_model
 from r1zero.model.tokenizer import Tokenizer
-from r1zero.train.cli.export import ExportConfig, export, measured, without_folders
+from r1zero.train.cli.export import ExportConfig, export
 from r1zero.train.cli.main import main
 from r1zero.train.machine import pick_device
 
 from ...rl.cases import tiny
+from ..cost_cases import RL_ROWS, evaluated, make_run
 
 SETTINGS = {"base": "/home/somebody/models/base-1b", "algo": "dapo", "seed": 3,
             "task": {"name": "countdown", "data": "/data/private/countdown.jsonl"}}
@@ -29,20 +30,13 @@ def card(folder) -> str:
     return (folder / "README.md").read_text()
 
 
-def summary(step, accuracy=0.25, **changes):
-    return {"checkpoint": f"runs/rl/checkpoints/step_{step:08}", "step": step, "task": "countdown",
-            "n_problems": 64, "n_samples": 4, "accuracy": accuracy,
-            "accuracy_95": [accuracy - 0.05, accuracy + 0.05], "truncated": 0.125,
-            "flags": {"temperature": 1.0}, **changes}
-
-
 def test_the_card_says_where_the_weights_come_from(tmp_path):
     run = trained(tmp_path / "run", score=0.5)
     export(ExportConfig(run=str(run), out=str(tmp_path / "out")))
     text = card(tmp_path / "out")
     n_parameters = f"{sum(p.numel() for p in tiny().parameters()):,} parameters"
-    for word in ("# out", n_parameters, "`r1zero grpo`, step 7", "base: `base-1b`", "algo: `dapo`",
-                 '"seed": 3', "50.0%", "has measured nothing of this checkpoint"):
+    for word in ("# out", n_parameters, "`r1zero grpo`, step 7", "base: `base-1b`", "algorithm: `dapo`",
+                 '"seed": 3', "task: `countdown`, problems from `countdown.jsonl`", "(pass@1): 50.0%"):
         assert word in text, word
     assert "somebody" not in text and "private" not in text
     assert text.startswith("---\nlibrary_name: transformers\n")
@@ -50,24 +44,25 @@ def test_the_card_says_where_the_weights_come_from(tmp_path):
 
 def test_the_card_has_what_was_measured_of_this_checkpoint_and_of_no_other(tmp_path):
     run = trained(tmp_path / "run")
-    for name, content in (("eval_countdown_step7", summary(7)), ("eval_countdown_step3", summary(3, 0.875)),
-                          ("broken", {"step": 7})):
+    at = "runs/rl/checkpoints/step_{:08}".format
+    for name, content in (("eval_countdown_step7", evaluated(at(7))),
+                          ("eval_countdown_step3", evaluated(at(3), 0.875)), ("broken", {"step": 7})):
         (run / f"{name}.jsonl.summary.json").write_text(json.dumps(content, indent=1))
     (run / "torn.summary.json").write_text('{"checkpoint": ')
     export(ExportConfig(run=str(run), out=str(tmp_path / "out")))
     text = card(tmp_path / "out")
-    assert "| countdown | 25.0% [20.0%, 30.0%] | 64 | 4 | 1.0 | 12.5% |" in text and "87.5%" not in text
-    assert "measured nothing" not in text and "held-out" not in text
+    assert "| countdown | 25.0% [20.0%, 30.0%] | 4 | 2 | 1.0 | 12.5% |" in text and "87.5%" not in text
+    assert "Nothing on held-out problems" not in text
 
 
-@pytest.mark.parametrize("broken", [
-    {"n_problems": "absent"}, {"flags": "absent"}, {"flags": None}, {"truncated": "absent"},
-    {"accuracy": "high"}, {"accuracy_95": [0.1]}, {"accuracy_95": 3}, {"checkpoint": 3}, {"task": "absent"}])
-def test_a_summary_that_lacks_something_is_no_row(broken, tmp_path):
-    run = trained(tmp_path / "run")
-    content = {key: value for key, value in (summary(7) | broken).items() if value != "absent"}
-    (run / "eval.summary.json").write_text(json.dumps(content))
-    assert measured(load_checkpoint(run)) == []
+def test_the_card_of_a_run_has_its_cost_and_its_limits_and_that_of_other_weights_has_not(tmp_path):
+    run = make_run(tmp_path / "rl", "grpo", RL_ROWS, {"seconds": 5.0}, SETTINGS)
+    export(ExportConfig(run=str(run), out=str(tmp_path / "one")))
+    text = card(tmp_path / "one")
+    assert "\n| rl | grpo | 5.0 | 600 | 500 | " in text and "\n## Limits\n\n- Nothing" in text
+    export(ExportConfig(run=str(tmp_path / "one"), out=str(tmp_path / "two")))
+    text = card(tmp_path / "two")
+    assert "## Cost" not in text and "## Measured\n\nNothing on held-out problems." in text
 
 
 def test_the_card_names_the_license_and_the_base_that_the_flags_give(tmp_path):
@@ -78,15 +73,8 @@ def test_the_card_names_the_license_and_the_base_that_the_flags_give(tmp_path):
     head = card(tmp_path / "out").split("---")[1].splitlines()
     assert 'license: "apache-2.0"' in head and 'base_model: "Qwen/Qwen2.5-0.5B"' in head
     export(ExportConfig(run=str(run), out=str(tmp_path / "plain")))
-    assert "license" not in card(tmp_path / "plain") and "base_model" not in card(tmp_path / "plain")
-
-
-def test_a_card_has_of_each_path_the_last_part_only():
-    assert without_folders("/home/some body/my base") == "my base"
-    given = {"a": "/home/me/base", "b": "../me/base", "c": ["runs/me/x.jsonl", "~/me/rewards.py:score"]}
-    assert without_folders(given) == {"a": "base", "b": "base", "c": ["x.jsonl", "rewards.py:score"]}
-    texts = {"a": "hub:openai/gsm8k", "b": "</answer>", "c": "1 / 2 of them", "d": 3}
-    assert without_folders(texts) == texts
+    head = card(tmp_path / "plain").split("---")[1]
+    assert "license" not in head and "base_model" not in head
 
 
 def test_a_checkpoint_may_be_chosen_and_the_dtype(tmp_path):
