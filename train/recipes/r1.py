@@ -115,6 +115,8 @@ class R1Config:
     without general data."""
     hack: Annotated[bool, tyro.conf.arg(name="break")] = False
     """Also ask the reward model in every step, and four times as long, to see it hacked."""
+    price: float = 0.0
+    """Price of the machine per hour, for the table of costs."""
     device: str = "auto"
     """Device to compute on: auto (the GPU if there is one), cpu, cuda or mps."""
 
@@ -122,7 +124,7 @@ class R1Config:
         at_least(self, 1, "documents", "pretrain_steps", "zero_steps", "cold_steps")
         at_least(self, 1, "reasoning_steps", "tuned_steps", "reward_steps", "all_steps")
         at_least(self, 1, "collect_problems", "eval_problems", "eval_samples")
-        at_least(self, 0, "seed")
+        at_least(self, 0, "seed", "price")
         # What only a later stage would refuse is refused now, not after the text is made.
         preset(self.model, vocab_size=1)
         held_out_tasks(self.numbers, self.high, self.ops)
@@ -360,7 +362,7 @@ class Results(PartResults):
 
     def __init__(self, folder: Path, config: R1Config):
         super().__init__(folder, {"stages": {}})
-        self.values |= {"machine": describe_machine()}
+        self.values |= {"machine": describe_machine(), "price": config.price}
 
     @property
     def stages(self) -> dict[str, dict]:

@@ -161,8 +161,9 @@ def tokens(
 def response(text: str, right: bool, head: str, note: str) -> str:
     """One answer as text, one attempt per line, with coloured verdicts and a right or wrong."""
     lines = escape(text.replace(";", ";\n").replace("</think>", "</think>\n"))
-    lines = re.sub(r" ok(?=&lt;/think|;\n)", ' <span class="good">ok</span>', lines)
-    lines = re.sub(r" no(?=&lt;/think|;\n)", ' <span class="bad">no</span>', lines)
+    for kind, words in (("good", "ok|对"), ("bad", "no|错")):
+        marked = rf' <span class="{kind}">\1</span>'
+        lines = re.sub(rf" ({words})(?=&lt;/think|;\n)", marked, lines)
     mark = '<span class="good">✓ right</span>' if right else '<span class="bad">✗ wrong</span>'
     return (
         f'<div><p class="small">{escape(head)}: {mark} '

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...model.files import atomic_write_text
+from ..cost import cost_of
 from . import page, plots
 from .page import paragraph, picture, section
 
@@ -52,10 +53,15 @@ class Claim(NamedTuple):
 
 CLAIMS = (
     Claim(
-        "A reward for the language makes it consistent",
+        "On the base, a reward for the language makes it consistent",
+        *("no_cold", "zero", "consistency", True),
+    ),
+    Claim("and costs accuracy", "no_cold", "zero", "accuracy", False),
+    Claim(
+        "Behind a cold start, consistency decays without that reward",
         *("reasoning", "no_language", "consistency", True),
     ),
-    Claim("and does not cost accuracy", "reasoning", "no_language", "accuracy", True),
+    Claim("and the reward costs accuracy", "reasoning", "no_language", "accuracy", False),
     Claim("A cold start gives well-formed answers", "cold", "base", "format", True),
     Claim(
         "SFT of the base on right answers keeps most of what RL gained",
@@ -175,15 +181,14 @@ def note(row: dict) -> str:
     return f"{row['language']:.0%} in the language that was asked for, {row['n_tokens']} tokens"
 
 
-def spent(results: dict) -> str:
-    """The seconds of each stage, and the machine."""
-    rows = [[name, f"{seconds:.0f}"] for name, seconds in results["seconds"].items()]
-    rows.append(["all", f"{sum(results['seconds'].values()):.0f}"])
+def spent(folder: Path, results: dict) -> str:
+    """Seconds, tokens, FLOPs and money of each stage, and the machine."""
+    head, *rows = cost_of(folder, results.get("price", 0.0)).rows()
     machine = [[name, str(value)] for name, value in results["machine"].items()]
     return section(
-        "Machine and time",
+        "Machine and cost",
         paragraph("As measured; other work on the same machine makes the times longer."),
-        page.table(["stage", "seconds"], rows),
+        page.table(head, rows),
         page.table(["machine", ""], machine),
     )
 
@@ -222,7 +227,7 @@ def write_report(folder: str | Path) -> Path:
         stage_table(stages),
         claims(stages),
         samples(folder, stages),
-        spent(results),
+        spent(folder, results),
     ]
     path = folder / "report.html"
     atomic_write_text(path, page.document("From R1-Zero to R1", sections))
