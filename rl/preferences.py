@@ -122,8 +122,8 @@ def margins_under(model: RewardModel, rankings: Sequence[Ranking]) -> torch.Tens
 
 
 def agreement(margins_P: np.ndarray) -> np.ndarray:
-    """[P]: 1 where the model prefers the answer that the judge does, 0 where it prefers the other,
-    and a half where it has no preference."""
+    """[P], or of any shape: 1 where the model prefers the answer that the judge does, 0 where it
+    prefers the other, and a half where it has no preference."""
     return (1 + np.sign(margins_P)) / 2
 
 

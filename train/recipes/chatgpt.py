@@ -11,63 +11,45 @@
 5. PPO against the reward model, with a KL to the fine-tuned model in the reward.
 6. The same with nothing to hold it back: a reward model from a few rankings, and no KL.
 
-Then both are measured on held-out problems: how often their answers are liked better than those of
-the fine-tuned model, and how the score and the hidden preference move with the distance from that
-model, best-of-n of the fine-tuned model beside them (arXiv 2210.10760). Every stage is a run of its
+Then both are measured on held-out problems (over_optimisation.py): how often their answers are
+liked better than those of the fine-tuned model, and how the score and the hidden preference move
+with the distance from that model. Every stage is a run of its
 own in a folder of its own, so Ctrl-C and --resume work throughout.
 
 Source: InstructGPT, arXiv 2203.02155. Left out: its pretraining loss in PPO, people.
 """
 
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from ...eval.console import say, show
-from ...eval.response import grade_response
 from ...eval.tasks.countdown import Countdown
-from ...model.checkpoint import checkpoint_steps, load_model
+from ...model.checkpoint import load_model
 from ...model.engine.engine import Engine
 from ...model.files import atomic_write_text
 from ...model.optimizer import OptimConfig
-from ...rl.advantages import sum_per_answer
-from ...rl.family import resolve, rl_optim
+from ...rl.family import rl_optim
 from ...rl.rewards import RewardConfig
-from ...rl.rollouts import Rollouts
-from ...rl.update import Reference, kl_cost_to
 from ..grpo import GRPOConfig, grpo, grpo_config
 from ..machine import describe_machine, pick_device, reuse_memory
 from ..pretrain import pretrain
-from ..report.plots import BASE, CONTROL, RL, Line, Mark, Panel, plot
-from ..reward_model import RewardModelConfig, load_reward_model, reward_model
+from ..reward_model import RewardModelConfig, reward_model
 from ..run import RunConfig, at_least
 from ..sft import SFTConfig, sft
 from ..task_flags import TaskFlags
 from .demo import DemoConfig, PartResults, base_config, check_not_begun, check_part, run_part
 from .demo_corpus import CorpusConfig, document
-from .hidden_preference import (
-    best_of,
-    kl_of_best_of,
-    mean_of,
-    preferences,
-    ranking_lines,
-    sample_answers,
-    win_rate,
-)
+from .hidden_preference import ranking_lines, sample_answers
+from .over_optimisation import MICRO_TOKENS, Arms, Judge, measure_all, plot_distance, table
 
 TASK_OPTIONS = ("n_numbers=3", "high=20", "ops=+-")
 N_DEMONSTRATIONS = 1000
 CAREFUL = CorpusConfig(persistent_share=0.3, broken_share=0.0)
 MAX_NEW_TOKENS = 144
-MICRO_TOKENS = 8192
 POINTS = 8  # checkpoints of PPO that are measured
-N_ANSWERS = 2  # per held-out problem
-BEST_OF = (1, 2, 4, 8, 16)
 FREE = ("run", "resume", "base", "device")  # flags that may change on resume
 DEMONSTRATIONS, RANKING, MEASURING = 1, 2, 3  # what beside the seed tells random numbers apart
 
@@ -203,7 +185,7 @@ def ppo_config(config: ChatGPTConfig, folder: Path, name: str) -> GRPOConfig:
     )
 
 
-def arms_of(config: ChatGPTConfig) -> list[tuple[str, str]]:
+def arms_of(config: ChatGPTConfig) -> Arms:
     """(reward model, PPO) of each arm."""
     return [("rm", "ppo"), ("rm_few", "ppo_few")] if config.few else [("rm", "ppo")]
 
@@ -239,134 +221,6 @@ def write_rankings(config: ChatGPTConfig, folder: Path) -> None:
 def seed_of(config: ChatGPTConfig, purpose: int) -> int:
     """A seed of its own for each purpose."""
     return 10 * config.seed + purpose
-
-
-# ---- what is measured ----
-
-
-class Judge:
-    """Measures policies on the same held-out problems: what the reward model thinks of them, what
-    the hidden preference does, and how far they are from the fine-tuned model."""
-
-    def __init__(self, config: ChatGPTConfig, folder: Path):
-        self.config, self.folder = config, folder
-        self.device = pick_device(config.device)
-        self.task = toy_task(config).make()
-        self.problems = self.task.problems("test", config.eval_problems)
-        model, _, _ = load_model(str(folder / "sft"), self.device)
-        options = {"kl_coef": 1.0, "kl_estimator": "k3"}
-        of_kl = resolve("ppo", {"micro_tokens": MICRO_TOKENS, "loss": options})
-        self.kl_of = kl_cost_to(Reference(model, self.device), of_kl)
-
-    def sample(self, folder: str, which: str | int, n_samples: int) -> Rollouts:
-        """Answers of a checkpoint's model."""
-        model, tokenizer, _ = load_model(folder, self.device, which)
-        engine, seed = Engine(model, tokenizer), seed_of(self.config, MEASURING)
-        return sample_answers(engine, self.task, self.problems, n_samples, MAX_NEW_TOKENS, seed)
-
-    def scores(self, sampled: Rollouts, name: str) -> np.ndarray:
-        """[N]: the scores of a reward model."""
-        model, _, _ = load_reward_model(str(self.folder / name), self.device)
-        return model.score_rollouts(sampled, np.arange(len(sampled.texts)), MICRO_TOKENS)
-
-    def measure(self, folder: str, which: str | int, judges: list[str]) -> dict:
-        """What is measured of a checkpoint, as JSON types. judges: names of reward models."""
-        sampled = self.sample(folder, which, N_ANSWERS)
-        kl_R = self.kl_of(sampled)
-        kl_N = sum_per_answer(kl_R, sampled.response_offsets)
-        liked_N = preferences(self.task, sampled)
-        return {
-            "kl": float(kl_N.mean()),
-            "hidden": list(mean_of(self.per_problem(liked_N).mean(1))),
-            "proxy": {
-                name: list(mean_of(self.per_problem(self.scores(sampled, name)).mean(1)))
-                for name in judges
-            },
-            **answers_in_numbers(self.task, sampled),
-            "liked": self.per_problem(liked_N).tolist(),
-        }
-
-    def best_of_n(self, judges: list[str]) -> list[dict]:
-        """What the best of n answers of the fine-tuned model is worth, by each reward model."""
-        sampled = self.sample(str(self.folder / "sft"), "last", max(BEST_OF))
-        liked_PS = self.per_problem(preferences(self.task, sampled))
-        scores = {name: self.per_problem(self.scores(sampled, name)) for name in judges}
-        return [
-            {
-                "n": n,
-                "judge": name,
-                "kl": kl_of_best_of(n),
-                "hidden": list(mean_of(best_of(n, scores_PS, liked_PS))),
-                "proxy": list(mean_of(best_of(n, scores_PS, scores_PS))),
-            }
-            for name, scores_PS in scores.items()
-            for n in BEST_OF
-        ]
-
-    def per_problem(self, values_N: np.ndarray) -> np.ndarray:
-        """[P, S]."""
-        return values_N.reshape(len(self.problems), -1)
-
-
-def answers_in_numbers(task: Countdown, sampled: Rollouts) -> dict[str, float]:
-    """The three things that the hidden preference is made of."""
-    graded = [grade_response(task, sample) for sample in sampled.samples()]
-    return {
-        "right": float(np.mean([grade.accuracy for grade in graded])),
-        "well_formed": float(np.mean([grade.format for grade in graded])),
-        "tokens": float(sampled.response_lengths.mean()),
-    }
-
-
-# ---- what is shown ----
-
-ROWS = {"sft": "fine-tuned", "ppo": "PPO", "ppo_few": "PPO, few rankings, no KL"}
-CURVES = {"rm": ("PPO, KL in the reward", RL), "rm_few": ("PPO, few rankings, no KL", CONTROL)}
-
-
-def with_interval(share: list[float]) -> str:
-    mean, low, high = share
-    return f"{mean:.1%} [{low:.1%}, {high:.1%}]"
-
-
-def table(values: dict) -> str:
-    """A row per model: is it liked better, and what are its answers like?"""
-    header = f"{'held-out problems':<26}{'liked better than fine-tuned':>30}{'preference':>12}"
-    lines = [f"{header}{'right':>8}{'formed':>8}{'tokens':>8}{'sqrt KL':>9}"]
-    for name, title in ROWS.items():
-        points = values["points"].get(name)
-        if points:
-            last = points[-1]
-            wins = with_interval(last["wins"]) if name != "sft" else "-"
-            lines.append(
-                f"{title:<26}{wins:>30}{last['hidden'][0]:>12.2f}{last['right']:>8.1%}"
-                f"{last['well_formed']:>8.1%}{last['tokens']:>8.1f}{math.sqrt(last['kl']):>9.2f}"
-            )
-    return "\n".join(lines)
-
-
-def plot_distance(config: ChatGPTConfig, values: dict, path: Path) -> Path:
-    """The reward model's score and the hidden preference over the distance from the fine-tuned
-    model: of PPO's checkpoints, and of the best of n."""
-    panels = []
-    for what, title in (("proxy", "Score of the reward model"), ("hidden", "Hidden preference")):
-        lines, marks = [], []
-        for judge, ppo in arms_of(config):
-            label, colour = CURVES[judge]
-            points = [*values["points"]["sft"], *values["points"][ppo]]
-            at = [math.sqrt(max(0.0, point["kl"])) for point in points]
-            of_points = [p["proxy"][judge] if what == "proxy" else p["hidden"] for p in points]
-            lines.append(Line(label, colour, at, [mean for mean, _, _ in of_points], False))
-            last, low, high = of_points[-1]
-            marks.append(Mark(label, colour, at[-1], last, (low, high)))
-        best = [row for row in values["best_of"] if row["judge"] == "rm"]
-        at = [math.sqrt(row["kl"]) for row in best]
-        of_best = [row[what][0] for row in best]
-        lines.append(Line("best of n, fine-tuned", BASE, at, of_best, False))
-        x_label = "square root of the KL to the fine-tuned model"
-        panel = Panel(title, "per answer", lines, marks, x_label=x_label, from_zero=False)
-        panels.append(panel)
-    return plot(panels, path, 11, 4.8)
 
 
 # ---- the whole ----
@@ -412,7 +266,7 @@ def chatgpt(config: ChatGPTConfig) -> Path:
     pick_device(config.device)
     check_same(config, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    results = PartResults(folder, {"points": {}})
+    results = PartResults(folder, {})
     results.values |= {"config": asdict(config), "machine": describe_machine()}
     started = time.perf_counter()
 
@@ -425,29 +279,15 @@ def chatgpt(config: ChatGPTConfig) -> Path:
 
     # Then the policies, checkpoint by checkpoint, and the best of n.
     measured = time.perf_counter()
-    measure_all(config, folder, results)
+    task, device = toy_task(config).make(), pick_device(config.device)
+    problems = task.problems("test", config.eval_problems)
+    seed = seed_of(config, MEASURING)
+    judge = Judge(folder, task, problems, MAX_NEW_TOKENS, seed, device)
+    measure_all(judge, arms_of(config), results)
     results.add_seconds("measuring", time.perf_counter() - measured)
-    picture = plot_distance(config, results.values, folder / "over_optimisation.png")
+    path = folder / "over_optimisation.png"
+    picture = plot_distance(arms_of(config), results.values, path)
     seconds = time.perf_counter() - started
-    show(f"\n{table(results.values)}\n\n{results.path}, {picture}   ({seconds:.0f} seconds)")
+    shown = table(results.values["points"])
+    show(f"\n{shown}\n\n{results.path}, {picture}   ({seconds:.0f} seconds)")
     return results.path
-
-
-def measure_all(config: ChatGPTConfig, folder: Path, results: PartResults) -> None:
-    """Measure what has not been measured yet; results.json is written after each checkpoint."""
-    judge, points = Judge(config, folder), results.values["points"]
-    judges = [name for name, _ in arms_of(config)]
-    if "sft" not in points:
-        points["sft"] = [{"step": 0, **judge.measure(str(folder / "sft"), "last", judges)}]
-        results.write()
-    theirs = np.array(points["sft"][0]["liked"])
-    for name, ppo in arms_of(config):
-        known = points.setdefault(ppo, [])
-        for step in checkpoint_steps(folder / ppo)[len(known) :]:
-            point = {"step": step, **judge.measure(str(folder / ppo), step, [name])}
-            point["wins"] = list(win_rate(np.array(point["liked"]), theirs))
-            known.append(point)
-            results.write()
-    if "best_of" not in results.values:
-        results.values["best_of"] = judge.best_of_n(judges)
-        results.write()

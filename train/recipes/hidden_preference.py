@@ -19,7 +19,9 @@ from ...eval.response import grade_response
 from ...eval.tasks.base import Task
 from ...model.engine.engine import Engine
 from ...model.engine.sampling import sample_seeds
+from ...rl.preferences import agreement
 from ...rl.rollouts import Rollouts, sample_groups
+from ...rl.shaping import indices_of_groups
 
 RIGHT, WELL_FORMED, PER_TOKEN = 2.0, 0.5, -0.01
 
@@ -50,18 +52,18 @@ def ranking_lines(task: Task, rollouts: Rollouts) -> list[str]:
 
     An answer that was cut off has no end, and is left out.
     """
-    liked_N, texts = preferences(task, rollouts), rollouts.texts
-    samples, lines = rollouts.samples(), []
-    for problem, start, end in zip(
-        rollouts.problems, rollouts.group_offsets[:-1], rollouts.group_offsets[1:], strict=True
-    ):
-        ended = [n for n in range(start, end) if not samples[n].cut_off]
+    liked_N = preferences(task, rollouts)
+    samples = rollouts.samples()
+    groups = indices_of_groups(rollouts.group_offsets)
+    lines = []
+    for problem, group in zip(rollouts.problems, groups, strict=True):
+        ended = [n for n in group if not samples[n].cut_off]
         order = sorted({liked_N[n] for n in ended}, reverse=True)
         if len(order) < 2:
             continue
         line = {
             "prompt": task.prompt(problem),
-            "answers": [texts[n] for n in ended],
+            "answers": [samples[n].text for n in ended],
             "ranks": [1 + order.index(liked_N[n]) for n in ended],
             "right": [grade_response(task, samples[n]).accuracy == 1 for n in ended],
         }
@@ -82,8 +84,9 @@ def mean_of(values_P: np.ndarray) -> Estimate:
 def win_rate(ours_PS: np.ndarray, theirs_PS: np.ndarray) -> Estimate:
     """How often an answer of ours is liked better than one of theirs to the same problem, a tie
     counting half, with its 95 % interval over problems."""
-    difference = ours_PS[:, :, None] - theirs_PS[:, None, :]
-    wins_P = ((1 + np.sign(difference)) / 2).mean((1, 2))
+    difference_PSS = ours_PS[:, :, None] - theirs_PS[:, None, :]
+    wins_PSS = agreement(difference_PSS)
+    wins_P = wins_PSS.mean((1, 2))
     return interval(wins_P.tolist(), ours_PS.shape[1])
 
 
@@ -97,7 +100,8 @@ def best_of(n: int, score_PS: np.ndarray, values_PS: np.ndarray) -> np.ndarray:
     replacement: the unbiased estimator of WebGPT (arXiv 2112.09332, appendix I)."""
     n_samples = score_PS.shape[1]
     assert 1 <= n <= n_samples
-    by_score = np.take_along_axis(values_PS, np.argsort(score_PS, axis=1, kind="stable"), axis=1)
+    order_PS = np.argsort(score_PS, axis=1, kind="stable")
+    by_score_PS = np.take_along_axis(values_PS, order_PS, axis=1)
     # The k-th lowest score (from 0) is the best of n if the n - 1 others are among the k below it.
-    chances = [math.comb(k, n - 1) / math.comb(n_samples, n) for k in range(n_samples)]
-    return by_score @ np.array(chances)
+    ways = [math.comb(k, n - 1) for k in range(n_samples)]
+    return by_score_PS @ np.array(ways) / math.comb(n_samples, n)

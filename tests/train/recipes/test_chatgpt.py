@@ -5,8 +5,9 @@ import re
 import pytest
 
 from r1zero.train.cli.main import main
-from r1zero.train.recipes.chatgpt import ChatGPTConfig, arms_of, stages_of, table, write_demonstrations
+from r1zero.train.recipes.chatgpt import ChatGPTConfig, arms_of, stages_of, write_demonstrations
 from r1zero.train.recipes.demo import PartResults
+from r1zero.train.recipes.over_optimisation import table
 
 from ..run_cases import fails
 
@@ -44,8 +45,8 @@ def test_demonstrations_are_well_formed_answers_to_training_problems(tmp_path):
 
 def test_the_table_has_a_row_per_model():
     point = {"hidden": [1.5, 1.4, 1.6], "right": 0.5, "well_formed": 0.9, "tokens": 40.0, "kl": 4.0}
-    values = {"points": {"sft": [point], "ppo": [point, point | {"wins": [0.75, 0.7, 0.8]}]}}
-    lines = table(values).splitlines()
+    points = {"sft": [point], "ppo": [point, point | {"wins": [0.75, 0.7, 0.8]}]}
+    lines = table(points).splitlines()
     assert len(lines) == 3 and lines[1].split() == "fine-tuned - 1.50 50.0% 90.0% 40.0 2.00".split()
     assert lines[2].split() == "PPO 75.0% [70.0%, 80.0%] 1.50 50.0% 90.0% 40.0 2.00".split()
 

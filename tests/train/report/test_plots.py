@@ -50,3 +50,17 @@ def test_a_heat_map_is_white_at_1_blue_below_and_orange_above_and_rows_may_be_sh
     assert min(at(0.25, 0.65)) >= 254
     empty = pixels[int(0.52 * height) :, int(0.45 * width) : int(0.75 * width)]
     assert empty.min() > 0.99
+
+
+def test_a_line_may_be_thick_as_it_is_and_an_axis_may_go_below_0():
+    from matplotlib.figure import Figure
+    axes = Figure().subplots()
+    zigzag = [0.0, -3.0, 4.0, -5.0, 6.0, -7.0]
+    line = plots.Line("a", plots.RL, range(6), zigzag, is_smoothed=False)
+    plots.plot_panel(axes, plots.Panel("t", "y", [line], from_zero=False))
+    thin, thick = (drawn.get_ydata() for drawn in axes.get_lines())
+    assert list(thick) == list(thin) == zigzag and axes.get_ylim()[0] < -6
+    axes = Figure().subplots()
+    plots.plot_panel(axes, plots.Panel("t", "y", [plots.Line("a", plots.RL, range(6), zigzag)]))
+    thin, thick = (drawn.get_ydata() for drawn in axes.get_lines())
+    assert list(thick) != zigzag and axes.get_ylim()[0] == 0
