@@ -226,7 +226,7 @@ class FirstErrors(NamedTuple):
     def f1(self) -> float:
         """The harmonic mean of both."""
         total = self.found + self.spared
-        return 2 * self.found * self.spared / total if total else 0.0
+        return 0.0 if total == 0 else 2 * self.found * self.spared / total
 
 
 def first_errors(named: Sequence[int], real: Sequence[int]) -> FirstErrors:

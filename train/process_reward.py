@@ -9,9 +9,10 @@ by cross-entropy (rl/process.py) on one of four kinds of labels (step_file.py). 
 shows how well it does on answers to prompts that it has not seen:
 
     AUC           does a good step have a higher score than a bad one? By its own labels, by the
-                  task's exact check, and by the number of the step in its answer
+                  task's exact check, and by where the step stands in its answer
     first error   of answers with a step that is not true, is the first one named; and are the
-                  others left alone? (ProcessBench, arXiv 2412.06559, F1 of both)
+                  others left alone? (ProcessBench, arXiv 2412.06559, F1 of both.) The last step is
+                  the answer itself, and easier: so once with it, and once without
 
 Intervals are by resampling whole answers. Left out: adapters, and a loss at every token.
 """
@@ -27,7 +28,15 @@ from ..eval.console import say, show
 from ..model.checkpoint import Checkpoint, load_model
 from ..model.precision import Precision
 from ..model.tokenizer import Tokenizer
-from ..rl.process import ProcessReward, Steps, auc, first_error, first_errors, step_loss
+from ..rl.process import (
+    FirstErrors,
+    ProcessReward,
+    Steps,
+    auc,
+    first_error,
+    first_errors,
+    step_loss,
+)
 from .fit_head import HeadConfig, ItemBatches, fit_head, load_head, split_by_prompt
 from .inputs import base_parts, file_parts
 from .machine import pick_device, reuse_memory
@@ -36,7 +45,15 @@ from .step_file import LABELS, encode_steps, read_steps
 
 LOOP = "process-reward"
 N_RESAMPLED = 200  # for an interval
-FIRST_STEPS = 4  # how many steps have a line of their own in the table
+# Steps that have a line of their own in the table.
+PLACES = {
+    "step 1": slice(0, 1),
+    "step 2": slice(1, 2),
+    "step 3": slice(2, 3),
+    "last step": slice(-1, None),
+    "before it": slice(0, -1),
+}
+EVERY_STEP = slice(None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,18 +130,17 @@ class Judged:
         labels_K = self.answers[n].labels
         return np.where(np.isnan(labels_K), np.nan, labels_K >= 0.5)
 
-    def auc(self, by: str, chosen: np.ndarray, step: int | None = None) -> float:
-        """The AUC over the steps of the chosen answers; step: of that one of each answer alone."""
-        which = slice(None) if step is None else slice(step, step + 1)
+    def auc(self, by: str, chosen: np.ndarray, which: slice = EVERY_STEP) -> float:
+        """The AUC over the steps of the chosen answers. which: of these of each answer alone."""
         scores_K = np.concatenate([self.scores[n][which] for n in chosen])
         truths_K = np.concatenate([self.truth(n, by)[which] for n in chosen])
         is_known = ~np.isnan(truths_K)
         return auc(scores_K[is_known], truths_K[is_known] == 1)
 
-    def first_errors(self, chosen: np.ndarray):
+    def first_errors(self, chosen: np.ndarray, which: slice = EVERY_STEP) -> FirstErrors:
         """Found and spared, by whether a step is true."""
-        named = [first_error(self.scores[n] >= 0.5) for n in chosen]
-        real = [first_error(self.answers[n].facts["true"]) for n in chosen]
+        named = [first_error(self.scores[n][which] >= 0.5) for n in chosen]
+        real = [first_error(self.answers[n].facts["true"][which]) for n in chosen]
         return first_errors(named, real)
 
     def known(self, fact: str) -> bool:
@@ -148,15 +164,18 @@ def measure(judged: Judged) -> dict[str, list[float]]:
     for fact in ("true", "reaches"):
         if judged.known(fact):
             found[f"AUC, {fact}"] = resampled(lambda chosen, by=fact: judged.auc(by, chosen), n)
-    for step in range(FIRST_STEPS):
-        found[f"AUC, step {step + 1}"] = resampled(
-            lambda chosen, step=step: judged.auc("its labels", chosen, step), n
+    for place, which in PLACES.items():
+        found[f"AUC, {place}"] = resampled(
+            lambda chosen, which=which: judged.auc("its labels", chosen, which), n
         )
     if judged.known("true"):
         for part in ("found", "spared", "f1"):
             found[f"first error, {part}"] = resampled(
                 lambda chosen, part=part: getattr(judged.first_errors(chosen), part), n
             )
+        found["first error before it, f1"] = resampled(
+            lambda chosen: judged.first_errors(chosen, PLACES["before it"]).f1, n
+        )
     return {name: values for name, values in found.items() if not np.isnan(values[0])}
 
 
@@ -174,7 +193,7 @@ def report(run: Run, model: ProcessReward, held_out: list[Steps], config) -> Non
     )
     lines = [f"{len(held_out):,} held-out answers with {n_steps:,} steps, labels {config.labels}"]
     for name, (value, low, high) in found.items():
-        lines.append(f"  {name:<25}{value:7.3f}   [{low:.3f}, {high:.3f}]")
+        lines.append(f"  {name:<27}{value:7.3f}   [{low:.3f}, {high:.3f}]")
     show("\n".join(lines))
 
 

@@ -32,6 +32,7 @@ def test_steps_are_the_pieces_between_marks_and_the_answer_is_the_last():
 @pytest.mark.parametrize("response, facts", [
     ("<think>9-7=3", "FF"),                            # a false equation
     ("<think>9-7=3,3+3=6", "FF TF"),                   # goes on with what it wrote, and reaches nothing
+    ("<think>9-7=10,10+3=13,13-13=0 ok", "FF TF TF"),  # although that is the target
     ("<think>9-7=3,3+3=6;9+7=16", "FF TF TT"),         # a new attempt begins with all numbers
     ("<think>9-7=3,3+10=13,13-13=0 ok", "FF FF FF"),   # a number that is not at hand
     ("<think>9+9=18", "FF"),                           # 9 is there once
