@@ -608,7 +608,7 @@ def load_model(
     if "value" in weights:  # the vector of rl/heads.py
         raise ValueError(
             f"{checkpoint.path} holds a reward model, which scores answers and writes none; give "
-            "it as --rewards.model, and here a model that writes"
+            "it as --rewards.model or --rewards.process, and here a model that writes"
         )
     model = build_model(model_config, weights, device, precision)
     tokenizer = Tokenizer.from_dict(checkpoint.state["tokenizer"])

@@ -382,6 +382,11 @@ def no_kl(rollouts) -> None:
     return None
 
 
+def no_steps(rewards, rollouts) -> tuple[float, dict]:
+    """Answers are judged as a whole."""
+    return 0.0, {}
+
+
 class Credit:
     """From rewards to advantages. Made once per run, of the pieces that the algorithm calls for."""
 
@@ -391,13 +396,15 @@ class Credit:
         device="cpu",
         kl_cost: Callable = no_kl,
         critic=None,
+        step_credit: Callable = no_steps,
     ):
         """kl_cost: from rollouts to the KL that each token costs, [R], or None. critic: see
-        rl/heads.py."""
+        rl/heads.py. step_credit: from (rewards, rollouts) to ([R] what the steps add, metrics)."""
         self.config, self.device = config, device
         self.reward_of = reward_of_parts if config.scale == "parts" else whole_reward
         self.kl_cost = kl_cost
         self.critic = critic or NoCritic()
+        self.step_credit = step_credit
         self.advantages = advantages
 
     def __call__(self, rewards, rollouts) -> Advantages:
@@ -414,4 +421,5 @@ class Credit:
             self.device,
         )
         metrics = {} if kl_R is None else {"kl_in_reward": kl_R.mean()}
-        return Advantages(found_R, values_R, returns_R, metrics)
+        of_steps_R, more = self.step_credit(rewards, rollouts)
+        return Advantages(found_R + of_steps_R, values_R, returns_R, metrics | more)

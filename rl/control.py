@@ -39,6 +39,23 @@ def permute_within_groups(parts: Parts, rollouts, seed: int) -> Parts:
     return {name: part_N[order_N] for name, part_N in parts.items()}
 
 
+def permute_steps(steps, rollouts, seed: int):
+    """The scores of each group's steps, dealt out among the steps of the group."""
+    rng = generator(rollouts, seed, 1)
+    # Where each group's tokens begin, and so where its steps do.
+    tokens_before_G = rollouts.response_offsets[rollouts.group_offsets]
+    offsets_G = np.searchsorted(steps.tokens, tokens_before_G)
+    order = [rng.permutation(group) for group in indices_of_groups(offsets_G)]
+    order_K = np.concatenate(order)
+    return steps._replace(scores=steps.scores[order_K])
+
+
+def random_steps(steps, rollouts, seed: int):
+    """A score of 0 or 1 for each step, with equal chances."""
+    tossed_K = generator(rollouts, seed, 2).integers(0, 2, len(steps.scores))
+    return steps._replace(scores=tossed_K.astype(np.float64))
+
+
 def random_rewards(parts: Parts, rollouts, seed: int) -> Parts:
     """One part "random", [N]: 0 or 1 with equal chances."""
     tossed = []
@@ -55,3 +72,5 @@ def random_rewards(parts: Parts, rollouts, seed: int) -> Parts:
 
 
 CONTROLS: dict[str, Callable] = {"permute": permute_within_groups, "random": random_rewards}
+# The same of the scores of steps, where a process reward gives some.
+STEP_CONTROLS: dict[str, Callable] = {"permute": permute_steps, "random": random_steps}

@@ -32,10 +32,11 @@ from ..model.engine.requests import LEAST_TEMPERATURE
 from ..model.loss_scale import LossScaler
 from ..model.optimizer import OptimConfig, make_optimizer
 from ..model.transformer import Transformer
-from .advantages import AdvantageConfig, Credit, no_kl
+from .advantages import AdvantageConfig, Credit, no_kl, no_steps
 from .control import CONTROLS
-from .heads import CriticLearner, RewardModel, ValueHead
+from .heads import CriticLearner, ValueHead
 from .losses import LossConfig
+from .process import weighted_steps
 from .rewards import Grader, RewardConfig
 from .rollouts import DynamicSampler, GroupSampler
 from .step import Learner
@@ -200,6 +201,11 @@ class Algorithm:
     @property
     def per_token(self) -> bool:
         """Whether the tokens of an answer have advantages that differ."""
+        return self.rewards.process is not None or self.discounts
+
+    @property
+    def discounts(self) -> bool:
+        """Whether a token's advantage is made of the rewards to come, so that gamma counts."""
         baseline = self.advantage.baseline
         return baseline == "critic" or (baseline == "none" and self.kl_in_reward)
 
@@ -246,10 +252,23 @@ def check_combinations(config: Algorithm) -> None:
     check_scale(config)
     if config.loss.objective == "gspo" and config.per_token:
         raise ValueError(
-            f"--loss.objective gspo with --advantage.baseline {config.advantage.baseline}: one "
-            "ratio per sequence takes one advantage per sequence; expected the objective clip, "
-            "cispo or reinforce, or another baseline"
+            f"--loss.objective gspo with {cause_of_tokens(config)}: one ratio per sequence takes "
+            "one advantage per sequence; expected the objective clip, cispo or reinforce, or "
+            "another baseline and no process reward"
         )
+    if config.rewards.process is not None and config.advantage.baseline in ("critic", "none"):
+        raise ValueError(
+            f"--rewards.process with --advantage.baseline {config.advantage.baseline}: steps are "
+            "compared with those of their group, so expected the baseline group, leave_one_out or "
+            "batch"
+        )
+
+
+def cause_of_tokens(config: Algorithm) -> str:
+    """The flag that makes the advantages of an answer's tokens differ."""
+    if config.rewards.process is not None:
+        return "--rewards.process"
+    return f"--advantage.baseline {config.advantage.baseline}"
 
 
 def check_scale(config: Algorithm) -> None:
@@ -323,7 +342,7 @@ def check_names(given: dict, known: Iterable[str], where: str) -> None:
 def in_words(config: Algorithm) -> str:
     """A configuration on one line; options that have no effect are left out."""
     advantage, loss = asdict(config.advantage), asdict(config.loss)
-    if not config.per_token:
+    if not config.discounts:
         advantage = {name: advantage[name] for name in ("baseline", "scale")}
     without_effect = {name for name, value in loss.items() if value in (0.0, False)}
     if config.loss.kl_coef == 0:
@@ -345,6 +364,8 @@ def in_words(config: Algorithm) -> str:
     for name, weight in config.rewards.weights.items():
         if name not in ("accuracy", "format"):
             options[name] = weight
+    if config.rewards.process is not None:
+        options["process"] = config.rewards.process_weight
     return f"{config.algo}: " + ", ".join(f"{name} {value}" for name, value in options.items())
 
 
@@ -355,18 +376,25 @@ def make_learner(
     engine: Engine,
     critic_trunk: Transformer | None = None,
     chat: bool = False,
-    reward_model: RewardModel | None = None,
+    judges: dict[str, ValueHead] | None = None,
 ) -> Learner:
     """The objects that `grpo_step` uses, each chosen once, here.
 
     reference: None where nothing is compared with it (config.needs_reference).
     critic_trunk: a transformer for the critic to begin from; needed by baseline "critic" alone.
-    chat: put each prompt through the model's chat template. reward_model: that of rewards.model.
+    chat: put each prompt through the model's chat template. judges: "model" is the reward model
+    that rewards.model names, "process" the process reward of rewards.process.
     """
-    device, score = policy.device, None
-    if reward_model is not None:
-        score = partial(reward_model.score_rollouts, tokens_per_batch=config.micro_tokens)
-    grader = Grader(config, score)
+    device, score, score_steps, step_credit = policy.device, None, None, no_steps
+    judges, per_batch = judges or {}, config.micro_tokens
+    if "model" in judges:
+        score = partial(judges["model"].score_rollouts, tokens_per_batch=per_batch)
+    if "process" in judges:
+        score_steps = partial(
+            judges["process"].score_steps, tokenizer=engine.tokenizer, tokens_per_batch=per_batch
+        )
+        step_credit = partial(weighted_steps, weight=config.rewards.process_weight)
+    grader = Grader(config, score, score_steps)
 
     if config.dynamic_sampling > 1:
         sampler = DynamicSampler(engine, grader, chat)
@@ -387,6 +415,6 @@ def make_learner(
         reference=reference,
         sampler=sampler,
         grader=grader,
-        credit=Credit(config.advantage, device, kl_cost, critic),
+        credit=Credit(config.advantage, device, kl_cost, critic, step_credit),
         scaler=scaler,
     )

@@ -2,7 +2,7 @@
 
     before each token      PPO's critic: what will the answer earn?           `forward`
     at the end token       a reward model: how good is the whole answer?      `at_ends`
-    at the end of a step   a process reward model: is it right so far?        `at`
+    at the end of a step   a process reward: is it right so far?              `at` (process.py)
 
 A head is a vector beside a transformer, and its value the product with a hidden state. It has no
 sigmoid: whoever wants a probability takes one outside. It begins at 0, so the advantages of PPO's
@@ -42,6 +42,11 @@ class ValueHead(nn.Module):
         self.trunk = trunk
         self.value = nn.Parameter(torch.zeros(trunk.config.d_model, device=trunk.device))
 
+    @property
+    def config(self):
+        """The shape of the trunk."""
+        return self.trunk.config
+
     def at(self, packed: Packed, rows: torch.Tensor) -> torch.Tensor:
         """[len(rows)] fp32 or wider: the value at each of the tokens with these flat indices. It
         knows that token, and what stands before it."""
@@ -68,11 +73,6 @@ class RewardModel(ValueHead):
         super().__init__(trunk)
         self.register_buffer("centre", torch.zeros((), device=trunk.device))
         self.register_buffer("floor", torch.full((), torch.nan, device=trunk.device))
-
-    @property
-    def config(self):
-        """The shape of the trunk."""
-        return self.trunk.config
 
     @property
     def is_centred(self) -> bool:

@@ -20,11 +20,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from ..eval.response import Graded, Sample, coherence_of, grade_response, has_language, language_of
-from .control import CONTROLS
+from .control import CONTROLS, STEP_CONTROLS
 from .plugin import FLAG, check_sign, check_size, load_reward, plugin_rewards, probes
 from .shaping import (
     OVERLONG,
@@ -77,6 +78,11 @@ class RewardConfig:
     model_from: float = 0.0
     """Share of the steps that is trained without the reward model, before it comes in; R1 took it
     for the last quarter or so, since policies learn to please a reward model."""
+    process: str | None = None
+    """Folder of a process reward (r1zero process-reward), whose scores of an answer's steps are
+    normalised in the group, and added to the advantages of the tokens up to each step's end."""
+    process_weight: float = 1.0
+    """Weight of the advantages of the steps."""
 
     def __post_init__(self):
         weights = (
@@ -87,18 +93,22 @@ class RewardConfig:
             self.language_weight,
             self.plugin_weight,
             self.model_weight,
+            self.process_weight,
         )
         judging = self.accuracy_weight + self.format_weight
         if self.plugin is not None:
             judging += self.plugin_weight
         if self.model is not None:
             judging += self.model_weight
+        if self.process is not None:
+            judging += self.process_weight
         if not all(0 <= weight < math.inf for weight in weights) or judging == 0:
             raise ValueError(
                 f"rewards: weights are accuracy {weights[0]}, format {weights[1]}, efficiency "
-                f"{weights[2]}, coherence {weights[3]}, language {weights[4]}, plugin {weights[5]} "
-                f"and model {weights[6]}; expected numbers of 0 or more, and one above 0 for "
-                "accuracy, format, a plugin or a model"
+                f"{weights[2]}, coherence {weights[3]}, language {weights[4]}, plugin "
+                f"{weights[5]}, model {weights[6]} and process {weights[7]}; expected numbers of 0 "
+                "or more, and one above 0 for accuracy, format, a plugin, a model or a process "
+                "reward"
             )
         if not 0 <= self.model_from < 1:
             raise ValueError(
@@ -144,6 +154,15 @@ class RewardConfig:
         return {"accuracy": self.accuracy_weight, "format": self.format_weight} | others
 
 
+class StepRewards(NamedTuple):
+    """What the steps of all answers are worth (process.py)."""
+
+    scores: np.ndarray
+    """[K] float64, from 0 to 1."""
+    tokens: np.ndarray
+    """[K] int64, rising: which of all response tokens ends each step."""
+
+
 @dataclass(frozen=True)
 class Rewards:
     """What each of the N answers earned; all arrays are [N] float64."""
@@ -163,6 +182,8 @@ class Rewards:
     """The weighted sum of the training parts: what the advantage is computed from."""
     why: list[str]
     """The grader's reason in plain words, one per answer."""
+    steps: StepRewards | None = None
+    """What the steps of the answers are worth, to train on; None without a process reward."""
 
     @property
     def penalty(self) -> np.ndarray:
@@ -250,28 +271,38 @@ def check_parts(task, config: RewardConfig) -> None:
             f"{getattr(task, 'name', '')} have no words that would tell a language; leave it out, "
             "or ask in words (--options template=r1_zero)"
         )
+    if config.process is not None and getattr(task, "step_ends", None) is None:
+        raise ValueError(
+            f"--rewards.process is given, but the task {getattr(task, 'name', '')} does not say "
+            "where the steps of an answer end; leave it out"
+        )
 
 
 def check_no_model(config: RewardConfig, command: str) -> None:
-    """Raise ValueError for a reward model where none is loaded."""
-    if config.model is not None:
-        raise ValueError(
-            f"--rewards.model is for r1zero grpo, and r1zero {command} has no reward model; leave "
-            "it out"
-        )
+    """Raise ValueError for a reward model or a process reward where none is loaded."""
+    for name, what in (("model", "reward model"), ("process", "process reward")):
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"--rewards.{name} is for r1zero grpo, and r1zero {command} has no {what}; leave "
+                "it out"
+            )
 
 
 class Grader:
     """From answers to rewards. Made once per run from the run's Algorithm (rl/family.py)."""
 
-    def __init__(self, config, score: Callable | None = None):
+    def __init__(self, config, score: Callable | None = None, score_steps: Callable | None = None):
         """score: from (rollouts, indices of answers) to a reward model's score of each of them; for
-        rewards.model alone."""
+        rewards.model alone. score_steps: from (task, rollouts) to StepRewards; for rewards.process
+        alone."""
         self.config: RewardConfig = config.rewards
         self.weights = self.config.weights | {OVERLONG: 1.0, "random": 1.0}
         # Loaded once: the folder that it was found in may go away during a run.
         self.plugin = load_reward(self.config.plugin) if self.config.plugin else None
         self.score = score
+        self.score_steps = score_steps
+        self.deal_steps = None
+        """In the control: deals the scores of steps out at random."""
         # A model with a weight of 0 judges nothing, and comes in at no step.
         self.model_first = math.inf
         if "model" in self.weights:
@@ -290,6 +321,7 @@ class Grader:
             )
         if config.control != "none":
             self.adjustments.append(partial(CONTROLS[config.control], seed=config.seed))
+            self.deal_steps = partial(STEP_CONTROLS[config.control], seed=config.seed)
 
     def __call__(self, task, rollouts) -> Rewards:
         """Grade all answers of the rollouts. Raises PluginError (plugin.py)."""
@@ -319,6 +351,13 @@ class Grader:
         name = self.config.plugin_name
         if self.needs_positive and name in parts and (training_N < 0).any():
             check_sign(self.config.plugin, parts[name], total_N, samples)
+
+        # 5. The steps are judged by a model of their own.
+        steps = None
+        if self.score_steps is not None:
+            steps = self.score_steps(task, rollouts)
+            if self.deal_steps is not None:
+                steps = self.deal_steps(steps, rollouts)
         return Rewards(
             parts=parts,
             weights=self.weights,
@@ -326,6 +365,7 @@ class Grader:
             training_parts=training_parts,
             training=training_N,
             why=[why(grade) for grade in graded],
+            steps=steps,
         )
 
     def model_part(self, rollouts, judged_N: np.ndarray) -> np.ndarray:

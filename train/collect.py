@@ -6,10 +6,14 @@
     r1zero collect --run runs/sft --out rankings.jsonl --rank --samples 6
     r1zero reward-model --run runs/rm --base runs/sft --data rankings.jsonl
 
-It serves R1's cold start and rejection sampling, distillation, RAFT, and the rankings of a reward
-model. Each line is a pair of prompt and response with where it is from: model, weights, problem,
-seed, number of the sample, reward. `<out>.summary.json` has the flags, how many answers were kept
-by the difficulty of the problem, why the others were dropped, and the cost.
+    r1zero collect --run runs/sft --out steps.jsonl --keep all --label-steps 8
+    r1zero process-reward --run runs/prm --base runs/sft --data steps.jsonl
+
+It serves R1's cold start and rejection sampling, distillation, RAFT, the rankings of a reward model
+and the steps of a process reward (step_labels.py). Each line is a pair of prompt and response with
+where it is from: model, weights, problem, seed, number of the sample, reward. `<out>.summary.json`
+has the flags, how many answers were kept by the difficulty of the problem, why the others were
+dropped, and the cost.
 
 The seed of a sample is a function of (--seed, index of the problem, number of the sample). All
 samples go to `<out>.partial` first, and are graded and chosen when they are complete. So after
@@ -22,6 +26,7 @@ file at the same time.
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -55,6 +60,7 @@ from .run import at_least, read_record
 from .sample_file import SampleFile
 from .selection import RankedSelection, Selection, SelectionFlags, ranks_of
 from .settings import as_json, settings_of
+from .step_labels import StepLabels
 from .task_flags import TaskFlags
 
 # Flags that say where or how fast, and change no line.
@@ -143,6 +149,11 @@ def check_task(config: CollectConfig, task: Task) -> None:
         raise ValueError(
             f"--min-language is {config.min_language:g}, but the task {task.name} does not tell "
             "languages apart; leave it out"
+        )
+    if config.label_steps is not None and getattr(task, "step_ends", None) is None:
+        raise ValueError(
+            f"--label-steps is given, but the task {task.name} does not say where the steps of an "
+            "answer end; leave it out"
         )
 
 
@@ -270,12 +281,19 @@ def ranking_lines(prompt: str, answers: list[Answer], source: dict) -> list[dict
 
 
 def choose_lines(
-    config: CollectConfig, task: Task, problems: list[Any], file: SampleFile, source: dict
+    config: CollectConfig,
+    task: Task,
+    problems: list[Any],
+    file: SampleFile,
+    source: dict,
+    lines_of: Callable[[str, list[Answer], dict], list[dict]],
 ) -> tuple[list[dict], Tally]:
-    """Grade the samples and choose among them: the lines of all problems in order, the counts."""
+    """Grade the samples and choose among them: the lines of all problems in order, the counts.
+
+    lines_of: from (prompt, answers, source) to the lines of a problem.
+    """
     judge_group = Judge(task, config.rewards)
     tally = Tally(RankedSelection() if config.rank else Selection(config))
-    lines_of = ranking_lines if config.rank else pair_lines
     lines = []
     groups = zip(problems, file.groups(), strict=False)  # the file may hold more problems
     for problem, group in Bar(groups, total=len(problems), desc="grading", unit="problem"):
@@ -361,7 +379,12 @@ def collect(config: CollectConfig) -> dict:
     sample_problems(config, sampler, prompts, file)
 
     # 4. Grade them, and choose.
-    lines, tally = choose_lines(config, task, problems, file, source)
+    labels = None
+    lines_of = ranking_lines if config.rank else pair_lines
+    if config.label_steps is not None:
+        labels = StepLabels(task, sampler, config.label_steps)
+        lines_of = labels.lines
+    lines, tally = choose_lines(config, task, problems, file, source, lines_of)
     title = f"{task.name}: {len(problems):,} {config.split} problems x {config.samples} samples"
     table = f"{checkpoint.path}\n{title}\n{tally.table()}"
     if not lines:
@@ -380,6 +403,9 @@ def collect(config: CollectConfig) -> dict:
         "lines": lines_of_file(out),
         **tally.to_dict(),
     }
+    if labels is not None:
+        record["labels"] = labels.to_dict()
+        table = f"{table}\n{labels.table()}"
     atomic_write_json(summary_path(config.out), record)
     file.remove()
     show(f"{table}\nlines: {config.out}")

@@ -50,7 +50,7 @@ from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ..rl import family
 from ..rl.family import Algorithm, in_words
-from ..rl.heads import RewardModel
+from ..rl.heads import RewardModel, ValueHead
 from ..rl.plugin import PluginError, source_of
 from ..rl.rewards import check_parts
 from ..rl.step import Learner, grpo_step
@@ -63,6 +63,7 @@ from .lab.mistakes import MISTAKES, warn_of
 from .log import read_metrics
 from .machine import peak_memory, pick_device, reuse_memory
 from .memory_check import predicted_for, setup_of_run, steps_measured, try_longest_batch
+from .process_reward import load_process_reward
 from .reward_model import load_reward_model
 from .rollout_log import RolloutLog
 from .run import START, Run, RunConfig, at_least
@@ -74,6 +75,8 @@ MEASURED = 10_000  # prompts per split whose length is looked at before a run
 WITHOUT_FRAME = ("zero_shot", "eight_shot", "chat", "boxed")
 # From so many parameters on, a larger learning rate than this is told to be one.
 LARGE, LARGE_RATE = 50_000_000, 5e-5
+# How the model of --rewards.<name> is loaded.
+LOADERS = {"model": load_reward_model, "process": load_process_reward}
 # A NaN or an infinity in any of these metrics ends the run.
 CHECKED = ("loss", "gradient_norm", "value_loss", "critic_gradient_norm")
 
@@ -91,7 +94,13 @@ class GRPOConfig(Algorithm, ComputeFlags, RunConfig):
         "keep_rollouts",
         "ref_offload",
     )
-    PATHS: ClassVar[tuple[str, ...]] = ("base", "task.data", "task.skip_bad", "rewards.model")
+    PATHS: ClassVar[tuple[str, ...]] = (
+        "base",
+        "task.data",
+        "task.skip_bad",
+        "rewards.model",
+        "rewards.process",
+    )
     # What older runs have for a flag that was a switch then.
     RENAMED: ClassVar[dict[str, dict]] = {"control": {False: "none", True: "permute"}}
 
@@ -160,27 +169,26 @@ def make_learner(
     task: Task,
     base: tuple[Transformer, Tokenizer, Checkpoint],
     reference_weights: dict[str, torch.Tensor] | None = None,
-    reward_model: RewardModel | None = None,
+    judges: dict[str, ValueHead] | None = None,
 ) -> Learner:
     """Make everything that a step uses. base: as `load_model` gives it; its model is trained.
 
-    reference_weights: of the model that the KL is measured to; None is the base's. reward_model:
-    that of --rewards.model.
+    reference_weights: of the model that the KL is measured to; None is the base's. judges: the
+    models of --rewards.model and --rewards.process, as "model" and "process".
     """
     policy, tokenizer, _ = base
+    judges = judges or {}
     # The reference is at home before the engine measures how much memory is free.
     reference, critic_trunk = None, None
     if config.needs_reference:
         reference = make_reference(config, base, reference_weights)
     if config.advantage.baseline == "critic":
-        critic_trunk = make_critic_trunk(base, reward_model)
-    if reward_model is not None:
-        cast_frozen(reward_model.trunk)  # nobody trains it: no fp32 masters
+        critic_trunk = make_critic_trunk(base, judges.get("model"))
+    for judge in judges.values():
+        cast_frozen(judge.trunk)  # nobody trains it: no fp32 masters
     engine = make_engine(config, task, policy, tokenizer)
     chat = is_chat(config)
-    learner = family.make_learner(
-        config, policy, reference, engine, critic_trunk, chat, reward_model
-    )
+    learner = family.make_learner(config, policy, reference, engine, critic_trunk, chat, judges)
     if config.mistake:
         MISTAKES[config.mistake].make(learner)
     return learner
@@ -214,36 +222,40 @@ def make_critic_trunk(
     return trunk
 
 
-def open_reward_model(
+def open_judges(
     config: GRPOConfig, base: tuple[Transformer, Tokenizer, Checkpoint]
-) -> tuple[RewardModel, Checkpoint] | tuple[None, None]:
-    """(the reward model of --rewards.model, its checkpoint), or two None without one.
+) -> dict[str, tuple[ValueHead, Checkpoint]]:
+    """The models of --rewards.model and --rewards.process, with their checkpoints; "model" or
+    "process" is left out where that flag is.
 
     Raises ValueError for one that reads other tokens than the base writes.
     """
-    folder = config.rewards.model
-    if folder is None:
-        return None, None
     policy, tokenizer, _ = base
-    model, its_tokenizer, checkpoint = load_reward_model(folder, policy.device, policy.precision)
-    if its_tokenizer.fingerprint() != tokenizer.fingerprint():
+    found = {}
+    for name, load in LOADERS.items():
+        folder = getattr(config.rewards, name)
+        if folder is None:
+            continue
+        model, its_tokenizer, checkpoint = load(folder, policy.device, policy.precision)
+        if its_tokenizer.fingerprint() != tokenizer.fingerprint():
+            raise ValueError(
+                f"--rewards.{name} {folder} was made with another tokenizer than --base "
+                f"{config.base}, so it would read other words than were written; train one on "
+                "this base"
+            )
+        found[name] = model.requires_grad_(False), checkpoint
+    return found
+
+
+def check_reader(config: GRPOConfig, name: str, judge: ValueHead, longest: int) -> None:
+    """Raise ValueError for a model of --rewards.<name> without room for so many tokens of a prompt
+    and its answer."""
+    room = judge.trunk.config.max_seq_len
+    if longest > room:
         raise ValueError(
-            f"--rewards.model {folder} was made with another tokenizer than --base {config.base}, "
-            "so it would read other words than were written; train one on this base"
+            f"--rewards.{name} {getattr(config.rewards, name)} has room for {room} tokens, and a "
+            f"prompt and its answer may have {longest}; lower --max-new-tokens by {longest - room}"
         )
-    return model.requires_grad_(False), checkpoint
-
-
-def check_reader(config: GRPOConfig, reward_model: RewardModel | None, longest: int) -> None:
-    """Raise ValueError for a reward model without room for so many tokens of a prompt and its
-    answer."""
-    if reward_model is None or longest <= reward_model.config.max_seq_len:
-        return
-    room = reward_model.config.max_seq_len
-    raise ValueError(
-        f"--rewards.model {config.rewards.model} has room for {room} tokens, and a prompt and its "
-        f"answer may have {longest}; lower --max-new-tokens by {longest - room}"
-    )
 
 
 def make_reference(
@@ -263,10 +275,10 @@ def make_reference(
 def inputs_of(
     config: GRPOConfig,
     base: tuple[Transformer, Tokenizer, Checkpoint],
-    reward_model: Checkpoint | None = None,
+    judges: dict[str, Checkpoint] | None = None,
 ) -> dict:
     """What the run depends on: the base, the files of problems, the code of a task and of a reward
-    of the user's own, and a reward model, if there are any."""
+    of the user's own, and the models of --rewards.model and --rewards.process, if there are any."""
     _, tokenizer, checkpoint = base
     inputs = {"base": base_parts(checkpoint, tokenizer)}
     if files := getattr(config.task, "files", None):
@@ -275,8 +287,9 @@ def inputs_of(
         inputs["task"] = file_parts([source])
     if config.rewards.plugin and (source := source_of(config.rewards.plugin)):
         inputs["plugin"] = file_parts([source])
-    if reward_model is not None:
-        inputs["reward model"] = base_parts(reward_model, tokenizer)
+    for name, judge in (judges or {}).items():
+        what = "reward model" if name == "model" else "process reward"
+        inputs[what] = base_parts(judge, tokenizer)
     return inputs
 
 
@@ -509,19 +522,22 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
     at_first = loading_device(config.lora, device)
     policy, tokenizer, _ = base = load_model(config.base, at_first, precision=precision)
     policy.recomputes = config.recompute
-    reward_model, judge = open_reward_model(config, base)
-    run.check_inputs(inputs_of(config, base, judge))
+    opened = open_judges(config, base)
+    judges = {name: judge for name, (judge, _) in opened.items()}
+    files = {name: checkpoint for name, (_, checkpoint) in opened.items()}
+    run.check_inputs(inputs_of(config, base, files))
     run.check_model(policy, tokenizer)
     longest = check_room(config, task, policy, tokenizer)
-    check_reader(config, reward_model, longest)
+    for name, judge in judges.items():
+        check_reader(config, name, judge, longest)
     for notice in (form_notice(task, config), rate_notice(config, policy)):
         if notice:
             say(notice)
     run.adapt(policy, base[2])
     policy.to(device)
-    if reward_model is not None:
-        reward_model.to(device)
-    learner = make_learner(algorithm, task, base, start_weights(run), reward_model)
+    for judge in judges.values():
+        judge.to(device)
+    learner = make_learner(algorithm, task, base, start_weights(run), judges)
     engine = learner.sampler.engine
     trained, more = trained_modules(learner, config)
     with run:

@@ -13,20 +13,18 @@ Left out: chat templates, pairs of conversations.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ..eval.lines import Kept, json_object, parse_lines, read_lines
-from ..eval.tasks.base import is_held_out
 from ..model.chat_template import encode_prompts
 from ..model.config import ModelConfig
 from ..model.tokenizer import Tokenizer
 from ..rl.preferences import Ranking, pairs_of, with_noise
-from .batches import shuffled
 from .conversations import check_characters
+from .fit_head import split_by_prompt
 
 FEWEST, MOST = 2, 64  # answers per prompt
 EXPECTED = 'lines like {"prompt": "...", "answers": ["...", "..."], "ranks": [1, 2]}'
@@ -127,7 +125,7 @@ def check_sequences(sequences: Sequence[np.ndarray], shape: ModelConfig, what: s
         )
 
 
-# ---- which rankings, in which order ----
+# ---- which rankings ----
 
 
 def split_rankings(
@@ -137,32 +135,5 @@ def split_rankings(
 
     Raises ValueError if a side is left empty.
     """
-    sides: tuple[list, list] = ([], [])
-    for ranked, ranking in zip(rankings, encoded, strict=True):
-        sides[is_held_out(("ranking", ranked.prompt), share)].append(ranking)
-    if not sides[0] or not sides[1]:
-        raise ValueError(
-            f"of {len(rankings)} rankings {len(sides[1])} are held out by --held-out {share:g}; "
-            "expected one at least to train on and one to measure on: give more rankings, or "
-            "another share"
-        )
-    return sides
-
-
-class RankingBatches:
-    """Rankings, shuffled again every epoch; batch(i) is a fixed function of (seed, i).
-
-    Epochs follow each other without a seam, as in TokenStream (batches.py).
-    """
-
-    def __init__(self, rankings: Sequence[Ranking], per_step: int, seed: int):
-        self.rankings, self.per_step = rankings, per_step
-        self.order_of = lru_cache(maxsize=2)(partial(shuffled, len(rankings), seed))
-
-    def batch(self, index: int) -> list[Ranking]:
-        """Batch `index` (0, 1, ...) of the endless sequence of epochs."""
-        found = []
-        for i in range(index * self.per_step, (index + 1) * self.per_step):
-            epoch, i_in_epoch = divmod(i, len(self.rankings))
-            found.append(self.rankings[self.order_of(epoch)[i_in_epoch]])
-        return found
+    prompts = [ranked.prompt for ranked in rankings]
+    return split_by_prompt(prompts, list(encoded), share, "rankings")

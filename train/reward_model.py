@@ -14,8 +14,7 @@ The checkpoint at the end is the reward model; one before it has no centre yet, 
 Left out: adapters, the balance of experts, and several reward models together.
 """
 
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,19 +23,9 @@ import torch
 
 from ..eval.console import say, show
 from ..eval.harness import Estimate, interval
-from ..model.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    load_checkpoint,
-    load_model,
-    load_tensors,
-)
-from ..model.config import ModelConfig
-from ..model.loss_scale import LossScaler
-from ..model.optimizer import OptimConfig, learning_rate, make_optimizer, optimizer_step
-from ..model.precision import Precision, choose_precision
+from ..model.checkpoint import Checkpoint, CheckpointError, load_model
+from ..model.precision import Precision
 from ..model.tokenizer import Tokenizer
-from ..model.transformer import Transformer
 from ..rl.heads import RewardModel
 from ..rl.preferences import (
     Pairs,
@@ -46,58 +35,37 @@ from ..rl.preferences import (
     margins_under,
     preference_loss,
 )
-from ..rl.rollouts import cut_by_length
-from .compute_flags import ComputeFlags
+from .fit_head import HeadConfig, ItemBatches, fit_head, load_head
 from .inputs import base_parts, file_parts
 from .machine import pick_device, reuse_memory
-from .rankings import RankingBatches, encode_rankings, read_rankings, split_rankings
+from .rankings import encode_rankings, read_rankings, split_rankings
 from .report.plots import BASE, RL, Line, Mark, Panel, plot
-from .run import Run, RunConfig, at_least
+from .run import Run, at_least
 
 LOOP = "reward-model"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardModelConfig(ComputeFlags, RunConfig):
+class RewardModelConfig(HeadConfig):
     """Train a reward model on rankings."""
 
     LOOP: ClassVar[str] = LOOP
-    PATHS: ClassVar[tuple[str, ...]] = ("base", "data")
-    FREE: ClassVar[tuple[str, ...]] = ("skip_bad",)
 
-    base: str
-    """Folder of the run, checkpoint or Hugging Face model to start from."""
     data: str
     """A .jsonl file whose lines have the fields prompt, answers (a list of texts) and ranks (a list
     of whole numbers, 1 for the best; equal ones are a tie). A field right, a list of true and
     false, splits the table of results."""
-    skip_bad: bool = False
-    """Go on without the lines of the data that are bad, and say how many there are."""
     noise: float = 0.0
     """Probability that a pair of answers is turned around, in training and among the pairs held
     out."""
-    held_out: float = 0.1
-    """Share of the prompts that are not trained on, but measured on."""
     rankings_per_step: int = 16
     """Number of rankings per optimizer step, each with all of its pairs."""
-    micro_tokens: int = 8192
-    """Maximum number of tokens per forward and backward pass. It changes memory and speed, nothing
-    else."""
-    optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(lr=1e-3, warmup=5, weight_decay=0.0)
-    )
-    seed: int = 0
-    """Seed of the order of the rankings, and of the noise."""
 
     def __post_init__(self):
-        RunConfig.__post_init__(self)
-        ComputeFlags.__post_init__(self)
-        at_least(self, 1, "rankings_per_step", "micro_tokens")
-        at_least(self, 0, "seed")
+        HeadConfig.__post_init__(self)
+        at_least(self, 1, "rankings_per_step")
         if not 0 <= self.noise <= 0.5:
             raise ValueError(f"--noise is {self.noise}, expected a probability from 0 to 0.5")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"--held-out is {self.held_out}, expected a share between 0 and 1")
 
 
 # ---- a reward model from its folder ----
@@ -111,95 +79,40 @@ def load_reward_model(
     precision: what it computes in; None is the device's own choice. Raises CheckpointError if there
     is none, or one whose training has not ended.
     """
-    checkpoint = load_checkpoint(folder, groups=("model",))
-    path, state = checkpoint.path, checkpoint.state
-    if state.get("loop") != LOOP:
-        raise CheckpointError(
-            f"{path} holds no reward model; give a folder that r1zero reward-model wrote"
-        )
-    precision = precision or choose_precision("auto", False, device)
-    shape = ModelConfig(**state["model_config"])
-    model = RewardModel(Transformer(shape, precision.dtype, precision.fp32_head))
-    load_tensors(model, checkpoint.tensors["model"], path)
+    model, tokenizer, checkpoint = load_head(folder, LOOP, RewardModel, device, precision)
     if not model.is_centred:
         raise CheckpointError(
-            f"{path} is a reward model whose training was stopped, and its scores are not centred; "
-            "go on with r1zero reward-model --resume"
+            f"{checkpoint.path} is a reward model whose training was stopped, and its scores are "
+            "not centred; go on with r1zero reward-model --resume"
         )
-    return model.to(device), Tokenizer.from_dict(state["tokenizer"]), checkpoint
+    return model, tokenizer, checkpoint
 
 
-# ---- one step ----
+# ---- what it learns ----
 
 
-def micro_rankings(rankings: list[Ranking], micro_tokens: int) -> list[list[Ranking]]:
-    """The rankings in batches of at most so many tokens, but at least one ranking; none is cut."""
-    lengths = np.array([ranking.n_tokens for ranking in rankings])
-    cut = cut_by_length(lengths, np.arange(len(rankings)), micro_tokens)
-    return [[rankings[i] for i in chosen] for chosen in cut]
+class Preferences:
+    """The loss of rankings, and the pairs held out: an Objective (fit_head.py)."""
 
+    def __init__(self, trained: list[Ranking], held_out: list[Ranking], config: RewardModelConfig):
+        self.trained, self.pairs_held_out, self.config = trained, held_out, config
 
-def train_step(
-    model: RewardModel,
-    optimizer,
-    rankings: list[Ranking],
-    lr: float,
-    config: RewardModelConfig,
-    scaler: LossScaler,
-) -> dict:
-    """One optimizer step on a batch of rankings; returns the metrics to log."""
-    losses, margins = [], []
-    for part in micro_rankings(rankings, config.micro_tokens):
-        margins_P = margins_under(model, part)
-        loss = preference_loss(margins_P, part) / len(rankings)
-        scaler.scale(loss).backward()
-        losses.append(float(loss.detach()))
-        margins.append(margins_P.detach().cpu().double().numpy())
-    norm = optimizer_step(model, optimizer, lr, config.optim, scaler)
-    agreed_P = agreement(np.concatenate(margins))
-    return {"loss": sum(losses), "accuracy": float(agreed_P.mean()), "gradient_norm": norm}
+    def loss(self, model: RewardModel, rankings: list[Ranking]) -> tuple[torch.Tensor, np.ndarray]:
+        margins_P = margins_under(model, rankings)
+        agreed_P = agreement(margins_P.detach().cpu().double().numpy())
+        return preference_loss(margins_P, rankings), agreed_P
 
+    def count(self, rankings: list[Ranking]) -> int:
+        return len(rankings)
 
-def fit_rankings(
-    run: Run,
-    model: RewardModel,
-    tokenizer: Tokenizer,
-    batches: RankingBatches,
-    held_out: list[Ranking],
-    config: RewardModelConfig,
-) -> None:
-    """Train for the steps that `run` has left; the last of them centres the scores.
+    def finish(self, model: RewardModel) -> None:
+        """A score means nothing but in comparison, until the training answers have a mean of 0."""
+        sequences = [tokens for ranking in self.trained for tokens in ranking.sequences]
+        model.centre_on(sequences, self.config.micro_tokens)
 
-    Raises FloatingPointError for a loss or gradient that is not finite.
-    """
-    optimizer = make_optimizer(model, config.optim)
-    scaler = LossScaler.of(model.trunk)
-    scaler.load(run.restore(model, tokenizer, optimizer))
-    n_tokens, started = 0, time.perf_counter()
-    for step in run.steps():
-        rankings = batches.batch(step)
-        lr = learning_rate(step, run.schedule_steps, config.optim)
-        metrics = train_step(model, optimizer, rankings, lr, config, scaler)
-        run.check_finite(step, model, loss=metrics["loss"], gradient_norm=metrics["gradient_norm"])
-        step_tokens = sum(ranking.n_tokens for ranking in rankings)
-        n_tokens += step_tokens
-        metrics |= {
-            "lr": lr,
-            "tokens": step_tokens,
-            "tokens_per_s": n_tokens / (time.perf_counter() - started),
-            **scaler.metrics(),
-        }
-        # A score means nothing but in comparison, until the training answers have a mean of 0.
-        if step + 1 == config.steps:
-            sequences = [tokens for r in batches.rankings for tokens in r.sequences]
-            model.centre_on(sequences, config.micro_tokens)
-        run.done(step, metrics, scaler.counters())
-        is_due = run.due(step, config.save_every)
-        if is_due:
-            metrics["held_out_accuracy"] = measure(model, held_out, config)["agrees"].mean
-        run.log(step, metrics, show=("loss", "accuracy"))
-        if is_due:
-            run.save(step)
+    def held_out(self, model: RewardModel) -> dict[str, float]:
+        shares = measure(model, self.pairs_held_out, self.config)
+        return {"held_out_accuracy": shares["agrees"].mean}
 
 
 # ---- how far it agrees with the judge ----
@@ -314,9 +227,10 @@ def reward_model(config: RewardModelConfig) -> RewardModel:
     trained, held_out = split_rankings(rankings, encoded, config.held_out)
     say(pairs_in_words(trained, held_out))
     model = RewardModel(trunk)
-    batches = RankingBatches(trained, config.rankings_per_step, config.seed)
+    batches = ItemBatches(trained, config.rankings_per_step, config.seed)
     with run:
-        fit_rankings(run, model, tokenizer, batches, held_out, config)
+        objective = Preferences(trained, held_out, config)
+        fit_head(run, model, tokenizer, batches, config, objective)
         report(run, model, held_out, config)
     return model
 

@@ -48,6 +48,10 @@ class SelectionFlags:
     rank: bool = False
     """Write rankings instead: all answers of a problem that were not cut off, ranked by their
     reward. 4 to 9 samples per problem are usual. No filter goes with it."""
+    label_steps: int | None = None
+    """Write the answers with their steps instead, each labelled by the task's exact check, and by
+    the share of right ones among this many completions sampled from its end; 0 samples none. With
+    --keep all."""
 
     def __post_init__(self):
         unknown = [word for word in self.keep if word not in KEEP]
@@ -61,6 +65,11 @@ class SelectionFlags:
         self._check_ranges()
         if self.rank:
             self._check_rank()
+        if self.label_steps is not None and "right" in self.keep:
+            raise ValueError(
+                "--label-steps is for right and wrong answers, and --keep has right; give --keep "
+                "all"
+            )
 
     def _check_ranges(self) -> None:
         for name in ("min_language", "max_repetition"):
@@ -68,7 +77,12 @@ class SelectionFlags:
             if not 0 <= share <= 1:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag} is {share}, expected a share from 0 to 1")
-        for name, least in (("min_tokens", 0), ("max_tokens", 1), ("per_problem", 1)):
+        for name, least in (
+            ("min_tokens", 0),
+            ("max_tokens", 1),
+            ("per_problem", 1),
+            ("label_steps", 0),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 flag = name.replace("_", "-")

@@ -14,11 +14,13 @@ Left out: thoughts in any other form, which hold no attempts, and any statistics
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..response import FRAME
-from .countdown import CountdownProblem
 from .expression import MAX_LENGTH
+
+if TYPE_CHECKING:  # countdown.py checks steps, and so needs this file
+    from .countdown import CountdownProblem
 
 TAG = re.compile("|".join(FRAME))
 TAGS_BEFORE = re.compile(rf"(?:\s*({TAG.pattern}))*")
@@ -102,7 +104,7 @@ def parse_attempts(response: str) -> list[Attempt]:
         if "=" not in piece or (was_cut and verdict is None):
             continue
         equations = piece.removesuffix(ending)
-        steps = [_parse_step(equation) for equation in equations.split(",")]
+        steps = [parse_step(equation) for equation in equations.split(",")]
         ends_thoughts = None if was_cut else is_last
         attempts.append(Attempt(piece, steps, verdict, ends_thoughts))
     return attempts
@@ -113,7 +115,8 @@ def ending_of(text: str) -> str:
     return next((ending for ending in VERDICTS if text.endswith(ending)), "")
 
 
-def _parse_step(equation: str) -> Step | None:
+def parse_step(equation: str) -> Step | None:
+    """An equation of two whole numbers, None for any other text."""
     match = STEP.fullmatch(equation)
     if match is None:
         return None
@@ -121,7 +124,7 @@ def _parse_step(equation: str) -> Step | None:
     return Step(int(a), op, int(b), int(c))
 
 
-def is_valid(attempt: Attempt, problem: CountdownProblem) -> bool:
+def is_valid(attempt: Attempt, problem: "CountdownProblem") -> bool:
     """Whether an attempt is one of the problem's worked attempts, letter for letter.
 
     A worked attempt uses each number once, with any of the four operations; there is one way to

@@ -63,6 +63,11 @@ class Task(Protocol):
     """A static method, from a problem to whether a reward model judges its answers, and no rule;
     None for a task that leaves that to the weights of the reward. Without --rewards.model it says
     nothing."""
+    step_ends: ClassVar[Callable[[str, bool], list[int]] | None] = None
+    """A static method, from a response and whether it ended by itself to the number of characters
+    up to the end of each of its steps; None for a task whose answers have no steps that a process
+    reward could judge. Such a task has `check_step(problem, steps)` too, which tells of the last of
+    these texts whether it is right so far (a StepCheck: steps.py)."""
     lines_skipped: int = 0
     """How many bad lines of that file were left out."""
     held_out: bool = True

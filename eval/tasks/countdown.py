@@ -26,7 +26,7 @@ the numbers.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -50,6 +50,7 @@ from .expression import MAX_DIGITS, ExpressionError, parse_expression
 from .numbers import read_number, whole_in_file
 from .prompts import TEMPLATES, chat, check_template, zero_shot
 from .solver import MAX_NUMBERS, OPERATIONS, apply, reachable, solutions
+from .steps import END_OF_THOUGHTS, StepCheck, check_step, step_ends
 
 # How many multisets of numbers are listed, by n_numbers: listing them takes a second or two.
 MAX_LISTED = {2: 5_000, 3: 5_000, 4: 1_000}
@@ -396,3 +397,15 @@ class Countdown(Task):
     def coherence(problem: CountdownProblem, response: str) -> float:
         """The share of true equations among those that the response writes, from 0 to 1."""
         return coherence(problem.numbers, problem.target, response)
+
+    @staticmethod
+    def step_ends(response: str, is_whole: bool = True) -> list[int]:
+        """Where the equations of the thoughts end, and the response (steps.py)."""
+        return step_ends(response, is_whole)
+
+    def check_step(self, problem: CountdownProblem, steps: Sequence[str]) -> StepCheck:
+        """The last of these steps; what is left may be combined by the task's `ops` (steps.py)."""
+        if steps[-1].startswith(END_OF_THOUGHTS):
+            is_right = self.grade(problem, "".join(steps)).accuracy == 1
+            return StepCheck(is_right, is_right)
+        return check_step(problem.numbers, problem.target, steps, self.ops)

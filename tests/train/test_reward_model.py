@@ -18,9 +18,10 @@ from r1zero.model.checkpoint import (
 from r1zero.model.optimizer import OptimConfig
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.train.cli.main import main
+from r1zero.train.fit_head import ItemBatches
 from r1zero.train.grpo import grpo, timed_step
 from r1zero.train.log import read_metrics
-from r1zero.train.rankings import RankingBatches, encode_rankings, read_rankings, split_rankings
+from r1zero.train.rankings import encode_rankings, read_rankings, split_rankings
 from r1zero.train.reward_model import RewardModelConfig, load_reward_model, reward_model
 from r1zero.train.run import read_record
 
@@ -123,8 +124,8 @@ def test_a_prompt_is_on_one_side_alone_and_batches_are_a_function_of_seed_and_in
     trained, held_out = split_rankings(lines, encoded, 0.25)
     prompts = [{bytes(r.sequences[0].tolist()[:-5]) for r in side} for side in (trained, held_out)]
     assert not prompts[0] & prompts[1] and len(trained) + len(held_out) == len(lines)
-    batches = RankingBatches(trained, 7, seed=3)
-    seen = [id(r) for i in range(len(trained)) for r in RankingBatches(trained, 7, seed=3).batch(i)]
+    batches = ItemBatches(trained, 7, seed=3)
+    seen = [id(r) for i in range(len(trained)) for r in ItemBatches(trained, 7, seed=3).batch(i)]
     assert seen == [id(r) for i in range(len(trained)) for r in batches.batch(i)]
     assert sorted(seen[: len(trained)]) == sorted(map(id, trained))
     assert seen[:7] != [id(r) for r in trained[:7]]

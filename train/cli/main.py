@@ -126,6 +126,12 @@ COMMANDS = {
         function="reward_model",
         purpose="train a reward model on rankings of answers",
     ),
+    "process-reward": Command(
+        module="process_reward",
+        config="ProcessRewardConfig",
+        function="process_reward",
+        purpose="train a process reward on answers with labelled steps",
+    ),
     "grpo": Command(
         module="grpo",
         config="GRPOConfig",

@@ -1,0 +1,214 @@
+"""Train a transformer with a value head: what reward models and process rewards share.
+
+What they do not share is an `Objective`: the loss of some items of the data, and how well the head
+does on the items held out. An item is a ranking of answers, or an answer with its steps; a prompt's
+items are all trained on or all held out.
+
+The checkpoint at the end is the reward model; it is known by the name of its loop.
+"""
+
+import time
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+
+from ..eval.tasks.base import is_held_out
+from ..model.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_tensors
+from ..model.config import ModelConfig
+from ..model.loss_scale import LossScaler
+from ..model.optimizer import OptimConfig, learning_rate, make_optimizer, optimizer_step
+from ..model.precision import Precision, choose_precision
+from ..model.tokenizer import Tokenizer
+from ..model.transformer import Transformer
+from ..rl.heads import ValueHead
+from ..rl.rollouts import cut_by_length
+from .batches import shuffled
+from .compute_flags import ComputeFlags
+from .run import Run, RunConfig, at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig(ComputeFlags, RunConfig):
+    """The flags of the loop."""
+
+    PATHS: ClassVar[tuple[str, ...]] = ("base", "data")
+    FREE: ClassVar[tuple[str, ...]] = ("skip_bad",)
+
+    base: str
+    """Folder of the run, checkpoint or Hugging Face model to start from."""
+    skip_bad: bool = False
+    """Go on without the lines of the data that are bad, and say how many there are."""
+    held_out: float = 0.1
+    """Share of the prompts that are not trained on, but measured on."""
+    micro_tokens: int = 8192
+    """Maximum number of tokens per forward and backward pass. It changes memory and speed, nothing
+    else."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=1e-3, warmup=5, weight_decay=0.0)
+    )
+    seed: int = 0
+    """Seed of the order of the data, and of the noise where there is some."""
+
+    def __post_init__(self):
+        RunConfig.__post_init__(self)
+        ComputeFlags.__post_init__(self)
+        at_least(self, 1, "micro_tokens")
+        at_least(self, 0, "seed")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"--held-out is {self.held_out}, expected a share between 0 and 1")
+
+
+class Objective(Protocol):
+    """What a head learns."""
+
+    def loss(self, model, items: list) -> tuple[torch.Tensor, np.ndarray]:
+        """(the sum of the losses of these items, how far each agrees with its label)."""
+
+    def count(self, items: list) -> float:
+        """What that sum is divided by, over a whole step."""
+
+    def finish(self, model) -> None:
+        """Called after the last step, before the checkpoint."""
+
+    def held_out(self, model) -> dict[str, float]:
+        """Metrics on what is held out."""
+
+
+# ---- which items, in which order ----
+
+
+def split_by_prompt(prompts: list[str], items: list, share: float, what: str) -> tuple[list, list]:
+    """(to train on, held out): a prompt's text decides, so all items of a prompt stay together.
+
+    Raises ValueError if a side is left empty. what: what the items are, for the message.
+    """
+    sides: tuple[list, list] = ([], [])
+    for prompt, item in zip(prompts, items, strict=True):
+        sides[is_held_out(("ranking", prompt), share)].append(item)
+    if not sides[0] or not sides[1]:
+        raise ValueError(
+            f"of {len(items)} {what} {len(sides[1])} are held out by --held-out {share:g}; "
+            f"expected one at least to train on and one to measure on: give more {what}, or "
+            "another share"
+        )
+    return sides
+
+
+class ItemBatches:
+    """Items, shuffled again every epoch; batch(i) is a fixed function of (seed, i).
+
+    Epochs follow each other without a seam, as in TokenStream (batches.py).
+    """
+
+    def __init__(self, items: list, per_step: int, seed: int):
+        self.items, self.per_step = items, per_step
+        self.order_of = lru_cache(maxsize=2)(partial(shuffled, len(items), seed))
+
+    def batch(self, index: int) -> list:
+        """Batch `index` (0, 1, ...) of the endless sequence of epochs."""
+        found = []
+        for i in range(index * self.per_step, (index + 1) * self.per_step):
+            epoch, i_in_epoch = divmod(i, len(self.items))
+            found.append(self.items[self.order_of(epoch)[i_in_epoch]])
+        return found
+
+
+def micro_items(items: list, micro_tokens: int) -> list[list]:
+    """The items in batches of at most so many tokens, but at least one item; none is cut."""
+    lengths = np.array([item.n_tokens for item in items])
+    cut = cut_by_length(lengths, np.arange(len(items)), micro_tokens)
+    return [[items[i] for i in chosen] for chosen in cut]
+
+
+# ---- the loop ----
+
+
+def train_step(
+    model: ValueHead,
+    optimizer,
+    items: list,
+    lr: float,
+    config: HeadConfig,
+    scaler: LossScaler,
+    objective: Objective,
+) -> dict:
+    """One optimizer step on a batch of items; returns the metrics to log."""
+    losses, agreed = [], []
+    n = objective.count(items)
+    for part in micro_items(items, config.micro_tokens):
+        loss, agreed_P = objective.loss(model, part)
+        loss = loss / n
+        scaler.scale(loss).backward()
+        losses.append(float(loss.detach()))
+        agreed.append(agreed_P)
+    norm = optimizer_step(model, optimizer, lr, config.optim, scaler)
+    accuracy = float(np.concatenate(agreed).mean())
+    return {"loss": sum(losses), "accuracy": accuracy, "gradient_norm": norm}
+
+
+def fit_head(
+    run: Run,
+    model: ValueHead,
+    tokenizer: Tokenizer,
+    batches: ItemBatches,
+    config: HeadConfig,
+    objective: Objective,
+) -> None:
+    """Train for the steps that `run` has left.
+
+    Raises FloatingPointError for a loss or gradient that is not finite.
+    """
+    optimizer = make_optimizer(model, config.optim)
+    scaler = LossScaler.of(model.trunk)
+    scaler.load(run.restore(model, tokenizer, optimizer))
+    n_tokens, started = 0, time.perf_counter()
+    for step in run.steps():
+        items = batches.batch(step)
+        lr = learning_rate(step, run.schedule_steps, config.optim)
+        metrics = train_step(model, optimizer, items, lr, config, scaler, objective)
+        run.check_finite(step, model, loss=metrics["loss"], gradient_norm=metrics["gradient_norm"])
+        step_tokens = sum(item.n_tokens for item in items)
+        n_tokens += step_tokens
+        metrics |= {
+            "lr": lr,
+            "tokens": step_tokens,
+            "tokens_per_s": n_tokens / (time.perf_counter() - started),
+            **scaler.metrics(),
+        }
+        if step + 1 == config.steps:
+            objective.finish(model)
+        run.done(step, metrics, scaler.counters())
+        is_due = run.due(step, config.save_every)
+        if is_due:
+            metrics |= objective.held_out(model)
+        run.log(step, metrics, show=("loss", "accuracy"))
+        if is_due:
+            run.save(step)
+
+
+def load_head(
+    folder: str,
+    loop: str,
+    head_class: type[ValueHead],
+    device: torch.device,
+    precision: Precision | None = None,
+) -> tuple[Any, Tokenizer, Checkpoint]:
+    """(the head that a run of this loop has left, its tokenizer, its checkpoint).
+
+    precision: what it computes in; None is the device's own choice. Raises CheckpointError if there
+    is none.
+    """
+    checkpoint = load_checkpoint(folder, groups=("model",))
+    path, state = checkpoint.path, checkpoint.state
+    if state.get("loop") != loop:
+        raise CheckpointError(
+            f"{path} holds no {loop.replace('-', ' ')}; give a folder that r1zero {loop} wrote"
+        )
+    precision = precision or choose_precision("auto", False, device)
+    shape = ModelConfig(**state["model_config"])
+    model = head_class(Transformer(shape, precision.dtype, precision.fp32_head))
+    load_tensors(model, checkpoint.tensors["model"], path)
+    return model.to(device), Tokenizer.from_dict(state["tokenizer"]), checkpoint
