@@ -70,14 +70,16 @@ SANITIZED = tuple(f"tests/kernels/gpu/test_{name}" for name in (
     "moe.py::test_a_mixture_and_its_gradients[40-64-3-48-32-few-torch.bfloat16]",
     "losses.py::test_advantages_and_policy_loss_are_the_references_in_fp64[None-clip-False]"))
 STAGES = {  # in this order; but for the last, the limits and REPEAT add up to less than MOST
-    "compile": Stage((sys.executable, "-m", "benchmarks.rehearse", "--out", "{out}/compile.json"), 100,
+    "compile": Stage((sys.executable, "-m", "benchmarks.rehearse", "--out", "{out}/compile.json"), 85,
                      PACKAGES),
     "correct": Stage((sys.executable, "-m", "benchmarks.correct", "--out", "{out}"), 150, PACKAGES,
                      gpu=True),
     "kernels": Stage((sys.executable, "-m", "benchmarks.kernels", "--out-dir", "{out}/kernels",
-                      "--minutes", "2.4"), 170, (*PACKAGES[:4], "matplotlib"), gpu=True),
+                      "--minutes", "2.0"), 145, (*PACKAGES[:4], "matplotlib"), gpu=True),
     "generation": Stage((sys.executable, "-m", "benchmarks.generation", "--device", "cuda", "--out",
                          "{out}/generation.json"), 80, PACKAGES[:4], gpu=True),
+    "memory": Stage((sys.executable, "-m", "benchmarks.memory_predicted", "--device", "cuda", "--out",
+                     "{out}/memory.json"), 30, PACKAGES[:4], gpu=True),
     "sanitizer": Stage(sanitized(*SANITIZED), 120, PACKAGES, gpu=True, program="compute-sanitizer", least=30),
 }
 

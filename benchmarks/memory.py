@@ -18,13 +18,6 @@ of the step (its profiler reports each of them). Process: the highest resident m
 that before it (Linux's VmHWM, reset for the step). Both start after a first step of a few tokens: then the
 moments exist and the libraries are warm, but there are no gradients.
 
-    python -m benchmarks.memory --predict   a quarter of an hour, 6 GB
-
-measures steps of 1 GB and more beside what `r1zero plan` predicts (model/memory.py): four shapes, all
-weights or LoRA, with and without --recompute. A step is two micro-batches, so that the second one meets the
-gradients of the first, and AdamW. Predicted and measured are bytes of tensors, the weights and moments
-included.
-
 Nothing is timed here, so freed memory goes back to the system at once (`reuse_memory()` is not called).
 """
 import json
@@ -37,12 +30,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch.profiler import ProfilerActivity, profile
 
 from r1zero.model.config import preset
-from r1zero.model.lora import LoRAConfig, add_adapters, cast_frozen
-from r1zero.model.memory import Setup, predict
 from r1zero.model.optimizer import OptimConfig, make_optimizer, optimizer_step
 from r1zero.model.packed import pack
 from r1zero.model.transformer import Transformer
@@ -50,9 +40,6 @@ from r1zero.model.transformer import Transformer
 from .common import finish, table
 
 HEADS = ("sliced", "materialised")
-# (preset, vocabulary, tokens per micro-batch): much of the memory is weights, activations, head, or experts
-LARGE = (("smollm2-135m", 49_152, 2048), ("depth=8", 8_000, 20_480), ("demo", 151_936, 32_768),
-         ("demo-moe", 50_000, 32_768))
 # For glibc: give freed memory back at once, and never keep more than this. Others do not read it.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
@@ -69,8 +56,6 @@ class Flags:
     """Number of tokens per sequence."""
     model: str = "demo"
     """Size of the model: a preset or depth=N."""
-    predict: bool = False
-    """Measure large steps beside their prediction instead."""
     out: str | None = None
     """File for the line of JSON."""
     child: str | None = None
@@ -157,45 +142,12 @@ def measure(case: dict) -> dict:
             "process_peak": after - before if was_reset and after and before else None}
 
 
-def measure_large(case: dict) -> dict:
-    """Predicted and measured bytes of one step of two micro-batches.
-
-    case: model, vocabulary, tokens, seq_len, lora (a rank), recompute.
-    """
-    config = preset(case["model"], case["vocabulary"])
-    lora = LoRAConfig(case["lora"])
-    model = Transformer(config).init_weights(0)
-    if lora.rank:
-        cast_frozen(add_adapters(model, lora, seed=0))
-    model.recomputes = case["recompute"]
-    optim = OptimConfig()
-    optimizer = make_optimizer(model, optim)
-    rng = torch.Generator().manual_seed(0)
-
-    def step(n_sequences: int) -> None:
-        for _ in range(2):
-            rows = torch.randint(config.vocab_size, (n_sequences, case["seq_len"] + 1), generator=rng)
-            hidden = model.hidden_states(pack(list(rows[:, :-1].numpy())))
-            (-model.logprobs(hidden, rows[:, 1:].flatten())[0].mean()).backward()
-        optimizer_step(model, optimizer, 1e-3, optim)
-
-    step(1)  # makes the moments
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        step(case["tokens"] // case["seq_len"])
-    moments = bytes_of(x for state in optimizer.state.values() for x in state.values() if x.ndim)
-    measured = bytes_of(model.parameters()) + moments + allocated_peak(prof)
-    setup = Setup(config, micro_tokens=case["tokens"], longest=case["seq_len"], dtype=torch.float32,
-                  on_gpu=False, lora=lora, recompute=case["recompute"])
-    parts = predict(setup)
-    return {"measured": measured, "predicted": parts.weights + parts.moments + parts.update,
-            "parts": parts.parts}
-
-
 # ---- all cases ----
 
-def in_fresh_process(case: dict) -> dict:
-    """`measure(case)` in a process of its own. Raises RuntimeError with its last words if it fails."""
-    command = [sys.executable, "-m", "benchmarks.memory", "--child", json.dumps(case)]
+def in_fresh_process(case: dict, module: str = "benchmarks.memory") -> dict:
+    """`measure(case)` of a module, in a process of its own. Raises RuntimeError with its last words if it
+    fails."""
+    command = [sys.executable, "-m", module, "--child", json.dumps(case)]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **GIVE_BACK})
     if result.returncode:
         raise RuntimeError(f"measuring {case} failed:\n{result.stderr[-2000:]}")
@@ -215,32 +167,11 @@ def megabytes(n: float | None) -> str:
     return "unknown" if n is None else f"{n / 1e6:.0f}"
 
 
-def against_prediction(flags: Flags, measured) -> dict:
-    """The table of predictions."""
-    cases = []
-    for model, vocabulary, tokens in LARGE:
-        for lora in (0, 16):
-            for recompute in (False, True):
-                case = {"model": model, "vocabulary": vocabulary, "tokens": tokens, "seq_len": flags.seq_len,
-                        "lora": lora, "recompute": recompute}
-                cases.append({**case, **measured(case)})
-    print("\nOne step of two micro-batches and AdamW, fp32; MB of tensors, weights and moments included.\n")
-    table(["model", "vocabulary", "tokens", "trained", "recompute", "predicted", "measured", "ratio"],
-          [[case["model"], f"{case['vocabulary']:,}", f"{case['tokens']:,}",
-            f"LoRA {case['lora']}" if case["lora"] else "all", "yes" if case["recompute"] else "no",
-            megabytes(case["predicted"]), megabytes(case["measured"]),
-            f"{case['predicted'] / case['measured']:.3f}"] for case in cases])
-    return finish("memory_predicted", {"flags": vars(flags), "cases": cases}, flags.out)
-
-
 def main(flags: Flags, measured=in_fresh_process) -> dict | None:
     """measured: what measures a case, in a fresh process unless a test says otherwise."""
     if flags.child is not None:
-        case = json.loads(flags.child)
-        print(json.dumps(measure_large(case) if "lora" in case else measure(case)))
+        print(json.dumps(measure(json.loads(flags.child))))
         return None
-    if flags.predict:
-        return against_prediction(flags, measured)
     few, many = flags.tokens
     seq_len = flags.seq_len
     if not seq_len <= few < many or few % seq_len or many % seq_len:
@@ -263,4 +194,6 @@ def main(flags: Flags, measured=in_fresh_process) -> dict | None:
 
 
 if __name__ == "__main__":
+    import tyro  # memory_predicted.py runs where it is not installed
+
     main(tyro.cli(Flags, description=__doc__))

@@ -7,7 +7,8 @@ A test compiles a kernel when it first launches it, one after the other, about a
 run with tensors of the device "meta" in place of "cuda": they have shapes and no numbers. Each launch is
 noted instead of made, every comparison holds, and a number that is read back is 0 unless it came from the
 CPU. So a rehearsal proves nothing about the kernels, but it launches what the test will launch. A test that
-needs more is named in the plan, and compiles its kernels when it runs.
+needs more is named in the plan, and compiles its kernels when it runs. What memory_predicted.py launches is
+rehearsed, too: that stage of `make gpu` has seconds.
 """
 import argparse
 import importlib
@@ -35,6 +36,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from r1zero.kernels import dispatch
 
 from .aot import chip, recorded
+from .memory_predicted import launch_all
 
 aten = torch.ops.aten
 INTEGERS = (torch.int32, torch.int64)
@@ -172,22 +174,26 @@ class Rehearsal:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_pyfunc_call(self, pyfuncitem):
-        def launch():
+        arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+        self.tests += 1
+        self.note(pyfuncitem.nodeid, lambda: pyfuncitem.obj(**arguments))
+        return True  # pytest need not call it
+
+    def note(self, name: str, launch: Callable) -> None:
+        """Keep what a test, or a stage, launches."""
+        def reach_the_end():
             try:
-                pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in
-                                  pyfuncitem._fixtureinfo.argnames})
+                launch()
             except Exception as error:  # it needs numbers, or a GPU: it is named
                 lines = str(error).splitlines() or [""]
-                self.unrehearsed[pyfuncitem.nodeid] = f"{type(error).__name__}: {lines[0][:100]}"
+                self.unrehearsed[name] = f"{type(error).__name__}: {lines[0][:100]}"
 
-        self.tests += 1
         with without_a_gpu(self.arch):
-            launches = recorded(launch)
+            launches = recorded(reach_the_end)
         for new in dict.fromkeys(launches):
             if new not in self.kernels:
-                self.kernels[new] = pyfuncitem.nodeid
+                self.kernels[new] = name
                 self.found(new)
-        return True  # pytest need not call it
 
 
 def rehearse(rehearsal: Rehearsal, *flags: str) -> None:
@@ -279,6 +285,8 @@ def main(argv: list[str] | None = None) -> int:
         compilers = Compilers(arch, flags.jobs)
         rehearsal.found = compilers.add
     rehearse(rehearsal)
+    with chip(arch):
+        rehearsal.note("memory", launch_all)
     rehearsed_after = time.monotonic() - started
     show_plan(rehearsal, flags.jobs)
     record = {"arch": arch, "jobs": flags.jobs, "tests": rehearsal.tests, "kernels": len(rehearsal.kernels),

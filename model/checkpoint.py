@@ -33,7 +33,8 @@ from .config import ModelConfig
 from .files import UNFINISHED, atomic_write_json, flush
 from .huggingface import is_huggingface, read_model
 from .lora import LoRAConfig, adapter_tensors, adapters_of, add_adapters, merge_adapters
-from .peft_folder import adapters_in, folder_of_base, is_peft, merge_folder
+from .peft_folder import BASE, adapters_in, base_in, folder_of_base, is_peft, merge_folder
+from .peft_folder import CONFIG as PEFT_CONFIG
 from .precision import Precision, choose_precision
 from .tokenizer import Tokenizer
 from .transformer import Transformer
@@ -663,8 +664,16 @@ def _load_peft(
     folder: Path, device: torch.device, precision: Precision | None
 ) -> tuple[Transformer, Tokenizer, Checkpoint]:
     """The base of a folder of adapters, with these added to it."""
-    model, tokenizer, base = load_model(str(folder_of_base(folder)), device, precision=precision)
-    fingerprint = f"{base.weights_fingerprint}+{weights_digest(adapters_in(folder))}"
+    base_folder = folder_of_base(folder)
+    model, tokenizer, base = load_model(str(base_folder), device, precision=precision)
+    found, expected = base.weights_fingerprint, base_in(folder)
+    if expected["weights"] and found not in expected["weights"]:
+        raise CheckpointError(
+            f"{folder} holds adapters of {expected['base']}, and {base_folder} has other weights; "
+            f"put the path of that base into {folder / PEFT_CONFIG}, or remove {folder / BASE} if "
+            "this is the same model in another precision"
+        )
+    fingerprint = f"{found}+{weights_digest(adapters_in(folder))}"
     merge_folder(folder, model)
     tensors = {"model": model.state_dict()}
     return model, tokenizer, Checkpoint(0, tensors, base.state, folder, fingerprint)

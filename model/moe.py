@@ -183,6 +183,15 @@ class MoE(nn.Module):
         kept = d_model + config.n_experts + config.experts_per_token * per_expert
         return kept + (self.shared.kept_per_token if self.shared is not None else 0)
 
+    @property
+    def spared_per_token(self) -> int:
+        """How many of them are not kept if the experts are frozen: what only the gradients of their
+        weights need, the input of each expert and its product of gate and up."""
+        if self.down.requires_grad:
+            return 0
+        config = self.router.config
+        return config.experts_per_token * (self.down.shape[1] + config.d_expert)
+
     def flops_per_token(self) -> int:
         """Forward only; the products alone count: those of the router, of K experts, of the shared
         ones."""

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 import torch
 from torch.optim.adamw import adamw
 
-from .checkpoint import CheckpointError
 from .loss_scale import LossScaler
 from .moe import Router
 
@@ -266,6 +265,8 @@ def load_optimizer_tensors(
     nothing, if the parameters or their groups differ, or if a state tensor (other than a scalar)
     differs from its parameter in shape.
     """
+    from .checkpoint import CheckpointError  # here, since not all who train read checkpoints
+
     parameters = dict(named_parameters)
     _, own = optimizer_tensors(optimizer, parameters.items())
 

@@ -6,6 +6,7 @@
 
     adapter_config.json           rank, alpha, which matrices, and the name of the base
     adapter_model.safetensors     base_model.model.<module>.lora_A.weight [r, n_in], .lora_B.weight
+    r1zero_base.json              fingerprints of the base's weights; PEFT's own folders have none
 
 PEFT loads a folder with wrong names, half a pair or another scale with a warning, if that, and
 computes something else. Here each of these is an error, which lists all that is wrong.
@@ -13,6 +14,7 @@ computes something else. Here each of these is an error, which lists all that is
 Left out: what is not plain LoRA (DoRA, biases, ranks that vary, embeddings, stacked experts).
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ from .weight_files import named, opened, read_json
 from .weight_map import Part, names_of, parts_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE = "r1zero_base.json"  # apart, since peft may refuse a key that it does not know
 PREFIX = "base_model.model."
 # Keys of adapter_config.json that are read, or change nothing once the adapters are trained. All
 # others belong to another method, or will: they must be empty.
@@ -74,10 +77,15 @@ def key_of(part: Part, letter: str) -> str:
 
 
 def write_adapters(
-    folder: str | Path, model: Transformer, lora: LoRAConfig, base_name: str
+    folder: str | Path,
+    model: Transformer,
+    lora: LoRAConfig,
+    base_name: str,
+    base_weights: Iterable[str] = (),
 ) -> None:
     """Write the adapters of a model, in fp32. base_name: its base, a folder or a name of the hub.
 
+    base_weights: fingerprints of the base's weights, any of which a reader may find.
     Raises ValueError for a folder that holds something, and for a model without adapters.
     """
     folder = Path(folder)
@@ -121,6 +129,9 @@ def write_adapters(
         ready = {name: tensor.detach().cpu().float().clone() for name, tensor in tensors.items()}
         save_file(ready, unfinished / WEIGHTS, metadata={"format": "pt"})
         atomic_write_json(unfinished / CONFIG, config)
+        if base_weights:
+            known = {"base": base_name, "weights": sorted(base_weights)}
+            atomic_write_json(unfinished / BASE, known)
 
 
 # ---- reading ----
@@ -148,6 +159,18 @@ def folder_of_base(folder: str | Path) -> Path:
         f"{folder} holds adapters of {name!r}, which is no folder here; models are not fetched by "
         f"name: put the path of the base into {folder / CONFIG}, under base_model_name_or_path"
     )
+
+
+def base_in(folder: str | Path) -> dict:
+    """{"base": its name, "weights": fingerprints} of the base that a folder was written for; no
+    fingerprints in a folder of others. Raises ValueError for a damaged file."""
+    path = Path(folder) / BASE
+    if not path.exists():
+        return {"base": "", "weights": []}
+    known = read_json(path)
+    if not isinstance(known.get("base"), str) or not isinstance(known.get("weights"), list):
+        raise ValueError(f"{path} is damaged; take it anew from the folder's source, or remove it")
+    return known
 
 
 def scale_in(path: Path) -> tuple[float, int]:

@@ -30,7 +30,7 @@ from .config import ModelConfig
 from .latent_attention import LatentAttention
 from .linear import Linear, plain
 from .mlp import make_mlp
-from .moe import Router
+from .moe import MoE, Router
 from .packed import Packed
 from .precision import Precision
 from .routes import Routing
@@ -285,6 +285,7 @@ class Transformer(nn.Module):
             return n_tokens * (layers + head) * self.compute_dtype.itemsize
         layers = sum(block.kept_per_token for block in self.blocks)
         layers += sum(m.kept_per_token for m in self.blocks.modules() if isinstance(m, Linear))
+        layers -= sum(m.spared_per_token for m in self.blocks.modules() if isinstance(m, MoE))
         numbers = n_tokens * (layers + head) + sum(map(self.cast_numbers, self.blocks))
         return numbers * self.compute_dtype.itemsize
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..eval.console import say
-from ..model.checkpoint import KEPT_BASE, Checkpoint
+from ..model.checkpoint import KEPT_BASE, Checkpoint, CheckpointError
 from ..model.files import new_folder
 from ..model.lora import LEARNING_RATE_FACTOR, LoRAConfig, add_adapters, cast_frozen
 from ..model.optimizer import OptimConfig
@@ -23,18 +23,39 @@ from .inputs import Inputs
 def value_in(words: list[str], flag: str, default: str) -> str:
     """The value that a flag has on the command line."""
     value = default
-    for word, following in zip(words, [*words[1:], default], strict=True):
+    for word, following in zip(words, [*words, default][1:], strict=True):
         name, equals, text = word.partition("=")
         if name == flag:
             value = text if equals else following
     return value
 
 
+def default_rate(words: list[str], rate: float) -> float:
+    """The default learning rate: with adapters on the command line, a larger one."""
+    return rate if value_in(words, "--lora.rank", "0") == "0" else LEARNING_RATE_FACTOR * rate
+
+
 def default_optim(words: list[str], optim: OptimConfig) -> OptimConfig:
-    """The optimizer's defaults: with adapters on the command line, a larger learning rate."""
-    if value_in(words, "--lora.rank", "0") == "0":
-        return optim
-    return replace(optim, lr=LEARNING_RATE_FACTOR * optim.lr)
+    """The optimizer's defaults, with `default_rate`."""
+    return replace(optim, lr=default_rate(words, optim.lr))
+
+
+def check_rank(then: dict, now: dict, where: Path) -> None:
+    """Raise CheckpointError if a run with adapters is resumed without them, or the other way round.
+
+    then, now: the settings of the checkpoint at `where`, and those of now.
+    """
+    before, after = (settings.get("lora", {"rank": 0}) for settings in (then, now))
+    if before["rank"] and not after["rank"]:
+        usual = asdict(LoRAConfig())
+        flags = [f"--lora.{name} {value}" for name, value in before.items() if value != usual[name]]
+        words = " ".join(flags).replace("--lora.rslora True", "--lora.rslora")
+        raise CheckpointError(f"{where} is of a run with LoRA; add the flags of its start: {words}")
+    if after["rank"] and not before["rank"]:
+        raise CheckpointError(
+            f"{where} is of a run that trains all weights; leave out --lora.rank, or begin another "
+            f"run with it (--base {where.parent.parent})"
+        )
 
 
 def loading_device(lora: LoRAConfig, device: torch.device) -> torch.device:

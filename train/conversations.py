@@ -5,16 +5,17 @@
                   {"role": "user", "content": "Who is there?"},
                   {"role": "assistant", "content": " Nay, answer me."}]}
 
-A file may hold both kinds of lines. There is no chat template: texts stand as they are, roles have
-no tokens of their own. A line break joins system and user messages that follow each other, and the
-end token follows each assistant's message. So one question and its answer are the same tokens
-whichever way they are written, and `r1zero chat` asks as training did.
+A file may hold both kinds of lines. By default texts stand as they are, and roles have no tokens of
+their own: a line break joins system and user messages that follow each other, and the end token
+follows each assistant's message. So one question and its answer are the same tokens whichever way
+they are written, and `r1zero chat` asks as training did. With --chat the model's chat template
+writes each conversation (`encode_chats`).
 
-Only what the assistant says is trained on, the end token included. Left out: chat templates, tool
-calls, content that is not text, and other fields of a message, which are not read.
+Only what the assistant says is trained on, the end token included. Left out: tool calls, content
+that is not text, and other fields of a message, which are not read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,12 @@ import numpy as np
 
 from ..eval.lines import Kept, json_object, parse_lines, read_lines
 from ..eval.response import quoted
+from ..model.chat_template import (
+    PROMPT_DATE,
+    check_has_template,
+    check_message_spelling,
+    render,
+)
 from ..model.tokenizer import Tokenizer
 from .data import texts_of
 
@@ -143,6 +150,21 @@ def exchanges_of(messages: list[Message]) -> Conversation:
     return exchanges
 
 
+def read_chats(path: str | Path, skip_bad: bool = False) -> Kept[list[Message]]:
+    """The same conversations as `read_conversations`, as messages."""
+    lines = read_lines(path)
+    return parse_lines(path, lines, chat_of, EXPECTED, skip_bad).values()
+
+
+def chat_of(line: str) -> list[Message]:
+    """The messages in a line of JSON. Raises ValueError as `conversation_of` does."""
+    [first, *_] = conversation_of(line)
+    record = json_object(line)
+    if "messages" in record:
+        return messages_of(record["messages"])
+    return [Message("user", first.prompt), Message("assistant", first.response)]
+
+
 # ---- text to tokens ----
 
 
@@ -169,3 +191,80 @@ def encode_conversations(
         documents.append(np.array(tokens, np.int32))
         trained.append(np.array(is_trained))
     return documents, trained
+
+
+# ---- text to tokens, with a chat template ----
+
+
+def encode_chats(
+    tokenizer: Tokenizer, chats: Sequence[list[Message]]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """As `encode_conversations`, written by the model's chat template.
+
+    Raises ValueError, with the number of the conversation, for a tokenizer without a template, and
+    for what the template refuses.
+    """
+    check_has_template(tokenizer)
+    encoded = []
+    for number, messages in enumerate(chats, 1):
+        try:
+            encoded.append(encode_chat(tokenizer, messages))
+        except ValueError as error:
+            start = quoted(messages[0].content[:60])
+            raise ValueError(f"conversation {number}, {start}: {error}") from error
+    documents = [np.array(tokens, np.int32) for tokens, _ in encoded]
+    return documents, [np.array(is_trained) for _, is_trained in encoded]
+
+
+def encode_chat(tokenizer: Tokenizer, messages: list[Message]) -> tuple[list[int], list[bool]]:
+    """(the tokens of a conversation; for each, whether it is of an answer or its end token)."""
+    whole = rendered(tokenizer, messages, False)
+    pieces, done = [], 0
+    for start, end in answers_in(tokenizer, messages, whole):
+        pieces += [(whole[done:start], False), (whole[start:end], True)]
+        done = end
+    pieces.append((whole[done:], False))
+
+    # Piece by piece: in sampling, too, a prompt is encoded before its answer exists.
+    tokens, is_trained = [], []
+    for text, is_answer in pieces:
+        ids = tokenizer.encode_template(text)
+        tokens += ids
+        is_trained += [is_answer] * len(ids)
+    return tokens, is_trained
+
+
+def answers_in(
+    tokenizer: Tokenizer, messages: list[Message], whole: str
+) -> Iterator[tuple[int, int]]:
+    """Where each answer of a conversation lies in its text, the end token included."""
+    ends = [tokenizer.token_text(token) for token in tokenizer.eos_ids]
+    for n, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        # 1. It lies between the prompt that asks for it and the conversation up to it.
+        before = rendered(tokenizer, messages[:n], True)
+        through = rendered(tokenizer, messages[: n + 1], False)
+        if not (through.startswith(before) and whole.startswith(through)):
+            raise ValueError(
+                "the model's chat template writes an earlier answer anew when another message "
+                "follows, so that no tokens are those that were sampled; keep one answer per "
+                "conversation, or leave out --chat"
+            )
+        # 2. What the template writes behind the end token is no part of it.
+        answer = through[len(before) :]
+        found = [end for end in ends for _ in range(answer.count(end))]
+        if len(found) != 1:
+            raise ValueError(
+                f"message {n + 1} and the template around it spell {len(found)} end tokens "
+                f"({', '.join(ends)} is one), expected one, behind the answer"
+            )
+        yield len(before), len(before) + answer.index(found[0]) + len(found[0])
+
+
+def rendered(tokenizer: Tokenizer, messages: list[Message], asks: bool) -> str:
+    """The text of messages. asks: up to where the next answer begins."""
+    fields = [message._asdict() for message in messages]
+    for message in fields:
+        check_message_spelling(tokenizer, message)
+    return render(tokenizer, fields, asks, now=lambda: PROMPT_DATE)

@@ -60,7 +60,7 @@ from .lab.diagnosis import Diagnosis
 from .lab.mistakes import MISTAKES, warn_of
 from .log import read_metrics
 from .machine import peak_memory, pick_device, reuse_memory
-from .memory_check import compare, predicted_for, setup_of, try_longest_batch
+from .memory_check import predicted_for, setup_of_run, steps_measured, try_longest_batch
 from .rollout_log import RolloutLog
 from .run import START, Run, RunConfig, at_least
 from .task_flags import TaskFlags
@@ -93,8 +93,8 @@ class GRPOConfig(Algorithm, ComputeFlags, RunConfig):
     RENAMED: ClassVar[dict[str, dict]] = {"control": {False: "none", True: "permute"}}
 
     base: str
-    """Folder of the run, checkpoint or Hugging Face model to start from; it is also the KL's
-    reference, until a refresh."""
+    """Folder of the run, checkpoint, Hugging Face model or adapters in PEFT's layout to start from;
+    it is also the KL's reference, until a refresh."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     task: TaskFlags = field(default_factory=TaskFlags)
     eval_every: int = 0
@@ -118,6 +118,11 @@ class GRPOConfig(Algorithm, ComputeFlags, RunConfig):
         if not 0 <= self.keep_rollouts <= 1:
             raise ValueError(
                 f"--keep-rollouts is {self.keep_rollouts}, expected a share from 0 to 1"
+            )
+        if self.lora.rank and self.ref_offload:
+            raise ValueError(
+                "--ref-offload with --lora.rank: the reference is the policy's own weights without "
+                "the adapters, so nothing is moved; leave --ref-offload out"
             )
         if isinstance(self.mistake, str) and self.mistake not in MISTAKES:
             raise ValueError(f"--break is {self.mistake!r}, expected one of {', '.join(MISTAKES)}")
@@ -334,7 +339,7 @@ def make_engine(config: GRPOConfig, task: Task, policy, tokenizer) -> Engine:
     few = task.problems("train", config.prompts_per_step)
     longest = longest_prompt(config, task, tokenizer, few) + config.max_new_tokens
     # And leave room for what the first update makes (model/memory.py).
-    reserve = predict(setup_of(config, policy, longest)).reserve
+    reserve = predict(setup_of_run(config, policy, longest)).reserve
     return Engine(
         policy,
         tokenizer,
@@ -475,7 +480,7 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
         )
         learner.observe = rollout_log.observe
         diagnosis = Diagnosis(asdict(config), read_metrics(run.folder))
-        for step in run.steps():
+        for step in steps_measured(run, predicted, device):
             with explained(run, step):
                 metrics = step_of(learner, task, algorithm, step)
             checked = {name: metrics[name] for name in CHECKED if name in metrics}
@@ -501,8 +506,6 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
             if run.due(step, config.save_every) or score is not None:
                 rollout_log.sync()
                 run.save(step, score)
-        if run.first_step < config.steps:
-            run.note(memory=compare(predicted, device))
     return policy
 
 

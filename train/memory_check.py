@@ -5,6 +5,7 @@ hours. So before its first step it sends one micro-batch of the longest answers 
 and throws the gradient away. That uses no random number and changes no weight.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -16,10 +17,12 @@ from ..model.transformer import Transformer
 from ..rl.family import Algorithm
 from ..rl.step import Learner
 from .checks import BatchTooLargeError
+from .interrupt import Stopped
 from .machine import peak_memory
+from .run import Run
 
 
-def setup_of(config: Algorithm, policy: Transformer, longest: int) -> Setup:
+def setup_of_run(config: Algorithm, policy: Transformer, longest: int) -> Setup:
     """What decides the memory of a run. longest: tokens of a prompt and its answer."""
     reference = "cpu" if config.ref_offload else "device"
     return Setup(
@@ -42,7 +45,7 @@ def setup_of(config: Algorithm, policy: Transformer, longest: int) -> Setup:
 def predicted_for(config: Algorithm, learner: Learner, longest: int) -> Prediction:
     """The parts that this run is predicted to take, with the cache that its engine has made."""
     engine = learner.sampler.engine
-    predicted = predict(setup_of(config, learner.policy, longest))
+    predicted = predict(setup_of_run(config, learner.policy, longest))
     cache = engine.cache_tokens * engine.token_bytes
     return replace(predicted, cache=cache, cache_tokens=engine.cache_tokens)
 
@@ -55,21 +58,27 @@ def try_longest_batch(learner: Learner, config: Algorithm, longest: int) -> None
     """
     policy, device = learner.policy, learner.policy.device
     predicted = predicted_for(config, learner, longest)
+    doing = "the moments"
     try:
         held = None
         if not learner.optimizer.state:
             held = torch.empty(predicted.moments, dtype=torch.uint8, device=device)
         for _ in range(2):
+            doing = "the activations"
             packed = largest_batch(config.micro_tokens, longest, policy)
-            logp, entropy = policy.logprobs(policy.hidden_states(packed), packed.tokens)
+            hidden_TM = policy.hidden_states(packed)
+            doing = "the log-probs"
+            logp, entropy = policy.logprobs(hidden_TM, packed.tokens)
+            doing = "the backward pass, which makes gradients out of activations"
             (logp.sum() + entropy.sum()).backward()
         del held
     except torch.OutOfMemoryError as error:
+        n_tokens = max(config.micro_tokens, longest)
         parts = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in predicted.parts.items())
         raise BatchTooLargeError(
-            f"a micro-batch of {len(packed.tokens)} tokens does not fit, which is the largest that "
-            f"can come. Predicted were {parts}; what came out larger is the activations or the "
-            "log-probs, or another process has a part of the GPU. Give a smaller --micro-tokens, "
+            f"a micro-batch of {n_tokens} tokens does not fit, which is the largest that can come. "
+            f"Memory ended at {doing}. Predicted were {parts}: that part came out "
+            "larger, or another process has a part of the GPU. Give a smaller --micro-tokens, "
             "--recompute, --ref-offload, --optim.moments bf16 or --lora.rank; `r1zero plan` says "
             "what each would save"
         ) from error
@@ -84,6 +93,17 @@ def largest_batch(micro_tokens: int, longest: int, policy: Transformer) -> Packe
     lengths = [length for length in lengths if length] if micro_tokens > longest else [longest]
     vocabulary = policy.config.head_rows
     return pack([[i % vocabulary for i in range(length)] for length in lengths], policy.device)
+
+
+def steps_measured(run: Run, predicted: Prediction, device: torch.device) -> Iterator[int]:
+    """The steps of a run. After the last one, and after Ctrl-C, run.json gets the peak as well."""
+    try:
+        yield from run.steps()
+    except Stopped:
+        run.note(memory=compare(predicted, device))
+        raise
+    if run.first_step < run.config.steps:
+        run.note(memory=compare(predicted, device))
 
 
 def compare(predicted: Prediction, device: torch.device) -> dict:

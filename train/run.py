@@ -52,7 +52,7 @@ from ..model.optimizer import load_optimizer_tensors, optimizer_tensors
 from ..model.peft_folder import is_peft
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
-from .adapters import adapt, keep_base
+from .adapters import adapt, check_rank, keep_base
 from .inputs import Inputs, changes_of
 from .interrupt import Interrupt, Stopped
 from .lock import FolderLock
@@ -216,6 +216,7 @@ class Run:
                 f"r1zero {loop}, or take another run folder"
             )
         then = resumed.state.get("settings", {})
+        check_rank(then, self.settings, resumed.path)
         check_settings(then, self.settings, self.config, resumed.path)
         return resumed
 

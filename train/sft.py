@@ -7,7 +7,7 @@ The loop itself is in fit.py, the same as in pretraining. A target that is part 
 weight 0; the tokens of a response and its end token have weight 1. conversations.py says what a
 file may hold, and how a conversation becomes tokens.
 
-Left out: chat templates. A conversation is trained on as it stands.
+Left out: tools, and thoughts that a template keeps apart from an answer.
 """
 
 from dataclasses import dataclass, field, replace
@@ -24,7 +24,12 @@ from ..model.transformer import Transformer
 from .adapters import default_optim, loading_device
 from .batches import DocumentBatches
 from .compute_flags import ComputeFlags
-from .conversations import encode_conversations, read_conversations
+from .conversations import (
+    encode_chats,
+    encode_conversations,
+    read_chats,
+    read_conversations,
+)
 from .fit import fit
 from .inputs import base_parts, file_parts
 from .machine import pick_device, reuse_memory
@@ -41,13 +46,16 @@ class SFTConfig(ComputeFlags, RunConfig):
     FREE: ClassVar[tuple[str, ...]] = ("skip_bad",)
 
     base: str
-    """Folder of the run, checkpoint or Hugging Face model to start from."""
+    """Folder of the run, checkpoint, Hugging Face model or adapters in PEFT's layout to start
+    from."""
     data: tuple[str, ...]
     """The .jsonl files whose lines have the fields prompt and response, or the field messages: a
     list of objects with role (system, user or assistant) and content. Texts are trained on as they
-    stand, without a chat template: a line break joins system and user messages that follow each
-    other, and the end token follows each assistant's. A number behind a file, as in a.jsonl:3
-    b.jsonl:1, is its share of the conversations."""
+    stand, or with --chat through the chat template: without it a line break joins system and user
+    messages that follow each other, and the end token follows each assistant's. A number behind a
+    file, as in a.jsonl:3 b.jsonl:1, is its share of the conversations."""
+    chat: bool = False
+    """Put each conversation through the model's chat template."""
     skip_bad: bool = False
     """Go on without the lines of the data that are bad, and say how many there are."""
     batch_tokens: int = 1024
@@ -103,9 +111,11 @@ def sft(config: SFTConfig) -> Transformer:
     model.to(device)
     if config.lora.rank:  # what is no adapter stays, the bias of a mixture's balance too
         config = replace(config, balance=replace(config.balance, bias_rate=0.0))
-    files = [read_conversations(source.path, config.skip_bad) for source in sources]
+    read = read_chats if config.chat else read_conversations
+    files = [read(source.path, config.skip_bad) for source in sources]
     conversations = [conversation for file in files for conversation in file]
-    documents, trained = encode_conversations(tokenizer, conversations)
+    encode = encode_chats if config.chat else encode_conversations
+    documents, trained = encode(tokenizer, conversations)
     order = MixedOrder([len(file) for file in files], parts, config.seed) if parts else None
     batches = DocumentBatches(
         documents,

@@ -155,7 +155,7 @@ class Engine:
         own. The copy is rewritten in place, since CUDA graphs hold its addresses.
 
         On a CPU it reads the trainer's tensors where they lie, and `submit` finds them again before
-        the first request: there a change is seen even without refresh(), which then only counts.
+        the first request: there a change is seen even without refresh(), which only counts.
         Matrices with adapters are copied on any device: the copy has the adapters added to them.
 
         version: number of these weights, for each Completion; None is the next one.
@@ -166,7 +166,8 @@ class Engine:
                 f"engine: refresh() while {self.n_unfinished} requests are being served; let them "
                 "end, or cancel them"
             )
-        self._take_weights()
+        if self.device.type != "cpu":
+            self._take_weights()
         self.version = self.version + 1 if version is None else version
 
     @torch.inference_mode()
@@ -185,8 +186,8 @@ class Engine:
         """
         check_requests(self.model, requests, self.tokenizer)
         self._check_cache_size(requests)
-        # On a CPU the trainer may have replaced its tensors since the last refresh(). To find them
-        # again costs next to nothing, so the newest are always read.
+        # On a CPU the trainer may have replaced its tensors. To find them again costs next to
+        # nothing without adapters, so the newest are always read.
         if self.device.type == "cpu" and not self.n_unfinished:
             self._take_weights()
         new = []

@@ -221,21 +221,6 @@ def test_a_fresh_process_measures_what_this_one_does(monkeypatch):
         memory.in_fresh_process(case)
 
 
-@pytest.mark.parametrize("lora", [0, 8])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_step_takes_the_memory_that_is_predicted(lora, recompute):
-    case = {"model": "demo", "vocabulary": 8000, "tokens": 4096, "seq_len": 128, "lora": lora,
-            "recompute": recompute}
-    found = memory.measure_large(case)
-    assert found["measured"] / 1.15 < found["predicted"] < 1.15 * found["measured"]
-
-
-def test_predictions_stand_beside_what_was_measured(capsys):
-    measured = {"measured": 2_000_000, "predicted": 1_000_000, "parts": {}}
-    record = memory.main(memory.Flags(predict=True), measured=lambda case: measured)
-    assert len(record["cases"]) == 16 and capsys.readouterr().out.count(" 0.500") == 16
-
-
 def test_token_numbers_that_make_no_line_are_told():
     with pytest.raises(ValueError, match="--tokens is 128 64, expected two rising multiples of --seq-len 32"):
         memory.main(memory.Flags(tokens=(128, 64), seq_len=32))

@@ -54,9 +54,11 @@ def run_bare(code: str, *argv: str) -> subprocess.CompletedProcess:
 
 STAGES = """
 import pytest
-from benchmarks import aot, generation, gpu, kernels, tune
+from benchmarks import aot, generation, gpu, kernels, memory_predicted, tune
 assert kernels.main(["--smoke", "--ops", "rope", "--out-dir", sys.argv[1]]) == 0
 generation.main(generation.Flags(rounds=1, warmup=0, prompts=1, group_size=1, new_tokens=2, cases="equal"))
+import torch
+memory_predicted.measure(memory_predicted.Case("tiny", 300, 64, seq_len=32), torch.device("cpu"))
 collect = ["-m", "gpu", "tests/kernels/gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
 assert pytest.main(collect) == 0
 """

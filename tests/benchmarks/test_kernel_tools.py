@@ -251,7 +251,7 @@ def test_the_limits_keep_within_ten_minutes_and_make_gpu_passes_its_flags(tmp_pa
     *before, last = gpu.STAGES.values()
     assert sum(stage.limit + gpu.GRACE for stage in before) + gpu.REPEAT <= gpu.MOST == 600
     assert last.least and not any(stage.least for stage in before)  # it takes what the others leave
-    assert list(gpu.STAGES) == ["compile", "correct", "kernels", "generation", "sanitizer"]
+    assert list(gpu.STAGES) == ["compile", "correct", "kernels", "generation", "memory", "sanitizer"]
     make = ["make", "-C", str(ROOT), "--no-print-directory", "gpu", f"GPU_OUT={tmp_path}/x"]
     said = subprocess.run([*make, "-n", "STAGES=kernels correct"], capture_output=True, text=True, check=True)
     assert f'-m benchmarks.gpu --out "{tmp_path}/x" --stages kernels correct' in said.stdout

@@ -180,6 +180,22 @@ def test_the_engine_decodes_with_the_newest_adapters(paged):
         assert answers == [generate_naive(model, request).tokens.tolist() for request in requests]
 
 
+def test_adapters_are_merged_once_for_a_batch_of_answers():
+    class Counted(Engine):
+        merged = 0
+
+        def _take_weights(self):
+            self.merged += 1
+            super()._take_weights()
+
+    model = stirred(adapted(CONFIGS["qwen2"], dtype=torch.float32))
+    engine = Counted(model, max_rows=4)
+    for version in (1, 2):
+        engine.refresh()
+        engine.generate([Request([1, 2, 3], 2, seed=0)])
+        assert (engine.merged, engine.version) == (version, version)
+
+
 def test_a_copy_of_the_adapters_is_swapped_in_and_out_exactly():
     model = adapted(CONFIGS["plain"])
     base, kept = states(model), AdapterCopy(model)

@@ -8,6 +8,7 @@ from r1zero.model.config import preset
 from r1zero.model.engine.engine import Engine
 from r1zero.model.lora import LoRAConfig, adapter_tensors, add_adapters, cast_frozen
 from r1zero.model.memory import Setup, predict, smallest_card, usable
+from r1zero.model.packed import pack
 from r1zero.model.transformer import Transformer, count_parameters
 
 QWEN = preset("qwen2.5-0.5b", 151_936)
@@ -108,3 +109,29 @@ def test_the_parts_are_the_bytes_of_the_tensors_there_are(lora):
 def test_a_mixture_and_latents_are_counted_by_their_own_layers():
     config = preset("demo-moe", 300)
     assert predict(Setup(config, longest=64, on_gpu=False)).gradients == 4 * count_parameters(config)
+
+
+def kept_bytes(model, tokens) -> int:
+    """Bytes that autograd keeps of a forward pass, weights aside, each tensor once."""
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    kept = {}  # the storages themselves, so that no other gets the address of one
+
+    def keep(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model.hidden_states(pack([tokens]))
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_frozen_experts_do_not_keep_what_their_own_gradients_would_need():
+    model = Transformer(preset("demo-moe", 300)).init_weights(0)
+    tokens = torch.randint(300, (64,)).tolist()
+    trained, predicted = kept_bytes(model, tokens), model.saved_bytes(64)
+    for block in model.blocks:
+        block.mlp.gate_up.requires_grad_(False)
+        block.mlp.down.requires_grad_(False)
+    assert trained - kept_bytes(model, tokens) == predicted - model.saved_bytes(64) > 0.1 * trained

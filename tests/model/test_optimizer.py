@@ -50,6 +50,24 @@ def test_an_optimizer_step_clips_decays_matrices_only_and_refuses_what_is_not_fi
     assert not optimizer.state  # nor did the moments move
 
 
+def test_fused_adamw_takes_the_steps_of_the_plain_one():
+    """Against torch's loop over parameters: with weight decay on matrices alone, and moving moments."""
+    config = OptimConfig(weight_decay=0.1, clip_grad=1e9)
+    fused, plain = tiny(0), tiny(0)
+    optimizers = {model: make_optimizer(model, config) for model in (fused, plain)}
+    assert all(group["fused"] for group in optimizers[fused].param_groups)
+    for group in optimizers[plain].param_groups:
+        group |= {"fused": False, "foreach": False}
+    for _ in range(4):
+        for mine, other in zip(fused.parameters(), plain.parameters(), strict=True):
+            mine.grad = torch.randn_like(mine)
+            other.grad = mine.grad.clone()
+        norms = [optimizer_step(model, optimizers[model], 0.01, config) for model in (fused, plain)]
+        assert norms[0] == norms[1]
+    for mine, other in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+
+
 # ---- moments in bf16 ----
 
 def test_a_step_with_moments_in_bf16_is_adamw_with_rounded_moments():

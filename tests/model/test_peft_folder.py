@@ -43,7 +43,7 @@ def logits_of_peft(base: str, folder) -> torch.Tensor:
 def test_peft_computes_the_same_with_our_adapters_and_we_with_its(name, lora, tmp_path):
     model = stirred(name, lora)
     ours = logits_of(merged_copy(model))
-    write_adapters(tmp_path / "out", model, lora, str(saved(name)))
+    write_adapters(tmp_path / "out", model, lora, str(saved(name)), {"a fingerprint of its base"})
     assert (logits_of_peft(name, tmp_path / "out") - ours).abs().max() < 1e-4
     assert (logits_of(read(saved(name))) - ours).abs().max() > 1e-2
     # what peft itself writes, read by us

@@ -258,12 +258,25 @@ def test_the_estimate_of_what_training_keeps_is_what_is_saved(name, n_tokens, dt
     assert 4096 * dtype.itemsize * n_tokens < workspace < 0.7 * saved + 4096 * 4 * n_tokens
 
 
-# ---- activation checkpointing ----
+# ---- what is not kept: activation checkpointing, frozen parameters ----
 
 def gradients_of(model, packed) -> dict:
     logp, entropy = model.logprobs(model.hidden_states(packed), packed.tokens)
     (logp.sum() + entropy.sum()).backward()
     return {name: p.grad for name, p in model.named_parameters()}
+
+
+@each_config
+def test_frozen_matrices_have_no_gradient_and_that_of_the_rest_is_the_same_bit_for_bit(config):
+    packed, model = pack(sequences(5, 9)), scattered(config, dtype=torch.float32)
+    expected = gradients_of(scattered(config, dtype=torch.float32), packed)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.ndim < 2)
+    found = gradients_of(model, packed)
+    assert {name for name, gradient in found.items() if gradient is None} >= \
+        {name for name, parameter in model.named_parameters() if parameter.ndim >= 2}
+    for name, gradient in found.items():
+        assert gradient is None or gradient.equal(expected[name]), name
 
 
 @each_config

@@ -68,8 +68,9 @@ def loss_config(algo: str = "plain", **options) -> LossConfig:
 
 
 def make_learner(config: Algorithm, policy, optimizer, reference=None, critic=None) -> Learner:
-    """A learner without a sampler, for rollouts that exist already. reference: a model."""
-    reference = Reference(reference, policy.device) if reference is not None else None
+    """A learner without a sampler, for rollouts that exist already. reference: a model, or a Reference."""
+    if reference is not None and not isinstance(reference, Reference):
+        reference = Reference(reference, policy.device)
     kl_cost = kl_cost_to(reference, config) if config.kl_in_reward else no_kl
     return Learner(policy, optimizer, reference, sampler=None, grader=Grader(config),
                    credit=Credit(config.advantage, policy.device, kl_cost, critic),
@@ -115,7 +116,10 @@ class Capture:
         self.model, self.param_groups, self.grads = model, [{}], []
 
     def step(self):
-        self.grads.append({name: p.grad.clone() for name, p in self.model.named_parameters()})
+        frozen = [p for p in self.model.parameters() if not p.requires_grad]
+        assert all(p.grad is None for p in frozen)
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.grads.append({name: p.grad.clone() for name, p in trained.items()})
 
     def zero_grad(self):
         for p in self.model.parameters():

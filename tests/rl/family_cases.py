@@ -12,17 +12,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from r1zero.model.lora import LoRAConfig, adapter_tensors, add_adapters, own_adapters
 from r1zero.model.optimizer import OptimConfig
 from r1zero.rl.heads import Critic, CriticLearner
 from r1zero.rl.rollouts import merge
-from r1zero.rl.update import LogpGapError, update_policy
+from r1zero.rl.update import AdapterReference, LogpGapError, Reference, update_policy
 
 from .cases import Capture, algorithm, make_learner, per_token, rollouts_by_hand, tiny
 from .exact_cases import WEIGHTS, parts_of
 
 REWARDS = np.array([1.0, 0.0, 0.2, 1.0, 0.0, 1.2])
 GROUPS = (0, 2, 4, 6)
-SHARED = ["r1_zero", "grpo", "dr_grpo", "reinforce", "ppo", "gdpo", "dead"]
+SHARED = ["r1_zero", "grpo", "dr_grpo", "reinforce", "ppo", "gdpo", "dead", "r1_zero lora", "ppo lora",
+          "dead lora"]
 STILL = OptimConfig(lr=1.0, warmup=0, schedule="constant", clip_grad=1e9)  # nothing is clipped
 
 
@@ -30,12 +32,14 @@ def whole_update(algo: str, micro_tokens: int, seed: int = 0, order=(0, 1, 2), r
                  advantages=None, share=None, sums: bool = False, **changes):
     """The gradient of one update by name (its sums in absolute value and as they are, if `sums`).
 
-    order: of the groups; share: the groups of this process. The critic's gradients come as "critic.<name>".
+    algo: a preset, "dead" (the last group teaches nothing), or one of these and " lora". order: of the
+    groups; share: the groups of this process. The critic's gradients come as "critic.<name>".
     """
-    model, reference = tiny(dtype=torch.float64), tiny(seed=9, dtype=torch.float64)
+    algo, _, adapted = algo.partition(" ")
+    model, reference, trunk = models(bool(adapted))
     rewards = REWARDS * [1, 1, 1, 1, 0, 0] if algo == "dead" else REWARDS
     algo = "plain" if algo == "dead" else algo
-    critic = Critic(tiny(seed=3, dtype=torch.float64)).double() if algo == "ppo" else None
+    critic = Critic(trunk).double() if algo == "ppo" else None
     if critic:
         with torch.no_grad():
             critic.value.normal_(generator=torch.Generator().manual_seed(1))
@@ -68,6 +72,20 @@ def whole_update(algo: str, micro_tokens: int, seed: int = 0, order=(0, 1, 2), r
         gradient = gradient | {f"critic.{name}": g for name, g in of_critic.grads[0].items()}
     return [f(g).item() for g in gradient.values() for f in (torch.sum, lambda x: x.abs().sum())] if sums \
         else gradient
+
+
+def models(adapted: bool):
+    """(policy, reference, the critic's trunk); if adapted, over the same frozen weights."""
+    model, second, third = (tiny(seed, dtype=torch.float64) for seed in (0, 9, 3))
+    if not adapted:
+        return model, Reference(second, model.device), third
+    add_adapters(model, LoRAConfig(rank=2), seed=0)
+    reference, trunk = AdapterReference(model), own_adapters(model)
+    for seed, module in enumerate((model, trunk)):
+        rng = torch.Generator().manual_seed(seed)
+        for tensor in adapter_tensors(module).values():
+            tensor += 0.1 * torch.randn(tensor.shape, generator=rng, dtype=tensor.dtype)
+    return model, reference, trunk
 
 
 def rank_gradients(text: str) -> dict[str, list[list[float]]]:

@@ -148,7 +148,9 @@ def test_gradient_does_not_depend_on_the_order_of_groups(algo):
 
 
 def test_two_processes_with_one_denominator_have_the_gradient_of_one():
-    """Over gloo: each process has some of the groups, and one of them none that teaches anything."""
+    """Over gloo: each process has some of the groups, and one of them none that teaches anything.
+
+    With adapters, these alone have a gradient, which `Capture` checks."""
     done = subprocess.run([sys.executable, "-m", "tests.rl.family_cases"], capture_output=True, text=True,
                           timeout=300)
     assert done.returncode == 0, done.stderr

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from r1zero.eval.tasks.countdown import Countdown
-from r1zero.model.checkpoint import save_checkpoint
+from r1zero.model.checkpoint import save_checkpoint, tensors_of
 from r1zero.model.optimizer import OptimConfig
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.rl.losses import LossConfig
@@ -26,7 +26,7 @@ def save_base(folder: Path, seed: int = 0, **shape) -> Path:
     """A run folder that holds a tiny model with random weights, to start sft and grpo from."""
     model = tiny(seed, **shape)
     state = {"model_config": model.config.to_dict(), "tokenizer": Tokenizer.bytes().to_dict(), "settings": {}}
-    save_checkpoint(folder, 0, {"model": dict(model.named_parameters())}, state)
+    save_checkpoint(folder, 0, {"model": tensors_of(model)}, state)
     return folder
 
 

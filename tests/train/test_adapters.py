@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from r1zero.model.checkpoint import checkpoint_steps, load_checkpoint, load_model, save_checkpoint
+from r1zero.model.checkpoint import (
+    CheckpointError,
+    checkpoint_steps,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+)
 from r1zero.model.config import preset
 from r1zero.model.engine.engine import Engine
 from r1zero.model.lora import LoRAConfig, adapters_of, add_adapters
@@ -119,6 +125,32 @@ def test_a_run_with_adapters_is_a_base_and_its_adapters_are_exported(base, tmp_p
         ExportConfig(run=str(base), out="x", adapters=True, dtype="bf16")
 
 
+def test_exported_adapters_know_their_base_by_its_weights(base, tmp_path):
+    """As it is, and written as an open model; another one of the same shape is refused by name."""
+    grpo(grpo_config(tmp_path / "one", base, lora=LORA, steps=1))
+    grpo(grpo_config(tmp_path / "two", tmp_path / "one", lora=LORA, steps=1))  # its base is a sum
+    folder, name = tmp_path / "out", str(tmp_path / "one")
+    export(ExportConfig(run=str(tmp_path / "two"), out=str(folder), adapters=True))
+    path = folder / "adapter_config.json"
+
+    def of(base):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}))
+        return weights_of(folder)
+
+    before = of(base.parent / "one/checkpoints/step_00000001")
+    export(ExportConfig(run=name, out=str(tmp_path / "open")))
+    after = of(tmp_path / "open")
+    assert all((weight - before[key]).abs().max() < 1e-6 for key, weight in after.items())
+    with fails(CheckpointError, "out holds adapters of .*/one/checkpoints/step_00000001, and .*base has "
+                                "other weights; put the path of that base into .*, or remove .*_base.json"):
+        of(base)
+    (folder / "r1zero_base.json").write_text("{}")
+    with fails(ValueError, "r1zero_base.json is damaged; .*, or remove it"):
+        of(base)
+    (folder / "r1zero_base.json").unlink()
+    of(base)  # as with adapters of others
+
+
 def test_a_base_that_is_gone_or_another_is_told_in_one_line(base, tmp_path):
     grpo(grpo_config(tmp_path / "run", base, lora=LORA, steps=2))
     moved = base.rename(tmp_path / "elsewhere")
@@ -138,6 +170,13 @@ def test_adapters_of_another_shape_are_refused(base, tmp_path):
     grpo(grpo_config(tmp_path / "run", base, lora=LORA, steps=2))
     with fails(ValueError, "lora.rank is 2 there and 3 here"):
         grpo(grpo_config(tmp_path / "run", base, lora=LoRAConfig(3), steps=4, resume=True))
+    named = LoRAConfig(2, layers="mlp", rslora=True)
+    grpo(grpo_config(tmp_path / "named", base, lora=named, steps=1))
+    with fails(CheckpointError, "add the flags of its start: --lora.rank 2 --lora.layers mlp --lora.rslora$"):
+        grpo(grpo_config(tmp_path / "named", base, steps=4, resume=True))
+    grpo(grpo_config(tmp_path / "all", base, steps=1))
+    with fails(CheckpointError, f"trains all weights; leave out --lora.rank, or .*--base {tmp_path / 'all'}"):
+        grpo(grpo_config(tmp_path / "all", base, lora=LORA, steps=4, resume=True))
     checkpoint = load_checkpoint(tmp_path / "run")
     first = sorted(checkpoint.tensors["model"])[0]
     checkpoint.tensors["model"].pop(first)
@@ -157,6 +196,11 @@ def test_the_default_learning_rate_is_ten_times_that_of_full_fine_tuning(command
     assert parse_flags(command, kind, [*words, "--lora.rank", "0"]).optim.lr == full.optim.lr
     named = parse_flags(command, kind, [*words, "--lora.rank", "8", "--optim.lr", "0.5"])
     assert named.optim.lr == 0.5 and named.lora == LoRAConfig(8)
+
+
+def test_a_reference_that_is_the_policys_own_weights_is_not_offloaded(tmp_path):
+    with fails(ValueError, "--ref-offload with --lora.rank: .*; leave --ref-offload out"):
+        grpo_config(tmp_path / "run", "none", lora=LORA, ref_offload=True)
 
 
 def test_the_memory_of_the_optimizer_is_that_of_the_adapters(base, tmp_path):

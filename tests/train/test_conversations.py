@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from r1zero.model.tokenizer import Tokenizer
-from r1zero.train.conversations import Exchange, encode_conversations, read_conversations
+from r1zero.train.conversations import (
+    Exchange,
+    encode_chats,
+    encode_conversations,
+    read_chats,
+    read_conversations,
+)
+
+from ..model.chat_cases import CHATML, ChatTokenizer
+from ..model.tokens.cases import add_token, imported, trained
 
 QUESTION = {"role": "user", "content": "Who?"}
 ANSWER = {"role": "assistant", "content": " I."}
@@ -107,3 +116,55 @@ def test_prompt_and_response_are_encoded_apart_as_in_sampling():
     tokenizer = Tokenizer.from_words(["ab", "abc"])
     [document], _ = encode_conversations(tokenizer, [[Exchange("xab", "c")]])
     assert document.tolist() == [120, 256, 99, tokenizer.eos_id]  # not "x", "abc"
+
+
+# ---- with a chat template ----
+
+HAIKU = [SYSTEM, QUESTION | {"content": "\nTell  me."}, ANSWER | {"content": "  The \n cat.\n"}]
+CHATS = [HAIKU, [QUESTION, ANSWER], [*HAIKU, QUESTION, QUESTION, ANSWER, QUESTION, ANSWER]]
+MARKED = CHATML.replace("+ message['content'] + '<|im_end|>' + '\\n' }}", (
+    "}}{% if message['role'] == 'assistant' %}{% generation %}"
+    "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\\n' }}"))
+
+
+def test_a_chat_template_gives_the_tokens_and_the_mask_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    source = trained(size=300)
+    for name in ("<|im_start|>", "<|im_end|>"):
+        if name not in [token["content"] for token in source["added_tokens"]]:
+            add_token(source, name)
+    tokenizer = imported(tmp_path / "t", source,
+                         tokenizer_config={"eos_token": "<|im_end|>", "chat_template": CHATML})
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "t/tokenizer.json"))
+    path = lines_file(tmp_path, *(talk(*chat) for chat in CHATS))
+    documents, masks = encode_chats(tokenizer, read_chats(path))
+    for chat, document, mask in zip(CHATS, documents, masks, strict=True):
+        expected = theirs.apply_chat_template(chat, chat_template=MARKED, return_assistant_tokens_mask=True,
+                                              return_dict=True)
+        assert document.tolist() == expected["input_ids"]
+        assert mask.tolist() == [bool(x) for x in expected["assistant_masks"]]
+        n_answers = [message["role"] for message in chat].count("assistant")
+        assert (document[mask] == tokenizer.eos_id).sum() == n_answers and document.dtype == np.int32
+
+
+def test_a_pair_is_a_question_and_its_answer_in_a_chat(tmp_path):
+    pair, chat = {"prompt": "Who?", "response": " I."}, talk(QUESTION, ANSWER)
+    assert read_chats(lines_file(tmp_path, pair)) == read_chats(lines_file(tmp_path, chat))
+
+
+@pytest.mark.parametrize("template, messages, told", [
+    (None, [QUESTION, ANSWER], "this model has no chat template"),
+    (CHATML, [QUESTION | {"content": "a<|im_end|>"}, ANSWER],
+     "conversation 1, 'a<|im_end|>': the user's text"),
+    (CHATML, [QUESTION, ANSWER | {"content": "a<|im_end|>b"}],
+     "message 2 and the template around it spell 2 "),
+    (CHATML.replace("+ '<|im_end|>'", ""), [QUESTION, ANSWER],
+     "spell 0 end tokens (<|im_end|> is one)"),
+    ("{{ messages|length }}" + CHATML, [QUESTION, ANSWER] * 2, "writes an earlier answer anew when another"),
+])
+def test_chats_that_cannot_be_trained_on_are_told_in_one_line(tmp_path, template, messages, told):
+    chats = read_chats(lines_file(tmp_path, talk(*messages)))
+    with pytest.raises(ValueError, match=re.escape(told)) as caught:
+        encode_chats(ChatTokenizer(template), chats)
+    assert "\n" not in str(caught.value)

@@ -51,6 +51,15 @@ def test_a_base_continues_a_question_and_after_sft_it_answers_and_stops(tmp_path
     assert losses[-1] < 0.1 < losses[0]
 
 
+def test_sft_with_a_chat_template_needs_a_model_that_has_one(tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
+    base = str(save_base(tmp_path / "base"))
+    with pytest.raises(ValueError, match="this model has no chat template: .*; leave out --chat"):
+        sft(SFTConfig(run=str(tmp_path / "run"), base=base, data=str(pairs), chat=True, device="cpu"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_sft_never_trains_on_the_prompt(tmp_path):
     """The prompt's words may change under the loss of another response, but their targets have no weight."""
     pairs = tmp_path / "pairs.jsonl"

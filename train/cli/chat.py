@@ -52,7 +52,8 @@ class ChatConfig(ComputeFlags):
     run: str | None = None
     """Folder of the run, or of a checkpoint."""
     base: str | None = None
-    """Folder of a Hugging Face model (or of a run) to talk to, instead of --run."""
+    """Folder of a Hugging Face model, of adapters in PEFT's layout, or of a run to talk to, instead
+    of --run."""
     system: str | None = None
     """System prompt of the conversation, for a model with a chat template."""
     which: str = "last"

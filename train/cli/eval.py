@@ -44,7 +44,8 @@ class EvalConfig(ComputeFlags):
     """Measure a model on held-out problems."""
 
     run: str
-    """Folder of the run, of a checkpoint, or of a Hugging Face model."""
+    """Folder of the run, of a checkpoint, of a Hugging Face model, or of adapters in PEFT's
+    layout."""
     which: str = "last"
     """Which checkpoint of the run to load: last, best, or a step number."""
     task: TaskFlags = field(default_factory=TaskFlags)

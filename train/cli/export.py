@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 from ...eval.console import show
-from ...model.checkpoint import Checkpoint, load_adapted, load_checkpoint
+from ...model.checkpoint import Checkpoint, load_adapted, load_checkpoint, weights_digest
 from ...model.huggingface import check_free, is_huggingface, write_model
-from ...model.lora import LoRAConfig
+from ...model.lora import LoRAConfig, adapter_tensors
 from ...model.peft_folder import write_adapters
 from ...model.precision import DTYPES, Precision
 from ...model.transformer import Transformer, count_parameters
@@ -39,7 +39,8 @@ class ExportConfig:
     """Write a model as a Hugging Face folder."""
 
     run: str
-    """Folder of the run, of a checkpoint, or of a Hugging Face model."""
+    """Folder of the run, of a checkpoint, of a Hugging Face model, or of adapters in PEFT's
+    layout."""
     which: str = "last"
     """Which checkpoint of the run to load: last, best, or a step number."""
     out: str
@@ -190,7 +191,11 @@ def export_adapters(config: ExportConfig) -> None:
     precision = Precision(torch.float32)
     model, _ = load_adapted(checkpoint, torch.device("cpu"), precision)
     name = config.base_model or lora["base"]
-    write_adapters(config.out, model, LoRAConfig(**lora["config"]), name)
+    # The base's fingerprint; of one that has adapters itself, also that of its sum.
+    trained = adapter_tensors(model)
+    frozen = {name: t for name, t in model.state_dict().items() if name not in trained}
+    fingerprints = {lora["base_weights"], weights_digest(frozen)}
+    write_adapters(config.out, model, LoRAConfig(**lora["config"]), name, fingerprints)
     show(f"written: {config.out}, adapters of {name}")
     if Path(name).is_dir() and not is_huggingface(name):
         show(

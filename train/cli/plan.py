@@ -6,7 +6,10 @@
     r1zero plan --run runs/rl                       what was predicted, beside what was measured
 
 Nothing is loaded: config.json says the shape. What is predicted of memory is held against what
-PyTorch allocates (benchmarks/memory.py); what is predicted of time comes from published numbers.
+PyTorch allocates (benchmarks/memory_predicted.py); what is predicted of time comes from published
+numbers.
+
+A plan is for GPUs: in 16 bit a CPU keeps 1.5 to 2.5 times the activations.
 
 Left out: SFT and pretraining, whose batches are smaller.
 """

@@ -16,6 +16,7 @@ from .open_models import (
     Facts,
     OpenModelConfig,
     open_model,  # noqa: F401  (the command line looks for it beside the flags)
+    predicted,
 )
 
 GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"
@@ -51,7 +52,8 @@ class CountdownQwen15B(OpenModelConfig):
         fetch=(),
         settings="learning rate, KL and length as TinyZero and nano-aha-moment have them",
         expected="TinyZero reports that 1.5B learns to search and 0.5B does not, without a number",
-        parameters=1_543_714_304,
+        shape="Qwen2.5-1.5B",
+        prompt_tokens=128,
     )
     run: str = "runs/countdown-qwen2.5-1.5b"
     task_options: ClassVar[tuple[str, ...]] = (
@@ -76,7 +78,8 @@ class CountdownQwen3B(CountdownQwen15B):
         settings="learning rate, KL and length as nano-aha-moment has them",
         expected="about 60 % after 1,000 steps, under 10 hours on one GPU of 80 GB "
         "(nano-aha-moment; 3 or 4 numbers, no interval given)",
-        parameters=3_085_938_688,
+        shape="Qwen2.5-3B",
+        prompt_tokens=128,
     )
     run: str = "runs/countdown-qwen2.5-3b"
     steps: int = 1000
@@ -97,7 +100,8 @@ class GSM8KQwen05B(OpenModelConfig):
         settings="ours; they are not tuned",
         expected="32.6 % -> 46.1 % with 8 worked examples of its own; how it sampled is not said "
         "(GSM8K-RLVR's README; it gives 41.6 % as Qwen's own figure for the base)",
-        parameters=494_032_768,
+        shape="Qwen2.5-0.5B",
+        prompt_tokens=768,
     )
     run: str = "runs/gsm8k-qwen2.5-0.5b"
     data: str = "gsm8k_train.jsonl"
@@ -123,7 +127,8 @@ class GSM8KSmolLM2(OpenModelConfig):
         fetch=GSM8K_FILES,
         settings="ours; they are not tuned",
         expected="no published number for RL on this model was found",
-        parameters=361_821_120,
+        shape="SmolLM2-360M",
+        prompt_tokens=256,
     )
     run: str = "runs/gsm8k-smollm2-360m"
     data: str = "gsm8k_train.jsonl"
@@ -152,7 +157,8 @@ class MathQwen06B(OpenModelConfig):
         "step at 1e-6 are ours, where it takes 1 problem at 1e-5",
         expected="15.2 % -> 47.4 % at its step 50, 44.0 % at step 100, greedy with up to 2,048 "
         "tokens (reasoning-from-scratch, chapter 6; 500 problems, about ± 4.3)",
-        parameters=596_049_920,
+        shape="Qwen3-0.6B",
+        prompt_tokens=1024,
     )
     run: str = "runs/math-qwen3-0.6b"
     data: str = "math_train.jsonl"
@@ -183,7 +189,8 @@ class MathOLMo2(MathQwen06B):
         settings="those of math-qwen3-0.6b, so that the two bases can be compared",
         expected="no published number for RL straight on this base was found; random rewards did "
         "not lift OLMo-2-7B, unlike Qwen (arXiv 2506.10947)",
-        parameters=1_484_916_736,
+        shape="OLMo-2-1B",
+        prompt_tokens=1024,
     )
     run: str = "runs/math-olmo2-1b"
 
@@ -204,7 +211,7 @@ def markdown_table() -> str:
             f"{f.model} ({f.model_license})",
             f"{f.problems} ({f.data_license})",
             f.expected,
-            f.predicted,
+            predicted(recipe()),
         )
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)

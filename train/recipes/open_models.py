@@ -20,9 +20,12 @@ Left out: the download. The commands for it are printed by --explain, and they n
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+import torch
+import tyro
 
 from ...eval.console import say, show
 from ...eval.harness import evaluate
@@ -30,18 +33,23 @@ from ...eval.sampler import ModelSampler
 from ...eval.tasks import hub
 from ...model.checkpoint import load_model
 from ...model.huggingface import is_huggingface, read_config
+from ...model.lora import LoRAConfig
+from ...model.memory import Setup, model_without_memory, predict, smallest_card
 from ...model.optimizer import OptimConfig
+from ...model.precision import DTYPES
 from ...model.transformer import count_parameters
+from ..adapters import default_rate
 from ..checks import check_temperature
 from ..compute_flags import ComputeFlags
 from ..grpo import GRPOConfig, check_room, grpo, grpo_config
 from ..machine import describe_machine, pick_device, reuse_memory
+from ..memory_check import setup_of_run
+from ..planning import LORA_RANK, SHAPES, gib
 from ..run import at_least, check_folder_name
 from ..task_flags import TaskFlags
 from .demo import PartResults, check_not_begun, check_part, run_part
 
-# Masters, gradients and two moments in fp32, a reference in fp32, and the engine's copy in bf16.
-BYTES_PER_PARAMETER = 4 + 4 + 8 + 4 + 2
+SMALLEST = {"lora": LoRAConfig(LORA_RANK), "recompute": True, "ref_offload": False}
 
 
 @dataclass(frozen=True)
@@ -62,32 +70,21 @@ class Facts:
     """Where the settings are from."""
     expected: str
     """The published number to expect, how it was measured, and where it stands."""
-    parameters: int
-    """How many the base has."""
+    shape: str
+    """The base's shape, by its name in planning.py."""
+    prompt_tokens: int
+    """A round number that the longest prompt stays below, to predict the memory."""
+
+    @property
+    def parameters(self) -> int:
+        """How many the base has."""
+        return count_parameters(SHAPES[self.shape])
 
     @property
     def all_commands(self) -> tuple[str, ...]:
         """The commands that fetch the model and the data."""
         folder = self.model.rpartition("/")[2]
         return (f"hf download {self.model} --local-dir {folder}", *self.fetch)
-
-    @property
-    def predicted(self) -> str:
-        """The memory that a run is predicted to take; nobody has measured it yet."""
-        gigabytes = self.parameters * BYTES_PER_PARAMETER / 1e9
-        return f"{gigabytes:.0f} GB, and more for cache and activations"
-
-    def in_words(self) -> str:
-        """The facts, one below the other."""
-        rows = [
-            ("base", f"{self.model} ({self.model_license})"),
-            ("problems", f"{self.problems} ({self.data_license})"),
-            ("settings", self.settings),
-            ("published", self.expected),
-            ("memory", f"predicted: {self.predicted}"),
-        ]
-        lines = [f"{name:<10} {text}" for name, text in rows]
-        return "\n".join([*lines, "fetch", *(f"  {command}" for command in self.all_commands)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +129,8 @@ class OpenModelConfig(ComputeFlags):
     max_new_tokens: int = 1024
     """Maximum number of new tokens per answer."""
     lr: float = 1e-6
-    """Learning rate, after 10 steps of warm-up; it stays there."""
+    """Learning rate, after 10 steps of warm-up; it stays there. With --lora.rank its default is 10
+    times as large."""
     kl_coef: float = 0.001
     """Weight of the KL to the base in the loss."""
     format_weight: float = 0.2
@@ -140,6 +138,14 @@ class OpenModelConfig(ComputeFlags):
     for them."""
     micro_tokens: int = 8192
     """Maximum number of tokens per forward and backward pass."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    recompute: bool = False
+    """Keep only the input of each block for the backward pass and compute the rest again, which
+    takes less memory and about a third more time (activation checkpointing)."""
+    ref_offload: bool = False
+    """Keep the reference in the CPU's memory between its uses."""
+    moments: Annotated[str, tyro.conf.arg(name="optim.moments")] = "fp32"
+    """Dtype of AdamW's moments: fp32, or bf16 for half their memory."""
     save_every: int = 50
     """Number of steps between checkpoints."""
     eval_problems: int = 500
@@ -165,6 +171,12 @@ class OpenModelConfig(ComputeFlags):
         check_temperature(self.eval_temperature)
         # Making the stages' flags checks them: before the base is measured, not after.
         list(stages_of(self))
+
+    @classmethod
+    def defaults_of(cls, flags: list[str]) -> "OpenModelConfig":
+        """The defaults of the command line: with --lora.rank, the learning rate times 10."""
+        defaults = cls()
+        return replace(defaults, lr=default_rate(flags, defaults.lr))
 
     def task_flags(self) -> TaskFlags:
         """The task, with its files and options."""
@@ -197,8 +209,18 @@ def stage_config(config: OpenModelConfig, name: str, control: str) -> GRPOConfig
         max_new_tokens=config.max_new_tokens,
         loss={"kl_coef": config.kl_coef},
         rewards={"format_weight": config.format_weight},
-        optim=OptimConfig(lr=config.lr, warmup=10, final_lr=1.0, weight_decay=0.0, eps=1e-8),
+        optim=OptimConfig(
+            lr=config.lr,
+            warmup=10,
+            final_lr=1.0,
+            weight_decay=0.0,
+            eps=1e-8,
+            moments=config.moments,
+        ),
         micro_tokens=config.micro_tokens,
+        lora=config.lora,
+        recompute=config.recompute,
+        ref_offload=config.ref_offload,
         save_every=config.save_every,
         seed=config.seed,
         device=config.device,
@@ -217,6 +239,51 @@ def stages_of(config: OpenModelConfig) -> Iterator[GRPOConfig]:
     yield stage_config(config, "rl", "none")
     if config.control != "none":
         yield stage_config(config, "control", config.control)
+
+
+# ---- what is known before it runs ----
+
+
+def setup_of_recipe(config: OpenModelConfig) -> Setup:
+    """What decides the memory of GRPO as the recipe has it, on a GPU."""
+    facts = config.facts
+    dtype = DTYPES.get(config.dtype, torch.bfloat16)  # auto, on a GPU that has bf16
+    of_policy = Setup(
+        model=SHAPES[facts.shape],
+        dtype=dtype,
+        fp32_head=config.fp32_head,
+        lora=config.lora,
+        recompute=config.recompute,
+    )
+    policy = model_without_memory(of_policy)
+    longest = facts.prompt_tokens + config.max_new_tokens
+    return replace(setup_of_run(stage_config(config, "rl", "none"), policy, longest), on_gpu=True)
+
+
+def predicted(config: OpenModelConfig) -> str:
+    """The memory that GRPO is predicted to take; nobody has measured it yet on a GPU."""
+    setup = setup_of_recipe(config)
+    # With a cache for all answers at one time, and on the smallest card, which has one for two.
+    peak, card = predict(setup).peak, smallest_card(setup)
+    words = f"{gib(peak)} GiB; the smallest card has {gib(card)} GiB"
+    if config.lora.rank:
+        return words
+    least = smallest_card(setup_of_recipe(replace(config, **SMALLEST)))
+    return f"{words}, or {gib(least)} GiB with --lora.rank {LORA_RANK} --recompute"
+
+
+def in_words(config: OpenModelConfig) -> str:
+    """The facts of a recipe and its memory with these flags, one below the other."""
+    facts = config.facts
+    rows = [
+        ("base", f"{facts.model} ({facts.model_license})"),
+        ("problems", f"{facts.problems} ({facts.data_license})"),
+        ("settings", facts.settings),
+        ("published", facts.expected),
+        ("memory", f"predicted: {predicted(config)}"),
+    ]
+    lines = [f"{name:<10} {text}" for name, text in rows]
+    return "\n".join([*lines, "fetch", *(f"  {command}" for command in facts.all_commands)])
 
 
 # ---- what is measured ----
@@ -322,7 +389,7 @@ def open_model(config: OpenModelConfig) -> Path | None:
     Raises ValueError if the folder already holds a recipe and --resume was not given, or one that
     was made with other flags, and for files that are missing; Stopped after Ctrl-C.
     """
-    show(config.facts.in_words())
+    show(in_words(config))
     show(f"options    {' '.join(config.task_flags().options)}")
     if config.explain:
         return None

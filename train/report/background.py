@@ -113,6 +113,38 @@ def spent(record: dict, seeds: list[Seed]) -> str:
     )
 
 
+def memory(record: dict, seeds: list[Seed]) -> str:
+    """What R1-Zero was predicted to take, part by part, and what it took; empty without a plan."""
+    plans = [read_dict(seed.folder / "rl" / "run.json").get("memory") for seed in seeds]
+    predicted = [dig(plan, "predicted") for plan in plans]
+    # 1. The parts that a run has, and the peak of them, in the order in which they were written.
+    parts = {name: None for sizes in predicted if isinstance(sizes, dict) for name in sizes}
+    if not parts:
+        return ""
+    rows = [[name, *(megabytes(dig(sizes, name)) for sizes in predicted)] for name in parts]
+    rows = [row for row in rows if set(row[1:]) != {megabytes(0)}]
+
+    # 2. Beside it, what was measured at the end.
+    rows.append(["peak, measured", *(megabytes(dig(plan, "measured")) for plan in plans)])
+    on_gpu = dig(record, "machine", "gpu")
+    what = "PyTorch’s tensors" if on_gpu else "the whole process, with Python and its libraries"
+    return section(
+        "Memory of R1-Zero",
+        paragraph(
+            "Predicted before the first step, of tensors alone, as <code>r1zero plan</code> does; "
+            f"measured at the end, of {what}.",
+            "Sampling and updates take turns, so the parts add up to more than the peak.",
+        ),
+        table(["MB", *(f"seed {seed.number}" for seed in seeds)], rows),
+    )
+
+
+def megabytes(size: Any) -> str:
+    """12.3"""
+    size = finite(size)
+    return DASH if size is None else number(size / 1e6)
+
+
 def how_to_go_on(record: dict, seed: Seed) -> str:
     """Commands to try next, ready to be copied, with the same model."""
     rl = shlex.quote(str(seed.folder / "rl"))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ...model.files import atomic_write_text
 from . import page, plots
-from .background import how_to_go_on, settings, spent, what_was_done
+from .background import how_to_go_on, memory, settings, spent, what_was_done
 from .demo_plots import plot_demo
 from .examples import one_group, pairs
 from .experts import experts, plot_experts
@@ -56,6 +56,7 @@ def write_report(
         about_the_loss(first),
         settings(record),
         spent(record, seeds),
+        memory(record, seeds),
         how_to_go_on(record, first),
     ]
     path = folder / "report.html"

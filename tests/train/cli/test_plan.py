@@ -1,5 +1,6 @@
 """`r1zero plan`: what fits a card, what would make it fit, and what a run took."""
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,15 @@ from r1zero.model.checkpoint import load_model
 from r1zero.model.config import preset
 from r1zero.model.lora import LoRAConfig
 from r1zero.model.memory import Setup, predict, usable
+from r1zero.model.moe_config import MoEConfig
+from r1zero.model.optimizer import optimizer_tensors
 from r1zero.model.transformer import count_parameters
+from r1zero.rl.step import grpo_step
 from r1zero.train.checks import BatchTooLargeError
 from r1zero.train.cli.errors import explain
 from r1zero.train.cli.main import main
-from r1zero.train.grpo import grpo, make_learner
+from r1zero.train.grpo import grpo, make_learner, timed_step
+from r1zero.train.interrupt import Stopped
 from r1zero.train.memory_check import try_longest_batch
 from r1zero.train.planning import CARDS, SHAPES, Work, choose, seconds_per_step, smallest
 from r1zero.train.planning import GIB as G
@@ -139,31 +144,75 @@ def test_a_run_keeps_what_was_predicted_and_what_it_took(tmp_path, capsys, monke
     assert code == 2 and "keeps no plan" in error
 
 
-def test_the_longest_batch_changes_no_weight_and_uses_no_random_number(tmp_path):
-    config = grpo_config(tmp_path / "run", save_base(tmp_path / "base"), micro_tokens=100)
-    learner = make_learner(config, config.task.make(), load_model(config.base, torch.device("cpu")))
-    seen, before, state = [], learner.policy.embed.clone(), torch.get_rng_state()
+def test_a_run_that_is_stopped_keeps_its_peak(tmp_path):
+    def step_of(*words):
+        signal.raise_signal(signal.SIGINT)
+        return timed_step(*words)
+
+    config = grpo_config(tmp_path / "run", save_base(tmp_path / "base"))
+    with pytest.raises(Stopped):
+        grpo(config, step_of)
+    memory = json.loads((tmp_path / "run/run.json").read_text())["memory"]
+    assert memory["measured"] > memory["predicted"]["peak"]
+
+
+# ---- the largest batch first ----
+
+def learner_on(tmp_path, shape: dict, **changes):
+    config = grpo_config(tmp_path / "run", save_base(tmp_path / "base", **shape), **changes)
+    return make_learner(config, config.task.make(), load_model(config.base, torch.device("cpu"))), config
+
+
+def test_the_longest_batch_is_as_long_as_a_micro_batch_or_the_longest_answer(tmp_path):
+    learner, config = learner_on(tmp_path, {}, micro_tokens=100)
+    seen = []
     learner.policy.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     try_longest_batch(learner, config, 30)
     try_longest_batch(learner, config, 150)
     assert seen == [100, 100, 150, 150]  # twice each: the second meets the gradients of the first
-    assert torch.get_rng_state().equal(state) and learner.policy.embed.equal(before)
-    assert all(p.grad is None for p in learner.policy.parameters())
 
 
-def test_a_batch_that_does_not_fit_names_the_parts_and_what_would_help(tmp_path):
-    config = grpo_config(tmp_path / "run", save_base(tmp_path / "base"))
-    learner = make_learner(config, config.task.make(), load_model(config.base, torch.device("cpu")))
+MIXTURE = dict(moe=MoEConfig(n_experts=4, experts_per_token=2, d_expert=8, balance_bias=True))
 
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    learner.policy.blocks[0].register_forward_pre_hook(full)
-    with fails(BatchTooLargeError, "Predicted were weights 0.0 GB, .*activations .*--recompute"):
+@pytest.mark.parametrize("shape, changes", [
+    ({}, {}), (MIXTURE, {}), ({}, dict(algo="ppo")), ({}, dict(lora=LoRAConfig(2))),
+])
+def test_a_run_has_the_same_bits_with_and_without_the_longest_batch(tmp_path, shape, changes):
+    """Weights, routers' balance, moments, metrics and random numbers, after steps with it and without."""
+    outcomes = []
+    for tries in (True, False):
+        learner, config = learner_on(tmp_path, shape, **changes)
+        state, rows = torch.get_rng_state(), []
+        for step in range(2):  # without moments, and with them
+            if tries:
+                try_longest_batch(learner, config, 30)
+            assert all(p.grad is None for p in learner.policy.parameters())
+            rows.append(grpo_step(learner, config.task.make(), config, step))
+        assert torch.get_rng_state().equal(state)
+        moments, _ = optimizer_tensors(learner.optimizer, learner.policy.named_parameters())
+        outcomes.append((rows, dict(learner.policy.state_dict()) | moments))
+    (rows, tensors), (expected_rows, expected) = outcomes
+    assert rows == expected_rows and tensors.keys() == expected.keys()
+    assert all(tensors[name].equal(expected[name]) for name in expected)
+
+
+def full(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+@pytest.mark.parametrize("part, fill", [
+    ("the activations", lambda policy: policy.blocks[1].register_forward_pre_hook(full)),
+    ("the log-probs", lambda policy: setattr(policy, "logprobs", full)),
+    ("the backward pass", lambda policy: policy.embed.register_hook(full)),
+])
+def test_a_batch_that_does_not_fit_names_the_part_and_what_would_help(tmp_path, part, fill):
+    learner, config = learner_on(tmp_path, {})
+    fill(learner.policy)
+    told = f"ended at {part}.*Predicted were weights 0.0 GB, .*--recompute"
+    with fails(BatchTooLargeError, told) as failure:
         try_longest_batch(learner, config, 30)
-    try:
-        try_longest_batch(learner, config, 30)
-    except BatchTooLargeError as error:
-        code, message = explain(error, config)
+    code, message = explain(failure.value, config)
     assert code == 1 and message.startswith("out of memory: a micro-batch of 40 tokens does not fit")
     assert message.endswith("`r1zero plan` says what each would save")
+    assert all(p.grad is None for p in learner.policy.parameters())

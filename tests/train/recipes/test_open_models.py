@@ -4,17 +4,28 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from r1zero.eval.tasks.catalogue import find_task, option_types
 from r1zero.model.config import preset
 from r1zero.model.huggingface import write_model
+from r1zero.model.lora import LoRAConfig
+from r1zero.model.memory import predict
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.model.transformer import Transformer
+from r1zero.train.cli.flags import parse_flags
 from r1zero.train.cli.main import COMMANDS, main
 from r1zero.train.compute_flags import ComputeFlags
 from r1zero.train.recipes import open_model_table
 from r1zero.train.recipes.open_model_table import RECIPES, markdown_table
-from r1zero.train.recipes.open_models import check_data, measured_with, stages_of, table
+from r1zero.train.recipes.open_models import (
+    check_data,
+    measured_with,
+    predicted,
+    setup_of_recipe,
+    stages_of,
+    table,
+)
 from r1zero.train.run import read_record
 
 from ..loop_cases import save_base
@@ -50,10 +61,46 @@ def test_every_recipe_is_a_command_and_its_options_are_the_tasks(recipe):
 
 
 @each_recipe
+def test_the_shape_that_memory_is_predicted_for_is_the_models(recipe):
+    """As the hub counts them."""
+    expected = {"Qwen2.5-1.5B": 1_543_714_304, "Qwen2.5-3B": 3_085_938_688, "Qwen2.5-0.5B": 494_032_768,
+                "SmolLM2-360M": 361_821_120, "Qwen3-0.6B": 596_049_920, "OLMo-2-0425-1B": 1_484_916_736}
+    name = recipe.facts.model.rpartition("/")[2].removesuffix("-Base").removesuffix("-Instruct")
+    assert recipe.facts.parameters == expected[name]
+
+
+def test_a_recipe_says_what_it_takes_with_the_flags_that_are_given(capsys):
+    """One case by hand: masters, gradients, moments in fp32, reference and engine's copy in bf16."""
+    recipe = open_model_table.GSM8KQwen05B
+    setup = setup_of_recipe(recipe())
+    assert (setup.rows, setup.longest, setup.on_gpu, setup.dtype) == (128, 768 + 384, True, torch.bfloat16)
+    found, n = predict(setup), recipe.facts.parameters
+    matrices = found.weights + found.gradients + found.moments + found.reference + found.engine_copy
+    assert matrices == pytest.approx((4 + 4 + 8 + 2 + 2) * n, rel=1e-3)
+    words = ["--lora.rank", "8", "--recompute", "--optim.moments", "bf16", "--micro-tokens", "2048"]
+    assert main(["recipe", recipe.facts.name, "--explain", *words]) == 0
+    smaller = parse_flags("recipe", recipe, words)
+    assert f"predicted: {predicted(smaller)}\n" in capsys.readouterr().out
+    assert smaller.lr == 10 * recipe().lr and predict(setup_of_recipe(smaller)).peak < 0.2 * found.peak
+    offloaded = setup_of_recipe(recipe(ref_offload=True, kl_coef=0.0))
+    assert offloaded.reference == "cpu"  # the log compares with it all the same
+    assert main(["recipe", recipe.facts.name, "--lora.rank", "8", "--ref-offload"]) == 2
+    assert "--ref-offload with --lora.rank" in capsys.readouterr().err
+
+
+@each_recipe
 def test_the_two_stages_differ_in_the_rewards_alone(recipe):
     rl, control = stages_of(recipe(base="x"))
     differ = {f.name for f in fields(rl) if getattr(rl, f.name) != getattr(control, f.name)}
     assert differ == {"run", "control"}
+
+
+@each_recipe
+def test_both_stages_save_memory_as_the_flags_say(recipe):
+    changed = {"lora": LoRAConfig(4), "recompute": True}
+    for stage in stages_of(recipe(base="x", moments="bf16", **changed)):
+        assert (stage.lora, stage.recompute, stage.optim.moments) == (LoRAConfig(4), True, "bf16")
+    assert all(stage.ref_offload for stage in stages_of(recipe(base="x", ref_offload=True)))
 
 
 @each_recipe

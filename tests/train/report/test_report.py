@@ -211,6 +211,21 @@ def test_several_seeds(demo):
     assert "| × 1.41 |" in rows[2] and rows[2].endswith("| 9.4 |")
 
 
+def test_what_was_predicted_of_memory_stands_beside_what_was_measured(demo):
+    assert "Memory of R1-Zero" not in report(demo)  # older runs have no plan
+    predicted = {"weights": 3_560_000, "critic": 0, "<i>": 1_000_000, "peak": 12_340_000}
+    path = demo / "seed0/rl/run.json"
+    path.write_text(json.dumps({"memory": {"predicted": predicted, "measured": 456_700_000}}))
+    text = report(demo)
+    for row in ("<th>MB</th><th>seed 0</th>", "<td>weights</td><td>3.6</td>", "<td>peak</td><td>12.3</td>",
+                "<td>peak, measured</td><td>456.7</td>", "<td>&lt;i&gt;</td><td>1.0</td>"):
+        assert row in text, row
+    assert "critic" not in text and "of the whole process, with Python" in text
+    for torn, shown in (({"predicted": {"weights": "x"}}, "<td>weights</td><td>–</td>"), (3, "Machine")):
+        path.write_text(json.dumps({"memory": torn}))
+        assert shown in report(demo)
+
+
 def test_no_gain_is_called_no_gain(demo):
     path = demo / "seed0" / "results.json"
     results = json.loads(path.read_text())
