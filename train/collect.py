@@ -17,11 +17,12 @@ dropped, and the cost.
 
 The seed of a sample is a function of (--seed, index of the problem, number of the sample). All
 samples go to `<out>.partial` first, and are graded and chosen when they are complete. So after
-Ctrl-C or a crash `--resume` goes on, with other filters too, and leaves the same file.
+Ctrl-C or a crash `--resume` goes on, with other filters too, and on a CPU leaves the same file.
 
-Left out: samples of several models in one file (mix the files by weight, see mixture.py), prompts
-that a chat template framed (the question is written as the task asks it), and two writers of one
-file at the same time.
+With --chat a line holds the question without its template, as `r1zero sft --chat` reads it.
+
+Left out: samples of several models in one file (mix the files by weight, see mixture.py), and two
+writers of one file at the same time.
 """
 
 import json

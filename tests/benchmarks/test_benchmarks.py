@@ -18,6 +18,7 @@ from benchmarks import (
     linear_logprob,
     memory,
     moe,
+    rejection,
     routing,
     training,
     vs_trl,
@@ -272,6 +273,24 @@ def test_the_ablation_at_toy_size(tmp_path, capsys, monkeypatch):
         ablation.main(dataclasses.replace(flags, budget=200))
     with pytest.raises(ValueError, match="made with other settings"):  # another base is another experiment
         ablation.main(dataclasses.replace(flags, base=str(save_base(tmp_path / "other", seed=1))))
+
+
+def test_rejection_at_toy_size(tmp_path, capsys, monkeypatch):
+    arms = {"all": dict(keep=("all",)), "all, 1 per problem": dict(keep=("all",), per_problem=1)}
+    monkeypatch.setattr(rejection, "ARMS", arms)  # random weights have no right answer to keep
+    base, other = str(save_base(tmp_path / "base")), str(save_base(tmp_path / "other", seed=1))
+    flags = rejection.Flags(base=base, teacher=other, work=str(tmp_path / "work"), seeds=1, problems=4,
+                            samples=2, sample_tokens=9, pairs=3, steps=1, eval_problems=2, max_new_tokens=8,
+                            out=str(tmp_path / "found.json"))
+    found = rejection.main(flags)
+    assert last_line(capsys) == found == json.loads((tmp_path / "found.json").read_text())
+    assert {name: [run["problems"] for run in runs] for name, runs in found["runs"].items()} == {
+        "base: all": [2], "base: all, 1 per problem": [3],
+        "teacher: all": [2], "teacher: all, 1 per problem": [3]}
+    monkeypatch.setattr(rejection, "run_arm", None)  # nothing is done twice
+    assert rejection.main(flags)["runs"] == found["runs"]
+    with pytest.raises(ValueError, match="made with pairs 3, not 4"):
+        rejection.main(dataclasses.replace(flags, pairs=4))
 
 
 # ---- routing ----
