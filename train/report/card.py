@@ -81,7 +81,7 @@ def machine_in_words(record: dict) -> str:
     versions = dig(machine, "versions")
     packages = [f"{name} {versions[name]}" for name in ("r1zero", "torch") if dig(versions, name)]
     commit = dig(machine, "commit")
-    words = [chip, *packages, *([f"commit {commit[:12]}"] if commit else [])]
+    words = [chip, *packages, *([f"commit {str(commit)[:12]}"] if commit else [])]
     return f"Made on: {', '.join(words)}."
 
 
@@ -134,16 +134,16 @@ def limits(runs: dict[str, Checkpoint], cost: Cost, has_measured: bool) -> list[
 
 def limits_of_run(name: str, checkpoint: Checkpoint) -> Iterator[str]:
     """What a reader should know of one run."""
-    flags = dig(read_dict(folder_of(checkpoint) / RECORD), "config") or {}
-    steps = finite(flags.get("steps"))
+    record = read_dict(folder_of(checkpoint) / RECORD)
+    steps = finite(dig(record, "config", "steps"))
     if steps and checkpoint.step < steps:
         yield f"`{name}` is of step {checkpoint.step}, and its run was to have {steps:.0f} steps."
-    if flags.get("eval_every"):
+    if dig(record, "config", "eval_every"):
         yield (
             f"The held-out problems of `{name}` chose its best checkpoint, so its score on them is "
             "a little too good."
         )
-    if flags.get("accept_changes"):
+    if dig(record, "config", "accept_changes"):
         yield f"`{name}` was resumed although its base or its data had changed."
     if dig(checkpoint.state, "settings", "rewards", "model"):
         yield (

@@ -100,6 +100,8 @@ def test_time_that_nobody_noted_is_named(tmp_path):
 
 def test_a_torn_record_costs_its_facts_and_no_more(tmp_path):
     run = make_run(tmp_path / "run", "sft", SFT_ROWS)
-    (run / "run.json").write_text(json.dumps({"config": {}})[:-2])
-    text = card_of(run)
-    assert "Made on: an unknown machine." in text and "| run | sft | 3.5 | 0 | 160 |" in text
+    odd = [json.dumps({"config": {}})[:-2], "[]", '{"config": [], "machine": 3, "seconds": "x", "starts": 5}']
+    for text in odd:
+        (run / "run.json").write_text(text)
+        card = card_of(run)
+        assert "Made on: an unknown machine." in card and "| run | sft | 4.0 | 0 | 160 |" in card
