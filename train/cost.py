@@ -250,13 +250,12 @@ def summary_stage(path: Path, name: str) -> StageCost | None:
 
 
 def model_near(path: Path, checkpoint: Path) -> Checkpoint | None:
-    """The checkpoint that a summary is of, as its folder may have been moved: of the run in whose
-    folder it lies, of the run beside it, or where it was."""
+    """The checkpoint that a summary is of, or one of the same shape, as its folder may have been
+    moved: of the run in whose folder it lies, where it was, or of the run beside it."""
+    if is_run(path.parent):
+        return last_checkpoint(path.parent)
     beside = path.parent / checkpoint.parent.parent.name
-    for run in (path.parent, beside):
-        if is_run(run):
-            return last_checkpoint(run)
-    return last_checkpoint(checkpoint)
+    return last_checkpoint(checkpoint if checkpoint.exists() else beside)
 
 
 # ---- all stages ----

@@ -104,6 +104,16 @@ def test_an_evaluation_in_the_folder_of_a_run_counts_and_other_files_do_not(tmp_
     assert found == StageCost("eval_countdown_step2", "eval", 3.0, 96, 0, 96 * forward(12))
 
 
+def test_a_collection_is_of_the_model_that_it_names_and_if_that_is_gone_of_the_one_beside_it(tmp_path):
+    larger = make_run(tmp_path / "other/warm", "sft", SFT_ROWS, n_layers=5)
+    recipe = make_recipe(tmp_path / "recipe")
+    for where, n_layers in ((larger, 5), (tmp_path / "gone/warm", 2)):
+        write_json(recipe / "good.jsonl.summary.json", collected(f"{where}/checkpoints/step_00000002"))
+        [good] = [stage for stage in cost_of(recipe).stages if stage.name == "good"]
+        shape = replace(tiny().config, n_layers=n_layers)
+        assert good.flops == 80 * flops_per_token(shape, 10, training=False)
+
+
 def test_what_is_not_known_is_a_dash_and_no_zero(tmp_path):
     recipe = make_recipe(tmp_path / "recipe")
     write_json(recipe / "good.jsonl.summary.json", collected("gone/base/checkpoints/step_1", seconds=None))

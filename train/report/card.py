@@ -17,7 +17,7 @@ from ...model.transformer import count_active_parameters, count_parameters
 from ..cost import RECORD, SUMMARIES, Cost, cost_of, places_of, runs_in, stage_name
 from .measured import markdown, measurements
 from .record import dig, finite, read_dict
-from .run_in_words import folder_of, run_in_words
+from .run_in_words import folder_of, run_in_words, short_fingerprint
 
 LONG = 100  # characters of a fact
 
@@ -67,9 +67,11 @@ def collections_in(root: Path, runs: list[Path]) -> list[str]:
         if "by_difficulty" in found and None not in counts:
             kept, sampled, problems = counts
             model = Path(str(found.get("model"))).parent.parent.name
+            weights = short_fingerprint(str(found.get("weights")))
             lines.append(
                 f"- `{stage_name(path, root)}`: {kept:,.0f} of {sampled:,.0f} answers of `{model}` "
-                f"to {problems:,.0f} problems of `{found.get('task')}`, split {found.get('split')}"
+                f"(weights {weights}) to {problems:,.0f} problems of `{found.get('task')}`, split "
+                f"{found.get('split')}"
             )
     return ["## Data made on the way", "", *lines, ""] if lines else []
 
