@@ -190,8 +190,9 @@ def seconds_by_log(rows: list[dict]) -> float | None:
         return None
     if "step_s" in rows[-1]:
         return sum_in(rows, "step_s") + sum_in(rows, "keep_s")
-    speeds = [(finite(r.get("tokens")), finite(r.get("tokens_per_s"))) for r in rows]
-    return sum(tokens / speed for tokens, speed in speeds if tokens and speed)
+    # The speed in the log is the mean since the process began.
+    speed = finite(rows[-1].get("tokens_per_s"))
+    return sum_in(rows, "tokens") / speed if speed else None
 
 
 def flops_of(
@@ -249,13 +250,12 @@ def summary_stage(path: Path, name: str) -> StageCost | None:
 
 
 def model_near(path: Path, checkpoint: Path) -> Checkpoint | None:
-    """The checkpoint that a summary is of, as its folder may have been moved: of the run in whose
-    folder it lies, of the run beside it, or where it was."""
+    """The checkpoint that a summary is of, or one of the same shape, as its folder may have been
+    moved: of the run in whose folder it lies, where it was, or of the run beside it."""
+    if is_run(path.parent):
+        return last_checkpoint(path.parent)
     beside = path.parent / checkpoint.parent.parent.name
-    for run in (path.parent, beside):
-        if is_run(run):
-            return last_checkpoint(run)
-    return last_checkpoint(checkpoint)
+    return last_checkpoint(checkpoint if checkpoint.exists() else beside)
 
 
 # ---- all stages ----
@@ -312,18 +312,13 @@ def measuring_stage(results: dict, key: str, name: str, place: Path) -> StageCos
     return StageCost(name, "measuring", None, tokens, 0, flops)
 
 
-def check_price(price: float) -> None:
-    """Raise ValueError unless a price is a number of 0 or more."""
-    if not 0 <= price < math.inf:
-        raise ValueError(f"--price is {price}, expected a number of 0 or more, per hour")
-
-
 def cost_of(folder: str | Path, price: float = 0.0) -> Cost:
     """What the run or the recipe in a folder has cost. price: of the machine, per hour.
 
     Raises ValueError for a folder without a run, and for a price that is no number of 0 or more.
     """
-    check_price(price)
+    if not 0 <= price < math.inf:
+        raise ValueError(f"--price is {price}, expected a number of 0 or more, per hour")
     root = Path(folder)
     runs = runs_in(root)
     stages = []

@@ -58,6 +58,7 @@ from .interrupt import Interrupt, Stopped
 from .lock import FolderLock
 from .log import MetricsLog
 from .machine import describe_machine, pick_device
+from .report.record import finite
 from .settings import check_settings, settings_of
 from .wandb_log import NoWandb, WandbLog
 
@@ -160,7 +161,8 @@ class Run:
         self.title = title
         self.folder = Path(config.run)
         self._began = time.perf_counter()
-        self._earlier_seconds = 0.0  # of the times before this one
+        # Of the times before this one; None where an older version did not note them.
+        self._earlier_seconds: float | None = 0.0
         by_class = type(config).__name__.removesuffix("Config").lower()
         self.loop: str = getattr(config, "LOOP", by_class)
         self.settings = settings_of(config, free={field.name for field in fields(RunConfig)})
@@ -337,10 +339,11 @@ class Run:
             "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         }
         record = start
-        if self.resumed and (first := read_record(path)):
+        if self.resumed:
             # The flags are those of now; how it began, and each time that it went on, stay.
-            earlier = first.get("starts", [first])
-            self._earlier_seconds = first.get("seconds", 0.0)
+            first = read_record(path)
+            earlier = first.get("starts", [first] if first else [])
+            self._earlier_seconds = finite(first.get("seconds"))
             record = start | {"starts": [*earlier, start], "seconds": self._earlier_seconds}
         atomic_write_json(path, record)
 
@@ -350,7 +353,10 @@ class Run:
         atomic_write_json(path, read_record(path) | entries)
 
     def _note_seconds(self) -> None:
-        """Add the seconds of the whole run so far to run.json, if it can be written."""
+        """Add the seconds of the whole run so far to run.json, if they are known and it can be
+        written."""
+        if self._earlier_seconds is None:
+            return
         with suppress(OSError):
             self.note(seconds=self._earlier_seconds + time.perf_counter() - self._began)
 

@@ -18,10 +18,10 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content))
 
 
-def make_run(folder: Path, loop: str, rows=(), record=None, settings=None, **state) -> Path:
+def make_run(folder: Path, loop: str, rows=(), record=None, settings=None, n_layers=2, **state) -> Path:
     """A run with a checkpoint of a tiny model. rows: of its log; record: of its run.json, besides what is
     always there; settings: its flags, as a checkpoint keeps them."""
-    model = tiny()
+    model = tiny(n_layers=n_layers)
     state = {"model_config": model.config.to_dict(), "tokenizer": Tokenizer.bytes().to_dict(), "loop": loop,
              "settings": {"seed": 0, **(settings or {})}, **state}
     save_checkpoint(folder, max(1, len(rows)), {"model": dict(model.named_parameters())}, state)
@@ -35,7 +35,8 @@ def make_run(folder: Path, loop: str, rows=(), record=None, settings=None, **sta
 
 def collected(model: str, **changes) -> dict:
     """The summary of a collection."""
-    return {"model": model, "task": "countdown", "split": "train", "problems": 2, "sampled": 8, "kept": 3,
+    return {"model": model, "weights": "f" * 32, "task": "countdown", "split": "train",
+            "problems": 2, "sampled": 8, "kept": 3,
             "tokens": 80, "seconds": 4.0, "by_difficulty": [], **changes}
 
 

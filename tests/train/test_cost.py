@@ -1,5 +1,6 @@
 """What a run or a recipe has cost: each number against a sum by hand."""
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -43,7 +44,7 @@ def test_with_adapters_a_backward_pass_is_half_as_dear(tmp_path):
 
 
 @pytest.mark.parametrize("loop, rows, seconds", [
-    ("sft", SFT_ROWS, 100 / 50 + 60 / 40), ("grpo", RL_ROWS, 2 + 0.5 + 3 + 0.5), ("sft", [], None)])
+    ("sft", SFT_ROWS, 160 / 40), ("grpo", RL_ROWS, 2 + 0.5 + 3 + 0.5), ("sft", [], None)])
 def test_a_run_of_an_older_version_took_what_its_steps_took(loop, rows, seconds, tmp_path):
     assert only(cost_of(make_run(tmp_path / "run", loop, rows))).seconds == seconds
 
@@ -75,6 +76,14 @@ def test_without_notes_of_the_recipe_runs_come_in_the_order_in_which_they_began(
     assert [s.name for s in cost_of(recipe).stages][:2] == ["zz", "warm"]
 
 
+def test_a_name_counts_before_a_loop_and_what_the_recipe_has_not_noted_counts_too(tmp_path):
+    for name in ("cold", "sft", "tuned"):  # all of them by sft
+        make_run(tmp_path / name, "sft", SFT_ROWS, {"seconds": 1.0})
+    write_json(tmp_path / "results.json", {"seconds": {"sft": 9.0}})
+    assert [(s.name, s.seconds) for s in cost_of(tmp_path).stages] == [
+        ("sft", 9.0), ("cold", 1.0), ("tuned", 1.0)]
+
+
 def test_the_stages_of_each_seed_are_named_with_their_folder(tmp_path):
     for seed in (0, 1):
         make_run(tmp_path / f"demo/seed{seed}/base", "pretrain", SFT_ROWS)
@@ -93,6 +102,16 @@ def test_an_evaluation_in_the_folder_of_a_run_counts_and_other_files_do_not(tmp_
     (run / "torn.summary.json").write_text('{"mean_tokens": ')
     _, found = cost_of(run).stages
     assert found == StageCost("eval_countdown_step2", "eval", 3.0, 96, 0, 96 * forward(12))
+
+
+def test_a_collection_is_of_the_model_that_it_names_and_if_that_is_gone_of_the_one_beside_it(tmp_path):
+    larger = make_run(tmp_path / "other/warm", "sft", SFT_ROWS, n_layers=5)
+    recipe = make_recipe(tmp_path / "recipe")
+    for where, n_layers in ((larger, 5), (tmp_path / "gone/warm", 2)):
+        write_json(recipe / "good.jsonl.summary.json", collected(f"{where}/checkpoints/step_00000002"))
+        [good] = [stage for stage in cost_of(recipe).stages if stage.name == "good"]
+        shape = replace(tiny().config, n_layers=n_layers)
+        assert good.flops == 80 * flops_per_token(shape, 10, training=False)
 
 
 def test_what_is_not_known_is_a_dash_and_no_zero(tmp_path):
@@ -136,8 +155,18 @@ def test_the_seconds_of_a_run_go_on_when_it_is_resumed(tmp_path):
         noted.append(read_record(tmp_path / "run/run.json")["seconds"])
         assert only(cost_of(tmp_path / "run")).seconds == noted[-1]
     assert 0 < noted[0] < noted[1] < noted[2]
-    first = read_record(tmp_path / "run/run.json")["starts"]
-    assert len(first) == 3
+    assert len(read_record(tmp_path / "run/run.json")["starts"]) == 3
+
+
+@pytest.mark.parametrize("noted", [None, "long"])  # by an older version, or by hand
+def test_a_run_whose_beginning_was_not_noted_is_not_said_to_have_taken_its_last_part_alone(noted, tmp_path):
+    config = pretrain_config(tmp_path / "run", text_file(tmp_path), steps=2)
+    record = tmp_path / "run/run.json"
+    pretrain(config)
+    write_json(record, read_record(record) | {"seconds": noted})
+    pretrain(replace(config, steps=4, resume=True))
+    assert read_record(record)["seconds"] is None
+    assert only(cost_of(tmp_path / "run")).seconds > 0  # by its log
 
 
 def test_the_seconds_are_noted_with_every_checkpoint_in_case_that_the_process_is_killed(tmp_path):

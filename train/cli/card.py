@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ...eval.console import show
 from ...model.files import atomic_write_text
-from ..cost import check_price, cost_of
+from ..cost import cost_of
 from ..report.card import card_of
 
 CARD = "model_card.md"
@@ -27,14 +27,12 @@ class CardConfig:
     price: float = 0.0
     """Price of the machine per hour, for the cost."""
 
-    def __post_init__(self):
-        check_price(self.price)
-
 
 def write_card(config: CardConfig) -> Path:
     """Write the card, and show the cost; returns its path.
 
-    Raises ValueError for a folder without a run, and OSError if the card cannot be written.
+    Raises ValueError for a folder without a run and for a price below 0, and OSError if the card
+    cannot be written.
     """
     text = card_of(config.run, config.price)
     path = Path(config.run) / CARD

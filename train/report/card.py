@@ -17,7 +17,7 @@ from ...model.transformer import count_active_parameters, count_parameters
 from ..cost import RECORD, SUMMARIES, Cost, cost_of, places_of, runs_in, stage_name
 from .measured import markdown, measurements
 from .record import dig, finite, read_dict
-from .run_in_words import folder_of, run_in_words
+from .run_in_words import folder_of, run_in_words, short_fingerprint
 
 LONG = 100  # characters of a fact
 
@@ -67,9 +67,11 @@ def collections_in(root: Path, runs: list[Path]) -> list[str]:
         if "by_difficulty" in found and None not in counts:
             kept, sampled, problems = counts
             model = Path(str(found.get("model"))).parent.parent.name
+            weights = short_fingerprint(str(found.get("weights")))
             lines.append(
                 f"- `{stage_name(path, root)}`: {kept:,.0f} of {sampled:,.0f} answers of `{model}` "
-                f"to {problems:,.0f} problems of `{found.get('task')}`, split {found.get('split')}"
+                f"(weights {weights}) to {problems:,.0f} problems of `{found.get('task')}`, split "
+                f"{found.get('split')}"
             )
     return ["## Data made on the way", "", *lines, ""] if lines else []
 
@@ -81,7 +83,7 @@ def machine_in_words(record: dict) -> str:
     versions = dig(machine, "versions")
     packages = [f"{name} {versions[name]}" for name in ("r1zero", "torch") if dig(versions, name)]
     commit = dig(machine, "commit")
-    words = [chip, *packages, *([f"commit {commit[:12]}"] if commit else [])]
+    words = [chip, *packages, *([f"commit {str(commit)[:12]}"] if commit else [])]
     return f"Made on: {', '.join(words)}."
 
 
@@ -134,16 +136,16 @@ def limits(runs: dict[str, Checkpoint], cost: Cost, has_measured: bool) -> list[
 
 def limits_of_run(name: str, checkpoint: Checkpoint) -> Iterator[str]:
     """What a reader should know of one run."""
-    flags = dig(read_dict(folder_of(checkpoint) / RECORD), "config") or {}
-    steps = finite(flags.get("steps"))
+    record = read_dict(folder_of(checkpoint) / RECORD)
+    steps = finite(dig(record, "config", "steps"))
     if steps and checkpoint.step < steps:
         yield f"`{name}` is of step {checkpoint.step}, and its run was to have {steps:.0f} steps."
-    if flags.get("eval_every"):
+    if dig(record, "config", "eval_every"):
         yield (
             f"The held-out problems of `{name}` chose its best checkpoint, so its score on them is "
             "a little too good."
         )
-    if flags.get("accept_changes"):
+    if dig(record, "config", "accept_changes"):
         yield f"`{name}` was resumed although its base or its data had changed."
     if dig(checkpoint.state, "settings", "rewards", "model"):
         yield (

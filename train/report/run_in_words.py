@@ -107,13 +107,18 @@ def near(base: Path, run: Path) -> Path:
     return base if base.exists() else run.parent / base.name
 
 
+def short_fingerprint(fingerprint: str) -> str:
+    """The beginning of a fingerprint; with adapters there are two, of the base and of them."""
+    return "+".join(part[:12] for part in fingerprint.split("+"))
+
+
 def base_in_words(checkpoint: Checkpoint, settings: dict) -> str | None:
     """The base, with a fingerprint of its weights and its license."""
     if "base" not in settings:
         return None
     words = [f"`{settings['base']}`"]
     if parts := dig(checkpoint.state, "inputs", "base"):
-        words.append(f"weights {dict(parts)['weights'][:12]}")
+        words.append(f"weights {short_fingerprint(dict(parts)['weights'])}")
     where = near(Path(checkpoint.state["settings"]["base"]), folder_of(checkpoint))
     return ", ".join([*words, license_of(where)])
 
@@ -129,7 +134,10 @@ def data_in_words(checkpoint: Checkpoint, settings: dict) -> str | None:
     if parts == [[files[0], "by its flags"]]:
         return f"{words[0]}, a text that r1zero makes: {settings['documents']:,} documents"
     if len(parts) == len(files):
-        words = [f"{word} ({part[1][:12]})" for word, part in zip(words, parts, strict=True)]
+        words = [
+            f"{word} ({short_fingerprint(part[1])})"
+            for word, part in zip(words, parts, strict=True)
+        ]
     return ", ".join(words)
 
 

@@ -140,6 +140,12 @@ def test_the_license_is_that_of_what_the_base_was_made_from(tmp_path):
     assert facts(tmp_path, "grpo", {"base": str(open_model)})["base"] == "`open`, license not known here"
 
 
+def test_a_base_with_adapters_has_two_fingerprints(tmp_path):
+    inputs = {"base": [["weights", f"{'a' * 32}+{'b' * 32}"]]}
+    found = facts(tmp_path, "grpo", {"base": "runs/lora"}, inputs=inputs)
+    assert found["base"] == f"`lora`, weights {'a' * 12}+{'b' * 12}, license not known here"
+
+
 def test_a_base_that_was_moved_with_its_run_is_found_beside_it(tmp_path):
     make_run(tmp_path / "base", "pretrain")
     found = facts(tmp_path, "grpo", {"base": "runs/old/base"})
