@@ -219,7 +219,7 @@ def predict(setup: Setup, budget: float | None = None) -> Prediction:
     reserve = moments + critic_moments + max(gradients + activations + logprobs, visiting)
     room = float(CPU_CACHE)
     if setup.on_gpu:
-        free = budget - (weights + at_home + critic + copied) if budget else PLENTY
+        free = budget - (weights + at_home + critic + copied) if budget is not None else PLENTY
         room = gpu_cache_bytes(int(free), reserve, sampling)
     token_bytes = model.cache_bytes_per_token
     if setup.model.moe is not None:
