@@ -234,6 +234,11 @@ def gib(n_bytes: float) -> str:
     return f"{n_bytes / GIB:.1f}"
 
 
+def gib_needed(n_bytes: float) -> str:
+    """Rounded up: a card of what is said does fit."""
+    return f"{math.ceil(10 * n_bytes / GIB) / 10:.1f}"
+
+
 def parts_in_words(predicted: Prediction) -> list[str]:
     """A line for each part that is there, and the peak."""
     lines = [f"  {name:<28} {gib(size):>6} GiB" for name, size in predicted.parts.items() if size]
