@@ -21,13 +21,20 @@ from .interrupt import Stopped
 from .machine import peak_memory
 from .run import Run
 
+MOST_ROWS = 1024
+
+
+def rows_of(prompts_per_step: int, group_size: int) -> int:
+    """How many answers are sampled at one time, if there is room for them."""
+    return min(MOST_ROWS, prompts_per_step * group_size)
+
 
 def setup_of_run(config: Algorithm, policy: Transformer, longest: int) -> Setup:
     """What decides the memory of a run. longest: tokens of a prompt and its answer."""
     reference = "cpu" if config.ref_offload else "device"
     return Setup(
         model=policy.config,
-        rows=min(1024, config.prompts_per_step * config.group_size),
+        rows=rows_of(config.prompts_per_step, config.group_size),
         longest=longest,
         micro_tokens=config.micro_tokens,
         dtype=policy.compute_dtype,
@@ -107,7 +114,8 @@ def steps_measured(run: Run, predicted: Prediction, device: torch.device) -> Ite
 
 
 def compare(predicted: Prediction, device: torch.device) -> dict:
-    """{"predicted": bytes by part, "measured": the peak so far}, which is also said."""
+    """{"predicted": bytes by part, "measured": the peak so far, "device": cpu, cuda, ...}; the two
+    peaks are also said."""
     measured = peak_memory(device)
     if measured is not None:
         what = "PyTorch's tensors" if device.type == "cuda" else "the process, Python and libraries"
@@ -115,4 +123,5 @@ def compare(predicted: Prediction, device: torch.device) -> dict:
             f"memory: {predicted.peak / 1e9:.2f} GB of tensors were predicted; the peak of {what} "
             f"was {measured / 1e9:.2f} GB"
         )
-    return {"predicted": predicted.parts | {"peak": predicted.peak}, "measured": measured}
+    sizes = predicted.parts | {"peak": predicted.peak}
+    return {"predicted": sizes, "measured": measured, "device": device.type}

@@ -29,6 +29,7 @@ from ...model.memory import Setup
 from ...model.peft_folder import folder_of_base, is_peft
 from ...model.precision import DTYPES
 from ...model.transformer import count_active_parameters, count_parameters
+from ..memory_check import rows_of
 from ..planning import (
     CARDS,
     GIB,
@@ -146,7 +147,7 @@ def setup_of(config: PlanConfig, shape: ModelConfig, name: str = "the model") ->
         )
     return Setup(
         model=shape,
-        rows=min(1024, config.prompts_per_step * config.group_size),
+        rows=rows_of(config.prompts_per_step, config.group_size),
         longest=longest,
         dtype=DTYPES[config.dtype],
         lora=LoRAConfig(config.lora_rank),
@@ -263,6 +264,7 @@ def look_back(folder: Path) -> list[str]:
     measured = memory.get("measured")
     if measured is None:
         return ["predicted, of tensors:", *lines, "measured: not yet, the run has not ended"]
-    on_gpu = (record.get("machine") or {}).get("gpu")
-    what = "PyTorch's tensors" if on_gpu else "the process, with Python and its libraries"
+    what = "the process, with Python and its libraries"
+    if memory.get("device") == "cuda":
+        what = "PyTorch's tensors"
     return ["predicted, of tensors:", *lines, f"measured peak of {what}: {measured / GIB:.3f} GiB"]

@@ -159,6 +159,10 @@ def test_a_run_keeps_what_was_predicted_and_what_it_took(tmp_path, capsys, monke
     assert memory["predicted"]["weights"] == 4 * 26_848 and memory["measured"] > memory["predicted"]["peak"]
     code, out, _ = printed(capsys, "--run", str(tmp_path / "run"))
     assert code == 0 and "gradients" in out and "engine's copy" not in out
+    assert memory["device"] == "cpu" and "measured peak of the process" in out  # whatever GPU there is
+    record = {"machine": {"gpu": None}, "memory": memory | {"device": "cuda"}}
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    assert "measured peak of PyTorch's tensors" in printed(capsys, "--run", str(tmp_path / "run"))[1]
     assert "measured peak of the process, with Python and its libraries: " in out
     (tmp_path / "run/run.json").write_text("{}")
     code, _, error = printed(capsys, "--run", str(tmp_path / "run"))
