@@ -82,12 +82,14 @@ def try_longest_batch(learner: Learner, config: Algorithm, longest: int) -> None
     except torch.OutOfMemoryError as error:
         n_tokens = max(config.micro_tokens, longest)
         parts = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in predicted.parts.items())
+        helps = "--recompute, --ref-offload, --optim.moments bf16 or --lora.rank"
+        if config.lora.rank:  # the reference shares the weights, and the moments are small
+            helps = "--recompute or a smaller --lora.rank"
         raise BatchTooLargeError(
             f"a micro-batch of {n_tokens} tokens does not fit, which is the largest that can come. "
             f"Memory ended at {doing}. Predicted were {parts}: that part came out "
             "larger, or another process has a part of the GPU. Give a smaller --micro-tokens, "
-            "--recompute, --ref-offload, --optim.moments bf16 or --lora.rank; `r1zero plan` says "
-            "what each would save"
+            f"{helps}; `r1zero plan` says what each would save"
         ) from error
     finally:
         policy.zero_grad(set_to_none=True)

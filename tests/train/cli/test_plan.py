@@ -239,5 +239,12 @@ def test_a_batch_that_does_not_fit_names_the_part_and_what_would_help(tmp_path, 
         try_longest_batch(learner, config, 30)
     code, message = explain(failure.value, config)
     assert code == 1 and message.startswith("out of memory: a micro-batch of 40 tokens does not fit")
-    assert message.endswith("`r1zero plan` says what each would save")
+    assert message.endswith("--lora.rank; `r1zero plan` says what each would save")
     assert all(p.grad is None for p in learner.policy.parameters())
+
+
+def test_a_run_with_adapters_is_told_no_flag_that_it_refuses(tmp_path):
+    learner, config = learner_on(tmp_path, {}, lora=LoRAConfig(2))
+    learner.policy.blocks[1].register_forward_pre_hook(full)
+    with fails(BatchTooLargeError, "a smaller --micro-tokens, --recompute or a smaller --lora.rank;"):
+        try_longest_batch(learner, config, 30)
