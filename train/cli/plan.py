@@ -9,7 +9,7 @@ Nothing is loaded: config.json says the shape. What is predicted of memory is he
 PyTorch allocates (benchmarks/memory_predicted.py); what is predicted of time comes from published
 numbers.
 
-A plan is for GPUs: in 16 bit a CPU keeps 1.5 to 2.5 times the activations.
+A plan is for GPUs: in 16 bit a CPU keeps copies in fp32, which take more.
 
 Left out: SFT and pretraining, whose batches are smaller; PPO's critic.
 """
