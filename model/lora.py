@@ -56,8 +56,11 @@ class LoRAConfig:
         """Raises ValueError for values out of range."""
         if self.rank < 0:
             raise ValueError(f"--lora.rank is {self.rank}, expected 1 or more, or 0 for no LoRA")
-        if self.rank == 0 and (self.layers != "all" or self.rslora):
-            raise ValueError("--lora.layers and --lora.rslora need --lora.rank, 1 or more")
+        others = (self.alpha, self.layers, self.rslora)
+        if self.rank == 0 and others != (LoRAConfig.alpha, LoRAConfig.layers, LoRAConfig.rslora):
+            raise ValueError(
+                "--lora.alpha, --lora.layers and --lora.rslora need --lora.rank, 1 or more"
+            )
         if not 0 < self.alpha < float("inf"):
             raise ValueError(f"--lora.alpha is {self.alpha}, expected a number above 0")
         if self.layers not in LAYERS:

@@ -10,7 +10,7 @@ micro-batch keeps for its backward pass. The peak is that of the larger phase.
 All is counted on a model without memory (the meta device), whose layers know what they keep. So no
 formula here knows an architecture. What a GPU's kernels and a CPU's keep differs little in fp32:
 python -m benchmarks.memory_predicted holds either against its tensors. In 16 bit it is the GPU's: a
-CPU has no compiled loops there, and keeps fp32 copies, 1.5 to 2.5 times as much.
+CPU has no compiled loops there, and keeps fp32 copies, which take more.
 
 Left out: the driver's own memory and gaps between tensors (`usable` allows for both), and the
 logits of `generate` with filters, which sort.
@@ -219,7 +219,7 @@ def predict(setup: Setup, budget: float | None = None) -> Prediction:
     reserve = moments + critic_moments + max(gradients + activations + logprobs, visiting)
     room = float(CPU_CACHE)
     if setup.on_gpu:
-        free = budget - (weights + at_home + critic + copied) if budget else PLENTY
+        free = budget - (weights + at_home + critic + copied) if budget is not None else PLENTY
         room = gpu_cache_bytes(int(free), reserve, sampling)
     token_bytes = model.cache_bytes_per_token
     if setup.model.moe is not None:

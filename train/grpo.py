@@ -411,13 +411,13 @@ def make_engine(config: GRPOConfig, task: Task, policy, tokenizer) -> Engine:
     few = task.problems("train", config.prompts_per_step)
     longest = longest_prompt(config, task, tokenizer, few) + config.max_new_tokens
     # And leave room for what the first update makes (model/memory.py).
-    reserve = predict(setup_of_run(config, policy, longest)).reserve
+    setup = setup_of_run(config, policy, longest)
     return Engine(
         policy,
         tokenizer,
-        max_rows=min(1024, config.prompts_per_step * config.group_size),
+        max_rows=setup.rows,
         longest=longest,
-        reserve=reserve,
+        reserve=predict(setup).reserve,
         keep_routes=config.routing_replay,
     )
 

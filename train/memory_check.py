@@ -21,13 +21,20 @@ from .interrupt import Stopped
 from .machine import peak_memory
 from .run import Run
 
+MOST_ROWS = 1024
+
+
+def rows_of(prompts_per_step: int, group_size: int) -> int:
+    """How many answers are sampled at one time, if there is room for them."""
+    return min(MOST_ROWS, prompts_per_step * group_size)
+
 
 def setup_of_run(config: Algorithm, policy: Transformer, longest: int) -> Setup:
     """What decides the memory of a run. longest: tokens of a prompt and its answer."""
     reference = "cpu" if config.ref_offload else "device"
     return Setup(
         model=policy.config,
-        rows=min(1024, config.prompts_per_step * config.group_size),
+        rows=rows_of(config.prompts_per_step, config.group_size),
         longest=longest,
         micro_tokens=config.micro_tokens,
         dtype=policy.compute_dtype,
@@ -75,12 +82,14 @@ def try_longest_batch(learner: Learner, config: Algorithm, longest: int) -> None
     except torch.OutOfMemoryError as error:
         n_tokens = max(config.micro_tokens, longest)
         parts = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in predicted.parts.items())
+        helps = "--recompute, --ref-offload, --optim.moments bf16 or --lora.rank"
+        if config.lora.rank:  # the reference shares the weights, and the moments are small
+            helps = "--recompute or a smaller --lora.rank"
         raise BatchTooLargeError(
             f"a micro-batch of {n_tokens} tokens does not fit, which is the largest that can come. "
             f"Memory ended at {doing}. Predicted were {parts}: that part came out "
             "larger, or another process has a part of the GPU. Give a smaller --micro-tokens, "
-            "--recompute, --ref-offload, --optim.moments bf16 or --lora.rank; `r1zero plan` says "
-            "what each would save"
+            f"{helps}; `r1zero plan` says what each would save"
         ) from error
     finally:
         policy.zero_grad(set_to_none=True)
@@ -107,7 +116,8 @@ def steps_measured(run: Run, predicted: Prediction, device: torch.device) -> Ite
 
 
 def compare(predicted: Prediction, device: torch.device) -> dict:
-    """{"predicted": bytes by part, "measured": the peak so far}, which is also said."""
+    """{"predicted": bytes by part, "measured": the peak so far, "device": cpu, cuda, ...}; the two
+    peaks are also said."""
     measured = peak_memory(device)
     if measured is not None:
         what = "PyTorch's tensors" if device.type == "cuda" else "the process, Python and libraries"
@@ -115,4 +125,5 @@ def compare(predicted: Prediction, device: torch.device) -> dict:
             f"memory: {predicted.peak / 1e9:.2f} GB of tensors were predicted; the peak of {what} "
             f"was {measured / 1e9:.2f} GB"
         )
-    return {"predicted": predicted.parts | {"peak": predicted.peak}, "measured": measured}
+    sizes = predicted.parts | {"peak": predicted.peak}
+    return {"predicted": sizes, "measured": measured, "device": device.type}

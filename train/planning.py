@@ -27,7 +27,7 @@ class Card:
     """What its maker publishes of a GPU: dense 16-bit products with sums in fp32, and memory."""
 
     memory: int
-    """GiB."""
+    """GiB that a program can have: of l4, a10g, a40 and l40s, error correction takes a twelfth."""
     tflops: float
     terabytes_per_second: float
 
@@ -39,10 +39,10 @@ CARDS = {
     "rtx-4080": Card(16, 97, 0.72),
     "rtx-4090": Card(24, 165, 1.01),
     "rtx-5090": Card(32, 209, 1.79),
-    "l4": Card(24, 121, 0.30),
-    "a10g": Card(24, 70, 0.60),
-    "a40": Card(48, 150, 0.70),
-    "l40s": Card(48, 362, 0.86),
+    "l4": Card(22, 121, 0.30),
+    "a10g": Card(22, 70, 0.60),
+    "a40": Card(44, 150, 0.70),
+    "l40s": Card(44, 362, 0.86),
     "a100": Card(80, 312, 2.04),
     "h100": Card(80, 989, 3.35),
     "h200": Card(141, 989, 4.80),
@@ -232,6 +232,11 @@ def seconds_per_step(choice: Choice, work: Work, card: Card) -> tuple[float, flo
 
 def gib(n_bytes: float) -> str:
     return f"{n_bytes / GIB:.1f}"
+
+
+def gib_needed(n_bytes: float) -> str:
+    """Rounded up: a card of what is said does fit."""
+    return f"{math.ceil(10 * n_bytes / GIB) / 10:.1f}"
 
 
 def parts_in_words(predicted: Prediction) -> list[str]:

@@ -223,6 +223,7 @@ def test_a_critic_has_adapters_of_its_own_over_the_same_weights():
 
 @pytest.mark.parametrize("options, told", [
     (dict(rank=-1), "--lora.rank is -1, expected 1 or more"),
+    (dict(alpha=16.0), "--lora.alpha, --lora.layers and --lora.rslora need --lora.rank"),
     (dict(rank=1, alpha=0.0), "--lora.alpha is 0.0, expected a number above 0"),
     (dict(rank=1, alpha=math.nan), "--lora.alpha is nan"),
     (dict(rank=1, layers="head"), "--lora.layers is 'head', expected all, attention, mlp"),

@@ -150,6 +150,7 @@ def export_adapters(config: ExportConfig) -> None:
     show(f"written: {config.out}, adapters of {name}")
     if Path(name).is_dir() and not is_huggingface(name):
         show(
-            f"peft and vLLM cannot read that base; export it (r1zero export --run {name}), and "
-            "name the new folder under base_model_name_or_path in adapter_config.json"
+            f"peft and vLLM cannot read that base; export it (r1zero export --run {name} "
+            "--out DIR), and name the new folder under base_model_name_or_path in "
+            "adapter_config.json"
         )

@@ -9,13 +9,16 @@ Nothing is loaded: config.json says the shape. What is predicted of memory is he
 PyTorch allocates (benchmarks/memory_predicted.py); what is predicted of time comes from published
 numbers.
 
-A plan is for GPUs: in 16 bit a CPU keeps 1.5 to 2.5 times the activations.
+A plan is for GPUs: in 16 bit a CPU keeps copies in fp32, which take more.
 
-Left out: SFT and pretraining, whose batches are smaller.
+Left out: SFT and pretraining, whose batches are smaller; PPO's critic.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from ...eval.console import show
 from ...model.checkpoint import load_checkpoint
@@ -26,6 +29,7 @@ from ...model.memory import Setup
 from ...model.peft_folder import folder_of_base, is_peft
 from ...model.precision import DTYPES
 from ...model.transformer import count_active_parameters, count_parameters
+from ..memory_check import rows_of
 from ..planning import (
     CARDS,
     GIB,
@@ -36,6 +40,7 @@ from ..planning import (
     Work,
     choose,
     gib,
+    gib_needed,
     parts_in_words,
     seconds_per_step,
     setting_in_words,
@@ -78,7 +83,7 @@ class PlanConfig:
     """Maximum number of new tokens per answer."""
     dtype: str = "bf16"
     """Dtype to compute in: fp32, bf16 or fp16."""
-    lora_rank: int = 0
+    lora_rank: Annotated[int, tyro.conf.arg(name="lora.rank")] = 0
     """Rank of LoRA; 0 takes it only where all weights do not fit."""
     kl: bool = True
     """Plan for a reference, which the KL is measured to."""
@@ -86,12 +91,20 @@ class PlanConfig:
     def __post_init__(self):
         at_least(self, 1, "steps", "prompts_per_step", "group_size", "prompt_tokens")
         at_least(self, 1, "max_new_tokens")
-        at_least(self, 0, "price", "lora_rank")
+        at_least(self, 0, "price")
+        LoRAConfig(self.lora_rank)  # checks the rank
+        if self.memory is not None:
+            at_least(self, 0, "memory")
         given = [f"--{name}" for name in ("base", "model", "run") if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(
                 f"{' and '.join(given)} were given; give one: the folder of a model, the name of a "
                 "preset, or the folder of a run to look back at"
+            )
+        if self.run and (self.memory is not None or self.gpu):
+            raise ValueError(
+                "--run shows what was predicted of that run and measured, on no other card; leave "
+                "out --memory and --gpu, or give --base instead of --run"
             )
         if not given and (self.memory is not None or self.gpu):
             raise ValueError(
@@ -111,7 +124,10 @@ def shape_of(config: PlanConfig) -> ModelConfig:
     if config.model.lower() in BY_NAME:
         return BY_NAME[config.model.lower()]
     if config.model:
-        return preset(config.model, VOCABULARY)
+        try:
+            return preset(config.model, VOCABULARY)
+        except ValueError as error:
+            raise ValueError(f"{error}; of the recipes' models {', '.join(BY_NAME)}") from None
     base = folder_of_base(config.base) if is_peft(config.base) else config.base
     if is_huggingface(base):
         return read_config(base)
@@ -121,17 +137,17 @@ def shape_of(config: PlanConfig) -> ModelConfig:
     return ModelConfig(**state["model_config"])
 
 
-def setup_of(config: PlanConfig, shape: ModelConfig) -> Setup:
+def setup_of(config: PlanConfig, shape: ModelConfig, name: str = "the model") -> Setup:
     """What decides the memory, as the flags say it. Raises ValueError for what has no room."""
     longest = config.prompt_tokens + config.max_new_tokens
     if longest > shape.max_seq_len:
         raise ValueError(
             f"--prompt-tokens {config.prompt_tokens} and --max-new-tokens {config.max_new_tokens} "
-            f"are {longest} tokens, and the model has room for {shape.max_seq_len}; give fewer"
+            f"are {longest} tokens, and {name} has room for {shape.max_seq_len}; give fewer"
         )
     return Setup(
         model=shape,
-        rows=min(1024, config.prompts_per_step * config.group_size),
+        rows=rows_of(config.prompts_per_step, config.group_size),
         longest=longest,
         dtype=DTYPES[config.dtype],
         lora=LoRAConfig(config.lora_rank),
@@ -152,15 +168,13 @@ def plan(config: PlanConfig) -> None:
     active = ""
     if shape.moe:
         active = f", {count_active_parameters(shape):,} of them active per token"
-    show(f"{count_parameters(shape):,} parameters{active}; all that follows is predicted")
     card = CARDS.get(config.gpu)
     memory = config.memory
     if memory is None and card:
         memory = card.memory
-    if memory is not None:
-        show("\n".join(plan_for(config, setup, memory, card)))
-    else:
-        show("\n".join(table_of(setup)))
+    lines = table_of(setup) if memory is None else plan_for(config, setup, memory, card)
+    show(f"{count_parameters(shape):,} parameters{active}; all that follows is predicted")
+    show("\n".join(lines))
 
 
 def plan_for(config: PlanConfig, setup: Setup, memory: float, card: Card | None) -> list[str]:
@@ -168,10 +182,11 @@ def plan_for(config: PlanConfig, setup: Setup, memory: float, card: Card | None)
     choice = choose(setup, memory * GIB) if memory >= LEAST_MEMORY else None
     if choice is None:
         least, needed = smallest(setup)
+        more = gib_needed(needed - memory * GIB)
         raise ValueError(
             f"it does not fit {memory:g} GiB at any setting; the least is {setting_in_words(least)}"
-            f", which needs a card of {gib(needed)} GiB, {gib(needed - memory * GIB)} more. Fewer "
-            "--max-new-tokens need less"
+            f", which needs a card of {gib_needed(needed)} GiB, {more} more. Fewer "
+            "--max-new-tokens or a smaller model need less"
         )
     sizes = (
         f"--prompts-per-step {config.prompts_per_step} --group-size {config.group_size} "
@@ -181,7 +196,7 @@ def plan_for(config: PlanConfig, setup: Setup, memory: float, card: Card | None)
     lines += parts_in_words(choice.predicted)
     lines.append(f"  {choice.rows} of {setup.rows} answers are sampled at one time")
     if choice.setup.lora.rank and not config.lora_rank:
-        full = gib(smallest_full(setup))
+        full = gib_needed(smallest_full(setup))
         lines.append(f"  all weights fit from {full} GiB on, with two answers at one time")
     if card:
         lines += time_in_words(config, choice, card)
@@ -212,7 +227,7 @@ def table_of(setup: Setup) -> list[str]:
         choice = choose(setup, memory * GIB)
         if choice is None:
             _, needed = smallest(setup)
-            lines.append(f"| {memory} GiB | does not fit: needs {gib(needed)} GiB | | | |")
+            lines.append(f"| {memory} GiB | does not fit: needs {gib_needed(needed)} GiB | | | |")
             continue
         predicted = choice.predicted
         lines.append(
@@ -227,7 +242,7 @@ def table_of_recipes(config: PlanConfig) -> list[str]:
     head = ["model", "parameters", *(f"{memory} GiB" for memory in MEMORIES)]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, shape in SHAPES.items():
-        setup = setup_of(config, shape)
+        setup = setup_of(config, shape, name)
         choices = [choose(setup, memory * GIB) for memory in MEMORIES]
         cells = ["–" if choice is None else setting_in_words(choice.setup) for choice in choices]
         lines.append(f"| {name} | {count_parameters(shape) / 1e9:.2f} B | {' | '.join(cells)} |")
@@ -249,6 +264,7 @@ def look_back(folder: Path) -> list[str]:
     measured = memory.get("measured")
     if measured is None:
         return ["predicted, of tensors:", *lines, "measured: not yet, the run has not ended"]
-    on_gpu = (record.get("machine") or {}).get("gpu")
-    what = "PyTorch's tensors" if on_gpu else "the process, with Python and its libraries"
+    what = "the process, with Python and its libraries"
+    if memory.get("device") == "cuda":
+        what = "PyTorch's tensors"
     return ["predicted, of tensors:", *lines, f"measured peak of {what}: {measured / GIB:.3f} GiB"]

@@ -44,7 +44,7 @@ from ..compute_flags import ComputeFlags
 from ..grpo import GRPOConfig, check_room, grpo, grpo_config
 from ..machine import describe_machine, pick_device, reuse_memory
 from ..memory_check import setup_of_run
-from ..planning import LORA_RANK, SHAPES, gib
+from ..planning import LORA_RANK, SHAPES, gib, gib_needed
 from ..run import at_least, check_folder_name
 from ..task_flags import TaskFlags
 from .demo import PartResults, check_not_begun, check_part, run_part
@@ -265,11 +265,11 @@ def predicted(config: OpenModelConfig) -> str:
     setup = setup_of_recipe(config)
     # With a cache for all answers at one time, and on the smallest card, which has one for two.
     peak, card = predict(setup).peak, smallest_card(setup)
-    words = f"{gib(peak)} GiB; the smallest card has {gib(card)} GiB"
+    words = f"{gib(peak)} GiB; the smallest card has {gib_needed(card)} GiB"
     if config.lora.rank:
         return words
     least = smallest_card(setup_of_recipe(replace(config, **SMALLEST)))
-    return f"{words}, or {gib(least)} GiB with --lora.rank {LORA_RANK} --recompute"
+    return f"{words}, or {gib_needed(least)} GiB with --lora.rank {LORA_RANK} --recompute"
 
 
 def in_words(config: OpenModelConfig) -> str:

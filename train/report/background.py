@@ -113,7 +113,7 @@ def spent(record: dict, seeds: list[Seed]) -> str:
     )
 
 
-def memory(record: dict, seeds: list[Seed]) -> str:
+def memory(seeds: list[Seed]) -> str:
     """What R1-Zero was predicted to take, part by part, and what it took; empty without a plan."""
     plans = [read_dict(seed.folder / "rl" / "run.json").get("memory") for seed in seeds]
     predicted = [dig(plan, "predicted") for plan in plans]
@@ -126,7 +126,7 @@ def memory(record: dict, seeds: list[Seed]) -> str:
 
     # 2. Beside it, what was measured at the end.
     rows.append(["peak, measured", *(megabytes(dig(plan, "measured")) for plan in plans)])
-    on_gpu = dig(record, "machine", "gpu")
+    on_gpu = any(dig(plan, "device") == "cuda" for plan in plans)
     what = "PyTorch’s tensors" if on_gpu else "the whole process, with Python and its libraries"
     return section(
         "Memory of R1-Zero",

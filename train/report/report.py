@@ -56,7 +56,7 @@ def write_report(
         about_the_loss(first),
         settings(record),
         spent(record, seeds),
-        memory(record, seeds),
+        memory(seeds),
         how_to_go_on(record, first),
     ]
     path = folder / "report.html"

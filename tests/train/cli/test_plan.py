@@ -1,5 +1,6 @@
 """`r1zero plan`: what fits a card, what would make it fit, and what a run took."""
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -97,10 +98,14 @@ def test_a_table_for_all_cards_and_a_plan_for_one(capsys):
     (["--model", "qwen2.5-1.5b", "--memory", "4"], "does not fit 4 GiB at any setting; the least is LoRA 16, "
                                                     "recompute, which needs a card of 7.7 GiB, 3.7 more"),
     (["--model", "qwen2.5-1.5b", "--memory", "0"], "it does not fit 0 GiB at any setting; the least is"),
-    (["--model", "qwen2.5-1.5b", "--memory", "-3"], "which needs a card of 7.7 GiB, 10.7 more"),
+    (["--model", "qwen2.5-1.5b", "--memory", "-3"], "--memory is -3.0, expected 0 or more"),
     (["--model", "qwen2.5-1.5b", "--price", "2"], "--price needs --gpu"),
     (["--run", "nowhere"], "--run nowhere does not exist"),
+    (["--run", "nowhere", "--memory", "8"], "leave out --memory and --gpu"),
     (["--model", "qwen9"], "unknown model preset 'qwen9'"),
+    (["--model", "qwen9"], "depth=N; of the recipes' models smollm2-360m, "),
+    (["--model", "demo", "--lora.rank", "-1"], "--lora.rank is -1, expected 1 or more, or 0 for no LoRA"),
+    (["--max-new-tokens", "5000"], "are 5256 tokens, and OLMo-2-1B has room for 4096; give fewer"),
     (["--gpu", "tpu", "--model", "demo"], "--gpu is 'tpu', expected one of rtx-3060"),
     (["--memory", "8"], "need a model; give --base DIR or --model NAME"),
     (["--base", "a", "--model", "demo"], "--base and --model were given; give one"),
@@ -110,7 +115,23 @@ def test_a_table_for_all_cards_and_a_plan_for_one(capsys):
 def test_what_cannot_be_planned_is_told_in_one_line(capsys, tmp_path, monkeypatch, words, told):
     monkeypatch.chdir(tmp_path)
     code, out, error = printed(capsys, *words)
-    assert code == 2 and told in error and len(error.splitlines()) == 1 and "|" not in out
+    assert code == 2 and told in error and len(error.splitlines()) == 1 and not out
+
+
+def test_a_card_of_the_size_that_is_told_fits(capsys):
+    for model in ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b"):
+        error = printed(capsys, "--model", model, "--memory", "1")[2]
+        told = re.search(r"needs a card of (\S+) GiB", error)[1]
+        code, out, _ = printed(capsys, "--model", model, "--memory", told, "--lora.rank", "16")
+        assert code == 0 and f"{told} GiB: LoRA 16, recompute" in out
+
+
+def test_a_cards_memory_leaves_room_beside_what_pytorch_finds_there():
+    """The capacities are those in PyTorch's messages; error correction takes a part of some."""
+    found = {"l4": 22.05, "a10g": 22.05, "a40": 44.4, "l40s": 44.4, "rtx-4090": 23.6,
+             "a100": 79.1, "h200": 139.7}
+    for name, capacity in found.items():
+        assert 0.85 * capacity < usable(CARDS[name].memory * G) / G < capacity - 0.4
 
 
 def test_the_table_of_the_recipes_models_is_that_of_the_readme(capsys):
@@ -138,6 +159,10 @@ def test_a_run_keeps_what_was_predicted_and_what_it_took(tmp_path, capsys, monke
     assert memory["predicted"]["weights"] == 4 * 26_848 and memory["measured"] > memory["predicted"]["peak"]
     code, out, _ = printed(capsys, "--run", str(tmp_path / "run"))
     assert code == 0 and "gradients" in out and "engine's copy" not in out
+    assert memory["device"] == "cpu" and "measured peak of the process" in out  # whatever GPU there is
+    record = {"machine": {"gpu": None}, "memory": memory | {"device": "cuda"}}
+    (tmp_path / "run/run.json").write_text(json.dumps(record))
+    assert "measured peak of PyTorch's tensors" in printed(capsys, "--run", str(tmp_path / "run"))[1]
     assert "measured peak of the process, with Python and its libraries: " in out
     (tmp_path / "run/run.json").write_text("{}")
     code, _, error = printed(capsys, "--run", str(tmp_path / "run"))
@@ -214,5 +239,12 @@ def test_a_batch_that_does_not_fit_names_the_part_and_what_would_help(tmp_path, 
         try_longest_batch(learner, config, 30)
     code, message = explain(failure.value, config)
     assert code == 1 and message.startswith("out of memory: a micro-batch of 40 tokens does not fit")
-    assert message.endswith("`r1zero plan` says what each would save")
+    assert message.endswith("--lora.rank; `r1zero plan` says what each would save")
     assert all(p.grad is None for p in learner.policy.parameters())
+
+
+def test_a_run_with_adapters_is_told_no_flag_that_it_refuses(tmp_path):
+    learner, config = learner_on(tmp_path, {}, lora=LoRAConfig(2))
+    learner.policy.blocks[1].register_forward_pre_hook(full)
+    with fails(BatchTooLargeError, "a smaller --micro-tokens, --recompute or a smaller --lora.rank;"):
+        try_longest_batch(learner, config, 30)

@@ -221,6 +221,8 @@ def test_what_was_predicted_of_memory_stands_beside_what_was_measured(demo):
                 "<td>peak, measured</td><td>456.7</td>", "<td>&lt;i&gt;</td><td>1.0</td>"):
         assert row in text, row
     assert "critic" not in text and "of the whole process, with Python" in text
+    path.write_text(json.dumps({"memory": {"predicted": predicted, "measured": 1, "device": "cuda"}}))
+    assert "measured at the end, of PyTorch’s tensors" in report(demo)
     for torn, shown in (({"predicted": {"weights": "x"}}, "<td>weights</td><td>–</td>"), (3, "Machine")):
         path.write_text(json.dumps({"memory": torn}))
         assert shown in report(demo)
