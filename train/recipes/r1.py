@@ -373,8 +373,9 @@ class Results(PartResults):
         return self.values["stages"]
 
     def is_measured(self, name: str, steps: int) -> bool:
-        """Whether a stage was measured at this number of steps."""
-        return self.stages.get(name, {}).get("steps") == steps
+        """Whether a stage was measured at this number of steps, and its samples are there."""
+        has_samples = samples_path(self.path.parent, name).exists()
+        return has_samples and self.stages.get(name, {}).get("steps") == steps
 
 
 def samples_path(folder: Path, name: str) -> Path:
@@ -456,11 +457,12 @@ def r1(config: R1Config) -> Path:
             continue
         steps = stage.config.steps
         if not results.is_measured(stage.name, steps):
+            began = time.perf_counter()
             results.stages[stage.name] = {
                 "steps": steps,
                 **measure_stage(config, folder, stage.name),
             }
-            results.write()
+            results.add_seconds(f"eval_{stage.name}", time.perf_counter() - began)
 
     seconds = time.perf_counter() - started
     report = write_report(folder)

@@ -34,7 +34,7 @@ def finished(tmp_path_factory):
 @pytest.mark.slow
 def test_every_stage_is_made_and_every_model_is_measured_on_the_same_problems(finished):
     results = json.loads((finished / "results.json").read_text())
-    assert list(results["seconds"]) == STAGES
+    assert [name for name in results["seconds"] if not name.startswith("eval_")] == STAGES
     models = [name for name in STAGES if name not in ("cold_data", "chosen", "rankings", "reward")]
     assert list(results["stages"]) == models
     prompts = []
