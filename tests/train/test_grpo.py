@@ -98,7 +98,7 @@ def test_grpo_says_what_a_step_needs(tmp_path, monkeypatch):
     c = grpo_config(tmp_path / "run", save_base(tmp_path / "base"), steps=1, save_every=1)
     policy = grpo_module.grpo(c)
     weights = sum(p.numel() for p in policy.parameters())
-    activations = policy.activation_bytes(max(c.micro_tokens, asked["longest"]))
+    activations = policy.saved_bytes(max(c.micro_tokens, asked["longest"]))
     least = 12 * weights + activations
     head = 4 * policy.embed.numel() + 4096 * 4 * c.micro_tokens  # its gradient, and a CPU's slice of logits
     assert 13 * weights < least < asked["reserve"] <= least + head

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -94,8 +95,11 @@ def test_each_command_is_where_the_table_says_and_has_help_for_every_flag(comman
     assert callable(getattr(module, entry.function))
     config = getattr(module, entry.config)
     assert config.__dataclass_params__.frozen
+    hints = get_type_hints(config, include_extras=True)
     for field in dataclasses.fields(config):
-        flag = "--break" if field.name == "mistake" else f"--{field.name.replace('_', '-')}"
+        # A field may name its flag itself, as `mistake` does --break.
+        named = [each.name for each in getattr(hints[field.name], "__metadata__", ()) if each.name]
+        flag = f"--{named[0] if named else field.name.replace('_', '-')}"
         assert f"{flag} " in text or f"{flag}," in text or f"{flag}." in text, flag
 
 
