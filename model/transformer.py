@@ -294,11 +294,6 @@ class Transformer(nn.Module):
         its weight that it has cast."""
         return sum(p.numel() for p in block.parameters() if p.dtype != self.compute_dtype)
 
-    def activation_bytes(self, n_tokens: int) -> int:
-        """The most bytes that forward and backward of so many tokens take beside the weights and
-        their gradients: an estimate."""
-        return self.saved_bytes(n_tokens) + max(self.workspaces(n_tokens))
-
     def workspaces(self, n_tokens: int) -> tuple[int, int]:
         """Bytes that the backward pass works with, beside what is kept: (in a layer, in the
         head)."""
