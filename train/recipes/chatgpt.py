@@ -50,6 +50,7 @@ N_DEMONSTRATIONS = 1000
 CAREFUL = CorpusConfig(persistent_share=0.3, broken_share=0.0)
 MAX_NEW_TOKENS = 144
 POINTS = 8  # checkpoints of PPO that are measured
+FEW_STEPS = 20  # of the reward model of a few rankings: more than ten epochs of the default
 FREE = ("run", "resume", "base", "device")  # flags that may change on resume
 DEMONSTRATIONS, RANKING, MEASURING = 1, 2, 3  # what beside the seed tells random numbers apart
 
@@ -86,9 +87,9 @@ class ChatGPTConfig:
     """Number of PPO steps, of 16 problems x 16 answers each."""
     kl: float = 0.02
     """Weight of the KL to the fine-tuned model in PPO's reward."""
-    few: int = 64
-    """Number of rankings that the reward model of the unbridled PPO learns from; 0 leaves that PPO
-    out."""
+    few: int = 32
+    """Number of rankings that the reward model of the unbridled PPO learns from, of which a quarter
+    is held out; 0 leaves that PPO out."""
     eval_problems: int = 256
     """Number of held-out problems to measure on, with two answers each."""
     device: str = "auto"
@@ -142,14 +143,13 @@ def sft_config(config: ChatGPTConfig, folder: Path) -> SFTConfig:
 
 
 def rm_config(config: ChatGPTConfig, folder: Path, name: str) -> RewardModelConfig:
-    """The reward model "rm" of all rankings, or "rm_few" of a few, with as many epochs."""
+    """The reward model "rm" of all rankings, or "rm_few" of a few, gone over again and again."""
     is_few = name == "rm_few"
-    share = min(1.0, config.few / config.rankings) if is_few else 1.0
     return RewardModelConfig(
         run=str(folder / name),
         base=str(folder / "sft"),
         data=str(folder / ("few_rankings.jsonl" if is_few else "rankings.jsonl")),
-        steps=max(5, round(share * config.rm_steps)),
+        steps=min(FEW_STEPS, config.rm_steps) if is_few else config.rm_steps,
         held_out=0.25 if is_few else 0.1,
         noise=config.noise,
         seed=config.seed,

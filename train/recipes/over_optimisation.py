@@ -99,9 +99,8 @@ class Judge:
         return {
             "kl": float(kl_N.mean()),
             "hidden": list(mean_of(liked_PS.mean(1))),
-            "proxy": {
-                judge: list(mean_of(scores_PS.mean(1))) for judge, scores_PS in scores.items()
-            },
+            "proxy": {judge: list(mean_of(one.mean(1))) for judge, one in scores.items()},
+            "spread": {judge: float(one.std()) for judge, one in scores.items()},
             **answers_in_numbers(self.task, sampled),
             "liked": liked_PS.tolist(),
         }
@@ -186,22 +185,46 @@ def distance(point: dict) -> float:
     return math.sqrt(max(0.0, point["kl"]))
 
 
+def in_spreads(start: dict, judge: str, scores: list[float]) -> list[float]:
+    """Scores as standard deviations above the mean of the fine-tuned model's answers, since the
+    scores of two reward models have no common unit. start: the point of the fine-tuned model."""
+    mean = start["proxy"][judge][0]
+    spread = start["spread"][judge] or 1.0  # scores that are all alike
+    return [(score - mean) / spread for score in scores]
+
+
+def panel_of(title: str, y_label: str, curves: list[tuple[str, str, list]]) -> Panel:
+    """Values over the distance from the fine-tuned model. curves: (label, colour, points), each
+    point a distance and a value with its interval, which is shown of the last one."""
+    lines, marks = [], []
+    for label, colour, points in curves:
+        at = [x for x, _ in points]
+        lines.append(Line(label, colour, at, [value for _, (value, _, _) in points], False))
+        value, low, high = points[-1][1]
+        marks.append(Mark(label, colour, at[-1], value, (low, high)))
+    x_label = "square root of the KL to the fine-tuned model"
+    return Panel(title, y_label, lines, marks, x_label=x_label, from_zero=False)
+
+
 def plot_distance(arms: Arms, values: dict, path: Path) -> Path:
     """Two panels over the distance from the fine-tuned model: score, and hidden preference."""
-    panels = []
-    for what, title in (("proxy", "Score of the reward model"), ("hidden", "Hidden preference")):
-        lines, marks = [], []
-        for judge, ppo in arms:
-            label, colour = CURVES[judge]
-            points = [*values["points"]["sft"], *values["points"][ppo]]
-            found = [p["proxy"][judge] if what == "proxy" else p["hidden"] for p in points]
-            at = [distance(point) for point in points]
-            lines.append(Line(label, colour, at, [mean for mean, _, _ in found], False))
-            last, *ends = found[-1]
-            marks.append(Mark(label, colour, at[-1], last, tuple(ends)))
-        best = [row for row in values["best_of"] if row["judge"] == arms[0][0]]
-        at, of_best = [distance(row) for row in best], [row[what][0] for row in best]
-        lines.append(Line("best of n, fine-tuned", BASE, at, of_best, False))
-        x_label = "square root of the KL to the fine-tuned model"
-        panels.append(Panel(title, "per answer", lines, marks, x_label=x_label, from_zero=False))
+    [start] = values["points"]["sft"]
+    scores, hidden = [], []
+    for judge, ppo in arms:
+        label, colour = CURVES[judge]
+        points = [start, *values["points"][ppo]]
+        proxies = [(distance(p), in_spreads(start, judge, p["proxy"][judge])) for p in points]
+        scores.append((label, colour, proxies))
+        hidden.append((label, colour, [(distance(p), p["hidden"]) for p in points]))
+
+    # The best of n is chosen by the first arm's reward model.
+    judge, label = arms[0][0], "best of n, fine-tuned"
+    best = [row for row in values["best_of"] if row["judge"] == judge]
+    proxies = [(distance(row), in_spreads(start, judge, row["proxy"])) for row in best]
+    scores.append((label, BASE, proxies))
+    hidden.append((label, BASE, [(distance(row), row["hidden"]) for row in best]))
+    panels = [
+        panel_of("Score of the reward model", "standard deviations", scores),
+        panel_of("Hidden preference", "per answer", hidden),
+    ]
     return plot(panels, path, 11, 4.8)
