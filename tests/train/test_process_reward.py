@@ -41,7 +41,7 @@ EOS = Tokenizer.bytes().eos_id
 
 @dataclass(frozen=True)
 class Letters(Bandit):
-    """Each two characters are a step, which is true if the second is ASCII; right: all are."""
+    """Each two characters are a step, which is true if the second is ASCII; right: the last is."""
     chat: bool = False
     files = ()
 
@@ -54,7 +54,7 @@ class Letters(Bandit):
         return StepCheck(steps[-1][-1].isascii(), all(step[-1].isascii() for step in steps))
 
     def grade(self, problem, response):
-        return Grade(float(response[1:2].isascii() and bool(response)), response, "")
+        return Grade(float(response[-1:].isascii() and bool(response)), response, "")
 
 
 def collect_config(base, out, **changes) -> CollectConfig:
@@ -137,8 +137,8 @@ def test_steps_are_labelled_by_the_task_and_by_completions_of_the_ids_that_were_
     assert record["labels"]["true"] == pytest.approx(np.mean([step["true"] for step in steps]))
 
 
-def test_labels_do_not_depend_on_the_batch_and_resume(folder, tmp_path):
-    collect(collect_config(folder / "base", tmp_path / "x.jsonl", label_steps=0, resume=False))
+def test_labels_do_not_depend_on_the_other_problems_of_a_call(folder, tmp_path):
+    collect(collect_config(folder / "base", tmp_path / "x.jsonl", label_steps=0))
     exact = read(tmp_path / "x.jsonl")
     assert all(step["share"] is None for row in exact for step in row["steps"])
     config = collect_config(folder / "base", tmp_path / "y.jsonl", problems=5, start=3)
