@@ -313,7 +313,7 @@ def unknown_options(text: str, options: dict[str, set[str]]) -> list[str]:
     """Flags in code that the command beside them does not have; where there is none, that no command has."""
     bad = []
     for code in [*code_spans(text), *plain_lines(text)]:
-        words = re.search(r"\br1zero ([a-z]+) ?([a-z0-9.-]*)", code)
+        words = re.search(r"\br1zero ([a-z][a-z-]*) ?([a-z0-9.-]*)", code)
         command = command_of(list(words.groups()))[0] if words else None
         if command and command not in options:
             bad.append(code)

@@ -17,6 +17,7 @@ from r1zero.model.engine.requests import Request
 from r1zero.model.engine.sampling import sample_seeds
 from r1zero.model.optimizer import OptimConfig
 from r1zero.model.tokenizer import Tokenizer
+from r1zero.train.answers import Answer
 from r1zero.train.cli.main import main
 from r1zero.train.collect import CollectConfig, collect
 from r1zero.train.grpo import grpo
@@ -175,6 +176,15 @@ def test_two_steps_that_end_in_one_token_are_one(folder):
     labels = StepLabels(Marks(), ModelSampler(model, tokenizer, 4), 0)
     found = labels._exact(Sample(0, f"{eos}a", (EOS, 97, EOS), "stop"))
     assert [(step["end"], step["text"]) for step in found] == [(0, "<|e")]
+
+
+def test_an_answer_that_was_cut_off_in_its_first_step_has_no_line(folder):
+    model, tokenizer, _ = load_model(str(folder / "base"), CPU)
+    labels = StepLabels(Letters(), ModelSampler(model, tokenizer, 4), 0)
+    answers = [Answer(i, Sample(0, "ab"[:n], (97, 98)[:n], "length"), {"accuracy": 0.0}, 0.0, None)
+               for i, n in enumerate((1, 2))]
+    whole = Answer(2, Sample(0, "ab", (97, 98, EOS), "stop"), {"accuracy": 1.0}, 0.0, None)
+    assert [line["sample"] for line in labels.lines("p", [*answers, whole], {"index": 0})] == [2]
 
 
 # ---- files ----
