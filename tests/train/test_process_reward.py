@@ -17,6 +17,7 @@ from r1zero.model.engine.requests import Request
 from r1zero.model.engine.sampling import sample_seeds
 from r1zero.model.optimizer import OptimConfig
 from r1zero.model.tokenizer import Tokenizer
+from r1zero.rl.rewards import RewardConfig
 from r1zero.train.answers import Answer
 from r1zero.train.cli.main import main
 from r1zero.train.collect import CollectConfig, collect
@@ -151,6 +152,9 @@ def test_labels_do_not_depend_on_the_other_problems_of_a_call(folder, tmp_path):
 def test_labels_are_for_all_answers_of_a_task_with_steps(folder, tmp_path):
     with fails(ValueError, "--keep has right; give --keep all"):
         collect_config(folder / "base", tmp_path / "x", keep=("right", "formed"))
+    for name in ("model", "process"):
+        with fails(ValueError, f"--rewards.{name} is for r1zero grpo, and r1zero collect has no"):
+            collect(collect_config(folder / "base", tmp_path / "x", rewards=RewardConfig(**{name: "x"})))
     with fails(ValueError, "--label-steps is -1, expected 0 or more"):
         collect_config(folder / "base", tmp_path / "x", label_steps=-1)
 
