@@ -34,8 +34,9 @@ from r1zero.train.task_flags import TaskFlags
 from .common import finish, table
 
 KEPT = ("accuracy", "format", "length", "tokens", "reward_process", "steps_per_answer", "kl_to_reference")
+MEASURED = ("accuracy", "accuracy_95", "format_rate", "mean_tokens", "truncated")
 SHOWN = ("AUC, its labels", "AUC, true", "AUC, reaches", "AUC, step 1", "AUC, step 2", "AUC, step 3",
-         "first error, f1")
+         "AUC, last step", "AUC, before it", "first error, f1", "first error before it, f1")
 # An arm of RL: (labels of the process reward or None, weight of accuracy, control).
 ARMS = {
     "outcome": (None, 1.0, "none"),
@@ -120,7 +121,7 @@ def one_arm(flags: Flags, name: str) -> dict:
     problems = task.problems("test", flags.problems)
     found = evaluate(sampler, task, problems, 4, batch=64, progress=False).to_dict()
     return {"arm": name, "seed": flags.seed, "rows": rows, "seconds": seconds,
-            **{key: found[key] for key in ("accuracy", "format_rate", "mean_tokens", "truncated")}}
+            **{key: found[key] for key in MEASURED}}
 
 
 def arms_of(flags: Flags) -> list[dict]:
@@ -148,7 +149,7 @@ def show_heads(heads: list[dict]) -> None:
 def show_arms(arms: list[dict]) -> None:
     rows = []
     for one in arms:
-        mean, low, high = one["accuracy"]
+        mean, (low, high) = one["accuracy"], one["accuracy_95"]
         tokens = [*accumulate(row["tokens"] for row in one["rows"])]
         n_steps = [row["steps_per_answer"] for row in one["rows"] if "steps_per_answer" in row]
         rows.append([one["arm"], f"{mean:.1%} [{low:.1%}, {high:.1%}]", f"{one['format_rate']:.1%}",

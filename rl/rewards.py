@@ -41,7 +41,7 @@ from .shaping import (
 # Names that a plug-in cannot have: those of the other parts, and of the fields that
 # `r1zero grade` writes beside them.
 TAKEN = (
-    *("accuracy", "format", *SHAPING, "language", "model", OVERLONG, *CONTROLS),
+    *("accuracy", "format", *SHAPING, "language", "model", "process", OVERLONG, *CONTROLS),
     *("reward", "answer", "why", "line"),
 )
 

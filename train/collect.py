@@ -47,7 +47,7 @@ from ..eval.tasks.base import SPLITS, Task
 from ..model.chat_template import encode_problems
 from ..model.checkpoint import Checkpoint
 from ..model.files import atomic_write_json, atomic_write_text
-from ..rl.rewards import RewardConfig, check_parts
+from ..rl.rewards import RewardConfig, check_no_model, check_parts
 from .acceptance import Tally
 from .answers import Answer, Judge
 from .checks import check_temperature
@@ -144,7 +144,9 @@ def choose_problems(config: CollectConfig, task: Task) -> list[Any]:
 
 
 def check_task(config: CollectConfig, task: Task) -> None:
-    """Raise ValueError for a filter or a part of the reward that the task does not have."""
+    """Raise ValueError for a filter or a part of the reward that the task or `collect` does not
+    have."""
+    check_no_model(config.rewards, "collect")
     check_parts(task, config.rewards)
     if config.min_language > 0 and not has_language(task):
         raise ValueError(

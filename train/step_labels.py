@@ -40,7 +40,7 @@ class StepLabels:
         """Tokens of all completions so far."""
 
     def lines(self, prompt: str, answers: list[Answer], source: dict) -> list[dict]:
-        """A line per answer; source: what they share, `index` among it."""
+        """A line per answer that has a step; source: what they share, `index` among it."""
         steps = [self._exact(answer.sample) for answer in answers]
         if self.n_completions:
             self._complete(prompt, answers, steps, source["index"])
@@ -58,6 +58,7 @@ class StepLabels:
                 "finish_reason": answer.sample.finish_reason,
             }
             for answer, each in zip(answers, steps, strict=True)
+            if each
         ]
 
     def _exact(self, sample: Sample) -> list[dict]:

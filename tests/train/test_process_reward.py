@@ -17,6 +17,8 @@ from r1zero.model.engine.requests import Request
 from r1zero.model.engine.sampling import sample_seeds
 from r1zero.model.optimizer import OptimConfig
 from r1zero.model.tokenizer import Tokenizer
+from r1zero.rl.rewards import RewardConfig
+from r1zero.train.answers import Answer
 from r1zero.train.cli.main import main
 from r1zero.train.collect import CollectConfig, collect
 from r1zero.train.grpo import grpo
@@ -41,7 +43,7 @@ EOS = Tokenizer.bytes().eos_id
 
 @dataclass(frozen=True)
 class Letters(Bandit):
-    """Each two characters are a step, which is true if the second is ASCII; right: all are."""
+    """Each two characters are a step, which is true if the second is ASCII; right: the last is."""
     chat: bool = False
     files = ()
 
@@ -54,7 +56,7 @@ class Letters(Bandit):
         return StepCheck(steps[-1][-1].isascii(), all(step[-1].isascii() for step in steps))
 
     def grade(self, problem, response):
-        return Grade(float(response[1:2].isascii() and bool(response)), response, "")
+        return Grade(float(response[-1:].isascii() and bool(response)), response, "")
 
 
 def collect_config(base, out, **changes) -> CollectConfig:
@@ -137,8 +139,8 @@ def test_steps_are_labelled_by_the_task_and_by_completions_of_the_ids_that_were_
     assert record["labels"]["true"] == pytest.approx(np.mean([step["true"] for step in steps]))
 
 
-def test_labels_do_not_depend_on_the_batch_and_resume(folder, tmp_path):
-    collect(collect_config(folder / "base", tmp_path / "x.jsonl", label_steps=0, resume=False))
+def test_labels_do_not_depend_on_the_other_problems_of_a_call(folder, tmp_path):
+    collect(collect_config(folder / "base", tmp_path / "x.jsonl", label_steps=0))
     exact = read(tmp_path / "x.jsonl")
     assert all(step["share"] is None for row in exact for step in row["steps"])
     config = collect_config(folder / "base", tmp_path / "y.jsonl", problems=5, start=3)
@@ -150,6 +152,9 @@ def test_labels_do_not_depend_on_the_batch_and_resume(folder, tmp_path):
 def test_labels_are_for_all_answers_of_a_task_with_steps(folder, tmp_path):
     with fails(ValueError, "--keep has right; give --keep all"):
         collect_config(folder / "base", tmp_path / "x", keep=("right", "formed"))
+    for name in ("model", "process"):
+        with fails(ValueError, f"--rewards.{name} is for r1zero grpo, and r1zero collect has no"):
+            collect(collect_config(folder / "base", tmp_path / "x", rewards=RewardConfig(**{name: "x"})))
     with fails(ValueError, "--label-steps is -1, expected 0 or more"):
         collect_config(folder / "base", tmp_path / "x", label_steps=-1)
 
@@ -175,6 +180,15 @@ def test_two_steps_that_end_in_one_token_are_one(folder):
     labels = StepLabels(Marks(), ModelSampler(model, tokenizer, 4), 0)
     found = labels._exact(Sample(0, f"{eos}a", (EOS, 97, EOS), "stop"))
     assert [(step["end"], step["text"]) for step in found] == [(0, "<|e")]
+
+
+def test_an_answer_that_was_cut_off_in_its_first_step_has_no_line(folder):
+    model, tokenizer, _ = load_model(str(folder / "base"), CPU)
+    labels = StepLabels(Letters(), ModelSampler(model, tokenizer, 4), 0)
+    answers = [Answer(i, Sample(0, "ab"[:n], (97, 98)[:n], "length"), {"accuracy": 0.0}, 0.0, None)
+               for i, n in enumerate((1, 2))]
+    whole = Answer(2, Sample(0, "ab", (97, 98, EOS), "stop"), {"accuracy": 1.0}, 0.0, None)
+    assert [line["sample"] for line in labels.lines("p", [*answers, whole], {"index": 0})] == [2]
 
 
 # ---- files ----
