@@ -15,13 +15,16 @@ from ..model.packed import Packed, pack
 from ..model.transformer import Transformer
 from ..rl.family import Algorithm
 from ..rl.step import Learner
+from ..rl.update import Reference
 from .checks import BatchTooLargeError
 from .machine import peak_memory
 
 
-def setup_of(config: Algorithm, policy: Transformer, longest: int) -> Setup:
+def setup_of(
+    config: Algorithm, policy: Transformer, longest: int, reference: Reference | None
+) -> Setup:
     """What decides the memory of a run. longest: tokens of a prompt and its answer."""
-    reference = "cpu" if config.ref_offload else "device"
+    place = "cpu" if config.ref_offload else "device"
     return Setup(
         model=policy.config,
         rows=min(1024, config.prompts_per_step * config.group_size),
@@ -33,7 +36,8 @@ def setup_of(config: Algorithm, policy: Transformer, longest: int) -> Setup:
         lora=config.lora,
         recompute=policy.recomputes,
         moments=config.optim.moments,
-        reference=reference if config.needs_reference else "none",
+        reference=place if config.needs_reference else "none",
+        teacher=None if reference is None else reference.shape,
         critic=config.advantage.baseline == "critic",
         critic_moments=config.critic_optim.moments,
     )
@@ -42,7 +46,7 @@ def setup_of(config: Algorithm, policy: Transformer, longest: int) -> Setup:
 def predicted_for(config: Algorithm, learner: Learner, longest: int) -> Prediction:
     """The parts that this run is predicted to take, with the cache that its engine has made."""
     engine = learner.sampler.engine
-    predicted = predict(setup_of(config, learner.policy, longest))
+    predicted = predict(setup_of(config, learner.policy, longest, learner.reference))
     cache = engine.cache_tokens * engine.token_bytes
     return replace(predicted, cache=cache, cache_tokens=engine.cache_tokens)
 
