@@ -36,6 +36,7 @@ from pathlib import Path
 
 from ...eval.console import say, show
 from ...eval.harness import evaluate
+from ...eval.result_file import partial_path
 from ...eval.sampler import ModelSampler
 from ...eval.tasks.countdown import Countdown
 from ...model.checkpoint import load_model
@@ -395,9 +396,13 @@ def distill(config: DistillConfig, chosen=is_right) -> Path:
     def done(stage: Stage) -> None:
         show(f"--- {stage.name}")
         if stage.loop is collect:  # samples of a call that was broken off are gone on with
-            begun = Path(f"{stage.config.out}.partial").exists()
-            stage = stage._replace(config=replace(stage.config, resume=begun))
-        results.add_seconds(stage.name, run_stage(stage, folder))
+            is_begun = partial_path(stage.config.out).exists()
+            stage = stage._replace(config=replace(stage.config, resume=is_begun))
+        began = time.perf_counter()
+        try:
+            run_stage(stage, folder)
+        finally:  # what is broken off has cost something, too
+            results.add_seconds(stage.name, time.perf_counter() - began)
 
     def measured(name: str, model: str) -> None:
         if name not in results.stages:
