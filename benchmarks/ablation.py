@@ -54,6 +54,9 @@ KEPT = ("accuracy", "length", "truncated", "dead_groups", "entropy", "gradient_n
         "update_s", "value_explained")  # metrics of each step that stay in the results
 
 
+REWARDED = [algo for algo in PRESETS if algo != "distill"]  # which has a teacher instead
+
+
 @dataclass(frozen=True)
 class Flags:
     """Train all presets on the same budget of tokens, and compare them."""
@@ -62,7 +65,7 @@ class Flags:
     """Folder of the base model's run. If it is missing, a base is pretrained there, as the demo does it."""
     work: str = "runs/ablation/runs"
     """Folder for one JSON file per run. Runs whose file is there are not done again."""
-    presets: tuple[str, ...] = (*PRESETS, "r1_zero@1", "rloo@1", "reinforce@1", "control")
+    presets: tuple[str, ...] = (*REWARDED, "r1_zero@1", "rloo@1", "reinforce@1", "control")
     """Presets to run. "control" is r1_zero with the rewards shuffled within each group. "@1" takes one
     optimizer step per batch of samples."""
     seeds: int = 3

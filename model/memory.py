@@ -58,6 +58,8 @@ class Setup:
     moments: str = "fp32"
     reference: str = "device"
     """Where the reference is between its uses: device, cpu, or none."""
+    teacher: ModelConfig | None = None
+    """The shape of the reference, where it is a teacher of another one."""
     critic: bool = False
     critic_moments: str = "fp32"
 
@@ -168,7 +170,9 @@ def reference_bytes(setup: Setup, model: Transformer) -> int:
     """Bytes of the reference on the device, while it is in use."""
     if setup.reference == "none":
         return 0
-    if setup.lora.rank:  # the adapters as they were
+    if setup.teacher is not None:
+        model = _built(setup.teacher, setup.dtype, setup.fp32_head, LoRAConfig(), False)
+    elif setup.lora.rank:  # the adapters as they were
         return sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return _frozen_bytes(setup.model, setup.dtype, setup.fp32_head)
 
@@ -210,7 +214,8 @@ def predict(setup: Setup, budget: float | None = None) -> Prediction:
         extra = 2 * min(SLICE, setup.model.head_rows) - SLICE
         head += n_tokens * extra * setup.dtype.itemsize
     activations, logprobs = model.saved_bytes(n_tokens) + layer, max(0, head - layer)
-    is_away = setup.reference == "cpu" and not setup.lora.rank
+    is_adapters = setup.lora.rank and setup.teacher is None
+    is_away = setup.reference == "cpu" and not is_adapters
     at_home, visiting = (0, reference) if is_away else (reference, 0)
 
     # What sampling takes; the cache has what is left.

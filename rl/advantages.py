@@ -6,6 +6,7 @@
     batch           the mean of all answers of the step      r - mean(batch)            REINFORCE
     critic          what a value head says of each token     GAE                        PPO
     none            nothing                                  sum of rewards to go       REINFORCE++
+    teacher         nothing; no reward counts                log p(teacher) - log p     distillation
 
     scale           what the difference is divided by                                   source
     none            nothing                                                             Dr. GRPO
@@ -30,7 +31,7 @@ import torch
 from ..kernels.grpo import EQUAL_REWARDS, grpo_advantages
 from ..model.distributed import all_sum
 
-BASELINES = ("group", "leave_one_out", "batch", "critic", "none")
+BASELINES = ("group", "leave_one_out", "batch", "critic", "none", "teacher")
 SCALES = ("std", "mean", "parts", "batch", "none")
 
 
@@ -42,7 +43,8 @@ class AdvantageConfig:
     """What is subtracted from a reward. "group": the mean of its group (GRPO). "leave_one_out": the
     mean of the others of its group (RLOO). "batch": the mean of the whole step (REINFORCE).
     "critic": a value head and GAE (PPO). "none": nothing; with the KL in the reward, the reward to
-    go (REINFORCE++)."""
+    go (REINFORCE++). "teacher": the KL to a teacher alone teaches, token by token, and no reward
+    does (on-policy distillation)."""
     scale: str = "std"
     """What the difference is divided by. "std": the standard deviation of what the baseline is the
     mean of (GRPO). "mean": the mean of the group, for rewards of 0 or more (MaxRL). "parts": each
@@ -50,7 +52,8 @@ class AdvantageConfig:
     theirs (GDPO). "batch": whiten over all tokens of the step (REINFORCE++, PPO). "none": nothing
     (Dr. GRPO, RLOO)."""
     gamma: float = 1.0
-    """Discount per token of later rewards, for the critic, and for the reward to go."""
+    """Discount per token of later rewards, for the critic, and for the reward to go; with a
+    teacher, of the KL of later tokens."""
     lam: float = 1.0
     """GAE's lambda, for the critic: 1 trusts rewards alone (no bias), less trusts the critic (less
     variance)."""
@@ -61,7 +64,7 @@ class AdvantageConfig:
                 f"advantage: baseline is {self.baseline!r} and scale {self.scale!r}; expected a "
                 f"baseline of {BASELINES} and a scale of {SCALES}"
             )
-        if self.baseline in ("critic", "none") and self.scale == "std":
+        if self.baseline in ("critic", "none", "teacher") and self.scale == "std":
             raise ValueError(
                 f"advantage: scale std with baseline {self.baseline}, which is no mean of "
                 "rewards that could have a standard deviation; expected scale batch or none"
@@ -312,7 +315,8 @@ def advantages(
     response_offsets: [N + 1], where the tokens of each answer begin. kl_R: [R], the KL that each
     token costs, in rewards. With a critic or no baseline it counts for the tokens before it, as the
     reward does; with a mean as the baseline, an answer's whole KL comes off its reward before the
-    mean is taken (arXiv 2402.14740, eq. 3). values_R: [R], the critic's. With scale "parts",
+    mean is taken (arXiv 2402.14740, eq. 3). With a teacher nothing but the KL counts; gamma 0 then
+    gives A = log p(teacher) - log p of each token. values_R: [R], the critic's. With scale "parts",
     rewards_N is what `parts_apart` made of the parts.
     """
     rewards_N = np.asarray(rewards_N, np.float64)
@@ -330,6 +334,8 @@ def advantages(
     elif config.baseline == "none" and kl_R is None:
         found_N = rewards_N  # every token of an answer has the same reward to go
     else:
+        if config.baseline == "teacher":
+            rewards_N = np.zeros_like(rewards_N)
         rewards_R = token_rewards(rewards_N, response_offsets, kl_R)
         is_critic = config.baseline == "critic"
         values_R = np.zeros_like(rewards_R) if values_R is None else values_R

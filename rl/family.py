@@ -18,6 +18,7 @@ turns a configuration into the objects that `grpo_step` uses.
     gdpo           arXiv 2601.05242   group           parts   token, 0.2       sequence   -
     maxrl          arXiv 2602.02710   group           mean    token, 0.2       constant   -
     dppo           arXiv 2602.04879   group           -       probability 0.15 constant   -
+    distill        Thinking Machines  teacher         -       token, 0.2       token      k1, reward
     demo           r1zero demo        group           std     token, 0.2       sequence   k3, loss
 """
 
@@ -54,7 +55,9 @@ from .update import Reference, kl_cost_to
 # looks at right and wrong alone. ppo has InstructGPT's KL in the reward, whitening, and TinyZero's
 # lam of 1 (the paper of GAE: 0.95). cispo's bound is ours, since its paper leaves it open. A sum
 # over an answer's tokens (rloo, reinforce, maxrl, dppo) is divided by max_new_tokens here. maxrl
-# has no reward for the form, since its theorem is about answers that are right or wrong.
+# has no reward for the form, since its theorem is about answers that are right or wrong. distill is
+# on-policy distillation (thinkingmachines.ai/blog/on-policy-distillation): its "reference" is a
+# teacher, the reverse KL of each token is all that it learns from, and rewards are for the log.
 KL_IN_REWARD = {"kl_coef": 0.001, "kl_in": "reward", "kl_estimator": "k1"}
 PRESETS: dict[str, dict[str, Any]] = {
     "r1_zero": {"loss": {"mean": "sequence", "kl_coef": 0.001}, "ref_refresh": 400},
@@ -84,6 +87,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dppo": {
         "advantage": {"scale": "none"},
         "loss": {"objective": "dppo", "clip_low": 0.15, "clip_high": 0.15, "mean": "constant"},
+    },
+    "distill": {
+        "advantage": {"baseline": "teacher", "scale": "none", "gamma": 0.0},
+        "loss": KL_IN_REWARD | {"kl_coef": 1.0},
     },
     "demo": {
         "steps": 50,
@@ -123,8 +130,8 @@ class Algorithm:
 
     algo: str = "r1_zero"
     """The preset: r1_zero, grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, reinforce, ppo,
-    gdpo, maxrl, dppo or demo. Options that are given explicitly override it; run.json records what
-    was used."""
+    gdpo, maxrl, dppo, distill or demo. Options that are given explicitly override it; run.json
+    records what was used."""
     steps: int = 100
     """Number of steps in all; the learning rate's schedule ends with the last."""
     prompts_per_step: int = 16
@@ -207,7 +214,7 @@ class Algorithm:
     def discounts(self) -> bool:
         """Whether a token's advantage is made of the rewards to come, so that gamma counts."""
         baseline = self.advantage.baseline
-        return baseline == "critic" or (baseline == "none" and self.kl_in_reward)
+        return baseline in ("critic", "teacher") or (baseline == "none" and self.kl_in_reward)
 
 
 def flag(name: str) -> str:
@@ -261,6 +268,11 @@ def check_combinations(config: Algorithm) -> None:
             f"--rewards.process with --advantage.baseline {config.advantage.baseline}: steps are "
             "compared with those of their group, so expected the baseline group, leave_one_out or "
             "batch"
+        )
+    if config.advantage.baseline == "teacher" and not config.kl_in_reward:
+        raise ValueError(
+            "--advantage.baseline teacher learns from the KL alone; expected --loss.kl-coef above "
+            "0 and --loss.kl-in reward"
         )
 
 

@@ -265,10 +265,17 @@ class UpdateLog:
 
 
 @torch.no_grad()
-def logprobs_of(model, batches: Iterable[MicroBatch], temperature: float) -> list[torch.Tensor]:
-    """[R] for each batch: the log-probs of its response tokens under the model, whose routers take
-    the experts of sampling, as in the update."""
-    return [response_logprobs(model, batch, temperature, batch.replay())[0] for batch in batches]
+def logprobs_of(
+    model, batches: Iterable[MicroBatch], temperature: float, replays: bool = True
+) -> list[torch.Tensor]:
+    """[R] for each batch: the log-probs of its response tokens under the model.
+
+    replays: whether its routers take the experts of sampling, as in the update.
+    """
+    return [
+        response_logprobs(model, batch, temperature, batch.replay() if replays else None)[0]
+        for batch in batches
+    ]
 
 
 class Reference:
@@ -277,6 +284,10 @@ class Reference:
     Of a mixture of experts, it replays the policy's routes. If it chose its own, the KL to equal
     weights would not be 0.
     """
+
+    replays = True
+    shape = None
+    """Its ModelConfig, where that is not the policy's."""
 
     def __init__(self, model, device, offload: bool = False):
         """offload: keep the model in the CPU's memory between uses."""
@@ -298,11 +309,22 @@ class Reference:
         if not batches:
             return []
         with self.in_use() as model:
-            return logprobs_of(model, batches, temperature)
+            return logprobs_of(model, batches, temperature, self.replays)
 
     def refresh(self, policy) -> None:
         """Become a copy of the policy (R1-Zero: every 400 steps)."""
         self.model.load_state_dict(policy.state_dict())
+
+
+class Teacher(Reference):
+    """A reference that is another model, of any shape. It never becomes a copy of the policy, and
+    its routers, if it has some, choose for themselves."""
+
+    replays = False
+
+    def __init__(self, model, device, offload: bool = False):
+        super().__init__(model, device, offload)
+        self.shape = model.config
 
 
 class AdapterReference(Reference):
@@ -353,7 +375,9 @@ def kl_cost_to(reference: Reference, config) -> Callable[[Rollouts], np.ndarray]
     def kl_cost(rollouts: Rollouts) -> np.ndarray:
         with reference.in_use() as model:
             ref_logp_R = over_all_tokens(
-                lambda batch: logprobs_of(model, [batch], rollouts.temperature)[0],
+                lambda batch: logprobs_of(model, [batch], rollouts.temperature, reference.replays)[
+                    0
+                ],
                 rollouts,
                 config.micro_tokens,
                 reference.device,

@@ -3,6 +3,7 @@
     r1zero grpo --run runs/rl --base runs/base --steps 80
     r1zero grpo --run runs/dapo --base runs/base --algo dapo        # its family: rl/family.py
     r1zero grpo --run runs/x --base runs/base --algo dr_grpo --loss.clip-high 0.28
+    r1zero grpo --run runs/d --base runs/small --algo distill --teacher runs/rl
 
 The algorithm is rl/step.py. This file is the loop around it: flags, run folder, checkpoints, time
 and memory.
@@ -54,7 +55,7 @@ from ..rl.heads import RewardModel, ValueHead
 from ..rl.plugin import PluginError, source_of
 from ..rl.rewards import check_parts
 from ..rl.step import Learner, grpo_step
-from ..rl.update import AdapterReference, LogpGapError, Reference, gap_limit
+from ..rl.update import AdapterReference, LogpGapError, Reference, Teacher, gap_limit
 from .adapters import default_optim, loading_device, value_in
 from .compute_flags import ComputeFlags
 from .inputs import base_parts, file_parts
@@ -100,6 +101,7 @@ class GRPOConfig(Algorithm, ComputeFlags, RunConfig):
         "task.skip_bad",
         "rewards.model",
         "rewards.process",
+        "teacher",
     )
     # What older runs have for a flag that was a switch then.
     RENAMED: ClassVar[dict[str, dict]] = {"control": {False: "none", True: "permute"}}
@@ -107,6 +109,9 @@ class GRPOConfig(Algorithm, ComputeFlags, RunConfig):
     base: str
     """Folder of the run, checkpoint, Hugging Face model or adapters in PEFT's layout to start from;
     it is also the KL's reference, until a refresh."""
+    teacher: str | None = None
+    """Folder of a model to measure the KL to, instead of the base: with --algo distill, the one to
+    learn from. It must have the base's tokenizer."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     task: TaskFlags = field(default_factory=TaskFlags)
     eval_every: int = 0
@@ -135,6 +140,11 @@ class GRPOConfig(Algorithm, ComputeFlags, RunConfig):
             raise ValueError(
                 "--ref-offload with --lora.rank: the reference is the policy's own weights without "
                 "the adapters, so nothing is moved; leave --ref-offload out"
+            )
+        if self.teacher is not None and self.ref_refresh > 0:
+            raise ValueError(
+                f"--ref-refresh {self.ref_refresh} would replace the teacher; leave out --teacher, "
+                "or give --ref-refresh 0"
             )
         if isinstance(self.mistake, str) and self.mistake not in MISTAKES:
             raise ValueError(f"--break is {self.mistake!r}, expected one of {', '.join(MISTAKES)}")
@@ -168,25 +178,25 @@ def make_learner(
     config: GRPOConfig,
     task: Task,
     base: tuple[Transformer, Tokenizer, Checkpoint],
-    reference_weights: dict[str, torch.Tensor] | None = None,
+    reference: Reference | None = None,
     judges: dict[str, ValueHead] | None = None,
 ) -> Learner:
     """Make everything that a step uses. base: as `load_model` gives it; its model is trained.
 
-    reference_weights: of the model that the KL is measured to; None is the base's. judges: the
-    models of --rewards.model and --rewards.process, as "model" and "process".
+    reference: what the KL is measured to; None is the base. judges: the models of --rewards.model
+    and --rewards.process, as "model" and "process".
     """
     policy, tokenizer, _ = base
     judges = judges or {}
     # The reference is at home before the engine measures how much memory is free.
-    reference, critic_trunk = None, None
-    if config.needs_reference:
-        reference = make_reference(config, base, reference_weights)
+    critic_trunk = None
+    if reference is None and config.needs_reference:
+        reference = make_reference(config, base)
     if config.advantage.baseline == "critic":
         critic_trunk = make_critic_trunk(base, judges.get("model"))
     for judge in judges.values():
         cast_frozen(judge.trunk)  # nobody trains it: no fp32 masters
-    engine = make_engine(config, task, policy, tokenizer)
+    engine = make_engine(config, task, base, reference)
     chat = is_chat(config)
     learner = family.make_learner(config, policy, reference, engine, critic_trunk, chat, judges)
     if config.mistake:
@@ -247,23 +257,62 @@ def open_judges(
     return found
 
 
-def check_reader(config: GRPOConfig, name: str, judge: ValueHead, longest: int) -> None:
-    """Raise ValueError for a model of --rewards.<name> without room for so many tokens of a prompt
-    and its answer."""
-    room = judge.trunk.config.max_seq_len
-    if longest > room:
+def open_teacher(
+    config: GRPOConfig, base: tuple[Transformer, Tokenizer, Checkpoint], device: torch.device
+) -> tuple[Teacher, Checkpoint] | tuple[None, None]:
+    """(the model of --teacher, its checkpoint), or two None without one.
+
+    Raises ValueError for one of another tokenizer than the base's.
+    """
+    folder = config.teacher
+    if folder is None:
+        return None, None
+    policy, tokenizer, _ = base
+    model, its_tokenizer, checkpoint = load_model(folder, device, precision=policy.precision)
+    if its_tokenizer.fingerprint() != tokenizer.fingerprint():
         raise ValueError(
-            f"--rewards.{name} {getattr(config.rewards, name)} has room for {room} tokens, and a "
-            f"prompt and its answer may have {longest}; lower --max-new-tokens by {longest - room}"
+            f"--teacher {folder} has another tokenizer than --base {config.base}, and tokens of "
+            "one vocabulary have no probability under another; r1zero collect and r1zero sft "
+            "distil by text"
         )
+    cast_frozen(model.requires_grad_(False))  # nobody trains it: no fp32 masters
+    return Teacher(model, device, config.ref_offload), checkpoint
+
+
+def check_teacher(config: GRPOConfig) -> None:
+    """Raise ValueError for an algorithm that learns from a teacher without one, or for a teacher
+    that nothing is compared with. (Not in GRPOConfig, of which each preset has its defaults.)"""
+    needs_one = config.advantage.baseline == "teacher"
+    if needs_one and config.teacher is None:
+        raise ValueError(
+            f"--algo {config.algo} learns from a teacher alone; add --teacher with the folder of "
+            "a better model"
+        )
+    if config.teacher is not None and not config.needs_reference:
+        raise ValueError(
+            f"--teacher {config.teacher} is what the KL is measured to, and there is no KL; give "
+            "--loss.kl-coef or --kl-samples, or leave it out"
+        )
+
+
+def check_reader(flag: str, reader: Transformer | None, longest: int) -> None:
+    """Raise ValueError for a model without room for so many tokens of a prompt and its answer.
+    flag: how it was given."""
+    if reader is None or longest <= reader.config.max_seq_len:
+        return
+    room = reader.config.max_seq_len
+    raise ValueError(
+        f"{flag} has room for {room} tokens, and a prompt and its answer may have {longest}; lower "
+        f"--max-new-tokens by {longest - room}"
+    )
 
 
 def make_reference(
     config: GRPOConfig,
     base: tuple[Transformer, Tokenizer, Checkpoint],
-    weights: dict[str, torch.Tensor] | None,
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> Reference:
-    """The model that the KL is measured to. weights: None are the base's."""
+    """The model that the KL is measured to, if it is no teacher. weights: None are the base's."""
     policy = base[0]
     if adapters_of(policy):
         return AdapterReference(policy)
@@ -276,9 +325,11 @@ def inputs_of(
     config: GRPOConfig,
     base: tuple[Transformer, Tokenizer, Checkpoint],
     judges: dict[str, Checkpoint] | None = None,
+    teacher: Checkpoint | None = None,
 ) -> dict:
     """What the run depends on: the base, the files of problems, the code of a task and of a reward
-    of the user's own, and the models of --rewards.model and --rewards.process, if there are any."""
+    of the user's own, the models of --rewards.model and --rewards.process, and a teacher, if there
+    are any."""
     _, tokenizer, checkpoint = base
     inputs = {"base": base_parts(checkpoint, tokenizer)}
     if files := getattr(config.task, "files", None):
@@ -290,6 +341,8 @@ def inputs_of(
     for name, judge in (judges or {}).items():
         what = "reward model" if name == "model" else "process reward"
         inputs[what] = base_parts(judge, tokenizer)
+    if teacher is not None:
+        inputs["teacher"] = base_parts(teacher, tokenizer)
     return inputs
 
 
@@ -313,9 +366,9 @@ def start_weights(run: Run) -> dict[str, torch.Tensor] | None:
 
 
 def keeps_start(config: GRPOConfig) -> bool:
-    """Whether a run keeps the model that it begins with: not without a KL, nor with adapters, which
-    need their base anyway."""
-    return config.needs_reference and config.lora.rank == 0
+    """Whether a run keeps the model that it begins with: not without a KL, nor with a teacher, nor
+    with adapters, which need their base anyway."""
+    return config.needs_reference and config.teacher is None and config.lora.rank == 0
 
 
 def keep_start(run: Run, base: tuple[Transformer, Tokenizer, Checkpoint]) -> None:
@@ -405,13 +458,19 @@ def check_room(config: GRPOConfig, task: Task, policy: Transformer, tokenizer: T
     return longest + config.max_new_tokens
 
 
-def make_engine(config: GRPOConfig, task: Task, policy, tokenizer) -> Engine:
+def make_engine(
+    config: GRPOConfig,
+    task: Task,
+    base: tuple[Transformer, Tokenizer, Checkpoint],
+    reference: Reference | None,
+) -> Engine:
     """An engine whose cache is for what a step samples, and leaves room for the first update."""
+    policy, tokenizer, _ = base
     # Measure a few prompts. If later ones are longer, fewer rows run at a time.
     few = task.problems("train", config.prompts_per_step)
     longest = longest_prompt(config, task, tokenizer, few) + config.max_new_tokens
     # And leave room for what the first update makes (model/memory.py).
-    setup = setup_of_run(config, policy, longest)
+    setup = setup_of_run(config, policy, longest, reference)
     return Engine(
         policy,
         tokenizer,
@@ -516,6 +575,7 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
     if config.mistake:
         warn_of(config.mistake)
     check_parts(task, config.rewards)
+    check_teacher(config)
     run = Run(config, config.algo if config.control == "none" else "control")
     # A resumed run keeps the learning rate's schedule that it began with.
     algorithm = replace(config, steps=run.schedule_steps)
@@ -525,11 +585,14 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
     opened = open_judges(config, base)
     judges = {name: judge for name, (judge, _) in opened.items()}
     files = {name: checkpoint for name, (_, checkpoint) in opened.items()}
-    run.check_inputs(inputs_of(config, base, files))
+    teacher, origin = open_teacher(config, base, device)
+    run.check_inputs(inputs_of(config, base, files, origin))
     run.check_model(policy, tokenizer)
     longest = check_room(config, task, policy, tokenizer)
     for name, judge in judges.items():
-        check_reader(config, name, judge, longest)
+        flag = f"--rewards.{name} {getattr(config.rewards, name)}"
+        check_reader(flag, judge.trunk, longest)
+    check_reader(f"--teacher {config.teacher}", teacher and teacher.model, longest)
     for notice in (form_notice(task, config), rate_notice(config, policy)):
         if notice:
             say(notice)
@@ -537,7 +600,10 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
     policy.to(device)
     for judge in judges.values():
         judge.to(device)
-    learner = make_learner(algorithm, task, base, start_weights(run), judges)
+    reference = teacher
+    if reference is None and config.needs_reference:
+        reference = make_reference(config, base, start_weights(run))
+    learner = make_learner(algorithm, task, base, reference, judges)
     engine = learner.sampler.engine
     trained, more = trained_modules(learner, config)
     with run:

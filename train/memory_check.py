@@ -16,6 +16,7 @@ from ..model.packed import Packed, pack
 from ..model.transformer import Transformer
 from ..rl.family import Algorithm
 from ..rl.step import Learner
+from ..rl.update import Reference
 from .checks import BatchTooLargeError
 from .interrupt import Stopped
 from .machine import peak_memory
@@ -29,9 +30,12 @@ def rows_of(prompts_per_step: int, group_size: int) -> int:
     return min(MOST_ROWS, prompts_per_step * group_size)
 
 
-def setup_of_run(config: Algorithm, policy: Transformer, longest: int) -> Setup:
-    """What decides the memory of a run. longest: tokens of a prompt and its answer."""
-    reference = "cpu" if config.ref_offload else "device"
+def setup_of_run(
+    config: Algorithm, policy: Transformer, longest: int, reference: Reference | None = None
+) -> Setup:
+    """What decides the memory of a run. longest: tokens of a prompt and its answer; reference: None
+    for a copy of the policy."""
+    place = "cpu" if config.ref_offload else "device"
     return Setup(
         model=policy.config,
         rows=rows_of(config.prompts_per_step, config.group_size),
@@ -43,7 +47,8 @@ def setup_of_run(config: Algorithm, policy: Transformer, longest: int) -> Setup:
         lora=config.lora,
         recompute=policy.recomputes,
         moments=config.optim.moments,
-        reference=reference if config.needs_reference else "none",
+        reference=place if config.needs_reference else "none",
+        teacher=None if reference is None else reference.shape,
         critic=config.advantage.baseline == "critic",
         critic_moments=config.critic_optim.moments,
     )
@@ -52,7 +57,7 @@ def setup_of_run(config: Algorithm, policy: Transformer, longest: int) -> Setup:
 def predicted_for(config: Algorithm, learner: Learner, longest: int) -> Prediction:
     """The parts that this run is predicted to take, with the cache that its engine has made."""
     engine = learner.sampler.engine
-    predicted = predict(setup_of_run(config, learner.policy, longest))
+    predicted = predict(setup_of_run(config, learner.policy, longest, learner.reference))
     cache = engine.cache_tokens * engine.token_bytes
     return replace(predicted, cache=cache, cache_tokens=engine.cache_tokens)
 

@@ -5,6 +5,7 @@ number that its paper maximises; what the paper holds constant is a float here. 
 The weight of the KL is R1-Zero's, 0.001, in all.
 """
 import math
+from dataclasses import replace
 
 BETA, LONGEST = 0.001, 3
 
@@ -129,6 +130,9 @@ def any_advantages(group, baseline, scale, beta, estimator, gamma, lam) -> list[
     if baseline in ("critic", "none"):
         critic = baseline == "critic"
         found = [gae_of(y, beta, lam if critic else 1.0, gamma, estimator, critic) for y in group]
+    elif baseline == "teacher":
+        unpaid = [replace(y, reward=0.0) for y in group]
+        found = [gae_of(y, beta, 1.0, gamma, estimator, critic=False) for y in unpaid]
     else:
         returns = [y.reward - beta * sum(KL_IN_REWARD[estimator](s) for s in y.steps) for y in group]
         others = [returns[:i] + returns[i + 1:] if baseline == "leave_one_out" else returns
@@ -178,5 +182,11 @@ def demo(group):
     return grpo(group, beta=0.05)
 
 
+def distill(group):
+    """thinkingmachines.ai/blog/on-policy-distillation: A = -(log p(student) - log p(teacher)) of each token
+    as it is sampled; here as PPO's surrogate. The rewards teach nothing."""
+    return over_tokens([[clipped(s.ratio, s.ref - s.sampler, 0.2, 0.2) for s in y.steps] for y in group])
+
+
 PAPERS = {f.__name__: f for f in (r1_zero, grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, reinforce,
-                                  ppo, gdpo, maxrl, dppo, demo)}
+                                  ppo, gdpo, maxrl, dppo, distill, demo)}

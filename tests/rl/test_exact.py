@@ -20,7 +20,7 @@ from .exact_papers import KL_IN_LOSS, LONGEST, PAPERS, any_advantages, clipped, 
 
 # "mean" and "parts" are MaxRL's and GDPO's alone, which are tested as presets
 PAIRS = [(b, s) for b in BASELINES for s in ("std", "batch", "none")
-         if s != "std" or b not in ("critic", "none")]
+         if s != "std" or b not in ("critic", "none", "teacher")]
 
 
 def same(found, expected, tolerance=1e-10):
@@ -253,6 +253,19 @@ def test_k1_in_the_reward_is_the_expected_reward_minus_the_kl_of_whole_answers(b
     found = LONGEST * expected_update(case, plain(baseline=baseline, kl_coef=0.3, kl_in="reward",
                                                   kl_estimator="k1"))
     same(found, case.true_gradient() - 0.3 * case.kl_gradient())
+
+
+@pytest.mark.parametrize("toy", [None, Toy(3, 1)])
+def test_distillation_is_the_gradient_of_the_reverse_kl_to_the_teacher(toy):
+    """With gamma 0 of the KL at each step, prefixes as likely as they are; with gamma 1 of the KL of whole
+    answers. For answers of one token they are one. Rewards make no difference."""
+    case = make_case("graded", toy=toy)
+    longest = case.toy.longest
+    step, whole = (longest * expected_update(case, dials("distill", mean="constant", gamma=gamma))
+                   for gamma in (0.0, 1.0))
+    same(step, -case.local_gradient(reverse))
+    same(whole, -case.kl_gradient())
+    assert cosine(step, whole) == pytest.approx(1.0 if toy else 0.9930, abs=1e-4)
 
 
 def test_k2_and_k3_in_the_reward_lack_what_they_have_in_the_loss():

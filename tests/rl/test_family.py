@@ -110,7 +110,7 @@ def test_dials_that_do_not_go_together_are_refused(changes, message):
     # sequence, so this goes
 
 
-@pytest.mark.parametrize("algo", PRESETS)
+@pytest.mark.parametrize("algo", [algo for algo in PRESETS if algo != "distill"])  # no reward teaches it
 def test_every_preset_learns_the_bandit(algo, tmp_path):
     c = grpo_config(tmp_path / "run", save_base(tmp_path / "base"), algo=algo, steps=25, prompts_per_step=8,
                     group_size=8, seed=1, save_every=1000, max_new_tokens=2, micro_tokens=2048,

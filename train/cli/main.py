@@ -60,6 +60,12 @@ COMMANDS = {
         function="r1",
         purpose="from R1-Zero to R1: cold start, reasoning, rejection sampling, all scenarios",
     ),
+    "distill": Command(
+        module="recipes.distill",
+        config="DistillConfig",
+        function="distill",
+        purpose="distillation or RL for a small model: six arms from one student",
+    ),
     "recipe minimal": Command(
         module="recipes.minimal",
         config="MinimalConfig",

@@ -1,0 +1,249 @@
+"""What came out of `r1zero distill`: the cost of each arm, which is better, a table, a picture.
+
+    sampled     tokens that teacher and student have written for an arm, useless ones included
+    trained     tokens of its optimizer steps
+    seconds     of both, on this machine
+
+Which of two arms is better is the mean difference over the same held-out problems, with its 95 %
+interval: problems differ more than models do, and that cancels. What the student has cost, which
+all arms begin with, and the teacher, is not counted.
+"""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ...eval.harness import Z95
+from ...eval.result_file import summary_path
+from ..log import read_metrics
+from ..machine import describe_machine
+from ..report.plots import AXIS, BASE, CONTROL, GRID, INK, RL, new_figure, save
+from ..settings import as_json
+from .demo import PartResults
+
+# What an arm is, and the stages that it takes beside the student.
+ARMS = {
+    "student": ("the small base", ()),
+    "rl": ("RL alone", ("rl",)),
+    "sft": ("SFT on the teacher's answers", ("traces", "sft")),
+    "sft_rl": ("the same, then RL", ("traces", "sft", "sft_rl")),
+    "own": ("SFT on its own right answers", ("own_traces", "own")),
+    "on_policy": ("on-policy distillation", ("on_policy",)),
+    "large": ("the teacher's base by SFT", ("traces", "large")),
+    "teacher": ("the teacher", ()),
+}
+# (an arm, another, what each has that the other has not)
+QUESTIONS = (
+    ("sft", "rl", "distillation", "RL"),
+    ("sft_rl", "sft", "RL behind SFT", "SFT alone"),
+    ("sft", "own", "SFT on the teacher's answers", "SFT on its own"),
+    ("on_policy", "sft", "on-policy distillation", "SFT"),
+    ("on_policy", "rl", "on-policy distillation", "RL"),
+    ("large", "sft", "the teacher's base", "the small one"),
+    ("large", "teacher", "SFT of the teacher's base", "the teacher's RL"),
+)
+# What may be another on resume.
+FREE = ("run", "resume", "device")
+
+
+class Results(PartResults):
+    """results.json: what was measured of each model, with the configuration and the machine."""
+
+    def __init__(self, folder: Path, config):
+        """Raises ValueError if the folder's recipe had other flags."""
+        super().__init__(folder, {"stages": {}})
+        now = {name: value for name, value in as_json(asdict(config)).items() if name not in FREE}
+        then = self.values.get("config", now)
+        changed = [name for name in now if then.get(name, now[name]) != now[name]]
+        if changed:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+            raise ValueError(
+                f"{folder} was begun with another {flags}; give what {self.path} says, or another "
+                "--run"
+            )
+        self.values |= {"config": now, "machine": describe_machine()}
+
+    @property
+    def stages(self) -> dict[str, dict]:
+        return self.values["stages"]
+
+    def keep(self, name: str, found: dict) -> None:
+        """Note what was measured of a model."""
+        self.stages[name] = found
+        self.write()
+
+    def sum_up(self, folder: Path) -> None:
+        """Note what each arm has cost, and the differences between arms."""
+        seconds = self.values["seconds"]
+        most = max(self.values["config"]["traces"])
+        self.values["arms"] = {
+            name: cost_of(folder, path, seconds)._asdict()
+            for name, (_, path) in ARMS.items()
+            if name in self.stages
+        }
+        questions = (*QUESTIONS, ("sft", f"any_{most}", "right answers alone", "unfiltered ones"))
+        self.values["differences"] = [
+            {"better": words, "than": others, "points": difference(folder, one, other)}
+            for one, other, words, others in questions
+            if one in self.stages and other in self.stages
+        ]
+        self.write()
+
+    def table(self) -> str:
+        """A row per arm, for people."""
+        heads = ("right", "sampled", "trained", "seconds")
+        lines = [f"{'':<32}" + "".join(f"{head:>20}" for head in heads)]
+        for name, cost in self.values["arms"].items():
+            cells = [with_interval(self.stages[name]["accuracy"])]
+            cells += [f"{cost[head]:,.0f}" if ARMS[name][1] else "-" for head in heads[1:]]
+            lines.append(f"{ARMS[name][0]:<32}" + "".join(f"{cell:>20}" for cell in cells))
+        lines.append("")
+        lines.append(f"{'SFT on n answers':<32}{'right ones':>20}{'unfiltered':>20}")
+        for n, right, unfiltered in curve(self.values):
+            cells = [with_interval(each) for each in (right, unfiltered)]
+            lines.append(f"{n:<32,}" + "".join(f"{cell:>20}" for cell in cells))
+        return "\n".join(lines)
+
+
+def with_interval(share: list[float]) -> str:
+    """88.1 % [86, 90]"""
+    mean, low, high = (100 * value for value in share)
+    return f"{mean:.1f} % [{low:.0f}, {high:.0f}]"
+
+
+# ---- cost ----
+
+
+class Cost(NamedTuple):
+    sampled: float
+    trained: float
+    seconds: float
+
+
+def cost_of(folder: Path, path: tuple[str, ...], seconds: dict[str, float]) -> Cost:
+    """What the stages of an arm have cost together. seconds: of each stage."""
+    tokens = [tokens_of(folder, name) for name in path]
+    return Cost(
+        sampled=sum(sampled for sampled, _ in tokens),
+        trained=sum(trained for _, trained in tokens),
+        seconds=sum(seconds.get(name, 0.0) for name in path),
+    )
+
+
+def tokens_of(folder: Path, name: str) -> tuple[float, float]:
+    """(tokens sampled, tokens trained on) of a stage."""
+    summary = summary_path(folder / f"{name}.jsonl")
+    if summary.exists():  # of r1zero collect
+        return json.loads(summary.read_text(encoding="utf-8"))["tokens"], 0
+    rows = read_metrics(folder / name)
+    tokens = sum(row["tokens"] for row in rows)
+    # A loop that samples trains on each of its samples once.
+    return (tokens if "rollout_s" in rows[0] else 0), tokens
+
+
+# ---- which is better ----
+
+
+def shares_right(path: Path) -> list[float]:
+    """The share of right answers to each problem of an evaluation, in order."""
+    answers: dict[int, list[float]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        answers.setdefault(row["index"], []).append(row["accuracy"])
+    return [float(np.mean(answers[index])) for index in sorted(answers)]
+
+
+def difference(folder: Path, one: str, other: str) -> list[float]:
+    """[mean, low, high]: how much more often one model is right than another on the same problems,
+    from -1 to 1, with the normal approximation's 95 % interval over problems."""
+    pair = [shares_right(folder / f"eval_{name}.jsonl") for name in (one, other)]
+    apart = np.subtract(*pair)
+    half = Z95 * float(apart.std()) / math.sqrt(len(apart))
+    return [float(apart.mean()), float(apart.mean()) - half, float(apart.mean()) + half]
+
+
+def verdict(found: dict) -> str:
+    """Which of two is better, in a sentence, whichever it is."""
+    mean, low, high = (100 * value for value in found["points"])
+    one, other = found["better"], found["than"]
+    points = f"{mean:+.1f} points [{low:+.1f}, {high:+.1f}]"
+    if low > 0:
+        return f"{one} beats {other}: {points}"
+    if high < 0:
+        return f"{other} beats {one}: {-mean:+.1f} points [{-high:+.1f}, {-low:+.1f}]"
+    return f"{one} and {other} do not differ beyond the interval: {points}"
+
+
+def verdicts(values: dict) -> str:
+    """A sentence per question."""
+    return "\n".join(verdict(found) for found in values["differences"])
+
+
+# ---- the picture ----
+
+
+def curve(values: dict) -> list[tuple[int, list[float], list[float]]]:
+    """(number of traces, accuracy of SFT on right ones, and on unfiltered ones), rising."""
+    numbers, stages = sorted(values["config"]["traces"]), values["stages"]
+    right = {n: "sft" if n == numbers[-1] else f"right_{n}" for n in numbers}
+    return [(n, stages[right[n]]["accuracy"], stages[f"any_{n}"]["accuracy"]) for n in numbers]
+
+
+def plot_curve(axes, values: dict) -> None:
+    """Accuracy over the number of traces, between that of the student and that of the teacher."""
+    points = curve(values)
+    numbers = [n for n, _, _ in points]
+    for which, label, colour in ((1, "right ones alone", RL), (2, "unfiltered", CONTROL)):
+        shares = np.array([point[which] for point in points])
+        bars = np.abs(shares[:, 1:] - shares[:, :1]).T
+        axes.errorbar(numbers, shares[:, 0], bars, label=label, color=colour, marker="o", capsize=3)
+    for name in ("student", "teacher"):
+        level = values["stages"][name]["accuracy"][0]
+        axes.axhline(level, color=BASE, linestyle="--", linewidth=1)
+        axes.text(numbers[0], level, f"{name} ", va="bottom", fontsize=9, color=INK)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(numbers, [f"{n:,}" for n in numbers])
+    axes.set_xlabel("answers of the teacher")
+    axes.set_title("SFT of the student", loc="left", fontsize=10)
+    axes.legend(loc="lower right", frameon=False, fontsize=9)
+
+
+def plot_costs(axes, values: dict) -> None:
+    """Accuracy of each arm over the tokens that it took."""
+    for name, cost in values["arms"].items():
+        if not ARMS[name][1]:
+            continue
+        mean, low, high = values["stages"][name]["accuracy"]
+        tokens = cost["sampled"] + cost["trained"]
+        colour = BASE if name == "large" else CONTROL if name == "rl" else RL
+        bar = [[mean - low], [high - mean]]
+        axes.errorbar([tokens], [mean], bar, color=colour, marker="o", capsize=3)
+        axes.annotate(name, (tokens, mean), (6, 5), textcoords="offset points", fontsize=9)
+    axes.set_xscale("log")
+    axes.set_xlabel("tokens sampled and trained on")
+    axes.set_title("the arms", loc="left", fontsize=10)
+    axes.margins(x=0.25)
+
+
+def plot_results(values: dict, path: Path) -> Path:
+    """Both panels, as a PNG file."""
+    from matplotlib import style
+    from matplotlib.ticker import NullLocator, PercentFormatter
+
+    with style.context("default"):
+        figure = new_figure(10, 4.2, 150)
+        both = figure.subplots(1, 2, sharey=True)
+        for axes, draw in zip(both, (plot_curve, plot_costs), strict=True):
+            draw(axes, values)
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.grid(color=GRID, linewidth=0.8)
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(color=AXIS, labelsize=9)
+        both[0].set_ylabel("held-out answers that are right")
+        return save(figure, path)
