@@ -215,7 +215,7 @@ def test_every_command_that_reads_lines_can_skip_bad_ones(flags, config_class):
 
 
 @pytest.mark.parametrize("flags, fragment", [
-    (TaskFlags("chess"), "'chess'; choose one of: arithmetic, countdown, game24, gsm8k"),
+    (TaskFlags("chess"), "'chess'; choose one of: arithmetic, assistant, countdown, game24, gsm8k"),
     (TaskFlags(options=("high",)), "'high', expected name=value"),
     (TaskFlags(options=("high=x",)), "--options high is 'x', expected a number"),
     (TaskFlags(options=("test_share=x",)), "--options test_share is 'x', expected a number"),
