@@ -217,7 +217,7 @@ def test_problems_check_their_fields(numbers, target):
 @pytest.mark.parametrize(
     ("name", "options", "why"),
     [
-        ("sudoku", {}, "no task 'sudoku'; choose one of: arithmetic, countdown, game24, gsm8k"),
+        ("sudoku", {}, "no task 'sudoku'; choose one of: arithmetic, assistant, countdown, game24, gsm8k"),
         ("countdown", {"digits": 3}, "no option 'digits'; it has: n_numbers, low"),
         ("countdown", {"n_numbers": 7}, "n_numbers is 7"),
         ("countdown", {"low": 5, "high": 4}, "low is 5, high 4"),
