@@ -25,8 +25,9 @@ from r1zero.model.checkpoint import load_model
 from r1zero.model.files import atomic_write_json
 from r1zero.model.optimizer import OptimConfig
 from r1zero.train.collect import CollectConfig, collect
-from r1zero.train.grpo import grpo_config, make_learner, open_judges, timed_step
+from r1zero.train.grpo import grpo_config, make_learner, timed_step
 from r1zero.train.machine import pick_device, reuse_memory
+from r1zero.train.other_models import open_judges
 from r1zero.train.process_reward import ProcessRewardConfig, process_reward
 from r1zero.train.run import read_record
 from r1zero.train.task_flags import TaskFlags

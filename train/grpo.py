@@ -8,15 +8,14 @@
 The algorithm is rl/step.py. This file is the loop around it: flags, run folder, checkpoints, time
 and memory.
 
-Left out: a separate sampler. The engine samples with the trainer's own weights,
-so rollouts are never stale. On a GPU it does so in 16 bit and with other kernels: `logp_gap_mean`
-and `logp_gap` in the log show how far its log-probs are from the trainer's, and the run stops if
-they differ too much (--max-logp-gap). Source: DeepSeek-R1, arXiv 2501.12948.
+Left out: a separate sampler. The engine samples with the trainer's own weights, so rollouts are
+never stale. On a GPU it does so in 16 bit and with other kernels: `logp_gap_mean` and `logp_gap` in
+the log show how far its log-probs are from the trainer's, and the run stops if they differ too much
+(--max-logp-gap). Source: DeepSeek-R1, arXiv 2501.12948.
 """
 
 import time
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -32,7 +31,6 @@ from ..model.chat_template import encode_problems
 from ..model.checkpoint import (
     Checkpoint,
     CheckpointError,
-    build_model,
     load_checkpoint,
     load_model,
     save_checkpoint,
@@ -42,20 +40,18 @@ from ..model.engine.sampling import NonFiniteError
 from ..model.lora import (
     LEARNING_RATE_FACTOR,
     LoRAConfig,
-    adapters_of,
     cast_frozen,
-    own_adapters,
 )
 from ..model.memory import predict
 from ..model.tokenizer import Tokenizer
 from ..model.transformer import Transformer
 from ..rl import family
 from ..rl.family import Algorithm, in_words
-from ..rl.heads import RewardModel, ValueHead
+from ..rl.heads import ValueHead
 from ..rl.plugin import PluginError, source_of
 from ..rl.rewards import check_parts
 from ..rl.step import Learner, grpo_step
-from ..rl.update import AdapterReference, LogpGapError, Reference, Teacher, gap_limit
+from ..rl.update import LogpGapError, Reference, gap_limit
 from .adapters import default_optim, loading_device, value_in
 from .compute_flags import ComputeFlags
 from .inputs import base_parts, file_parts
@@ -64,8 +60,15 @@ from .lab.mistakes import MISTAKES, warn_of
 from .log import read_metrics
 from .machine import peak_memory, pick_device, reuse_memory
 from .memory_check import predicted_for, setup_of_run, steps_measured, try_longest_batch
-from .process_reward import load_process_reward
-from .reward_model import load_reward_model
+from .other_models import (
+    Base,
+    check_reader,
+    check_teacher,
+    make_critic_trunk,
+    make_reference,
+    open_judges,
+    open_teacher,
+)
 from .rollout_log import RolloutLog
 from .run import START, Run, RunConfig, at_least
 from .task_flags import TaskFlags
@@ -76,8 +79,6 @@ MEASURED = 10_000  # prompts per split whose length is looked at before a run
 WITHOUT_FRAME = ("zero_shot", "eight_shot", "chat", "boxed")
 # From so many parameters on, a larger learning rate than this is told to be one.
 LARGE, LARGE_RATE = 50_000_000, 5e-5
-# How the model of --rewards.<name> is loaded.
-LOADERS = {"model": load_reward_model, "process": load_process_reward}
 # A NaN or an infinity in any of these metrics ends the run.
 CHECKED = ("loss", "gradient_norm", "value_loss", "critic_gradient_norm")
 
@@ -177,7 +178,7 @@ def grpo_config(algo: str = "r1_zero", **overrides) -> GRPOConfig:
 def make_learner(
     config: GRPOConfig,
     task: Task,
-    base: tuple[Transformer, Tokenizer, Checkpoint],
+    base: Base,
     reference: Reference | None = None,
     judges: dict[str, ValueHead] | None = None,
 ) -> Learner:
@@ -204,126 +205,9 @@ def make_learner(
     return learner
 
 
-def another_policy(
-    base: tuple[Transformer, Tokenizer, Checkpoint], weights: dict[str, torch.Tensor] | None = None
-) -> Transformer:
-    """A model like the policy, which computes as it does. With adapters, it has some of its own
-    over the same frozen weights. weights: None are the base's."""
-    policy, _, checkpoint = base
-    if adapters_of(policy):
-        another = own_adapters(policy)
-    else:
-        weights = weights or checkpoint.tensors["model"]
-        model_config = checkpoint.state["model_config"]
-        another = build_model(model_config, weights, policy.device, policy.precision)
-    another.recomputes = policy.recomputes
-    return another
-
-
-def make_critic_trunk(
-    base: tuple[Transformer, Tokenizer, Checkpoint], reward_model: RewardModel | None
-) -> Transformer:
-    """What the critic begins from: the base, or the reward model if there is one (InstructGPT,
-    arXiv 2203.02155, section 3.5). With adapters it is always the base, which they are for."""
-    if reward_model is None or adapters_of(base[0]):
-        return another_policy(base)
-    trunk = deepcopy(reward_model.trunk).requires_grad_(True)
-    trunk.recomputes = base[0].recomputes
-    return trunk
-
-
-def open_judges(
-    config: GRPOConfig, base: tuple[Transformer, Tokenizer, Checkpoint]
-) -> dict[str, tuple[ValueHead, Checkpoint]]:
-    """The models of --rewards.model and --rewards.process, with their checkpoints; "model" or
-    "process" is left out where that flag is.
-
-    Raises ValueError for one that reads other tokens than the base writes.
-    """
-    policy, tokenizer, _ = base
-    found = {}
-    for name, load in LOADERS.items():
-        folder = getattr(config.rewards, name)
-        if folder is None:
-            continue
-        model, its_tokenizer, checkpoint = load(folder, policy.device, policy.precision)
-        if its_tokenizer.fingerprint() != tokenizer.fingerprint():
-            raise ValueError(
-                f"--rewards.{name} {folder} was made with another tokenizer than --base "
-                f"{config.base}, so it would read other words than were written; train one on "
-                "this base"
-            )
-        found[name] = model.requires_grad_(False), checkpoint
-    return found
-
-
-def open_teacher(
-    config: GRPOConfig, base: tuple[Transformer, Tokenizer, Checkpoint], device: torch.device
-) -> tuple[Teacher, Checkpoint] | tuple[None, None]:
-    """(the model of --teacher, its checkpoint), or two None without one.
-
-    Raises ValueError for one of another tokenizer than the base's.
-    """
-    folder = config.teacher
-    if folder is None:
-        return None, None
-    policy, tokenizer, _ = base
-    model, its_tokenizer, checkpoint = load_model(folder, device, precision=policy.precision)
-    if its_tokenizer.fingerprint() != tokenizer.fingerprint():
-        raise ValueError(
-            f"--teacher {folder} has another tokenizer than --base {config.base}, and tokens of "
-            "one vocabulary have no probability under another; r1zero collect and r1zero sft "
-            "distil by text"
-        )
-    cast_frozen(model.requires_grad_(False))  # nobody trains it: no fp32 masters
-    return Teacher(model, device, config.ref_offload), checkpoint
-
-
-def check_teacher(config: GRPOConfig) -> None:
-    """Raise ValueError for an algorithm that learns from a teacher without one, or for a teacher
-    that nothing is compared with. (Not in GRPOConfig, of which each preset has its defaults.)"""
-    needs_one = config.advantage.baseline == "teacher"
-    if needs_one and config.teacher is None:
-        raise ValueError(
-            f"--algo {config.algo} learns from a teacher alone; add --teacher with the folder of "
-            "a better model"
-        )
-    if config.teacher is not None and not config.needs_reference:
-        raise ValueError(
-            f"--teacher {config.teacher} is what the KL is measured to, and there is no KL; give "
-            "--loss.kl-coef or --kl-samples, or leave it out"
-        )
-
-
-def check_reader(flag: str, reader: Transformer | None, longest: int) -> None:
-    """Raise ValueError for a model without room for so many tokens of a prompt and its answer.
-    flag: how it was given."""
-    if reader is None or longest <= reader.config.max_seq_len:
-        return
-    room = reader.config.max_seq_len
-    raise ValueError(
-        f"{flag} has room for {room} tokens, and a prompt and its answer may have {longest}; lower "
-        f"--max-new-tokens by {longest - room}"
-    )
-
-
-def make_reference(
-    config: GRPOConfig,
-    base: tuple[Transformer, Tokenizer, Checkpoint],
-    weights: dict[str, torch.Tensor] | None = None,
-) -> Reference:
-    """The model that the KL is measured to, if it is no teacher. weights: None are the base's."""
-    policy = base[0]
-    if adapters_of(policy):
-        return AdapterReference(policy)
-    reference = another_policy(base, weights).requires_grad_(False)
-    cast_frozen(reference)  # nobody trains it: no fp32 masters
-    return Reference(reference, policy.device, config.ref_offload)
-
-
 def inputs_of(
     config: GRPOConfig,
-    base: tuple[Transformer, Tokenizer, Checkpoint],
+    base: Base,
     judges: dict[str, Checkpoint] | None = None,
     teacher: Checkpoint | None = None,
 ) -> dict:
@@ -371,7 +255,7 @@ def keeps_start(config: GRPOConfig) -> bool:
     return config.needs_reference and config.teacher is None and config.lora.rank == 0
 
 
-def keep_start(run: Run, base: tuple[Transformer, Tokenizer, Checkpoint]) -> None:
+def keep_start(run: Run, base: Base) -> None:
     """Keep the weights that the run begins with, for `start_weights`."""
     policy, tokenizer, checkpoint = base
     state = {
@@ -461,7 +345,7 @@ def check_room(config: GRPOConfig, task: Task, policy: Transformer, tokenizer: T
 def make_engine(
     config: GRPOConfig,
     task: Task,
-    base: tuple[Transformer, Tokenizer, Checkpoint],
+    base: Base,
     reference: Reference | None,
 ) -> Engine:
     """An engine whose cache is for what a step samples, and leaves room for the first update."""
