@@ -170,11 +170,9 @@ def reference_bytes(setup: Setup, model: Transformer) -> int:
     """Bytes of the reference on the device, while it is in use."""
     if setup.reference == "none":
         return 0
-    if setup.teacher is not None:
-        model = _built(setup.teacher, setup.dtype, setup.fp32_head, LoRAConfig(), False)
-    elif setup.lora.rank:  # the adapters as they were
+    if setup.teacher is None and setup.lora.rank:  # the adapters as they were
         return sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    return _frozen_bytes(setup.model, setup.dtype, setup.fp32_head)
+    return _frozen_bytes(setup.teacher or setup.model, setup.dtype, setup.fp32_head)
 
 
 @lru_cache(maxsize=8)
