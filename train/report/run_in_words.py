@@ -30,6 +30,7 @@ PARTS = {
     "coherence": "true equations",
     "language": "thoughts in the language of the question",
 }
+NAMED = ("plugin", "model", "process")  # parts that count only where something is named
 OBJECTIVES = {
     "clip": "the ratio of each token to the old policy is kept from 1 - {clip_low:g} to "
     "1 + {clip_high:g}",
@@ -45,6 +46,7 @@ BASELINES = {
     "leave_one_out": "the mean of the others of its group",
     "batch": "the mean of the step",
     "critic": "what a critic expects",
+    "teacher": "nothing, and what a teacher thinks of each token takes its place",
     "none": "nothing",
 }
 SCALES = {
@@ -193,11 +195,13 @@ def reward_in_words(rewards: Any) -> str | None:
     for key, weight in rewards.items():
         name = key.removesuffix("_weight")
         is_weight = name != key and finite(weight)
-        if not is_weight or (name in ("plugin", "model") and not rewards.get(name)):
+        if not is_weight or (name in NAMED and not rewards.get(name)):
             continue
         what = PARTS.get(name, name)
         if name == "plugin":
             what = f"`{rewards['plugin']}`, a function of its own"
+        if name == "process":
+            what = f"the scores of the steps by the process reward `{rewards['process']}`"
         if name == "model":
             what = f"the score of the reward model `{rewards['model']}`"
             if begins := rewards.get("model_from"):
