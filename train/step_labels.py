@@ -99,15 +99,19 @@ class StepLabels:
                     requests.append(request)
                     of_step.append((step, begun, answer.sample.problem))
         # 2. Each is graded as a whole answer.
-        for (step, begun, problem), completion in zip(
-            of_step, sampler.engine.generate(requests) if requests else (), strict=True
-        ):
+        completions = sampler.engine.generate(requests) if requests else ()
+        right = []
+        for (_, begun, problem), completion in zip(of_step, completions, strict=True):
             tokens = [*begun, *completion.tokens.tolist()]
             self.n_tokens += len(completion.tokens)
             text = response_text(sampler.tokenizer, tokens)
             sample = Sample(problem, text, tokens, completion.finish_reason)
-            is_right = verdict(self.task, sample).accuracy
-            step["share"] = (step["share"] or 0.0) + is_right / self.n_completions
+            right.append(verdict(self.task, sample).accuracy)
+
+        # 3. Those of a step follow each other. (Divided once: nine ninths add up to more than 1.)
+        n = self.n_completions
+        for first in range(0, len(right), n):
+            of_step[first][0]["share"] = sum(right[first : first + n]) / n
 
     # ---- what was counted ----
 
