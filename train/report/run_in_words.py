@@ -183,7 +183,9 @@ def steps_in_words(settings: dict) -> str | None:
         noise = f", with {settings['noise']:.0%} of the pairs turned around"
         return f"{settings['rankings_per_step']} rankings" + (noise if settings["noise"] else "")
     if "answers_per_step" in settings:
-        return f"{settings['answers_per_step']} answers, label `{settings['labels']}` of their steps"
+        return (
+            f"{settings['answers_per_step']} answers, label `{settings['labels']}` of their steps"
+        )
     if "batch_tokens" in settings:
         return f"{settings['batch_tokens']:,} tokens at most"
     return None

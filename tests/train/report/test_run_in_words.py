@@ -61,7 +61,7 @@ def test_a_run_of_rl_says_what_it_did(tmp_path):
     ("ppo", ["what a critic expects", "whitened over the step", "counts in the reward"]),
     ("dr_grpo", ["is not scaled", "counts by its length"]),
     ("demo", ["4 updates per step"]),
-    ("distill", ["does not count: the KL to the teacher alone teaches", "to the reference counts in the reward"]),
+    ("distill", ["does not count: the KL to the teacher alone teaches", "counts in the reward"]),
     ("dppo", ["falls by 0.15 at most, and rises by 0.15 at most"])])
 def test_each_algorithm_says_what_sets_it_apart(algo, said):
     text = algorithm_in_words(rl_settings(algo=algo))
