@@ -79,6 +79,16 @@ def test_a_stage_that_is_gone_is_made_again_and_the_others_are_not(finished, cap
     assert (finished / "eval_r1.jsonl").read_bytes() == kept
 
 
+@pytest.mark.slow
+def test_with_other_held_out_problems_every_model_is_measured_again(finished):
+    flags = [*SMALL[:SMALL.index("--eval-problems") + 1], "4", *SMALL[SMALL.index("--eval-problems") + 2:]]
+    assert main(["r1", "--run", str(finished), *flags, "--resume"]) == 0
+    found = json.loads((finished / "results.json").read_text())["stages"]
+    assert {stage["eval_problems"] for stage in found.values()} == {4}
+    assert all(len((finished / f"eval_{name}.jsonl").read_text().splitlines()) == 4 * 3 * 2 for name in found)
+    assert recipe(finished, "--resume") == 0
+
+
 def test_the_controls_and_the_broken_run_differ_in_one_thing_each(tmp_path):
     stages = {stage.name: stage.config for stage in stages_of(R1Config(hack=True), tmp_path)}
 
