@@ -80,6 +80,7 @@ TOY = {  # command: the settings that make it small, instead of README's or besi
     "collect": {"--problems": "2", "--samples": "2", "--keep": "all", "--max-new-tokens": "6",
                 "--device": "cpu"},
     "reward-model": {"--steps": "2", "--device": "cpu"},
+    "process-reward": {"--steps": "2", "--held-out": "0.5", "--device": "cpu"},
     "compare": {"--steps": "2", "--device": "cpu", **TINY_STEP},
     "diagnose": {},
     "show": {"--step": "4"},
