@@ -52,7 +52,8 @@ def permute_steps(steps, rollouts, seed: int):
 
 def random_steps(steps, rollouts, seed: int):
     """A score of 0 or 1 for each step, with equal chances."""
-    tossed_K = generator(rollouts, seed, 2).integers(0, 2, len(steps.scores))
+    rng = generator(rollouts, seed, 2)
+    tossed_K = rng.integers(0, 2, len(steps.scores))
     return steps._replace(scores=tossed_K.astype(np.float64))
 
 

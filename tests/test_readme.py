@@ -73,6 +73,10 @@ TOY = {  # command: the settings that make it small, instead of README's or besi
              "--device": "cpu"},
     "recipe minimal": {"--model": "tiny", "--documents": "60", "--pretrain-steps": "2", "--sft-steps": "2",
                        "--rl-steps": "1", "--eval-problems": "4", "--device": "cpu"},
+    "r1": {"--model": "tiny", "--documents": "300", "--pretrain-steps": "40", "--zero-steps": "1",
+           "--cold-steps": "2", "--reasoning-steps": "1", "--tuned-steps": "2", "--reward-steps": "2",
+           "--all-steps": "2", "--collect-problems": "8", "--eval-problems": "2", "--eval-samples": "2",
+           "--keep": "all", "--max-new-tokens": "60", "--device": "cpu"},
     "pretrain": {"--model": "tiny", "--documents": "60", "--batch-tokens": "256", "--seq-len": "16",
                  "--vocab-size": "280", "--steps": "2", "--device": "cpu"},
     "sft": {"--steps": "2", "--device": "cpu"},
@@ -318,7 +322,7 @@ def unknown_options(text: str, options: dict[str, set[str]]) -> list[str]:
     """Flags in code that the command beside them does not have; where there is none, that no command has."""
     bad = []
     for code in [*code_spans(text), *plain_lines(text)]:
-        words = re.search(r"\br1zero ([a-z][a-z-]*) ?([a-z0-9.-]*)", code)
+        words = re.search(r"\br1zero ([a-z][a-z0-9-]*) ?([a-z0-9.-]*)", code)
         command = command_of(list(words.groups()))[0] if words else None
         if command and command not in options:
             bad.append(code)

@@ -85,7 +85,10 @@ class Results(PartResults):
             for name, (_, path) in ARMS.items()
             if name in self.stages
         }
-        questions = (*QUESTIONS, ("sft", f"any_{most}", "right answers alone", "unfiltered ones"))
+        questions = (
+            *QUESTIONS,
+            ("sft", f"any_{most}", "SFT on right answers", "SFT on unfiltered ones"),
+        )
         self.values["differences"] = [
             {"better": words, "than": others, "points": difference(folder, one, other)}
             for one, other, words, others in questions
@@ -209,7 +212,7 @@ def plot_curve(axes, values: dict) -> None:
     axes.set_xticks(numbers, [f"{n:,}" for n in numbers])
     axes.set_xlabel("answers of the teacher")
     axes.set_title("SFT of the student", loc="left", fontsize=10)
-    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    axes.legend(loc="center right", frameon=False, fontsize=9)
 
 
 def plot_costs(axes, values: dict) -> None:
@@ -218,15 +221,16 @@ def plot_costs(axes, values: dict) -> None:
         if not ARMS[name][1]:
             continue
         mean, low, high = values["stages"][name]["accuracy"]
-        tokens = cost["sampled"] + cost["trained"]
+        tokens = (cost["sampled"] + cost["trained"]) / 1e6
         colour = BASE if name == "large" else CONTROL if name == "rl" else RL
         bar = [[mean - low], [high - mean]]
         axes.errorbar([tokens], [mean], bar, color=colour, marker="o", capsize=3)
-        axes.annotate(name, (tokens, mean), (6, 5), textcoords="offset points", fontsize=9)
-    axes.set_xscale("log")
-    axes.set_xlabel("tokens sampled and trained on")
-    axes.set_title("the arms", loc="left", fontsize=10)
-    axes.margins(x=0.25)
+        above = {"textcoords": "offset points", "ha": "center", "fontsize": 9}
+        axes.annotate(name, (tokens, high), (0, 4), **above)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("tokens sampled and trained on, millions")
+    axes.set_title("The arms", loc="left", fontsize=10)
+    axes.margins(x=0.15)
 
 
 def plot_results(values: dict, path: Path) -> Path:

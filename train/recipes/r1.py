@@ -1,7 +1,7 @@
 """From R1-Zero to R1, at toy scale: the whole road of DeepSeek-R1, with a control for each claim.
 
     r1zero r1                        every stage and every control, with a report
-    r1zero r1 --controls False       the road alone
+    r1zero r1 --no-controls          the road alone
     r1zero r1 --break                also ask too much of the reward model, to see it hacked
 
 The model thinks about Countdown puzzles in one of two languages, and answers plain requests
