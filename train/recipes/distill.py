@@ -168,7 +168,7 @@ def check_tokenizers(config: DistillConfig, student: str) -> None:
     if prints[0] != prints[1]:
         raise ValueError(
             f"--teacher {config.teacher} has another tokenizer than the student {student}, so it "
-            "can be distilled by its texts alone; add --on-policy False"
+            "can be distilled by its texts alone; add --no-on-policy"
         )
 
 
