@@ -136,6 +136,7 @@ def test_steps_are_labelled_by_the_task_and_by_completions_of_the_ids_that_were_
     record = json.loads((folder / "steps.jsonl.summary.json").read_text())
     steps = [step for row in rows for step in row["steps"]]
     assert record["labels"]["steps"] == len(steps) and record["labels"]["completion_tokens"] > 50
+    assert record["labels"]["completion_seconds"] > 0
     assert record["labels"]["true"] == pytest.approx(np.mean([step["true"] for step in steps]))
 
 
