@@ -9,7 +9,8 @@ Japanese kana, Thai) have a word per character.
 
 A text without words is consistent: 1. Otherwise the reward would punish thinking in numbers.
 
-Left out: two languages of one script. English and French count as the same.
+Left out: two languages of one script. English and French count as the same, and so do Chinese and
+Japanese, which writes Chinese characters between its own.
 """
 
 import re
@@ -20,13 +21,16 @@ from functools import lru_cache
 LATEX_COMMAND = re.compile(r"\\[A-Za-z]+")
 LETTERS = re.compile(r"[^\W\d_]+")
 # Scripts that write no spaces between words, by the first word of a character's Unicode name.
-WITHOUT_SPACES = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR"}
+WITHOUT_SPACES = {"CJK", "THAI", "LAO", "KHMER", "MYANMAR"}
+# A text in Japanese has all three.
+SAME_SCRIPT = {"HIRAGANA": "CJK", "KATAKANA": "CJK"}
 
 
 @lru_cache(maxsize=4096)
 def script_of(letter: str) -> str:
     """The script of a letter, such as LATIN, CYRILLIC or CJK: the first word of its name."""
-    return unicodedata.name(letter, "UNKNOWN").partition(" ")[0]
+    script = unicodedata.name(letter, "UNKNOWN").partition(" ")[0]
+    return SAME_SCRIPT.get(script, script)
 
 
 def words_by_script(text: str) -> Counter:

@@ -42,9 +42,7 @@ def permute_within_groups(parts: Parts, rollouts, seed: int) -> Parts:
 def permute_steps(steps, rollouts, seed: int):
     """The scores of each group's steps, dealt out among the steps of the group."""
     rng = generator(rollouts, seed, 1)
-    # Where each group's tokens begin, and so where its steps do.
-    tokens_before_G = rollouts.response_offsets[rollouts.group_offsets]
-    offsets_G = np.searchsorted(steps.tokens, tokens_before_G)
+    offsets_G = steps.group_offsets(rollouts.response_offsets, rollouts.group_offsets)
     order = [rng.permutation(group) for group in indices_of_groups(offsets_G)]
     order_K = np.concatenate(order)
     return steps._replace(scores=steps.scores[order_K])

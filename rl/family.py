@@ -263,7 +263,8 @@ def check_combinations(config: Algorithm) -> None:
             "one advantage per sequence; expected the objective clip, cispo or reinforce, or "
             "another baseline and no process reward"
         )
-    if config.rewards.process is not None and config.advantage.baseline in ("critic", "none"):
+    token_by_token = ("critic", "none", "teacher")
+    if config.rewards.process is not None and config.advantage.baseline in token_by_token:
         raise ValueError(
             f"--rewards.process with --advantage.baseline {config.advantage.baseline}: steps are "
             "compared with those of their group, so expected the baseline group, leave_one_out or "

@@ -152,14 +152,6 @@ def step_loss(model: ProcessReward, answers: Sequence[Steps]) -> tuple[torch.Ten
 # ---- from the scores of steps to advantages ----
 
 
-def group_offsets_of(
-    steps: StepRewards, response_offsets: np.ndarray, group_offsets: np.ndarray
-) -> np.ndarray:
-    """[G + 1]: where the steps of each group begin among all steps."""
-    tokens_before_G = np.asarray(response_offsets)[group_offsets]
-    return np.searchsorted(steps.tokens, tokens_before_G)
-
-
 def step_advantages(
     steps: StepRewards, response_offsets: np.ndarray, group_offsets: np.ndarray
 ) -> np.ndarray:
@@ -175,7 +167,7 @@ def step_advantages(
     """
     if not len(steps.tokens):
         return np.zeros(response_offsets[-1])
-    offsets_G = group_offsets_of(steps, response_offsets, group_offsets)
+    offsets_G = steps.group_offsets(response_offsets, group_offsets)
     earned_R = np.zeros(response_offsets[-1])
     earned_R[steps.tokens] = group_advantages(steps.scores, offsets_G)
     to_go_R, _ = gae(earned_R, np.zeros_like(earned_R), response_offsets, gamma=1.0, lam=1.0)

@@ -162,6 +162,11 @@ class StepRewards(NamedTuple):
     tokens: np.ndarray
     """[K] int64, rising: which of all response tokens ends each step."""
 
+    def group_offsets(self, response_offsets: np.ndarray, group_offsets: np.ndarray) -> np.ndarray:
+        """[G + 1]: where the steps of each group begin among all steps."""
+        tokens_before_G = np.asarray(response_offsets)[group_offsets]
+        return np.searchsorted(self.tokens, tokens_before_G)
+
 
 @dataclass(frozen=True)
 class Rewards:

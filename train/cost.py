@@ -241,6 +241,12 @@ def summary_stage(path: Path, name: str) -> StageCost | None:
         tokens = int(finite(summary.get("tokens")) or 0)
         length = tokens / max(1, finite(summary.get("sampled")) or 0)
         seconds, where = finite(summary.get("seconds")), summary.get("model")
+        # What labels of steps took more: completions from the end of each step.
+        more = [
+            finite(dig(summary, "labels", f"completion_{name}")) for name in ("tokens", "seconds")
+        ]
+        tokens += int(more[0] or 0)
+        seconds = seconds if seconds is None else seconds + (more[1] or 0.0)
     else:
         tokens, length = eval_tokens(summary), finite(summary["mean_tokens"]) or 0.0
         speed = finite(summary.get("tokens_per_second"))

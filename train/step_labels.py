@@ -16,6 +16,8 @@ that ends the step.
 Left out: keeping the completions, so a call that is resumed samples them again.
 """
 
+import time
+
 import numpy as np
 
 from ..eval.response import Sample, response_text, verdict
@@ -38,6 +40,8 @@ class StepLabels:
         """All steps so far."""
         self.n_tokens = 0
         """Tokens of all completions so far."""
+        self.seconds = 0.0
+        """What sampling them took."""
 
     def lines(self, prompt: str, answers: list[Answer], source: dict) -> list[dict]:
         """A line per answer that has a step; source: what they share, `index` among it."""
@@ -99,21 +103,31 @@ class StepLabels:
                     requests.append(request)
                     of_step.append((step, begun, answer.sample.problem))
         # 2. Each is graded as a whole answer.
-        for (step, begun, problem), completion in zip(
-            of_step, sampler.engine.generate(requests) if requests else (), strict=True
-        ):
+        began = time.perf_counter()
+        completions = sampler.engine.generate(requests) if requests else ()
+        self.seconds += time.perf_counter() - began
+        right = []
+        for (_, begun, problem), completion in zip(of_step, completions, strict=True):
             tokens = [*begun, *completion.tokens.tolist()]
             self.n_tokens += len(completion.tokens)
             text = response_text(sampler.tokenizer, tokens)
             sample = Sample(problem, text, tokens, completion.finish_reason)
-            is_right = verdict(self.task, sample).accuracy
-            step["share"] = (step["share"] or 0.0) + is_right / self.n_completions
+            right.append(verdict(self.task, sample).accuracy)
+
+        # 3. Those of a step follow each other. (Divided once: nine ninths add up to more than 1.)
+        n = self.n_completions
+        for first in range(0, len(right), n):
+            of_step[first][0]["share"] = sum(right[first : first + n]) / n
 
     # ---- what was counted ----
 
     def to_dict(self) -> dict:
         """The counts as JSON types."""
-        found = {"steps": len(self.steps), "completion_tokens": self.n_tokens}
+        found = {
+            "steps": len(self.steps),
+            "completion_tokens": self.n_tokens,
+            "completion_seconds": self.seconds,
+        }
         found |= {name: mean(step[name] for step in self.steps) for name in ("true", "reaches")}
         shared = [step for step in self.steps if step["share"] is not None]
         if shared:

@@ -17,7 +17,7 @@ CHINESE = "因此答案是"  # five characters
     (f"So {CHINESE} 42", {"LATIN": 1, "CJK": 5}),
     (f"{CHINESE}the", {"LATIN": 1, "CJK": 5}),  # in one run of letters
     ("Значит ответ", {"CYRILLIC": 2}),
-    ("それ", {"HIRAGANA": 2}),
+    ("それは三", {"CJK": 4}),
     ("don't_stop", {"LATIN": 2}),  # don, stop; the lone t is no word
     ("", {}), ("12 + 30 = 42", {}), ("\ud800\x00", {}),
 ])
@@ -29,6 +29,7 @@ def test_the_consistency_is_a_share_of_words():
     assert consistency("What is it?", "So it is 因此 42") == 3 / 5
     assert consistency("这是什么?", "So it is 因此 42") == 2 / 5
     assert consistency("What is it?", "17 + 25 = 42") == 1.0  # thinking in numbers is no fault
+    assert consistency("これは何ですか?", "三足す四は七、so") == 6 / 7  # kana and characters are one language
     assert consistency("3 7 9 ->", "So 因此") == 1.0  # no words, no language
     assert main_script("1 + 1") is None and main_script("我 say so, 你好吗") == "CJK"
 

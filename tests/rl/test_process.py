@@ -215,7 +215,8 @@ def test_the_control_deals_the_scores_out_within_their_group_or_tosses_coins():
 
 def test_what_does_not_go_together_is_refused():
     for algo, told in (("ppo", "--advantage.baseline critic: steps"), ("gspo", "gspo with --rewards.process"),
-                       ("reinforce_pp", "--advantage.baseline none")):
+                       ("reinforce_pp", "--advantage.baseline none"),
+                       ("distill", "--advantage.baseline teacher: steps")):
         with pytest.raises(ValueError, match=told):
             resolve(algo, {"rewards": {"process": "x"}})
     with pytest.raises(ValueError, match="the task bandit does not say where the steps"):

@@ -114,6 +114,16 @@ def test_a_collection_is_of_the_model_that_it_names_and_if_that_is_gone_of_the_o
         assert good.flops == 80 * flops_per_token(shape, 10, training=False)
 
 
+def test_the_completions_that_label_steps_are_a_part_of_what_a_collection_cost(tmp_path):
+    recipe = make_recipe(tmp_path / "recipe")
+    labels = {"steps": 9, "completion_tokens": 300, "completion_seconds": 7.0}
+    summary = collected("recipe/warm/checkpoints/step_00000002", labels=labels)
+    write_json(recipe / "good.jsonl.summary.json", summary)
+    [stage] = [stage for stage in cost_of(recipe).stages if stage.loop == "collect"]
+    assert (stage.sampled_tokens, stage.seconds) == (80 + 300, 4.0 + 7.0)
+    assert stage.flops == pytest.approx(380 * forward(length=10))
+
+
 def test_what_is_not_known_is_a_dash_and_no_zero(tmp_path):
     recipe = make_recipe(tmp_path / "recipe")
     write_json(recipe / "good.jsonl.summary.json", collected("gone/base/checkpoints/step_1", seconds=None))

@@ -136,6 +136,7 @@ def test_steps_are_labelled_by_the_task_and_by_completions_of_the_ids_that_were_
     record = json.loads((folder / "steps.jsonl.summary.json").read_text())
     steps = [step for row in rows for step in row["steps"]]
     assert record["labels"]["steps"] == len(steps) and record["labels"]["completion_tokens"] > 50
+    assert record["labels"]["completion_seconds"] > 0
     assert record["labels"]["true"] == pytest.approx(np.mean([step["true"] for step in steps]))
 
 
@@ -143,6 +144,20 @@ def test_labels_do_not_depend_on_the_other_problems_of_a_call(folder, tmp_path):
     collect(collect_config(folder / "base", tmp_path / "x.jsonl", label_steps=0))
     exact = read(tmp_path / "x.jsonl")
     assert all(step["share"] is None for row in exact for step in row["steps"])
+
+
+class AllRight(Letters):
+    """Every answer is right."""
+
+    def grade(self, problem, response):
+        return Grade(1.0, response, "")
+
+
+def test_nine_right_completions_of_nine_are_a_share_of_1(folder, tmp_path):
+    out = tmp_path / "nine.jsonl"
+    collect(collect_config(folder / "base", out, task=AllRight(), problems=2, label_steps=9))
+    shares = {share for line in read_steps(out) for share in line.labels["soft"] if not math.isnan(share)}
+    assert shares == {1.0}
     config = collect_config(folder / "base", tmp_path / "y.jsonl", problems=5, start=3)
     collect(config)
     rows = [row for row in read(folder / "steps.jsonl") if 3 <= row["index"] < 8]

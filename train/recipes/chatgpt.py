@@ -257,12 +257,17 @@ def check_same(config: ChatGPTConfig, folder: Path) -> None:
 def chatgpt(config: ChatGPTConfig) -> Path:
     """Run everything that is not done yet; returns the path of results.json.
 
-    Raises ValueError if the folder already holds a recipe and --resume was not given, or one that
-    was made with other flags, and Stopped after Ctrl-C.
+    Raises ValueError if the base is not there, or if the folder already holds a recipe and --resume
+    was not given, or one that was made with other flags, and Stopped after Ctrl-C.
     """
     reuse_memory()
     folder = Path(config.run)
     check_not_begun(folder, config.resume)
+    if config.base is not None and not Path(config.base).exists():
+        raise ValueError(
+            f"--base {config.base} does not exist; give the folder of a base that the demo has "
+            "pretrained, or leave it out to pretrain one"
+        )
     pick_device(config.device)
     check_same(config, folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -168,7 +168,7 @@ def check_tokenizers(config: DistillConfig, student: str) -> None:
     if prints[0] != prints[1]:
         raise ValueError(
             f"--teacher {config.teacher} has another tokenizer than the student {student}, so it "
-            "can be distilled by its texts alone; add --on-policy False"
+            "can be distilled by its texts alone; add --no-on-policy"
         )
 
 
@@ -276,7 +276,8 @@ def arm_stages(config: DistillConfig, folder: Path) -> list[Stage]:
         sft_stage(config, folder, "own", student, "own_right.jsonl"),
     ]
     if config.on_policy:
-        # The teacher's log-probs are the only reward. (Centring them is for the variance alone.)
+        # The teacher's log-probs are the only reward. (Whitening takes off their mean, for the
+        # variance, and divides by their deviation, as the other arms divide by one.)
         taught = {"algo": "distill", "teacher": config.teacher, "advantage": {"scale": "batch"}}
         stages.append(rl_stage(config, folder, "on_policy", student, **taught))
     if config.teacher_base:

@@ -35,6 +35,7 @@ import tyro
 
 from ...eval.console import show
 from ...eval.result_file import partial_path
+from ...model.checkpoint import load_model
 from ...model.config import preset
 from ...model.files import atomic_write_text
 from ...model.optimizer import OptimConfig
@@ -372,10 +373,11 @@ class Results(PartResults):
     def stages(self) -> dict[str, dict]:
         return self.values["stages"]
 
-    def is_measured(self, name: str, steps: int) -> bool:
-        """Whether a stage was measured at this number of steps, and its samples are there."""
+    def is_measured(self, name: str, settings: dict) -> bool:
+        """Whether a stage was measured with these settings, and its samples are there."""
         has_samples = samples_path(self.path.parent, name).exists()
-        return has_samples and self.stages.get(name, {}).get("steps") == steps
+        found = self.stages.get(name, {})
+        return has_samples and settings == {key: found.get(key) for key in settings}
 
 
 def samples_path(folder: Path, name: str) -> Path:
@@ -387,7 +389,7 @@ def measure_stage(config: R1Config, folder: Path, name: str) -> dict:
     """What is measured of the model of a stage; its samples go to eval_<name>.jsonl."""
     tasks = held_out_tasks(config.numbers, config.high, config.ops)
     groups = sample_held_out(
-        str(folder / name),
+        load_model(str(folder / name), pick_device(config.device)),
         tasks,
         config.eval_problems,
         config.eval_samples,
@@ -455,13 +457,14 @@ def r1(config: R1Config) -> Path:
         results.add_seconds(stage.name, run_stage(stage, folder))
         if stage.name not in (*MEASURED, *CONTROLS):
             continue
-        steps = stage.config.steps
-        if not results.is_measured(stage.name, steps):
+        settings = {
+            "steps": stage.config.steps,
+            "eval_problems": config.eval_problems,
+            "eval_samples": config.eval_samples,
+        }
+        if not results.is_measured(stage.name, settings):
             began = time.perf_counter()
-            results.stages[stage.name] = {
-                "steps": steps,
-                **measure_stage(config, folder, stage.name),
-            }
+            results.stages[stage.name] = settings | measure_stage(config, folder, stage.name)
             results.add_seconds(f"eval_{stage.name}", time.perf_counter() - began)
 
     seconds = time.perf_counter() - started

@@ -16,14 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ...eval.harness import Estimate, Sampled, interval
 from ...eval.response import Sample, grade_response
 from ...eval.sampler import ModelSampler
 from ...eval.tasks.assistant import ARROWS, Assistant, Puzzle, without_thanks
-from ...model.checkpoint import load_model
+from ...model.checkpoint import Checkpoint
 from ...model.files import atomic_write_text
+from ...model.tokenizer import Tokenizer
+from ...model.transformer import Transformer
 from ..log import read_metrics
 from .r1_corpus import preference
 
@@ -31,15 +32,16 @@ WINDOW = 3  # steps of reinforcement learning over which an accuracy is averaged
 
 
 def sample_held_out(
-    folder: str,
+    loaded: tuple[Transformer, Tokenizer, Checkpoint],
     tasks: dict[str, Assistant],
     n_problems: int,
     n_samples: int,
     tokens: int,
     seed: int,
 ) -> list[list[Sample]]:
-    """For each held-out problem of each task in turn, the samples of the model in a folder."""
-    model, tokenizer, _ = load_model(folder, torch.device("cpu"))
+    """For each held-out problem of each task in turn, the samples of a model, as `load_model` gives
+    it."""
+    model, tokenizer, _ = loaded
     groups = []
     for task in tasks.values():
         sampler = ModelSampler(model, tokenizer, tokens, seed=seed)

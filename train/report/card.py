@@ -127,10 +127,11 @@ def limits(runs: dict[str, Checkpoint], cost: Cost, has_measured: bool) -> list[
     if unknown := cost.lacks("seconds"):
         found.append(f"The time of {', '.join(unknown)} is not known, and the total lacks it.")
     made_here = {folder_of(checkpoint).name for checkpoint in runs.values()}
-    bases = {Path(each["base"]).name for each in settings if isinstance(each.get("base"), str)}
-    if elsewhere := sorted(bases - made_here):
-        bases_named = ", ".join(f"`{name}`" for name in elsewhere)
-        found.append(f"What it cost to make {bases_named}, from which a run began, is not counted.")
+    for key, role in (("base", "from which a run began"), ("teacher", "from which a run learned")):
+        others = {Path(each[key]).name for each in settings if isinstance(each.get(key), str)}
+        if elsewhere := sorted(others - made_here):
+            named = ", ".join(f"`{name}`" for name in elsewhere)
+            found.append(f"What it cost to make {named}, {role}, is not counted.")
     return [f"- {sentence}" for sentence in found]
 
 

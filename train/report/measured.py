@@ -151,6 +151,9 @@ def measurements(root: Path, runs: dict[str, Checkpoint]) -> list[str]:
         shares = dig(read_dict(folder_of(checkpoint) / RECORD), "reward_model", "shares")
         if shares and (table := shares_table({name: shares})):
             lines += ["How often the reward model agrees on held-out prompts:", "", *table, ""]
+        judged = dig(read_dict(folder_of(checkpoint) / RECORD), "process_reward", "measured")
+        if judged and (table := shares_table({name: judged})):
+            lines += ["How well the process reward judges held-out answers:", "", *table, ""]
         score = checkpoint.state.get("score")
         if score is not None:
             lines += [f"`{name}` on held-out problems during the run (pass@1): {score:.1%}", ""]

@@ -37,6 +37,7 @@ COLUMNS = {
     "thanks_once": "thanks said once",
     "win_rate": "preferred to SFT",
 }
+EVEN = "even"  # in place of a stage: preferred as often as not
 N_SAMPLES = 3  # held-out problems whose answers are shown, of each kind
 
 
@@ -47,8 +48,8 @@ class Claim(NamedTuple):
     one: str
     other: str
     metric: str
-    higher: bool
-    """Whether the first is expected to be higher."""
+    higher: bool | None
+    """Whether the first is expected to be higher, or lower; None: not lower."""
 
 
 CLAIMS = (
@@ -63,12 +64,11 @@ CLAIMS = (
     ),
     Claim("and the reward costs accuracy", "reasoning", "no_language", "accuracy", False),
     Claim("A cold start gives well-formed answers", "cold", "base", "format", True),
-    Claim(
-        "SFT of the base on right answers keeps most of what RL gained",
-        *("tuned", "base", "accuracy", True),
-    ),
+    Claim("SFT of the base on right answers teaches it", "tuned", "base", "accuracy", True),
+    Claim("and keeps what RL gained", "tuned", "reasoning", "accuracy", None),
     Claim("General data keeps the general skill", "tuned", "alone", "general", True),
-    Claim("RL for all scenarios keeps the reasoning", "r1", "tuned", "accuracy", True),
+    Claim("RL for all scenarios gives answers that are preferred", "r1", EVEN, "win_rate", True),
+    Claim("and keeps the reasoning", "r1", "tuned", "accuracy", None),
     Claim(
         "A reward model in every step is hacked: the hidden preference falls",
         *("hacked", "r1", "win_rate", False),
@@ -84,11 +84,12 @@ def with_interval(share: list[float] | None) -> str:
     return f"{mean:.1f} % [{low:.0f}, {high:.0f}]"
 
 
-def verdict(one: list[float], other: list[float], higher: bool) -> str:
-    """What two shares with intervals say of the claim that the first is higher, or lower."""
+def verdict(one: list[float], other: list[float], higher: bool | None) -> str:
+    """What two shares with intervals say of a claim; higher: as in Claim."""
     if one[1] <= other[2] and other[1] <= one[2]:
-        return "no difference: the intervals overlap"
-    return "yes" if (one[0] > other[0]) == higher else "no: the other way round"
+        alike = "no difference: the intervals overlap"
+        return "yes: the intervals overlap" if higher is None else alike
+    return "yes" if (one[0] > other[0]) == (higher is not False) else "no: the other way round"
 
 
 # ---- sections ----
@@ -136,12 +137,13 @@ def stage_table(stages: dict[str, dict]) -> str:
 
 def claims(stages: dict[str, dict]) -> str:
     """What is claimed of the road, and what came out."""
-    rows = []
+    rows, known = [], stages | {EVEN: {"win_rate": [0.5, 0.5, 0.5]}}
+    titles = {name: title for name, (title, _) in TITLES.items()} | {EVEN: "as often as not"}
     for claim in CLAIMS:
-        one, other = (stages.get(name, {}).get(claim.metric) for name in (claim.one, claim.other))
+        one, other = (known.get(name, {}).get(claim.metric) for name in (claim.one, claim.other))
         if one is None or other is None:
             continue
-        names = f"{TITLES[claim.one][0]} against {TITLES[claim.other][0]}"
+        names = f"{titles[claim.one]} against {titles[claim.other]}"
         values = f"{with_interval(one)} against {with_interval(other)}"
         rows.append([claim.text, names, values, verdict(one, other, claim.higher)])
     if not rows:

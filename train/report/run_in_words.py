@@ -30,7 +30,7 @@ PARTS = {
     "coherence": "true equations",
     "language": "thoughts in the language of the question",
 }
-NAMED = ("plugin", "model", "process")  # parts that count only where something is named
+OPTIONAL = ("plugin", "model", "process")  # parts that have a weight, and count if they are given
 OBJECTIVES = {
     "clip": "the ratio of each token to the old policy is kept from 1 - {clip_low:g} to "
     "1 + {clip_high:g}",
@@ -46,8 +46,8 @@ BASELINES = {
     "leave_one_out": "the mean of the others of its group",
     "batch": "the mean of the step",
     "critic": "what a critic expects",
-    "teacher": "nothing, and what a teacher thinks of each token takes its place",
     "none": "nothing",
+    "teacher": "nothing, and does not count: the KL to the teacher alone teaches",
 }
 SCALES = {
     "std": "the difference is divided by the standard deviation",
@@ -182,6 +182,10 @@ def steps_in_words(settings: dict) -> str | None:
     if "rankings_per_step" in settings:
         noise = f", with {settings['noise']:.0%} of the pairs turned around"
         return f"{settings['rankings_per_step']} rankings" + (noise if settings["noise"] else "")
+    if "answers_per_step" in settings:
+        return (
+            f"{settings['answers_per_step']} answers, label `{settings['labels']}` of their steps"
+        )
     if "batch_tokens" in settings:
         return f"{settings['batch_tokens']:,} tokens at most"
     return None
@@ -195,17 +199,17 @@ def reward_in_words(rewards: Any) -> str | None:
     for key, weight in rewards.items():
         name = key.removesuffix("_weight")
         is_weight = name != key and finite(weight)
-        if not is_weight or (name in NAMED and not rewards.get(name)):
+        if not is_weight or (name in OPTIONAL and not rewards.get(name)):
             continue
         what = PARTS.get(name, name)
         if name == "plugin":
             what = f"`{rewards['plugin']}`, a function of its own"
-        if name == "process":
-            what = f"the scores of the steps by the process reward `{rewards['process']}`"
         if name == "model":
             what = f"the score of the reward model `{rewards['model']}`"
             if begins := rewards.get("model_from"):
                 what += f", from {begins:.0%} of the steps on"
+        if name == "process":
+            what = f"the scores of the steps by the process reward `{rewards['process']}`"
         parts.append(f"{weight:g} x {what}")
     return " + ".join(parts)
 
@@ -224,7 +228,7 @@ def algorithm_in_words(settings: dict) -> str | None:
         loss = asdict(LossConfig()) | settings["loss"]
         sentences.append(chosen(OBJECTIVES, loss["objective"]).format(**loss))
         sentences.append(chosen(MEANS, loss["mean"]))
-        sentences.append(kl_in_words(loss))
+        sentences.append(kl_in_words(loss, settings.get("teacher")))
     updates = settings.get("updates_per_step", 1)
     if updates > 1:
         sentences.append(f"{updates} updates per step")
@@ -240,10 +244,11 @@ def chosen(words: dict[str, str], name: str) -> str:
     return words.get(name, f"`{name}`")
 
 
-def kl_in_words(loss: dict) -> str:
+def kl_in_words(loss: dict, teacher: str | None = None) -> str:
     if not loss["kl_coef"]:
         return "no KL"
-    return f"a KL of weight {loss['kl_coef']:g} to the reference counts in the {loss['kl_in']}"
+    whom = f"teacher `{teacher}`" if teacher else "reference"
+    return f"a KL of weight {loss['kl_coef']:g} to the {whom} counts in the {loss['kl_in']}"
 
 
 def warning_in_words(settings: dict) -> str | None:

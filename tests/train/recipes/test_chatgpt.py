@@ -70,6 +70,12 @@ def test_a_recipe_goes_on_only_with_the_flags_that_it_began_with(tmp_path, capsy
     assert "--answers is 4, but" in capsys.readouterr().err
 
 
+def test_a_base_that_is_not_there_is_told_before_anything_is_made(tmp_path, capsys):
+    folder = tmp_path / "recipe"
+    assert recipe(folder, "--base", str(tmp_path / "nowhere")) == 2
+    assert "nowhere does not exist" in capsys.readouterr().err and not folder.exists()
+
+
 @pytest.mark.slow
 def test_the_whole_recipe_at_toy_size_is_measured_and_is_not_done_again(tmp_path, capsys):
     folder = tmp_path / "recipe"

@@ -127,7 +127,7 @@ def test_models_that_are_not_there_or_do_not_fit_are_refused_before_there_is_a_f
         told = f"--{flag.replace('_', '-')} .*nowhere does not exist; give the folder of a model, or"
         with fails(ValueError, told):
             distill(replace(config(folder, "never"), **{flag: str(tmp_path / "nowhere")}))
-    refused("another tokenizer than the student .*; add --on-policy False",
+    refused("another tokenizer than the student .*; add --no-on-policy",
             student=str(save_base(tmp_path / "bytes")))
     refused("--traces is \\(2, 2\\), expected different numbers", traces=(2, 2))
     refused("--task arithmetic without --student", task=TaskFlags(name="arithmetic"))

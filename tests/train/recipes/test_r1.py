@@ -10,7 +10,7 @@ from r1zero.train.cli.main import main
 from r1zero.train.recipes.r1 import R1Config, stages_of
 from r1zero.train.recipes.r1_corpus import said
 from r1zero.train.recipes.r1_measure import measure, reached, win_rate, write_samples
-from r1zero.train.report.r1_page import CLAIMS, TITLES, verdict
+from r1zero.train.report.r1_page import CLAIMS, EVEN, TITLES, claims, verdict
 from r1zero.train.run import read_record
 
 SMALL = """--model tiny --documents 300 --pretrain-steps 40 --zero-steps 1 --cold-steps 2 --reasoning-steps 1
@@ -77,6 +77,16 @@ def test_a_stage_that_is_gone_is_made_again_and_the_others_are_not(finished, cap
     assert recipe(finished, "--resume") == 0
     assert (finished / "chosen.jsonl").read_bytes() == chosen
     assert (finished / "eval_r1.jsonl").read_bytes() == kept
+
+
+@pytest.mark.slow
+def test_with_other_held_out_problems_every_model_is_measured_again(finished):
+    flags = [*SMALL[:SMALL.index("--eval-problems") + 1], "4", *SMALL[SMALL.index("--eval-problems") + 2:]]
+    assert main(["r1", "--run", str(finished), *flags, "--resume"]) == 0
+    found = json.loads((finished / "results.json").read_text())["stages"]
+    assert {stage["eval_problems"] for stage in found.values()} == {4}
+    assert all(len((finished / f"eval_{name}.jsonl").read_text().splitlines()) == 4 * 3 * 2 for name in found)
+    assert recipe(finished, "--resume") == 0
 
 
 def test_the_controls_and_the_broken_run_differ_in_one_thing_each(tmp_path):
@@ -149,5 +159,14 @@ def test_a_claim_holds_only_if_the_intervals_are_apart_and_the_sign_is_right():
     assert verdict(high, low, True) == "yes" and verdict(low, high, False) == "yes"
     assert verdict(low, high, True).startswith("no:") and verdict(high, low, False).startswith("no:")
     assert verdict(high, wide, True) == verdict(wide, high, True) == "no difference: the intervals overlap"
+    assert verdict(high, wide, None) == "yes: the intervals overlap" and verdict(high, low, None) == "yes"
+    assert verdict(low, high, None).startswith("no:")  # what was to be kept
     for claim in CLAIMS:
-        assert {claim.one, claim.other} <= TITLES.keys() and re.match("[A-Za-z]", claim.text)
+        assert {claim.one, claim.other} <= TITLES.keys() | {EVEN} and re.match("[A-Za-z]", claim.text)
+
+
+def test_answers_are_preferred_if_they_are_so_more_often_than_not():
+    for share, holds in (([0.63, 0.6, 0.67], "<td>yes</td>"), ([0.52, 0.48, 0.56], "no difference"),
+                         ([0.03, 0.02, 0.04], "no: the other way round")):
+        assert holds in claims({"r1": {"win_rate": share}})
+    assert claims({"base": {"accuracy": [0.5, 0.4, 0.6]}}) == ""

@@ -73,6 +73,7 @@ def test_the_same_folder_gives_the_same_card(tmp_path):
     (RL, {}, "Nothing was measured on held-out problems."),
     (RL, {}, "There is one seed"),
     (RL, {}, "What it cost to make `base`, from which a run began, is not counted."),
+    (RL | {"teacher": "x/big"}, {}, "What it cost to make `big`, from which a run learned, is not counted."),
     (RL, {"config": {"steps": 5}}, "`run` is of step 2, and its run was to have 5 steps."),
     (RL, {"config": {"eval_every": 5}}, "The held-out problems of `run` chose its best checkpoint"),
     (RL, {"config": {"accept_changes": True}}, "`run` was resumed although its base or its data had"),

@@ -62,5 +62,8 @@ def test_reward_models_and_scores_during_a_run_are_measurements(tmp_path):
     text = "\n".join(measurements(run, {"rm": load_checkpoint(run)}))
     assert "| rm | 90.0% [80.0%, 100.0%] |" in text
     assert "`rm` on held-out problems during the run (pass@1): 50.0%" in text
+    record = {"process_reward": {"answers": 3, "measured": {"AUC, true": [0.7, 0.6, 0.75]}}}
+    run = make_run(tmp_path / "prm", "process-reward", record=record)
+    assert "| prm | 70.0% [60.0%, 75.0%] |" in measurements(run, {"prm": load_checkpoint(run)})
     plain = make_run(tmp_path / "plain", "sft")
     assert measurements(plain, {"plain": load_checkpoint(plain)}) == []

@@ -61,6 +61,7 @@ def test_a_run_of_rl_says_what_it_did(tmp_path):
     ("ppo", ["what a critic expects", "whitened over the step", "counts in the reward"]),
     ("dr_grpo", ["is not scaled", "counts by its length"]),
     ("demo", ["4 updates per step"]),
+    ("distill", ["does not count: the KL to the teacher alone teaches", "counts in the reward"]),
     ("dppo", ["falls by 0.15 at most, and rises by 0.15 at most"])])
 def test_each_algorithm_says_what_sets_it_apart(algo, said):
     text = algorithm_in_words(rl_settings(algo=algo))
@@ -82,6 +83,14 @@ def test_a_reward_names_the_parts_that_have_a_weight():
     rewards = {"accuracy_weight": 0.0, "plugin": "mine:short", "plugin_weight": 0.1, "model": None,
                "model_weight": 1}
     assert reward_in_words(rewards) == "0.1 x `mine:short`, a function of its own"
+    assert "process" not in reward_in_words(rl_settings()["rewards"])
+    rewards = {"accuracy_weight": 0.0, "process": "prm", "process_weight": 0.5}
+    assert reward_in_words(rewards) == "0.5 x the scores of the steps by the process reward `prm`"
+
+
+def test_a_teacher_is_named():
+    text = algorithm_in_words(rl_settings(algo="distill", teacher="runs/rl"))
+    assert "a KL of weight 1 to the teacher `runs/rl` counts in the reward" in text
 
 
 def test_what_is_no_result_is_said_to_be_none(tmp_path):
