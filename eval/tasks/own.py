@@ -34,7 +34,14 @@ CALLS = {
 }
 INHERITED = {"problems": ("split", "n", "start")}  # `Task` has it whole
 # None, or not there at all, where a task has none.
-OPTIONAL = {"coherence": ("problem", "response"), "prefilled": ("problem",)}
+OPTIONAL = {
+    "coherence": ("problem", "response"),
+    "language": ("problem", "response"),
+    "judged_by_model": ("problem",),
+    "prefilled": ("problem",),
+    "step_ends": ("text", "ended"),
+    "check_step": ("problem", "steps"),
+}
 STATIC = ("grade", "problem_from_text", "problem_from_record", *OPTIONAL)
 # What a base model may answer, right or wrong.
 PROBES = ("", "no", "<think>a</think><answer>1</answer>", "<answer>", "\0\ud800</answer>")
@@ -195,8 +202,9 @@ def check_task(task: Task, what: str) -> None:
     # 4. Grades of what a model might say.
     for response in PROBES:
         faults = {"grade": grade_fault(ask("grade", problem, response))}
-        if getattr(task, "coherence", None) is not None:
-            faults["coherence"] = share_fault(ask("coherence", problem, response))
+        for share in ("coherence", "language"):
+            if getattr(task, share, None) is not None:
+                faults[share] = share_fault(ask(share, problem, response))
         for member, fault in faults.items():
             if fault:
                 raise ValueError(f"{what}: {member}(problem, {quoted(response)}) {fault}")

@@ -297,7 +297,7 @@ def far_from_reference(history: History) -> str | None:
     """The policy has moved far and gained nothing by it."""
     kl = history.mean("kl_to_reference")
     gained_nothing = history.mean("accuracy") < history.first_mean("accuracy") + 0.05
-    if history.choice("teacher"):  # it began far from its teacher, and is to come nearer
+    if history.config.get("teacher"):  # it began far from its teacher, and is to come nearer
         return None
     if history.is_long and kl > 0.5 and gained_nothing:
         return (
