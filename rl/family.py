@@ -155,7 +155,7 @@ class Algorithm:
     """Which groups teach nothing. "rules": those equal in accuracy, format, language, plug-in and
     the reward model's score together, in which efficiency and coherence then do not count, but the
     overlong penalty does. "reward": those equal in the whole reward. "accuracy": those that are all
-    right or all wrong."""
+    right or all wrong, and equal in the reward model's score if there is one."""
     control: str = "none"
     """Train on rewards that carry no information, to see what training does by itself. "permute":
     shuffle the rewards within each group. "random": toss a coin for each answer."""

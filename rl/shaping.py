@@ -72,7 +72,8 @@ def extras_of(dead_groups: str, weights: dict[str, float]) -> list[str]:
     if dead_groups == "rules":
         return [name for name in SHAPING if name in weights]
     if dead_groups == "accuracy":
-        return [name for name in weights if name not in ("accuracy", OVERLONG)]
+        # a reward model judges where no rule can say what is right
+        return [name for name in weights if name not in ("accuracy", "model", OVERLONG)]
     return []
 
 

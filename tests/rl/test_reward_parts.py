@@ -258,6 +258,14 @@ def test_where_a_task_leaves_a_problem_to_the_reward_model_accuracy_does_not_cou
     assert found.training.tolist() == found.total.tolist() == [1, 1, 12, 13, 1, 1]
 
 
+def test_a_group_that_a_reward_model_judges_is_not_dead_for_want_of_right_answers():
+    sampled = dataclasses.replace(MIXED, problems=["rules", "model", "rules"])
+    task = SimpleNamespace(grade=lambda problem, text: Countdown.grade(PROBLEM, RIGHT.format("")),
+                           judged_by_model=lambda problem: problem == "model")
+    grader = Grader(algorithm(rewards=dict(model="somewhere"), dead_groups="accuracy"), score)
+    assert grader(task, sampled).dead(sampled.group_offsets).tolist() == [True, False, True]
+
+
 def test_a_reward_model_comes_in_with_the_step_that_begins_its_share():
     for share, first in ((0.0, 0), (0.75, 8), (0.7, 7), (0.05, 1)):
         has = ["model" in modelled(step=step, model_from=share).parts for step in range(10)]
