@@ -41,6 +41,10 @@ class Sampled(NamedTuple):
     tokens: tuple[int, ...] = ()
     """The token ids, for graders that look at them; empty where a sampler does not know them."""
 
+    def sample_of(self, problem: Any) -> Sample:
+        """The response to a problem, as graders take it."""
+        return Sample(problem, self.text, self.tokens, self.finish_reason)
+
 
 class Estimate(NamedTuple):
     """A share with its 95 % interval, all from 0 to 1."""
@@ -211,8 +215,7 @@ def interval(scores: Sequence[float], n_samples: int = 1) -> Estimate:
 
 
 def _row(index: int, problem: Any, prompt: str, sampled: Sampled, task: Task) -> dict[str, Any]:
-    sample = Sample(problem, sampled.text, sampled.tokens, sampled.finish_reason)
-    graded = grade_response(task, sample)
+    graded = grade_response(task, sampled.sample_of(problem))
     return {
         "index": index,
         "problem": asdict(problem) if is_dataclass(problem) else problem,

@@ -10,13 +10,20 @@ The checkpoint at the end is the reward model; it is known by the name of its lo
 import time
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 
 from ..eval.tasks.base import is_held_out
-from ..model.checkpoint import Checkpoint, CheckpointError, load_checkpoint, load_tensors
+from ..model.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    load_model,
+    load_tensors,
+)
 from ..model.config import ModelConfig
 from ..model.loss_scale import LossScaler
 from ..model.optimizer import OptimConfig, learning_rate, make_optimizer, optimizer_step
@@ -27,6 +34,8 @@ from ..rl.heads import ValueHead
 from ..rl.rollouts import cut_by_length
 from .batches import shuffled
 from .compute_flags import ComputeFlags
+from .inputs import base_parts, file_parts
+from .machine import pick_device
 from .run import Run, RunConfig, at_least
 
 
@@ -124,6 +133,22 @@ def micro_items(items: list, micro_tokens: int) -> list[list]:
 
 
 # ---- the loop ----
+
+
+def open_base(config, what: str) -> tuple[Run, Transformer, Tokenizer]:
+    """(the run, the base that its head is put on, the tokenizer). what: the loop's name, for
+    people.
+
+    Raises ValueError for a base or data that are not those of a run that is resumed.
+    """
+    device = pick_device(config.device)
+    precision = config.precision(device)
+    run = Run(config, what)
+    trunk, tokenizer, base = load_model(config.base, device, precision=precision)
+    trunk.recomputes = config.recompute
+    run.check_inputs({"base": base_parts(base, tokenizer), "data": file_parts([Path(config.data)])})
+    run.check_model(trunk, tokenizer)
+    return run, trunk, tokenizer
 
 
 def train_step(

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from ..eval.console import say, show
-from ..model.checkpoint import Checkpoint, load_model
+from ..model.checkpoint import Checkpoint
 from ..model.precision import Precision
 from ..model.tokenizer import Tokenizer
 from ..rl.process import (
@@ -37,9 +37,8 @@ from ..rl.process import (
     first_errors,
     step_loss,
 )
-from .fit_head import HeadConfig, ItemBatches, fit_head, load_head, split_by_prompt
-from .inputs import base_parts, file_parts
-from .machine import pick_device, reuse_memory
+from .fit_head import HeadConfig, ItemBatches, fit_head, load_head, open_base, split_by_prompt
+from .machine import reuse_memory
 from .run import Run, at_least
 from .step_file import LABELS, encode_steps, read_steps
 
@@ -206,13 +205,7 @@ def process_reward(config: ProcessRewardConfig) -> ProcessReward:
     Raises ValueError for bad flags or data, and Stopped after Ctrl-C.
     """
     reuse_memory()
-    device = pick_device(config.device)
-    precision = config.precision(device)
-    run = Run(config, "process reward")
-    trunk, tokenizer, base = load_model(config.base, device, precision=precision)
-    trunk.recomputes = config.recompute
-    run.check_inputs({"base": base_parts(base, tokenizer), "data": file_parts([config.data])})
-    run.check_model(trunk, tokenizer)
+    run, trunk, tokenizer = open_base(config, "process reward")
     lines = read_steps(config.data, config.skip_bad)
     encoded = encode_steps(tokenizer, lines, trunk.config, config.labels)
     # An answer without a label has nothing to teach.

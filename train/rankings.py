@@ -52,10 +52,7 @@ def ranking_of(line: str) -> Ranked:
     """The ranking in a line of JSON. Raises ValueError for a line that is none, or that prefers no
     answer to another."""
     record = json_object(line)
-    prompt = record.get("prompt")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError("`prompt` is missing, empty or no text")
-    check_characters("`prompt`", prompt)
+    prompt = prompt_in(record)
     answers = checked_list(record, "answers", str, "a list of texts")
     if not FEWEST <= len(answers) <= MOST:
         raise ValueError(f"{len(answers)} answers, expected {FEWEST} to {MOST} to be compared")
@@ -71,6 +68,15 @@ def ranking_of(line: str) -> Ranked:
     if len(set(ranks)) == 1:
         raise ValueError(f"all {len(ranks)} ranks are equal, so no answer is preferred; drop it")
     return Ranked(prompt, answers, ranks, right)
+
+
+def prompt_in(record: dict) -> str:
+    """The field `prompt`. Raises ValueError unless it is text with something in it."""
+    prompt = record.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError("`prompt` is missing, empty or no text")
+    check_characters("`prompt`", prompt)
+    return prompt
 
 
 def checked_list(record: dict, name: str, kind, expected: str) -> list:

@@ -23,7 +23,7 @@ import torch
 
 from ..eval.console import say, show
 from ..eval.harness import Estimate, interval
-from ..model.checkpoint import Checkpoint, CheckpointError, load_model
+from ..model.checkpoint import Checkpoint, CheckpointError
 from ..model.precision import Precision
 from ..model.tokenizer import Tokenizer
 from ..rl.heads import RewardModel
@@ -35,9 +35,8 @@ from ..rl.preferences import (
     margins_under,
     preference_loss,
 )
-from .fit_head import HeadConfig, ItemBatches, fit_head, load_head
-from .inputs import base_parts, file_parts
-from .machine import pick_device, reuse_memory
+from .fit_head import HeadConfig, ItemBatches, fit_head, load_head, open_base
+from .machine import reuse_memory
 from .rankings import encode_rankings, read_rankings, split_rankings
 from .report.plots import BASE, RL, Line, Mark, Panel, plot
 from .run import Run, at_least
@@ -111,7 +110,9 @@ class Preferences:
         model.centre_on(sequences, self.config.micro_tokens)
 
     def held_out(self, model: RewardModel) -> dict[str, float]:
-        shares = measure(model, self.pairs_held_out, self.config)
+        held_out = self.pairs_held_out
+        scores = scores_of(model, held_out, self.config.micro_tokens)
+        shares = measure(scores, held_out, self.config)
         return {"held_out_accuracy": shares["agrees"].mean}
 
 
@@ -137,10 +138,12 @@ def share_of(scores: list[np.ndarray], pairs: list[Pairs], chosen: list[np.ndarr
     return interval(shares, max(1, n_pairs)) if shares else Estimate(np.nan, np.nan, np.nan)
 
 
-def measure(model: RewardModel, held_out: list[Ranking], config) -> dict[str, Estimate]:
-    """How far the model agrees with the judge on held-out prompts: in all, without the noise, and
-    apart for pairs of right against wrong and within a class, where it is known what is right."""
-    scores = scores_of(model, held_out, config.micro_tokens)
+def measure(
+    scores: list[np.ndarray], held_out: list[Ranking], config: RewardModelConfig
+) -> dict[str, Estimate]:
+    """How far the model's scores agree with the judge on held-out prompts: in all, without the
+    noise, and apart for pairs of right against wrong and within a class, where it is known what is
+    right."""
     noisy, clean = [r.pairs for r in held_out], [r.clean for r in held_out]
     every = [np.ones(len(pairs.better), bool) for pairs in clean]
     found = {"agrees": share_of(scores, noisy, every)}
@@ -153,9 +156,8 @@ def measure(model: RewardModel, held_out: list[Ranking], config) -> dict[str, Es
     return {name: share for name, share in found.items() if not np.isnan(share.mean)}
 
 
-def held_out_margins(model: RewardModel, held_out: list[Ranking], config) -> np.ndarray:
+def held_out_margins(scores: list[np.ndarray], held_out: list[Ranking]) -> np.ndarray:
     """[P of all]: the margins of all held-out pairs."""
-    scores = scores_of(model, held_out, config.micro_tokens)
     return np.concatenate(
         [s[r.pairs.better] - s[r.pairs.worse] for s, r in zip(scores, held_out, strict=True)]
     )
@@ -163,8 +165,9 @@ def held_out_margins(model: RewardModel, held_out: list[Ranking], config) -> np.
 
 def report(run: Run, model: RewardModel, held_out: list[Ranking], config) -> None:
     """Write what was measured to run.json and calibration.png, and show it as a table."""
-    found = measure(model, held_out, config)
-    bins = calibration(held_out_margins(model, held_out, config))
+    scores = scores_of(model, held_out, config.micro_tokens)
+    found = measure(scores, held_out, config)
+    bins = calibration(held_out_margins(scores, held_out))
     run.note(
         reward_model={
             "prompts": len(held_out),
@@ -215,13 +218,7 @@ def reward_model(config: RewardModelConfig) -> RewardModel:
     Raises ValueError for bad flags or data, and Stopped after Ctrl-C.
     """
     reuse_memory()
-    device = pick_device(config.device)
-    precision = config.precision(device)
-    run = Run(config, "reward model")
-    trunk, tokenizer, base = load_model(config.base, device, precision=precision)
-    trunk.recomputes = config.recompute
-    run.check_inputs({"base": base_parts(base, tokenizer), "data": file_parts([Path(config.data)])})
-    run.check_model(trunk, tokenizer)
+    run, trunk, tokenizer = open_base(config, "reward model")
     rankings = read_rankings(config.data, config.skip_bad)
     encoded = encode_rankings(tokenizer, rankings, trunk.config, config.noise, config.seed)
     trained, held_out = split_rankings(rankings, encoded, config.held_out)

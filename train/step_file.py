@@ -27,8 +27,7 @@ from ..model.chat_template import encode_prompts
 from ..model.config import ModelConfig
 from ..model.tokenizer import Tokenizer
 from ..rl.process import Steps
-from .conversations import check_characters
-from .rankings import check_sequences, checked_list
+from .rankings import check_sequences, checked_list, prompt_in
 
 FACTS = ("true", "reaches")
 LABELS = (*FACTS, "hard", "soft")
@@ -54,10 +53,7 @@ def read_steps(path: str | Path, skip_bad: bool = False) -> Kept[StepLine]:
 def steps_of(line: str) -> StepLine:
     """The answer in a line of JSON. Raises ValueError for a line that is none."""
     record = json_object(line)
-    prompt = record.get("prompt")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError("`prompt` is missing, empty or no text")
-    check_characters("`prompt`", prompt)
+    prompt = prompt_in(record)
     tokens = checked_list(record, "tokens", int, "a list of token ids")
     if any(not 0 <= token < 2**31 for token in tokens):
         raise ValueError("`tokens` has a number that is no token id")

@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 
 from ...eval.harness import Sampled
-from ...eval.response import Sample, grade_response, judged_text, parse_response
+from ...eval.response import grade_response, judged_text, parse_response
 from ...eval.tasks.countdown import Countdown, CountdownProblem
 from .main import printable
 
 
 def shown(problem: CountdownProblem | None, sampled: Sampled) -> str:
     """The parts of a response, one below the other, and the remarks about it."""
-    text = sampled.text if problem is None else judged_text(Countdown, sample_of(problem, sampled))
+    text = sampled.text if problem is None else judged_text(Countdown, sampled.sample_of(problem))
     response = parse_response(text)
     blocks = [("think", response.think), ("answer", response.answer)]
     parts = [(name, text) for name, text in blocks if text is not None]
@@ -20,16 +20,11 @@ def shown(problem: CountdownProblem | None, sampled: Sampled) -> str:
     return labelled(parts) + (f"\n{notes}" if notes else "")
 
 
-def sample_of(problem: CountdownProblem, sampled: Sampled) -> Sample:
-    """A response as graders take it."""
-    return Sample(problem, sampled.text, sampled.tokens, sampled.finish_reason)
-
-
 def remarks(problem: CountdownProblem | None, sampled: Sampled) -> str:
     """The grade of a response to a Countdown problem, and whether it was cut off."""
     parts = []
     if problem:
-        graded = grade_response(Countdown, sample_of(problem, sampled))
+        graded = grade_response(Countdown, sampled.sample_of(problem))
         parts.append(("grade", f"{'right' if graded.accuracy else 'wrong'}. {graded.why}"))
         if not graded.format:
             parts.append(("format", graded.why_format))

@@ -13,14 +13,13 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from ...eval.harness import Z95
-from ...eval.result_file import summary_path
-from ..log import read_metrics
+from ..cost import StageCost, cost_of
 from ..machine import describe_machine
+from ..report.metrics import share_with_interval
 from ..report.plots import AXIS, BASE, CONTROL, GRID, INK, RL, new_figure, save
 from ..settings import as_json
 from .demo import PartResults
@@ -78,10 +77,10 @@ class Results(PartResults):
 
     def sum_up(self, folder: Path) -> None:
         """Note what each arm has cost, and the differences between arms."""
-        seconds = self.values["seconds"]
+        stages = {stage.name: stage for stage in cost_of(folder).stages}
         most = max(self.values["config"]["traces"])
         self.values["arms"] = {
-            name: cost_of(folder, path, seconds)._asdict()
+            name: cost_of_arm(stages, path)
             for name, (_, path) in ARMS.items()
             if name in self.stages
         }
@@ -101,51 +100,28 @@ class Results(PartResults):
         heads = ("right", "sampled", "trained", "seconds")
         lines = [f"{'':<32}" + "".join(f"{head:>20}" for head in heads)]
         for name, cost in self.values["arms"].items():
-            cells = [with_interval(self.stages[name]["accuracy"])]
+            cells = [share_with_interval(self.stages[name]["accuracy"])]
             cells += [f"{cost[head]:,.0f}" if ARMS[name][1] else "-" for head in heads[1:]]
             lines.append(f"{ARMS[name][0]:<32}" + "".join(f"{cell:>20}" for cell in cells))
         lines.append("")
         lines.append(f"{'SFT on n answers':<32}{'right ones':>20}{'unfiltered':>20}")
         for n, right, unfiltered in curve(self.values):
-            cells = [with_interval(each) for each in (right, unfiltered)]
+            cells = [share_with_interval(each) for each in (right, unfiltered)]
             lines.append(f"{n:<32,}" + "".join(f"{cell:>20}" for cell in cells))
         return "\n".join(lines)
-
-
-def with_interval(share: list[float]) -> str:
-    """88.1 % [86, 90]"""
-    mean, low, high = (100 * value for value in share)
-    return f"{mean:.1f} % [{low:.0f}, {high:.0f}]"
 
 
 # ---- cost ----
 
 
-class Cost(NamedTuple):
-    sampled: float
-    trained: float
-    seconds: float
-
-
-def cost_of(folder: Path, path: tuple[str, ...], seconds: dict[str, float]) -> Cost:
-    """What the stages of an arm have cost together. seconds: of each stage."""
-    tokens = [tokens_of(folder, name) for name in path]
-    return Cost(
-        sampled=sum(sampled for sampled, _ in tokens),
-        trained=sum(trained for _, trained in tokens),
-        seconds=sum(seconds.get(name, 0.0) for name in path),
-    )
-
-
-def tokens_of(folder: Path, name: str) -> tuple[float, float]:
-    """(tokens sampled, tokens trained on) of a stage."""
-    summary = summary_path(folder / f"{name}.jsonl")
-    if summary.exists():  # of r1zero collect
-        return json.loads(summary.read_text(encoding="utf-8"))["tokens"], 0
-    rows = read_metrics(folder / name)
-    tokens = sum(row["tokens"] for row in rows)
-    # A loop that samples trains on each of its samples once.
-    return (tokens if "rollout_s" in rows[0] else 0), tokens
+def cost_of_arm(stages: dict[str, StageCost], path: tuple[str, ...]) -> dict[str, float]:
+    """What the stages of an arm have cost together."""
+    taken = [stages[name] for name in path]
+    return {
+        "sampled": sum(stage.sampled_tokens for stage in taken),
+        "trained": sum(stage.trained_tokens for stage in taken),
+        "seconds": sum(stage.seconds or 0.0 for stage in taken),
+    }
 
 
 # ---- which is better ----

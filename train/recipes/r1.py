@@ -44,7 +44,8 @@ from ..collect import CollectConfig, collect
 from ..grpo import grpo, grpo_config
 from ..machine import describe_machine, pick_device, reuse_memory
 from ..pretrain import PretrainConfig, pretrain
-from ..report.r1_page import with_interval, write_report
+from ..report.metrics import share_with_interval
+from ..report.r1_page import write_report
 from ..reward_model import RewardModelConfig, reward_model
 from ..run import at_least
 from ..sft import SFTConfig, sft
@@ -421,7 +422,7 @@ def table(stages: dict[str, dict]) -> str:
     heads = [f"{title:>20}" for title in COLUMNS.values()]
     lines = ["".join([f"{'stage':<14}", *heads, f"{'tokens':>10}"])]
     for name, found in stages.items():
-        cells = [f"{with_interval(found.get(column)):>20}" for column in COLUMNS]
+        cells = [f"{share_with_interval(found.get(column)):>20}" for column in COLUMNS]
         lines.append("".join([f"{name:<14}", *cells, f"{found['tokens']:>10.1f}"]))
     return "\n".join(lines)
 

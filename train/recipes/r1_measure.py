@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...eval.harness import Estimate, Sampled, interval
+from ...eval.harness import Estimate, interval
 from ...eval.response import Sample, grade_response
 from ...eval.sampler import ModelSampler
 from ...eval.tasks.assistant import ARROWS, Assistant, Puzzle, without_thanks
@@ -25,6 +25,7 @@ from ...model.checkpoint import Checkpoint
 from ...model.files import atomic_write_text
 from ...model.tokenizer import Tokenizer
 from ...model.transformer import Transformer
+from ...rl.preferences import agreement
 from ..log import read_metrics
 from .r1_corpus import preference
 
@@ -48,15 +49,10 @@ def sample_held_out(
         problems = task.problems("test", n_problems)
         answered = sampler([task.prompt(problem) for problem in problems], n_samples)
         groups += [
-            [as_sample(problem, each) for each in group]
+            [each.sample_of(problem) for each in group]
             for problem, group in zip(problems, answered, strict=True)
         ]
     return groups
-
-
-def as_sample(problem, sampled: Sampled) -> Sample:
-    """A sampled response as graders take it."""
-    return Sample(problem, sampled.text, sampled.tokens, sampled.finish_reason)
 
 
 def held_out_tasks(n_numbers: int, high: int, ops: str) -> dict[str, Assistant]:
@@ -164,7 +160,7 @@ def win_rate(path: Path, other: Path) -> Estimate:
     shares = []
     for prompt, worth in mine.items():
         difference = np.subtract.outer(worth, theirs[prompt])
-        shares.append(float(np.mean((np.sign(difference.round(9)) + 1) / 2)))
+        shares.append(float(agreement(difference.round(9)).mean()))
     return interval(shares, len(worth))
 
 

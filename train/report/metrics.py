@@ -48,6 +48,14 @@ def brackets(pair: tuple[float, float] | None) -> str:
     return f"[{100 * pair[0]:.1f}, {100 * pair[1]:.1f}]" if pair else DASH
 
 
+def share_with_interval(share: list[float] | None) -> str:
+    """88.0 % [86, 90], of [mean, low, high]; or a dash"""
+    if share is None:
+        return DASH
+    mean, low, high = (100 * value for value in share)
+    return f"{mean:.1f} % [{low:.0f}, {high:.0f}]"
+
+
 def with_interval(seed: Seed, part: str, name: str = "accuracy") -> str:
     """29.4 % [27.1, 31.8]"""
     share = percent(seed.metric(part, "eval", name))

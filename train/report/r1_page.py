@@ -13,6 +13,7 @@ from typing import NamedTuple
 from ...model.files import atomic_write_text
 from ..cost import cost_of
 from . import page, plots
+from .metrics import share_with_interval
 from .page import paragraph, picture, section
 
 # Each stage, in the words of the page: (short title, what it is).
@@ -76,14 +77,6 @@ CLAIMS = (
 )
 
 
-def with_interval(share: list[float] | None) -> str:
-    """`88.0 % [86, 90]`, or a dash."""
-    if share is None:
-        return "–"
-    mean, low, high = (100 * value for value in share)
-    return f"{mean:.1f} % [{low:.0f}, {high:.0f}]"
-
-
 def verdict(one: list[float], other: list[float], higher: bool | None) -> str:
     """What two shares with intervals say of a claim; higher: as in Claim."""
     if one[1] <= other[2] and other[1] <= one[2]:
@@ -117,7 +110,7 @@ def stage_table(stages: dict[str, dict]) -> str:
     rows = []
     for name, found in stages.items():
         title, what = TITLES[name]
-        cells = [with_interval(found.get(metric)) for metric in COLUMNS]
+        cells = [share_with_interval(found.get(metric)) for metric in COLUMNS]
         steps = found.get("steps_to_70")
         reached = "–" if steps is None else str(steps)
         rows.append([f"{title}\n{what}", *cells, f"{found['tokens']:.1f}", reached])
@@ -144,7 +137,7 @@ def claims(stages: dict[str, dict]) -> str:
         if one is None or other is None:
             continue
         names = f"{titles[claim.one]} against {titles[claim.other]}"
-        values = f"{with_interval(one)} against {with_interval(other)}"
+        values = f"{share_with_interval(one)} against {share_with_interval(other)}"
         rows.append([claim.text, names, values, verdict(one, other, claim.higher)])
     if not rows:
         return ""
