@@ -31,12 +31,11 @@ asks another model for it), and what the teacher itself has cost.
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ...eval.console import say, show
 from ...eval.harness import evaluate
-from ...eval.result_file import partial_path
 from ...eval.sampler import ModelSampler
 from ...eval.tasks.countdown import Countdown
 from ...model.checkpoint import load_model
@@ -396,12 +395,9 @@ def distill(config: DistillConfig, chosen=is_right) -> Path:
 
     def done(stage: Stage) -> None:
         show(f"--- {stage.name}")
-        if stage.loop is collect:  # samples of a call that was broken off are gone on with
-            is_begun = partial_path(stage.config.out).exists()
-            stage = stage._replace(config=replace(stage.config, resume=is_begun))
         began = time.perf_counter()
         try:
-            run_stage(stage, folder)
+            run_stage(stage)
         finally:  # what is broken off has cost something, too
             results.add_seconds(stage.name, time.perf_counter() - began)
 

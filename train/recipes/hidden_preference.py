@@ -22,6 +22,7 @@ from ...model.engine.sampling import sample_seeds
 from ...rl.preferences import agreement
 from ...rl.rollouts import Rollouts, sample_groups
 from ...rl.shaping import indices_of_groups
+from ..selection import ranks_of
 
 RIGHT, WELL_FORMED, PER_TOKEN = 2.0, 0.5, -0.01
 
@@ -58,13 +59,13 @@ def ranking_lines(task: Task, rollouts: Rollouts) -> list[str]:
     lines = []
     for problem, group in zip(rollouts.problems, groups, strict=True):
         ended = [n for n in group if not samples[n].cut_off]
-        order = sorted({liked_N[n] for n in ended}, reverse=True)
-        if len(order) < 2:
+        ranks = ranks_of([liked_N[n] for n in ended])
+        if len(set(ranks)) < 2:
             continue
         line = {
             "prompt": task.prompt(problem),
             "answers": [samples[n].text for n in ended],
-            "ranks": [1 + order.index(liked_N[n]) for n in ended],
+            "ranks": ranks,
             "right": [grade_response(task, samples[n]).accuracy == 1 for n in ended],
         }
         lines.append(json.dumps(line) + "\n")

@@ -35,6 +35,7 @@ import tyro
 
 from ...eval.console import show
 from ...eval.result_file import partial_path
+from ...eval.tasks.countdown import Countdown
 from ...model.checkpoint import load_model
 from ...model.config import preset
 from ...model.files import atomic_write_text
@@ -163,8 +164,6 @@ def task_of(config: R1Config, kinds: str, *others: str) -> TaskFlags:
 
 def base_stage(config: R1Config, folder: Path) -> Stage:
     """Pretraining on the text that mixes its languages."""
-    from ...eval.tasks.countdown import Countdown
-
     puzzles = Countdown(
         n_numbers=config.numbers, high=config.high, ops=config.ops, seed=config.seed
     )
@@ -188,12 +187,12 @@ def base_stage(config: R1Config, folder: Path) -> Stage:
 
 
 def rl_stage(config: R1Config, folder: Path, name: str, base: str, steps: int, **options) -> Stage:
-    """Reinforcement learning of another stage's model; on puzzles, unless `task` says more."""
+    """Reinforcement learning of another stage's model, on puzzles."""
     run = grpo_config(
         "demo",
         run=str(folder / name),
         base=str(folder / base),
-        task=options.pop("task", task_of(config, "puzzles")),
+        task=task_of(config, "puzzles"),
         steps=steps,
         save_every=10,
         max_new_tokens=config.max_new_tokens,
@@ -346,7 +345,7 @@ def reward_config(config: R1Config, folder: Path) -> RewardModelConfig:
     )
 
 
-def run_stage(stage: Stage, folder: Path) -> float:
+def run_stage(stage: Stage) -> float:
     """Run a stage to its end, whether it was begun or not; returns the seconds that it took now.
 
     Raises Stopped after Ctrl-C.
@@ -455,7 +454,7 @@ def r1(config: R1Config) -> Path:
 
     for stage in stages:
         show(f"--- {stage.name}")
-        results.add_seconds(stage.name, run_stage(stage, folder))
+        results.add_seconds(stage.name, run_stage(stage))
         if stage.name not in (*MEASURED, *CONTROLS):
             continue
         settings = {
