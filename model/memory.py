@@ -62,6 +62,8 @@ class Setup:
     """The shape of the reference, where it is a teacher of another one."""
     critic: bool = False
     critic_moments: str = "fp32"
+    judges: tuple[ModelConfig, ...] = ()
+    """The shapes of the models that judge answers: a reward model, a process reward."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Prediction:
     reference: int
     critic: int
     """Its weights and moments; PPO alone has one."""
+    judges: int
+    """The weights of the models that judge answers."""
     engine_copy: int
     cache: int
     sampling: int
@@ -92,7 +96,7 @@ class Prediction:
     @property
     def held(self) -> int:
         """What both phases hold."""
-        ours = self.weights + self.moments + self.reference + self.critic
+        ours = self.weights + self.moments + self.reference + self.critic + self.judges
         return ours + self.engine_copy + self.cache
 
     @property
@@ -112,6 +116,7 @@ class Prediction:
             "moments": "AdamW's moments",
             "reference": "reference",
             "critic": "critic",
+            "judges": "models that judge",
             "engine_copy": "engine's copy",
             "cache": "key/value cache",
             "sampling": "a sampling step",
@@ -200,6 +205,7 @@ def predict(setup: Setup, budget: float | None = None) -> Prediction:
         # its gradients are not there when the policy's are
         critic = 4 * trained if setup.lora.rank else weights
         critic_moments = moment_bytes(setup.critic_moments) * trained
+    judges = sum(_frozen_bytes(each, setup.dtype, setup.fp32_head) for each in setup.judges)
     copied = engine_copy_bytes(model, setup.on_gpu)
 
     # What an update takes: all that is kept, and the larger of two workspaces.
@@ -222,7 +228,9 @@ def predict(setup: Setup, budget: float | None = None) -> Prediction:
     reserve = moments + critic_moments + max(gradients + activations + logprobs, visiting)
     room = float(CPU_CACHE)
     if setup.on_gpu:
-        free = budget - (weights + at_home + critic + copied) if budget is not None else PLENTY
+        free = PLENTY
+        if budget is not None:
+            free = budget - (weights + at_home + critic + judges + copied)
         room = gpu_cache_bytes(int(free), reserve, sampling)
     token_bytes = model.cache_bytes_per_token
     if setup.model.moe is not None:
@@ -234,6 +242,7 @@ def predict(setup: Setup, budget: float | None = None) -> Prediction:
         moments=moments,
         reference=at_home,
         critic=critic + critic_moments,
+        judges=judges,
         engine_copy=copied,
         cache=cache_tokens * token_bytes,
         sampling=sampling,

@@ -275,6 +275,16 @@ def check_combinations(config: Algorithm) -> None:
             "--advantage.baseline teacher learns from the KL alone; expected --loss.kl-coef above "
             "0 and --loss.kl-in reward"
         )
+    if config.advantage.baseline == "teacher" and config.dynamic_sampling > 1:
+        raise ValueError(
+            f"--dynamic-sampling {config.dynamic_sampling} with --advantage.baseline teacher: no "
+            "reward counts there, so no group is without signal; leave it out"
+        )
+    if config.advantage.baseline == "teacher" and config.control != "none":
+        raise ValueError(
+            f"--control {config.control} with --advantage.baseline teacher: no reward counts "
+            "there, so dealing rewards out at random changes nothing; leave it out"
+        )
 
 
 def cause_of_tokens(config: Algorithm) -> str:

@@ -203,9 +203,14 @@ class Rewards:
     def format(self) -> np.ndarray:
         return self.parts["format"]
 
-    def dead(self, group_offsets: np.ndarray) -> np.ndarray:
-        """[G] bool: the groups whose training rewards are alike, and teach nothing."""
-        return groups_alike(self.training, group_offsets)
+    def dead(self, rollouts) -> np.ndarray:
+        """[G] bool: the groups that teach nothing: their training rewards are alike, and so are the
+        scores of their steps, if there are any."""
+        dead_G = groups_alike(self.training, rollouts.group_offsets)
+        if self.steps is None:
+            return dead_G
+        steps_G = self.steps.group_offsets(rollouts.response_offsets, rollouts.group_offsets)
+        return dead_G & groups_alike(self.steps.scores, steps_G)
 
 
 def plugin_part(

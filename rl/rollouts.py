@@ -191,7 +191,7 @@ class DynamicSampler(GroupSampler):
     def live_groups(self, task, rollouts: Rollouts) -> np.ndarray:
         """The indices of the groups whose rewards differ."""
         rewards = self.grader(task, rollouts)
-        return np.flatnonzero(~rewards.dead(rollouts.group_offsets))
+        return np.flatnonzero(~rewards.dead(rollouts))
 
 
 def samples_of(rollouts: Rollouts, groups: np.ndarray) -> np.ndarray:

@@ -117,7 +117,7 @@ def sampling_metrics(
             / np.diff(sampled.group_offsets)
         )
     )
-    dead_G = over_all(lambda sampled, graded: graded.dead(sampled.group_offsets))
+    dead_G = over_all(lambda sampled, graded: graded.dead(sampled))
     # What long answers lost. (The control's shuffle within groups leaves the mean as it is.)
     penalty = over_all(lambda sampled, graded: graded.penalty)
     # The parts of the reward beside accuracy and format, where they have a weight.

@@ -498,11 +498,12 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
             keep_start(run, base)
         del base  # of a run's folder, it holds all weights once more
         say(engine.plan())
-        predicted = predicted_for(config, learner, longest)
+        shapes = [judge.config for judge in judges.values()]
+        predicted = predicted_for(config, learner, longest, shapes)
         if run.first_step < config.steps:
             run.note(memory={"predicted": predicted.parts | {"peak": predicted.peak}})
         if device.type == "cuda":
-            try_longest_batch(learner, config, longest)
+            try_longest_batch(learner, config, longest, shapes)
         say(f"{in_words(config)}, max_logp_gap {gap_limit(policy, config):g}")
         rollout_log = RolloutLog(
             run.folder, run.first_step, engine.tokenizer, config.keep_rollouts, config.seed

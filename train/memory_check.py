@@ -5,12 +5,13 @@ hours. So before its first step it sends one micro-batch of the longest answers 
 and throws the gradient away. That uses no random number and changes no weight.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from ..eval.console import say
+from ..model.config import ModelConfig
 from ..model.memory import Prediction, Setup, predict
 from ..model.packed import Packed, pack
 from ..model.transformer import Transformer
@@ -31,10 +32,14 @@ def rows_of(prompts_per_step: int, group_size: int) -> int:
 
 
 def setup_of_run(
-    config: Algorithm, policy: Transformer, longest: int, reference: Reference | None = None
+    config: Algorithm,
+    policy: Transformer,
+    longest: int,
+    reference: Reference | None = None,
+    judges: Sequence[ModelConfig] = (),
 ) -> Setup:
     """What decides the memory of a run. longest: tokens of a prompt and its answer; reference: None
-    for a copy of the policy."""
+    for a copy of the policy; judges: the shapes of the models that judge answers."""
     place = "cpu" if config.ref_offload else "device"
     return Setup(
         model=policy.config,
@@ -51,25 +56,30 @@ def setup_of_run(
         teacher=None if reference is None else reference.shape,
         critic=config.advantage.baseline == "critic",
         critic_moments=config.critic_optim.moments,
+        judges=tuple(judges),
     )
 
 
-def predicted_for(config: Algorithm, learner: Learner, longest: int) -> Prediction:
+def predicted_for(
+    config: Algorithm, learner: Learner, longest: int, judges: Sequence[ModelConfig] = ()
+) -> Prediction:
     """The parts that this run is predicted to take, with the cache that its engine has made."""
     engine = learner.sampler.engine
-    predicted = predict(setup_of_run(config, learner.policy, longest, learner.reference))
+    predicted = predict(setup_of_run(config, learner.policy, longest, learner.reference, judges))
     cache = engine.cache_tokens * engine.token_bytes
     return replace(predicted, cache=cache, cache_tokens=engine.cache_tokens)
 
 
-def try_longest_batch(learner: Learner, config: Algorithm, longest: int) -> None:
+def try_longest_batch(
+    learner: Learner, config: Algorithm, longest: int, judges: Sequence[ModelConfig] = ()
+) -> None:
     """Send the largest micro-batch there can be through forward and backward, and forget it.
 
     Twice, so that the second one meets the gradients of the first, and beside as much memory as the
     moments will take. Raises BatchTooLargeError, with what was predicted and what would help.
     """
     policy, device = learner.policy, learner.policy.device
-    predicted = predicted_for(config, learner, longest)
+    predicted = predicted_for(config, learner, longest, judges)
     doing = "the moments"
     try:
         held = None

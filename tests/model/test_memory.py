@@ -75,6 +75,13 @@ def test_an_offloaded_reference_counts_while_it_is_in_use():
     assert 2 * N <= p.visiting < 2.001 * N and p.peak == p.held + max(p.update, p.visiting, p.sampling)
 
 
+def test_models_that_judge_are_held_by_both_phases_without_fp32_masters():
+    alone, p = predict(BIG), predict(replace(BIG, judges=(QWEN, QWEN)))
+    assert p.judges == 2 * alone.reference and p.peak == alone.peak + p.judges
+    tight, crowded = (predict(setup, usable(20e9)) for setup in (BIG, replace(BIG, judges=(QWEN,))))
+    assert crowded.cache < tight.cache and crowded.peak <= usable(20e9)  # the cache makes room for them
+
+
 def test_the_cache_gets_what_is_left_and_two_sequences_at_least():
     roomy, tight = (predict(BIG, usable(total)) for total in (80e9, 14e9))
     assert roomy.cache_tokens == 64 * 16 * 81 and tight.cache_tokens == 2 * 1280

@@ -36,11 +36,10 @@ from .family_cases import REWARDS, SHARED, rank_gradients, whole_update
 def test_a_preset_is_complete_and_what_is_given_wins():
     defaults = dataclasses.asdict(Algorithm())
     for algo, preset in PRESETS.items():
-        config = dataclasses.asdict(resolve(algo, {"loss": {"clip_high": 0.3}, "dynamic_sampling": 2}))
+        config = dataclasses.asdict(resolve(algo, {"loss": {"clip_high": 0.3}, "temperature": 0.9}))
         assert None not in config.values() and None not in {**config["loss"], **config["advantage"]}.values()
-        expected = defaults | {"algo": algo, "dynamic_sampling": 2}
-        expected |= {name: value for name, value in preset.items()
-                     if name != "dynamic_sampling"}
+        expected = defaults | {"algo": algo, "temperature": 0.9}
+        expected |= preset
         for part in PARTS:
             expected[part] = defaults[part] | preset.get(part, {})
         expected["loss"] = defaults["loss"] | preset.get("loss", {}) | {"clip_high": 0.3}

@@ -34,9 +34,10 @@ def test_rewards_are_the_weighted_sum_of_two_parts_that_stay_apart():
     grader = Grader(algorithm(rewards=dict(accuracy_weight=2.0, format_weight=0.5)))
     rest = dict(sequences=[np.zeros(2, int)] * 3, prompt_lengths=np.ones(3, int), sampler_logp=[],
                 finish_reasons=["stop"] * 3, temperature=1.0, weights_version=0, texts=responses)
-    found = grader(Bandit(), Rollouts([0, 1], group_offsets=np.array([0, 2, 3]), **rest))
+    rollouts = Rollouts([0, 1], group_offsets=np.array([0, 2, 3]), **rest)
+    found = grader(Bandit(), rollouts)
     assert (found.training == found.total).all() and found.training_parts is found.parts
-    assert list(found.parts) == ["accuracy", "format"] and not found.dead(np.array([0, 2, 3])).all()
+    assert list(found.parts) == ["accuracy", "format"] and not found.dead(rollouts).all()
     assert found.accuracy.tolist() == [1, 1, 0] and found.format.tolist() == [1, 0, 0]
     assert found.total.tolist() == [2.5, 2.0, 0.0]
     assert "Format" not in found.why[0] and "Format: There is no <answer> tag." in found.why[1]

@@ -162,7 +162,7 @@ def test_a_plug_in_judges_so_it_revives_a_group(folder):
     alike = rollouts("x", "longer")
     for rewards, dead in (({}, True), (dict(plugin=f"{HERE}:brevity"), False)):
         found = Grader(algorithm(rewards=rewards))(Bandit(), alike)
-        assert found.dead(np.array([0, 2])).tolist() == [dead]
+        assert found.dead(alike).tolist() == [dead]
     assert list(Grader(algorithm(rewards=dict(plugin=f"{HERE}:raises", plugin_weight=0)))(
         Bandit(), alike).parts) == ["accuracy", "format"]  # and is not called
 

@@ -1,6 +1,7 @@
 """Process rewards: which token ends a step, the loss of labels, and what steps add to the advantages."""
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from r1zero.rl.process import (
     weighted_steps,
 )
 from r1zero.rl.rewards import Grader, RewardConfig, StepRewards, check_parts
+from r1zero.rl.rollouts import DynamicSampler
 
 from .cases import Bandit, algorithm, rollouts_by_hand, tiny
 
@@ -211,6 +213,21 @@ def test_the_control_deals_the_scores_out_within_their_group_or_tosses_coins():
         assert sorted(found.scores[start:end]) == scores[start:end].tolist()
     assert dealt("permute").scores.tolist() == found.scores.tolist() != dealt("permute", 1).scores.tolist()
     assert set(dealt("random").scores) == {0.0, 1.0}
+
+
+def test_a_group_whose_steps_differ_is_not_dead_and_dynamic_sampling_keeps_it():
+    rollouts = rollouts_by_hand(tiny(), lengths=(8,) * 6)  # groups of 2, 3 and 1 answers, all alike
+    tokens = np.array([3, 7, 11, 15, 19, 27, 47])  # the first has 4 steps, the second 2, the last 1
+    rewards = dict(accuracy_weight=0.0, format_weight=0.0, process="x")
+    for differs, live in ((1, [0]), (5, [1]), (6, [])):
+        scores = np.where(np.arange(7) == differs, 0.9, 0.4)
+        grader = Grader(algorithm(rewards=rewards), score_steps=lambda *_: StepRewards(scores, tokens))  # noqa: B023
+        dead = grader(Bandit(), rollouts).dead(rollouts)
+        assert np.flatnonzero(~dead).tolist() == live
+        assert DynamicSampler(SimpleNamespace(), grader).live_groups(Bandit(), rollouts).tolist() == live
+        moved = step_advantages(StepRewards(scores, tokens), rollouts.response_offsets, rollouts.group_offsets)
+        assert [moved[rollouts.response_offsets[a]:rollouts.response_offsets[b]].any()
+                for a, b in ((0, 2), (2, 5), (5, 6))] == [g in live for g in range(3)]
 
 
 def test_what_does_not_go_together_is_refused():

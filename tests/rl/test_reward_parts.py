@@ -92,12 +92,12 @@ def test_the_language_is_a_part_that_is_added_and_trained_on_in_groups_that_are_
     found = spoken()
     assert found.parts["language"].tolist() == [1, 0, 1, 0]
     assert found.total.tolist() == found.training.tolist() == pytest.approx([1.7, 1.2, 0.7, 0.2])
-    assert not found.dead(SPOKEN.group_offsets).any()
+    assert not found.dead(SPOKEN).any()
 
 
 def test_groups_equal_in_accuracy_are_dead_whatever_their_language_where_that_is_asked_for():
     found = spoken(dead_groups="accuracy")
-    assert found.dead(SPOKEN.group_offsets).all()
+    assert found.dead(SPOKEN).all()
     assert found.total.tolist() == pytest.approx([1.7, 1.2, 0.7, 0.2])  # what is logged is the same
     # A group of right and wrong answers counts whole.
     mixed = dataclasses.replace(SPOKEN, group_offsets=np.array([0, 4]), problems=[IN_CHINESE])
@@ -123,12 +123,12 @@ def test_a_language_is_refused_where_the_prompts_have_no_words():
 @pytest.mark.parametrize("part", ["efficiency_weight", "coherence_weight"])
 def test_shaping_does_not_revive_dead_groups_unless_it_is_asked_for(part):
     found = graded(rewards={part: 0.5})
-    assert found.dead(MIXED.group_offsets).tolist() == [True, True, False]
+    assert found.dead(MIXED).tolist() == [True, True, False]
     for baseline, scale in (("group", "std"), ("group", "none"), ("leave_one_out", "none")):
         assert advantages(found, baseline, scale)[:4].tolist() == [0] * 4  # exactly
         assert advantages(found, baseline, scale)[4] > 0
     asked = graded(rewards={part: 0.5}, dead_groups="reward")
-    assert asked.dead(MIXED.group_offsets).tolist() == [False, False, False]
+    assert asked.dead(MIXED).tolist() == [False, False, False]
     assert (advantages(asked)[[0, 2, 4]] > 0).all()
     assert (found.total == asked.total).all()  # what is logged is the same
 
@@ -141,7 +141,7 @@ def test_within_live_groups_shaping_counts_whole():
 
 def test_the_penalty_for_long_answers_revives_a_group_as_before():
     found = graded(overlong_buffer=1.0, max_new_tokens=20)
-    assert not found.dead(MIXED.group_offsets).any() and found.penalty.tolist() == [0.5, 1] * 3
+    assert not found.dead(MIXED).any() and found.penalty.tolist() == [0.5, 1] * 3
     both = graded(overlong_buffer=1.0, max_new_tokens=20, rewards=dict(efficiency_weight=0.5))
     assert both.parts["efficiency"][:4].any()  # but efficiency does not come back with it
     assert not both.training_parts["efficiency"][:4].any()
@@ -170,7 +170,7 @@ def test_the_shuffle_keeps_dead_groups_dead():
     for step in range(20):
         sampled = dataclasses.replace(MIXED, weights_version=step)
         found = graded(sampled, control="permute", rewards=dict(efficiency_weight=0.5))
-        assert found.dead(MIXED.group_offsets).tolist() == [True, True, False]
+        assert found.dead(MIXED).tolist() == [True, True, False]
         assert sorted(found.training[4:]) == pytest.approx([-0.05, 1.45])
 
 
@@ -263,7 +263,7 @@ def test_a_group_that_a_reward_model_judges_is_not_dead_for_want_of_right_answer
     task = SimpleNamespace(grade=lambda problem, text: Countdown.grade(PROBLEM, RIGHT.format("")),
                            judged_by_model=lambda problem: problem == "model")
     grader = Grader(algorithm(rewards=dict(model="somewhere"), dead_groups="accuracy"), score)
-    assert grader(task, sampled).dead(sampled.group_offsets).tolist() == [True, False, True]
+    assert grader(task, sampled).dead(sampled).tolist() == [True, False, True]
 
 
 def test_a_reward_model_comes_in_with_the_step_that_begins_its_share():

@@ -56,7 +56,7 @@ def test_groups_without_signal_are_replaced_by_new_ones(base):
     assert ((groups.min(1) == 0) & (groups.max(1) == 1)).all()  # every group has a signal
     replaced = rollouts.replaced
     assert len(replaced.problems) > 0  # and those that were replaced have none
-    assert s.grader(c.task, replaced).dead(replaced.group_offsets).all()
+    assert s.grader(c.task, replaced).dead(replaced).all()
     everyone = sorted(rollouts.problems + replaced.problems)
     assert everyone == list(range(s.sampler.position))  # no problem is sampled twice, none is lost
     assert len({request.seed for request in requests}) == len(requests) == 8 * len(everyone) > 32

@@ -218,9 +218,11 @@ def test_a_run_with_one_resumes_to_the_same_bits_and_knows_it_by_its_content(
 
 def test_it_comes_in_after_its_share_of_the_steps(folder, tmp_path):
     rewards = dict(model=str(folder / "rm"), model_from=0.5)
-    grpo(rl_config(folder, tmp_path / "run", rewards=rewards))
+    policy = grpo(rl_config(folder, tmp_path / "run", rewards=rewards))
     rows = read_metrics(tmp_path / "run")
     assert ["reward_model" in row for row in rows] == [False, False, True, True]
+    predicted = json.loads((tmp_path / "run/run.json").read_text())["memory"]["predicted"]
+    assert predicted["models that judge"] == sum(p.nbytes for p in policy.parameters())  # all in fp32
     for row in rows:
         expected = row["accuracy"] + 0.2 * row["format"] + row.get("reward_model", 0.0)
         assert row["reward"] == pytest.approx(expected)

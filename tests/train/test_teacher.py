@@ -117,6 +117,8 @@ def test_a_teacher_that_does_not_fit_is_refused_before_there_is_a_folder(folder,
             teacher=str(tmp_path / "short"), max_new_tokens=40)
     refused("--ref-refresh 3 would replace the teacher", ref_refresh=3)
     refused("--advantage.baseline teacher learns from the KL alone", loss=dict(kl_in="loss"))
+    refused("--dynamic-sampling 3 with --advantage.baseline teacher: no reward counts", dynamic_sampling=3)
+    refused("--control permute with --advantage.baseline teacher: no reward counts", control="permute")
     refused("there is no KL", advantage=dict(baseline="group"), loss=dict(kl_coef=0.0), kl_samples=0)
 
 

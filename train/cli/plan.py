@@ -87,11 +87,14 @@ class PlanConfig:
     """Rank of LoRA; 0 takes it only where all weights do not fit."""
     kl: bool = True
     """Plan for a reference, which the KL is measured to."""
+    judges: int = 0
+    """Number of models as large as the policy that judge its answers: a reward model, a process
+    reward."""
 
     def __post_init__(self):
         at_least(self, 1, "steps", "prompts_per_step", "group_size", "prompt_tokens")
         at_least(self, 1, "max_new_tokens")
-        at_least(self, 0, "price")
+        at_least(self, 0, "price", "judges")
         LoRAConfig(self.lora_rank)  # checks the rank
         if self.memory is not None:
             at_least(self, 0, "memory")
@@ -152,6 +155,7 @@ def setup_of(config: PlanConfig, shape: ModelConfig, name: str = "the model") ->
         dtype=DTYPES[config.dtype],
         lora=LoRAConfig(config.lora_rank),
         reference="device" if config.kl else "none",
+        judges=config.judges * (shape,),
     )
 
 

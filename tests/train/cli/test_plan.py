@@ -94,7 +94,17 @@ def test_a_table_for_all_cards_and_a_plan_for_one(capsys):
     assert code == 0 and "engine's copy" in out and "100 steps: about" in out and "at 2 per hour" in out
 
 
+def test_models_that_judge_are_planned_for(capsys):
+    sizes = {}
+    for n in "012":
+        out = printed(capsys, "--model", "qwen2.5-0.5b", "--memory", "141", "--judges", n)[1]
+        sizes[n] = float((re.search(r"models that judge +(\S+)", out) or [0, "0"])[1])
+    assert sizes["0"] == 0 and sizes["1"] == pytest.approx(494_032_768 * 2 / G, abs=0.05)
+    assert sizes["2"] == pytest.approx(2 * sizes["1"], abs=0.1)
+
+
 @pytest.mark.parametrize("words, told", [
+    (["--model", "demo", "--judges", "-1"], "--judges is -1, expected 0 or more"),
     (["--model", "qwen2.5-1.5b", "--memory", "4"], "does not fit 4 GiB at any setting; the least is LoRA 16, "
                                                     "recompute, which needs a card of 7.7 GiB, 3.7 more"),
     (["--model", "qwen2.5-1.5b", "--memory", "0"], "it does not fit 0 GiB at any setting; the least is"),
