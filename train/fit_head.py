@@ -4,10 +4,13 @@ What they do not share is an `Objective`: the loss of some items of the data, an
 does on the items held out. An item is a ranking of answers, or an answer with its steps; a prompt's
 items are all trained on or all held out.
 
+Data from several files is mixed by weight, as in `r1zero sft` (mixture.py).
+
 The checkpoint at the end is the reward model; it is known by the name of its loop.
 """
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
@@ -36,6 +39,7 @@ from .batches import shuffled
 from .compute_flags import ComputeFlags
 from .inputs import base_parts, file_parts
 from .machine import pick_device
+from .mixture import MixedOrder, parse_sources, parts_of, weights_input
 from .run import Run, RunConfig, at_least
 
 
@@ -89,6 +93,11 @@ class Objective(Protocol):
 # ---- which items, in which order ----
 
 
+def on_test_side(prompt: str, share: float) -> bool:
+    """Whether the items of this prompt are held out."""
+    return is_held_out(("ranking", prompt), share)
+
+
 def split_by_prompt(prompts: list[str], items: list, share: float, what: str) -> tuple[list, list]:
     """(to train on, held out): a prompt's text decides, so all items of a prompt stay together.
 
@@ -96,7 +105,7 @@ def split_by_prompt(prompts: list[str], items: list, share: float, what: str) ->
     """
     sides: tuple[list, list] = ([], [])
     for prompt, item in zip(prompts, items, strict=True):
-        sides[is_held_out(("ranking", prompt), share)].append(item)
+        sides[on_test_side(prompt, share)].append(item)
     if not sides[0] or not sides[1]:
         raise ValueError(
             f"of {len(items)} {what} {len(sides[1])} are held out by --held-out {share:g}; "
@@ -109,20 +118,43 @@ def split_by_prompt(prompts: list[str], items: list, share: float, what: str) ->
 class ItemBatches:
     """Items, shuffled again every epoch; batch(i) is a fixed function of (seed, i).
 
-    Epochs follow each other without a seam, as in TokenStream (batches.py).
+    Epochs follow each other without a seam, as in TokenStream (batches.py). order: from an epoch to
+    the numbers of its items, as MixedOrder gives them; None takes each item once.
     """
 
-    def __init__(self, items: list, per_step: int, seed: int):
+    def __init__(self, items: list, per_step: int, seed: int, order: Callable | None = None):
         self.items, self.per_step = items, per_step
-        self.order_of = lru_cache(maxsize=2)(partial(shuffled, len(items), seed))
+        self.order_of = lru_cache(maxsize=2)(order or partial(shuffled, len(items), seed))
+        self.n_per_epoch = len(self.order_of(0))
 
     def batch(self, index: int) -> list:
         """Batch `index` (0, 1, ...) of the endless sequence of epochs."""
         found = []
         for i in range(index * self.per_step, (index + 1) * self.per_step):
-            epoch, i_in_epoch = divmod(i, len(self.items))
+            epoch, i_in_epoch = divmod(i, self.n_per_epoch)
             found.append(self.items[self.order_of(epoch)[i_in_epoch]])
         return found
+
+
+def mixed_order(config, prompts: Sequence[Sequence[str]]) -> MixedOrder | None:
+    """The order in which the items that are trained on are mixed; None without any weight.
+
+    prompts: of the items of each file of --data. Raises ValueError for a file whose items are all
+    held out.
+    """
+    sources = parse_sources(config.data)
+    parts = parts_of(sources)
+    if parts is None:
+        return None
+    sizes = [sum(not on_test_side(each, config.held_out) for each in file) for file in prompts]
+    for source, size in zip(sources, sizes, strict=True):
+        if size == 0:
+            raise ValueError(
+                f"--data {source.path} has no line to train on, since --held-out "
+                f"{config.held_out:g} holds all of its prompts out; give it more prompts, or leave "
+                "it out"
+            )
+    return MixedOrder(sizes, parts, config.seed)
 
 
 def micro_items(items: list, micro_tokens: int) -> list[list]:
@@ -133,6 +165,11 @@ def micro_items(items: list, micro_tokens: int) -> list[list]:
 
 
 # ---- the loop ----
+
+
+def read_files(config, read: Callable) -> list[Sequence]:
+    """What `read` finds in each file of --data."""
+    return [read(source.path, config.skip_bad) for source in parse_sources(config.data)]
 
 
 def open_base(config, what: str) -> tuple[Run, Transformer, Tokenizer]:
@@ -146,7 +183,14 @@ def open_base(config, what: str) -> tuple[Run, Transformer, Tokenizer]:
     run = Run(config, what)
     trunk, tokenizer, base = load_model(config.base, device, precision=precision)
     trunk.recomputes = config.recompute
-    run.check_inputs({"base": base_parts(base, tokenizer), "data": file_parts([Path(config.data)])})
+    sources = parse_sources(config.data)
+    run.check_inputs(
+        {
+            "base": base_parts(base, tokenizer),
+            "data": file_parts([Path(source.path) for source in sources]),
+            "data weights": weights_input(sources),
+        }
+    )
     run.check_model(trunk, tokenizer)
     return run, trunk, tokenizer
 

@@ -37,7 +37,16 @@ from ..rl.process import (
     first_errors,
     step_loss,
 )
-from .fit_head import HeadConfig, ItemBatches, fit_head, load_head, open_base, split_by_prompt
+from .fit_head import (
+    HeadConfig,
+    ItemBatches,
+    fit_head,
+    load_head,
+    mixed_order,
+    open_base,
+    read_files,
+    split_by_prompt,
+)
 from .machine import reuse_memory
 from .run import Run, at_least
 from .step_file import LABELS, encode_steps, read_steps
@@ -61,8 +70,9 @@ class ProcessRewardConfig(HeadConfig):
 
     LOOP: ClassVar[str] = LOOP
 
-    data: str
-    """A .jsonl file of answers with labelled steps, as r1zero collect --label-steps writes it."""
+    data: tuple[str, ...]
+    """The .jsonl files of answers with labelled steps, as r1zero collect --label-steps writes them.
+    A number behind a file, as in a.jsonl:3 b.jsonl:1, is its share of the answers."""
     labels: str = "true"
     """Which label of a step to learn: true (the step is true), reaches (the target can still be
     reached, too), hard (a completion from there was right) or soft (the share of right ones)."""
@@ -206,22 +216,25 @@ def process_reward(config: ProcessRewardConfig) -> ProcessReward:
     """
     reuse_memory()
     run, trunk, tokenizer = open_base(config, "process reward")
-    lines = read_steps(config.data, config.skip_bad)
+    files = read_files(config, read_steps)
+    lines = [line for file in files for line in file]
     encoded = encode_steps(tokenizer, lines, trunk.config, config.labels)
     # An answer without a label has nothing to teach.
-    labelled = [
-        (line.prompt, answer)
-        for line, answer in zip(lines, encoded, strict=True)
-        if not np.isnan(answer.labels).all()
-    ]
-    prompts, answers = map(list, zip(*labelled, strict=True))
-    trained, held_out = split_by_prompt(prompts, answers, config.held_out, "answers")
+    prompts: list[list[str]] = [[] for _ in files]
+    answers = []
+    numbers = [number for number, file in enumerate(files) for _ in file]
+    for number, line, answer in zip(numbers, lines, encoded, strict=True):
+        if not np.isnan(answer.labels).all():
+            prompts[number].append(line.prompt)
+            answers.append(answer)
+    trained, held_out = split_by_prompt(sum(prompts, []), answers, config.held_out, "answers")
+    order = mixed_order(config, prompts)
     say(
         f"{len(trained):,} answers with {sum(len(a.ends) for a in trained):,} steps to train on, "
         f"{len(held_out):,} held out"
     )
     model = ProcessReward(trunk)
-    batches = ItemBatches(trained, config.answers_per_step, config.seed)
+    batches = ItemBatches(trained, config.answers_per_step, config.seed, order)
     with run:
         objective = StepLabelsLoss(held_out, config)
         fit_head(run, model, tokenizer, batches, config, objective)

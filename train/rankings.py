@@ -24,7 +24,6 @@ from ..model.config import ModelConfig
 from ..model.tokenizer import Tokenizer
 from ..rl.preferences import Ranking, pairs_of, with_noise
 from .conversations import check_characters
-from .fit_head import split_by_prompt
 
 FEWEST, MOST = 2, 64  # answers per prompt
 EXPECTED = 'lines like {"prompt": "...", "answers": ["...", "..."], "ranks": [1, 2]}'
@@ -129,17 +128,3 @@ def check_sequences(sequences: Sequence[np.ndarray], shape: ModelConfig, what: s
             f"{what} has the token id {largest}, and the model's vocabulary has ids from 0 to "
             f"{shape.vocab_size - 1}; is this the tokenizer that it was made with?"
         )
-
-
-# ---- which rankings ----
-
-
-def split_rankings(
-    rankings: Sequence[Ranked], encoded: Sequence[Ranking], share: float
-) -> tuple[list[Ranking], list[Ranking]]:
-    """(to train on, held out): a prompt's text decides, so all rankings of a prompt stay together.
-
-    Raises ValueError if a side is left empty.
-    """
-    prompts = [ranked.prompt for ranked in rankings]
-    return split_by_prompt(prompts, list(encoded), share, "rankings")

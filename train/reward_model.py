@@ -35,9 +35,18 @@ from ..rl.preferences import (
     margins_under,
     preference_loss,
 )
-from .fit_head import HeadConfig, ItemBatches, fit_head, load_head, open_base
+from .fit_head import (
+    HeadConfig,
+    ItemBatches,
+    fit_head,
+    load_head,
+    mixed_order,
+    open_base,
+    read_files,
+    split_by_prompt,
+)
 from .machine import reuse_memory
-from .rankings import encode_rankings, read_rankings, split_rankings
+from .rankings import encode_rankings, read_rankings
 from .report.plots import BASE, RL, Line, Mark, Panel, plot
 from .run import Run, at_least
 
@@ -50,10 +59,11 @@ class RewardModelConfig(HeadConfig):
 
     LOOP: ClassVar[str] = LOOP
 
-    data: str
-    """A .jsonl file whose lines have the fields prompt, answers (a list of texts) and ranks (a list
-    of whole numbers, 1 for the best; equal ones are a tie). A field right, a list of true and
-    false, splits the table of results."""
+    data: tuple[str, ...]
+    """The .jsonl files whose lines have the fields prompt, answers (a list of texts) and ranks (a
+    list of whole numbers, 1 for the best; equal ones are a tie). A field right, a list of true and
+    false, splits the table of results. A number behind a file, as in a.jsonl:3 b.jsonl:1, is its
+    share of the rankings."""
     noise: float = 0.0
     """Probability that a pair of answers is turned around, in training and among the pairs held
     out."""
@@ -219,12 +229,15 @@ def reward_model(config: RewardModelConfig) -> RewardModel:
     """
     reuse_memory()
     run, trunk, tokenizer = open_base(config, "reward model")
-    rankings = read_rankings(config.data, config.skip_bad)
+    files = read_files(config, read_rankings)
+    rankings = [ranked for file in files for ranked in file]
     encoded = encode_rankings(tokenizer, rankings, trunk.config, config.noise, config.seed)
-    trained, held_out = split_rankings(rankings, encoded, config.held_out)
+    prompts = [[ranked.prompt for ranked in file] for file in files]
+    trained, held_out = split_by_prompt(sum(prompts, []), encoded, config.held_out, "rankings")
+    order = mixed_order(config, prompts)
     say(pairs_in_words(trained, held_out))
     model = RewardModel(trunk)
-    batches = ItemBatches(trained, config.rankings_per_step, config.seed)
+    batches = ItemBatches(trained, config.rankings_per_step, config.seed, order)
     with run:
         objective = Preferences(trained, held_out, config)
         fit_head(run, model, tokenizer, batches, config, objective)

@@ -18,10 +18,10 @@ from r1zero.model.checkpoint import (
 from r1zero.model.optimizer import OptimConfig
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.train.cli.main import main
-from r1zero.train.fit_head import ItemBatches
+from r1zero.train.fit_head import ItemBatches, mixed_order, split_by_prompt
 from r1zero.train.grpo import grpo, timed_step
 from r1zero.train.log import read_metrics
-from r1zero.train.rankings import encode_rankings, read_rankings, split_rankings
+from r1zero.train.rankings import encode_rankings, read_rankings
 from r1zero.train.reward_model import RewardModelConfig, load_reward_model, reward_model
 from r1zero.train.run import read_record
 
@@ -51,10 +51,15 @@ def more_of_a(n: int, seed: int = 0) -> list[dict]:
     return lines
 
 
+def split(lines, encoded, share) -> tuple[list, list]:
+    return split_by_prompt([line.prompt for line in lines], encoded, share, "rankings")
+
+
 def config(run, base, data, **changes) -> RewardModelConfig:
     optim = OptimConfig(lr=1e-2, warmup=2, schedule="constant", weight_decay=0.0)
     common = dict(steps=6, save_every=2, rankings_per_step=8, optim=optim, device="cpu")
-    return RewardModelConfig(run=str(run), base=str(base), data=str(data), **{**common, **changes})
+    data = tuple(map(str, data)) if isinstance(data, tuple) else (str(data),)
+    return RewardModelConfig(run=str(run), base=str(base), data=data, **{**common, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +90,7 @@ def test_its_scores_are_centred_on_the_answers_that_it_was_trained_on(folder):
     model, tokenizer, _ = load_reward_model(str(folder / "rm"), CPU)
     lines = read_rankings(folder / "r.jsonl")
     encoded = encode_rankings(tokenizer, lines, model.config, 0.0, 0)
-    trained, held_out = split_rankings(lines, encoded, 0.1)
+    trained, held_out = split(lines, encoded, 0.1)
     scores = model.scores([tokens for r in trained for tokens in r.sequences], 1000)
     assert scores.mean() == pytest.approx(0, abs=1e-4)
     assert scores.min() == pytest.approx(float(model.floor), abs=1e-4)
@@ -121,7 +126,7 @@ def test_with_noise_the_table_shows_the_ceiling_and_the_share_without_it(folder,
 def test_a_prompt_is_on_one_side_alone_and_batches_are_a_function_of_seed_and_index(tmp_path):
     lines = read_rankings(write(tmp_path / "r.jsonl", [*more_of_a(60), *more_of_a(60, seed=1)]))
     encoded = encode_rankings(Tokenizer.bytes(), lines, tiny().config, 0.0, 0)
-    trained, held_out = split_rankings(lines, encoded, 0.25)
+    trained, held_out = split(lines, encoded, 0.25)
     prompts = [{bytes(r.sequences[0].tolist()[:-5]) for r in side} for side in (trained, held_out)]
     assert not prompts[0] & prompts[1] and len(trained) + len(held_out) == len(lines)
     batches = ItemBatches(trained, 7, seed=3)
@@ -129,6 +134,33 @@ def test_a_prompt_is_on_one_side_alone_and_batches_are_a_function_of_seed_and_in
     assert seen == [id(r) for i in range(len(trained)) for r in batches.batch(i)]
     assert sorted(seen[: len(trained)]) == sorted(map(id, trained))
     assert seen[:7] != [id(r) for r in trained[:7]]
+
+
+def test_files_of_rankings_are_mixed_by_weight_and_without_any_are_read_as_one(folder, tmp_path):
+    few, many, both = more_of_a(20), more_of_a(60, seed=1), tmp_path / "both.jsonl"
+    files = (write(tmp_path / "few.jsonl", few), write(tmp_path / "many.jsonl", many))
+    one = reward_model(config(tmp_path / "one", folder / "base", write(both, few + many), noise=0.2))
+    two = reward_model(config(tmp_path / "two", folder / "base", files, noise=0.2))
+    assert one.value.equal(two.value) and outcome(tmp_path / "one")["rows"] == outcome(tmp_path / "two")["rows"]
+
+    # 3 : 1 of what is trained on, in each epoch, though the first file is the smaller one
+    prompts = [[line["prompt"] for line in lines] for lines in (few, many)]
+    mixed = config(tmp_path / "mixed", folder / "base", (files[0] + ":3", files[1] + ":1"))
+    order = mixed_order(mixed, prompts)
+    n_few = len(split_by_prompt(prompts[0], few, 0.1, "rankings")[0])
+    n_all = len(split_by_prompt(sum(prompts, []), few + many, 0.1, "rankings")[0])
+    for epoch in (0, 1):
+        from_few = np.sum(order(epoch) < n_few)
+        assert 3 * (len(order(epoch)) - from_few) == from_few and order(epoch).max() < n_all
+    batches = ItemBatches([*range(n_all)], len(order(0)), 0, order)
+    assert batches.batch(1) == order(1).tolist()
+
+    reward_model(mixed)
+    with fails(CheckpointError, "have changed: data weights"):
+        reward_model(replace(mixed, data=(files[0] + ":2", files[1] + ":1"), resume=True))
+    one = write(tmp_path / "one.jsonl", more_of_a(1))
+    with fails(ValueError, "one.jsonl has no line to train on, since --held-out 0.9"):
+        mixed_order(replace(mixed, data=(files[1], one + ":2"), held_out=0.9), [prompts[1], ["0: "]])
 
 
 GOOD = {"prompt": "p", "answers": ["a", "b"], "ranks": [1, 2]}
