@@ -292,6 +292,7 @@ def choose_lines(
     lines_of: Callable[[str, list[Answer], dict], list[dict]],
 ) -> tuple[list[dict], Tally]:
     """Grade the samples and choose among them: the lines of all problems in order, the counts.
+    Raises Stopped after a signal.
 
     lines_of: from (prompt, answers, source) to the lines of a problem.
     """
@@ -299,11 +300,18 @@ def choose_lines(
     tally = Tally(RankedSelection() if config.rank else Selection(config))
     lines = []
     groups = zip(problems, file.groups(), strict=False)  # the file may hold more problems
-    for problem, group in Bar(groups, total=len(problems), desc="grading", unit="problem"):
-        answers = judge_group(samples_of(problem, group))
-        kept = tally.choose(group["prompt"], answers, group["seconds"])
-        where = {"problem": fields_of(problem), "index": group["index"]}
-        lines += lines_of(group["prompt"], kept, source | where)
+    with Interrupt() as interrupt:
+        for problem, group in Bar(groups, total=len(problems), desc="grading", unit="problem"):
+            answers = judge_group(samples_of(problem, group))
+            kept = tally.choose(group["prompt"], answers, group["seconds"])
+            where = {"problem": fields_of(problem), "index": group["index"]}
+            lines += lines_of(group["prompt"], kept, source | where)
+            if interrupt.requested:
+                raise Stopped(
+                    interrupt.number,
+                    f"stopped: all samples are in {file.path}; go on with --resume and the same "
+                    "flags",
+                )
     return lines, tally
 
 
@@ -385,7 +393,7 @@ def collect(config: CollectConfig) -> dict:
     labels = None
     lines_of = ranking_lines if config.rank else pair_lines
     if config.label_steps is not None:
-        labels = StepLabels(task, sampler, config.label_steps)
+        labels = StepLabels(task, sampler, config.label_steps, file.shares)
         lines_of = labels.lines
     lines, tally = choose_lines(config, task, problems, file, source, lines_of)
     title = f"{task.name}: {len(problems):,} {config.split} problems x {config.samples} samples"

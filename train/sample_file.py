@@ -8,6 +8,9 @@ The first line says what the samples depend on: flags and weights. Each other li
 A collection that is resumed keeps whole batches, so that the batches after them have the shape that
 they would have had: matrix products round differently in another shape. What follows, such as half
 a line that was written when its process died, is sampled again.
+
+`<out>.labels.partial` is the same for the labels of steps (step_labels.py): a line per problem
+whose completions were sampled. It is of the samples beside it, and begins and ends with them.
 """
 
 import json
@@ -27,6 +30,7 @@ class SampleFile:
 
     def __init__(self, out: str | Path):
         self.path = partial_path(out)
+        self.shares = ShareFile(out)
         self.n_problems = 0
         """How many problems it holds."""
 
@@ -49,10 +53,12 @@ class SampleFile:
         if config.resume:
             say(f"{self.path} holds no samples to go on with: starting at the first problem")
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.shares.remove()  # of other samples
         self.path.write_text(json.dumps(header) + "\n", encoding="utf-8")
 
     def remove(self) -> None:
         """To be called when the lines are written."""
+        self.shares.remove()
         self.path.unlink()
 
     def _has_header(self) -> bool:
@@ -110,6 +116,46 @@ class SampleFile:
             file.readline()
             for line in file:
                 yield json.loads(line)
+
+
+class ShareFile:
+    """The labels of steps by completions, of the collection that writes to `out`."""
+
+    def __init__(self, out: str | Path):
+        self.path = partial_path(f"{out}.labels")
+        self._by_index: dict[int, dict] | None = None
+
+    def find(self, asked: dict) -> dict | None:
+        """The line of a problem, if all that it was asked for was the same; else None.
+
+        asked: the index of the problem, the number of completions, and [sample, end] of each step.
+        """
+        if self._by_index is None:
+            self._by_index = self._read()
+        line = self._by_index.get(asked["index"], {})
+        is_same = all(line.get(name) == value for name, value in asked.items())
+        return line if is_same else None
+
+    def append(self, line: dict) -> None:
+        """Keep the line of a problem."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self._by_index = None
+
+    def _read(self) -> dict[int, dict]:
+        """The lines that are whole; what follows the first other one is cut off."""
+        found: dict[int, dict] = {}
+        if not self.path.exists():
+            return found
+        with open(self.path, "rb") as file:
+            while (line := parsed(file.readline())) is not None and "index" in line:
+                found[line["index"]] = line
+                end = file.tell()
+        os.truncate(self.path, end if found else 0)
+        return found
 
 
 def parsed(line: bytes) -> dict | None:

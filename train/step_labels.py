@@ -11,9 +11,8 @@ own grade.
 
 A completion goes on from the ids up to the step's end, within the limit of tokens of the answer.
 Its seed is a function of --seed, the index of the problem, the number of the sample, and the token
-that ends the step.
-
-Left out: keeping the completions, so a call that is resumed samples them again.
+that ends the step. The shares of a problem are kept as soon as they are known (sample_file.py), so
+a call that is resumed goes on behind them; the completions themselves are not.
 """
 
 import time
@@ -29,13 +28,22 @@ from ..model.engine.requests import Request
 from ..model.engine.sampling import sample_seeds
 from ..rl.process import token_ends
 from .answers import Answer
+from .sample_file import ShareFile
 
 
 class StepLabels:
     """From answers to lines with labelled steps. Made once per collection; it counts."""
 
-    def __init__(self, task: Task, sampler: ModelSampler, n_completions: int):
+    def __init__(
+        self,
+        task: Task,
+        sampler: ModelSampler,
+        n_completions: int,
+        kept: ShareFile | None = None,
+    ):
+        """kept: the shares that an earlier call has sampled; None keeps none."""
         self.task, self.sampler, self.n_completions = task, sampler, n_completions
+        self.kept = kept
         self.steps: list[dict] = []
         """All steps so far."""
         self.n_tokens = 0
@@ -47,7 +55,7 @@ class StepLabels:
         """A line per answer that has a step; source: what they share, `index` among it."""
         steps = [self._exact(answer.sample) for answer in answers]
         if self.n_completions:
-            self._complete(prompt, answers, steps, source["index"])
+            self._add_shares(prompt, answers, steps, source["index"])
         for each in steps:
             self.steps += each
         return [
@@ -77,10 +85,36 @@ class StepLabels:
             found.append({"end": end, "text": texts[number], **facts, "share": None})
         return found
 
+    def _add_shares(
+        self, prompt: str, answers: list[Answer], steps: list[list[dict]], index: int
+    ) -> None:
+        """Put the share of right completions beside each step of the answers to a problem: the
+        shares that are kept, or new ones."""
+        flat = [step for each in steps for step in each]
+        ends = [
+            [answer.number, step["end"]]
+            for answer, each in zip(answers, steps, strict=True)
+            for step in each
+        ]
+        asked = {"index": index, "completions": self.n_completions, "steps": ends}
+        kept = self.kept.find(asked) if self.kept else None
+        if kept is None:
+            tokens, seconds = self.n_tokens, self.seconds
+            self._complete(prompt, answers, steps, index)
+            if self.kept:
+                cost = {"tokens": self.n_tokens - tokens, "seconds": self.seconds - seconds}
+                self.kept.append(asked | {"shares": [step["share"] for step in flat], **cost})
+            return
+        for step, share in zip(flat, kept["shares"], strict=True):
+            step["share"] = share
+        self.n_tokens += kept["tokens"]
+        self.seconds += kept["seconds"]
+
     def _complete(
         self, prompt: str, answers: list[Answer], steps: list[list[dict]], index: int
     ) -> None:
-        """Put the share of right completions beside each step of the answers to a problem."""
+        """Sample completions from the end of each step, and put the share of right ones beside
+        it."""
         sampler = self.sampler
         [prompt_ids] = encode_prompts(sampler.tokenizer, [prompt], sampler.chat)
         # 1. All completions of all steps are one call of the engine.

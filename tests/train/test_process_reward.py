@@ -1,7 +1,9 @@
 """Process rewards: labels by rollouts, files of steps, the loop, and GRPO with one."""
 import json
 import math
-from dataclasses import dataclass
+import signal
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from r1zero.train.answers import Answer
 from r1zero.train.cli.main import main
 from r1zero.train.collect import CollectConfig, collect
 from r1zero.train.grpo import grpo
+from r1zero.train.interrupt import Stopped
 from r1zero.train.log import read_metrics
 from r1zero.train.process_reward import (
     ProcessRewardConfig,
@@ -30,6 +33,7 @@ from r1zero.train.process_reward import (
     resampled,
 )
 from r1zero.train.run import read_record
+from r1zero.train.sample_file import ShareFile
 from r1zero.train.step_file import encode_steps, read_steps
 from r1zero.train.step_labels import StepLabels
 
@@ -162,6 +166,45 @@ def test_nine_right_completions_of_nine_are_a_share_of_1(folder, tmp_path):
     collect(config)
     rows = [row for row in read(folder / "steps.jsonl") if 3 <= row["index"] < 8]
     assert read(tmp_path / "y.jsonl") == rows
+
+
+class Interrupted(Letters):
+    """A signal comes while the answers to the sixth problem are labelled."""
+    countdown: ClassVar[list[int]] = []
+
+    def check_step(self, problem, steps):
+        if len(steps) == 1 and self.countdown and self.countdown.pop() == 0:
+            signal.raise_signal(signal.SIGINT)
+        return super().check_step(problem, steps)
+
+
+def test_a_collection_that_is_stopped_while_it_labels_goes_on_behind_its_labels(folder, tmp_path):
+    """To the same lines, whatever half a line a crash has left; and with other answers they are sampled."""
+    out, labels = tmp_path / "x.jsonl", tmp_path / "x.jsonl.labels.partial"
+    Interrupted.countdown[:] = range(15)  # three answers per problem
+    stopping = collect_config(folder / "base", out, task=Interrupted())
+    with fails(Stopped, "all samples are in .*x.jsonl.partial; go on with --resume"):
+        collect(stopping)
+    kept = read(labels)
+    assert [line["index"] for line in kept] == [*range(len(kept))] and 3 <= len(kept) < 8 and not out.exists()
+    with open(labels, "a") as file:
+        file.write('{"index": 7, "half')
+    collect(replace(stopping, task=Letters(), resume=True))
+    assert read(out) == read(folder / "steps.jsonl") and not labels.exists()
+    summaries = [json.loads(path.read_text())["labels"]
+                 for path in (tmp_path / "x.jsonl.summary.json", folder / "steps.jsonl.summary.json")]
+    assert summaries[0]["completion_tokens"] == summaries[1]["completion_tokens"]
+
+    # What is kept is taken, and not sampled again, but for the same steps and number of completions.
+    file, asked = ShareFile(out), {"index": 0, "completions": 2, "steps": [[0, 2]]}
+    file.append(asked | {"shares": [0.5], "tokens": 3, "seconds": 1.0})
+    model, tokenizer, _ = load_model(str(folder / "base"), CPU)
+    answer = Answer(0, Sample(0, "abc", (97, 98, 99), "length"), {"accuracy": 0.0}, 0.0, None)
+    for n, is_kept in ((2, True), (3, False)):
+        counted = StepLabels(Letters(), ModelSampler(model, tokenizer, 6), n, ShareFile(out))
+        [line] = counted.lines("p", [answer], {"index": 0})
+        assert (counted.seconds == 1.0) == (counted.n_tokens == 3) == is_kept
+        assert (line["steps"][0]["share"] == 0.5) == is_kept  # of three completions it is no half
 
 
 def test_labels_are_for_all_answers_of_a_task_with_steps(folder, tmp_path):
