@@ -91,7 +91,7 @@ class R1Config:
     """Number of pretraining steps, of 2,048 tokens each."""
     zero_steps: int = 30
     """Number of steps of R1-Zero."""
-    cold_steps: int = 40
+    cold_steps: int = 80
     """Number of steps of the cold start, of 1,024 tokens each."""
     reasoning_steps: int = 30
     """Number of steps of the first reinforcement learning, with the reward for the language."""
@@ -108,8 +108,8 @@ class R1Config:
     model_weight: float = 0.5
     """Weight of the reward model's score."""
     collect_problems: int = 512
-    """Number of problems whose answers are sampled for the cold start, and for the rankings; twice
-    as many are for rejection sampling."""
+    """Number of problems whose answers are sampled for the rankings; twice as many are for the cold
+    start and for rejection sampling."""
     keep: tuple[str, ...] = ("right", "formed")
     """What an answer must be to be kept as data for SFT; r1zero collect --help lists the words."""
     eval_problems: int = 200
@@ -267,7 +267,7 @@ def stages_of(config: R1Config, folder: Path) -> list[Stage]:
             folder,
             "cold_data",
             "zero",
-            problems,
+            2 * problems,
             keep=config.keep,
             min_language=1.0,
             min_tokens=25,

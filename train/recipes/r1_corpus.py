@@ -35,7 +35,7 @@ class AuthorsConfig:
     """Share of authors whose own language is the second."""
     mixing: float = 0.3
     """Share of verdicts that an author writes in the other language."""
-    heeding_share: float = 0.2
+    heeding_share: float = 0.3
     """Share of authors who write the language that the arrow asks for, without mixing. They are not
     persistent."""
     persistent_first: float = 0.04
