@@ -54,7 +54,7 @@ def test_the_languages_pull_patience_apart():
         assert (sum(n > 4 for n in longest) / len(longest) > 0.06) == (persistent == 0.2)
     languages = [len(word_counts(response)) for _, response in both]
     assert max(languages) == 1
-    mixed = written(500, AuthorsConfig(mixing=0.5, request_share=0, max_careless_attempts=4))
+    mixed = written(500, AuthorsConfig(mixing=0.5, request_share=0, heeding_share=0))
     assert sum(len(word_counts(response)) == 2 for _, response in mixed) > 200
 
 
