@@ -60,7 +60,7 @@ from .rollout_log import fields_of
 from .run import at_least, read_record
 from .sample_file import SampleFile
 from .selection import RankedSelection, Selection, SelectionFlags, ranks_of
-from .settings import as_json, settings_of
+from .settings import as_json, settings_of, with_defaults
 from .step_labels import StepLabels
 from .task_flags import TaskFlags
 
@@ -328,7 +328,8 @@ def whole_already(config: CollectConfig, source: dict) -> dict | None:
     is_whole = out.exists() and record.get("lines") == lines_of_file(out)
     if not config.resume or partial_path(config.out).exists() or not is_whole:
         return None
-    now, then = as_json(asdict(config)), record["flags"]
+    now = as_json(asdict(config))
+    then = with_defaults(record["flags"], now, config)
     names = [name for name in now if name not in ASIDE and then.get(name) != now[name]]
     if record["weights"] != source["weights"]:
         names.append("run")

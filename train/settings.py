@@ -50,17 +50,23 @@ def check_settings(then: dict, now: dict, config, where: Path) -> None:
     for name, renamed in getattr(config, "RENAMED", {}).items():
         if isinstance(then.get(name), bool):
             then[name] = renamed[then[name]]
-    for name, default in defaults_of(config).items():
-        if name not in now:
-            continue
-        then.setdefault(name, default)
-        if isinstance(now[name], dict) and isinstance(then[name], dict):
-            known = {inner: value for inner, value in default.items() if inner in now[name]}
-            then[name] = known | then[name]
-
+    then = with_defaults(then, now, config)
     paths = paths_of(config)
     names = {flag.path: flag.name for flag in flags_of(type(config))}
     check_config(as_flags(without(then, paths), names), as_flags(without(now, paths), names), where)
+
+
+def with_defaults(then: dict, now: dict, config) -> dict:
+    """`then`, with each flag that is in `now` and did not exist then at its default."""
+    filled = dict(then)
+    for name, default in defaults_of(config).items():
+        if name not in now:
+            continue
+        filled.setdefault(name, default)
+        if isinstance(now[name], dict) and isinstance(filled[name], dict):
+            known = {inner: value for inner, value in default.items() if inner in now[name]}
+            filled[name] = known | filled[name]
+    return filled
 
 
 def paths_of(config) -> tuple[str, ...]:

@@ -242,6 +242,14 @@ def test_a_whole_file_is_not_made_again_with_resume_unless_the_flags_differ(base
     assert "nothing to do" in capsys.readouterr().err
     with fails(ValueError, "is whole, and was made with another --per-problem, --seed;"):
         collect(config_for(base, out, resume=True, per_problem=2, seed=1))
+    # A summary of before there were these flags: they count as their defaults.
+    older = summary(out)
+    del older["flags"]["max_repetition"], older["flags"]["rewards"]["process"]
+    (tmp_path / "x.jsonl.summary.json").write_text(json.dumps(older))
+    collect(config_for(base, out, resume=True))
+    assert "nothing to do" in capsys.readouterr().err
+    with fails(ValueError, "is whole, and was made with another --max-repetition;"):
+        collect(config_for(base, out, resume=True, max_repetition=0.9))
     with fails(ValueError, "made with another --run"):
         collect(config_for(save_base(tmp_path / "other", seed=1), out, resume=True))
     out.write_bytes(b"{}\n")  # no longer the lines of the summary: they are made again

@@ -23,6 +23,7 @@ from ...rl.advantages import sum_per_answer
 from ...rl.family import resolve
 from ...rl.rollouts import Rollouts
 from ...rl.update import Reference, kl_cost_to
+from ..report.metrics import share_with_interval
 from ..report.plots import BASE, CONTROL, RL, Line, Mark, Panel, plot
 from ..reward_model import load_reward_model
 from .demo import PartResults
@@ -159,11 +160,6 @@ def measure_all(judge: Judge, arms: Arms, results: PartResults) -> None:
 # ---- what is shown ----
 
 
-def with_interval(share: list[float]) -> str:
-    mean, low, high = share
-    return f"{mean:.1%} [{low:.1%}, {high:.1%}]"
-
-
 def table(points: dict[str, list[dict]]) -> str:
     """A row per model, at its last checkpoint: is it liked better, what are its answers like?"""
     header = f"{'held-out problems':<26}{'liked better than fine-tuned':>30}{'preference':>12}"
@@ -172,7 +168,7 @@ def table(points: dict[str, list[dict]]) -> str:
         if not points.get(name):
             continue
         last = points[name][-1]
-        wins = with_interval(last["wins"]) if "wins" in last else "-"
+        wins = share_with_interval(last.get("wins"))
         lines.append(
             f"{title:<26}{wins:>30}{last['hidden'][0]:>12.2f}{last['right']:>8.1%}"
             f"{last['well_formed']:>8.1%}{last['tokens']:>8.1f}{distance(last):>9.2f}"

@@ -47,8 +47,8 @@ def test_the_table_has_a_row_per_model():
     point = {"hidden": [1.5, 1.4, 1.6], "right": 0.5, "well_formed": 0.9, "tokens": 40.0, "kl": 4.0}
     points = {"sft": [point], "ppo": [point, point | {"wins": [0.75, 0.7, 0.8]}]}
     lines = table(points).splitlines()
-    assert len(lines) == 3 and lines[1].split() == "fine-tuned - 1.50 50.0% 90.0% 40.0 2.00".split()
-    assert lines[2].split() == "PPO 75.0% [70.0%, 80.0%] 1.50 50.0% 90.0% 40.0 2.00".split()
+    assert len(lines) == 3 and lines[1].split() == "fine-tuned – 1.50 50.0% 90.0% 40.0 2.00".split()
+    assert lines[2].split() == "PPO 75.0 % [70, 80] 1.50 50.0% 90.0% 40.0 2.00".split()
 
 
 @pytest.mark.parametrize("flags", [{"ppo_steps": 7}, {"rankings": 3}, {"answers": 1}, {"few": -1},
