@@ -31,6 +31,11 @@ def rows_of(prompts_per_step: int, group_size: int) -> int:
     return min(MOST_ROWS, prompts_per_step * group_size)
 
 
+def most_tokens(config: Algorithm, longest: int) -> int:
+    """Tokens of the largest micro-batch that can come: a step has no more than its answers."""
+    return min(config.micro_tokens, config.prompts_per_step * config.group_size * longest)
+
+
 def setup_of_run(
     config: Algorithm,
     policy: Transformer,
@@ -45,7 +50,7 @@ def setup_of_run(
         model=policy.config,
         rows=rows_of(config.prompts_per_step, config.group_size),
         longest=longest,
-        micro_tokens=config.micro_tokens,
+        micro_tokens=most_tokens(config, longest),
         dtype=policy.compute_dtype,
         fp32_head=policy.fp32_head,
         on_gpu=policy.device.type == "cuda",
@@ -87,7 +92,7 @@ def try_longest_batch(
             held = torch.empty(predicted.moments, dtype=torch.uint8, device=device)
         for _ in range(2):
             doing = "the activations"
-            packed = largest_batch(config.micro_tokens, longest, policy)
+            packed = largest_batch(most_tokens(config, longest), longest, policy)
             hidden_TM = policy.hidden_states(packed)
             doing = "the log-probs"
             logp, entropy = policy.logprobs(hidden_TM, packed.tokens)
@@ -95,7 +100,7 @@ def try_longest_batch(
             (logp.sum() + entropy.sum()).backward()
         del held
     except torch.OutOfMemoryError as error:
-        n_tokens = max(config.micro_tokens, longest)
+        n_tokens = max(most_tokens(config, longest), longest)
         parts = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in predicted.parts.items())
         helps = "--recompute, --ref-offload, --optim.moments bf16 or --lora.rank"
         if config.lora.rank:  # the reference shares the weights, and the moments are small

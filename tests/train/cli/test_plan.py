@@ -2,6 +2,7 @@
 import json
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from r1zero.train.cli.errors import explain
 from r1zero.train.cli.main import main
 from r1zero.train.grpo import grpo, make_learner, timed_step
 from r1zero.train.interrupt import Stopped
-from r1zero.train.memory_check import try_longest_batch
+from r1zero.train.memory_check import predicted_for, try_longest_batch
 from r1zero.train.planning import CARDS, SHAPES, Work, choose, seconds_per_step, smallest
 from r1zero.train.planning import GIB as G
 
@@ -205,6 +206,16 @@ def test_the_longest_batch_is_as_long_as_a_micro_batch_or_the_longest_answer(tmp
     try_longest_batch(learner, config, 30)
     try_longest_batch(learner, config, 150)
     assert seen == [100, 100, 150, 150]  # twice each: the second meets the gradients of the first
+
+
+def test_a_step_of_few_answers_is_not_predicted_a_micro_batch_that_never_comes(tmp_path):
+    learner, config = learner_on(tmp_path, {}, micro_tokens=10**6, prompts_per_step=2, group_size=3)
+    seen = []
+    learner.policy.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    try_longest_batch(learner, config, 30)
+    assert seen == [2 * 3 * 30] * 2
+    few, many = (predicted_for(replace(config, micro_tokens=n), learner, 30) for n in (180, 10**6))
+    assert few == many and predicted_for(replace(config, micro_tokens=90), learner, 30).update < many.update
 
 
 MIXTURE = dict(moe=MoEConfig(n_experts=4, experts_per_token=2, d_expert=8, balance_bias=True))
