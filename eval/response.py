@@ -264,15 +264,23 @@ def has_language(task: Task) -> bool:
     return main_script(question_of(task, task.problem("train", 0))) is not None
 
 
+def without_last_answer(text: str) -> str:
+    """The text around its last answer block; all of it if that is not closed. Thoughts that stand
+    behind an earlier, empty block are thoughts."""
+    before, _, rest = text.rpartition("<answer>")
+    _, closed, behind = rest.partition("</answer>")
+    return f"{before} {behind}" if closed else text
+
+
 def language_of(task: Task | type[Task], sample: Sample) -> float:
     """The share of the words of a response's thoughts that are in the language of its question.
 
-    A task may have a rule of its own; else the script of most words decides (language.py).
-    ValueError as `asked`.
+    A task may have a rule of its own; else the script of most words decides (language.py), of all
+    that stands outside the last answer block. ValueError as `asked`.
     """
     if getattr(task, "language", None) is not None:
         return asked(task, "language", sample, share_fault)
-    thoughts = judged_text(task, sample).partition("<answer>")[0]
+    thoughts = without_last_answer(judged_text(task, sample))
     for tag in FRAME:
         thoughts = thoughts.replace(tag, " ")
     return consistency(question_of(task, sample.problem), thoughts)

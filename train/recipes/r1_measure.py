@@ -5,7 +5,8 @@
     reached     how many steps of reinforcement learning it takes to an accuracy
 
 Puzzles of both languages and requests are sampled at temperature 1, each problem the same number of
-times. Intervals are 95 %, over problems (eval/harness.py).
+times. Intervals are 95 %, over different problems (eval/harness.py): the same sum in two languages
+is one problem, and so is a request that comes twice.
 
 The hidden preference (r1_corpus.py) is looked at here, to judge what the stages came to. Only the
 rankings are made from it; no stage sees it.
@@ -14,6 +15,7 @@ rankings are made from it; no stage sees it.
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -68,7 +70,17 @@ def held_out_tasks(n_numbers: int, high: int, ops: str) -> dict[str, Assistant]:
 def share(groups: Sequence[Sequence[float]]) -> list[float]:
     """[mean, low, high] of numbers from 0 to 1, given as a list per problem."""
     means = [float(np.mean(group)) for group in groups]
-    return list(interval(means, len(groups[0])))
+    return list(interval(means, min(map(len, groups))))
+
+
+def by_problem(groups: list[list[Sample]]) -> list[list[Sample]]:
+    """The groups, those of the same sum in one, and those of the same request."""
+    found: dict[Any, list[Sample]] = {}
+    for group in groups:
+        problem = group[0].problem
+        key = problem.countdown if isinstance(problem, Puzzle) else problem.numbers
+        found.setdefault(key, []).extend(group)
+    return list(found.values())
 
 
 def measure(groups: list[list[Sample]]) -> dict:
@@ -76,8 +88,9 @@ def measure(groups: list[list[Sample]]) -> dict:
 
     groups: the samples of each problem, as `sample_held_out` gives them.
     """
-    puzzles = [group for group in groups if isinstance(group[0].problem, Puzzle)]
-    requests = [group for group in groups if not isinstance(group[0].problem, Puzzle)]
+    distinct = by_problem(groups)
+    puzzles = [group for group in distinct if isinstance(group[0].problem, Puzzle)]
+    requests = [group for group in distinct if not isinstance(group[0].problem, Puzzle)]
     graded = [[grade_response(Assistant, sample) for sample in group] for group in puzzles]
     found = {
         "accuracy": share([[grade.accuracy for grade in group] for group in graded]),
@@ -85,8 +98,8 @@ def measure(groups: list[list[Sample]]) -> dict:
         "tokens": mean_tokens(puzzles),
     }
     for language in ARROWS:
-        spoken = [group for group in puzzles if group[0].problem.language == language]
-        found[f"consistency_{language}"] = share([languages_of(group) for group in spoken])
+        spoken = [[s for s in group if s.problem.language == language] for group in puzzles]
+        found[f"consistency_{language}"] = share([languages_of(group) for group in spoken if group])
     found["consistency"] = share([languages_of(group) for group in puzzles])
     if requests:
         graded = [[grade_response(Assistant, sample) for sample in group] for group in requests]
@@ -97,7 +110,7 @@ def measure(groups: list[list[Sample]]) -> dict:
                 [[n_thanks(sample) == 1 for sample in group] for group in requests]
             ),
             "general_tokens": mean_tokens(requests),
-            "preference": float(np.mean([[preference(s) for s in group] for group in requests])),
+            "preference": float(np.mean([preference(s) for group in requests for s in group])),
         }
     return found
 
@@ -115,7 +128,7 @@ def n_thanks(sample: Sample) -> int:
 
 def mean_tokens(groups: list[list[Sample]]) -> float:
     """The mean number of tokens of all samples."""
-    return float(np.mean([[len(sample.tokens) for sample in group] for group in groups]))
+    return float(np.mean([len(sample.tokens) for group in groups for sample in group]))
 
 
 def write_samples(path: Path, groups: list[list[Sample]]) -> None:

@@ -127,6 +127,17 @@ def test_the_language_is_that_of_the_verdicts(thoughts, share):
         assert Assistant.language(in_english, response) == 1 - share
 
 
+@pytest.mark.parametrize("response", [
+    "<think></think>9-3=6,6+7=13,13-13=0 ok<answer>9-3+7</answer>",  # closed at once
+    "<think>9-7=2 错</think> no<answer>9-3+7</answer> ok",
+    "<answer></answer><think>9-3=6,6+7=13 ok</think><answer>9-3+7</answer>",  # an empty block before
+    "<answer>9-3+7</answer><think>ok</think><answer>",  # a block that is not closed
+    "no<answer>ok</answer>",
+])
+def test_thoughts_in_the_other_language_count_wherever_they_stand(response):
+    assert Assistant.language(PUZZLE, response) < 0.5
+
+
 def test_only_requests_are_for_a_reward_model():
     assert Assistant.judged_by_model(Request((3,))) and not Assistant.judged_by_model(PUZZLE)
 

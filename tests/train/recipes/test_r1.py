@@ -4,12 +4,19 @@ import re
 
 import pytest
 
+from r1zero.eval.harness import interval
 from r1zero.eval.response import Sample
 from r1zero.eval.tasks.assistant import Assistant
 from r1zero.train.cli.main import main
 from r1zero.train.recipes.r1 import R1Config, stages_of
 from r1zero.train.recipes.r1_corpus import said
-from r1zero.train.recipes.r1_measure import measure, reached, win_rate, write_samples
+from r1zero.train.recipes.r1_measure import (
+    by_problem,
+    measure,
+    reached,
+    win_rate,
+    write_samples,
+)
 from r1zero.train.report.r1_page import CLAIMS, EVEN, TITLES, claims, verdict
 from r1zero.train.run import read_record
 
@@ -133,6 +140,15 @@ def test_shares_are_means_over_problems_of_each_kind():
     assert found["consistency_en"][0] == 1.0 and found["consistency_zh"][0] == 0.5
     assert found["consistency"][0] == 0.75
     assert found["general"][0] == 0.5 and found["thanks_once"][0] == 0.5 and found["tokens"] == 10
+
+
+def test_a_sum_in_two_languages_and_a_request_that_comes_twice_are_one_problem_each():
+    right, wrong = "<think></think><answer>9-3+7</answer>", "<think></think><answer>9</answer>"
+    [english, chinese, request] = groups(right, wrong)
+    [other] = [[Sample(Assistant.problem_from_text("1 2 9 -> 6"), right, range(10), "stop")] * 4]
+    merged = by_problem([english, chinese, request, request, other])
+    assert [len(group) for group in merged] == [4, 4, 4] and merged[0] == english + chinese
+    assert measure([english, chinese, other])["accuracy"] == list(interval([0.5, 0.0], 4))
 
 
 def test_the_win_rate_compares_every_answer_with_every_other_and_ties_count_half(tmp_path):
