@@ -43,7 +43,8 @@ class StageCost:
     """pretrain, sft, reward-model, grpo, collect, eval or measuring."""
     seconds: float | None
     """None if nobody has noted them."""
-    sampled_tokens: int = 0
+    sampled_tokens: int | None = 0
+    """None if nobody has counted them."""
     trained_tokens: int = 0
     flops: float | None = 0.0
     """None if the shape of the model is not known."""
@@ -107,7 +108,7 @@ def cells(stage: StageCost) -> list[str]:
         stage.name,
         stage.loop,
         DASH if stage.seconds is None else f"{stage.seconds:,.1f}",
-        f"{stage.sampled_tokens:,}",
+        DASH if stage.sampled_tokens is None else f"{stage.sampled_tokens:,}",
         f"{stage.trained_tokens:,}",
         DASH if stage.flops is None else f"{stage.flops:.2e}",
     ]
@@ -310,11 +311,25 @@ def find_stage(stages: list[StageCost], key: str) -> StageCost | None:
 
 
 def measuring_stage(results: dict, key: str, name: str, place: Path) -> StageCost:
-    """Time that is no run's; with the tokens of an evaluation, where it is one."""
+    """Time that is no run's: of answers that were sampled, and judged or ranked. How many tokens
+    they have, the recipe has counted, or an evaluation says."""
+    # 1. What the recipe has counted (recipes/demo.py, PartResults.add_sampled).
+    noted = dig(results, "sampled", key)
+    counts = [finite(dig(noted, each)) for each in ("tokens", "answers")]
+    if None not in counts:
+        tokens, n_answers = counts
+        model = Path(str(dig(noted, "model")))
+        checkpoint = last_checkpoint(model if model.exists() else place / model.name)
+        flops = flops_of(checkpoint, int(tokens), 0, tokens / max(1, n_answers))
+        return StageCost(name, "measuring", None, int(tokens), 0, flops)
+
+    # 2. An evaluation in results.json, as the demo has them. Nothing tells of anything else.
     part = key.removeprefix("eval_")
     result = dig(results, part, "eval")
     tokens, length = eval_tokens(result), finite(dig(result, "mean_tokens")) or 0.0
-    flops = flops_of(last_checkpoint(place / part), tokens, 0, length) if tokens else 0.0
+    if not tokens:
+        return StageCost(name, "measuring", None, None, 0, None)
+    flops = flops_of(last_checkpoint(place / part), tokens, 0, length)
     return StageCost(name, "measuring", None, tokens, 0, flops)
 
 

@@ -124,6 +124,23 @@ def test_the_completions_that_label_steps_are_a_part_of_what_a_collection_cost(t
     assert stage.flops == pytest.approx(380 * forward(length=10))
 
 
+def test_answers_that_a_recipe_has_counted_cost_their_tokens_and_those_that_nobody_counted_are_a_dash(
+        tmp_path):
+    recipe = make_recipe(tmp_path / "recipe")
+    noted = {"model": "moved/warm", "tokens": 60, "answers": 4}
+    odd = {"model": "moved/warm", "tokens": 60}
+    results = {"seconds": {"rankings": 3.0, "odd": 2.0, "eval_warm": 1.0},
+               "sampled": {"rankings": noted, "odd": odd}}
+    write_json(recipe / "results.json", results)
+    cost = cost_of(recipe)
+    counted, *unknown = cost.stages[:3]
+    assert counted == StageCost("rankings", "measuring", 3.0, 60, 0, 60 * forward(15))
+    assert unknown == [StageCost("odd", "measuring", 2.0, None, 0, None),
+                       StageCost("eval_warm", "measuring", 1.0, None, 0, None)]
+    assert cost.lacks("sampled_tokens") == ["odd", "eval_warm"]
+    assert cost.sum_of("sampled_tokens") == 60 + 600 + 80 and "| - " not in cost.table()
+
+
 def test_what_is_not_known_is_a_dash_and_no_zero(tmp_path):
     recipe = make_recipe(tmp_path / "recipe")
     write_json(recipe / "good.jsonl.summary.json", collected("gone/base/checkpoints/step_1", seconds=None))

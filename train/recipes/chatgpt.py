@@ -13,8 +13,8 @@
 
 Then both are measured on held-out problems (over_optimisation.py): how often their answers are
 liked better than those of the fine-tuned model, and how the score and the hidden preference move
-with the distance from that model. Every stage is a run of its
-own in a folder of its own, so Ctrl-C and --resume work throughout.
+with the distance from that model. Every stage is a run of its own in a folder of its own, so Ctrl-C
+and --resume work throughout.
 
 Source: InstructGPT, arXiv 2203.02155. Left out: its pretraining loss in PPO, people.
 """
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from ...eval.console import say, show
 from ...eval.tasks.countdown import Countdown
-from ...model.checkpoint import load_model
+from ...model.checkpoint import checkpoint_steps, load_model
 from ...model.engine.engine import Engine
 from ...model.files import atomic_write_text
 from ...model.optimizer import OptimConfig
@@ -36,14 +36,24 @@ from ...rl.rewards import RewardConfig
 from ..grpo import GRPOConfig, grpo, grpo_config
 from ..machine import describe_machine, pick_device, reuse_memory
 from ..pretrain import pretrain
+from ..rankings import FEWEST, MOST
 from ..reward_model import RewardModelConfig, reward_model
 from ..run import RunConfig, at_least
 from ..sft import SFTConfig, sft
 from ..task_flags import TaskFlags
-from .demo import DemoConfig, PartResults, base_config, check_not_begun, check_part, run_part
+from .demo import (
+    DemoConfig,
+    PartResults,
+    base_config,
+    check_not_begun,
+    check_part,
+    check_size,
+    enough_to_split,
+    run_part,
+)
 from .demo_corpus import CorpusConfig, document
 from .hidden_preference import ranking_lines, sample_answers
-from .over_optimisation import MICRO_TOKENS, Arms, Judge, measure_all, plot_distance, table
+from .over_optimisation import MICRO_TOKENS, Arms, Evaluator, measure_all, plot_distance, table
 
 TASK_OPTIONS = ("n_numbers=3", "high=20", "ops=+-")
 N_DEMONSTRATIONS = 1000
@@ -100,7 +110,23 @@ class ChatGPTConfig:
         at_least(self, POINTS, "ppo_steps")
         at_least(self, 0, "few", "seed", "kl")
         at_least(self, 20, "rankings")
-        at_least(self, 2, "answers")
+        at_least(self, FEWEST, "answers")
+        if self.answers > MOST:
+            raise ValueError(f"--answers is {self.answers}, expected at most {MOST}")
+        if self.few == 1:
+            raise ValueError("--few is 1, and a quarter is held out; expected 0, or 2 or more")
+        check_problems(self)
+
+
+# ---- what is refused before anything is made ----
+
+
+def check_problems(config: ChatGPTConfig) -> None:
+    """Raise ValueError if there are fewer problems than are asked for."""
+    task, behind = toy_task(config).make(), f"behind the {N_DEMONSTRATIONS:,} of demonstrations,"
+    last = N_DEMONSTRATIONS + config.rankings
+    check_size(f"--rankings {config.rankings}, {behind}", last, task, "train")
+    check_size(f"--eval-problems {config.eval_problems}", config.eval_problems, task, "test")
 
 
 # ---- the stages: each is an ordinary run ----
@@ -133,7 +159,7 @@ def sft_config(config: ChatGPTConfig, folder: Path) -> SFTConfig:
     return SFTConfig(
         run=str(folder / "sft"),
         base=base_folder(config, folder),
-        data=str(folder / "demonstrations.jsonl"),
+        data=(str(folder / "demonstrations.jsonl"),),
         steps=config.sft_steps,
         batch_tokens=2048,
         optim=OptimConfig(lr=5e-4, warmup=5, weight_decay=0.0),
@@ -148,7 +174,7 @@ def rm_config(config: ChatGPTConfig, folder: Path, name: str) -> RewardModelConf
     return RewardModelConfig(
         run=str(folder / name),
         base=str(folder / "sft"),
-        data=str(folder / ("few_rankings.jsonl" if is_few else "rankings.jsonl")),
+        data=(str(folder / ("few_rankings.jsonl" if is_few else "rankings.jsonl")),),
         steps=min(FEW_STEPS, config.rm_steps) if is_few else config.rm_steps,
         held_out=0.25 if is_few else 0.1,
         noise=config.noise,
@@ -203,8 +229,9 @@ def write_demonstrations(config: ChatGPTConfig, path: Path) -> None:
     atomic_write_text(path, "".join(lines))
 
 
-def write_rankings(config: ChatGPTConfig, folder: Path) -> None:
-    """The fine-tuned model's answers to training problems, ranked; and a few of the rankings."""
+def write_rankings(config: ChatGPTConfig, folder: Path, results: PartResults) -> None:
+    """The fine-tuned model's answers to training problems, ranked."""
+    started = time.perf_counter()
     model, tokenizer, _ = load_model(str(folder / "sft"), pick_device(config.device))
     task = toy_task(config).make()
     # Not the problems of the demonstrations, whose answers the model may know by heart.
@@ -214,8 +241,29 @@ def write_rankings(config: ChatGPTConfig, folder: Path) -> None:
     seed = seed_of(config, RANKING)
     sampled = sample_answers(engine, task, problems, config.answers, MAX_NEW_TOKENS, seed)
     lines = ranking_lines(task, sampled)
-    atomic_write_text(folder / "few_rankings.jsonl", "".join(lines[: config.few]))
     atomic_write_text(folder / "rankings.jsonl", "".join(lines))
+    lengths = sampled.response_lengths
+    results.add_sampled("rankings", str(folder / "sft"), int(lengths.sum()), len(lengths))
+    results.add_seconds("rankings", time.perf_counter() - started)
+
+
+def write_few_rankings(config: ChatGPTConfig, folder: Path) -> None:
+    """The first of the rankings, for the second reward model. Raises ValueError if they are too few
+    for it, which is known now, and not only after the first PPO."""
+    lines = (folder / "rankings.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    prompts = [json.loads(line)["prompt"] for line in lines]
+    enough = enough_to_split(prompts, rm_config(config, folder, "rm_few").held_out)
+    if enough is None:
+        raise ValueError(
+            f"--few is {config.few}, but all {len(lines)} rankings are too few to hold some out; "
+            "give --few 0 with --resume, or more --rankings in another --run"
+        )
+    if config.few < enough:
+        raise ValueError(
+            f"--few is {config.few}, and so few rankings do not give a reward model something to "
+            f"train on and something to measure on; add --resume, and give 0, or {enough} or more"
+        )
+    atomic_write_text(folder / "few_rankings.jsonl", "".join(lines[: config.few]))
 
 
 def seed_of(config: ChatGPTConfig, purpose: int) -> int:
@@ -239,15 +287,20 @@ def stages_of(config: ChatGPTConfig, folder: Path) -> list[tuple[str, Callable, 
 
 
 def check_same(config: ChatGPTConfig, folder: Path) -> None:
-    """Raise ValueError or CheckpointError unless what was begun in the folder has these flags."""
+    """Raise ValueError or CheckpointError unless what was begun in the folder has these flags.
+
+    --few may be another until something was made or measured with it.
+    """
     for _, _, stage in stages_of(config, folder):
         check_part(stage)
-    path = folder / "results.json"
-    if not path.exists() or not any(folder.glob("*/checkpoints/step_*")):
+    values = PartResults(folder, {}).values
+    if not any(folder.glob("*/checkpoints/step_*")):
         return
-    then = json.loads(path.read_text(encoding="utf-8"))["config"]
+    then = values.get("config", {})
+    is_few_begun = bool(checkpoint_steps(folder / "rm_few")) or "points" in values
+    free = FREE if is_few_begun else (*FREE, "few")
     for name, now in asdict(config).items():
-        if name not in FREE and now != then.get(name, now):
+        if name not in free and now != then.get(name, now):
             raise ValueError(
                 f"--{name.replace('_', '-')} is {now}, but {folder} was made with {then[name]}; "
                 "give that, or another --run"
@@ -279,7 +332,9 @@ def chatgpt(config: ChatGPTConfig) -> Path:
     write_demonstrations(config, folder / "demonstrations.jsonl")
     for name, loop, stage in stages_of(config, folder):
         if name == "rm" and not (folder / "rankings.jsonl").exists():
-            write_rankings(config, folder)
+            write_rankings(config, folder, results)
+        if name == "rm" and config.few:
+            write_few_rankings(config, folder)
         results.add_seconds(name, run_part(loop, stage))
 
     # Then the policies, checkpoint by checkpoint, and the best of n.
@@ -287,8 +342,9 @@ def chatgpt(config: ChatGPTConfig) -> Path:
     task, device = toy_task(config).make(), pick_device(config.device)
     problems = task.problems("test", config.eval_problems)
     seed = seed_of(config, MEASURING)
-    judge = Judge(folder, task, problems, MAX_NEW_TOKENS, seed, device)
-    measure_all(judge, arms_of(config), results)
+    evaluator = Evaluator(folder, task, problems, MAX_NEW_TOKENS, seed, device)
+    measure_all(evaluator, arms_of(config), results)
+    results.add_sampled("measuring", str(folder / "sft"), evaluator.n_tokens, evaluator.n_answers)
     results.add_seconds("measuring", time.perf_counter() - measured)
     path = folder / "over_optimisation.png"
     picture = plot_distance(arms_of(config), results.values, path)

@@ -18,7 +18,7 @@ work throughout. README.md says how long it takes.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ import torch
 from ...eval.console import show
 from ...eval.harness import evaluate
 from ...eval.sampler import ModelSampler
+from ...eval.tasks.base import Task
 from ...eval.tasks.countdown import Countdown
 from ...model.checkpoint import checkpoint_steps, load_model
 from ...model.config import preset
@@ -38,13 +39,14 @@ from ...model.transformer import count_active_parameters, count_parameters
 from ...rl.advantages import group_advantages
 from ...rl.rewards import Grader, RewardConfig, Rewards, check_no_model
 from ...rl.rollouts import Rollouts, sample_groups
+from ..fit_head import on_test_side
 from ..grpo import GRPOConfig, grpo
 from ..grpo import grpo_config as complete_config
 from ..log import read_metrics
 from ..machine import describe_machine, pick_device, reuse_memory
 from ..pretrain import PretrainConfig, pretrain
 from ..report.behaviour import measure
-from ..report.record import PARTS
+from ..report.record import PARTS, read_dict, read_lines, read_or_empty
 from ..report.report import seeds_table, write_report
 from ..run import Run, RunConfig, at_least
 from ..task_flags import TaskFlags
@@ -108,11 +110,7 @@ class DemoConfig:
         # What only a later part would refuse is refused now, not after minutes of pretraining.
         longest_prompt = 2 * self.numbers + 3
         room = preset(self.model, vocab_size=1).max_seq_len - longest_prompt
-        if self.max_new_tokens > room:
-            raise ValueError(
-                f"--max-new-tokens is {self.max_new_tokens}, but --model {self.model} has "
-                f"room for {room} beside a problem; expected no more"
-            )
+        check_room(self.max_new_tokens, room, f"--model {self.model}")
         for seed in seeds:
             base_config(self, Path(self.run), seed)
             grpo_config(self, Path(self.run), seed, control=False).task.make()
@@ -177,6 +175,36 @@ def part_done(folder: Path, steps: int) -> bool:
     # The log does not show it: it has the line of a step a moment before the step is saved.
     saved = checkpoint_steps(folder)
     return bool(saved) and saved[-1] >= steps
+
+
+def check_room(max_new_tokens: int, room: int, whose: str) -> None:
+    """Raise ValueError if a model has no room for answers of that length. whose: the model's."""
+    if max_new_tokens > room:
+        raise ValueError(
+            f"--max-new-tokens is {max_new_tokens}, but {whose} has room for {room} beside a "
+            "problem; expected no more"
+        )
+
+
+def check_size(flag: str, n: int, task: Task, split: str) -> None:
+    """Raise ValueError if a split has fewer than the n problems that a flag asks for."""
+    size = task.size(split)
+    if size is not None and n > size:
+        raise ValueError(
+            f"{flag} asks for {n:,} problems, but {task.name} with these options has {size:,} "
+            f"different {split} problems; lower it, or let the task have more"
+        )
+
+
+def enough_to_split(prompts: Iterable[str], share: float) -> int | None:
+    """How many of the prompts a reward model needs, so that one is held out, and one is not; None
+    if all of them are too few. share: of the prompts that are held out."""
+    sides = set()
+    for number, prompt in enumerate(prompts, 1):
+        sides.add(on_test_side(prompt, share))
+        if len(sides) == 2:
+            return number
+    return None
 
 
 def check_not_begun(folder: Path, resume: bool) -> None:
@@ -292,11 +320,19 @@ class PartResults:
     """results.json of a recipe: what was measured, and the seconds that each part took."""
 
     def __init__(self, folder: Path, first_values: dict):
-        """first_values: what the file holds before anything is measured."""
+        """first_values: what the file holds before anything is measured.
+
+        Raises ValueError for a file that is torn.
+        """
         self.path = folder / "results.json"
         self.values: dict = {"seconds": {}, **first_values}
         if self.path.exists():
-            self.values = json.loads(self.path.read_text(encoding="utf-8"))
+            self.values = read_dict(self.path)
+            if not self.values:
+                raise ValueError(
+                    f"{self.path} is torn: it is no JSON object; restore it, or remove it, and "
+                    "what it held is measured again"
+                )
 
     def write(self) -> None:
         atomic_write_json(self.path, self.values)
@@ -306,6 +342,28 @@ class PartResults:
         total = self.values["seconds"].get(name, 0.0) + seconds
         self.values["seconds"][name] = total
         self.write()
+
+    def add_sampled(self, name: str, model: str, n_tokens: int, n_answers: int) -> None:
+        """Add to what a model has written for a part that leaves no summary of its own. model: its
+        folder."""
+        noted = self.values.setdefault("sampled", {})
+        then = noted.get(name, {"tokens": 0, "answers": 0})
+        tokens, answers = then["tokens"] + n_tokens, then["answers"] + n_answers
+        noted[name] = {"model": model, "tokens": tokens, "answers": answers}
+        self.write()
+
+
+def has_answers(path: Path) -> bool:
+    """Whether the answers of an evaluation are there. Raises ValueError for a file that is torn."""
+    if not path.exists():
+        return False
+    n_whole, n_lines = len(read_lines(path)), len(read_or_empty(path).splitlines())
+    if not n_whole or n_whole < n_lines:
+        raise ValueError(
+            f"{path} is torn: {n_whole:,} of its {n_lines:,} lines are JSON objects; remove it, "
+            "and --resume makes it anew"
+        )
+    return True
 
 
 class Results(PartResults):

@@ -31,31 +31,43 @@ asks another model for it), and what the teacher itself has cost.
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
 
 from ...eval.console import say, show
 from ...eval.harness import evaluate
+from ...eval.result_file import partial_path
 from ...eval.sampler import ModelSampler
+from ...eval.tasks.base import Task
 from ...eval.tasks.countdown import Countdown
-from ...model.checkpoint import load_model
+from ...model.chat_template import encode_problems
+from ...model.checkpoint import checkpoint_steps, load_model
 from ...model.config import preset
 from ...model.files import atomic_write_text
 from ...model.optimizer import OptimConfig
+from ...model.tokenizer import Tokenizer
 from ...rl.family import PRESETS
 from ..collect import CollectConfig, collect
 from ..grpo import grpo, grpo_config
 from ..machine import pick_device, reuse_memory
 from ..pretrain import PretrainConfig, pretrain
+from ..report.record import read_lines
 from ..run import at_least
+from ..settings import as_json
 from ..sft import SFTConfig, sft
 from ..task_flags import TaskFlags
-from .demo import check_not_begun, check_part
+from .demo import PartResults, check_not_begun, check_part, check_room, check_size, has_answers
+from .demo_corpus import words
 from .distill_results import Results, plot_results, verdicts
 from .r1 import Stage, run_stage
 
 DEMO = "runs/demo/seed0"
 TOY = TaskFlags(name="countdown", options=("n_numbers=3", "high=20", "ops=+-"))
+FREE = ("run", "resume", "device")  # flags that may be others on resume at any time
+MEASURING = ("eval_problems", "eval_samples")  # flags of no stage, but of what is measured of each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +156,11 @@ class DistillConfig:
         return max(self.traces)
 
 
+# ---- what is refused before anything is made ----
+
+
 def check_folders(config: DistillConfig) -> None:
-    """Raise ValueError for a model that is not there, before anything is made."""
+    """Raise ValueError for a model that is not there."""
     flags = {
         "--teacher": (config.teacher, "r1zero demo makes one in runs/demo"),
         "--teacher-base": (config.teacher_base, "--teacher-base None leaves its arm out"),
@@ -158,17 +173,108 @@ def check_folders(config: DistillConfig) -> None:
             )
 
 
-def check_tokenizers(config: DistillConfig, student: str) -> None:
-    """Raise ValueError for a teacher whose log-probs are of other tokens than the student's."""
-    if not config.on_policy:
-        return
+class Known(NamedTuple):
+    """What is to be known of a model before anything is made."""
+
+    tokenizer: Tokenizer
+    max_seq_len: int
+
+
+def known_of(flag: str, folder: str, device: torch.device) -> Known:
+    """The model in a folder. Raises ValueError, which names the flag, if it holds none that
+    writes."""
+    try:
+        model, tokenizer, _ = load_model(folder, device)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {error}") from None
+    return Known(tokenizer, model.config.max_seq_len)
+
+
+def known_of_student(config: DistillConfig, device: torch.device) -> Known:
+    """The student, which may be one that is still to be pretrained."""
+    if config.student:
+        return known_of("--student", config.student, device)
+    tokenizer = Tokenizer.from_words(words(config.task.make()))
+    return Known(tokenizer, preset(config.model, vocab_size=1).max_seq_len)
+
+
+def check_models(config: DistillConfig) -> None:
+    """Raise ValueError for models that do not fit, and for more problems than there are.
+
+    Each stage would find its own fault, but the last of them when all others have run.
+    """
+    # 1. Are there as many problems to train on?
+    task = config.task.make()
+    check_size(f"--problems {config.problems}", config.problems, task, "train")
+
+    # 2. Do the models write? Are the teacher's log-probs of the student's tokens?
     device = pick_device(config.device)
-    prints = [load_model(each, device)[1].fingerprint() for each in (student, config.teacher)]
-    if prints[0] != prints[1]:
+    models = {
+        f"--teacher {config.teacher}": known_of("--teacher", config.teacher, device),
+        f"the student {config.student or config.model}": known_of_student(config, device),
+    }
+    teacher, student = models.values()
+    if config.on_policy and teacher.tokenizer.fingerprint() != student.tokenizer.fingerprint():
         raise ValueError(
-            f"--teacher {config.teacher} has another tokenizer than the student {student}, so it "
-            "can be distilled by its texts alone; add --no-on-policy"
+            f"--teacher {config.teacher} has another tokenizer than the student "
+            f"{config.student or 'that is pretrained here'}, so it can be distilled by its texts "
+            "alone; add --no-on-policy"
         )
+    if config.teacher_base:
+        flag = f"--teacher-base {config.teacher_base}"
+        models[flag] = known_of("--teacher-base", config.teacher_base, device)
+
+    # 3. Have they room for an answer beside the longest problem?
+    asked = [("train", config.problems), ("test", n_held_out(config, task))]
+    prompts = [task.prompt(each) for split, n in asked for each in task.problems(split, n)]
+    for whose, (tokenizer, max_seq_len) in models.items():
+        longest = max(map(len, encode_problems(tokenizer, prompts, config.task.chat)))
+        check_room(config.max_new_tokens, max_seq_len - longest, whose)
+
+
+def check_flags(config: DistillConfig, folder: Path) -> dict:
+    """The flags as JSON types. Raises ValueError if something in the folder was made with others.
+
+    Flags of stages that have not begun may be others than those that the recipe began with.
+    """
+    now = {name: value for name, value in as_json(asdict(config)).items() if name not in FREE}
+    values = PartResults(folder, {}).values
+    then = values.get("config", {})
+    changed = [name for name in now if then.get(name, now[name]) != now[name]]
+    fixed = [name for name in changed if is_fixed(config, folder, name, then[name], values)]
+    if fixed:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in fixed)
+        raise ValueError(
+            f"{folder} was begun with another {flags}; give what {folder / 'results.json'} says, "
+            "or another --run"
+        )
+    return now
+
+
+def is_fixed(config: DistillConfig, folder: Path, name: str, then: Any, values: dict) -> bool:
+    """Whether something was made or measured with a flag that had the value `then`.
+
+    values: those of results.json.
+    """
+    if name in MEASURING and values.get("stages"):
+        return True
+    if isinstance(then, list):
+        then = tuple(then)
+    if name == "task":
+        then = TaskFlags(**then | {"options": tuple(then["options"])})
+    # The stages as they are now, and as they were with that value.
+    pair = [stages_of(each, folder) for each in (config, replace(config, **{name: then}))]
+    now, earlier = ({stage.name: stage for stage in stages} for stages in pair)
+    changed = [each for each, stage in earlier.items() if stage != now.get(each)]
+    return any(is_begun(earlier[each]) for each in changed)
+
+
+def is_begun(stage: Stage) -> bool:
+    """Whether a stage has made something that is kept."""
+    if stage.loop is not collect:
+        return bool(checkpoint_steps(Path(stage.config.run)))
+    out = Path(stage.config.out)
+    return out.exists() or partial_path(out).exists()
 
 
 # ---- the stages: each is an ordinary run ----
@@ -352,17 +458,26 @@ def write_traces(folder: Path, numbers: tuple[int, ...], chosen: Callable) -> di
 # ---- the whole ----
 
 
+def n_held_out(config: DistillConfig, task: Task) -> int:
+    """The number of held-out problems: as many as are asked for, or as there are."""
+    size = task.size("test")
+    return config.eval_problems if size is None else min(size, config.eval_problems)
+
+
+def answers_path(folder: Path, name: str) -> Path:
+    """Where the answers of a model to the held-out problems are."""
+    return folder / f"eval_{name}.jsonl"
+
+
 def measure(config: DistillConfig, folder: Path, name: str, model_folder: str) -> dict:
     """Accuracy on held-out problems, as JSON types; the answers go to eval_<name>.jsonl."""
     model, tokenizer, _ = load_model(model_folder, pick_device(config.device))
     task = config.task.make()
-    size = task.size("test")
-    n = config.eval_problems if size is None else min(size, config.eval_problems)
     sampler = ModelSampler(
         model, tokenizer, config.max_new_tokens, seed=config.seed, chat=config.task.chat
     )
-    out = folder / f"eval_{name}.jsonl"
-    problems = task.problems("test", n)
+    out = answers_path(folder, name)
+    problems = task.problems("test", n_held_out(config, task))
     result = evaluate(sampler, task, problems, config.eval_samples, out=out, progress=False)
     return {
         "accuracy": list(result.accuracy),
@@ -376,22 +491,22 @@ def distill(config: DistillConfig, chosen=is_right) -> Path:
     """Run every stage that is not done yet; returns the path of results.json.
 
     chosen: from a line of `r1zero collect` to whether its answer is right.
-    Raises ValueError for a model that is not there, or if the folder already holds a recipe and
-    --resume was not given; CheckpointError for stages that were begun with other flags; and
-    Stopped after Ctrl-C.
+    Raises ValueError for a model that is not there or does not fit, for a torn file, or if the
+    folder already holds a recipe and --resume was not given; CheckpointError or ValueError for
+    stages that were begun with other flags; and Stopped after Ctrl-C.
     """
     reuse_memory()
     folder = Path(config.run)
     # Nothing is written before it is known that these models and flags will do.
     check_not_begun(folder, config.resume)
     check_folders(config)
-    if config.student:
-        check_tokenizers(config, config.student)
+    flags = check_flags(config, folder)
+    check_models(config)
     for stage in stages_of(config, folder):
         if stage.loop is not collect:
             check_part(stage.config)
     folder.mkdir(parents=True, exist_ok=True)
-    results, started = Results(folder, config), time.perf_counter()
+    results, started = Results(folder, flags), time.perf_counter()
 
     def done(stage: Stage) -> None:
         show(f"--- {stage.name}")
@@ -402,14 +517,18 @@ def distill(config: DistillConfig, chosen=is_right) -> Path:
             results.add_seconds(stage.name, time.perf_counter() - began)
 
     def measured(name: str, model: str) -> None:
-        if name not in results.stages:
-            results.keep(name, measure(config, folder, name, model))
+        path = answers_path(folder, name)
+        if name in results.stages and has_answers(path):
+            return
+        began = time.perf_counter()
+        results.keep(name, measure(config, folder, name, model))
+        lengths = [row["n_tokens"] for row in read_lines(path)]
+        results.add_sampled(f"eval_{name}", model, sum(lengths), len(lengths))
+        results.add_seconds(f"eval_{name}", time.perf_counter() - began)
 
     # 1. The student, and what teacher and student answer to training problems.
     for stage in data_stages(config, folder):
         done(stage)
-        if stage.name == "student":
-            check_tokenizers(config, stage.config.run)
     measured("student", student_of(config, folder))
     measured("teacher", config.teacher)
     results.values["traces"] = write_traces(folder, config.traces, chosen)

@@ -11,7 +11,6 @@ all arms begin with, and the teacher, is not counted.
 
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,6 @@ from ..cost import StageCost, cost_of
 from ..machine import describe_machine
 from ..report.metrics import share_with_interval
 from ..report.plots import AXIS, BASE, CONTROL, GRID, INK, RL, new_figure, save
-from ..settings import as_json
 from .demo import PartResults
 
 # What an arm is, and the stages that it takes beside the student.
@@ -45,26 +43,15 @@ QUESTIONS = (
     ("large", "sft", "the teacher's base", "the small one"),
     ("large", "teacher", "SFT of the teacher's base", "the teacher's RL"),
 )
-# What may be another on resume.
-FREE = ("run", "resume", "device")
 
 
 class Results(PartResults):
     """results.json: what was measured of each model, with the configuration and the machine."""
 
-    def __init__(self, folder: Path, config):
-        """Raises ValueError if the folder's recipe had other flags."""
+    def __init__(self, folder: Path, flags: dict):
+        """flags: those of the recipe, as JSON types."""
         super().__init__(folder, {"stages": {}})
-        now = {name: value for name, value in as_json(asdict(config)).items() if name not in FREE}
-        then = self.values.get("config", now)
-        changed = [name for name in now if then.get(name, now[name]) != now[name]]
-        if changed:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
-            raise ValueError(
-                f"{folder} was begun with another {flags}; give what {self.path} says, or another "
-                "--run"
-            )
-        self.values |= {"config": now, "machine": describe_machine()}
+        self.values |= {"config": flags, "machine": describe_machine()}
 
     @property
     def stages(self) -> dict[str, dict]:
@@ -104,11 +91,17 @@ class Results(PartResults):
             cells += [f"{cost[head]:,.0f}" if ARMS[name][1] else "-" for head in heads[1:]]
             lines.append(f"{ARMS[name][0]:<32}" + "".join(f"{cell:>20}" for cell in cells))
         lines.append("")
-        lines.append(f"{'SFT on n answers':<32}{'right ones':>20}{'unfiltered':>20}")
-        for n, right, unfiltered in curve(self.values):
-            cells = [share_with_interval(each) for each in (right, unfiltered)]
-            lines.append(f"{n:<32,}" + "".join(f"{cell:>20}" for cell in cells))
+        lines.append(f"{'SFT on n answers':<32}{'right ones':>28}{'unfiltered':>28}")
+        for n, *points in curve(self.values):
+            cells = [share_of_traces(n, *point) for point in points]
+            lines.append(f"{n:<32,}" + "".join(f"{cell:>28}" for cell in cells))
         return "\n".join(lines)
+
+
+def share_of_traces(n: int, n_traces: int, accuracy: list[float]) -> str:
+    """A cell of the curve's table; where there were fewer than n answers, with their number."""
+    share = share_with_interval(accuracy)
+    return share if n_traces == n else f"{share} of {n_traces:,}"
 
 
 # ---- cost ----
@@ -165,21 +158,33 @@ def verdicts(values: dict) -> str:
 # ---- the picture ----
 
 
-def curve(values: dict) -> list[tuple[int, list[float], list[float]]]:
-    """(number of traces, accuracy of SFT on right ones, and on unfiltered ones), rising."""
+Point = tuple[int, list[float]]
+"""How many traces there were, and the accuracy of SFT on them."""
+
+
+def curve(values: dict) -> list[tuple[int, Point, Point]]:
+    """(number of traces that was asked for, SFT on right ones, SFT on unfiltered ones), rising."""
     numbers, stages = sorted(values["config"]["traces"]), values["stages"]
-    right = {n: "sft" if n == numbers[-1] else f"right_{n}" for n in numbers}
-    return [(n, stages[right[n]]["accuracy"], stages[f"any_{n}"]["accuracy"]) for n in numbers]
+    points = []
+    for n in numbers:
+        right, unfiltered = f"right_{n}", f"any_{n}"
+        trained = "sft" if n == numbers[-1] else right
+        pair = ((right, trained), (unfiltered, unfiltered))
+        # There may have been fewer answers than were asked for.
+        found = [(values["traces"].get(file, n), stages[name]["accuracy"]) for file, name in pair]
+        points.append((n, *found))
+    return points
 
 
 def plot_curve(axes, values: dict) -> None:
     """Accuracy over the number of traces, between that of the student and that of the teacher."""
     points = curve(values)
-    numbers = [n for n, _, _ in points]
     for which, label, colour in ((1, "right ones alone", RL), (2, "unfiltered", CONTROL)):
-        shares = np.array([point[which] for point in points])
+        numbers = [point[which][0] for point in points]
+        shares = np.array([point[which][1] for point in points])
         bars = np.abs(shares[:, 1:] - shares[:, :1]).T
         axes.errorbar(numbers, shares[:, 0], bars, label=label, color=colour, marker="o", capsize=3)
+    numbers = sorted({n for _, *both in points for n, _ in both})
     for name in ("student", "teacher"):
         level = values["stages"][name]["accuracy"][0]
         axes.axhline(level, color=BASE, linestyle="--", linewidth=1)

@@ -48,7 +48,7 @@ Arms = list[tuple[str, str]]
 # ---- what is measured ----
 
 
-class Judge:
+class Evaluator:
     """Measures policies on the same held-out problems. Its folder holds the fine-tuned model "sft",
     the reward models and the PPO runs."""
 
@@ -63,6 +63,8 @@ class Judge:
     ):
         self.folder, self.task, self.problems = folder, task, problems
         self.max_new_tokens, self.seed, self.device = max_new_tokens, seed, device
+        self.n_tokens = self.n_answers = 0
+        """What was sampled so far."""
         # The KL of each token by k3: of no bias as an estimate, and never negative.
         model, _, _ = load_model(str(folder / "sft"), device)
         options = {"kl_coef": 1.0, "kl_estimator": "k3"}
@@ -73,9 +75,12 @@ class Judge:
         """Answers of a checkpoint's model."""
         model, tokenizer, _ = load_model(str(self.folder / name), self.device, which)
         engine = Engine(model, tokenizer)
-        return sample_answers(
+        sampled = sample_answers(
             engine, self.task, self.problems, n_samples, self.max_new_tokens, self.seed
         )
+        self.n_tokens += int(sampled.response_lengths.sum())
+        self.n_answers += len(sampled.texts)
+        return sampled
 
     def scores(self, sampled: Rollouts, name: str) -> np.ndarray:
         """[P, S]: the scores of a reward model."""
@@ -131,29 +136,29 @@ def answers_in_numbers(task: Task, sampled: Rollouts) -> dict[str, float]:
     }
 
 
-def measure_all(judge: Judge, arms: Arms, results: PartResults) -> None:
+def measure_all(evaluator: Evaluator, arms: Arms, results: PartResults) -> None:
     """Measure what has not been measured yet; results.json is written after each checkpoint."""
     points = results.values.setdefault("points", {})
     judges = [name for name, _ in arms]
 
     # 1. Where all arms begin: whoever is liked better, is it than this one.
     if "sft" not in points:
-        points["sft"] = [{"step": 0, **judge.measure("sft", "last", judges)}]
+        points["sft"] = [{"step": 0, **evaluator.measure("sft", "last", judges)}]
         results.write()
     theirs_PS = np.array(points["sft"][0]["liked"])
 
     # 2. The checkpoints of each arm, in order.
     for name, ppo in arms:
         known = points.setdefault(ppo, [])
-        for step in checkpoint_steps(judge.folder / ppo)[len(known) :]:
-            point = {"step": step, **judge.measure(ppo, step, [name])}
+        for step in checkpoint_steps(evaluator.folder / ppo)[len(known) :]:
+            point = {"step": step, **evaluator.measure(ppo, step, [name])}
             point["wins"] = list(win_rate(np.array(point["liked"]), theirs_PS))
             known.append(point)
             results.write()
 
     # 3. What could be had without training.
     if "best_of" not in results.values:
-        results.values["best_of"] = judge.best_of_n(judges)
+        results.values["best_of"] = evaluator.best_of_n(judges)
         results.write()
 
 

@@ -28,18 +28,21 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import tyro
 
 from ...eval.console import show
-from ...eval.result_file import partial_path
+from ...eval.result_file import partial_path, summary_path
 from ...eval.tasks.countdown import Countdown
+from ...model.chat_template import encode_prompts
 from ...model.checkpoint import load_model
 from ...model.config import preset
 from ...model.files import atomic_write_text
 from ...model.optimizer import OptimConfig
+from ...model.tokenizer import Tokenizer
 from ...rl.rewards import RewardConfig
 from ..collect import CollectConfig, collect
 from ..grpo import grpo, grpo_config
@@ -47,12 +50,22 @@ from ..machine import describe_machine, pick_device, reuse_memory
 from ..pretrain import PretrainConfig, pretrain
 from ..report.metrics import share_with_interval
 from ..report.r1_page import write_report
+from ..report.record import dig, read_dict
 from ..reward_model import RewardModelConfig, reward_model
 from ..run import at_least
 from ..sft import SFTConfig, sft
 from ..task_flags import TaskFlags
-from .demo import PartResults, check_not_begun, check_part, run_part
-from .r1_corpus import AuthorsConfig, general_pairs
+from .demo import (
+    PartResults,
+    check_not_begun,
+    check_part,
+    check_room,
+    check_size,
+    enough_to_split,
+    has_answers,
+    run_part,
+)
+from .r1_corpus import AuthorsConfig, general_pairs, words
 from .r1_measure import held_out_tasks, measure, reached, sample_held_out, win_rate, write_samples
 
 REWARD_MODEL_FROM = 0.75  # share of the last RL's steps before requests and their reward model
@@ -60,6 +73,7 @@ REWARD_MODEL_FROM = 0.75  # share of the last RL's steps before requests and the
 # on test problems that the recipe does not measure on: puzzles lost a point at 4e-4 and at 2e-4,
 # and gained one at 1e-4; of the answers to requests 62 % are preferred at 2e-4, and 57 % at 1e-4.
 LAST_LEARNING_RATE = 1e-4
+LEAST_ALL_STEPS = 4  # of the last RL: with fewer, no step has the reward model
 GENERAL_PAIRS = 2000  # lines of general data for SFT
 HIDDEN_PREFERENCE = "r1zero.train.recipes.r1_corpus:preferences"
 MEASURED = ("base", "zero", "cold", "reasoning", "tuned", "r1")
@@ -129,13 +143,69 @@ class R1Config:
 
     def __post_init__(self):
         at_least(self, 1, "documents", "pretrain_steps", "zero_steps", "cold_steps")
-        at_least(self, 1, "reasoning_steps", "tuned_steps", "reward_steps", "all_steps")
+        at_least(self, 1, "reasoning_steps", "tuned_steps", "reward_steps")
+        at_least(self, LEAST_ALL_STEPS, "all_steps")
         at_least(self, 1, "collect_problems", "eval_problems", "eval_samples")
         at_least(self, 0, "seed", "price")
         # What only a later stage would refuse is refused now, not after the text is made.
         preset(self.model, vocab_size=1)
-        held_out_tasks(self.numbers, self.high, self.ops)
+        check_problems(self)
         stages_of(self, Path(self.run))
+
+
+# ---- what is refused before anything is made ----
+
+
+def check_problems(config: R1Config) -> None:
+    """Raise ValueError if there are fewer problems than are asked for, or no room for answers."""
+    # 1. Held-out problems: enough of each kind, and room for an answer beside the longest.
+    tasks = held_out_tasks(config.numbers, config.high, config.ops)
+    prompts = []
+    for task in tasks.values():
+        check_size(f"--eval-problems {config.eval_problems}", config.eval_problems, task, "test")
+        problems = task.problems("test", config.eval_problems)
+        prompts += [task.prompt(problem) for problem in problems]
+    tokenizer = Tokenizer.from_words(words(tasks["requests"]))
+    longest = max(map(len, encode_prompts(tokenizer, prompts, chat=False)))
+    room = preset(config.model, vocab_size=1).max_seq_len - longest
+    check_room(config.max_new_tokens, room, f"--model {config.model}")
+
+    # 2. Problems to collect answers to.
+    n = config.collect_problems
+    puzzles = task_of(config, "puzzles").make()
+    check_size(f"--collect-problems {n}, twice for puzzles,", 2 * n, puzzles, "train")
+
+    # 3. Requests to rank: the reward model holds some of them out.
+    task = task_of(config, "requests").make()
+    asked = (task.prompt(task.problem("train", index)) for index in count())
+    enough = enough_to_split(asked, reward_config(config, Path()).held_out)
+    if n < enough:
+        raise ValueError(
+            f"--collect-problems is {n}, and so few requests do not give a reward model something "
+            f"to train on and something to measure on; expected {enough} or more"
+        )
+
+
+def check_collection(config: R1Config, flags: CollectConfig) -> None:
+    """Raise ValueError for answers that were collected with another --keep or --collect-problems.
+
+    Answers that are not complete yet may be collected with others. flags: of the collection.
+    """
+    out = Path(flags.out)
+    then = dig(read_dict(summary_path(out)), "flags")
+    if not then or not out.exists() or partial_path(out).exists():
+        return
+    kept, problems = then.get("keep", list(flags.keep)), then.get("problems", flags.problems)
+    changed = []
+    if kept != list(flags.keep):
+        changed.append(f"--keep was {' '.join(kept)}")
+    if problems != flags.problems:
+        times = flags.problems // config.collect_problems
+        changed.append(f"--collect-problems was {problems // times}")
+    if changed:
+        raise ValueError(
+            f"{' and '.join(changed)} when {out} was made; give that, or another --run"
+        )
 
 
 # ---- the stages: each is an ordinary run ----
@@ -339,7 +409,7 @@ def reward_config(config: R1Config, folder: Path) -> RewardModelConfig:
     return RewardModelConfig(
         run=str(folder / "reward"),
         base=str(folder / "tuned"),
-        data=str(folder / "rankings.jsonl"),
+        data=(str(folder / "rankings.jsonl"),),
         steps=config.reward_steps,
         seed=config.seed,
         device=config.device,
@@ -376,9 +446,9 @@ class Results(PartResults):
 
     def is_measured(self, name: str, settings: dict) -> bool:
         """Whether a stage was measured with these settings, and its samples are there."""
-        has_samples = samples_path(self.path.parent, name).exists()
         found = self.stages.get(name, {})
-        return has_samples and settings == {key: found.get(key) for key in settings}
+        is_same = settings == {key: found.get(key) for key in settings}
+        return is_same and has_answers(samples_path(self.path.parent, name))
 
 
 def samples_path(folder: Path, name: str) -> Path:
@@ -386,8 +456,9 @@ def samples_path(folder: Path, name: str) -> Path:
     return folder / f"eval_{name}.jsonl"
 
 
-def measure_stage(config: R1Config, folder: Path, name: str) -> dict:
-    """What is measured of the model of a stage; its samples go to eval_<name>.jsonl."""
+def measure_stage(config: R1Config, folder: Path, name: str, results: Results) -> dict:
+    """What is measured of the model of a stage; its samples go to eval_<name>.jsonl, and their
+    number to the results."""
     tasks = held_out_tasks(config.numbers, config.high, config.ops)
     groups = sample_held_out(
         load_model(str(folder / name), pick_device(config.device)),
@@ -398,6 +469,8 @@ def measure_stage(config: R1Config, folder: Path, name: str) -> dict:
         config.seed,
     )
     write_samples(samples_path(folder, name), groups)
+    lengths = [len(sample.tokens) for group in groups for sample in group]
+    results.add_sampled(f"eval_{name}", str(folder / name), sum(lengths), len(lengths))
     found = measure(groups)
     if name in REINFORCED:
         found["steps_to_70"] = reached(folder / name, 0.7)
@@ -433,8 +506,9 @@ def table(stages: dict[str, dict]) -> str:
 def r1(config: R1Config) -> Path:
     """Run every stage that is not done yet; returns the report's path.
 
-    Raises ValueError if the folder already holds a recipe and --resume was not given,
-    CheckpointError for stages that were begun with other flags, and Stopped after Ctrl-C.
+    Raises ValueError if the folder already holds a recipe and --resume was not given, or holds a
+    file that is torn; CheckpointError or ValueError for stages that were begun with other flags;
+    and Stopped after Ctrl-C.
     """
     reuse_memory()
     folder = Path(config.run)
@@ -443,7 +517,9 @@ def r1(config: R1Config) -> Path:
     pick_device(config.device)
     stages = stages_of(config, folder)
     for stage in stages:
-        if stage.loop is not collect:
+        if stage.loop is collect:
+            check_collection(config, stage.config)
+        else:
             check_part(stage.config)
     folder.mkdir(parents=True, exist_ok=True)
     results = Results(folder, config)
@@ -465,7 +541,8 @@ def r1(config: R1Config) -> Path:
         }
         if not results.is_measured(stage.name, settings):
             began = time.perf_counter()
-            results.stages[stage.name] = settings | measure_stage(config, folder, stage.name)
+            found = measure_stage(config, folder, stage.name, results)
+            results.stages[stage.name] = settings | found
             results.add_seconds(f"eval_{stage.name}", time.perf_counter() - began)
 
     seconds = time.perf_counter() - started

@@ -126,13 +126,29 @@ def limits(runs: dict[str, Checkpoint], cost: Cost, has_measured: bool) -> list[
     # 3. What nobody has noted.
     if unknown := cost.lacks("seconds"):
         found.append(f"The time of {', '.join(unknown)} is not known, and the total lacks it.")
-    made_here = {folder_of(checkpoint).name for checkpoint in runs.values()}
+    if unknown := cost.lacks("sampled_tokens"):
+        named = ", ".join(unknown)
+        found.append(f"How many tokens {named} sampled is not known, and the total lacks them.")
     for key, role in (("base", "from which a run began"), ("teacher", "from which a run learned")):
-        others = {Path(each[key]).name for each in settings if isinstance(each.get(key), str)}
-        if elsewhere := sorted(others - made_here):
-            named = ", ".join(f"`{name}`" for name in elsewhere)
+        others = {each[key] for each in settings if isinstance(each.get(key), str)}
+        if elsewhere := made_elsewhere(others, [folder_of(each) for each in runs.values()]):
+            named = ", ".join(elsewhere)
             found.append(f"What it cost to make {named}, {role}, is not counted.")
     return [f"- {sentence}" for sentence in found]
+
+
+def made_elsewhere(models: set[str], runs: list[Path]) -> list[str]:
+    """The names, for people, of the models that none of the runs has made.
+
+    A model that is not where it was may have been moved with the runs: then its name decides.
+    """
+    folders, names = {run.resolve() for run in runs}, {run.name for run in runs}
+    found = set()
+    for model in map(Path, models):
+        is_here = model.resolve() in folders if model.exists() else model.name in names
+        if not is_here:
+            found.add(f"another `{model.name}`" if model.name in names else f"`{model.name}`")
+    return sorted(found)
 
 
 def limits_of_run(name: str, checkpoint: Checkpoint) -> Iterator[str]:

@@ -135,6 +135,40 @@ def shares_table(results: dict) -> list[str]:
     return markdown([["model", *measures], *rows])
 
 
+# ---- by a recipe that measures policies at several distances from where they began ----
+
+
+def points_table(results: dict) -> list[str]:
+    """Lines of a table of the last point of each policy in the `points` of a results.json, as
+    `r1zero recipe chatgpt` writes it; empty if there are none."""
+    points = results.get("points")
+    rows = []
+    for model, known in points.items() if isinstance(points, dict) else ():
+        if not isinstance(known, list) or not known:
+            continue
+        wins, liked, kl = (dig(known[-1], name) for name in ("wins", "hidden", "kl"))
+        won = [share.cell for share in shares_of({model: wins}, (), DASH)]
+        distance = DASH if finite(kl) is None else f"{kl:.2f}"
+        rows.append([model, *(won or [DASH]), mean_with_ends(liked), distance])
+    if not rows:
+        return []
+    heads = [
+        "model",
+        "liked better than where it began",
+        "hidden preference",
+        "KL, nats per answer",
+    ]
+    return markdown([heads, *rows])
+
+
+def mean_with_ends(numbers) -> str:
+    """1.28 [0.46, 2.10], of a mean and the ends of its interval; a dash for anything else."""
+    if not isinstance(numbers, list) or len(numbers) != 3 or None in map(finite, numbers):
+        return DASH
+    mean, low, high = numbers
+    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def results_in(root: Path, runs: list[Path]) -> dict[str, dict]:
     """The results.json of a recipe and of its seeds, by the name of the folder."""
     folders = places_of(root, runs)
@@ -158,6 +192,6 @@ def measurements(root: Path, runs: dict[str, Checkpoint]) -> list[str]:
         if score is not None:
             lines += [f"`{name}` on held-out problems during the run (pass@1): {score:.1%}", ""]
     for name, results in results_in(root, list(map(folder_of, runs.values()))).items():
-        if table := shares_table(results):
+        for table in filter(None, (shares_table(results), points_table(results))):
             lines += [f"By the results of `{name}`:", "", *table, ""]
     return lines

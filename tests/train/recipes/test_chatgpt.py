@@ -5,7 +5,15 @@ import re
 import pytest
 
 from r1zero.train.cli.main import main
-from r1zero.train.recipes.chatgpt import ChatGPTConfig, arms_of, stages_of, write_demonstrations
+from r1zero.train.fit_head import on_test_side
+from r1zero.train.recipes.chatgpt import (
+    ChatGPTConfig,
+    arms_of,
+    check_same,
+    stages_of,
+    write_demonstrations,
+    write_few_rankings,
+)
 from r1zero.train.recipes.demo import PartResults
 from r1zero.train.recipes.over_optimisation import table
 
@@ -52,10 +60,48 @@ def test_the_table_has_a_row_per_model():
 
 
 @pytest.mark.parametrize("flags", [{"ppo_steps": 7}, {"rankings": 3}, {"answers": 1}, {"few": -1},
-                                   {"kl": -1.0}, {"noise": 0.7}, {"rm_steps": 0}])
+                                   {"kl": -1.0}, {"noise": 0.7}, {"rm_steps": 0}, {"few": 1},
+                                   {"answers": 65}])
 def test_flags_out_of_range_are_refused(flags, tmp_path):
     with fails(ValueError, f"--{next(iter(flags)).replace('_', '-')} is"):
         stages_of(ChatGPTConfig(**flags), tmp_path)
+
+
+@pytest.mark.parametrize("flags, told", [
+    ({"rankings": 3572}, "--rankings 3572, behind the 1,000 of demonstrations, asks for 4,572 problems, but"),
+    ({"eval_problems": 1070}, "--eval-problems 1070 asks for .* different test problems; lower it")])
+def test_more_problems_than_there_are_are_refused(flags, told):
+    with fails(ValueError, told):
+        ChatGPTConfig(**flags)
+    [(flag, value)] = flags.items()
+    assert getattr(ChatGPTConfig(**{flag: value - 1}), flag) == value - 1
+
+
+def test_rankings_that_are_too_few_are_told_before_ppo_and_their_number_can_be_mended(tmp_path, capsys):
+    numbered = [f"{n} 2 -> 9" for n in range(20)]
+    trained, held_out = ([each for each in numbered if on_test_side(each, 0.25) == side] for side in (0, 1))
+    prompts = [*trained[:2], held_out[0]]
+    path = tmp_path / "rankings.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    with fails(ValueError, "--few is 2, and so few .*; add --resume, and give 0, or 3 or more"):
+        write_few_rankings(ChatGPTConfig(few=2), tmp_path)
+    assert not (tmp_path / "few_rankings.jsonl").exists()
+    write_few_rankings(ChatGPTConfig(few=3), tmp_path)
+    assert (tmp_path / "few_rankings.jsonl").read_text() == path.read_text()
+    path.write_text(json.dumps({"prompt": prompts[0]}) + "\n")
+    with fails(ValueError, "--few is 3, but all 1 rankings are too few .*; give --few 0 with --resume"):
+        write_few_rankings(ChatGPTConfig(few=3), tmp_path)
+
+    # --few may be another until the second reward model has begun, or something was measured.
+    results = PartResults(tmp_path, {})
+    results.values["config"] = {"few": 2}
+    results.write()
+    (tmp_path / "other/checkpoints/step_00000001").mkdir(parents=True)
+    check_same(ChatGPTConfig(few=3), tmp_path)
+    results.values["points"] = {}
+    results.write()
+    with fails(ValueError, "--few is 3, but .* was made with 2"):
+        check_same(ChatGPTConfig(few=3), tmp_path)
 
 
 def test_a_recipe_goes_on_only_with_the_flags_that_it_began_with(tmp_path, capsys):
@@ -85,6 +131,9 @@ def test_the_whole_recipe_at_toy_size_is_measured_and_is_not_done_again(tmp_path
     [begin] = results["points"]["sft"]
     assert set(begin["proxy"]) == {"rm", "rm_few"} and begin["kl"] == pytest.approx(0, abs=1e-5)
     assert len(results["best_of"]) == 10
+    sampled = results["sampled"]
+    assert sampled["rankings"]["answers"] == 40 * 4 and sampled["rankings"]["tokens"] > 0
+    assert sampled["measuring"]["answers"] == 4 * (17 * 2 + 16) and results["seconds"]["rankings"] > 0
     assert (folder / "over_optimisation.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out.split("held-out problems ")[-1]
     assert shown.count("\n") > 4

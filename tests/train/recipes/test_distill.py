@@ -1,5 +1,6 @@
 """The arms of distillation at toy size: each is run and measured once; its costs, differences and signs."""
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,15 @@ from r1zero.model.transformer import Transformer
 from r1zero.train.cli.main import main
 from r1zero.train.log import read_metrics
 from r1zero.train.recipes.demo_corpus import words
-from r1zero.train.recipes.distill import DistillConfig, distill, is_right, one_per_problem, stages_of
-from r1zero.train.recipes.distill_results import ARMS, difference, verdict
+from r1zero.train.recipes.distill import (
+    DistillConfig,
+    check_flags,
+    distill,
+    is_right,
+    one_per_problem,
+    stages_of,
+)
+from r1zero.train.recipes.distill_results import ARMS, curve, difference, share_of_traces, verdict
 from r1zero.train.run import read_record
 from r1zero.train.task_flags import TaskFlags
 
@@ -28,9 +36,9 @@ def config(folder, run="run", **changes) -> DistillConfig:
     # Random weights end an answer by chance, so 60 tokens leave some that were not cut off.
     small = dict(model="tiny", documents=60, pretrain_steps=2, traces=(2, 4), problems=16, own_samples=2,
                  sft_steps=2, batch_tokens=256, rl_steps=1, prompts_per_step=2, group_size=2,
-                 max_new_tokens=60, eval_problems=3, eval_samples=2, device="cpu", task=TASK)
-    return DistillConfig(run=str(folder / run), teacher=str(folder / "teacher"),
-                         teacher_base=str(folder / "base"), **{**small, **changes})
+                 max_new_tokens=60, eval_problems=3, eval_samples=2, device="cpu", task=TASK,
+                 teacher=str(folder / "teacher"), teacher_base=str(folder / "base"))
+    return DistillConfig(run=str(folder / run), **{**small, **changes})
 
 
 def any_answer(line: str) -> bool:
@@ -98,9 +106,54 @@ def test_a_recipe_goes_on_where_it_stopped_and_not_with_other_flags(folder):
     values = json.loads(results.read_text())
     lost = values["stages"].pop("any_2")
     results.write_text(json.dumps(values))
+    answers = {name: folder / f"run/eval_{name}.jsonl" for name in ("rl", "sft")}
+    [gone, torn] = [each.read_text() for each in answers.values()]
+    answers["rl"].unlink()
     distill(config(folder, resume=True), any_answer)
-    assert json.loads(results.read_text())["stages"]["any_2"] == lost
+    again = json.loads(results.read_text())
+    assert again["stages"] == values["stages"] | {"any_2": lost} and answers["rl"].read_text() == gone
     assert path.stat().st_mtime_ns == before
+    # What was sampled twice counts twice.
+    rows = [json.loads(row) for row in gone.splitlines()]
+    counted = {name: again["sampled"][f"eval_{name}"] for name in ("rl", "teacher")}
+    assert (counted["rl"]["tokens"], counted["rl"]["answers"]) == (2 * sum(r["n_tokens"] for r in rows), 12)
+    assert counted["teacher"]["answers"] == 6 and again["seconds"]["eval_teacher"] > 0
+    answers["sft"].write_text(torn[:-9])
+    with fails(ValueError, "eval_sft.jsonl is torn: 5 of its 6 lines are JSON objects; remove it"):
+        distill(config(folder, resume=True), any_answer)
+    answers["sft"].write_text(torn)
+
+
+def test_flags_may_change_until_something_was_made_with_them(folder):
+    late = folder / "late"
+    shutil.copytree(folder / "run/student", late / "student")
+    results = json.loads((folder / "run/results.json").read_text())
+
+    def changed(run: str, **changes) -> dict:
+        return check_flags(config(folder, run, resume=True, **changes), folder / run)
+
+    def write(stages: dict) -> None:
+        (late / "results.json").write_text(json.dumps({"config": results["config"], "stages": stages}))
+
+    # The student is pretrained, and nothing else.
+    write({})
+    other = dict(teacher=str(folder / "base"), teacher_base=None, problems=8, max_new_tokens=70, rl_steps=7,
+                 on_policy=False, eval_problems=5, traces=(3,))
+    assert changed("late", **other).items() >= {"problems": 8, "on_policy": False, "traces": [3]}.items()
+    smaller = replace(TASK, options=("n_numbers=2", "high=8"))
+    for flag, value in (("documents", 61), ("pretrain_steps", 3), ("student", str(folder / "base")),
+                        ("task", smaller), ("seed", 1)):
+        with fails(ValueError, f"late was begun with another --{flag.replace('_', '-')}; give what"):
+            changed("late", **{flag: value, "rl_steps": 7})
+    write({"student": {}})
+    with fails(ValueError, "begun with another --eval-problems; give what"):
+        changed("late", **other)
+    # Everything is made, and more points of the curve may still be asked for.
+    assert changed("run", traces=(2, 3, 4))["traces"] == [2, 3, 4]
+    fixed = dict(teacher_base=None, on_policy=False, problems=15, sft_lr=1.0, traces=(4,))
+    for flag, value in fixed.items():
+        with fails(ValueError, f"run was begun with another --{flag.replace('_', '-')}; give what"):
+            changed("run", **{flag: value})
 
 
 def test_a_student_that_is_never_right_has_no_arm_of_its_own_and_a_teacher_that_is_not_is_told(folder):
@@ -129,6 +182,14 @@ def test_models_that_are_not_there_or_do_not_fit_are_refused_before_there_is_a_f
             distill(replace(config(folder, "never"), **{flag: str(tmp_path / "nowhere")}))
     refused("another tokenizer than the student .*; add --no-on-policy",
             student=str(save_base(tmp_path / "bytes")))
+    refused("--teacher .*bytes has another tokenizer than the student that is pretrained here",
+            teacher=str(tmp_path / "bytes"))
+    (tmp_path / "empty").mkdir()
+    for flag in ("teacher", "teacher_base", "student"):
+        refused(f"--{flag.replace('_', '-')}: .*empty", **{flag: str(tmp_path / "empty")})
+    refused("--problems 5000 asks for 5,000 problems, but countdown .* different train problems; lower it",
+            problems=5000)
+    refused("--max-new-tokens is 253, but --teacher .*teacher has room for 252", max_new_tokens=253)
     refused("--traces is \\(2, 2\\), expected different numbers", traces=(2, 2))
     refused("--task arithmetic without --student", task=TaskFlags(name="arithmetic"))
     assert main(["distill", "--run", str(tmp_path / "x"), "--teacher", str(tmp_path / "gone")]) == 2
@@ -143,6 +204,16 @@ def test_right_lines_are_right_and_well_formed_and_a_problem_counts_once():
     assert [is_right(line(0, 0, *parts)) for parts in ((1, 1), (1, 0), (0, 1))] == [True, False, False]
     lines = [line(*key) for key in ((0, 1), (0, 2), (3, 0), (5, 2), (5, 3))]
     assert one_per_problem(lines) == [lines[0], lines[2], lines[3]]
+
+
+def test_the_curve_is_of_the_answers_that_there_were():
+    share = [0.5, 0.4, 0.6]
+    counts = {"right_4": 4, "any_4": 4, "right_64": 19, "any_64": 64}
+    values = {"config": {"traces": [64, 4]}, "traces": counts,
+              "stages": {name: {"accuracy": share} for name in ("sft", "right_4", "any_4", "any_64")}}
+    assert curve(values) == [(4, (4, share), (4, share)), (64, (19, share), (64, share))]
+    assert share_of_traces(64, 19, share) == "50.0 % [40, 60] of 19"
+    assert share_of_traces(64, 64, share) == "50.0 % [40, 60]"
 
 
 def test_a_difference_is_paired_by_problem_and_its_sign_is_said_either_way(tmp_path):

@@ -8,7 +8,7 @@ from r1zero.eval.harness import interval
 from r1zero.eval.response import Sample
 from r1zero.eval.tasks.assistant import Assistant
 from r1zero.train.cli.main import main
-from r1zero.train.recipes.r1 import R1Config, stages_of
+from r1zero.train.recipes.r1 import R1Config, Results, check_collection, stages_of
 from r1zero.train.recipes.r1_corpus import said
 from r1zero.train.recipes.r1_measure import (
     by_problem,
@@ -19,6 +19,8 @@ from r1zero.train.recipes.r1_measure import (
 )
 from r1zero.train.report.r1_page import CLAIMS, EVEN, TITLES, claims, verdict
 from r1zero.train.run import read_record
+
+from ..run_cases import fails
 
 SMALL = """--model tiny --documents 300 --pretrain-steps 40 --zero-steps 1 --cold-steps 2 --reasoning-steps 1
            --tuned-steps 2 --reward-steps 2 --all-steps 4 --collect-problems 8 --eval-problems 3
@@ -44,11 +46,14 @@ def test_every_stage_is_made_and_every_model_is_measured_on_the_same_problems(fi
     assert [name for name in results["seconds"] if not name.startswith("eval_")] == STAGES
     models = [name for name in STAGES if name not in ("cold_data", "chosen", "rankings", "reward")]
     assert list(results["stages"]) == models
+    assert list(results["sampled"]) == [f"eval_{name}" for name in models]
     prompts = []
     for name in models:
         rows = [json.loads(row) for row in (finished / f"eval_{name}.jsonl").read_text().splitlines()]
         prompts.append([row["prompt"] for row in rows])
         assert len(rows) == 3 * 3 * 2
+        counted = results["sampled"][f"eval_{name}"]
+        assert (counted["answers"], counted["tokens"]) == (18, sum(row["n_tokens"] for row in rows))
     assert prompts == [prompts[0]] * len(models)
     assert results["stages"]["reasoning"]["steps_to_70"] is None
     assert "steps_to_70" not in results["stages"]["cold"]
@@ -123,6 +128,54 @@ def test_the_controls_and_the_broken_run_differ_in_one_thing_each(tmp_path):
 def test_flags_out_of_range_are_refused_before_anything_is_made(flags):
     with pytest.raises(ValueError, match=next(iter(flags)).partition("_")[0]):
         R1Config(**flags)
+
+
+@pytest.mark.parametrize("flags, told", [
+    ({"high": 2}, "--eval-problems 200 asks for 200 problems, but assistant with these options has 3"),
+    ({"eval_problems": 1070}, "--eval-problems 1070 .*1,069 different test problems; lower it"),
+    ({"collect_problems": 2286}, "--collect-problems 2286, twice for puzzles, asks for 4,572 problems, but"),
+    ({"collect_problems": 1}, "--collect-problems is 1, and so few requests .*; expected 2 or more"),
+    ({"max_new_tokens": 250}, "--max-new-tokens is 250, but --model demo has room for 249 beside a problem"),
+    ({"all_steps": 3}, "--all-steps is 3, expected 4 or more")])
+def test_what_a_late_stage_would_refuse_is_refused_at_once(flags, told):
+    with fails(ValueError, told):
+        R1Config(**flags)
+
+
+def test_the_fewest_steps_of_the_last_rl_have_the_reward_model(tmp_path):
+    [r1] = [stage.config for stage in stages_of(R1Config(all_steps=4), tmp_path) if stage.name == "r1"]
+    assert "requests_from=48" in r1.task.options and r1.prompts_per_step * r1.steps == 64
+
+
+def test_answers_that_are_whole_are_compared_by_the_flags_of_the_recipe_before_anything_is_made(
+        tmp_path, capsys):
+    for name, flags in (("cold_data", {"keep": ["right"], "problems": 32}), ("chosen", {"problems": 16})):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+        (tmp_path / f"{name}.jsonl.summary.json").write_text(json.dumps({"flags": flags}))
+    assert recipe(tmp_path, "--resume") == 2
+    told = f"--keep was right and --collect-problems was 16 when {tmp_path}/cold_data.jsonl was made; give"
+    assert told in capsys.readouterr().err and not (tmp_path / "general.jsonl").exists()
+    # Those that are not complete may have others.
+    (tmp_path / "cold_data.jsonl.partial").write_text("{}\n")
+    config = R1Config(collect_problems=8, keep=("all",))
+    stages = {stage.name: stage.config for stage in stages_of(config, tmp_path)}
+    for name in ("cold_data", "chosen", "rankings"):
+        check_collection(config, stages[name])
+
+
+def test_a_stage_is_measured_again_if_its_samples_are_gone_and_a_torn_file_is_named(tmp_path):
+    results = Results(tmp_path, R1Config())
+    results.stages["tuned"] = {"steps": 3}
+    path = tmp_path / "eval_tuned.jsonl"
+    assert not results.is_measured("tuned", {"steps": 3})
+    path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    assert results.is_measured("tuned", {"steps": 3}) and not results.is_measured("tuned", {"steps": 4})
+    path.write_text('{"prompt": "a"}\n{"prom')
+    with fails(ValueError, f"{path} is torn: 1 of its 2 lines are JSON objects; remove it, and --resume"):
+        results.is_measured("tuned", {"steps": 3})
+    (tmp_path / "results.json").write_text('{"seconds": {"base"')
+    with fails(ValueError, f"{tmp_path}/results.json is torn: .*; restore it, or remove it"):
+        Results(tmp_path, R1Config())
 
 
 # ---- what is measured ----

@@ -83,6 +83,16 @@ def test_the_limits_tell_what_is_not_known(settings, record, told, tmp_path):
     assert f"\n- {told}" in limits(tmp_path / "run")
 
 
+def test_a_model_from_elsewhere_is_told_by_its_path_although_a_run_here_has_its_name(tmp_path):
+    teacher = make_run(tmp_path / "demo/rl", "grpo", RL_ROWS)
+    recipe = tmp_path / "recipe"
+    base = make_run(recipe / "base", "pretrain", SFT_ROWS)
+    make_run(recipe / "rl", "grpo", RL_ROWS, settings=RL | {"base": str(base), "teacher": str(teacher)})
+    text = limits(recipe)
+    assert "\n- What it cost to make another `rl`, from which a run learned, is not counted." in text
+    assert "from which a run began" not in text
+
+
 def test_what_was_done_is_no_limit(tmp_path):
     """A recipe of several seeds with a control, whose base is its own, and whose results are there."""
     for seed in (0, 1):
@@ -99,6 +109,13 @@ def test_time_that_nobody_noted_is_named(tmp_path):
     write_json(recipe / "good.jsonl.summary.json", collected("x/warm/checkpoints/step_1", seconds=None))
     write_json(recipe / "results.json", {})
     assert "\n- The time of good is not known, and the total lacks it." in limits(recipe)
+
+
+def test_tokens_that_nobody_counted_are_named(tmp_path):
+    recipe = make_recipe(tmp_path / "recipe")
+    write_json(recipe / "results.json", {"seconds": {"eval_warm": 2.0}})
+    told = "\n- How many tokens eval_warm sampled is not known, and the total lacks them."
+    assert told in limits(recipe) and "\n| eval_warm | measuring | 2.0 | - | 0 | - |\n" in card_of(recipe)
 
 
 def test_a_torn_record_costs_its_facts_and_no_more(tmp_path):

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from r1zero.model.checkpoint import load_checkpoint
-from r1zero.train.report.measured import measured, measurements, shares_table
+from r1zero.train.report.measured import measured, measurements, points_table, shares_table
 
 from ..cost_cases import evaluated, make_run, write_json
 
@@ -54,6 +54,20 @@ def test_what_is_no_share_with_an_interval_is_left_out(value):
 def test_a_share_without_a_model_has_a_row_of_its_own():
     assert shares_table({"win_rate": [0.5, 0.4, 0.6], "eval": [0.5, 0.4, 0.6]})[2:] == [
         "| win_rate | 50.0% [40.0%, 60.0%] |", "| eval | 50.0% [40.0%, 60.0%] |"]
+
+
+def test_of_policies_that_were_measured_on_their_way_the_last_point_counts():
+    begin = {"step": 0, "hidden": [1.2, 0.3, 2.0], "kl": 0.0, "right": 0.5}
+    point = {"step": 2, "hidden": [1.5, 1.25, 1.75], "kl": 4.0, "wins": [0.75, 0.7, 0.8]}
+    odd = {"odd": [{"wins": [3, 4], "kl": "x"}], "none": [], "no": 3}
+    points = {"sft": [begin], "ppo": [begin, point], **odd}
+    assert points_table({"points": points}) == [
+        "| model | liked better than where it began | hidden preference | KL, nats per answer |",
+        "|---|---|---|---|",
+        "| sft | - | 1.20 [0.30, 2.00] | 0.00 |",
+        "| ppo | 75.0% [70.0%, 80.0%] | 1.50 [1.25, 1.75] | 4.00 |",
+        "| odd | - | - | - |"]
+    assert points_table({"points": []}) == points_table({}) == points_table({"points": {"ppo": []}}) == []
 
 
 def test_reward_models_and_scores_during_a_run_are_measurements(tmp_path):
