@@ -282,6 +282,7 @@ def with_step(**change) -> dict:
     (GOOD | {"tokens": "ab"}, "`tokens` is missing or another kind"),
     (GOOD | {"tokens": [-1]}, "`tokens` has a number that is no token id"),
     (GOOD | {"prompt": ""}, "`prompt` is missing, empty"),
+    (GOOD | {"response": ["ab"]}, "`response` is no text"),
 ])
 def test_a_line_that_holds_no_steps_is_named_with_its_fault(tmp_path, line, told):
     path = write(tmp_path / "s.jsonl", [GOOD, line])
@@ -295,8 +296,10 @@ def test_what_nobody_can_learn_from_is_refused_before_there_is_a_folder(folder, 
         data = write(tmp_path / "s.jsonl", lines)
         process_reward(config(tmp_path / "run", folder / "base", data, **changes))
 
-    with fails(ValueError, "no step has the label that --labels soft asks for; collect with --label-steps 8"):
+    with fails(ValueError, "no step in .*s.jsonl has the label that --labels soft asks for; collect"):
         train([with_step(share=None)], labels="soft")
+    with fails(ValueError, "tokens of answer 1 of .*s.jsonl .* spell .ab. under .* `response` is .ba.; give"):
+        train([GOOD | {"response": "ab"}, GOOD | {"response": "ba"}])
     with fails(ValueError, "of 1 answers 0 are held out"):
         train([GOOD], held_out=0.01)
     with fails(ValueError, "answer 0 .* has an answer of 301 tokens"):
@@ -305,6 +308,18 @@ def test_what_nobody_can_learn_from_is_refused_before_there_is_a_folder(folder, 
         train([GOOD | {"tokens": [97, 5000, 97]}])
     with fails(ValueError, "--labels is 'good', expected one of true, reaches, hard, soft"):
         train([GOOD], labels="good")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_without_the_label_is_named_whatever_the_weights_and_answers_without_are_counted(
+        folder, tmp_path, capsys):
+    exact = write(tmp_path / "exact.jsonl", [with_step(share=None)] * 2)
+    some = write(tmp_path / "some.jsonl", [*count_so_far(40), with_step(share=None)])
+    for weights in ((":2", ":1"), ("", "")):
+        data = tuple(path + weight for path, weight in zip((some, exact), weights, strict=True))
+        with fails(ValueError, "no step in .*exact.jsonl has the label .* soft asks for; .*leave it out"):
+            process_reward(replace(config(tmp_path / "run", folder / "base", "", labels="soft"), data=data))
+    assert "some.jsonl: 1 answers without a label soft are left out" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
