@@ -148,6 +148,12 @@ def check_task(config: CollectConfig, task: Task) -> None:
     have."""
     check_no_model(config.rewards, "collect")
     check_parts(task, config.rewards)
+    if config.task.chat and (config.rank or config.label_steps is not None):
+        raise ValueError(
+            f"--chat with {'--rank' if config.rank else '--label-steps'}: a reward model and a "
+            "process reward read prompts without a chat template, so they would learn on other "
+            "prompts than are sampled behind; leave out --chat"
+        )
     if config.min_language > 0 and not has_language(task):
         raise ValueError(
             f"--min-language is {config.min_language:g}, but the task {task.name} does not tell "

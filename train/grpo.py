@@ -62,6 +62,7 @@ from .machine import peak_memory, pick_device, reuse_memory
 from .memory_check import predicted_for, setup_of_run, steps_measured, try_longest_batch
 from .other_models import (
     Base,
+    check_judges,
     check_reader,
     check_teacher,
     make_critic_trunk,
@@ -460,6 +461,7 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
         warn_of(config.mistake)
     check_parts(task, config.rewards)
     check_teacher(config)
+    check_judges(config)
     run = Run(config, config.algo if config.control == "none" else "control")
     # A resumed run keeps the learning rate's schedule that it began with.
     algorithm = replace(config, steps=run.schedule_steps)

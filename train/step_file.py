@@ -17,6 +17,7 @@ line's `response`: under another tokenizer they are other words.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -127,9 +128,8 @@ def encode_steps(
         )
     if all(np.isnan(answer.labels).all() for answer in found):
         advice = "collect with --label-steps 8" if name in ("hard", "soft") else "give others"
-        raise ValueError(
-            f"no step in {path} has the label that --labels {name} asks for; {advice}, or leave it out"
-        )
+        asked = f"the label that --labels {name} asks for"
+        raise ValueError(f"no step in {path} has {asked}; {advice}, or leave it out")
     return found
 
 
@@ -139,8 +139,9 @@ def check_spelling(tokenizer: Tokenizer, line: StepLine, what: str) -> None:
         return
     spelled = response_text(tokenizer, line.tokens)
     if spelled != line.response:
+        same = len(os.path.commonprefix([spelled, line.response]))
         raise ValueError(
-            f"the tokens of {what} spell {quoted(spelled)} under the tokenizer of --base, and its "
-            f"`response` is {quoted(line.response)}; give the base that the answers were sampled "
-            "with, or collect with this one"
+            f"the tokens of {what} spell {quoted(spelled[same:])} under the tokenizer of --base "
+            f"where its `response` says {quoted(line.response[same:])}; give the base that the "
+            "answers were sampled with, or collect with this one"
         )

@@ -306,6 +306,7 @@ def test_rankings_have_all_answers_the_best_first(base, tmp_path):
     (dict(out="/"), "it is a folder"),
     (dict(task=Letters(most=5)), "ask for 7 problems, but bandit has 5 different train problems"),
     (dict(task=Plain(), min_language=0.5), "bandit does not tell languages apart"),
+    (dict(task=Letters(chat=True), rank=True, keep=("right", "formed")), "--chat with --rank: "),
     (dict(run="/nowhere"), "/nowhere"),
 ])
 def test_bad_flags_are_refused_before_anything_is_written(base, tmp_path, changes, match):

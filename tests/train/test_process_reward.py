@@ -221,6 +221,8 @@ def test_labels_are_for_all_answers_of_a_task_with_steps(folder, tmp_path):
         chat: bool = False
         files = ()
 
+    with fails(ValueError, "--chat with --label-steps: .*leave out --chat"):
+        collect(collect_config(folder / "base", tmp_path / "x", task=Letters(chat=True)))
     with fails(ValueError, "--label-steps is given, but the task bandit does not say"):
         collect(collect_config(folder / "base", tmp_path / "x", task=Plain()))
     assert not list(tmp_path.iterdir())
@@ -298,8 +300,8 @@ def test_what_nobody_can_learn_from_is_refused_before_there_is_a_folder(folder, 
 
     with fails(ValueError, "no step in .*s.jsonl has the label that --labels soft asks for; collect"):
         train([with_step(share=None)], labels="soft")
-    with fails(ValueError, "tokens of answer 1 of .*s.jsonl .* spell .ab. under .* `response` is .ba.; give"):
-        train([GOOD | {"response": "ab"}, GOOD | {"response": "ba"}])
+    with fails(ValueError, "tokens of answer 1 of .*s.jsonl .* spell 'b' under .* `response` says 'c'; give"):
+        train([GOOD | {"response": "ab"}, GOOD | {"response": "ac"}])
     with fails(ValueError, "of 1 answers 0 are held out"):
         train([GOOD], held_out=0.01)
     with fails(ValueError, "answer 0 .* has an answer of 301 tokens"):
@@ -421,6 +423,8 @@ def test_what_is_no_process_reward_or_does_not_fit_is_refused_before_there_is_a_
     refused("prm/checkpoints/step_00000030 holds no reward model; give a folder that r1zero reward-model",
             rewards=dict(model=str(folder / "prm")))
     refused("--rewards.process is given, but the task bandit does not say", task=Bandit())
+    refused("--rewards.process with --chat: .*leave out either", task=Letters(chat=True))
+    refused("--rewards.model with --chat", task=Letters(chat=True), rewards=dict(model=str(folder / "prm")))
     save_base(tmp_path / "short", max_seq_len=32)
     process_reward(config(tmp_path / "prm2", tmp_path / "short", folder / "a.jsonl", steps=1))
     refused("--rewards.process .*prm2 has room for 32 tokens", max_new_tokens=40,
