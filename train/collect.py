@@ -53,7 +53,7 @@ from .answers import Answer, Judge
 from .checks import check_temperature
 from .cli.eval import load_run, say_if_plain
 from .compute_flags import ComputeFlags
-from .inputs import base_parts
+from .inputs import Inputs, base_parts, changes_of, plugin_parts, task_parts
 from .interrupt import Interrupt, Stopped
 from .machine import pick_device, reuse_memory
 from .rollout_log import fields_of
@@ -324,10 +324,11 @@ def choose_lines(
 # ---- the command ----
 
 
-def whole_already(config: CollectConfig, source: dict) -> dict | None:
+def whole_already(config: CollectConfig, source: dict, graders: Inputs) -> dict | None:
     """The summary of a call like this one that has come to its end, if --resume asks for that.
+    graders: what grades its answers.
 
-    Raises ValueError if it had other flags or another model.
+    Raises ValueError if it had other flags, another model, or was graded by something else.
     """
     record = read_record(summary_path(config.out))
     out = target_of(config.out)
@@ -344,6 +345,11 @@ def whole_already(config: CollectConfig, source: dict) -> dict | None:
         raise ValueError(
             f"{config.out} is whole, and was made with another {flags}; leave out --resume to make "
             "it anew, or give another --out"
+        )
+    if changes := changes_of(record.get("graders", {}), graders):
+        raise ValueError(
+            f"{config.out} is whole, and what grades its answers has changed since: {changes}; "
+            "leave out --resume to make it anew, or give another --out"
         )
     return record
 
@@ -383,7 +389,9 @@ def collect(config: CollectConfig) -> dict:
     check_room(config, sampler, prompts)
     model_parts = base_parts(checkpoint, tokenizer)
     source = source_of(config, task, checkpoint, dict(model_parts)["weights"])
-    if record := whole_already(config, source):
+    problem_inputs = task_parts(config.task)
+    graders = problem_inputs | plugin_parts(config.rewards.plugin)
+    if record := whole_already(config, source, graders):
         say(f"nothing to do: {config.out} is whole; without --resume it is made anew")
         return record
 
@@ -400,7 +408,7 @@ def collect(config: CollectConfig) -> dict:
     labels = None
     lines_of = ranking_lines if config.rank else pair_lines
     if config.label_steps is not None:
-        labels = StepLabels(task, sampler, config.label_steps, file.shares)
+        labels = StepLabels(task, sampler, config.label_steps, file.step_labels, problem_inputs)
         lines_of = labels.lines
     lines, tally = choose_lines(config, task, problems, file, source, lines_of)
     title = f"{task.name}: {len(problems):,} {config.split} problems x {config.samples} samples"
@@ -418,6 +426,7 @@ def collect(config: CollectConfig) -> dict:
     record = {
         **source,
         "flags": asdict(config),
+        "graders": graders,
         "lines": lines_of_file(out),
         **tally.to_dict(),
     }

@@ -15,11 +15,13 @@ from r1zero.model.checkpoint import load_model
 from r1zero.model.engine.engine import Engine
 from r1zero.model.engine.requests import group_requests
 from r1zero.model.engine.sampling import sample_seeds
+from r1zero.rl.rewards import RewardConfig
 from r1zero.train.cli.main import main
 from r1zero.train.collect import CollectConfig, collect, sample_problems
 from r1zero.train.conversations import read_conversations
 from r1zero.train.interrupt import Stopped
 from r1zero.train.sample_file import SampleFile
+from r1zero.train.task_flags import TaskFlags
 
 from ..rl.cases import Bandit
 from .loop_cases import save_base
@@ -255,6 +257,29 @@ def test_a_whole_file_is_not_made_again_with_resume_unless_the_flags_differ(base
     out.write_bytes(b"{}\n")  # no longer the lines of the summary: they are made again
     collect(config_for(base, out, resume=True))
     assert out.read_bytes() == whole["lines"]
+
+
+def test_a_whole_file_whose_graders_have_changed_is_not_taken_for_whole(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, data, out = tmp_path / "judge_that_changes.py", tmp_path / "q.jsonl", tmp_path / "x.jsonl"
+    code.write_text("def judge(samples):\n    return [1.0 for sample in samples]\n")
+    data.write_text('{"prompt": "a", "answer": "1"}\n{"prompt": "b", "answer": "2"}\n')
+    task = TaskFlags("jsonl", ("test_share=0",), data=str(data))
+    config = config_for(base, out, task=task, problems=2, keep=("all",), resume=True,
+                        rewards=RewardConfig(plugin="judge_that_changes:judge"))
+    record = collect(config)
+    assert collect(config) == json.loads(json.dumps(record))
+    for file, what in ((code, "plugin .changed: .*judge_that_ch"), (data, "problems .changed: .*q.jsonl")):
+        before = file.read_text()
+        file.write_text(before.replace("1", "3"))
+        with fails(ValueError, f"is whole, and what grades its answers has changed since: {what}"):
+            collect(config)
+        file.write_text(before)
+    older = summary(out)  # of before graders were kept
+    del older["graders"]
+    (tmp_path / "x.jsonl.summary.json").write_text(json.dumps(older))
+    code.write_text("# other\n")
+    assert collect(config) == older
 
 
 @pytest.mark.slow

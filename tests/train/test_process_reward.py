@@ -33,7 +33,7 @@ from r1zero.train.process_reward import (
     resampled,
 )
 from r1zero.train.run import read_record
-from r1zero.train.sample_file import ShareFile
+from r1zero.train.sample_file import StepLabelFile
 from r1zero.train.step_file import encode_steps, read_steps
 from r1zero.train.step_labels import StepLabels
 
@@ -196,15 +196,18 @@ def test_a_collection_that_is_stopped_while_it_labels_goes_on_behind_its_labels(
     assert summaries[0]["completion_tokens"] == summaries[1]["completion_tokens"]
 
     # What is kept is taken, and not sampled again, but for the same steps and number of completions.
-    file, asked = ShareFile(out), {"index": 0, "completions": 2, "steps": [[0, 2]]}
+    file, asked = StepLabelFile(out), {"index": 0, "completions": 2, "steps": [[0, 2]]}
     file.append(asked | {"shares": [0.5], "tokens": 3, "seconds": 1.0})
     model, tokenizer, _ = load_model(str(folder / "base"), CPU)
     answer = Answer(0, Sample(0, "abc", (97, 98, 99), "length"), {"accuracy": 0.0}, 0.0, None)
-    for n, is_kept in ((2, True), (3, False)):
-        counted = StepLabels(Letters(), ModelSampler(model, tokenizer, 6), n, ShareFile(out))
+    changed = {"problems": [["q.jsonl", "another digest"]]}  # the answers that decide what is right
+    for n, graders, is_kept in ((2, {}, True), (3, {}, False), (2, changed, False)):
+        sampler = ModelSampler(model, tokenizer, 6)
+        counted = StepLabels(Letters(), sampler, n, StepLabelFile(out), graders)
         [line] = counted.lines("p", [answer], {"index": 0})
         assert (counted.seconds == 1.0) == (counted.n_tokens == 3) == is_kept
-        assert (line["steps"][0]["share"] == 0.5) == is_kept  # of three completions it is no half
+        if n == 3:
+            assert line["steps"][0]["share"] != 0.5  # of three completions it is no half
 
 
 def test_labels_are_for_all_answers_of_a_task_with_steps(folder, tmp_path):
