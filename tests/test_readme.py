@@ -75,7 +75,7 @@ TOY = {  # command: the settings that make it small, instead of README's or besi
                        "--rl-steps": "1", "--eval-problems": "4", "--device": "cpu"},
     "r1": {"--model": "tiny", "--documents": "300", "--pretrain-steps": "40", "--zero-steps": "1",
            "--cold-steps": "2", "--reasoning-steps": "1", "--tuned-steps": "2", "--reward-steps": "2",
-           "--all-steps": "2", "--collect-problems": "8", "--eval-problems": "2", "--eval-samples": "2",
+           "--all-steps": "4", "--collect-problems": "8", "--eval-problems": "2", "--eval-samples": "2",
            "--keep": "all", "--max-new-tokens": "60", "--device": "cpu"},
     "pretrain": {"--model": "tiny", "--documents": "60", "--batch-tokens": "256", "--seq-len": "16",
                  "--vocab-size": "280", "--steps": "2", "--device": "cpu"},
