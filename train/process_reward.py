@@ -111,6 +111,9 @@ class StepLabelsLoss:
         """The number of labelled steps: each counts the same, in whichever answer it is."""
         return sum(int((~np.isnan(answer.labels)).sum()) for answer in answers)
 
+    def begin(self, model: ProcessReward) -> None:
+        """A probability has no centre."""
+
     def finish(self, model: ProcessReward) -> None:
         """A probability needs no centre."""
 
