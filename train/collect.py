@@ -122,6 +122,11 @@ class CollectConfig(SelectionFlags, ComputeFlags):
             raise ValueError(
                 f"--temperature 0 gives one answer, and --samples is {self.samples}; give 1"
             )
+        if self.temperature == 0 and (self.label_steps or 0) > 1:
+            raise ValueError(
+                f"--temperature 0 gives one completion, and --label-steps is {self.label_steps}; "
+                "give 1"
+            )
         if self.rank and self.samples < 2:
             raise ValueError(f"--rank compares answers, and --samples is {self.samples}; give 4")
         if is_stream(self.out):

@@ -33,6 +33,8 @@ class SampleFile:
         self.step_labels = StepLabelFile(out)
         self.n_problems = 0
         """How many problems it holds."""
+        self.has_more = False
+        """Whether it holds others, which this call did not ask for."""
 
     # ---- beginning and end ----
 
@@ -57,7 +59,13 @@ class SampleFile:
         self.path.write_text(json.dumps(header) + "\n", encoding="utf-8")
 
     def remove(self) -> None:
-        """To be called when the lines are written."""
+        """To be called when the lines are written. The samples of other problems stay."""
+        if self.has_more:
+            say(
+                f"{self.path} stays, since it holds the samples of more problems than were asked "
+                "for; --resume with more --problems takes them from there, or remove it"
+            )
+            return
         self.step_labels.remove()
         self.path.unlink()
 
@@ -95,6 +103,8 @@ class SampleFile:
                         "the problems, or remove that file"
                     )
                 ends.append(file.tell())
+            else:
+                self.has_more = bool(file.readline())
         # 3. Whole batches stay.
         self.n_problems = len(ends) - 1
         if self.n_problems < len(prompts):

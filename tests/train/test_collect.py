@@ -201,13 +201,18 @@ def test_ctrl_c_stops_behind_a_batch_and_resume_goes_on(base, whole, tmp_path):
     assert (tmp_path / "x.jsonl").read_bytes() == whole["lines"]
 
 
-def test_resumed_with_other_filters_it_samples_nothing_again(base, whole, tmp_path):
+def test_resumed_with_other_filters_it_samples_nothing_again(base, whole, tmp_path, capsys):
     out = tmp_path / "x.jsonl"
     out.with_name("x.jsonl.partial").write_bytes(whole["samples"])
     collect(config_for(base, out, resume=True, keep=("all",), per_problem=2, batch=3, problems=5))
     rows = read(out)
     assert {row["index"] for row in rows} == set(range(5)) and len(rows) == 10
     assert any(row["parts"]["accuracy"] == 0 for row in rows)
+    # The samples of the two other problems stay, and are taken for all seven.
+    assert out.with_name("x.jsonl.partial").read_bytes() == whole["samples"]
+    assert "x.jsonl.partial stays, since it holds the samples of more problems" in capsys.readouterr().err
+    collect(config_for(base, out, resume=True))
+    assert out.read_bytes() == whole["lines"] and not out.with_name("x.jsonl.partial").exists()
 
 
 @pytest.mark.parametrize(("changes", "match"), [
@@ -325,6 +330,7 @@ def test_rankings_have_all_answers_the_best_first(base, tmp_path):
     (dict(split="dev"), "--split is 'dev', expected train or test"), (dict(batch=0), "--batch is 0"),
     (dict(temperature=-1.0), "--temperature is -1"),
     (dict(temperature=0.0), "gives one answer, and --samples is 3"),
+    (dict(temperature=0.0, samples=1, keep=("all",), label_steps=8), "gives one completion, and --label-st"),
     (dict(rank=True, keep=("right", "formed"), samples=1), "--rank compares answers"),
     (dict(max_new_tokens=0), "--max-new-tokens is 0"), (dict(max_new_tokens=10_000), "max_seq_len is 256"),
     (dict(max_new_tokens=255), "problem 0 has 2 tokens, and a max_seq_len of 256 leaves 1 beside 255"),
