@@ -73,8 +73,12 @@ def task_parts(task) -> Inputs:
 
 
 def plugin_parts(spec: str | None) -> Inputs:
-    """The code of a reward of the user's own, if there is one."""
-    source = source_of(spec) if spec else None
+    """The code of a reward of the user's own, if there is one. One of this package counts no more
+    than the code of its tasks."""
+    ours = __package__.partition(".")[0]
+    source = None
+    if spec is not None and not spec.startswith(f"{ours}."):
+        source = source_of(spec)
     return {"plugin": file_parts([source])} if source else {}
 
 
