@@ -20,6 +20,7 @@ samples go to `<out>.partial` first, and are graded and chosen when they are com
 Ctrl-C or a crash `--resume` goes on, with other filters too, and on a CPU leaves the same file.
 
 With --chat a line holds the question without its template, as `r1zero sft --chat` reads it.
+Rankings and steps go without --chat, since reward models know no template.
 
 Left out: samples of several models in one file (mix the files by weight, see mixture.py), and two
 writers of one file at the same time.
