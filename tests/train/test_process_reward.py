@@ -201,7 +201,7 @@ def test_a_collection_that_is_stopped_while_it_labels_goes_on_behind_its_labels(
     model, tokenizer, _ = load_model(str(folder / "base"), CPU)
     answer = Answer(0, Sample(0, "abc", (97, 98, 99), "length"), {"accuracy": 0.0}, 0.0, None)
     changed = {"problems": [["q.jsonl", "another digest"]]}  # the answers that decide what is right
-    for n, graders, is_kept in ((2, {}, True), (3, {}, False), (2, changed, False)):
+    for n, graders, is_kept in ((2, {}, True), (2, changed, False), (3, {}, False)):
         sampler = ModelSampler(model, tokenizer, 6)
         counted = StepLabels(Letters(), sampler, n, StepLabelFile(out), graders)
         [line] = counted.lines("p", [answer], {"index": 0})
