@@ -257,6 +257,14 @@ def check_ranges(config: Algorithm) -> None:
 
 def check_combinations(config: Algorithm) -> None:
     check_scale(config)
+    if (
+        config.rewards.model is not None
+        and config.rewards.model_first(config.steps) >= config.steps
+    ):
+        raise ValueError(
+            f"--rewards.model-from {config.rewards.model_from:g} of {config.steps} --steps leaves "
+            "none to the reward model; give more steps or a smaller share"
+        )
     if config.loss.objective == "gspo" and config.per_token:
         raise ValueError(
             f"--loss.objective gspo with {cause_of_tokens(config)}: one ratio per sequence takes "

@@ -106,6 +106,11 @@ class RewardModel(ValueHead):
         self.centre += scores_N.mean()
         self.floor.fill_(scores_N.min() - scores_N.mean())
 
+    def forget_centre(self) -> None:
+        """Let the scores count as not centred."""
+        self.centre.zero_()
+        self.floor.fill_(torch.nan)
+
     def score_rollouts(
         self, rollouts: Rollouts, samples: np.ndarray, tokens_per_batch: int
     ) -> np.ndarray:

@@ -51,6 +51,8 @@ class Ranking:
     """The same pairs without noise."""
     right: np.ndarray | None = None
     """[K] bool: which answers are right; None where that is not known."""
+    prompt: str = ""
+    """The prompt's text, which several rankings may share."""
 
     @property
     def n_tokens(self) -> int:

@@ -115,6 +115,15 @@ class RewardConfig:
                 f"--rewards.model-from is {self.model_from}, expected a share of the steps from 0 "
                 "to less than 1"
             )
+        for flag, model, is_given in (
+            ("model-from", "model", self.model is None and self.model_from > 0),
+            ("process-weight", "process", self.process is None and self.process_weight != 1),
+        ):
+            if is_given:
+                raise ValueError(
+                    f"--rewards.{flag} is given without --rewards.{model}, and changes nothing; "
+                    "give the folder of one, or leave it out"
+                )
         if self.plugin is None:
             return
         # Whatever is wrong with it is said now, and not in the first step of a run.
@@ -137,6 +146,10 @@ class RewardConfig:
         """
         if self.plugin_name in self.weights and self.plugin is not None:
             plugin_part(probes(problem, group_size), self)
+
+    def model_first(self, steps: int) -> int:
+        """The first of so many steps in which the reward model counts."""
+        return math.ceil(self.model_from * steps)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -316,7 +329,7 @@ class Grader:
         # A model with a weight of 0 judges nothing, and comes in at no step.
         self.model_first = math.inf
         if "model" in self.weights:
-            self.model_first = math.ceil(self.config.model_from * config.steps)
+            self.model_first = self.config.model_first(config.steps)
         self.needs_positive = config.advantage.scale == "mean"
         self.adjustments: list[Callable] = []
         """Each takes (training parts, rollouts) and returns the parts to train on."""

@@ -36,6 +36,8 @@ class Tally:
         self.n_tokens = 0
         """Tokens sampled."""
         self.kept_tokens = 0
+        self.kept_cut_off = 0
+        """Kept answers that ended at the limit of tokens."""
         self.seconds = 0.0
         """What sampling took."""
 
@@ -51,6 +53,7 @@ class Tally:
         self.covered[which] += bool(kept)
         self.n_tokens += sum(answer.n_tokens for answer in answers)
         self.kept_tokens += sum(answer.n_tokens for answer in kept)
+        self.kept_cut_off += sum(answer.sample.cut_off for answer in kept)
         self.seconds += seconds
         return kept
 
@@ -91,6 +94,10 @@ class Tally:
         ]
         where = f"from {covered:,} of {problems:,} problems"
         lines.append(line("= kept", n_kept, n_kept / n, where))
+        if self.kept_cut_off:
+            share = self.kept_cut_off / n_kept
+            of_what = "of the kept; --keep finished drops them"
+            lines.append(line("  cut off at the limit", self.kept_cut_off, share, of_what))
 
         # 2. The same by difficulty.
         lines.append(f"  {'share right':<22} problems  sampled     kept  of the sampled")

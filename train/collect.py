@@ -20,6 +20,7 @@ samples go to `<out>.partial` first, and are graded and chosen when they are com
 Ctrl-C or a crash `--resume` goes on, with other filters too, and on a CPU leaves the same file.
 
 With --chat a line holds the question without its template, as `r1zero sft --chat` reads it.
+Rankings and steps go without --chat, since reward models know no template.
 
 Left out: samples of several models in one file (mix the files by weight, see mixture.py), and two
 writers of one file at the same time.
@@ -53,7 +54,7 @@ from .answers import Answer, Judge
 from .checks import check_temperature
 from .cli.eval import load_run, say_if_plain
 from .compute_flags import ComputeFlags
-from .inputs import base_parts
+from .inputs import Inputs, base_parts, changes_of, plugin_parts, task_parts
 from .interrupt import Interrupt, Stopped
 from .machine import pick_device, reuse_memory
 from .rollout_log import fields_of
@@ -122,6 +123,11 @@ class CollectConfig(SelectionFlags, ComputeFlags):
             raise ValueError(
                 f"--temperature 0 gives one answer, and --samples is {self.samples}; give 1"
             )
+        if self.temperature == 0 and (self.label_steps or 0) > 1:
+            raise ValueError(
+                f"--temperature 0 gives one completion, and --label-steps is {self.label_steps}; "
+                "give 1"
+            )
         if self.rank and self.samples < 2:
             raise ValueError(f"--rank compares answers, and --samples is {self.samples}; give 4")
         if is_stream(self.out):
@@ -148,6 +154,12 @@ def check_task(config: CollectConfig, task: Task) -> None:
     have."""
     check_no_model(config.rewards, "collect")
     check_parts(task, config.rewards)
+    if config.task.chat and (config.rank or config.label_steps is not None):
+        raise ValueError(
+            f"--chat with {'--rank' if config.rank else '--label-steps'}: a reward model and a "
+            "process reward read prompts without a chat template, so they would learn on other "
+            "prompts than are sampled behind; leave out --chat"
+        )
     if config.min_language > 0 and not has_language(task):
         raise ValueError(
             f"--min-language is {config.min_language:g}, but the task {task.name} does not tell "
@@ -318,10 +330,11 @@ def choose_lines(
 # ---- the command ----
 
 
-def whole_already(config: CollectConfig, source: dict) -> dict | None:
+def whole_already(config: CollectConfig, source: dict, graders: Inputs) -> dict | None:
     """The summary of a call like this one that has come to its end, if --resume asks for that.
+    graders: what grades its answers.
 
-    Raises ValueError if it had other flags or another model.
+    Raises ValueError if it had other flags, another model, or was graded by something else.
     """
     record = read_record(summary_path(config.out))
     out = target_of(config.out)
@@ -338,6 +351,11 @@ def whole_already(config: CollectConfig, source: dict) -> dict | None:
         raise ValueError(
             f"{config.out} is whole, and was made with another {flags}; leave out --resume to make "
             "it anew, or give another --out"
+        )
+    if changes := changes_of(record.get("graders", {}), graders):
+        raise ValueError(
+            f"{config.out} is whole, and what grades its answers has changed since: {changes}; "
+            "leave out --resume to make it anew, or give another --out"
         )
     return record
 
@@ -377,7 +395,9 @@ def collect(config: CollectConfig) -> dict:
     check_room(config, sampler, prompts)
     model_parts = base_parts(checkpoint, tokenizer)
     source = source_of(config, task, checkpoint, dict(model_parts)["weights"])
-    if record := whole_already(config, source):
+    problem_inputs = task_parts(config.task)
+    graders = problem_inputs | plugin_parts(config.rewards.plugin)
+    if record := whole_already(config, source, graders):
         say(f"nothing to do: {config.out} is whole; without --resume it is made anew")
         return record
 
@@ -394,7 +414,7 @@ def collect(config: CollectConfig) -> dict:
     labels = None
     lines_of = ranking_lines if config.rank else pair_lines
     if config.label_steps is not None:
-        labels = StepLabels(task, sampler, config.label_steps, file.shares)
+        labels = StepLabels(task, sampler, config.label_steps, file.step_labels, problem_inputs)
         lines_of = labels.lines
     lines, tally = choose_lines(config, task, problems, file, source, lines_of)
     title = f"{task.name}: {len(problems):,} {config.split} problems x {config.samples} samples"
@@ -412,6 +432,7 @@ def collect(config: CollectConfig) -> dict:
     record = {
         **source,
         "flags": asdict(config),
+        "graders": graders,
         "lines": lines_of_file(out),
         **tally.to_dict(),
     }

@@ -15,6 +15,7 @@ Only what the assistant says is trained on, the end token included. Left out: to
 that is not text, and other fields of a message, which are not read.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +38,9 @@ EXPECTED = (
     'lines like {"prompt": "...", "response": "..."} or {"messages": [{"role": "user", "content": '
     '"..."}, {"role": "assistant", "content": "..."}]}'
 )
+
+# In a text quotes are escaped, so this is a field of the line.
+CUT_OFF = re.compile(rb'"finish_reason":\s*"length"')
 
 
 class Exchange(NamedTuple):
@@ -66,6 +70,12 @@ def read_conversations(path: str | Path, skip_bad: bool = False) -> Kept[Convers
     """
     lines = read_lines(path)
     return parse_lines(path, lines, conversation_of, EXPECTED, skip_bad).values()
+
+
+def cut_off_in(path: str | Path) -> int:
+    """How many answers in a file were cut off at the limit of tokens, as `r1zero collect` notes
+    it."""
+    return sum(bool(CUT_OFF.search(line.data)) for line in read_lines(path))
 
 
 def conversation_of(line: str) -> Conversation:

@@ -83,6 +83,9 @@ class Objective(Protocol):
     def count(self, items: list) -> float:
         """What that sum is divided by, over a whole step."""
 
+    def begin(self, model) -> None:
+        """Called before the first step of those that are left, if there is one."""
+
     def finish(self, model) -> None:
         """Called after the last step, before the checkpoint."""
 
@@ -233,6 +236,8 @@ def fit_head(
     optimizer = make_optimizer(model, config.optim)
     scaler = LossScaler.of(model.trunk)
     scaler.load(run.restore(model, tokenizer, optimizer))
+    if run.first_step < config.steps:
+        objective.begin(model)
     n_tokens, started = 0, time.perf_counter()
     for step in run.steps():
         items = batches.batch(step)

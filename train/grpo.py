@@ -17,7 +17,6 @@ the log show how far its log-probs are from the trainer's, and the run stops if 
 import time
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Annotated, ClassVar
 
 import torch
@@ -48,13 +47,13 @@ from ..model.transformer import Transformer
 from ..rl import family
 from ..rl.family import Algorithm, in_words
 from ..rl.heads import ValueHead
-from ..rl.plugin import PluginError, source_of
+from ..rl.plugin import PluginError
 from ..rl.rewards import check_parts
 from ..rl.step import Learner, grpo_step
 from ..rl.update import LogpGapError, Reference, gap_limit
 from .adapters import default_optim, loading_device, value_in
 from .compute_flags import ComputeFlags
-from .inputs import base_parts, file_parts
+from .inputs import base_parts, plugin_parts, task_parts
 from .lab.diagnosis import Diagnosis
 from .lab.mistakes import MISTAKES, warn_of
 from .log import read_metrics
@@ -62,6 +61,7 @@ from .machine import peak_memory, pick_device, reuse_memory
 from .memory_check import predicted_for, setup_of_run, steps_measured, try_longest_batch
 from .other_models import (
     Base,
+    check_judges,
     check_reader,
     check_teacher,
     make_critic_trunk,
@@ -216,12 +216,7 @@ def inputs_of(
     are any."""
     _, tokenizer, checkpoint = base
     inputs = {"base": base_parts(checkpoint, tokenizer)}
-    if files := getattr(config.task, "files", None):
-        inputs["problems"] = file_parts([Path(file) for file in files])
-    if source := getattr(config.task, "source", None):
-        inputs["task"] = file_parts([source])
-    if config.rewards.plugin and (source := source_of(config.rewards.plugin)):
-        inputs["plugin"] = file_parts([source])
+    inputs |= task_parts(config.task) | plugin_parts(config.rewards.plugin)
     for name, judge in (judges or {}).items():
         what = "reward model" if name == "model" else "process reward"
         inputs[what] = base_parts(judge, tokenizer)
@@ -460,6 +455,7 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
         warn_of(config.mistake)
     check_parts(task, config.rewards)
     check_teacher(config)
+    check_judges(config)
     run = Run(config, config.algo if config.control == "none" else "control")
     # A resumed run keeps the learning rate's schedule that it began with.
     algorithm = replace(config, steps=run.schedule_steps)

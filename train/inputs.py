@@ -18,6 +18,7 @@ from pathlib import Path
 from ..eval.tasks.hub import is_on_hub
 from ..model.checkpoint import Checkpoint
 from ..model.tokenizer import Tokenizer
+from ..rl.plugin import source_of
 
 MOST_NAMED = 5  # parts that a message names
 
@@ -58,6 +59,27 @@ def file_parts(paths: Iterable[Path]) -> Parts:
         except OSError as error:
             raise ValueError(f"{path} cannot be read ({error.strerror}); check the path") from None
     return parts
+
+
+def task_parts(task) -> Inputs:
+    """The files of problems and the code of a task, where it has any. task: the flags
+    (task_flags.py)."""
+    found: Inputs = {}
+    if files := getattr(task, "files", None):
+        found["problems"] = file_parts([Path(file) for file in files])
+    if source := getattr(task, "source", None):
+        found["task"] = file_parts([source])
+    return found
+
+
+def plugin_parts(spec: str | None) -> Inputs:
+    """The code of a reward of the user's own, if there is one. One of this package counts no more
+    than the code of its tasks."""
+    ours = __package__.partition(".")[0]
+    source = None
+    if spec is not None and not spec.startswith(f"{ours}."):
+        source = source_of(spec)
+    return {"plugin": file_parts([source])} if source else {}
 
 
 def changes_of(found: Inputs, expected: Inputs) -> str:

@@ -65,6 +65,8 @@ def parse_source(word: str) -> Source:
             f"--data is {word!r}, whose weight is {weight}; expected a number from "
             f"{LEAST_WEIGHT:g} to {MOST_WEIGHT:g}, as in a.jsonl:3"
         )
+    if not path:
+        raise ValueError(f"--data is {word!r}, a weight without a file; give one, as in a.jsonl:3")
     return Source(path, Fraction(weight))
 
 

@@ -52,6 +52,17 @@ def make_critic_trunk(base: Base, reward_model: RewardModel | None) -> Transform
     return trunk
 
 
+def check_judges(config) -> None:
+    """Raise ValueError for a model that judges prompts in a chat template: it has learned from
+    prompts without one."""
+    for name in LOADERS:
+        if getattr(config.rewards, name) is not None and getattr(config.task, "chat", False):
+            raise ValueError(
+                f"--rewards.{name} with --chat: it was trained on prompts without a chat template, "
+                "and would judge others; leave out either"
+            )
+
+
 def open_judges(config, base: Base) -> dict[str, tuple[ValueHead, Checkpoint]]:
     """The models of --rewards.model and --rewards.process, with their checkpoints; "model" or
     "process" is left out where that flag is.

@@ -48,6 +48,7 @@ from .fit_head import (
     split_by_prompt,
 )
 from .machine import reuse_memory
+from .mixture import parse_sources
 from .run import Run, at_least
 from .step_file import LABELS, encode_steps, read_steps
 
@@ -109,6 +110,9 @@ class StepLabelsLoss:
     def count(self, answers: list[Steps]) -> int:
         """The number of labelled steps: each counts the same, in whichever answer it is."""
         return sum(int((~np.isnan(answer.labels)).sum()) for answer in answers)
+
+    def begin(self, model: ProcessReward) -> None:
+        """A probability has no centre."""
 
     def finish(self, model: ProcessReward) -> None:
         """A probability needs no centre."""
@@ -217,16 +221,17 @@ def process_reward(config: ProcessRewardConfig) -> ProcessReward:
     reuse_memory()
     run, trunk, tokenizer = open_base(config, "process reward")
     files = read_files(config, read_steps)
-    lines = [line for file in files for line in file]
-    encoded = encode_steps(tokenizer, lines, trunk.config, config.labels)
-    # An answer without a label has nothing to teach.
-    prompts: list[list[str]] = [[] for _ in files]
-    answers = []
-    numbers = [number for number, file in enumerate(files) for _ in file]
-    for number, line, answer in zip(numbers, lines, encoded, strict=True):
-        if not np.isnan(answer.labels).all():
-            prompts[number].append(line.prompt)
-            answers.append(answer)
+    prompts, answers = [], []
+    for source, lines in zip(parse_sources(config.data), files, strict=True):
+        encoded = encode_steps(tokenizer, lines, trunk.config, config.labels, source.path)
+        # An answer without a label has nothing to teach.
+        labelled = [n for n, one in enumerate(encoded) if not np.isnan(one.labels).all()]
+        if n_without := len(lines) - len(labelled):
+            say(
+                f"{source.path}: {n_without:,} answers without a label {config.labels} are left out"
+            )
+        prompts.append([lines[n].prompt for n in labelled])
+        answers += [encoded[n] for n in labelled]
     trained, held_out = split_by_prompt(sum(prompts, []), answers, config.held_out, "answers")
     order = mixed_order(config, prompts)
     say(

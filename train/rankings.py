@@ -60,7 +60,10 @@ def ranking_of(line: str) -> Ranked:
     ranks = checked_list(record, "ranks", int, "a list of whole numbers")
     right = None
     if record.get("right") is not None:
-        right = [bool(value) for value in checked_list(record, "right", (int, float), "true/false")]
+        right = checked_list(record, "right", (int, float), "true/false")
+        if not all(value in (0, 1) for value in right):
+            raise ValueError("`right` holds other numbers than 0 and 1, expected true/false")
+        right = [bool(value) for value in right]
     for name, values in (("ranks", ranks), ("right", right)):
         if values is not None and len(values) != len(answers):
             raise ValueError(f"{len(answers)} answers and {len(values)} {name}, expected as many")
@@ -111,7 +114,8 @@ def encode_rankings(
         check_sequences(sequences, shape, f"ranking {number} (the first is 0)")
         clean = pairs_of(ranked.ranks)
         right = None if ranked.right is None else np.array(ranked.right)
-        found.append(Ranking(sequences, with_noise(clean, noise, seed, number), clean, right))
+        noisy = with_noise(clean, noise, seed, number)
+        found.append(Ranking(sequences, noisy, clean, right, ranked.prompt))
     return found
 
 

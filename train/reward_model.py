@@ -114,6 +114,10 @@ class Preferences:
     def count(self, rankings: list[Ranking]) -> int:
         return len(rankings)
 
+    def begin(self, model: RewardModel) -> None:
+        """What is trained further loses the centre that it had, until its training ends again."""
+        model.forget_centre()
+
     def finish(self, model: RewardModel) -> None:
         """A score means nothing but in comparison, until the training answers have a mean of 0."""
         sequences = [tokens for ranking in self.trained for tokens in ranking.sequences]
@@ -136,16 +140,23 @@ def scores_of(model: RewardModel, ranking: list[Ranking], micro_tokens: int) -> 
     return np.split(scores_N, np.cumsum([len(r.sequences) for r in ranking])[:-1])
 
 
-def share_of(scores: list[np.ndarray], pairs: list[Pairs], chosen: list[np.ndarray]) -> Estimate:
+def share_of(
+    scores: list[np.ndarray], rankings: list[Ranking], pairs: list[Pairs], chosen: list[np.ndarray]
+) -> Estimate:
     """The share of the chosen pairs in which the model agrees, each prompt counting once, with its
     95 % interval over prompts. chosen: [P] bool of each ranking."""
-    shares = []
-    for scores_K, (better, worse), chosen_P in zip(scores, pairs, chosen, strict=True):
+    shares: dict[str, list[float]] = {}
+    for scores_K, ranking, (better, worse), chosen_P in zip(
+        scores, rankings, pairs, chosen, strict=True
+    ):
         if chosen_P.any():
             agreed_P = agreement(scores_K[better] - scores_K[worse])
-            shares.append(float(agreed_P[chosen_P].mean()))
-    n_pairs = int(np.mean([chosen_P.sum() for chosen_P in chosen if chosen_P.any()] or [0]))
-    return interval(shares, max(1, n_pairs)) if shares else Estimate(np.nan, np.nan, np.nan)
+            shares.setdefault(ranking.prompt, []).append(float(agreed_P[chosen_P].mean()))
+    if not shares:
+        return Estimate(np.nan, np.nan, np.nan)
+    # Rankings of one prompt are not independent, so their mean counts.
+    n_pairs = int(np.mean([chosen_P.sum() for chosen_P in chosen if chosen_P.any()]))
+    return interval([float(np.mean(each)) for each in shares.values()], max(1, n_pairs))
 
 
 def measure(
@@ -156,13 +167,13 @@ def measure(
     right."""
     noisy, clean = [r.pairs for r in held_out], [r.clean for r in held_out]
     every = [np.ones(len(pairs.better), bool) for pairs in clean]
-    found = {"agrees": share_of(scores, noisy, every)}
+    found = {"agrees": share_of(scores, held_out, noisy, every)}
     if config.noise:
-        found["agrees without the noise"] = share_of(scores, clean, every)
+        found["agrees without the noise"] = share_of(scores, held_out, clean, every)
     if all(ranking.right is not None for ranking in held_out):
         apart = [r.right[r.clean.better] != r.right[r.clean.worse] for r in held_out]
-        found["right against wrong"] = share_of(scores, clean, apart)
-        found["within a class"] = share_of(scores, clean, [~differ for differ in apart])
+        found["right against wrong"] = share_of(scores, held_out, clean, apart)
+        found["within a class"] = share_of(scores, held_out, clean, [~differ for differ in apart])
     return {name: share for name, share in found.items() if not np.isnan(share.mean)}
 
 
@@ -178,9 +189,10 @@ def report(run: Run, model: RewardModel, held_out: list[Ranking], config) -> Non
     scores = scores_of(model, held_out, config.micro_tokens)
     found = measure(scores, held_out, config)
     bins = calibration(held_out_margins(scores, held_out))
+    n_prompts = len({ranking.prompt for ranking in held_out})
     run.note(
         reward_model={
-            "prompts": len(held_out),
+            "prompts": n_prompts,
             "pairs": sum(one.n_pairs for one in bins),
             "ceiling": 1 - config.noise,
             "shares": {name: list(share) for name, share in found.items()},
@@ -188,7 +200,7 @@ def report(run: Run, model: RewardModel, held_out: list[Ranking], config) -> Non
         }
     )
     plot_calibration(bins, run.folder / "calibration.png")
-    lines = [f"{len(held_out):,} held-out prompts, 95 % intervals over prompts"]
+    lines = [f"{n_prompts:,} held-out prompts, 95 % intervals over prompts"]
     for name, share in found.items():
         lines.append(f"  {name:<25}{share.mean:7.1%}   [{share.low:.1%}, {share.high:.1%}]")
     lines.append(f"  {'the most that could':<25}{1 - config.noise:7.1%}   1 - noise")

@@ -30,9 +30,11 @@ class SampleFile:
 
     def __init__(self, out: str | Path):
         self.path = partial_path(out)
-        self.shares = ShareFile(out)
+        self.step_labels = StepLabelFile(out)
         self.n_problems = 0
         """How many problems it holds."""
+        self.has_more = False
+        """Whether it holds others, which this call did not ask for."""
 
     # ---- beginning and end ----
 
@@ -53,12 +55,18 @@ class SampleFile:
         if config.resume:
             say(f"{self.path} holds no samples to go on with: starting at the first problem")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.shares.remove()  # of other samples
+        self.step_labels.remove()  # of other samples
         self.path.write_text(json.dumps(header) + "\n", encoding="utf-8")
 
     def remove(self) -> None:
-        """To be called when the lines are written."""
-        self.shares.remove()
+        """To be called when the lines are written. The samples of other problems stay."""
+        if self.has_more:
+            say(
+                f"{self.path} stays, since it holds the samples of more problems than were asked "
+                "for; --resume with more --problems takes them from there, or remove it"
+            )
+            return
+        self.step_labels.remove()
         self.path.unlink()
 
     def _has_header(self) -> bool:
@@ -95,6 +103,8 @@ class SampleFile:
                         "the problems, or remove that file"
                     )
                 ends.append(file.tell())
+            else:
+                self.has_more = bool(file.readline())
         # 3. Whole batches stay.
         self.n_problems = len(ends) - 1
         if self.n_problems < len(prompts):
@@ -118,7 +128,7 @@ class SampleFile:
                 yield json.loads(line)
 
 
-class ShareFile:
+class StepLabelFile:
     """The labels of steps by completions, of the collection that writes to `out`."""
 
     def __init__(self, out: str | Path):
@@ -128,7 +138,8 @@ class ShareFile:
     def find(self, asked: dict) -> dict | None:
         """The line of a problem, if all that it was asked for was the same; else None.
 
-        asked: the index of the problem, the number of completions, and [sample, end] of each step.
+        asked: the index of the problem, the number of completions, [sample, end] of each step, and
+        the files that grade.
         """
         if self._by_index is None:
             self._by_index = self._read()

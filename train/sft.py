@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import tyro
 
+from ..eval.console import say
 from ..model.balance import BalanceConfig
 from ..model.checkpoint import load_model
 from ..model.lora import LoRAConfig
@@ -25,6 +26,7 @@ from .adapters import default_optim, loading_device
 from .batches import DocumentBatches
 from .compute_flags import ComputeFlags
 from .conversations import (
+    cut_off_in,
     encode_chats,
     encode_conversations,
     read_chats,
@@ -116,6 +118,13 @@ def sft(config: SFTConfig) -> Transformer:
     if config.chat:
         read, encode = read_chats, encode_chats
     files = [read(source.path, config.skip_bad) for source in sources]
+    for source, file in zip(sources, files, strict=True):
+        if n_cut_off := cut_off_in(source.path):
+            say(
+                f"{source.path}: {n_cut_off:,} of {len(file):,} answers were cut off at the limit "
+                "of tokens, and an end token follows them all the same, which teaches to stop in "
+                "mid-thought; r1zero collect --keep finished leaves such out"
+            )
     documents, trained = encode(tokenizer, [each for file in files for each in file])
     order = MixedOrder([len(file) for file in files], parts, config.seed) if parts else None
     batches = DocumentBatches(

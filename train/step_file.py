@@ -12,10 +12,12 @@ A step whose label is null is left out of the loss. A label is never cast to boo
 be 1. (In TRL a mask of -100 was once cast so; huggingface/trl, pull request 2127.) Anything but
 true, false, null and a number from 0 to 1 is refused.
 
-The ids are those that were sampled, so nothing is encoded but the prompt.
+The ids are those that were sampled, so nothing is encoded but the prompt. They must spell the
+line's `response`: under another tokenizer they are other words.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..eval.lines import Kept, json_object, parse_lines, read_lines
+from ..eval.response import quoted, response_text
 from ..model.chat_template import encode_prompts
 from ..model.config import ModelConfig
 from ..model.tokenizer import Tokenizer
@@ -39,6 +42,8 @@ class StepLine(NamedTuple):
 
     prompt: str
     tokens: list[int]
+    response: str | None
+    """What the tokens spell; None where the line does not say."""
     ends: list[int]
     labels: dict[str, list[float]]
     """By their names; NaN where there is none."""
@@ -57,6 +62,9 @@ def steps_of(line: str) -> StepLine:
     tokens = checked_list(record, "tokens", int, "a list of token ids")
     if any(not 0 <= token < 2**31 for token in tokens):
         raise ValueError("`tokens` has a number that is no token id")
+    response = record.get("response")
+    if not isinstance(response, str | None):
+        raise ValueError("`response` is no text, expected what the tokens spell")
     steps = checked_list(record, "steps", dict, "a list of objects")
     if not steps:
         raise ValueError("`steps` is empty, so there is nothing to learn")
@@ -70,7 +78,7 @@ def steps_of(line: str) -> StepLine:
     # NaN is not above 0, and must not become a label of 0.
     labels["hard"] = [share if math.isnan(share) else float(share > 0) for share in shares]
     labels["soft"] = shares
-    return StepLine(prompt, tokens, ends, labels)
+    return StepLine(prompt, tokens, response, ends, labels)
 
 
 def label_of(step: dict, name: str) -> float:
@@ -86,18 +94,25 @@ def label_of(step: dict, name: str) -> float:
 
 
 def encode_steps(
-    tokenizer: Tokenizer, lines: Sequence[StepLine], shape: ModelConfig, name: str
+    tokenizer: Tokenizer,
+    lines: Sequence[StepLine],
+    shape: ModelConfig,
+    name: str,
+    path: str | Path = "the data",
 ) -> list[Steps]:
-    """The answers with their labels of this name. shape: of the model that is to read them.
+    """The answers of a file with their labels of this name. shape: of the model that is to read
+    them. path: the file, for messages.
 
-    Raises ValueError if no step has such a label, or, with the line's number, for an answer that
-    the model cannot read.
+    Raises ValueError if no step has such a label, or, with the answer's number, for an answer that
+    the model cannot read or that is of another tokenizer.
     """
     prompts = encode_prompts(tokenizer, [line.prompt for line in lines], chat=False)
     found = []
     for number, (line, prompt) in enumerate(zip(lines, prompts, strict=True)):
         tokens = np.array([*prompt, *line.tokens], np.int64)
-        check_sequences([tokens], shape, f"answer {number} (the first is 0)")
+        what = f"answer {number} of {path} (the first is 0)"
+        check_sequences([tokens], shape, what)
+        check_spelling(tokenizer, line, what)
         known = {
             fact: np.array(line.labels[fact]) == 1
             for fact in FACTS
@@ -112,6 +127,21 @@ def encode_steps(
             )
         )
     if all(np.isnan(answer.labels).all() for answer in found):
-        advice = "collect with --label-steps 8" if name in ("hard", "soft") else "take others"
-        raise ValueError(f"no step has the label that --labels {name} asks for; {advice}")
+        advice = "collect with --label-steps 8" if name in ("hard", "soft") else "give others"
+        asked = f"the label that --labels {name} asks for"
+        raise ValueError(f"no step in {path} has {asked}; {advice}, or leave it out")
     return found
+
+
+def check_spelling(tokenizer: Tokenizer, line: StepLine, what: str) -> None:
+    """Raise ValueError for tokens that do not spell their response. what: the answer, in words."""
+    if line.response is None:
+        return
+    spelled = response_text(tokenizer, line.tokens)
+    if spelled != line.response:
+        same = len(os.path.commonprefix([spelled, line.response]))
+        raise ValueError(
+            f"the tokens of {what} spell {quoted(spelled[same:])} under the tokenizer of --base "
+            f"where its `response` says {quoted(line.response[same:])}; give the base that the "
+            "answers were sampled with, or collect with this one"
+        )

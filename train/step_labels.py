@@ -28,7 +28,8 @@ from ..model.engine.requests import Request
 from ..model.engine.sampling import sample_seeds
 from ..rl.process import token_ends
 from .answers import Answer
-from .sample_file import ShareFile
+from .inputs import Inputs
+from .sample_file import StepLabelFile
 
 
 class StepLabels:
@@ -39,11 +40,13 @@ class StepLabels:
         task: Task,
         sampler: ModelSampler,
         n_completions: int,
-        kept: ShareFile | None = None,
+        kept: StepLabelFile | None = None,
+        graders: Inputs | None = None,
     ):
-        """kept: the shares that an earlier call has sampled; None keeps none."""
+        """kept: the shares that an earlier call has sampled; None keeps none. graders: the files
+        that decide what is right; shares of before they changed are sampled anew."""
         self.task, self.sampler, self.n_completions = task, sampler, n_completions
-        self.kept = kept
+        self.kept, self.graders = kept, graders or {}
         self.steps: list[dict] = []
         """All steps so far."""
         self.n_tokens = 0
@@ -96,7 +99,7 @@ class StepLabels:
             for answer, each in zip(answers, steps, strict=True)
             for step in each
         ]
-        asked = {"index": index, "completions": self.n_completions, "steps": ends}
+        asked = {"index": index, "completions": self.n_completions, "steps": ends, **self.graders}
         kept = self.kept.find(asked) if self.kept else None
         if kept is None:
             tokens, seconds = self.n_tokens, self.seconds

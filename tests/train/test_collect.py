@@ -15,11 +15,13 @@ from r1zero.model.checkpoint import load_model
 from r1zero.model.engine.engine import Engine
 from r1zero.model.engine.requests import group_requests
 from r1zero.model.engine.sampling import sample_seeds
+from r1zero.rl.rewards import RewardConfig
 from r1zero.train.cli.main import main
 from r1zero.train.collect import CollectConfig, collect, sample_problems
 from r1zero.train.conversations import read_conversations
 from r1zero.train.interrupt import Stopped
 from r1zero.train.sample_file import SampleFile
+from r1zero.train.task_flags import TaskFlags
 
 from ..rl.cases import Bandit
 from .loop_cases import save_base
@@ -199,13 +201,18 @@ def test_ctrl_c_stops_behind_a_batch_and_resume_goes_on(base, whole, tmp_path):
     assert (tmp_path / "x.jsonl").read_bytes() == whole["lines"]
 
 
-def test_resumed_with_other_filters_it_samples_nothing_again(base, whole, tmp_path):
+def test_resumed_with_other_filters_it_samples_nothing_again(base, whole, tmp_path, capsys):
     out = tmp_path / "x.jsonl"
     out.with_name("x.jsonl.partial").write_bytes(whole["samples"])
     collect(config_for(base, out, resume=True, keep=("all",), per_problem=2, batch=3, problems=5))
     rows = read(out)
     assert {row["index"] for row in rows} == set(range(5)) and len(rows) == 10
     assert any(row["parts"]["accuracy"] == 0 for row in rows)
+    # The samples of the two other problems stay, and are taken for all seven.
+    assert out.with_name("x.jsonl.partial").read_bytes() == whole["samples"]
+    assert "x.jsonl.partial stays, since it holds the samples of more problems" in capsys.readouterr().err
+    collect(config_for(base, out, resume=True))
+    assert out.read_bytes() == whole["lines"] and not out.with_name("x.jsonl.partial").exists()
 
 
 @pytest.mark.parametrize(("changes", "match"), [
@@ -257,6 +264,29 @@ def test_a_whole_file_is_not_made_again_with_resume_unless_the_flags_differ(base
     assert out.read_bytes() == whole["lines"]
 
 
+def test_a_whole_file_whose_graders_have_changed_is_not_taken_for_whole(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, data, out = tmp_path / "judge_that_changes.py", tmp_path / "q.jsonl", tmp_path / "x.jsonl"
+    code.write_text("def judge(samples):\n    return [1.0 for sample in samples]\n")
+    data.write_text('{"prompt": "a", "answer": "1"}\n{"prompt": "b", "answer": "2"}\n')
+    task = TaskFlags("jsonl", ("test_share=0",), data=str(data))
+    config = config_for(base, out, task=task, problems=2, keep=("all",), resume=True,
+                        rewards=RewardConfig(plugin="judge_that_changes:judge"))
+    record = collect(config)
+    assert collect(config) == json.loads(json.dumps(record))
+    for file, what in ((code, "plugin .changed: .*judge_that_ch"), (data, "problems .changed: .*q.jsonl")):
+        before = file.read_text()
+        file.write_text(before.replace("1", "3"))
+        with fails(ValueError, f"is whole, and what grades its answers has changed since: {what}"):
+            collect(config)
+        file.write_text(before)
+    older = summary(out)  # of before graders were kept
+    del older["graders"]
+    (tmp_path / "x.jsonl.summary.json").write_text(json.dumps(older))
+    code.write_text("# other\n")
+    assert collect(config) == older
+
+
 @pytest.mark.slow
 def test_a_real_kill_loses_no_whole_batch(tmp_path):
     base = save_base(tmp_path / "base")
@@ -300,12 +330,14 @@ def test_rankings_have_all_answers_the_best_first(base, tmp_path):
     (dict(split="dev"), "--split is 'dev', expected train or test"), (dict(batch=0), "--batch is 0"),
     (dict(temperature=-1.0), "--temperature is -1"),
     (dict(temperature=0.0), "gives one answer, and --samples is 3"),
+    (dict(temperature=0.0, samples=1, keep=("all",), label_steps=8), "gives one completion, and --label-st"),
     (dict(rank=True, keep=("right", "formed"), samples=1), "--rank compares answers"),
     (dict(max_new_tokens=0), "--max-new-tokens is 0"), (dict(max_new_tokens=10_000), "max_seq_len is 256"),
     (dict(max_new_tokens=255), "problem 0 has 2 tokens, and a max_seq_len of 256 leaves 1 beside 255"),
     (dict(out="/"), "it is a folder"),
     (dict(task=Letters(most=5)), "ask for 7 problems, but bandit has 5 different train problems"),
     (dict(task=Plain(), min_language=0.5), "bandit does not tell languages apart"),
+    (dict(task=Letters(chat=True), rank=True, keep=("right", "formed")), "--chat with --rank: "),
     (dict(run="/nowhere"), "/nowhere"),
 ])
 def test_bad_flags_are_refused_before_anything_is_written(base, tmp_path, changes, match):

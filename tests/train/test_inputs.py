@@ -12,7 +12,7 @@ import torch
 from r1zero.model.checkpoint import CheckpointError, checkpoint_steps, load_checkpoint
 from r1zero.model.tokenizer import Tokenizer
 from r1zero.train.grpo import grpo
-from r1zero.train.inputs import base_parts, changes_of, file_parts
+from r1zero.train.inputs import base_parts, changes_of, file_parts, plugin_parts
 from r1zero.train.log import read_metrics
 from r1zero.train.pretrain import pretrain
 from r1zero.train.sft import SFTConfig, sft
@@ -194,6 +194,12 @@ def test_the_fingerprint_of_a_base_is_its_weights_shape_and_tokenizer(tmp_path):
     assert differ(same, bytes_) == {"weights"}
     same.tensors["model"] = first_weights | {"embed.weight": first_weights[next(iter(first_weights))]}
     assert differ(same, bytes_) == {"weights"}
+
+
+def test_the_code_of_a_reward_of_one_s_own_is_an_input_and_that_of_ours_is_none():
+    [[name, _]] = plugin_parts("json:dumps")["plugin"]
+    assert Path(name) == Path(json.__file__)
+    assert plugin_parts(None) == plugin_parts("r1zero.train.recipes.r1_corpus:preferences") == {}
 
 
 def test_files_in_another_order_are_other_data_and_a_missing_one_is_told(tmp_path):

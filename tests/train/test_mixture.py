@@ -58,7 +58,7 @@ def test_shares_are_the_smallest_whole_numbers(weights, parts):
     (["a:1e999"], "weight is 1e999"), (["a:"], "'' behind its last colon is no weight"),
     (["a:many"], "'many' behind its last colon"), (["a:3/4"], "'3/4' behind"),
     (["C:\\data\\c.jsonl"], "there is no such file"), (["hub:owner/name"], "there is no such file"),
-    (["a:3", "./a:1"], "mixes a twice"), (["a:1", "a"], "give it once"),
+    ([":3"], "a weight without a file"), (["a:3", "./a:1"], "mixes a twice"), (["a:1", "a"], "give it once"),
     (["a:1", "b:0.000011"], r"1000000 to 11.*add up to at most 100,000"),
 ])
 def test_bad_sources_are_refused_in_one_line(words, match):

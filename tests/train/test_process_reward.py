@@ -33,7 +33,7 @@ from r1zero.train.process_reward import (
     resampled,
 )
 from r1zero.train.run import read_record
-from r1zero.train.sample_file import ShareFile
+from r1zero.train.sample_file import StepLabelFile
 from r1zero.train.step_file import encode_steps, read_steps
 from r1zero.train.step_labels import StepLabels
 
@@ -196,15 +196,18 @@ def test_a_collection_that_is_stopped_while_it_labels_goes_on_behind_its_labels(
     assert summaries[0]["completion_tokens"] == summaries[1]["completion_tokens"]
 
     # What is kept is taken, and not sampled again, but for the same steps and number of completions.
-    file, asked = ShareFile(out), {"index": 0, "completions": 2, "steps": [[0, 2]]}
+    file, asked = StepLabelFile(out), {"index": 0, "completions": 2, "steps": [[0, 2]]}
     file.append(asked | {"shares": [0.5], "tokens": 3, "seconds": 1.0})
     model, tokenizer, _ = load_model(str(folder / "base"), CPU)
     answer = Answer(0, Sample(0, "abc", (97, 98, 99), "length"), {"accuracy": 0.0}, 0.0, None)
-    for n, is_kept in ((2, True), (3, False)):
-        counted = StepLabels(Letters(), ModelSampler(model, tokenizer, 6), n, ShareFile(out))
+    changed = {"problems": [["q.jsonl", "another digest"]]}  # the answers that decide what is right
+    for n, graders, is_kept in ((2, {}, True), (2, changed, False), (3, {}, False)):
+        sampler = ModelSampler(model, tokenizer, 6)
+        counted = StepLabels(Letters(), sampler, n, StepLabelFile(out), graders)
         [line] = counted.lines("p", [answer], {"index": 0})
         assert (counted.seconds == 1.0) == (counted.n_tokens == 3) == is_kept
-        assert (line["steps"][0]["share"] == 0.5) == is_kept  # of three completions it is no half
+        if n == 3:
+            assert line["steps"][0]["share"] != 0.5  # of three completions it is no half
 
 
 def test_labels_are_for_all_answers_of_a_task_with_steps(folder, tmp_path):
@@ -221,6 +224,8 @@ def test_labels_are_for_all_answers_of_a_task_with_steps(folder, tmp_path):
         chat: bool = False
         files = ()
 
+    with fails(ValueError, "--chat with --label-steps: .*leave out --chat"):
+        collect(collect_config(folder / "base", tmp_path / "x", task=Letters(chat=True)))
     with fails(ValueError, "--label-steps is given, but the task bandit does not say"):
         collect(collect_config(folder / "base", tmp_path / "x", task=Plain()))
     assert not list(tmp_path.iterdir())
@@ -282,6 +287,7 @@ def with_step(**change) -> dict:
     (GOOD | {"tokens": "ab"}, "`tokens` is missing or another kind"),
     (GOOD | {"tokens": [-1]}, "`tokens` has a number that is no token id"),
     (GOOD | {"prompt": ""}, "`prompt` is missing, empty"),
+    (GOOD | {"response": ["ab"]}, "`response` is no text"),
 ])
 def test_a_line_that_holds_no_steps_is_named_with_its_fault(tmp_path, line, told):
     path = write(tmp_path / "s.jsonl", [GOOD, line])
@@ -295,8 +301,10 @@ def test_what_nobody_can_learn_from_is_refused_before_there_is_a_folder(folder, 
         data = write(tmp_path / "s.jsonl", lines)
         process_reward(config(tmp_path / "run", folder / "base", data, **changes))
 
-    with fails(ValueError, "no step has the label that --labels soft asks for; collect with --label-steps 8"):
+    with fails(ValueError, "no step in .*s.jsonl has the label that --labels soft asks for; collect"):
         train([with_step(share=None)], labels="soft")
+    with fails(ValueError, "tokens of answer 1 of .*s.jsonl .* spell 'b' under .* `response` says 'c'; give"):
+        train([GOOD | {"response": "ab"}, GOOD | {"response": "ac"}])
     with fails(ValueError, "of 1 answers 0 are held out"):
         train([GOOD], held_out=0.01)
     with fails(ValueError, "answer 0 .* has an answer of 301 tokens"):
@@ -305,6 +313,18 @@ def test_what_nobody_can_learn_from_is_refused_before_there_is_a_folder(folder, 
         train([GOOD | {"tokens": [97, 5000, 97]}])
     with fails(ValueError, "--labels is 'good', expected one of true, reaches, hard, soft"):
         train([GOOD], labels="good")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_without_the_label_is_named_whatever_the_weights_and_answers_without_are_counted(
+        folder, tmp_path, capsys):
+    exact = write(tmp_path / "exact.jsonl", [with_step(share=None)] * 2)
+    some = write(tmp_path / "some.jsonl", [*count_so_far(40), with_step(share=None)])
+    for weights in ((":2", ":1"), ("", "")):
+        data = tuple(path + weight for path, weight in zip((some, exact), weights, strict=True))
+        with fails(ValueError, "no step in .*exact.jsonl has the label .* soft asks for; .*leave it out"):
+            process_reward(replace(config(tmp_path / "run", folder / "base", "", labels="soft"), data=data))
+    assert "some.jsonl: 1 answers without a label soft are left out" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -406,6 +426,8 @@ def test_what_is_no_process_reward_or_does_not_fit_is_refused_before_there_is_a_
     refused("prm/checkpoints/step_00000030 holds no reward model; give a folder that r1zero reward-model",
             rewards=dict(model=str(folder / "prm")))
     refused("--rewards.process is given, but the task bandit does not say", task=Bandit())
+    refused("--rewards.process with --chat: .*leave out either", task=Letters(chat=True))
+    refused("--rewards.model with --chat", task=Letters(chat=True), rewards=dict(model=str(folder / "prm")))
     save_base(tmp_path / "short", max_seq_len=32)
     process_reward(config(tmp_path / "prm2", tmp_path / "short", folder / "a.jsonl", steps=1))
     refused("--rewards.process .*prm2 has room for 32 tokens", max_new_tokens=40,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from r1zero.eval.harness import interval
 from r1zero.model.checkpoint import (
     CheckpointError,
     checkpoint_steps,
@@ -22,7 +23,12 @@ from r1zero.train.fit_head import ItemBatches, mixed_order, split_by_prompt
 from r1zero.train.grpo import grpo, timed_step
 from r1zero.train.log import read_metrics
 from r1zero.train.rankings import encode_rankings, read_rankings
-from r1zero.train.reward_model import RewardModelConfig, load_reward_model, reward_model
+from r1zero.train.reward_model import (
+    RewardModelConfig,
+    load_reward_model,
+    measure,
+    reward_model,
+)
 from r1zero.train.run import read_record
 
 from ..rl.cases import Bandit, tiny
@@ -113,6 +119,37 @@ def test_a_run_resumes_to_the_same_bits_whatever_the_micro_batch(folder, tmp_pat
         reward_model(config(tmp_path / "run", base, tmp_path / "r.jsonl", noise=0.1, resume=True))
 
 
+def test_a_model_that_is_trained_further_has_no_centre_until_its_training_ends(folder, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    reward_model(config(run, folder / "base", folder / "r.jsonl"))
+    nothing_left = config(run, folder / "base", folder / "r.jsonl", resume=True)
+    assert reward_model(nothing_left).is_centred
+    further = config(run, folder / "base", folder / "r.jsonl", steps=12, resume=True)
+    broken_at(monkeypatch, 10, reward_model, further)
+    with fails(CheckpointError, "training was stopped, and its scores are not centred"):
+        load_reward_model(str(run), CPU)
+    reward_model(further)
+    load_reward_model(str(run), CPU)
+
+
+def test_rankings_of_the_same_prompt_count_as_one(tmp_path):
+    lines = read_rankings(write(tmp_path / "r.jsonl", more_of_a(12)))
+    once, twice = [encode_rankings(Tokenizer.bytes(), each, tiny().config, 0.0, 0)
+                   for each in (lines, lines * 2)]
+    rng = np.random.default_rng(0)
+    scores = [rng.normal(size=4) for _ in lines]
+    found = measure(scores, once, config("x", "x", "x"))
+    assert found == measure(scores * 2, twice, config("x", "x", "x"))
+    shares = [agreed(*each) for each in zip(once, scores, strict=True)]
+    n_pairs = int(np.mean([len(each.clean.better) for each in once]))
+    assert found["agrees"] == interval(shares, n_pairs) and 0 < np.mean(shares) < 1
+
+
+def agreed(ranking, scores) -> float:
+    """The share of the pairs of a ranking in which these scores agree."""
+    return float((scores[ranking.clean.better] > scores[ranking.clean.worse]).mean())
+
+
 def test_with_noise_the_table_shows_the_ceiling_and_the_share_without_it(folder, tmp_path, capsys):
     reward_model(config(tmp_path / "run", folder / "base", folder / "r.jsonl", noise=0.3, held_out=0.5))
     found = read_record(tmp_path / "run/run.json")["reward_model"]
@@ -179,6 +216,7 @@ GOOD = {"prompt": "p", "answers": ["a", "b"], "ranks": [1, 2]}
     (dict(answers="ab"), "`answers` is missing"),
     (dict(answers=["a", None]), "`answers` is missing or another kind"),
     (dict(prompt=" "), "`prompt` is missing, empty"),
+    (dict(right=[0.5, 1]), "`right` holds other numbers than 0 and 1"),
     (dict(answers=["a", "\ud800"]), "answer 2 has half of a character"),
 ])
 def test_a_line_that_is_no_ranking_is_named_with_its_fault(tmp_path, change, told):
@@ -299,6 +337,11 @@ def test_a_reward_model_that_does_not_fit_is_refused_before_there_is_a_folder(fo
             tmp_path / "rm2", max_new_tokens=40)
     with fails(ValueError, "--rewards.model-from is 1.0"):
         rl_config(folder, tmp_path / "run", rewards=dict(model="x", model_from=1.0))
+    with fails(ValueError, "--rewards.model-from 0.8 of 4 --steps leaves none to the reward model"):
+        rl_config(folder, tmp_path / "run", rewards=dict(model="x", model_from=0.8))
+    for name, value in (("model-from", 0.5), ("process-weight", 2.0)):
+        with fails(ValueError, f"--rewards.{name} is given without --rewards.{name.partition('-')[0]}, and"):
+            rl_config(folder, tmp_path / "run", rewards={name.replace("-", "_"): value})
     with fails(ValueError, "--rewards.model-weight 1.0 with --advantage.scale mean"):
         rl_config(folder, tmp_path / "run", "maxrl", rewards=dict(model="x"))
 

@@ -135,6 +135,10 @@ def test_the_counts_add_up_in_all_and_by_difficulty():
     table = tally.table()
     assert "- wrong                       7   58.3%" in table and "from 2 of 3 problems" in table
     assert "27 per kept answer" in table and "20 tokens per second" in table
+    assert "cut off" not in table
+    tally = Tally(Selection(SelectionFlags(keep=("all",))))
+    tally.choose("a", [answer(i, reason="length" if i else "stop") for i in range(4)], 0.5)
+    assert "cut off at the limit        3   75.0% of the kept; --keep finished" in tally.table()
 
 
 def test_the_reward_is_that_of_grpo_efficiency_among_the_problem_s_answers_too():

@@ -51,12 +51,17 @@ def test_a_base_continues_a_question_and_after_sft_it_answers_and_stops(tmp_path
     assert losses[-1] < 0.1 < losses[0]
 
 
-def test_sft_with_a_chat_template_needs_a_model_that_has_one(tmp_path):
+def test_sft_with_a_chat_template_needs_a_model_that_has_one_and_counts_answers_that_were_cut_off(
+        tmp_path, capsys):
     pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n")
+    rows = [{"prompt": "a", "response": "b", "finish_reason": "length"},
+            {"prompt": "a", "response": "b", "finish_reason": "stop"},
+            {"prompt": "a", "response": '"finish_reason": "length"'}]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     base = str(save_base(tmp_path / "base"))
     with pytest.raises(ValueError, match="this model has no chat template: .*; leave out --chat"):
         sft(SFTConfig(run=str(tmp_path / "run"), base=base, data=str(pairs), chat=True, device="cpu"))
+    assert "pairs.jsonl: 1 of 3 answers were cut off" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

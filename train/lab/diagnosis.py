@@ -399,9 +399,10 @@ def loss_is_zero(history: History) -> str | None:
     loss = history.mean("loss")
     has_one_ratio = history.option("updates_per_step") == 1
     is_surrogate = history.choice("loss", "objective") in ("clip", "gspo", "dppo")
+    has_steps = not math.isnan(history.mean("reward_process"))  # whose advantages do not
     sums_to_zero = has_one_ratio and is_surrogate and compares_within_groups(history)
     has_trained = history.mean("trained_samples") > 0 and history.mean("gradient_norm") > 0
-    if sums_to_zero and has_trained and abs(loss) < 0.3:
+    if sums_to_zero and not has_steps and has_trained and abs(loss) < 0.3:
         return (
             f"The loss is about 0 ({loss:+.3f}): normal. With one update per step the ratio of new "
             "to old probability is 1, and the advantages of a group sum to 0; what is left is "

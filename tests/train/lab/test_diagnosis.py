@@ -106,6 +106,7 @@ def test_the_control_is_not_told_that_it_stands_still():
 
 @pytest.mark.parametrize("rule, metrics, changes", [
     ("loss_is_zero", {}, {"updates_per_step": 2}), ("loss_is_zero", {}, {"algo": "rloo"}),
+    ("loss_is_zero", {"reward_process": 0.5}, {}),
     ("loss_is_zero", {"trained_samples": 0}, {}), ("loss_is_zero", {"gradient_norm": 0.0}, {}),
     ("sampler_is_off", dict(logp_gap_mean=0.1), {"loss__max_importance": 2.0}),
     ("too_much_clipped", dict(clipped_low=0.9), {"algo": "gspo"}),
