@@ -22,7 +22,8 @@ from r1zero.model.checkpoint import checkpoint_steps
 from r1zero.train.log import read_metrics
 from r1zero.train.machine import reuse_memory
 from r1zero.train.pretrain import pretrain
-from r1zero.train.recipes.demo import DemoConfig, base_config, part_done
+from r1zero.train.recipes.demo import DemoConfig, base_config
+from r1zero.train.recipes.parts import part_done
 from r1zero.train.report.experts import LOAD, load_maps
 from r1zero.train.report.plots import plot_heat_maps
 

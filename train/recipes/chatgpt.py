@@ -41,19 +41,18 @@ from ..reward_model import RewardModelConfig, reward_model
 from ..run import RunConfig, at_least
 from ..sft import SFTConfig, sft
 from ..task_flags import TaskFlags
-from .demo import (
-    DemoConfig,
+from .demo import DemoConfig, base_config
+from .demo_corpus import CorpusConfig, document
+from .hidden_preference import ranking_lines, sample_answers
+from .over_optimisation import MICRO_TOKENS, Arms, Evaluator, measure_all, plot_distance, table
+from .parts import (
     PartResults,
-    base_config,
     check_not_begun,
     check_part,
     check_size,
     enough_to_split,
     run_part,
 )
-from .demo_corpus import CorpusConfig, document
-from .hidden_preference import ranking_lines, sample_answers
-from .over_optimisation import MICRO_TOKENS, Arms, Evaluator, measure_all, plot_distance, table
 
 TASK_OPTIONS = ("n_numbers=3", "high=20", "ops=+-")
 N_DEMONSTRATIONS = 1000

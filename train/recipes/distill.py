@@ -59,10 +59,18 @@ from ..run import at_least
 from ..settings import as_json
 from ..sft import SFTConfig, sft
 from ..task_flags import TaskFlags
-from .demo import PartResults, check_not_begun, check_part, check_room, check_size, has_answers
 from .demo_corpus import words
 from .distill_results import Results, plot_results, verdicts
-from .r1 import Stage, run_stage
+from .parts import (
+    PartResults,
+    Stage,
+    check_not_begun,
+    check_part,
+    check_room,
+    check_size,
+    has_answers,
+    run_stage,
+)
 
 DEMO = "runs/demo/seed0"
 TOY = TaskFlags(name="countdown", options=("n_numbers=3", "high=20", "ops=+-"))

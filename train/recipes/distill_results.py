@@ -20,7 +20,7 @@ from ..cost import StageCost, cost_of
 from ..machine import describe_machine
 from ..report.metrics import share_with_interval
 from ..report.plots import AXIS, BASE, CONTROL, GRID, INK, RL, new_figure, save
-from .demo import PartResults
+from .parts import PartResults
 
 # What an arm is, and the stages that it takes beside the student.
 ARMS = {

@@ -41,8 +41,8 @@ from ..pretrain import PretrainConfig, pretrain
 from ..run import RunConfig, at_least
 from ..sft import SFTConfig, sft
 from ..task_flags import TaskFlags
-from .demo import PartResults, check_not_begun, check_part, run_part
 from .minimal_text import FACTS, HELD_OUT, N_NUMBERS, make_task, pairs_file, question, words
+from .parts import PartResults, check_not_begun, check_part, run_part
 
 N_PAIRS = 6000  # examples of fine-tuning
 MAX_NEW_TOKENS = 48

@@ -47,7 +47,7 @@ from ..memory_check import setup_of_run
 from ..planning import LORA_RANK, SHAPES, gib, gib_needed
 from ..run import at_least, check_folder_name
 from ..task_flags import TaskFlags
-from .demo import PartResults, check_not_begun, check_part, run_part
+from .parts import PartResults, check_not_begun, check_part, run_part
 
 SMALLEST = {"lora": LoRAConfig(LORA_RANK), "recompute": True, "ref_offload": False}
 

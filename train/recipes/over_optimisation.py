@@ -26,7 +26,6 @@ from ...rl.update import Reference, kl_cost_to
 from ..report.metrics import share_with_interval
 from ..report.plots import BASE, CONTROL, RL, Line, Mark, Panel, plot
 from ..reward_model import load_reward_model
-from .demo import PartResults
 from .hidden_preference import (
     best_of,
     kl_of_best_of,
@@ -35,6 +34,7 @@ from .hidden_preference import (
     sample_answers,
     win_rate,
 )
+from .parts import PartResults
 
 MICRO_TOKENS = 8192
 N_ANSWERS = 2  # per held-out problem

@@ -26,11 +26,10 @@ DeepSeek-V3 as a second writer of the cold start's thoughts, and a reward for ha
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated
 
 import tyro
 
@@ -55,15 +54,16 @@ from ..reward_model import RewardModelConfig, reward_model
 from ..run import at_least
 from ..sft import SFTConfig, sft
 from ..task_flags import TaskFlags
-from .demo import (
+from .parts import (
     PartResults,
+    Stage,
     check_not_begun,
     check_part,
     check_room,
     check_size,
     enough_to_split,
     has_answers,
-    run_part,
+    run_stage,
 )
 from .r1_corpus import AuthorsConfig, general_pairs, words
 from .r1_measure import held_out_tasks, measure, reached, sample_held_out, win_rate, write_samples
@@ -209,15 +209,6 @@ def check_collection(config: R1Config, flags: CollectConfig) -> None:
 
 
 # ---- the stages: each is an ordinary run ----
-
-
-class Stage(NamedTuple):
-    """One stage: a loop and its configuration."""
-
-    name: str
-    """Of its folder, or of the file that it writes."""
-    loop: Callable
-    config: Any
 
 
 def task_of(config: R1Config, kinds: str, *others: str) -> TaskFlags:
@@ -414,20 +405,6 @@ def reward_config(config: R1Config, folder: Path) -> RewardModelConfig:
         seed=config.seed,
         device=config.device,
     )
-
-
-def run_stage(stage: Stage) -> float:
-    """Run a stage to its end, whether it was begun or not; returns the seconds that it took now.
-
-    Raises Stopped after Ctrl-C.
-    """
-    if stage.loop is not collect:
-        return run_part(stage.loop, stage.config)
-    started = time.perf_counter()
-    # What is whole is not made again, but its flags are compared.
-    out = Path(stage.config.out)
-    collect(replace(stage.config, resume=out.exists() or partial_path(out).exists()))
-    return time.perf_counter() - started
 
 
 # ---- what came out ----

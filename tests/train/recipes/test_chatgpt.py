@@ -14,8 +14,8 @@ from r1zero.train.recipes.chatgpt import (
     write_demonstrations,
     write_few_rankings,
 )
-from r1zero.train.recipes.demo import PartResults
 from r1zero.train.recipes.over_optimisation import table
+from r1zero.train.recipes.parts import PartResults
 
 from ..run_cases import fails
 

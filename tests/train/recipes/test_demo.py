@@ -14,7 +14,8 @@ from r1zero.train.grpo import grpo, timed_step
 from r1zero.train.interrupt import Stopped
 from r1zero.train.log import read_metrics
 from r1zero.train.pretrain import pretrain
-from r1zero.train.recipes.demo import DemoConfig, base_config, grpo_config, part_done, run_part
+from r1zero.train.recipes.demo import DemoConfig, base_config, grpo_config
+from r1zero.train.recipes.parts import part_done, run_part
 from r1zero.train.run import Run
 
 from ..loop_cases import TIMES, pretrain_config, text_file
