@@ -65,6 +65,11 @@ class Setup:
     judges: tuple[ModelConfig, ...] = ()
     """The shapes of the models that judge answers: a reward model, a process reward."""
 
+    @property
+    def reference_is_adapters(self) -> bool:
+        """Whether the reference shares the policy's weights, and has no more than adapters."""
+        return self.teacher is None and self.lora.rank > 0
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -175,7 +180,7 @@ def reference_bytes(setup: Setup, model: Transformer) -> int:
     """Bytes of the reference on the device, while it is in use."""
     if setup.reference == "none":
         return 0
-    if setup.teacher is None and setup.lora.rank:  # the adapters as they were
+    if setup.reference_is_adapters:  # as they were
         return sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return _frozen_bytes(setup.teacher or setup.model, setup.dtype, setup.fp32_head)
 
@@ -218,8 +223,7 @@ def predict(setup: Setup, budget: float | None = None) -> Prediction:
         extra = 2 * min(SLICE, setup.model.head_rows) - SLICE
         head += n_tokens * extra * setup.dtype.itemsize
     activations, logprobs = model.saved_bytes(n_tokens) + layer, max(0, head - layer)
-    is_adapters = setup.lora.rank and setup.teacher is None
-    is_away = setup.reference == "cpu" and not is_adapters
+    is_away = setup.reference == "cpu" and not setup.reference_is_adapters
     at_home, visiting = (0, reference) if is_away else (reference, 0)
 
     # What sampling takes; the cache has what is left.

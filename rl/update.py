@@ -374,14 +374,12 @@ def kl_cost_to(reference: Reference, config) -> Callable[[Rollouts], np.ndarray]
 
     def kl_cost(rollouts: Rollouts) -> np.ndarray:
         with reference.in_use() as model:
-            ref_logp_R = over_all_tokens(
-                lambda batch: logprobs_of(model, [batch], rollouts.temperature, reference.replays)[
-                    0
-                ],
-                rollouts,
-                config.micro_tokens,
-                reference.device,
-            )
+
+            def logp_of(batch: MicroBatch) -> torch.Tensor:
+                [logp_R] = logprobs_of(model, [batch], rollouts.temperature, reference.replays)
+                return logp_R
+
+            ref_logp_R = over_all_tokens(logp_of, rollouts, config.micro_tokens, reference.device)
         logp_R = np.concatenate(rollouts.sampler_logp).astype(np.float64)
         kl_R = kl_estimate(logp_R, ref_logp_R.cpu().double().numpy(), config.loss.kl_estimator)
         return config.loss.kl_coef * kl_R

@@ -160,6 +160,21 @@ def mixed_order(config, prompts: Sequence[Sequence[str]]) -> MixedOrder | None:
     return MixedOrder(sizes, parts, config.seed)
 
 
+def split_into_batches(
+    config, prompts: Sequence[Sequence[str]], items: list, per_step: int, what: str
+) -> tuple[ItemBatches, list, list]:
+    """(batches of what is trained on, all of that, what is held out), mixed by the weights of
+    --data.
+
+    prompts: of the items of each file, in the order of the items; what: what these are, for
+    messages. Raises ValueError as `split_by_prompt` and `mixed_order` do.
+    """
+    all_prompts = [prompt for file in prompts for prompt in file]
+    trained, held_out = split_by_prompt(all_prompts, items, config.held_out, what)
+    order = mixed_order(config, prompts)
+    return ItemBatches(trained, per_step, config.seed, order), trained, held_out
+
+
 def micro_items(items: list, micro_tokens: int) -> list[list]:
     """The items in batches of at most so many tokens, but at least one item; none is cut."""
     lengths = np.array([item.n_tokens for item in items])

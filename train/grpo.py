@@ -499,7 +499,7 @@ def grpo(config: GRPOConfig, step_of=timed_step, score_of=held_out_accuracy) -> 
         if run.first_step < config.steps:
             run.note(memory={"predicted": predicted.parts | {"peak": predicted.peak}})
         if device.type == "cuda":
-            try_longest_batch(learner, config, longest, shapes)
+            try_longest_batch(learner, config, longest, predicted)
         say(f"{in_words(config)}, max_logp_gap {gap_limit(policy, config):g}")
         rollout_log = RolloutLog(
             run.folder, run.first_step, engine.tokenizer, config.keep_rollouts, config.seed

@@ -76,15 +76,16 @@ def predicted_for(
 
 
 def try_longest_batch(
-    learner: Learner, config: Algorithm, longest: int, judges: Sequence[ModelConfig] = ()
+    learner: Learner, config: Algorithm, longest: int, predicted: Prediction
 ) -> None:
     """Send the largest micro-batch there can be through forward and backward, and forget it.
 
     Twice, so that the second one meets the gradients of the first, and beside as much memory as the
-    moments will take. Raises BatchTooLargeError, with what was predicted and what would help.
+    moments will take. predicted: what `predicted_for` gives. Raises BatchTooLargeError, with what
+    was predicted and what would help.
     """
     policy, device = learner.policy, learner.policy.device
-    predicted = predicted_for(config, learner, longest, judges)
+    n_tokens = most_tokens(config, longest)
     doing = "the moments"
     try:
         held = None
@@ -92,7 +93,7 @@ def try_longest_batch(
             held = torch.empty(predicted.moments, dtype=torch.uint8, device=device)
         for _ in range(2):
             doing = "the activations"
-            packed = largest_batch(most_tokens(config, longest), longest, policy)
+            packed = largest_batch(n_tokens, longest, policy)
             hidden_TM = policy.hidden_states(packed)
             doing = "the log-probs"
             logp, entropy = policy.logprobs(hidden_TM, packed.tokens)
@@ -100,14 +101,13 @@ def try_longest_batch(
             (logp.sum() + entropy.sum()).backward()
         del held
     except torch.OutOfMemoryError as error:
-        n_tokens = max(most_tokens(config, longest), longest)
         parts = ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in predicted.parts.items())
         helps = "--recompute, --ref-offload, --optim.moments bf16 or --lora.rank"
         if config.lora.rank:  # the reference shares the weights, and the moments are small
             helps = "--recompute or a smaller --lora.rank"
         raise BatchTooLargeError(
-            f"a micro-batch of {n_tokens} tokens does not fit, which is the largest that can come. "
-            f"Memory ended at {doing}. Predicted were {parts}: that part came out "
+            f"a micro-batch of {max(n_tokens, longest)} tokens does not fit, which is the largest "
+            f"that can come. Memory ended at {doing}. Predicted were {parts}: that part came out "
             "larger, or another process has a part of the GPU. Give a smaller --micro-tokens, "
             f"{helps}; `r1zero plan` says what each would save"
         ) from error

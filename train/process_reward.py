@@ -39,13 +39,11 @@ from ..rl.process import (
 )
 from .fit_head import (
     HeadConfig,
-    ItemBatches,
     fit_head,
     load_head,
-    mixed_order,
     open_base,
     read_files,
-    split_by_prompt,
+    split_into_batches,
 )
 from .machine import reuse_memory
 from .mixture import parse_sources
@@ -232,14 +230,14 @@ def process_reward(config: ProcessRewardConfig) -> ProcessReward:
             )
         prompts.append([lines[n].prompt for n in labelled])
         answers += [encoded[n] for n in labelled]
-    trained, held_out = split_by_prompt(sum(prompts, []), answers, config.held_out, "answers")
-    order = mixed_order(config, prompts)
+    batches, trained, held_out = split_into_batches(
+        config, prompts, answers, config.answers_per_step, "answers"
+    )
     say(
         f"{len(trained):,} answers with {sum(len(a.ends) for a in trained):,} steps to train on, "
         f"{len(held_out):,} held out"
     )
     model = ProcessReward(trunk)
-    batches = ItemBatches(trained, config.answers_per_step, config.seed, order)
     with run:
         objective = StepLabelsLoss(held_out, config)
         fit_head(run, model, tokenizer, batches, config, objective)

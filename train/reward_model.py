@@ -37,13 +37,11 @@ from ..rl.preferences import (
 )
 from .fit_head import (
     HeadConfig,
-    ItemBatches,
     fit_head,
     load_head,
-    mixed_order,
     open_base,
     read_files,
-    split_by_prompt,
+    split_into_batches,
 )
 from .machine import reuse_memory
 from .rankings import encode_rankings, read_rankings
@@ -245,11 +243,11 @@ def reward_model(config: RewardModelConfig) -> RewardModel:
     rankings = [ranked for file in files for ranked in file]
     encoded = encode_rankings(tokenizer, rankings, trunk.config, config.noise, config.seed)
     prompts = [[ranked.prompt for ranked in file] for file in files]
-    trained, held_out = split_by_prompt(sum(prompts, []), encoded, config.held_out, "rankings")
-    order = mixed_order(config, prompts)
+    batches, trained, held_out = split_into_batches(
+        config, prompts, encoded, config.rankings_per_step, "rankings"
+    )
     say(pairs_in_words(trained, held_out))
     model = RewardModel(trunk)
-    batches = ItemBatches(trained, config.rankings_per_step, config.seed, order)
     with run:
         objective = Preferences(trained, held_out, config)
         fit_head(run, model, tokenizer, batches, config, objective)

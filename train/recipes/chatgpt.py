@@ -21,7 +21,6 @@ Source: InstructGPT, arXiv 2203.02155. Left out: its pretraining loss in PPO, pe
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -47,11 +46,12 @@ from .hidden_preference import ranking_lines, sample_answers
 from .over_optimisation import MICRO_TOKENS, Arms, Evaluator, measure_all, plot_distance, table
 from .parts import (
     PartResults,
+    Stage,
     check_not_begun,
     check_part,
     check_size,
     enough_to_split,
-    run_part,
+    run_stage,
 )
 
 TASK_OPTIONS = ("n_numbers=3", "high=20", "ops=+-")
@@ -273,15 +273,15 @@ def seed_of(config: ChatGPTConfig, purpose: int) -> int:
 # ---- the whole ----
 
 
-def stages_of(config: ChatGPTConfig, folder: Path) -> list[tuple[str, Callable, RunConfig]]:
-    """(name, loop, its configuration) of each stage, in order."""
-    stages: list[tuple[str, Callable, RunConfig]] = []
+def stages_of(config: ChatGPTConfig, folder: Path) -> list[Stage]:
+    """The stages in order."""
+    stages = []
     if config.base is None:
-        stages.append(("base", pretrain, pretrain_config(config, folder)))
-    stages.append(("sft", sft, sft_config(config, folder)))
+        stages.append(Stage("base", pretrain, pretrain_config(config, folder)))
+    stages.append(Stage("sft", sft, sft_config(config, folder)))
     for judge, ppo in arms_of(config):
-        stages.append((judge, reward_model, rm_config(config, folder, judge)))
-        stages.append((ppo, grpo, ppo_config(config, folder, ppo)))
+        stages.append(Stage(judge, reward_model, rm_config(config, folder, judge)))
+        stages.append(Stage(ppo, grpo, ppo_config(config, folder, ppo)))
     return stages
 
 
@@ -290,8 +290,8 @@ def check_same(config: ChatGPTConfig, folder: Path) -> None:
 
     --few may be another until something was made or measured with it.
     """
-    for _, _, stage in stages_of(config, folder):
-        check_part(stage)
+    for stage in stages_of(config, folder):
+        check_part(stage.config)
     values = PartResults(folder, {}).values
     if not any(folder.glob("*/checkpoints/step_*")):
         return
@@ -329,12 +329,12 @@ def chatgpt(config: ChatGPTConfig) -> Path:
 
     # 1. to 6. Each stage is a run; rankings are made once there is a model to rank.
     write_demonstrations(config, folder / "demonstrations.jsonl")
-    for name, loop, stage in stages_of(config, folder):
-        if name == "rm" and not (folder / "rankings.jsonl").exists():
+    for stage in stages_of(config, folder):
+        if stage.name == "rm" and not (folder / "rankings.jsonl").exists():
             write_rankings(config, folder, results)
-        if name == "rm" and config.few:
+        if stage.name == "rm" and config.few:
             write_few_rankings(config, folder)
-        results.add_seconds(name, run_part(loop, stage))
+        results.add_seconds(stage.name, run_stage(stage))
 
     # Then the policies, checkpoint by checkpoint, and the best of n.
     measured = time.perf_counter()

@@ -64,6 +64,7 @@ from .distill_results import Results, plot_results, verdicts
 from .parts import (
     PartResults,
     Stage,
+    answers_path,
     check_not_begun,
     check_part,
     check_room,
@@ -470,11 +471,6 @@ def n_held_out(config: DistillConfig, task: Task) -> int:
     """The number of held-out problems: as many as are asked for, or as there are."""
     size = task.size("test")
     return config.eval_problems if size is None else min(size, config.eval_problems)
-
-
-def answers_path(folder: Path, name: str) -> Path:
-    """Where the answers of a model to the held-out problems are."""
-    return folder / f"eval_{name}.jsonl"
 
 
 def measure(config: DistillConfig, folder: Path, name: str, model_folder: str) -> dict:

@@ -20,7 +20,6 @@ Left out: a report, which the demo has.
 import json
 import re
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -38,11 +37,11 @@ from ...rl.rewards import RewardConfig, check_no_model, check_parts
 from ..grpo import GRPOConfig, grpo, grpo_config
 from ..machine import describe_machine, pick_device, reuse_memory
 from ..pretrain import PretrainConfig, pretrain
-from ..run import RunConfig, at_least
+from ..run import at_least
 from ..sft import SFTConfig, sft
 from ..task_flags import TaskFlags
 from .minimal_text import FACTS, HELD_OUT, N_NUMBERS, make_task, pairs_file, question, words
-from .parts import PartResults, check_not_begun, check_part, run_part
+from .parts import PartResults, Stage, check_not_begun, check_part, run_stage
 
 N_PAIRS = 6000  # examples of fine-tuning
 MAX_NEW_TOKENS = 48
@@ -139,15 +138,14 @@ def rl_config(config: MinimalConfig, folder: Path, control: str = "none") -> GRP
     )
 
 
-def stages_of(config: MinimalConfig, folder: Path) -> list[tuple[str, Callable, RunConfig]]:
-    """(name, loop, its configuration) of each stage, in order."""
-    stages: list[tuple[str, Callable, RunConfig]] = []
-    stages.append(("base", pretrain, base_config(config, folder)))
+def stages_of(config: MinimalConfig, folder: Path) -> list[Stage]:
+    """The stages in order."""
+    stages = [Stage("base", pretrain, base_config(config, folder))]
     if config.sft_steps:
-        stages.append(("sft", sft, sft_config(config, folder)))
-    stages.append(("rl", grpo, rl_config(config, folder)))
+        stages.append(Stage("sft", sft, sft_config(config, folder)))
+    stages.append(Stage("rl", grpo, rl_config(config, folder)))
     if config.control != "none":
-        stages.append(("control", grpo, rl_config(config, folder, config.control)))
+        stages.append(Stage("control", grpo, rl_config(config, folder, config.control)))
     return stages
 
 
@@ -255,8 +253,8 @@ def table(measured: dict[str, dict]) -> str:
 
 def check_stages(config: MinimalConfig, folder: Path) -> None:
     """Raise ValueError or CheckpointError unless the stages that were begun have these flags."""
-    for _, _, stage in stages_of(config, folder):
-        check_part(stage)
+    for stage in stages_of(config, folder):
+        check_part(stage.config)
 
     # More steps are no fault of a stage's own, but the stages behind it began from what it was.
     path = folder / "results.json"
@@ -323,10 +321,10 @@ def minimal(config: MinimalConfig) -> Path:
     probe("random", 0, *random_model(config))
 
     # 2. to 4. Each stage goes on from the one before; the control begins where GRPO began.
-    for name, loop, stage_config in stages_of(config, folder):
-        results.add_seconds(name, run_part(loop, stage_config))
-        model, tokenizer, _ = load_model(stage_config.run, pick_device(config.device))
-        probe(name, stage_config.steps, model, tokenizer)
+    for stage in stages_of(config, folder):
+        results.add_seconds(stage.name, run_stage(stage))
+        model, tokenizer, _ = load_model(stage.config.run, pick_device(config.device))
+        probe(stage.name, stage.config.steps, model, tokenizer)
 
     # What each stage has added. It stands in results.json already.
     seconds = time.perf_counter() - started

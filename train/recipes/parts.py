@@ -159,6 +159,11 @@ class PartResults:
         self.write()
 
 
+def answers_path(folder: Path, name: str) -> Path:
+    """Where the answers of a stage to the held-out problems are."""
+    return folder / f"eval_{name}.jsonl"
+
+
 def has_answers(path: Path) -> bool:
     """Whether the answers of an evaluation are there. Raises ValueError for a file that is torn."""
     if not path.exists():

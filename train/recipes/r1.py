@@ -57,6 +57,7 @@ from ..task_flags import TaskFlags
 from .parts import (
     PartResults,
     Stage,
+    answers_path,
     check_not_begun,
     check_part,
     check_room,
@@ -425,12 +426,7 @@ class Results(PartResults):
         """Whether a stage was measured with these settings, and its samples are there."""
         found = self.stages.get(name, {})
         is_same = settings == {key: found.get(key) for key in settings}
-        return is_same and has_answers(samples_path(self.path.parent, name))
-
-
-def samples_path(folder: Path, name: str) -> Path:
-    """Where the samples of a stage on the held-out problems are."""
-    return folder / f"eval_{name}.jsonl"
+        return is_same and has_answers(answers_path(self.path.parent, name))
 
 
 def measure_stage(config: R1Config, folder: Path, name: str, results: Results) -> dict:
@@ -445,7 +441,7 @@ def measure_stage(config: R1Config, folder: Path, name: str, results: Results) -
         config.max_new_tokens,
         config.seed,
     )
-    write_samples(samples_path(folder, name), groups)
+    write_samples(answers_path(folder, name), groups)
     lengths = [len(sample.tokens) for group in groups for sample in group]
     results.add_sampled(f"eval_{name}", str(folder / name), sum(lengths), len(lengths))
     found = measure(groups)
@@ -453,7 +449,7 @@ def measure_stage(config: R1Config, folder: Path, name: str, results: Results) -
         found["steps_to_70"] = reached(folder / name, 0.7)
     if name in ("r1", "hacked"):
         found["win_rate"] = list(
-            win_rate(samples_path(folder, name), samples_path(folder, "tuned"))
+            win_rate(answers_path(folder, name), answers_path(folder, "tuned"))
         )
     return found
 

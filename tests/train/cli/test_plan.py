@@ -199,12 +199,16 @@ def learner_on(tmp_path, shape: dict, **changes):
     return make_learner(config, config.task.make(), load_model(config.base, torch.device("cpu"))), config
 
 
+def try_longest(learner, config, longest: int):
+    try_longest_batch(learner, config, longest, predicted_for(config, learner, longest))
+
+
 def test_the_longest_batch_is_as_long_as_a_micro_batch_or_the_longest_answer(tmp_path):
     learner, config = learner_on(tmp_path, {}, micro_tokens=100)
     seen = []
     learner.policy.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    try_longest_batch(learner, config, 30)
-    try_longest_batch(learner, config, 150)
+    try_longest(learner, config, 30)
+    try_longest(learner, config, 150)
     assert seen == [100, 100, 150, 150]  # twice each: the second meets the gradients of the first
 
 
@@ -212,7 +216,7 @@ def test_a_step_of_few_answers_is_not_predicted_a_micro_batch_that_never_comes(t
     learner, config = learner_on(tmp_path, {}, micro_tokens=10**6, prompts_per_step=2, group_size=3)
     seen = []
     learner.policy.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    try_longest_batch(learner, config, 30)
+    try_longest(learner, config, 30)
     assert seen == [2 * 3 * 30] * 2
     few, many = (predicted_for(replace(config, micro_tokens=n), learner, 30) for n in (180, 10**6))
     assert few == many and predicted_for(replace(config, micro_tokens=90), learner, 30).update < many.update
@@ -232,7 +236,7 @@ def test_a_run_has_the_same_bits_with_and_without_the_longest_batch(tmp_path, sh
         state, rows = torch.get_rng_state(), []
         for step in range(2):  # without moments, and with them
             if tries:
-                try_longest_batch(learner, config, 30)
+                try_longest(learner, config, 30)
             assert all(p.grad is None for p in learner.policy.parameters())
             rows.append(grpo_step(learner, config.task.make(), config, step))
         assert torch.get_rng_state().equal(state)
@@ -257,7 +261,7 @@ def test_a_batch_that_does_not_fit_names_the_part_and_what_would_help(tmp_path, 
     fill(learner.policy)
     told = f"ended at {part}.*Predicted were weights 0.0 GB, .*--recompute"
     with fails(BatchTooLargeError, told) as failure:
-        try_longest_batch(learner, config, 30)
+        try_longest(learner, config, 30)
     code, message = explain(failure.value, config)
     assert code == 1 and message.startswith("out of memory: a micro-batch of 40 tokens does not fit")
     assert message.endswith("--lora.rank; `r1zero plan` says what each would save")
@@ -268,4 +272,4 @@ def test_a_run_with_adapters_is_told_no_flag_that_it_refuses(tmp_path):
     learner, config = learner_on(tmp_path, {}, lora=LoRAConfig(2))
     learner.policy.blocks[1].register_forward_pre_hook(full)
     with fails(BatchTooLargeError, "a smaller --micro-tokens, --recompute or a smaller --lora.rank;"):
-        try_longest_batch(learner, config, 30)
+        try_longest(learner, config, 30)
